@@ -1,0 +1,104 @@
+# One command for each thing; everything is made under .venv/ and build/. Only python3 (3.11 or newer) and
+# make are needed. pip's own settings (an index, a cache, a proxy) are honoured. To choose another Python:
+#     make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+# More arguments for pytest (make test PYTEST_ARGS='-k referee') and for the demo.
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+REQUIREMENTS := pyproject.toml constraints.txt
+# What the wheel is made of; folders too, so that a deleted file counts as a change.
+SOURCES := pyproject.toml README.md LICENSE $(shell find scheduler executors \
+	-name __pycache__ -prune -o -name '.*' -prune -o -print)
+# Expanded by the shell when a step runs: the wheel may not be there when make starts.
+WHEEL = $$(echo build/wheel/rematplan-*.whl)
+
+.DELETE_ON_ERROR:
+# Two pips at once in one environment break it.
+.NOTPARALLEL:
+.PHONY: help demo test lint format bench docs clean
+
+help:
+	@echo "make demo    install and run examples/train_gpt.py"
+	@echo "make test    build the wheel, install it, and run the tests against it"
+	@echo "make lint    ruff check, ruff format --check, mypy"
+	@echo "make format  rewrite the code the way 'make lint' wants it"
+	@echo "make bench   run the benchmarks"
+	@echo "make docs    write the tables and figures of docs/ anew"
+	@echo "make clean   remove everything that make made"
+
+demo: $(VENV)/.examples
+	$(BIN)/python examples/train_gpt.py $(DEMO_ARGS)
+
+# PYTHONPATH is dropped and pytest imports by importlib (pyproject.toml), so that the tests see the installed
+# wheel and not the checkout; tests/test_packaging.py checks that it is so.
+test: $(VENV)/.test
+	env -u PYTHONPATH REMATPLAN_WHEEL=1 $(BIN)/pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.examples
+	$(BIN)/python -m benchmarks
+
+docs: $(VENV)/.examples
+	$(BIN)/python -m benchmarks.docs
+
+clean:
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find scheduler executors tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each file below marks a step that is done: it is repeated only when what it depends on is newer.
+
+$(VENV)/.made:
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "make: there is no '$(PYTHON)'; install Python 3.11 or newer, or name one: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "make: '$(PYTHON)' is older than Python 3.11; name a newer one: make PYTHON=..." >&2; exit 1; }
+	@test ! -e $(VENV) || { \
+		echo "make: $(VENV) exists, but make did not finish making it: remove it, or choose another: make VENV=..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 \
+		|| { rm -rf $(VENV); $(PYTHON) -m virtualenv --quiet $(VENV) 2>/dev/null; } \
+		|| { rm -rf $(VENV); \
+			echo "make: '$(PYTHON)' cannot make virtual environments: install its venv module (Debian and" >&2; \
+			echo "make: Ubuntu: apt install python3-venv) or virtualenv, or name another Python: make PYTHON=..." >&2; \
+			exit 1; }
+	@touch $@
+
+$(VENV)/.tools: $(REQUIREMENTS) | $(VENV)/.made
+	$(INSTALL) build hatchling
+	@touch $@
+
+build/wheel/.built: $(SOURCES) $(VENV)/.tools
+	@rm -rf build/wheel && mkdir -p build
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel . >build/wheel.log 2>&1 \
+		|| { cat build/wheel.log >&2; exit 1; }
+	@touch $@
+
+# Only the wheel; what it needs comes with the extras below.
+$(VENV)/.wheel: build/wheel/.built
+	$(PIP) install --quiet --no-deps --force-reinstall $(WHEEL)
+	@touch $@
+
+# The three sets of extras, each on top of the installed wheel.
+$(VENV)/.needs-examples: EXTRAS := examples
+$(VENV)/.needs-test: EXTRAS := test
+$(VENV)/.needs-dev: EXTRAS := dev,examples,test
+$(VENV)/.needs-%: $(REQUIREMENTS) | $(VENV)/.wheel
+	@echo "installing what rematplan[$(EXTRAS)] needs; the first time takes a minute or two"
+	$(INSTALL) "$(WHEEL)[$(EXTRAS)]"
+	@touch $@
+
+$(VENV)/.examples $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.needs-% $(VENV)/.wheel
+	@touch $@

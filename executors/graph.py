@@ -1,0 +1,207 @@
+"""Train by a plan whose stages are slices of an exported op graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from executors.replay import ReplayError, Step
+from scheduler.capture.graph_capture import GraphCapture
+from scheduler.capture.stages import GraphStage, Source
+from scheduler.program import ReplayProgram
+
+__all__ = ["GraphExecutor", "locate"]
+
+
+class GraphExecutor:
+    """Runs steps of one model by one program; made once per execute().
+
+    Args:
+        capture: the captured model.
+        program: the replay program, for as many stages as the capture has.
+        model: whose parameters and buffers are read at every step.
+    """
+
+    def __init__(self, capture: GraphCapture, program: ReplayProgram, model: nn.Module) -> None:
+        self.capture = capture
+        self.program = program
+        self.device = capture.device
+        self.stages = capture.stages
+        self.random = capture.random
+        self.constants = capture.constants
+        # Parameters and buffers are looked up by (dict, key), so that replaced ones are seen.
+        self.lookups = [
+            [(i, *locate(model, s.key)) for i, s in enumerate(stage.sources) if s.kind in ("parameter", "buffer")]
+            for stage in self.stages
+        ]
+        self.changed = [
+            [i for i, s in enumerate(stage.sources) if s.kind == "buffer" and s.key in changed]
+            for stage, changed in zip(self.stages, capture.changed, strict=True)
+        ]
+        # Of the tensors looked up, those that nobody may change between forward and backward.
+        self.constant = [
+            [j for j, (i, _, _) in enumerate(lookups) if i not in changed]
+            for lookups, changed in zip(self.lookups, self.changed, strict=True)
+        ]
+        self.readers: dict[str, list[int]] = {}
+        for k, stage in enumerate(self.stages):
+            for source in stage.sources:
+                if source.kind == "carried" and program.kept[k] is None:
+                    self.readers.setdefault(source.key, []).append(k)
+        self.carried_by = [
+            tuple(dict.fromkeys(s.key for s in stage.sources if s.kind == "carried")) for stage in self.stages
+        ]
+
+    def forward(self, flat_inputs: list[Any]) -> Any:
+        """Run the first sweep in grad mode; gives the model's output."""
+        step = GraphStep(self, flat_inputs)
+        step.last([t for t in flat_inputs if isinstance(t, Tensor)])
+        step.last(list(self.constants.values()))
+        carried: dict[str, Tensor] = {}
+        boundary: tuple[Tensor, ...] = ()
+        for k, stage in enumerate(self.stages):
+            if self.program.kept[k] is None:
+                step.before_first_run(k, boundary)
+                arguments = step.first_arguments(k, boundary, carried)
+                with step.dropping(k):
+                    results = stage.function(*arguments)
+            else:
+                arguments = step.first_arguments(k, boundary, carried)
+                results = stage.function(*arguments)
+            del arguments
+            boundary = next_boundary(stage, boundary, results)
+            for name, index in zip(stage.carried, stage.carried_from, strict=True):
+                carried[name] = results[index]
+                step.carry(name, results[index])
+            del results
+        output = [self._output(leaf, flat_inputs, carried) for leaf in self.capture.outputs]
+        step.sweep_is_over()
+        return pytree.tree_unflatten(output, self.capture.output_spec)
+
+    def _output(self, leaf: Any, flat_inputs: list[Any], carried: dict[str, Tensor]) -> Any:
+        if not isinstance(leaf, Source):
+            return leaf
+        if leaf.kind == "carried":
+            return carried[leaf.key]
+        if leaf.kind == "input":
+            return flat_inputs[leaf.key]
+        if leaf.kind == "constant":
+            return self.constants[leaf.key]
+        raise ReplayError(f"the model returns its own {leaf.kind} {leaf.key!r}")
+
+
+def next_boundary(
+    stage: GraphStage, boundary: tuple[Tensor, ...], results: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """The tensors that cross into the next stage: results, or values that pass through."""
+    return tuple(results[i] if i >= 0 else boundary[-1 - i] for i in stage.boundary_from)
+
+
+class GraphStep(Step):
+    """One step of a GraphExecutor."""
+
+    def __init__(self, executor: GraphExecutor, flat_inputs: list[Any]) -> None:
+        super().__init__(executor.program, executor.device, executor.random)
+        self.executor = executor
+        self.inputs = flat_inputs
+        self.carried: dict[str, Tensor] = {}
+        self.carried_flags: dict[str, bool] = {}
+        self.read_versions: list[tuple[int, ...]] = [()] * len(executor.stages)
+        self.snapshots: dict[int, list[Tensor]] = {}
+        self.parameters: dict[int, list[Tensor]] = {}
+        # Boundary 0 is empty (the inputs are read where they are needed), so holding it costs nothing.
+        self.hold(0, ())
+        self.flags[0] = ()
+
+    def carry(self, name: str, tensor: Tensor) -> None:
+        """A carried value was made: saved tensors on it are packed by reference from here on."""
+        self.last((tensor,))
+        if name in self.executor.readers:
+            self.carried[name] = tensor.detach()
+            self.carried_flags[name] = tensor.requires_grad
+
+    def first_arguments(
+        self, k: int, boundary: tuple[Tensor, ...], carried: dict[str, Tensor]
+    ) -> list[Any]:
+        """Arguments of the first run of stage k."""
+        executor = self.executor
+        own: list[Tensor] = [values[key] for _, values, key in executor.lookups[k]]
+        arguments = self._arguments(k, boundary, carried, own)
+        if executor.program.kept[k] is None:
+            # Views of parameters are packed by reference too: they share the storage.
+            self.last(own)
+            self.parameters[k] = own
+            if executor.changed[k]:
+                self.snapshots[k] = [arguments[i].clone() for i in executor.changed[k]]
+            self.read_versions[k] = self._versions(k, own)
+        return arguments
+
+    def _arguments(
+        self, k: int, boundary: tuple[Tensor, ...], carried: dict[str, Tensor], own: list[Tensor]
+    ) -> list[Any]:
+        arguments: list[Any] = []
+        position = 0
+        for source in self.executor.stages[k].sources:
+            kind = source.kind
+            if kind == "parameter" or kind == "buffer":
+                arguments.append(own[position])
+                position += 1
+            elif kind == "boundary":
+                arguments.append(boundary[source.key])
+            elif kind == "carried":
+                arguments.append(carried[source.key])
+            elif kind == "input":
+                arguments.append(self.inputs[source.key])
+            else:
+                arguments.append(self.executor.constants[source.key])
+        return arguments
+
+    def _versions(self, k: int, own: list[Tensor]) -> tuple[int, ...]:
+        """Versions of everything that stage k reads and that a user could change."""
+        read = [own[j]._version for j in self.executor.constant[k]]
+        for source in self.executor.stages[k].sources:
+            if source.kind == "input" and isinstance(self.inputs[source.key], Tensor):
+                read.append(self.inputs[source.key]._version)
+        return tuple(read)
+
+    def run_stage(self, k: int, boundary: tuple[Tensor, ...], grad: bool) -> tuple[Tensor, ...]:
+        """Re-run stage k; see Step."""
+        executor, stage = self.executor, self.executor.stages[k]
+        own = self.parameters[k]
+        changed = executor.changed[k]
+        if self._versions(k, own) != self.read_versions[k]:
+            raise RuntimeError(
+                f"a parameter or input of stage {k} ({stage.name}) has been modified by an inplace operation "
+                "between forward and backward, so that the stage cannot be replayed; step the optimizer after "
+                "backward"
+            )
+        carried = self.carried
+        if grad:
+            carried = {
+                s.key: carried[s.key].detach().requires_grad_(self.carried_flags[s.key])
+                for s in stage.sources
+                if s.kind == "carried"
+            }
+        arguments = self._arguments(k, boundary, carried, own)
+        for position, snapshot in zip(changed, self.snapshots.get(k, ()), strict=True):
+            arguments[position] = snapshot.clone()
+        results = stage.function(*arguments)
+        return next_boundary(stage, boundary, results)
+
+    def release_inputs(self, stage: int) -> None:
+        """Drop the carried values that only re-runs of this stage still needed."""
+        self.snapshots.pop(stage, None)
+        for name in self.executor.carried_by[stage]:
+            if name in self.carried and not any(self.rerunnable[k] for k in self.executor.readers[name]):
+                del self.carried[name]
+
+
+def locate(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """The dict and key that hold a parameter or buffer."""
+    path, _, key = name.rpartition(".")
+    owner = model.get_submodule(path)
+    values = owner._parameters if key in owner._parameters else owner._buffers
+    return values, key

@@ -1,0 +1,226 @@
+"""Train by a plan whose stages are whole modules, with the user's code between them left alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from executors.graph import locate
+from executors.replay import ReplayError, Step
+from scheduler.capture.module_capture import ModuleCapture, intercepted, tensor_leaves
+from scheduler.program import ReplayProgram
+
+__all__ = ["ModuleExecutor"]
+
+
+class ModuleExecutor:
+    """Runs steps of one model by one program; made once per execute().
+
+    Args:
+        capture: the blocks.
+        program: the replay program, for as many stages as the capture has.
+        model: whose submodules are run.
+        plain: the plain forward.
+    """
+
+    def __init__(
+        self, capture: ModuleCapture, program: ReplayProgram, model: nn.Module, plain: Callable[..., Any]
+    ) -> None:
+        self.capture = capture
+        self.program = program
+        self.device = capture.device
+        self.plain = plain
+        self.modules = [model.get_submodule(block.name) for block in capture.blocks]
+        self.parameters = [
+            [locate(model, f"{block.name}.{n}") for n, _ in module.named_parameters()]
+            for block, module in zip(capture.blocks, self.modules, strict=True)
+        ]
+        self.buffers = [
+            [locate(model, f"{block.name}.{n}") for n, _ in module.named_buffers()]
+            for block, module in zip(capture.blocks, self.modules, strict=True)
+        ]
+        self.changed = [[locate(model, n) for n in capture.changed[block.stage]] for block in capture.blocks]
+        # forward is intercepted while a step runs: one step at a time may do that to these modules.
+        self.lock = threading.Lock()
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model's own forward with the blocks intercepted; gives its output."""
+        step = ModuleStep(self)
+        with self.lock, intercepted([(m, step.wrapper(i)) for i, m in enumerate(self.modules)]):
+            output = self.plain(*args, **kwargs)
+        if step.ran != len(self.modules):
+            raise ReplayError(
+                f"the plan was made for {len(self.modules)} blocks, of which this forward ran {step.ran}; the model "
+                "took another path, so make a plan for this call"
+            )
+        step.finish()
+        return output
+
+
+class ModuleStep(Step):
+    """One step of a ModuleExecutor."""
+
+    def __init__(self, executor: ModuleExecutor) -> None:
+        capture = executor.capture
+        # Which blocks draw random numbers may depend on data: note the state before each.
+        random = [index is not None for index in capture.stages]
+        super().__init__(executor.program, executor.device, random)
+        self.executor = executor
+        self.ran = 0
+        self.outputs: list[tuple[int, Tensor]] = []  # of the block before, while the next is awaited
+        self.calls: dict[int, tuple[Callable[..., Any], list[Any], Any]] = {}
+        self.versions_read: dict[int, tuple[int, ...]] = {}
+        self.places: dict[int, list[int]] = {}  # stage -> argument leaves that are its boundary
+        self.snapshots: dict[int, list[Tensor]] = {}
+
+    def finish(self) -> None:
+        """The forward is over."""
+        self.outputs = []
+        self.sweep_is_over()
+
+    def wrapper(self, index: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """How block ``index`` is intercepted."""
+        block = self.executor.capture.blocks[index]
+
+        def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+            def intercept(*args: Any, **kwargs: Any) -> Any:
+                if self.ran != index or not self.sweeping:
+                    raise ReplayError(
+                        f"block {block.name} ran out of the order of the plan (position {self.ran} instead of {index}); "
+                        "make a plan for this call, or pass other blocks to solve(capture=...)"
+                    )
+                self.ran += 1
+                boundary = self._enter(index, args, kwargs)
+                if self.program.kept[block.stage] is not None:
+                    result = forward(*args, **kwargs)
+                else:
+                    result = self._drop(index, forward, boundary, args, kwargs)
+                self.outputs = tensor_leaves(result)
+                return result
+
+            return intercept
+
+        return wrap
+
+    def _enter(self, index: int, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
+        """The boundary into a block, checked against the plan."""
+        block = self.executor.capture.blocks[index]
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        made = dict(self.outputs)
+        for argument, output in block.fed:
+            if argument not in tensors or tensors[argument] is not made.get(output):
+                raise ReplayError(
+                    f"argument {argument} of block {block.name} is not output {output} of the block before, as it "
+                    "was when the plan was made; make a plan for this call"
+                )
+        self.outputs = []
+        places = [argument for argument, _ in block.fed] or sorted(tensors)
+        boundary = tuple(tensors[i] for i in places)
+        if self.program.kept[block.stage] is None:
+            self.places[block.stage] = places
+            external = [leaf for i, leaf in tensors.items() if i not in places]
+            self.last(external)
+            for i in places:
+                leaves[i] = None
+            self.calls[block.stage] = (lambda: None, leaves, spec)
+            self.versions_read[block.stage] = self._versions(index, block.stage)
+        return boundary
+
+    def _drop(
+        self, index: int, forward: Callable[..., Any], boundary: tuple[Tensor, ...], args: Any, kwargs: Any
+    ) -> Any:
+        """The first run of a block whose saved tensors are dropped."""
+        stage = self.executor.capture.blocks[index].stage
+        _, leaves, spec = self.calls[stage]
+        self.calls[stage] = (forward, leaves, spec)
+        self.before_first_run(stage, boundary)
+        own = [*self.executor.parameters[index], *self.executor.buffers[index]]
+        self.last([values[key] for values, key in own])
+        if self.executor.changed[index]:
+            self.snapshots[stage] = [values[key].clone() for values, key in self.executor.changed[index]]
+        with self.dropping(stage):
+            return forward(*args, **kwargs)
+
+    def _versions(self, index: int, stage: int) -> tuple[int, ...]:
+        """Versions of the parameters and external tensors that a re-run reads."""
+        read = [values[key]._version for values, key in self.executor.parameters[index]]
+        read += [leaf._version for leaf in self.calls[stage][1] if isinstance(leaf, Tensor)]
+        return tuple(read)
+
+    def run_stage(self, stage: int, boundary: tuple[Tensor, ...], grad: bool) -> tuple[Tensor, ...]:
+        """Re-run a block; see Step. Always in grad mode, for its code may ask for the mode."""
+        capture = self.executor.capture
+        index = capture.stages[stage]
+        assert index is not None  # glue runs once: the referee refuses a schedule that re-runs it
+        if self._versions(index, stage) != self.versions_read[stage]:
+            raise RuntimeError(
+                f"a parameter or argument of block {capture.blocks[index].name} has been modified by an inplace "
+                "operation between forward and backward, so that the block cannot be replayed; step the optimizer "
+                "after backward"
+            )
+        forward, template, spec = self.calls[stage]
+        leaves = [
+            leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf for leaf in template
+        ]
+        if not grad:
+            boundary = tuple(
+                t.detach().requires_grad_(flag) for t, flag in zip(boundary, self.flags[stage], strict=True)
+            )
+        for place, tensor in zip(self.places[stage], boundary, strict=True):
+            leaves[place] = tensor
+        del boundary
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        del leaves
+        with self._buffers_as_before(stage, index):
+            if grad:
+                result = forward(*args, **kwargs)
+            else:
+                with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_discard, _never):
+                    result = forward(*args, **kwargs)
+        following = stage + 1
+        if following >= len(capture.stages) or capture.stages[following] is None:
+            return ()
+        made = dict(tensor_leaves(result))
+        next_index = capture.stages[following]
+        assert next_index is not None
+        return tuple(made[output].detach() for _, output in capture.blocks[next_index].fed)
+
+    def _buffers_as_before(self, stage: int, index: int) -> _Swapped:
+        places = self.executor.changed[index]
+        return _Swapped([values[key] for values, key in places], self.snapshots.get(stage, []))
+
+    def release_inputs(self, stage: int) -> None:
+        """Drop the arguments that only re-runs of this stage still needed."""
+        self.calls.pop(stage, None)
+        self.snapshots.pop(stage, None)
+
+
+class _Swapped:
+    """Within it, buffers have the values that they had before the first run."""
+
+    def __init__(self, buffers: list[Tensor], values: list[Tensor]) -> None:
+        self.buffers, self.values = buffers, values
+        self.current: list[Tensor] = []
+
+    def __enter__(self) -> None:
+        self.current = [b.clone() for b in self.buffers]
+        for buffer, value in zip(self.buffers, self.values, strict=True):
+            buffer.data.copy_(value)  # .data: the version that autograd saw stays
+
+    def __exit__(self, *_: Any) -> None:
+        for buffer, value in zip(self.buffers, self.current, strict=True):
+            buffer.data.copy_(value)
+
+
+def _discard(_: Tensor) -> None:
+    return None
+
+
+def _never(_: Any) -> Tensor:
+    raise ReplayError("the graph of a re-run must not be reversed")

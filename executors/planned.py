@@ -1,0 +1,196 @@
+"""``execute``: a plan and a model in; a model that trains by the plan out."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from executors.graph import GraphExecutor
+from executors.modules import ModuleExecutor
+from scheduler.capture.graph_capture import GraphCapture, capture_graph
+from scheduler.capture.module_capture import ModuleCapture, capture_modules
+from scheduler.capture.sample import Call, CallSignature, canonical_call, model_fingerprint
+from scheduler.capture.state import model_device, preserved
+from scheduler.errors import CaptureError, PlanMismatch
+from scheduler.plan import Plan
+
+__all__ = ["execute", "plan_of"]
+
+_RUNNER = "_rematplan"
+
+
+class _Runner:
+    """Runs training forwards of one planned model.
+
+    A capture made in this process is used as it is; for a plan that was loaded, or a model other than the
+    one it was made with, the model is captured again at the first forward, on the inputs given there, and
+    must come out the same.
+    """
+
+    def __init__(self, plan: Plan, model: nn.Module, source: nn.Module) -> None:
+        self.plan = plan
+        self.signature = inspect.signature(source.forward)
+        self.want = CallSignature(plan.capture.structure, plan.capture.leaves)
+        self.evaluating = frozenset(plan.capture.evaluating)
+        self.executor: GraphExecutor | ModuleExecutor | None = None
+        self.seen: tuple[Any, list[Any]] | None = None  # spec and leaf kinds of a call that was checked
+        if plan.live is not None and plan.live[0] is source:
+            self.executor = self._executor(plan.live[1], model)
+
+    def _executor(self, capture: GraphCapture | ModuleCapture, model: nn.Module) -> GraphExecutor | ModuleExecutor:
+        if isinstance(capture, GraphCapture):
+            return GraphExecutor(capture, self.plan.program, model)
+        return ModuleExecutor(capture, self.plan.program, model, functools.partial(_plain_forward, model))
+
+    def forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One training forward by the plan."""
+        call = canonical_call(self.signature, args, kwargs)
+        flat, spec = pytree.tree_flatten(call)
+        self._check(model, call, flat, spec)
+        if self.executor is None:
+            self.executor = self._executor(self._capture_again(model, call), model)
+        if isinstance(self.executor, GraphExecutor):
+            return self.executor.forward(flat)
+        return self.executor.forward(*call)
+
+    def _check(self, model: nn.Module, call: Call, flat: list[Any], spec: Any) -> None:
+        """Refuse inputs and modes that the plan was not made for."""
+        kinds = [
+            (leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+            for leaf in flat
+        ]
+        if self.seen is None or self.seen[0] != spec or self.seen[1] != kinds:
+            self.want.check(call, f"planned {type(model).__name__}")
+            self.seen = (spec, kinds)
+        for name, module in model.named_modules():
+            if module.training == (name in self.evaluating):
+                mode = "train" if module.training else "eval"
+                raise PlanMismatch(
+                    f"planned {type(model).__name__}: submodule {name!r} is in {mode} mode, and was not when the plan "
+                    f"was made; put it back, or call solve() again in this mode"
+                )
+
+    def _capture_again(self, model: nn.Module, call: Call) -> GraphCapture | ModuleCapture:
+        record = self.plan.capture
+        plain = _plain_copy(model)
+        if record.kind == "modules":
+            blocks = [model.get_submodule(name) for name in record.stages]
+            with preserved(plain):
+                capture: GraphCapture | ModuleCapture = capture_modules(plain, call, blocks)
+            if len(capture) != len(self.plan.chain):
+                raise PlanMismatch(
+                    f"planned {type(model).__name__}: {len(capture)} stages are found where the plan has "
+                    f"{len(self.plan.chain)}; make a new plan"
+                )
+            return capture
+        try:
+            again = capture_graph(plain, call, cuts=record.cuts)
+        except CaptureError as error:
+            raise PlanMismatch(
+                f"planned {type(model).__name__}: the plan's op graph cannot be captured again: {error}"
+            ) from error
+        if again.graph.fingerprint() != record.graph:
+            raise PlanMismatch(
+                f"planned {type(model).__name__}: the op graph is not the one the plan was made for (torch "
+                f"{self.plan.torch_version} then, {torch.__version__} now); make a new plan with solve()"
+            )
+        again.random, again.changed = list(record.random), list(record.changed)
+        return again
+
+
+def _plain_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward of the class that ``execute`` derived from."""
+    return type(model).__mro__[1].forward(model, *args, **kwargs)
+
+
+def _plain_copy(model: nn.Module) -> nn.Module:
+    """The same model, sharing everything, of its original class."""
+    plain = _shallow(model)
+    plain.__class__ = type(model).__mro__[1]
+    plain.__dict__.pop(_RUNNER, None)
+    return plain
+
+
+def _shallow(model: nn.Module) -> nn.Module:
+    twin = model.__class__.__new__(model.__class__)
+    twin.__dict__.update(model.__dict__)
+    return twin
+
+
+def execute(plan: Plan, model: nn.Module) -> nn.Module:
+    """A model that trains by ``plan``: same class by isinstance, same parameters, same ``state_dict``.
+
+    A forward in train mode with grad enabled follows the plan. In eval mode, or under ``torch.no_grad``, the
+    model's own forward runs. The given model is not changed and goes on running plainly; the two share
+    parameters, buffers and submodules.
+
+    Args:
+        plan: from ``scheduler.solve`` or ``Plan.load``.
+        model: the model that the plan was made for, or one like it.
+
+    Returns:
+        the planned model.
+
+    Raises:
+        TypeError: not a Plan, or not a module.
+        PlanMismatch: the plan was made for another model. Raised by the planned model's forward if the
+            inputs, or the modes of its submodules, are not those of the plan.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"execute: plan is a {type(plan).__name__}, expected a Plan; the call is execute(plan, model)")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"execute: model is a {type(model).__name__}, expected a torch.nn.Module")
+    if _RUNNER in model.__dict__:
+        model = _plain_copy(model)
+    device = model_device(model)
+    if device.type != plan.capture.device:
+        raise PlanMismatch(
+            f"execute: the plan was made for {plan.capture.device}, the model is on {device}; call solve() there"
+        )
+    if model_fingerprint(model) != plan.capture.model:
+        raise PlanMismatch(
+            f"execute: the plan was made for another {type(model).__name__}: class, or names, shapes, dtypes or "
+            "requires_grad of parameters or buffers differ; call solve() on this model"
+        )
+    planned = _shallow(model)
+    planned.__class__ = _planned_class(type(model))
+    planned.__dict__[_RUNNER] = _Runner(plan, planned, model)
+    return planned
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """The plan that a model trains by, or None."""
+    runner = model.__dict__.get(_RUNNER)
+    return runner.plan if isinstance(runner, _Runner) else None
+
+
+@functools.cache
+def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of ``cls``, of the same name, whose training forward follows the model's plan."""
+
+    @functools.wraps(cls.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not self.training or not torch.is_grad_enabled():
+            return cls.forward(self, *args, **kwargs)
+        return self.__dict__[_RUNNER].forward(self, args, kwargs)
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        # The derived class has no importable name: pickle and deepcopy take the plain model and the plan.
+        return _restore, (self.__dict__[_RUNNER].plan.to_json(), copy.copy(_plain_copy(self)))
+
+    return type(
+        cls.__name__,
+        (cls,),
+        {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__, "__doc__": cls.__doc__,
+         "__qualname__": cls.__qualname__},
+    )  # fmt: skip # one table
+
+
+def _restore(plan: dict[str, Any], model: nn.Module) -> nn.Module:
+    return execute(Plan.from_json(plan), model)

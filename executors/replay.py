@@ -1,0 +1,360 @@
+"""One training step by a replay program: autograd's own graph, without its values.
+
+The rules, referred to by number below:
+
+1. The first sweep runs every stage once in grad mode. For a stage whose saved tensors are dropped, the
+   pack hook hands autograd a handle (stage, index) in place of each; the index counts the pack calls of
+   that stage. A tensor that lives on anyway (parameter, input, carried value) is packed by reference.
+2. The first unpack of a dropped handle of stage k runs the replay program up to the backward of stage k.
+   A rebuild re-runs the stage in grad mode on detached inputs with their requires_grad flags restored; its
+   pack hook sees the same calls in the same order, fills the handles, and stops the run after the last
+   one, before that op's kernel runs, unless the output is needed.
+3. A rebuilt value is let go at its unpack. Handles count themselves: when the last handle of a stage dies
+   (autograd releases a node's saved tensors when it is done with them), so does what was held for it.
+   Hence retain_graph, double backward, partial and abandoned backwards need no case of their own.
+4. A request that the program has passed already (a second backward) restarts it; if what it needs is gone,
+   the stage is rebuilt from the nearest boundary that is held: slower, never wrong.
+5. Random numbers: each stage that draws is re-run from its own state, and the generators are put back
+   after every replay. Buffers that a stage changes are changed by its first run only.
+6. Autograd checks versions only of tensors that it holds itself. Whatever is kept by reference, and
+   whatever a re-run reads, is checked here: a change in place between forward and backward raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scheduler.capture.state import RandomState
+from scheduler.program import ReplayProgram
+from scheduler.schedule import Backward, Checkpoint, Forward, Free, Keep
+
+__all__ = ["ReplayError", "Step"]
+
+
+class ReplayError(RuntimeError):
+    """A stage cannot be replayed exactly; no gradient was returned."""
+
+
+class _Stop(Exception):
+    """Raised by the pack hook when the last handle is filled (rule 2)."""
+
+
+class Handle:
+    """Stands in autograd's graph for a dropped saved tensor (rules 1 and 3)."""
+
+    __slots__ = ("index", "stage", "step")
+
+    def __init__(self, step: Step, stage: int, index: int) -> None:
+        self.step, self.stage, self.index = step, stage, index
+        step.handles[stage] += 1
+
+    def __del__(self) -> None:
+        step = self.step
+        step.handles[self.stage] -= 1
+        if not step.handles[self.stage] and not step.sweeping:
+            step.stage_is_done(self.stage)
+
+
+class Held:
+    """A saved tensor that lives on anyway, with the version that autograd saw (rule 6)."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        # A non-leaf is detached, for a node must not own its own output.
+        self.tensor = tensor if tensor.is_leaf else tensor.detach()
+        self.version = tensor._version
+
+
+class Step:
+    """The state of one step, from its forward until its graph is gone.
+
+    Attributes:
+        program: what to run.
+        boundaries: boundary -> its tensors, detached, while held.
+        flags: boundary -> requires_grad of each tensor.
+        filled: stage -> index -> rebuilt saved tensor.
+        handles: stage -> handles alive.
+        rerunnable: stage -> whether what its re-run needs is still held.
+        shapes: stage -> index -> (shape, dtype) of a dropped saved tensor, or None if packed by reference.
+    """
+
+    def __init__(self, program: ReplayProgram, device: torch.device, random: Sequence[bool]) -> None:
+        stages = len(program.kept)
+        self.program = program
+        self.device = device
+        self.random = random
+        self.draws = any(random)
+        self.boundaries: dict[int, tuple[Tensor, ...]] = {}
+        self.versions: dict[int, tuple[int, ...]] = {}
+        self.flags: dict[int, tuple[bool, ...]] = {}
+        self.filled: list[dict[int, Tensor]] = [{} for _ in range(stages)]
+        self.handles = [0] * stages
+        self.rerunnable = [kept is None for kept in program.kept]
+        self.shapes: list[list[tuple[torch.Size, torch.dtype] | None]] = [[] for _ in range(stages)]
+        self.states: dict[int, RandomState] = {}
+        self.lasting: set[int] = set()  # addresses of storages that are packed by reference
+        self.sweeping = True
+        self.position = 0  # in program.replay
+        self.working: tuple[int, tuple[Tensor, ...]] | None = None
+        self.task = -1  # autograd's id of the backward pass that the position belongs to
+        self.autocast = _autocast_state(device)
+
+    # ---- what a kind of capture supplies -------------------------------------------------------------
+
+    def run_stage(self, stage: int, boundary: tuple[Tensor, ...], grad: bool) -> tuple[Tensor, ...]:
+        """Re-run a stage on the tensors of its boundary; gives those of the next boundary.
+
+        Args:
+            grad: whether autograd records it; then everything that required grad in the first run must.
+        """
+        raise NotImplementedError
+
+    def release_inputs(self, stage: int) -> None:
+        """Let go of what is held only for re-runs of this stage."""
+
+    # ---- the first sweep -----------------------------------------------------------------------------
+
+    def hold(self, boundary: int, tensors: tuple[Tensor, ...]) -> None:
+        """Hold on to a boundary."""
+        self.boundaries[boundary] = tuple(t.detach() for t in tensors)
+        self.versions[boundary] = tuple(t._version for t in tensors)
+
+    def before_first_run(self, stage: int, boundary: tuple[Tensor, ...]) -> None:
+        """Note what a later re-run of the stage needs: its boundary, its random numbers."""
+        self.flags[stage] = tuple(t.requires_grad for t in boundary)
+        if stage in self.program.held:
+            self.hold(stage, boundary)
+        if self.random[stage]:
+            self.states[stage] = RandomState(self.device)
+
+    def dropping(self, stage: int) -> torch.autograd.graph.saved_tensors_hooks:
+        """The context of a first run whose saved tensors are dropped (rule 1)."""
+        shapes, lasting = self.shapes[stage], self.lasting
+
+        def pack(tensor: Tensor) -> Handle | Held:
+            if tensor.untyped_storage().data_ptr() in lasting:
+                shapes.append(None)
+                return Held(tensor)
+            shapes.append((tensor.shape, tensor.dtype))
+            return Handle(self, stage, len(shapes) - 1)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, self.unpack)
+
+    def last(self, tensors: Sequence[Tensor]) -> None:
+        """These storages live on through the step: saved tensors among them are packed by reference."""
+        self.lasting.update(t.untyped_storage().data_ptr() for t in tensors)
+
+    def sweep_is_over(self) -> None:
+        """The forward is done; from here on handles that die release what was held for them."""
+        self.sweeping = False
+        for stage, alive in enumerate(self.handles):
+            if not alive and self.program.kept[stage] is None:
+                self.stage_is_done(stage)
+
+    # ---- release -------------------------------------------------------------------------------------
+
+    def stage_is_done(self, stage: int) -> None:
+        """The last handle of the stage is gone: nobody will ask for its saved tensors again (rule 3).
+
+        What is held for re-runs goes with the last stage that such a re-run could serve: a boundary serves
+        the stages up to the next held one, and each of these is run over by those after it.
+        """
+        self.filled[stage].clear()
+        holder = max((b for b in self.boundaries if b <= stage), default=0)
+        following = min((b for b in self.boundaries if b > holder), default=len(self.handles))
+        for served in range(following - 1, holder - 1, -1):
+            if self.handles[served]:
+                return
+            if self.rerunnable[served]:
+                self.rerunnable[served] = False
+                self.states.pop(served, None)
+                self.release_inputs(served)
+        self.boundaries.pop(holder, None)
+
+    # ---- backward ------------------------------------------------------------------------------------
+
+    def unpack(self, packed: Handle | Held) -> Tensor:
+        """The saved tensor that ``packed`` stands for."""
+        if isinstance(packed, Held):
+            if packed.tensor._version != packed.version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace "
+                    f"operation: a tensor of shape {tuple(packed.tensor.shape)} is at version "
+                    f"{packed.tensor._version}, expected version {packed.version}"
+                )
+            return packed.tensor
+        filled = self.filled[packed.stage]
+        if packed.index not in filled:
+            self.replay_until(packed.stage)
+            filled = self.filled[packed.stage]
+            if packed.index not in filled:
+                raise ReplayError(
+                    f"stage {packed.stage}: its re-run did not save tensor {packed.index} again, so the model "
+                    "does not run the same ops twice on the same input; make it deterministic or keep this stage"
+                )
+        return filled.pop(packed.index)
+
+    def replay_until(self, stage: int) -> None:
+        """Run the program up to the backward of ``stage``, so that its handles are filled (rules 2 and 4)."""
+        generators = RandomState(self.device) if self.draws else None
+        try:
+            with ExitStack() as contexts:
+                for context in _autocast_contexts(self.autocast):
+                    contexts.enter_context(context)
+                task = torch._C._current_graph_task_id()
+                if task != self.task:
+                    self.task = task
+                    if self.position >= self.program.backward_at[stage]:
+                        self.position, self.working = 0, None
+                if self.position < self.program.backward_at[stage] and self._follow(stage):
+                    return
+                self._rebuild_from_nearest(stage)
+        finally:
+            if generators is not None:
+                generators.restore()
+
+    def _follow(self, stage: int) -> bool:
+        """Run the program's actions up to the backward of ``stage``; False if something it needs is gone."""
+        replay, target = self.program.replay, self.program.backward_at[stage]
+        while self.position < target:
+            action = replay[self.position]
+            if isinstance(action, Backward):
+                self.filled[action.stage].clear()
+                if self.working is not None and self.working[0] > action.stage:
+                    self.working = None
+            elif isinstance(action, Free):
+                self.boundaries.pop(action.boundary, None)
+            elif isinstance(action, (Forward, Checkpoint, Keep)):
+                current = self._boundary(action.stage)
+                if current is None:
+                    return False
+                if isinstance(action, Checkpoint) and action.stage not in self.boundaries:
+                    self.hold(action.stage, current)
+                self.working = None
+                if isinstance(action, Keep):
+                    following = replay[self.position + 1]
+                    wanted = not (isinstance(following, Backward) and following.stage == action.stage)
+                    produced = self._rebuild(action.stage, current, wanted)
+                else:
+                    produced = self._advance(action.stage, current)
+                if produced is not None:
+                    self.working = (action.stage + 1, produced)
+            self.position += 1
+        return True
+
+    def _boundary(self, boundary: int) -> tuple[Tensor, ...] | None:
+        if self.working is not None and self.working[0] == boundary:
+            return self.working[1]
+        held = self.boundaries.get(boundary)
+        if held is not None and tuple(t._version for t in held) != self.versions[boundary]:
+            raise RuntimeError(
+                f"boundary {boundary} has been modified by an inplace operation since the forward, so that the "
+                "stages after it cannot be replayed"
+            )
+        return held
+
+    def _rebuild_from_nearest(self, stage: int) -> None:
+        """Rebuild one stage from the nearest held boundary, whatever the program says (rule 4)."""
+        start = max((b for b in self.boundaries if b <= stage), default=None)
+        current = None if start is None else self._boundary(start)
+        if start is None or current is None:
+            raise ReplayError(
+                f"stage {stage}: no boundary before it is held any more; an earlier backward released it. "
+                "Pass retain_graph=True to that backward"
+            )
+        for between in range(start, stage):
+            current = self._advance(between, current)
+        self._rebuild(stage, current, wanted=False)
+
+    def _ready(self, stage: int) -> None:
+        """Bring back the random numbers of the stage's first run; refuse if what a re-run needs is gone."""
+        if not self.rerunnable[stage]:
+            raise ReplayError(
+                f"stage {stage}: what its re-run needs is not held (any more); if an earlier backward released "
+                "it, pass retain_graph=True to that backward"
+            )
+        if stage in self.states:
+            self.states[stage].restore()
+
+    def _advance(self, stage: int, boundary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Run a stage without grad."""
+        self._ready(stage)
+        with torch.no_grad():
+            return self.run_stage(stage, boundary, grad=False)
+
+    def _rebuild(self, stage: int, boundary: tuple[Tensor, ...], wanted: bool) -> tuple[Tensor, ...] | None:
+        """Re-run a stage in grad mode and fill its handles (rule 2); its output too, if wanted."""
+        shapes = self.shapes[stage]
+        last = max((i for i, shape in enumerate(shapes) if shape is not None), default=-1)
+        if last < 0 or not self.handles[stage]:
+            return self._advance(stage, boundary) if wanted else None
+        filled: dict[int, Tensor] = {}
+        count = 0
+
+        def pack(tensor: Tensor) -> None:
+            nonlocal count
+            index = count
+            count += 1
+            if index >= len(shapes):
+                raise ReplayError(
+                    f"stage {stage}: its re-run saves more tensors than its first run ({len(shapes)}); the model "
+                    "must run the same ops on the same input"
+                )
+            expected = shapes[index]
+            if expected is not None:
+                if expected != (tensor.shape, tensor.dtype):
+                    raise ReplayError(
+                        f"stage {stage}: saved tensor {index} was {tuple(expected[0])} {expected[1]} in the first "
+                        f"run and is {tuple(tensor.shape)} {tensor.dtype} in the re-run"
+                    )
+                filled[index] = tensor.detach()
+                if index == last and not wanted:
+                    raise _Stop
+
+        self._ready(stage)
+        inputs = tuple(
+            t.detach().requires_grad_(flag) for t, flag in zip(boundary, self.flags[stage], strict=True)
+        )
+        produced: tuple[Tensor, ...] | None = None
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _never):
+            try:
+                produced = tuple(t.detach() for t in self.run_stage(stage, inputs, grad=True))
+            except _Stop:
+                pass
+        if count <= last:
+            raise ReplayError(
+                f"stage {stage}: its re-run saves {count} tensors, its first run {len(shapes)}; the model must run "
+                "the same ops on the same input"
+            )
+        self.filled[stage] = filled
+        return produced
+
+
+def _never(_: Any) -> Tensor:
+    raise ReplayError("the graph of a re-run must not be reversed")
+
+
+def _autocast_state(device: torch.device) -> tuple[tuple[str, bool, torch.dtype], ...]:
+    """(device type, enabled, dtype) for the CPU and the model's device."""
+    return tuple(
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in dict.fromkeys(("cpu", device.type))
+    )
+
+
+def _autocast_contexts(state: tuple[tuple[str, bool, torch.dtype], ...]) -> list[torch.autocast]:
+    """What brings back the autocast state of the forward, where the backward's differs.
+
+    The cache of casts is off: what it holds may come from a no-grad run.
+    """
+    return [
+        torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+        for kind, enabled, dtype in state
+        if enabled or torch.is_autocast_enabled(kind)
+    ]

@@ -1,0 +1,301 @@
+"""Model -> op graph, by torch.export.
+
+The exported graph calls the same kernels on the same Parameters as the plain model. What export loses
+is refused here: a custom autograd.Function (its backward would be dropped), module hooks (they would
+not fire), an input that is changed in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from scheduler.capture.sample import Call
+from scheduler.errors import CaptureError
+
+__all__ = ["Group", "Op", "OpGraph", "export_graph"]
+
+# Checks of metadata that export adds; shapes and dtypes are checked once per call by the plan's signature.
+_CHECKS = ("aten._assert_tensor_metadata.default", "aten.sym_constrain_range_for_size.default")
+
+
+@dataclass(slots=True)
+class Group:
+    """One storage: a value, together with all its views.
+
+    Attributes:
+        bytes: size of the storage.
+        producer: index of the op that creates it; -1 for parameters, buffers, constants and inputs.
+        last_use: index of the last op that reads or writes it; ``len(ops)`` if it is an output.
+        requires_grad: whether any of its views does.
+        mutated: indices of the ops that change it in place.
+    """
+
+    bytes: int
+    producer: int
+    last_use: int = -1
+    requires_grad: bool = False
+    mutated: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Op:
+    """One call in the graph.
+
+    Attributes:
+        node: the fx node.
+        reads: storages of its arguments. writes: storages of its results. saved: what autograd keeps of it.
+    """
+
+    node: fx.Node
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    saved: tuple[int, ...]
+    requires_grad: bool
+
+
+@dataclass(slots=True)
+class OpGraph:
+    """The captured model: ops in order, storages, and where everything comes from.
+
+    Attributes:
+        module: the exported GraphModule; it holds lifted constants and submodules of higher-order ops.
+        ops: in the order in which they run.
+        groups: storages by id.
+        placeholders: input nodes, in the order of the flattened call.
+        attributes: get_attr nodes -> dotted name in ``module``.
+        group_of: storages of each node's result.
+        grad_of: whether each node's result requires grad.
+        outputs: the flattened outputs: nodes, or plain values.
+        output_spec: how to rebuild the output.
+    """
+
+    module: fx.GraphModule
+    ops: list[Op]
+    groups: dict[int, Group]
+    placeholders: list[fx.Node]
+    attributes: dict[fx.Node, str]
+    group_of: dict[fx.Node, tuple[int, ...]]
+    grad_of: dict[fx.Node, bool]
+    outputs: list[Any]
+    output_spec: Any
+
+    def constants(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Tensors that the export lifted out of the code: in the graph, but not in the model."""
+        own = {id(t) for t in (*model.parameters(), *model.buffers())}
+        found = {}
+        for target in self.attributes.values():
+            value = resolve(self.module, target)
+            if isinstance(value, torch.Tensor) and id(value) not in own:
+                found[target] = value
+        return found
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the ops, their arguments and shapes: equal for two captures of one model."""
+        digest = hashlib.sha256()
+        for op in self.ops:
+            digest.update(f"{op.node.name}|{op.node.target}|{op.node.args}|{op.node.kwargs}\n".encode())
+            digest.update(repr([self.groups[g].bytes for g in op.writes]).encode())
+        return digest.hexdigest()
+
+
+def resolve(root: nn.Module, target: str) -> Any:
+    """The attribute of ``root`` that a dotted name stands for."""
+    value: Any = root
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+@contextmanager
+def _custom_functions_refused() -> Iterator[list[str]]:
+    """Note every custom autograd.Function that is applied: export would drop its backward."""
+    seen: list[str] = []
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(f"{cls.__module__}.{cls.__qualname__}")
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment] # put back below
+    try:
+        yield seen
+    finally:
+        torch.autograd.Function.apply = original
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Export warns and logs about things that do not concern the user of a plan."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")]
+    levels = [log.level for log in loggers]
+    for log in loggers:
+        log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)
+
+
+def _hooks(model: nn.Module) -> str | None:
+    """Name of a submodule with hooks; they would not fire in the exported graph."""
+    for name, module in model.named_modules():
+        if module is model:
+            continue  # the planned model is a module itself: its own hooks fire
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            if getattr(module, kind):
+                return name
+    return None
+
+
+def export_graph(model: nn.Module, call: Call) -> OpGraph:
+    """Capture ``model(*args, **kwargs)`` as an op graph.
+
+    Args:
+        model: in train mode; left as it is.
+        call: canonical ``(args, kwargs)``.
+
+    Raises:
+        CaptureError: torch.export fails, or the graph would not train like the model; says why.
+    """
+    hooked = _hooks(model)
+    if hooked is not None:
+        raise CaptureError(f"submodule {hooked!r} has hooks, which an exported graph does not fire")
+    args, kwargs = call
+    with _custom_functions_refused() as functions, _quiet():
+        try:
+            program = torch.export.export(model, args, kwargs, strict=False)
+            module = program.module()
+        except Exception as error:  # export raises whatever the model's code or its own passes raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CaptureError(f"torch.export failed: {reason[:300]}") from error
+    if functions:
+        raise CaptureError(
+            f"the custom autograd.Function {functions[0]} is used, whose backward torch.export drops"
+        )
+    assert isinstance(module, fx.GraphModule)
+    return analyse(module, model, call)
+
+
+def analyse(module: fx.GraphModule, model: nn.Module, call: Call) -> OpGraph:
+    """Run the graph once on fake tensors: which storages are made, viewed, changed, and saved by autograd.
+
+    No data, no memory. Storage identity is taken from the fake tensors, so that an op that may or may
+    not alias (reshape, contiguous, to) is seen doing what it does.
+    """
+    for node in list(module.graph.nodes):
+        check = node.op == "call_module" or (node.op == "call_function" and str(node.target) in _CHECKS)
+        if check and not node.users:
+            module.graph.erase_node(node)
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    flat, _ = pytree.tree_flatten(call)
+    if len(flat) != len(placeholders):
+        raise CaptureError(f"the graph takes {len(placeholders)} inputs, the call has {len(flat)}")
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    memo: dict[int, torch.Tensor] = {}
+    env: dict[fx.Node, Any] = {}
+    groups: dict[int, Group] = {}
+    group_of: dict[fx.Node, tuple[int, ...]] = {}
+    attributes: dict[fx.Node, str] = {}
+    alive: list[Any] = []  # fake storages stay alive, so that their identity stays theirs
+    ops: list[Op] = []
+    saved_now: list[torch.Tensor] = []
+
+    def faked(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) not in memo:
+            memo[id(value)] = fake.from_tensor(value)
+        return memo[id(value)]
+
+    def note(value: Any, producer: int) -> tuple[int, ...]:
+        ids = []
+        for leaf in pytree.tree_leaves(value):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                alive.append(storage)
+                key = storage._cdata
+                if key not in groups:
+                    groups[key] = Group(storage.nbytes(), producer)
+                groups[key].requires_grad |= leaf.requires_grad
+                ids.append(key)
+        return tuple(dict.fromkeys(ids))
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved_now.append(tensor)
+        return tensor
+
+    with fake, torch.enable_grad():
+        for node, value in zip(placeholders, flat, strict=True):
+            env[node] = faked(value)
+            group_of[node] = note(env[node], -1)
+        for node in module.graph.nodes:
+            if node.op == "get_attr":
+                attributes[node] = str(node.target)
+                env[node] = faked(resolve(module, str(node.target)))
+                group_of[node] = note(env[node], -1)
+            elif node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+                index = len(ops)
+                saved_now.clear()
+                with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                    result = node.target(*args, **kwargs)
+                env[node] = result
+                reads = tuple(dict.fromkeys(g for a in node.all_input_nodes for g in group_of[a]))
+                writes = note(result, index)
+                saved = note(list(saved_now), index)
+                group_of[node] = writes
+                grad = any(isinstance(t, torch.Tensor) and t.requires_grad for t in pytree.tree_leaves(result))
+                ops.append(Op(node, reads, writes, saved, grad))
+                for key in (*reads, *writes):
+                    groups[key].last_use = index
+                for key in _changed(node, group_of):
+                    groups[key].mutated.append(index)
+            elif node.op not in ("placeholder", "output"):
+                raise CaptureError(f"the graph has a node of kind {node.op}: {node.name}")
+    output_node = next(n for n in module.graph.nodes if n.op == "output")
+    outputs = list(output_node.args[0])
+    for leaf in outputs:
+        if isinstance(leaf, fx.Node):
+            for key in group_of[leaf]:
+                groups[key].last_use = len(ops)
+    for node in placeholders:
+        if any(groups[g].mutated for g in group_of[node]):
+            raise CaptureError(f"the input {node.name!r} is changed in place, so that it cannot be replayed")
+    grad_of = {
+        node: any(isinstance(t, torch.Tensor) and t.requires_grad for t in pytree.tree_leaves(value))
+        for node, value in env.items()
+    }
+    output_spec = module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined] # export's codegen
+    return OpGraph(
+        module, ops, groups, placeholders, attributes, group_of, grad_of, outputs, output_spec
+    )
+
+
+def _changed(node: fx.Node, group_of: dict[fx.Node, tuple[int, ...]]) -> list[int]:
+    """Storages that the op changes in place, by its schema."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    found: list[int] = []
+    for position, argument in enumerate(schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+        for leaf in pytree.tree_leaves(value):
+            if isinstance(leaf, fx.Node):
+                found.extend(group_of[leaf])
+    return found

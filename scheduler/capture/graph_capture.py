@@ -1,0 +1,178 @@
+"""A model captured as a chain of op-graph stages, ready to be priced and to be run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from scheduler.capture.graph import OpGraph, export_graph, resolve
+from scheduler.capture.linearize import Linear, linearize
+from scheduler.capture.sample import Call
+from scheduler.capture.stages import GraphStage, Source, compile_stages
+from scheduler.capture.state import RandomState, model_device
+
+__all__ = ["GraphCapture", "capture_graph"]
+
+
+@dataclass(slots=True)
+class GraphCapture:
+    """An op graph, its stages, and what a trial run showed of them.
+
+    Attributes:
+        outputs: flattened outputs: where each comes from, or a plain value.
+        constants: tensors that the export lifted out of the model's code.
+        random: (L,) whether the stage draws random numbers.
+        changed: (L,) names of the buffers that the stage changes.
+    """
+
+    graph: OpGraph
+    linear: Linear
+    stages: list[GraphStage]
+    outputs: list[Any]
+    output_spec: Any
+    constants: dict[str, Tensor]
+    device: torch.device
+    random: list[bool] = field(default_factory=list)
+    changed: list[tuple[str, ...]] = field(default_factory=list)
+
+    kind = "graph"
+
+    def __len__(self) -> int:
+        return len(self.stages)
+
+    def arguments(
+        self, k: int, model: nn.Module, flat: list[Any], boundary: tuple[Tensor, ...], carried: Mapping[str, Tensor]
+    ) -> list[Any]:
+        """Arguments of stage k, parameters and buffers as the model holds them now."""
+        found: list[Any] = []
+        for source in self.stages[k].sources:
+            if source.kind in ("parameter", "buffer"):
+                found.append(resolve(model, source.key))
+            elif source.kind == "boundary":
+                found.append(boundary[source.key])
+            elif source.kind == "carried":
+                found.append(carried[source.key])
+            elif source.kind == "input":
+                found.append(flat[source.key])
+            else:
+                found.append(self.constants[source.key])
+        return found
+
+    def sweep(
+        self,
+        model: nn.Module,
+        call: Call,
+        visit: Callable[[int, list[Any]], None] | None = None,
+    ) -> Any:
+        """Run all stages in order, in the grad mode of the caller; gives the model's output.
+
+        Args:
+            visit: called with (stage, arguments) before each stage runs.
+        """
+        flat = pytree.tree_leaves(call)
+        boundary: tuple[Tensor, ...] = ()
+        carried: dict[str, Tensor] = {}
+        for k, stage in enumerate(self.stages):
+            arguments = self.arguments(k, model, flat, boundary, carried)
+            if visit is not None:
+                visit(k, arguments)
+            results = stage.function(*arguments)
+            del arguments
+            boundary = tuple(results[i] if i >= 0 else boundary[-1 - i] for i in stage.boundary_from)
+            for name, index in zip(stage.carried, stage.carried_from, strict=True):
+                carried[name] = results[index]
+            del results
+        output = []
+        for leaf in self.outputs:
+            if isinstance(leaf, Source):
+                places: dict[str, Any] = {"carried": carried, "input": flat, "constant": self.constants}
+                output.append(places[leaf.kind][leaf.key])
+            else:
+                output.append(leaf)
+        return pytree.tree_unflatten(output, self.output_spec)
+
+    def own_output(self, stage: GraphStage, results: tuple[Tensor, ...]) -> Any:
+        """The part of the model's output that ``stage`` makes, None in the place of the rest."""
+        made = {name: results[i] for name, i in zip(stage.carried, stage.carried_from, strict=True)}
+        leaves = [made.get(leaf.key) if isinstance(leaf, Source) else leaf for leaf in self.outputs]
+        return pytree.tree_unflatten(leaves, self.output_spec)
+
+    def record(self) -> dict[str, Any]:
+        """What a plan keeps of this capture, to make it again."""
+        return {
+            "graph": self.graph.fingerprint(),
+            "cuts": self.linear.cuts[1:-1],
+            "random": tuple(self.random),
+            "changed": tuple(self.changed),
+        }
+
+    def observe(self, model: nn.Module, call: Call) -> None:
+        """Run the stages once without grad: which draw random numbers, which change buffers.
+
+        The caller restores the model's state.
+        """
+        self.random, self.changed = [], []
+        before: dict[str, Any] = {}
+
+        def note() -> None:
+            if not before:
+                return
+            self.random.append(before["random"].differs())
+            self.changed.append(
+                tuple(name for name, (buffer, value) in before["buffers"].items() if not _same(buffer, value))
+            )
+
+        def visit(k: int, arguments: list[Any]) -> None:
+            note()
+            before["random"] = RandomState(self.device)
+            before["buffers"] = {
+                source.key: (arguments[i], arguments[i].clone())
+                for i, source in enumerate(self.stages[k].sources)
+                if source.kind == "buffer"
+            }
+
+        with torch.no_grad():
+            self.sweep(model, call, visit)
+        note()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def capture_graph(
+    model: nn.Module, call: Call, *, max_stages: int = 100, cuts: tuple[int, ...] | None = None
+) -> GraphCapture:
+    """Export the model and cut it into stages; nothing is run.
+
+    Args:
+        cuts: inner cuts of an earlier capture of the same graph, to repeat it.
+
+    Raises:
+        CaptureError: the model cannot be captured as a graph; says why.
+    """
+    graph = export_graph(model, call)
+    linear = linearize(graph, max_stages, cuts)
+    stages = compile_stages(graph, linear, model)
+    constants = graph.constants(model)
+    made = {name for stage in stages for name in stage.carried}
+    inputs = {node.name: index for index, node in enumerate(graph.placeholders)}
+    outputs: list[Any] = []
+    for leaf in graph.outputs:
+        name = getattr(leaf, "name", None)
+        if name in made:
+            outputs.append(Source("carried", name))
+        elif name in inputs:
+            outputs.append(Source("input", inputs[name]))
+        elif leaf in graph.attributes:
+            outputs.append(Source("constant", graph.attributes[leaf]))
+        else:
+            outputs.append(leaf)
+    return GraphCapture(
+        graph, linear, stages, outputs, graph.output_spec, constants, model_device(model)
+    )

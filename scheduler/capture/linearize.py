@@ -1,0 +1,244 @@
+"""Op graph -> stages in a line.
+
+Every gap between ops is a possible cut; its state is the set of values that are live there. A good cut
+is a valley: a run of gaps where fewer values are live than before and after it. In a transformer those are
+the ends of the attention and MLP halves, in a ResNet the ends of the residual blocks, in a U-Net the block
+ends at every level, skips included.
+
+Values that live across many cuts (U-Net skips, masks, rotary tables) and the outputs are *carried*: held
+once, from where they are made until their first reader is reversed, instead of being part of every boundary
+in between. A value that crosses a few cuts only is part of each of those boundaries.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+import torch
+
+from scheduler.capture.graph import OpGraph
+from scheduler.errors import CaptureError
+
+__all__ = ["Linear", "linearize", "op_dag"]
+
+# A value that crosses more cuts than this is carried. Carrying pins it in memory, so a value that merely
+# spans a few stages (the residual around a cut inside a block) is better left to the solver.
+MAX_CROSSED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linearised op graph with L stages.
+
+    Attributes:
+        cuts: (L + 1,) op indices; stage k is ops[cuts[k]:cuts[k + 1]].
+        boundaries: (L + 1,) storages that cross into stage k and are not carried; the last is empty, since
+            the outputs are carried.
+        carried: (L,) carried storages first made in stage k.
+        readers: carried storage -> stages after its producer that read it, ascending.
+        frozen_prefix: stage 0 needs no gradient at all, and is run once.
+    """
+
+    cuts: tuple[int, ...]
+    boundaries: tuple[tuple[int, ...], ...]
+    carried: tuple[tuple[int, ...], ...]
+    readers: dict[int, tuple[int, ...]]
+    frozen_prefix: bool
+
+    def __len__(self) -> int:
+        return len(self.cuts) - 1
+
+
+def op_dag(graph: OpGraph) -> nx.DiGraph:
+    """The ops as a directed graph: an edge from the op that makes or changes a storage to each later reader."""
+    dag = nx.DiGraph()
+    last_writer: dict[int, int] = {}
+    for index, op in enumerate(graph.ops):
+        dag.add_node(index)
+        for key in op.reads:
+            if key in last_writer:
+                dag.add_edge(last_writer[key], index, storage=key)
+        for key in (*op.writes, *(g for g in op.reads if index in graph.groups[g].mutated)):
+            last_writer[key] = index
+    return dag
+
+
+def linearize(graph: OpGraph, max_stages: int = 100, cuts: Sequence[int] | None = None) -> Linear:
+    """Cut the op graph into at most ``max_stages`` stages.
+
+    Args:
+        cuts: op indices of the inner cuts, to repeat an earlier linearisation; found if None.
+
+    Raises:
+        CaptureError: the ops are not in a topological order (a broken graph).
+    """
+    dag = op_dag(graph)
+    if any(a >= b for a, b in dag.edges):
+        raise CaptureError("the exported ops are not in topological order")
+    prefix = _prefix(graph)
+    if cuts is None:
+        inner = _merge_small(graph, _valleys(graph, prefix), prefix, max_stages)
+    else:
+        inner = list(cuts)
+    edges = (0, *inner, len(graph.ops))
+    stage_of = {}
+    for stage in range(len(edges) - 1):
+        for op in range(edges[stage], edges[stage + 1]):
+            stage_of[op] = stage
+    outputs = _output_groups(graph)
+    boundaries: list[list[int]] = [[] for _ in edges]
+    carried: list[list[int]] = [[] for _ in edges[:-1]]
+    reads: dict[int, set[int]] = {}
+    for index, op in enumerate(graph.ops):
+        for key in op.reads:
+            reads.setdefault(key, set()).add(stage_of[index])
+    readers: dict[int, tuple[int, ...]] = {}
+    for key, group in graph.groups.items():
+        if group.producer < 0:
+            continue
+        made = stage_of[group.producer]
+        later = tuple(sorted(s for s in reads.get(key, ()) if s > made))
+        if not later and key not in outputs:
+            continue
+        if key in outputs or later[-1] - made > MAX_CROSSED:
+            carried[made].append(key)
+            readers[key] = later
+        else:
+            for stage in range(made + 1, later[-1] + 1):
+                boundaries[stage].append(key)
+    frozen = bool(inner) and prefix == edges[1] and prefix > 0
+    return Linear(
+        edges,
+        tuple(tuple(b) for b in boundaries),
+        tuple(tuple(c) for c in carried),
+        readers,
+        frozen,
+    )
+
+
+def _output_groups(graph: OpGraph) -> set[int]:
+    """Storages that the user holds when the forward is over."""
+    nodes = [leaf for leaf in graph.outputs if leaf in graph.group_of]
+    return {g for node in nodes for g in graph.group_of[node] if graph.groups[g].producer >= 0}
+
+
+def _prefix(graph: OpGraph) -> int:
+    """Number of leading ops that need no gradient."""
+    for index, op in enumerate(graph.ops):
+        if op.requires_grad:
+            return index
+    return len(graph.ops)
+
+
+def _live_counts(graph: OpGraph) -> tuple[list[int], list[int]]:
+    """(n + 1,) number and bytes of gradient-carrying values live in each gap; gap g is before op g."""
+    size = len(graph.ops) + 1
+    count, held = [0] * (size + 1), [0] * (size + 1)
+    for group in graph.groups.values():
+        if group.producer >= 0 and group.requires_grad and group.last_use > group.producer:
+            for row, amount in ((count, 1), (held, group.bytes)):
+                row[group.producer + 1] += amount
+                row[min(group.last_use + 1, size)] -= amount
+    for row in (count, held):
+        for index in range(1, size):
+            row[index] += row[index - 1]
+    return count[:size], held[:size]
+
+
+def _forbidden(graph: OpGraph) -> set[int]:
+    """Gaps that no cut may use.
+
+    A value live there would be changed in place later, so that a replay would see the changed value; or the
+    gap parts an op with several results from the ops that take them apart.
+    """
+    bad: set[int] = set()
+    for group in graph.groups.values():
+        if group.producer >= 0 and group.mutated:
+            bad.update(range(group.producer + 1, max(group.mutated) + 1))
+    position = {op.node: index for index, op in enumerate(graph.ops)}
+    for index, op in enumerate(graph.ops):
+        if not isinstance(op.node.meta.get("val"), torch.Tensor):  # a tuple: its parts are taken next
+            bad.update(range(index + 1, 1 + max((position[u] for u in op.node.users if u in position), default=index)))
+    return bad
+
+
+def _valleys(graph: OpGraph, prefix: int) -> list[int]:
+    """Gaps of every valley, ascending; after a frozen prefix that computes something, its end too."""
+    count, held = _live_counts(graph)
+    forbidden = _forbidden(graph)
+    gaps = [g for g in range(prefix + 1, len(graph.ops)) if g not in forbidden]
+    valleys: list[tuple[int, list[int]]] = []  # level, gaps
+    start = 0
+    while start < len(gaps):
+        stop = start
+        while stop + 1 < len(gaps) and count[gaps[stop + 1]] == count[gaps[start]]:
+            stop += 1
+        level = count[gaps[start]]
+        left = start == 0 or count[gaps[start - 1]] > level
+        right = stop + 1 == len(gaps) or count[gaps[stop + 1]] > level
+        if left and right:
+            # Within a plateau only the gaps that hold the fewest bytes around them are worth a cut.
+            run = gaps[start : stop + 1]
+            best = [
+                g
+                for i, g in enumerate(run)
+                if (i == 0 or held[run[i - 1]] >= held[g]) and (i + 1 == len(run) or held[run[i + 1]] >= held[g])
+            ]
+            valleys.append((level, best))
+        start = stop + 1
+    chosen = [g for _, best in _without_dimples(valleys) for g in best]
+    if prefix and prefix not in forbidden:
+        made = sum(graph.groups[k].bytes for op in graph.ops[:prefix] for k in op.writes)
+        total = sum(g.bytes for g in graph.groups.values() if g.producer >= 0)
+        if made > 0.01 * total:
+            chosen.insert(0, prefix)
+    return chosen
+
+
+def _without_dimples(valleys: list[tuple[int, list[int]]]) -> list[tuple[int, list[int]]]:
+    """Drop each valley that lies higher than both neighbours: a dip inside a block, where many values live."""
+    kept = list(valleys)
+    index = 1
+    while index < len(kept) - 1:
+        if kept[index - 1][0] < kept[index][0] > kept[index + 1][0]:
+            del kept[index]
+            index = max(1, index - 1)
+        else:
+            index += 1
+    return kept
+
+
+def _weights(graph: OpGraph) -> list[int]:
+    """(n + 1,) prefix sums over the ops of the bytes that they make, saved for backward or not."""
+    made = [0] * len(graph.ops)
+    for group in graph.groups.values():
+        if group.producer >= 0:
+            made[group.producer] += group.bytes
+    return [0, *itertools.accumulate(made)]
+
+
+def _merge_small(graph: OpGraph, gaps: list[int], prefix: int, max_stages: int) -> list[int]:
+    """Drop cuts until every stage makes something worth a decision and there are few enough stages."""
+    weight = _weights(graph)
+    edges = [0, *gaps, len(graph.ops)]
+    smallest = weight[-1] / 400
+    while len(edges) > 2:
+        sizes = [weight[b] - weight[a] for a, b in zip(edges, edges[1:], strict=False)]
+        # The end of a frozen prefix is kept whatever its size: it spares the prefix its re-run.
+        choices = [i for i in range(1, len(edges) - 1) if edges[i] != prefix]
+        if not choices:
+            break
+        merged = min(choices, key=lambda i: sizes[i - 1] + sizes[i])
+        lightest = min(
+            (min(sizes[i - 1], sizes[i]) for i in choices),
+            default=smallest,
+        )
+        if len(edges) - 1 <= max_stages and lightest >= smallest:
+            break
+        if len(edges) - 1 <= max_stages:
+            merged = min(choices, key=lambda i: min(sizes[i - 1], sizes[i]))
+        del edges[merged]
+    return edges[1:-1]

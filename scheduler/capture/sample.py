@@ -1,0 +1,175 @@
+"""What the model is called with: the sample, its canonical form, and its signature.
+
+One model call can be written in many ways (positional, by keyword, with defaults spelled out). The
+canonical form binds them to the parameter names of ``model.forward``, so that the plan's sample and
+every later training call meet in one shape.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from scheduler.errors import PlanMismatch
+
+__all__ = ["CallSignature", "canonical_call", "model_fingerprint", "read_sample", "reject_unusable"]
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def read_sample(sample: Any) -> Call:
+    """``sample`` as ``(args, kwargs)``.
+
+    Args:
+        sample: a tensor, a tuple of positional arguments, a mapping of keyword arguments, or a pair
+            ``(args, kwargs)`` of a tuple and a mapping.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if isinstance(sample, torch.Tensor):
+        return (sample,), {}
+    if isinstance(sample, Mapping):
+        return (), dict(sample)
+    if isinstance(sample, (tuple, list)):
+        if len(sample) == 2 and isinstance(sample[0], (tuple, list)) and isinstance(sample[1], Mapping):
+            return tuple(sample[0]), dict(sample[1])
+        return tuple(sample), {}
+    raise TypeError(
+        f"solve: sample is a {type(sample).__name__}; pass a tensor, a tuple of positional arguments, "
+        "a dict of keyword arguments, or (args, kwargs)"
+    )
+
+
+def canonical_call(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    """``(args, kwargs)`` with every argument by name where it has one, in the order of the signature.
+
+    Arguments that repeat a default of None are dropped. A model that takes ``use_cache`` and is not
+    told gets False: a training step never reads the cache, and its tensors would outlive the step.
+
+    Raises:
+        TypeError: the arguments do not fit the signature.
+    """
+    bound = signature.bind(*args, **kwargs)
+    positional: list[Any] = []
+    named: dict[str, Any] = {}
+    # Everything before *args must stay positional if *args is used.
+    starred = any(
+        p.kind is p.VAR_POSITIONAL and bound.arguments.get(n) for n, p in signature.parameters.items()
+    )
+    for name, parameter in signature.parameters.items():
+        if name not in bound.arguments:
+            continue
+        value = bound.arguments[name]
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            positional.extend(value)
+            starred = False
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            named.update(sorted(value.items()))
+        elif parameter.kind is parameter.POSITIONAL_ONLY or (
+            starred and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        ):
+            positional.append(value)
+        elif not (value is None and parameter.default is None):
+            named[name] = value
+    if "use_cache" in signature.parameters and "use_cache" not in named:
+        named["use_cache"] = False
+    return tuple(positional), named
+
+
+def _describe(leaf: Any) -> list[Any]:
+    """JSON-ready description of one leaf of the arguments."""
+    if isinstance(leaf, torch.Tensor):
+        return ["tensor", list(leaf.shape), str(leaf.dtype), leaf.device.type, leaf.requires_grad]
+    if leaf is None or isinstance(leaf, (bool, int, float, str)):
+        return ["value", leaf]
+    return ["object", f"{type(leaf).__module__}.{type(leaf).__qualname__}", repr(leaf)]
+
+
+@dataclass(frozen=True, slots=True)
+class CallSignature:
+    """Structure, shapes, dtypes and devices of a canonical call; plain values by value.
+
+    Attributes:
+        structure: the tree of the arguments, as text.
+        leaves: JSON text, one description per leaf.
+    """
+
+    structure: str
+    leaves: str
+
+    @classmethod
+    def of(cls, call: Call) -> CallSignature:
+        """The signature of a canonical call."""
+        flat, spec = pytree.tree_flatten(call)
+        return cls(str(spec), json.dumps([_describe(leaf) for leaf in flat]))
+
+    def check(self, call: Call, where: str) -> None:
+        """Compare with the signature of another call.
+
+        Raises:
+            PlanMismatch: they differ; the message shows the first difference.
+        """
+        other = CallSignature.of(call)
+        if other == self:
+            return
+        if other.structure != self.structure:
+            raise PlanMismatch(
+                f"{where}: the plan was made for arguments {self.structure}, got {other.structure}; "
+                "call solve() with a sample of this structure"
+            )
+        for index, (want, got) in enumerate(zip(json.loads(self.leaves), json.loads(other.leaves), strict=True)):
+            if want != got:
+                raise PlanMismatch(
+                    f"{where}: argument leaf {index}: the plan was made for {_words(want)}, got {_words(got)}; "
+                    "call solve() with a sample like this one and execute that plan for such batches"
+                )
+
+
+def _words(leaf: list[Any]) -> str:
+    if leaf[0] == "tensor":
+        grad = ", requires_grad" if leaf[4] else ""
+        return f"a tensor of shape {tuple(leaf[1])}, {leaf[2]} on {leaf[3]}{grad}"
+    return repr(leaf[-1])
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the model's class and the names, shapes, dtypes and requires_grad of its tensors.
+
+    Values do not count: the plan stays good while the model trains.
+    """
+    digest = hashlib.sha256(f"{type(model).__module__}.{type(model).__qualname__}".encode())
+    for kind, tensors in (
+        ("parameter", model.named_parameters(remove_duplicate=False)),
+        ("buffer", model.named_buffers(remove_duplicate=False)),
+    ):
+        for name, tensor in tensors:
+            row = (kind, name, tuple(tensor.shape), str(tensor.dtype), tensor.device.type, tensor.requires_grad)
+            digest.update(repr(row).encode())
+    return digest.hexdigest()
+
+
+def reject_unusable(model: Any) -> None:
+    """Refuse what cannot be planned, before anything is changed.
+
+    Raises:
+        TypeError: not an nn.Module.
+        ValueError: in eval mode, or without a parameter that requires grad.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"solve: model is a {type(model).__name__}, expected a torch.nn.Module")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "solve: no parameter of the model requires grad, so there is no backward to plan; "
+            "call model.requires_grad_(True) or unfreeze what you train"
+        )
+    if not model.training:
+        raise ValueError("solve: the model is in eval mode; call model.train() first, plans are for training steps")

@@ -1,0 +1,94 @@
+"""Does the captured model train exactly like the plain one? One step of each, compared bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scheduler.capture.loss import find_loss, output_tensors
+from scheduler.capture.state import RandomState, model_device, preserved
+
+__all__ = ["StepResult", "difference", "run_step"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step left behind, copied to the CPU."""
+
+    outputs: list[Tensor]
+    grads: dict[str, Tensor | None]
+    buffers: dict[str, Tensor]
+    generators: RandomState
+    own_loss: bool
+
+
+def run_step(model: nn.Module, forward: Callable[[], Any], *, offload: bool = False) -> StepResult:
+    """One forward and backward from the present state, which is put back afterwards.
+
+    Args:
+        offload: keep saved tensors in host memory meanwhile, for a model that may not fit otherwise.
+    """
+    device = model_device(model)
+    with preserved(model):
+        context: AbstractContextManager[Any] = nullcontext()
+        if offload and device.type != "cpu":
+            context = torch.autograd.graph.save_on_cpu()
+        with context, torch.enable_grad():
+            output = forward()
+            loss, own = find_loss(output)
+        outputs = [t.detach().cpu().clone() for t in output_tensors(output)]
+        del output
+        loss.backward()
+        return StepResult(
+            outputs,
+            {n: None if p.grad is None else p.grad.detach().cpu().clone() for n, p in model.named_parameters()},
+            {n: b.detach().cpu().clone() for n, b in model.named_buffers()},
+            RandomState(device),
+            own,
+        )
+
+
+def difference(plain: StepResult, other: StepResult) -> str | None:
+    """The first thing in which two steps differ, in words; None if they are equal bit for bit."""
+    if len(plain.outputs) != len(other.outputs):
+        return f"{len(other.outputs)} output tensors instead of {len(plain.outputs)}"
+    for index, (a, b) in enumerate(zip(plain.outputs, other.outputs, strict=True)):
+        if not _equal(a, b):
+            return f"output {index} differs{_amount(a, b)}"
+    for name, grad in plain.grads.items():
+        found = other.grads[name]
+        if (grad is None) != (found is None):
+            return f"the gradient of {name} is {'missing' if found is None else 'there, but not in the plain model'}"
+        if grad is not None and found is not None and not _equal(grad, found):
+            return f"the gradient of {name} differs{_amount(grad, found)}"
+    for name, buffer in plain.buffers.items():
+        if not _equal(buffer, other.buffers[name]):
+            return f"buffer {name} differs{_amount(buffer, other.buffers[name])}"
+    if not torch.equal(plain.generators.cpu, other.generators.cpu):
+        return "the state of the CPU's random-number generator differs after the step"
+    a, b = plain.generators.on_device, other.generators.on_device
+    if a is not None and b is not None and not torch.equal(a, b):
+        return "the state of the device's random-number generator differs after the step"
+    return None
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit, NaNs included."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) if a.ndim else bool(
+        torch.equal(a.reshape(1).view(torch.uint8), b.reshape(1).view(torch.uint8))
+    )
+
+
+def _amount(a: Tensor, b: Tensor) -> str:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return f": {tuple(b.shape)} {b.dtype} instead of {tuple(a.shape)} {a.dtype}"
+    if not a.is_floating_point():
+        return ""
+    return f" by up to {(a.double() - b.double()).abs().max().item():.3g}"

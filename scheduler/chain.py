@@ -1,0 +1,272 @@
+"""The chain: what each stage of a model costs, in seconds and in bytes.
+
+A model is cut into stages 0..L-1 that run in order. *Boundary* i is what crosses into stage i
+(x_i); boundary L is the output. Every solver, the referee and the plan speak of this one object.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["Chain", "Option", "Stage"]
+
+CHAIN_FORMAT = 1
+
+
+def _bytes(owner: str, field: str, value: Any, *, signed: bool = False) -> int:
+    """``value`` as a plain int, or a ValueError that names the field."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(
+            f"{owner}: {field}={value!r} must be an integer number of bytes; "
+            "round sizes up to whole bytes first"
+        )
+    result = int(value)
+    if result < 0 and not signed:
+        raise ValueError(f"{owner}: {field}={result} must not be negative (bytes)")
+    return result
+
+
+def _seconds(owner: str, field: str, value: Any) -> float:
+    """``value`` as a float, or a ValueError that names the field."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{owner}: {field}={value!r} must be a number of seconds")
+    result = float(value)
+    if not math.isfinite(result) or result < 0:
+        raise ValueError(f"{owner}: {field}={result} must be finite and not negative (seconds)")
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One choice of which saved tensors of a stage stay between its forward and its backward.
+
+    Attributes:
+        saved: bytes that stay after the forward: output included; input and carried values excluded.
+        recompute: seconds to rebuild, just before the backward, the saved tensors that did not stay.
+        forward_overhead: transient bytes of this forward above the stage's input and ``saved``.
+        backward_overhead: transient bytes of the backward above input, ``saved``, the gradient of the
+            output and the gradient of the input. Parameter gradients count here while they appear.
+        name: what is kept, in words.
+    """
+
+    saved: int
+    recompute: float = 0.0
+    forward_overhead: int = 0
+    backward_overhead: int = 0
+    name: str = "all"
+
+    def __post_init__(self) -> None:
+        for field in ("saved", "forward_overhead", "backward_overhead"):
+            object.__setattr__(self, field, _bytes("Option", field, getattr(self, field)))
+        object.__setattr__(self, "recompute", _seconds("Option", "recompute", self.recompute))
+        if not isinstance(self.name, str):
+            raise ValueError(f"Option: name={self.name!r} must be a string")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage: a slice of the model.
+
+    Attributes:
+        name: for people.
+        forward, backward: seconds of one run of each.
+        input: bytes of x_i, the boundary that crosses into this stage; carried values excluded.
+        options: what may stay after a forward; the first keeps all saved tensors.
+        forward_overhead: transient bytes, above x_i and x_{i+1}, of a forward that keeps nothing.
+        input_grad: bytes of the gradient of x_i.
+        grad: bytes of the parameter gradients that its backward creates; 0 if they exist already.
+        carried: bytes of long-lived values (U-Net skips, masks) that its first run leaves behind.
+        carried_change: by how much its backward changes the bytes of long-lived values and of their
+            gradients (negative where it lets them go).
+        recomputable: False for a stage that must run exactly once, and so is always kept.
+    """
+
+    name: str
+    forward: float
+    backward: float
+    input: int
+    options: tuple[Option, ...]
+    forward_overhead: int = 0
+    input_grad: int = 0
+    grad: int = 0
+    carried: int = 0
+    carried_change: int = 0
+    recomputable: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ValueError(f"Stage: name={self.name!r} must be a string")
+        owner = f"Stage {self.name!r}"
+        for field in ("forward", "backward"):
+            object.__setattr__(self, field, _seconds(owner, field, getattr(self, field)))
+        for field in ("input", "forward_overhead", "input_grad", "grad", "carried"):
+            object.__setattr__(self, field, _bytes(owner, field, getattr(self, field)))
+        change = _bytes(owner, "carried_change", self.carried_change, signed=True)
+        object.__setattr__(self, "carried_change", change)
+        object.__setattr__(self, "options", tuple(self.options))
+        if not self.options or not all(isinstance(o, Option) for o in self.options):
+            raise ValueError(f"{owner}: options={self.options!r} must hold at least one Option")
+        if not isinstance(self.recomputable, bool):
+            raise ValueError(f"{owner}: recomputable={self.recomputable!r} must be a bool")
+
+    @property
+    def retained(self) -> int:
+        """Net bytes that stay when its backward is over: parameter gradients and carried values."""
+        return self.grad + self.carried_change
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A whole training step as a chain of L stages.
+
+    Attributes:
+        stages: L stages in the order in which they run.
+        output: bytes of boundary L.
+        output_grad: bytes of its gradient.
+        fixed: bytes live during the whole step: parameters, buffers, optimizer state, inputs.
+        name: for people.
+    """
+
+    stages: tuple[Stage, ...]
+    output: int
+    output_grad: int
+    fixed: int = 0
+    name: str = "chain"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", tuple(self.stages))
+        if not self.stages or not all(isinstance(s, Stage) for s in self.stages):
+            raise ValueError("Chain: stages must hold at least one Stage")
+        for field in ("output", "output_grad", "fixed"):
+            object.__setattr__(self, field, _bytes("Chain", field, getattr(self, field)))
+        carried = 0
+        for stage in self.stages:
+            carried += stage.carried
+        for stage in reversed(self.stages):
+            carried += stage.carried_change
+            if carried < 0:
+                raise ValueError(
+                    f"Chain: the backward of stage {stage.name!r} lets go of {-carried} carried bytes "
+                    "more than there are; carried_change must not exceed what the stages carry"
+                )
+
+    def __len__(self) -> int:
+        return len(self.stages)
+
+    def input_bytes(self, boundary: int) -> int:
+        """Bytes of boundary ``boundary``, 0..L."""
+        return self.output if boundary == len(self.stages) else self.stages[boundary].input
+
+    def grad_bytes(self, boundary: int) -> int:
+        """Bytes of the gradient of boundary ``boundary``, 0..L."""
+        stages = self.stages
+        return self.output_grad if boundary == len(stages) else stages[boundary].input_grad
+
+    @property
+    def plain_seconds(self) -> float:
+        """Seconds of the plain step: every stage once forward and once backward, all kept."""
+        return sum(s.forward + s.backward for s in self.stages)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        forward: Sequence[float],
+        backward: Sequence[float],
+        boundary: Sequence[int],
+        saved: Sequence[int],
+        forward_overhead: Sequence[int] | None = None,
+        backward_overhead: Sequence[int] | None = None,
+        *,
+        boundary_grad: Sequence[int] | None = None,
+        grad: Sequence[int] | None = None,
+        names: Sequence[str] | None = None,
+        fixed: int = 0,
+        name: str = "chain",
+    ) -> Chain:
+        """A chain in which every stage keeps all or nothing.
+
+        Args:
+            forward, backward: (L,) seconds.
+            boundary: (L + 1,) bytes of x_0 .. x_L.
+            saved: (L,) bytes that stay after stage i keeps all: output included, input excluded.
+            forward_overhead, backward_overhead: (L,) transient bytes above inputs and results; default 0.
+            boundary_grad: (L + 1,) bytes of the gradients of the boundaries; default ``boundary``.
+            grad: (L,) bytes of parameter gradients that the backward of stage i creates; default 0.
+            names: (L,) names; default "0", "1", ...
+            fixed: bytes live during the whole step.
+
+        Raises:
+            ValueError: a wrong length, a negative, non-finite or non-integer number.
+        """
+        count = len(forward)
+        zeros = [0] * count
+        overhead_f = zeros if forward_overhead is None else forward_overhead
+        overhead_b = zeros if backward_overhead is None else backward_overhead
+        boundary_grad = boundary if boundary_grad is None else boundary_grad
+        grad = zeros if grad is None else grad
+        labels = [str(i) for i in range(count)] if names is None else names
+        expected = {
+            "backward": (backward, count),
+            "boundary": (boundary, count + 1),
+            "saved": (saved, count),
+            "forward_overhead": (overhead_f, count),
+            "backward_overhead": (overhead_b, count),
+            "boundary_grad": (boundary_grad, count + 1),
+            "grad": (grad, count),
+            "names": (labels, count),
+        }
+        for field, (values, length) in expected.items():
+            if len(values) != length:
+                raise ValueError(
+                    f"Chain.from_arrays: {field} has {len(values)} entries, expected {length} "
+                    f"for {count} stages"
+                )
+        stages = [
+            Stage(
+                name=labels[i],
+                forward=forward[i],
+                backward=backward[i],
+                input=boundary[i],
+                options=(
+                    Option(saved[i], 0.0, forward_overhead=overhead_f[i], backward_overhead=overhead_b[i]),
+                ),
+                forward_overhead=overhead_f[i],
+                input_grad=boundary_grad[i],
+                grad=grad[i],
+            )
+            for i in range(count)
+        ]
+        return cls(tuple(stages), boundary[count], boundary_grad[count], fixed, name)
+
+    def to_json(self) -> dict[str, Any]:
+        """The chain as JSON-ready data."""
+        return {"format": CHAIN_FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Chain:
+        """The chain that ``to_json`` wrote.
+
+        Raises:
+            ValueError: the data is no chain, or of an unknown format.
+        """
+        if not isinstance(data, Mapping) or data.get("format") != CHAIN_FORMAT:
+            found = data.get("format") if isinstance(data, Mapping) else data
+            raise ValueError(f"Chain.from_json: format {found!r}, expected {CHAIN_FORMAT}")
+        try:
+            stages = tuple(
+                Stage(**{**stage, "options": tuple(Option(**option) for option in stage["options"])})
+                for stage in _list(data["stages"])
+            )
+            return cls(stages, data["output"], data["output_grad"], data["fixed"], data["name"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"Chain.from_json: not a chain: {error}") from error
+
+
+def _list(value: Any) -> Iterable[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"expected a list, got {type(value).__name__}")
+    return value

@@ -1,0 +1,264 @@
+"""Captured op graph -> chain: seconds and bytes of every stage.
+
+Sizes of boundaries, saved tensors, carried values and gradients are exact sums over storages, known from
+the graph alone. Transients and seconds are measured, once per distinct stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scheduler.capture.graph_capture import GraphCapture
+from scheduler.capture.loss import find_loss
+from scheduler.capture.sample import Call
+from scheduler.capture.stages import GraphStage
+from scheduler.chain import Chain, Option, Stage
+from scheduler.costs.measure import Enter, StageCost, StageRun, measure_stage
+from scheduler.costs.peak import allocated
+from scheduler.costs.resident import storage_bytes
+
+__all__ = ["graph_chain", "measure_graph"]
+
+CPU_RANDOM_STATE = 5056  # bytes of torch's CPU generator state, an allocation of its own
+SMALL_TENSORS = 4096  # bytes: zero-dimensional tensors of scalars, which belong to no value of the graph
+
+
+def measure_graph(
+    capture: GraphCapture,
+    model: nn.Module,
+    call: Call,
+    *,
+    clock: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[StageCost]:
+    """Measure every distinct stage once; equal stages share the figures.
+
+    The caller preserves the model's state (gradients, buffers, random numbers).
+
+    Args:
+        progress: called with (stages done, stages).
+    """
+    costs: dict[str, StageCost] = {}
+    last = len(capture) - 1
+
+    def visit(k: int, arguments: list[Any]) -> None:
+        stage = capture.stages[k]
+        key = f"{stage.signature}|{k == last}"
+        if key not in costs:
+            run = _isolated(capture, k, arguments, model, call)
+            costs[key] = measure_stage(run, capture.device, clock=clock)
+        progress(k + 1, len(capture))
+
+    with torch.no_grad():
+        capture.sweep(model, call, visit)
+    return [costs[f"{stage.signature}|{k == last}"] for k, stage in enumerate(capture.stages)]
+
+
+def _isolated(
+    capture: GraphCapture, k: int, arguments: list[Any], model: nn.Module, call: Call
+) -> StageRun:
+    stage = capture.stages[k]
+    parameters = [a for a in arguments if isinstance(a, nn.Parameter)]
+
+    def run(enter: Enter) -> tuple[Tensor, ...]:
+        fresh = [
+            enter(i, a) if source.requires_grad and source.kind in ("boundary", "carried", "input") else a
+            for i, (a, source) in enumerate(zip(arguments, stage.sources, strict=True))
+        ]
+        return stage.function(*fresh)
+
+    def reset() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+
+    def loss(results: Any) -> Tensor | None:
+        try:
+            return find_loss(capture.own_output(stage, results))[0]
+        except ValueError:  # the loss is made by an earlier stage
+            return None
+
+    return StageRun(run, reset, loss if k == len(capture) - 1 else None)
+
+
+def graph_chain(
+    capture: GraphCapture,
+    model: nn.Module,
+    costs: list[StageCost],
+    *,
+    resident: int,
+    loss_is_output: bool,
+    name: str = "model",
+) -> Chain:
+    """The chain of a captured graph.
+
+    Args:
+        costs: (L,) from ``measure_graph``.
+        resident: bytes live during the whole step: parameters, buffers, optimizer state, inputs.
+        loss_is_output: the model returns its own scalar loss; else its outputs themselves get gradients.
+    """
+    graph, linear = capture.graph, capture.linear
+    count = len(linear)
+    size = {key: allocated(group.bytes, capture.device) for key, group in graph.groups.items()}
+
+    def total(keys: Iterable[int]) -> int:
+        return sum(size[key] for key in set(keys) if graph.groups[key].producer >= 0)
+
+    carried_keys = {key for keys in linear.carried for key in keys}
+    saved_by = [
+        {key for op in graph.ops[linear.cuts[k] : linear.cuts[k + 1]] for key in op.saved} for k in range(count)
+    ]
+    flows = _GradFlows(capture, costs, size)
+    change, output_grad = _carried_changes(capture, size, saved_by, flows, loss_is_output)
+    created = _created_grads(capture, model)
+    stages = []
+    for k, stage in enumerate(capture.stages):
+        cost = costs[k]
+        saved = total((saved_by[k] | set(linear.boundaries[k + 1])) - carried_keys - set(linear.boundaries[k]))
+        carried = total(linear.carried[k])
+        following = total(linear.boundaries[k + 1])
+        # The gradient at hand while a replay runs is that of the boundary and what the stage before, which is
+        # about to be reversed, has made of it already.
+        input_grad = flows.boundary(k) + (costs[k - 1].lead if k else 0)
+        prefix = k == 0 and linear.frozen_prefix
+        stages.append(
+            Stage(
+                name=stage.name,
+                forward=cost.forward,
+                backward=0.0 if prefix else cost.backward,
+                input=total(linear.boundaries[k]),
+                options=(
+                    Option(
+                        saved,
+                        forward_overhead=max(0, cost.keeping_peak - saved - carried),
+                        backward_overhead=max(
+                            0, cost.backward_peak - saved - input_grad - _own_output_grads(cost, k, count, output_grad)
+                        ),
+                    ),
+                ),
+                forward_overhead=max(0, cost.dropping_peak - following - carried),
+                input_grad=input_grad,
+                grad=created[k],
+                carried=carried,
+                carried_change=change[k],
+                recomputable=not prefix,
+            )
+        )
+    fixed = resident + SMALL_TENSORS + storage_bytes(capture.constants.values(), capture.device)
+    if capture.device.type == "cpu":
+        fixed += CPU_RANDOM_STATE * sum(capture.random)
+    for names in capture.changed:  # snapshots for re-runs
+        fixed += storage_bytes((model.get_buffer(n) for n in names), capture.device)
+    return Chain(tuple(stages), 0, output_grad, fixed, name)
+
+
+def _own_output_grads(cost: StageCost, k: int, count: int, output_grad: int) -> int:
+    """Bytes of the gradients that stood for the incoming one while the stage was measured."""
+    return output_grad if k == count - 1 else cost.output_grads
+
+
+class _GradFlows:
+    """Bytes that hold the gradients of boundary and carried values while they wait.
+
+    The gradient that a stage leaves of a value may be a view: of a concatenation's gradient, which it keeps
+    alive whole. It stays so until a second reader's share is added, which makes a tensor of its own.
+    """
+
+    def __init__(self, capture: GraphCapture, costs: list[StageCost], size: dict[int, int]) -> None:
+        self.capture, self.size = capture, size
+        graph, linear = capture.graph, capture.linear
+        carried = {key for keys in linear.carried for key in keys}
+        nodes = {node.name: node for node in graph.group_of}
+        # left[k][value] = {storage: bytes} that stage k's backward leaves as the value's gradient
+        self.left: list[dict[int, dict[int, int]]] = []
+        for stage, cost in zip(capture.stages, costs, strict=True):
+            left: dict[int, dict[int, int]] = {}
+            for position, storage, held in cost.input_grads:
+                for key in graph.group_of[nodes[stage.argument_names[position]]]:
+                    left.setdefault(key, {})[storage] = held
+            self.left.append(left)
+        self.carried = carried
+
+    def _held(self, key: int, stage: int) -> dict[int, int]:
+        """Storages of the gradient of a value once ``stage`` and all after it are reversed."""
+        readers = [k for k in range(stage, len(self.left)) if key in self.left[k]]
+        if len(readers) == 1:
+            return self.left[readers[0]][key]
+        return {-key: self.size[key]} if readers else {}
+
+    def boundary(self, stage: int) -> int:
+        """Bytes of the gradient of boundary ``stage``; what carried gradients hold anyway is not counted."""
+        elsewhere = {s for k in self.left[stage:] for key in k if key in self.carried for s in self._held(key, stage)}
+        held: dict[int, int] = {}
+        for key in self.capture.linear.boundaries[stage]:
+            held.update(self._held(key, stage))
+        return sum(amount for storage, amount in held.items() if storage not in elsewhere)
+
+    def carried_bytes(self, key: int, stage: int) -> int:
+        """Bytes of a carried value's gradient once ``stage`` and all after it are reversed."""
+        return sum(self._held(key, stage).values())
+
+
+def _carried_changes(
+    capture: GraphCapture,
+    size: dict[int, int],
+    saved_by: list[set[int]],
+    flows: _GradFlows,
+    loss_is_output: bool,
+) -> tuple[list[int], int]:
+    """(L,) by how much each backward changes the bytes of carried values and their gradients; output_grad.
+
+    A carried value goes with its earliest reader, or with its producer if that saves it; an output stays,
+    for the user holds it. Its gradient comes with its latest reader and goes with its producer.
+    """
+    graph, linear = capture.graph, capture.linear
+    count = len(linear)
+    change = [0] * count
+    outputs = {key for leaf in graph.outputs if leaf in graph.group_of for key in graph.group_of[leaf]}
+    output_grad = 4
+    if not loss_is_output:
+        output_grad = sum(
+            size[key] for key in outputs if graph.groups[key].requires_grad and graph.groups[key].producer >= 0
+        )
+    for made, keys in enumerate(linear.carried):
+        for key in keys:
+            readers = linear.readers[key]
+            if key not in outputs:
+                change[made if key in saved_by[made] else readers[0]] -= size[key]
+            if not graph.groups[key].requires_grad:
+                continue
+            there = 0
+            if key in outputs and not loss_is_output and made < count - 1:
+                change[count - 1] += size[key]
+                there = size[key]
+            for reader in reversed(readers):
+                now = max(there, flows.carried_bytes(key, reader))
+                change[reader] += now - there
+                there = now
+            change[made] -= there
+    return change, output_grad
+
+
+def _created_grads(capture: GraphCapture, model: nn.Module) -> list[int]:
+    """(L,) bytes of the parameter gradients that the backward of each stage creates.
+
+    A parameter read by several stages gets its gradient from the last of them, which is reversed first.
+    """
+    latest: dict[Tensor, int] = {}
+    for k, stage in enumerate(capture.stages):
+        for parameter in stage_parameters(stage, model):
+            if parameter.requires_grad and parameter.grad is None:
+                latest[parameter] = k
+    created = [0] * len(capture)
+    for parameter, k in latest.items():
+        created[k] += allocated(parameter.numel() * parameter.element_size(), capture.device)
+    return created
+
+
+def stage_parameters(stage: GraphStage, model: nn.Module) -> list[nn.Parameter]:
+    """The distinct parameters that a stage reads."""
+    names = [source.key for source in stage.sources if source.kind == "parameter"]
+    return list(dict.fromkeys(model.get_parameter(name) for name in names))

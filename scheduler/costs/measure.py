@@ -1,0 +1,220 @@
+"""Measure what a stage costs: seconds by the clock, bytes by the allocator.
+
+A stage is run in isolation, on the tensors that it meets in the real step, the way the executor will run
+it: without its saved tensors, with them, and backward.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scheduler.costs.peak import allocated, count_bytes
+
+__all__ = ["StageCost", "StageRun", "measure_stage"]
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """What one stage costs.
+
+    Attributes:
+        forward, backward: seconds, medians.
+        dropping_peak: most bytes above the inputs while it runs forward and drops its saved tensors.
+        keeping_peak: the same while it keeps them.
+        backward_peak: most bytes above the inputs from its re-run's end to its backward's end: saved
+            tensors, gradients of outputs, inputs and parameters, and transients.
+        output_grads: bytes of the gradients of the outputs, which ``backward_peak`` includes.
+        lead: bytes that the backward has made, above the gradients of the outputs, when it first asks for a
+            saved tensor. A replay runs at that moment, so they are live during it.
+        input_grads: (argument, storage, bytes) of the gradient that the backward leaves of each argument. It
+            may be a view of a larger storage (of a concatenation's gradient), or share one with another.
+    """
+
+    forward: float
+    backward: float
+    dropping_peak: int
+    keeping_peak: int
+    backward_peak: int
+    output_grads: int
+    lead: int = 0
+    input_grads: tuple[tuple[int, int, int], ...] = ()
+
+
+Enter = Callable[[int, Tensor], Tensor]
+
+
+@dataclass(slots=True)
+class StageRun:
+    """How to run a stage in isolation.
+
+    Attributes:
+        run: gives the outputs, in the caller's grad mode. Every tensor argument that requires grad and is no
+            parameter passes through the given function (position, tensor) -> tensor.
+        reset: undo what a run left behind: gradients of parameters.
+        loss: for the last stage, how to find among the outputs what is reversed (None if it is not there).
+    """
+
+    run: Callable[[Enter], Sequence[Tensor]]
+    reset: Callable[[], None]
+    loss: Callable[[Sequence[Tensor]], Tensor | None] | None = None
+
+
+def as_leaf(position: int, tensor: Tensor) -> Tensor:
+    """The tensor as a leaf of its own that requires grad."""
+    return tensor.detach().requires_grad_()
+
+
+class _Sink(torch.autograd.Function):
+    """Identity; backward notes the gradient that arrives, and holds it as the engine would."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, position: int, arrived: dict[int, Tensor]) -> Tensor:
+        ctx.position, ctx.arrived = position, arrived
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.arrived[ctx.position] = grads[0]
+        return None, None, None
+
+
+class _Seed(torch.autograd.Function):
+    """Holds nothing forward; backward makes the gradients of the outputs, owned by the engine alone."""
+
+    @staticmethod
+    def forward(ctx: Any, *outputs: Tensor) -> Tensor:
+        ctx.shapes = [(t.shape, t.dtype, t.device) for t in outputs]
+        return outputs[0].new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        return tuple(torch.ones(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.shapes)
+
+
+def _seed(outputs: Sequence[Tensor]) -> tuple[Tensor | None, int]:
+    """Something to reverse that reaches all outputs, and the bytes of their gradients."""
+    grad = [t for t in outputs if t.requires_grad]
+    if not grad:
+        return None, 0
+    seed: Tensor = _Seed.apply(*grad)  # type: ignore[no-untyped-call] # torch's apply is not typed
+    return seed, sum(t.numel() * t.element_size() for t in grad)
+
+
+def _root(stage: StageRun, outputs: Sequence[Tensor]) -> tuple[Tensor | None, int]:
+    """What is reversed, and the bytes of the gradients that reach the outputs."""
+    root = stage.loss(outputs) if stage.loss is not None else None
+    return (root, 4) if root is not None else _seed(outputs)
+
+
+def _unowned(tensor: Tensor) -> Tensor:
+    """What a pack hook may hold without making a node own its own output."""
+    return tensor if tensor.is_leaf else tensor.detach()
+
+
+def _drop(_: Tensor) -> None:
+    return None
+
+
+def _never(_: Any) -> Tensor:
+    raise RuntimeError("a dropped saved tensor was asked for while measuring")
+
+
+def measure_stage(stage: StageRun, device: torch.device, *, repeats: int = 5, clock: bool = True) -> StageCost:
+    """Run a stage a few times and count.
+
+    Args:
+        repeats: timed runs, after a warm-up; up to ten times as many while they take under 50 ms in all, and
+            as few as three if those take over 3 s.
+        clock: False to count bytes only; then the seconds are 0.
+    """
+    output_grads = 0
+    arrived: dict[int, Tensor] = {}
+
+    def sink(position: int, tensor: Tensor) -> Tensor:
+        result: Tensor = _Sink.apply(as_leaf(position, tensor), position, arrived)  # type: ignore[no-untyped-call]
+        return result
+
+    def dropping(mark: Callable[[], None]) -> None:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_drop, _never):
+            outputs = stage.run(as_leaf)
+            root = stage.loss(outputs) if stage.loss is not None else None
+            del outputs, root
+
+    def keeping(mark: Callable[[], None]) -> None:
+        nonlocal output_grads
+        asked = False
+
+        def unpack(tensor: Tensor) -> Tensor:
+            nonlocal asked
+            if not asked and not isinstance(tensor, nn.Parameter):
+                asked = True
+                mark()
+            return tensor
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_unowned, unpack):
+            outputs = stage.run(sink)
+            seed, output_grads = _root(stage, outputs)
+            del outputs
+        mark()
+        if seed is not None and seed.requires_grad:
+            seed.backward()
+        del seed
+
+    keeping(lambda: None)  # warm-up: lazy initialisation, workspaces
+    stage.reset()
+    dropped = count_bytes(dropping, device)
+    arrived.clear()
+    kept = count_bytes(keeping, device)
+    stage.reset()
+    lead = max(0, kept.marks[1] - kept.marks[0] - output_grads) if len(kept.marks) > 1 else 0
+    input_grads = tuple(
+        (position, grad.untyped_storage()._cdata, allocated(grad.untyped_storage().nbytes(), device))
+        for position, grad in arrived.items()
+        if grad is not None
+    )
+    arrived.clear()
+    forward = backward = 0.0
+    if clock:
+        forward, backward = _time(stage, device, repeats)
+    return StageCost(forward, backward, dropped.peak, kept.peaks[0], max(0, *kept.peaks[1:]), output_grads, lead, input_grads)
+
+
+def _time(stage: StageRun, device: torch.device, repeats: int) -> tuple[float, float]:
+    forwards: list[float] = []
+    backwards: list[float] = []
+    started = time.perf_counter()
+    for done in range(10 * repeats):
+        if done >= repeats and time.perf_counter() - started > 0.05:
+            break
+        with torch.enable_grad():
+            _wait(device)
+            begin = time.perf_counter()
+            outputs = stage.run(as_leaf)
+            _wait(device)
+            middle = time.perf_counter()
+            seed, _ = _root(stage, outputs)
+            del outputs
+        _wait(device)
+        reversing = time.perf_counter()
+        if seed is not None and seed.requires_grad:
+            seed.backward()
+        _wait(device)
+        backwards.append(time.perf_counter() - reversing)
+        forwards.append(middle - begin)
+        del seed
+        stage.reset()
+        if done >= 2 and time.perf_counter() - started > 3.0:
+            break
+    return statistics.median(forwards), statistics.median(backwards)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

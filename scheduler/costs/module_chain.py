@@ -1,0 +1,340 @@
+"""Captured blocks -> chain.
+
+Blocks are measured in isolation, like stages of a graph. Glue is measured where it stands: one step is run
+in which every block's outputs are cut loose from its inputs, so that the glue's own graphs can be reversed
+one by one.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from scheduler.capture.loss import find_loss, output_tensors
+from scheduler.capture.module_capture import ModuleCapture, intercepted, tensor_leaves
+from scheduler.capture.sample import Call
+from scheduler.capture.state import preserved
+from scheduler.chain import Chain, Option, Stage
+from scheduler.costs.graph_chain import CPU_RANDOM_STATE, SMALL_TENSORS
+from scheduler.costs.measure import Enter, StageCost, StageRun, as_leaf, measure_stage
+from scheduler.costs.peak import allocated, count_bytes
+from scheduler.costs.resident import storage_bytes
+
+__all__ = ["module_chain"]
+
+
+@dataclass(slots=True)
+class _BlockCost:
+    """Bytes and seconds of one block."""
+
+    cost: StageCost
+    input: int
+    input_grad: int
+    saved: int
+    external: list[tuple[int, int]]  # (identity, bytes) of external tensors that require grad
+
+
+@dataclass(slots=True)
+class _Pass:
+    """One step in which the blocks are cut loose: what its glue took.
+
+    ``entered`` holds the tensors that glue gave to blocks, ``forward`` and ``backward`` the seconds of glue.
+    """
+
+    entered: list[list[Tensor]] = field(default_factory=list)
+    forward: list[float] = field(default_factory=list)
+    backward: list[float] = field(default_factory=list)
+    outputs: int = 0
+    own_loss: bool = True
+
+
+def module_chain(
+    capture: ModuleCapture, model: nn.Module, call: Call, *, resident: int, clock: bool, name: str
+) -> Chain:
+    """The chain of captured blocks. Leaves the model's state as it is.
+
+    Args:
+        resident: bytes live during the whole step.
+        clock: False to count bytes only.
+    """
+    existing = {p for p in model.parameters() if p.grad is not None}
+    costs: dict[int, _BlockCost] = {}
+    modules = [model.get_submodule(block.name) for block in capture.blocks]
+    with preserved(model):
+
+        def measure(index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
+            costs[index] = _measure_block(capture, index, modules[index], forward, args, kwargs, clock)
+
+        _run(capture, model, call, modules, measure)
+    times: list[_Pass] = []
+    for _ in range(3 if clock else 1):
+        with preserved(model):
+            times.append(_run(capture, model, call, modules))
+    with preserved(model):
+        marks: list[Callable[[], None]] = []
+
+        def step(mark: Callable[[], None]) -> None:
+            marks.append(mark)
+            _run(capture, model, call, modules, mark=mark)
+
+        counted = count_bytes(step, capture.device)
+    glue = [k for k, block in enumerate(capture.stages) if block is None]
+    created = _created(capture, model, modules, existing)
+    return _assemble(capture, model, costs, times, counted.peaks, counted.marks, glue, created, resident, name)
+
+
+def _run(
+    capture: ModuleCapture,
+    model: nn.Module,
+    call: Call,
+    modules: list[nn.Module],
+    measure: Callable[[int, Callable[..., Any], Any, Any], None] | None = None,
+    mark: Callable[[], None] = lambda: None,
+) -> _Pass:
+    """One step with the blocks cut loose. Marks: where each block begins and ends; then, in backward, where the
+    reversal of each piece of glue begins and ends."""
+    result = _Pass()
+    since = time.perf_counter()
+    starts_glue = {block.stage for block in capture.blocks if capture.stages[block.stage - 1] is None}
+
+    def wrapper(index: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+            def loose(*args: Any, **kwargs: Any) -> Any:
+                nonlocal since
+                if capture.blocks[index].stage in starts_glue:
+                    result.forward.append(time.perf_counter() - since)
+                    result.entered.append([t for _, t in tensor_leaves((args, kwargs)) if t.requires_grad])
+                mark()
+                if measure is not None:
+                    measure(index, forward, args, kwargs)
+                with torch.no_grad():
+                    produced = forward(*args, **kwargs)
+                produced = pytree.tree_map_only(Tensor, _loosened, produced)
+                mark()
+                since = time.perf_counter()
+                return produced
+
+            return loose
+
+        return wrap
+
+    args, kwargs = call
+    with torch.enable_grad(), intercepted([(m, wrapper(i)) for i, m in enumerate(modules)]):
+        output = model(*args, **kwargs)
+        loss, result.own_loss = find_loss(output)
+    result.forward.append(time.perf_counter() - since)
+    result.outputs = storage_bytes(output_tensors(output), capture.device)
+    for position in range(len(result.entered), -1, -1):
+        roots = [loss] if position == len(result.entered) else [t for t in result.entered[position - 1] if t.grad_fn]
+        seeds = [torch.ones_like(t) for t in roots]
+        mark()
+        began = time.perf_counter()
+        if roots:
+            torch.autograd.backward(roots, seeds, retain_graph=position > 0)
+        result.backward.append(time.perf_counter() - began)
+        mark()
+    result.backward.reverse()
+    return result
+
+
+def _loosened(tensor: Tensor) -> Tensor:
+    loose = tensor.detach()
+    return loose.requires_grad_() if loose.is_floating_point() or loose.is_complex() else loose
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+
+
+def _measure_block(
+    capture: ModuleCapture,
+    index: int,
+    module: nn.Module,
+    forward: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    clock: bool,
+) -> _BlockCost:
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    block = capture.blocks[index]
+    tensors = tensor_leaves((args, kwargs))
+    fed = {argument for argument, _ in block.fed} or {i for i, _ in tensors}
+    own = [t for i, t in tensors if i in fed]
+    external = [t for i, t in tensors if i not in fed]
+
+    def run(enter: Enter) -> list[Tensor]:
+        fresh = [
+            enter(i, leaf) if isinstance(leaf, Tensor) and leaf.requires_grad else leaf for i, leaf in enumerate(leaves)
+        ]
+        positional, named = pytree.tree_unflatten(fresh, spec)
+        return [t for _, t in tensor_leaves(forward(*positional, **named))]
+
+    def reset() -> None:
+        for parameter in module.parameters():
+            parameter.grad = None
+
+    cost = measure_stage(StageRun(run, reset), capture.device, clock=clock)
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.detach())
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outputs = run(as_leaf)
+    saved = _storages([*kept, *outputs])
+    for key in _storages([*module.parameters(), *module.buffers(), *(t for _, t in tensors)]):
+        saved.pop(key, None)
+    device = capture.device
+    return _BlockCost(
+        cost,
+        sum(allocated(size, device) for size in _storages(own).values()),
+        sum(allocated(t.numel() * t.element_size(), device) for t in own if t.requires_grad),
+        sum(allocated(size, device) for size in saved.values()),
+        [
+            (t.untyped_storage()._cdata, allocated(t.numel() * t.element_size(), device))
+            for t in external
+            if t.requires_grad
+        ],
+    )
+
+
+def _created(
+    capture: ModuleCapture, model: nn.Module, modules: list[nn.Module], existing: set[nn.Parameter]
+) -> list[int]:
+    """(L,) bytes of the parameter gradients that each stage's backward creates.
+
+    A parameter outside the blocks belongs to the last glue if its name comes after the blocks' in the model,
+    else to the first; one that blocks share gets its gradient from the last of them.
+    """
+    created = [0] * len(capture)
+    stage_of: dict[nn.Parameter, int] = {}
+    for block, module in zip(capture.blocks, modules, strict=True):
+        for parameter in module.parameters():
+            stage_of[parameter] = block.stage
+    seen_block = False
+    for parameter in model.parameters():
+        if parameter in stage_of:
+            seen_block = True
+        else:
+            stage_of[parameter] = len(capture) - 1 if seen_block else 0
+    for parameter, stage in stage_of.items():
+        if parameter.requires_grad and parameter not in existing:
+            created[stage] += allocated(parameter.numel() * parameter.element_size(), capture.device)
+    return created
+
+
+def _assemble(
+    capture: ModuleCapture,
+    model: nn.Module,
+    costs: dict[int, _BlockCost],
+    times: list[_Pass],
+    peaks: tuple[int, ...],
+    marks: tuple[int, ...],
+    glue: list[int],
+    created: list[int],
+    resident: int,
+    name: str,
+) -> Chain:
+    count = len(capture)
+    blocks = len(capture.blocks)
+    outputs = times[0].outputs
+    output_grad = 4 if times[0].own_loss else outputs
+    change = [0] * count
+    readers: dict[int, list[int]] = {}
+    for index, cost in costs.items():
+        for key, _ in cost.external:
+            readers.setdefault(key, []).append(capture.blocks[index].stage)
+    sizes = {key: size for cost in costs.values() for key, size in cost.external}
+    for key, stages in readers.items():
+        change[max(stages)] += sizes[key]
+        change[max(g for g in glue if g < min(stages))] -= sizes[key]
+    stages_made = []
+    for k, index in enumerate(capture.stages):
+        boundary = costs[capture.stages[k + 1]] if k + 1 < count and capture.stages[k + 1] is not None else None
+        before = capture.stages[k - 1] if k else None
+        lead = costs[before].cost.lead if before is not None else 0
+        if index is not None:
+            cost = costs[index]
+            measured = cost.cost
+            following = boundary.input if boundary is not None else 0
+            stages_made.append(
+                Stage(
+                    name=capture.blocks[index].name,
+                    forward=measured.forward,
+                    backward=measured.backward,
+                    input=cost.input,
+                    options=(
+                        Option(
+                            cost.saved,
+                            forward_overhead=max(0, measured.keeping_peak - cost.saved),
+                            backward_overhead=max(
+                                0,
+                                measured.backward_peak - cost.saved - cost.input_grad - lead - measured.output_grads,
+                            ),
+                        ),
+                    ),
+                    forward_overhead=max(0, measured.dropping_peak - following),
+                    input_grad=cost.input_grad + lead,
+                    grad=created[k],
+                    carried_change=change[k],
+                )
+            )
+            continue
+        position = glue.index(k)
+        # Phases of the counted step: glue, block, glue, block, ...; every block has a mark at both ends.
+        begins, ends = _glue_phase(capture, k, blocks)
+        live = marks[begins] if begins >= 0 else 0
+        after = marks[ends]
+        saved = max(0, after - live - (outputs if k == count - 1 else 0))
+        reversal = 2 * blocks + 1 + 2 * (len(glue) - 1 - position)
+        entering = _entering_bytes(capture, k, costs)
+        backward_peak = peaks[reversal] - marks[reversal - 1]
+        stages_made.append(
+            Stage(
+                name=f"glue {position}" if 0 < position < len(glue) - 1 else ("before" if not position else "after"),
+                forward=statistics.median(t.forward[position] for t in times),
+                backward=statistics.median(t.backward[position] for t in times),
+                input=entering,
+                options=(
+                    Option(
+                        saved,
+                        forward_overhead=max(0, peaks[begins + 1] - max(after, live)),
+                        backward_overhead=max(0, backward_peak - (entering if position else 0)),
+                        name="all (glue)",
+                    ),
+                ),
+                input_grad=entering + lead if position else 0,
+                grad=created[k],
+                carried=outputs if k == count - 1 else 0,
+                carried_change=change[k],
+                recomputable=False,
+            )
+        )
+    fixed = resident + SMALL_TENSORS
+    if capture.device.type == "cpu":
+        fixed += CPU_RANDOM_STATE * sum(capture.random)
+    for names in capture.changed:
+        fixed += 2 * storage_bytes((model.get_buffer(n) for n in names), capture.device)
+    return Chain(tuple(stages_made), 0, output_grad, fixed, name)
+
+
+def _glue_phase(capture: ModuleCapture, k: int, blocks: int) -> tuple[int, int]:
+    """Marks at which glue stage k begins (-1: at the start) and ends, in the forward."""
+    done = sum(1 for index in capture.stages[:k] if index is not None)
+    return 2 * done - 1, 2 * done
+
+
+def _entering_bytes(capture: ModuleCapture, k: int, costs: dict[int, _BlockCost]) -> int:
+    """Bytes of the boundary into glue stage k: as many as went into the block before it."""
+    if k == 0:
+        return 0
+    index = capture.stages[k - 1]
+    return costs[index].input if index is not None else 0

@@ -1,0 +1,37 @@
+"""The errors of this project, beside plain ``ValueError`` and ``TypeError`` for misuse."""
+
+from __future__ import annotations
+
+__all__ = ["CaptureError", "InfeasibleBudget", "PlanMismatch"]
+
+
+class InfeasibleBudget(ValueError):
+    """No schedule of the solver's class fits the budget.
+
+    Attributes:
+        budget: what was asked for (bytes).
+        smallest: the smallest budget that this solver can meet (bytes).
+        solver: name of the solver.
+    """
+
+    def __init__(self, budget: int, smallest: int, solver: str, note: str = "") -> None:
+        self.budget = budget
+        self.smallest = smallest
+        self.solver = solver
+        self.note = note
+        super().__init__(
+            f"solver {solver!r}: no schedule fits memory_budget={budget} bytes; "
+            f"the smallest budget it can meet is {smallest} bytes ({smallest / 2**20:.2f} MiB)."
+            + (f" {note}" if note else "")
+        )
+
+    def __reduce__(self) -> tuple[type[InfeasibleBudget], tuple[int, int, str, str]]:
+        return (type(self), (self.budget, self.smallest, self.solver, self.note))
+
+
+class CaptureError(RuntimeError):
+    """The model cannot be captured as a chain that trains exactly like the plain model."""
+
+
+class PlanMismatch(ValueError):
+    """A plan was given to a model, or to inputs, other than those it was made for."""

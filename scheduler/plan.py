@@ -1,0 +1,249 @@
+"""The plan: a chain, a schedule for it, and where both come from."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from scheduler.budget import format_bytes
+from scheduler.chain import Chain
+from scheduler.program import ReplayProgram
+from scheduler.schedule import Backward, Checkpoint, Forward, Keep, Schedule, Timeline, simulate
+
+__all__ = ["CaptureRecord", "Plan"]
+
+PLAN_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureRecord:
+    """How the model was captured: enough to capture it again, and to see that it is the same.
+
+    Attributes:
+        kind: "graph" or "modules".
+        reason: why this kind, in words.
+        device: type of the device the plan is for.
+        structure, leaves: the call's signature.
+        model: fingerprint of the model.
+        graph: fingerprint of the op graph ("" for modules).
+        cuts: inner cuts of the op graph (empty for modules).
+        stages: names of the modules that are stages (empty for graph).
+        random: (L,) whether a stage draws random numbers.
+        changed: (L,) names of the buffers that a stage changes.
+        evaluating: names of submodules that were in eval mode.
+    """
+
+    kind: str
+    reason: str
+    device: str
+    structure: str
+    leaves: str
+    model: str
+    graph: str = ""
+    cuts: tuple[int, ...] = ()
+    stages: tuple[str, ...] = ()
+    random: tuple[bool, ...] = ()
+    changed: tuple[tuple[str, ...], ...] = ()
+    evaluating: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("cuts", "stages", "random", "evaluating"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "changed", tuple(tuple(names) for names in self.changed))
+        if self.kind not in ("graph", "modules"):
+            raise ValueError(f"CaptureRecord: kind={self.kind!r}, expected 'graph' or 'modules'")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to keep, what to recompute, and what that costs. Made by ``solve``, run by ``execute``.
+
+    Attributes:
+        chain: the model's costs.
+        schedule: what is run, held, kept and reversed.
+        memory_budget: bytes of the whole step.
+        solver: the solver's name.
+        costs: "measure" or "roofline".
+        capture: how the model was captured.
+        resident: the chain's fixed bytes, by what they consist of.
+        torch_version: of the torch that captured the model.
+        live: the capture itself, as long as the plan stays in its process; never saved.
+    """
+
+    chain: Chain
+    schedule: Schedule
+    memory_budget: int
+    solver: str
+    costs: str
+    capture: CaptureRecord
+    resident: Mapping[str, int]
+    torch_version: str
+    live: Any = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.timeline.peak > self.memory_budget:
+            raise ValueError(
+                f"Plan: the schedule's peak of {self.timeline.peak} bytes is over memory_budget={self.memory_budget}"
+            )
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """What the referee says of the schedule."""
+        return simulate(self.chain, self.schedule)
+
+    @cached_property
+    def program(self) -> ReplayProgram:
+        """The replay program."""
+        return ReplayProgram.from_schedule(self.schedule, len(self.chain))
+
+    @cached_property
+    def plain(self) -> Timeline:
+        """What the referee says of the plain step, which keeps everything."""
+        count = len(self.chain)
+        keep = [Keep(i) for i in range(count)]
+        return simulate(self.chain, Schedule((*keep, *(Backward(i) for i in reversed(range(count))))))
+
+    @property
+    def predicted_peak(self) -> int:
+        """The most bytes live at once in a step."""
+        return self.timeline.peak
+
+    @property
+    def predicted_overhead(self) -> float:
+        """Extra seconds of the planned step / seconds of the plain step."""
+        plain = self.chain.plain_seconds
+        return (self.timeline.seconds - plain) / plain if plain else 0.0
+
+    def kept(self, stage: int) -> str:
+        """What stays of a stage when the forward is over, in words."""
+        option = self.program.kept[stage]
+        if option is not None:
+            return self.chain.stages[stage].options[option].name
+        first = next(a for a in self.schedule if isinstance(a, (Forward, Checkpoint, Keep)) and a.stage == stage)
+        return "input" if isinstance(first, Checkpoint) else "nothing"
+
+    def table(self) -> str:
+        """The cost table: per stage what is kept, runs, seconds, bytes; then totals and the budget."""
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        chain, runs = self.chain, self.timeline.runs
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("#", justify="right")
+        table.add_column("stage", overflow="fold")
+        table.add_column("kept")
+        for heading in ("runs", "forward ms", "backward ms", "extra ms", "saved", "input"):
+            table.add_column(heading, justify="right")
+        for i, stage in enumerate(chain.stages):
+            extra = (runs[i] - 1) * stage.forward
+            table.add_row(
+                str(i),
+                stage.name,
+                self.kept(i),
+                str(runs[i]),
+                f"{stage.forward * 1e3:.2f}",
+                f"{stage.backward * 1e3:.2f}",
+                f"{extra * 1e3:.2f}" if extra else "",
+                format_bytes(stage.options[0].saved),
+                format_bytes(stage.input),
+            )
+        table.add_section()
+        table.add_row(
+            "",
+            "total",
+            "",
+            str(sum(runs)),
+            f"{sum(s.forward for s in chain.stages) * 1e3:.2f}",
+            f"{sum(s.backward for s in chain.stages) * 1e3:.2f}",
+            f"{(self.timeline.seconds - chain.plain_seconds) * 1e3:.2f}",
+            format_bytes(sum(s.options[0].saved for s in chain.stages)),
+            "",
+        )
+        out = io.StringIO()
+        Console(file=out, width=110, highlight=False, color_system=None).print(table)
+        lines = [line.rstrip() for line in out.getvalue().strip("\n").splitlines()]
+        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.resident.items() if size)
+        lines += [
+            "",
+            f"budget {format_bytes(self.memory_budget)}; predicted peak {format_bytes(self.predicted_peak)}; "
+            f"plain step {format_bytes(self.plain.peak)}",
+            f"predicted overhead {self.predicted_overhead:.1%} "
+            f"({self.timeline.seconds * 1e3:.1f} ms instead of {chain.plain_seconds * 1e3:.1f} ms); "
+            f"solver {self.solver}, costs {self.costs}",
+            f"live all step: {parts}",
+            f"captured as {self.capture.kind}: {self.capture.reason}",
+        ]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON-ready data."""
+        return {
+            "format": PLAN_FORMAT,
+            "memory_budget": self.memory_budget,
+            "solver": self.solver,
+            "costs": self.costs,
+            "torch_version": self.torch_version,
+            "resident": dict(self.resident),
+            "capture": asdict(self.capture),
+            "chain": self.chain.to_json(),
+            "schedule": self.schedule.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """The plan that ``to_json`` wrote. Data only: nothing in it is run.
+
+        Raises:
+            ValueError: the data is no plan, of an unknown format, or illegal.
+        """
+        if not isinstance(data, Mapping) or data.get("format") != PLAN_FORMAT:
+            found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
+            raise ValueError(f"Plan.from_json: format {found!r}, expected {PLAN_FORMAT}")
+        try:
+            return cls(
+                chain=Chain.from_json(data["chain"]),
+                schedule=Schedule.from_json(data["schedule"]),
+                memory_budget=data["memory_budget"],
+                solver=data["solver"],
+                costs=data["costs"],
+                capture=CaptureRecord(**data["capture"]),
+                resident=dict(data["resident"]),
+                torch_version=data["torch_version"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"Plan.from_json: not a plan: {error!r}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON; a file that is there is replaced in one step, or left as it was."""
+        target = Path(path)
+        text = json.dumps(self.to_json(), indent=1)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan that ``save`` wrote.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is not a plan.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"Plan.load: {os.fspath(path)} is not JSON: {error}") from error
+        return cls.from_json(data)

@@ -1,0 +1,260 @@
+"""``solve``: a model, a sample and a budget in; a plan out. The one entry."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from scheduler.budget import format_bytes, machine_bytes, parse_budget
+from scheduler.capture.graph_capture import GraphCapture, capture_graph
+from scheduler.capture.module_capture import ModuleCapture, capture_modules
+from scheduler.capture.sample import (
+    Call,
+    CallSignature,
+    canonical_call,
+    model_fingerprint,
+    read_sample,
+    reject_unusable,
+)
+from scheduler.capture.state import model_device, preserved
+from scheduler.capture.verify import StepResult, difference, run_step
+from scheduler.chain import Chain
+from scheduler.costs.graph_chain import graph_chain, measure_graph
+from scheduler.costs.module_chain import module_chain
+from scheduler.costs.resident import optimizer_bytes, resident_parts
+from scheduler.costs.roofline import roofline_graph
+from scheduler.errors import CaptureError, InfeasibleBudget
+from scheduler.plan import CaptureRecord, Plan
+from scheduler.solvers import SOLVERS, solve_chain
+
+__all__ = ["solve"]
+
+COSTS = ("measure", "roofline")
+CAPTURES = ("auto", "graph", "modules")
+Captured = GraphCapture | ModuleCapture
+Progress = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class _Request:
+    """The checked arguments of one solve()."""
+
+    model: nn.Module
+    budget: int
+    call: Call
+    device: torch.device
+    solver: str
+    capture: str | Sequence[nn.Module]
+    costs: str
+    optimizer_state: int
+    progress: Progress
+
+
+def solve(
+    model: nn.Module,
+    memory_budget: int | str,
+    *,
+    sample: Any,
+    solver: str = "optimal",
+    capture: str | Sequence[nn.Module] = "auto",
+    costs: str = "measure",
+    optimizer: torch.optim.Optimizer | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Plan the training step of ``model`` so that it fits ``memory_budget``, at the least extra time.
+
+    The model is left as it is: parameters, gradients, buffers, random-number state.
+
+    Args:
+        model: in train mode, on one device.
+        memory_budget: peak device bytes of a whole training step: parameters, buffers, gradients, optimizer
+            state if an optimizer is given, inputs, activations. An int, or text: "6GiB", "800MB", "75%".
+        sample: what the model is trained on, in shape: a tensor, a tuple of positional arguments, a dict of
+            keyword arguments, or ``(args, kwargs)``.
+        solver: a name in ``scheduler.solvers.SOLVERS``.
+        capture: "graph" (torch.export), "modules" (blocks that run in order), "auto" (graph where it is
+            exact, else modules), or the blocks themselves: a list of modules or an nn.Sequential.
+        costs: "measure" (seconds by the clock) or "roofline" (from FLOPs and bytes); bytes are counted either way.
+        optimizer: its state counts towards the budget.
+        progress: called with a line of text at each step of the planning.
+
+    Returns:
+        the Plan; ``print(plan)`` shows its cost table, ``executors.execute(plan, model)`` trains by it.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be used; says what was got and what was expected.
+        CaptureError: the model cannot be captured exactly.
+        InfeasibleBudget: no schedule fits; carries the smallest budget that one fits.
+    """
+    request = _checked(model, memory_budget, sample, solver, capture, costs, optimizer, progress)
+    resident = resident_parts(model, request.call, request.device)
+    resident["optimizer state"] = request.optimizer_state
+    captured, reason, own_loss = _captured(request)
+    request.progress(f"pricing {len(captured)} stages")
+    chain = _priced(request, captured, sum(resident.values()), own_loss)
+    extra = chain.fixed - sum(resident.values())
+    if extra:
+        resident["constants and replay state"] = extra
+    request.progress(f"solving for {format_bytes(request.budget)}")
+    try:
+        schedule = solve_chain(chain, request.budget, solver)
+    except InfeasibleBudget as error:
+        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in resident.items() if size)
+        raise InfeasibleBudget(
+            error.budget,
+            error.smallest,
+            error.solver,
+            f"Live during the whole step: {parts}; gradients {format_bytes(sum(s.grad for s in chain.stages))} "
+            "appear in backward. Raise the budget, shorten the batch, or use an optimizer with less state.",
+        ) from error
+    signature = CallSignature.of(request.call)
+    record = CaptureRecord(
+        kind=captured.kind,
+        reason=reason,
+        device=request.device.type,
+        structure=signature.structure,
+        leaves=signature.leaves,
+        model=model_fingerprint(model),
+        evaluating=tuple(name for name, module in model.named_modules() if not module.training),
+        **captured.record(),
+    )
+    return Plan(
+        chain, schedule, request.budget, solver, costs, record, resident, torch.__version__, live=(model, captured)
+    )
+
+
+def _checked(
+    model: nn.Module,
+    memory_budget: int | str,
+    sample: Any,
+    solver: str,
+    capture: str | Sequence[nn.Module],
+    costs: str,
+    optimizer: torch.optim.Optimizer | None,
+    progress: Progress | None,
+) -> _Request:
+    """Refuse what cannot be planned, before anything is changed."""
+    reject_unusable(model)
+    device = model_device(model)
+    budget = parse_budget(memory_budget, _device_bytes(device))
+    if solver not in SOLVERS:
+        raise ValueError(f"solve: solver={solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
+    if costs not in COSTS:
+        raise ValueError(f"solve: costs={costs!r} is unknown; choose one of {', '.join(COSTS)}")
+    if isinstance(capture, str) and capture not in CAPTURES:
+        raise ValueError(
+            f"solve: capture={capture!r} is unknown; choose one of {', '.join(CAPTURES)}, or pass a list of modules"
+        )
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"solve: optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+    args, kwargs = read_sample(sample)
+    try:
+        call = canonical_call(inspect.signature(model.forward), args, kwargs)
+    except TypeError as error:
+        raise ValueError(f"solve: the sample does not fit {type(model).__name__}.forward: {error}") from error
+    for leaf in pytree.tree_leaves(call):
+        if isinstance(leaf, torch.Tensor) and leaf.device.type != device.type:
+            raise ValueError(
+                f"solve: a tensor of the sample lies on {leaf.device}, the model on {device}; move the sample there"
+            )
+    return _Request(
+        model,
+        budget,
+        call,
+        device,
+        solver,
+        capture,
+        costs,
+        optimizer_bytes(optimizer, device),
+        progress or (lambda line: None),
+    )
+
+
+def _device_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return machine_bytes()
+
+
+def _plain_step(request: _Request) -> StepResult:
+    """One plain step on the sample, saved tensors offloaded where the device is not the host."""
+    model, (args, kwargs) = request.model, request.call
+    try:
+        with preserved(model), torch.enable_grad():
+            model(*args, **kwargs)  # warm-up; and a rejected sample shows before a step is taken
+    except Exception as error:  # whatever the model's code raises on a sample that does not suit it
+        raise ValueError(
+            f"solve: {type(model).__name__} rejects the sample: {type(error).__name__}: {error}"
+        ) from error
+    return run_step(model, lambda: model(*args, **kwargs), offload=True)
+
+
+def _captured(request: _Request) -> tuple[Captured, str, bool]:
+    """The capture, why it was chosen, and whether the model returns its own loss."""
+    request.progress("running one plain step")
+    plain = _plain_step(request)
+    how = request.capture
+    refused = ""
+    if how in ("auto", "graph"):
+        request.progress("capturing the op graph")
+        try:
+            captured = _exact_graph(request, plain)
+            return captured, "torch.export; one step is bit-equal to the plain model", plain.own_loss
+        except CaptureError as error:
+            if how == "graph":
+                raise CaptureError(
+                    f"solve: capture='graph': {error}; try capture='modules' or pass a list of blocks"
+                ) from error
+            refused = str(error)
+    request.progress("capturing the blocks")
+    try:
+        with preserved(request.model):
+            blocks = capture_modules(request.model, request.call, None if isinstance(how, str) else how)
+    except CaptureError as error:
+        why = f" (graph capture: {refused})" if refused else ""
+        raise CaptureError(
+            f"solve: {type(request.model).__name__} cannot be captured: {error}{why}; pass capture=[blocks], the "
+            "modules that run one after the other"
+        ) from error
+    reason = "the blocks given" if not isinstance(how, str) else blocks.reason
+    return blocks, reason + (f"; not as a graph, since {refused}" if refused else ""), plain.own_loss
+
+
+def _exact_graph(request: _Request, plain: StepResult) -> GraphCapture:
+    """The op graph, once it has been seen to train like the plain model.
+
+    Raises:
+        CaptureError: it cannot be captured, or one step of it differs.
+    """
+    model, call = request.model, request.call
+    captured = capture_graph(model, call)
+    step = run_step(model, lambda: captured.sweep(model, call), offload=True)
+    differs = difference(plain, step)
+    if differs is not None:
+        again = difference(plain, run_step(model, lambda: model(*call[0], **call[1]), offload=True))
+        why = "; the plain model itself is not deterministic" if again else ""
+        raise CaptureError(f"the exported graph does not train like the plain model: {differs}{why}")
+    with preserved(model):
+        captured.observe(model, call)
+    return captured
+
+
+def _priced(request: _Request, captured: Captured, resident: int, own_loss: bool) -> Chain:
+    """The captured model as a chain."""
+    model, call = request.model, request.call
+    name = type(model).__name__
+    clock = request.costs == "measure"
+    if isinstance(captured, ModuleCapture):
+        with preserved(model):
+            return module_chain(captured, model, call, resident=resident, clock=clock, name=name)
+    with preserved(model):
+        costs = measure_graph(captured, model, call, clock=clock)
+    if not clock:
+        costs = roofline_graph(captured, costs)
+    return graph_chain(captured, model, costs, resident=resident, loss_is_output=own_loss, name=name)

@@ -1,0 +1,69 @@
+"""The replay program: what the executor runs, derived from a schedule. Inert data.
+
+A training step has two parts. In the first sweep every stage runs once, in order, while autograd builds
+its graph; each stage's saved tensors are either kept or dropped. The replay then runs between the
+backwards of the stages: it advances without grad, holds and frees boundaries, and rebuilds dropped saved
+tensors just in time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scheduler.schedule import Action, Backward, Checkpoint, Forward, Free, Keep, Schedule
+
+__all__ = ["ReplayProgram"]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayProgram:
+    """The two parts of a schedule for L stages.
+
+    Attributes:
+        kept: (L,) the option whose saved tensors stay after the first run, or None if all are dropped.
+        held: boundaries that the executor holds after the first sweep. The input of a kept stage is not among
+            them: autograd holds what that stage's backward needs.
+        replay: the actions from the first backward on.
+        backward_at: (L,) index in ``replay`` of the backward of each stage.
+    """
+
+    kept: tuple[int | None, ...]
+    held: frozenset[int]
+    replay: tuple[Action, ...]
+    backward_at: tuple[int, ...]
+
+    @classmethod
+    def from_schedule(cls, schedule: Schedule, stages: int) -> ReplayProgram:
+        """Split a legal schedule.
+
+        Raises:
+            ValueError: the first sweep does not run each of the stages once, in order.
+        """
+        kept: list[int | None] = []
+        held: set[int] = set()
+        actions = schedule.actions
+        split = next((i for i, a in enumerate(actions) if isinstance(a, Backward)), len(actions))
+        for action in actions[:split]:
+            if isinstance(action, Free):
+                held.discard(action.boundary)
+                continue
+            if action.stage != len(kept):
+                raise ValueError(
+                    f"ReplayProgram: {action} in the first sweep, expected a run of stage {len(kept)}; an executor "
+                    "runs every stage once, in order, before the first backward"
+                )
+            kept.append(action.option if isinstance(action, Keep) else None)
+            if isinstance(action, Checkpoint) or (action.stage == 0 and isinstance(action, Forward)):
+                held.add(action.stage)
+        if len(kept) != stages:
+            raise ValueError(f"ReplayProgram: the first sweep runs {len(kept)} stages of {stages}")
+        replay = actions[split:]
+        backward_at = [-1] * stages
+        for index, action in enumerate(replay):
+            if isinstance(action, Backward):
+                backward_at[action.stage] = index
+            elif not isinstance(action, (Forward, Checkpoint, Keep, Free)):
+                raise ValueError(f"ReplayProgram: {action!r} is not an action of a replay")
+        if min(backward_at) < 0:
+            raise ValueError(f"ReplayProgram: stage {backward_at.index(-1)} is never reversed")
+        return cls(tuple(kept), frozenset(held), tuple(replay), tuple(backward_at))

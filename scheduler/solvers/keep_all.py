@@ -1,0 +1,22 @@
+"""Keep everything: the plain training step, as a schedule."""
+
+from __future__ import annotations
+
+from scheduler.chain import Chain
+from scheduler.schedule import Schedule
+from scheduler.solvers.persistent import KeepStage, build, first_fit
+
+__all__ = ["solve"]
+
+
+def solve(chain: Chain, memory_budget: int) -> Schedule:
+    """Every stage is run once and keeps all its saved tensors (option 0).
+
+    Args:
+        memory_budget: bytes.
+
+    Raises:
+        InfeasibleBudget: the plain step does not fit.
+    """
+    schedule = build(len(chain), lambda s, t, state: KeepStage(0, state), None)
+    return first_fit(chain, memory_budget, [schedule], "keep_all")

@@ -1,0 +1,53 @@
+"""Segments of √n stages, of which only the inputs are held (Chen, Xu, Zhang & Guestrin 2016).
+
+Source: *Training Deep Nets with Sublinear Memory Cost*, arXiv:1604.06174, section 3: ⌈√n⌉ segments of
+(nearly) equal length; the last one is kept as it runs, every other one is run again, keeping all, when
+it is its turn to be reversed. One extra forward of all but the last segment.
+
+No claim of optimality: positions count, seconds and bytes do not. Where stages may run only once, each
+maximal run of recomputable stages between them is cut into its own √n segments.
+"""
+
+from __future__ import annotations
+
+import math
+
+from scheduler.chain import Chain
+from scheduler.schedule import Schedule
+from scheduler.solvers.persistent import Decision, KeepStage, Split, build, first_fit, run_ends
+
+__all__ = ["solve"]
+
+
+def segment_ends(chain: Chain) -> list[int]:
+    """(L,) for each stage, the last stage of its segment."""
+    ends: list[int] = []
+    runs = run_ends(chain)
+    while len(ends) < len(chain):
+        first = len(ends)
+        length = runs[first] + 1 - first
+        segments = math.isqrt(length - 1) + 1  # the square root, rounded up
+        # Segment p of a run holds its stages ⌊p·n/k⌋ .. ⌊(p+1)·n/k⌋ - 1.
+        for p in range(segments):
+            last = first + (p + 1) * length // segments - 1
+            ends.extend([last] * (last + 1 - len(ends)))
+    return ends
+
+
+def solve(chain: Chain, memory_budget: int) -> Schedule:
+    """The √n schedule.
+
+    Args:
+        memory_budget: bytes.
+
+    Raises:
+        InfeasibleBudget: it does not fit; there is only one such schedule.
+    """
+    ends = segment_ends(chain)
+
+    def decide(s: int, t: int, _: None) -> Decision[None]:
+        if ends[s] >= t or not chain.stages[s].recomputable:
+            return KeepStage(0, None)
+        return Split(ends[s] + 1, None, None)
+
+    return first_fit(chain, memory_budget, [build(len(chain), decide, None)], "sqrt")

@@ -1,0 +1,174 @@
+"""The slow, literal definitions that the solvers and the referee are held against."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import count
+
+from scheduler.chain import Chain
+from scheduler.schedule import Action, Backward, Checkpoint, Forward, Free, Keep, Schedule
+
+# (stages still to reverse, held boundaries, kept (stage, option) pairs, working boundary, stages ever run)
+State = tuple[int, frozenset[int], frozenset[tuple[int, int]], int | None, int]
+
+
+def live(chain: Chain, state: State) -> int:
+    """Bytes live in ``state``, by the memory rules of ``scheduler.schedule``, spelled out."""
+    left, held, kept, working, ran = state
+    total = chain.fixed
+    total += sum(chain.input_bytes(i) for i in held)
+    total += sum(chain.stages[i].options[k].saved for i, k in kept)
+    total += 0 if working is None else chain.input_bytes(working)
+    total += sum(stage.carried for stage in chain.stages[:ran])
+    total += sum(stage.grad + stage.carried_change for stage in chain.stages[left:])
+    if 0 < left < len(chain):
+        total += chain.grad_bytes(left)
+    return total
+
+
+def step(chain: Chain, state: State, action: Action) -> tuple[float, int, State] | None:
+    """Seconds of the action, most bytes live during it, and the state after it; None if it is illegal."""
+    left, held, kept, working, ran = state
+    kept_stages = {i for i, _ in kept}
+    if isinstance(action, Free):
+        after: State = (left, held - {action.boundary}, kept, working, ran)
+        return (0.0, live(chain, after), after) if action.boundary in held else None
+    i = action.stage
+    if not 0 <= i < left:
+        return None
+    stage = chain.stages[i]
+    if isinstance(action, Backward):
+        if i != left - 1 or i not in kept_stages or not (i in held or i - 1 in kept_stages):
+            return None
+        option = stage.options[dict(kept)[i]]
+        before = live(chain, state) + stage.input_grad + option.backward_overhead
+        before += chain.output_grad if left == len(chain) else 0
+        after = (i, held - {i}, frozenset(pair for pair in kept if pair[0] != i), working, ran)
+        if working is not None and working > i:
+            after = (*after[:3], None, ran)
+        return stage.backward + option.recompute, max(before, live(chain, after)), after
+    if i in kept_stages or not (i in held or i - 1 in kept_stages or working == i):
+        return None
+    if i < ran and not stage.recomputable:
+        return None
+    start: State = (left, held, kept, working if working == i else None, max(ran, i + 1))
+    if isinstance(action, Forward):
+        peak = live(chain, start) + chain.input_bytes(i + 1) + stage.forward_overhead
+        return stage.forward, peak, (left, held, kept, None if i + 1 in held else i + 1, start[4])
+    if working == i:
+        start = (left, held | {i}, kept, None, start[4])
+    if isinstance(action, Checkpoint):
+        peak = live(chain, start) + chain.input_bytes(i + 1) + stage.forward_overhead
+        return stage.forward, peak, (left, start[1], kept, None if i + 1 in held else i + 1, start[4])
+    if not 0 <= action.option < len(stage.options):
+        return None
+    after = (left, start[1], kept | {(i, action.option)}, None, start[4])
+    return stage.forward, live(chain, after) + stage.options[action.option].forward_overhead, after
+
+
+def replay(chain: Chain, actions: Schedule) -> tuple[float, int] | None:
+    """Seconds and peak of a schedule by ``step``; None if an action is illegal or the step is unfinished."""
+    state: State = (len(chain), frozenset([0]), frozenset(), None, 0)
+    seconds, peak = 0.0, 0
+    for action in actions:
+        outcome = step(chain, state, action)
+        if outcome is None:
+            return None
+        seconds, peak, state = seconds + outcome[0], max(peak, outcome[1]), outcome[2]
+    return (seconds, peak) if state[0] == 0 else None
+
+
+def fastest_of_all(chain: Chain, budget: int, *, free: bool = False) -> float:
+    """Least seconds of any sequence of legal actions within ``budget``, by Dijkstra; inf if there is none.
+
+    Boundaries may be let go early only if ``free``.
+    """
+    everything: list[Action] = []
+    for i, stage in enumerate(chain.stages):
+        everything += [Forward(i), Checkpoint(i), Backward(i), *(Keep(i, k) for k in range(len(stage.options)))]
+        everything += [Free(i)] if free else []
+    start: State = (len(chain), frozenset([0]), frozenset(), None, 0)
+    best: dict[State, float] = {start: 0.0}
+    tie = count()
+    queue: list[tuple[float, int, State]] = [(0.0, next(tie), start)]
+    while queue:
+        seconds, _, state = heapq.heappop(queue)
+        if state[0] == 0:
+            return seconds
+        if seconds > best[state]:
+            continue
+        for action in everything:
+            outcome = step(chain, state, action)
+            if outcome is None or outcome[1] > budget:
+                continue
+            total = seconds + outcome[0]
+            if total < best.get(outcome[2], math.inf):
+                best[outcome[2]] = total
+                heapq.heappush(queue, (total, next(tie), outcome[2]))
+    return math.inf
+
+
+def persistent_schedules(chain: Chain) -> Iterator[Schedule]:
+    """Every persistent schedule: every tree of keeps and splits."""
+
+    def segment(s: int, t: int) -> Iterator[tuple[Action, ...]]:
+        if s > t:
+            yield ()
+            return
+        for k in range(len(chain.stages[s].options)):
+            for rest in segment(s + 1, t):
+                yield (Keep(s, k), *rest, Backward(s))
+        for j in range(s + 1, t + 1):
+            advance = (Checkpoint(s), *(Forward(i) for i in range(s + 1, j)))
+            if all(stage.recomputable for stage in chain.stages[s:j]):
+                for right in segment(j, t):
+                    for left in segment(s, j - 1):
+                        yield (*advance, *right, *left)
+
+    return (Schedule(actions) for actions in segment(0, len(chain) - 1))
+
+
+def fastest_persistent(chain: Chain, budget: int) -> float:
+    """Least seconds of a persistent schedule: the recurrence, literally, in exact bytes; inf if none fits."""
+    stages, last = chain.stages, len(chain) - 1
+    final = chain.fixed + sum(stage.carried + stage.retained for stage in stages)
+    if final > budget:
+        return math.inf
+
+    def long_lived(stage: int, t: int) -> int:
+        """Fixed and long-lived bytes while ``stage`` runs forward in a segment that ends at t."""
+        if t == last:
+            return chain.fixed + sum(s.carried for s in stages[: stage + 1])
+        reversed_ = sum(s.retained for s in stages[t + 1 :])
+        return chain.fixed + sum(s.carried for s in stages) + reversed_ + chain.grad_bytes(t + 1)
+
+    @lru_cache(maxsize=None)
+    def cost(s: int, t: int, held: int) -> float:
+        if s > t:
+            return 0.0
+        best = math.inf
+        stage = stages[s]
+        backward = chain.fixed + sum(x.carried for x in stages) + sum(x.retained for x in stages[s + 1 :])
+        backward += chain.grad_bytes(s + 1) + stage.input_grad
+        for option in stage.options:
+            kept = held + option.saved
+            if long_lived(s, t) + kept + option.forward_overhead > budget:
+                continue
+            if backward + kept + option.backward_overhead > budget:
+                continue
+            best = min(best, stage.forward + stage.backward + option.recompute + cost(s + 1, t, kept))
+        for j in range(s + 1, t + 1):
+            if not stages[j - 1].recomputable:
+                break
+            working = chain.input_bytes(j - 1) if j - 1 > s else 0
+            produced = chain.input_bytes(j) + stages[j - 1].forward_overhead
+            if long_lived(j - 1, t) + held + working + produced > budget:
+                break
+            again = sum(x.forward for x in stages[s:j])
+            best = min(best, again + cost(j, t, held + chain.input_bytes(j)) + cost(s, j - 1, held))
+        return best
+
+    return cost(0, last, chain.input_bytes(0))

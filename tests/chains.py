@@ -1,0 +1,61 @@
+"""Random chains for hypothesis, and the chains of the oracles."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hypothesis import strategies as st
+
+from scheduler.chain import Chain, Option, Stage
+
+ORACLES = Path(__file__).parent / "oracles"
+
+
+@st.composite
+def chains(draw: st.DrawFn, stages: int, options: int = 2, largest: int = 6) -> Chain:
+    """Chains of up to ``stages`` stages; integer seconds, so that sums are exact.
+
+    Transients reach five times ``largest``, the largest boundary or saved tensor (bytes).
+    """
+
+    def size(most: int) -> int:
+        return draw(st.integers(0, most))
+
+    def stage(name: str) -> Stage:
+        carried = size(largest)
+        return Stage(
+            name,
+            forward=float(size(9)),
+            backward=float(size(9)),
+            input=size(largest),
+            options=tuple(
+                Option(size(2 * largest), float(size(5)), size(5 * largest), size(5 * largest), f"option {k}")
+                for k in range(draw(st.integers(1, options)))
+            ),
+            forward_overhead=size(5 * largest),
+            input_grad=size(largest),
+            grad=size(largest),
+            carried=carried,
+            carried_change=draw(st.integers(-carried, largest)),
+            recomputable=draw(st.integers(0, 4)) > 0,
+        )
+
+    count = draw(st.integers(1, stages))
+    return Chain(
+        tuple(stage(str(i)) for i in range(count)), size(largest), size(largest), fixed=draw(st.integers(0, 9))
+    )
+
+
+def oracle(name: str) -> Any:
+    """What ``tests/oracles/name`` holds."""
+    return json.loads((ORACLES / name).read_text(encoding="utf-8"))
+
+
+def oracle_chain(data: dict[str, Any]) -> Chain:
+    """A chain in the oracles' notation: xbar[i + 1] is what stage i saves."""
+    count = len(data["fwd"])
+    return Chain.from_arrays(
+        data["fwd"], data["bwd"], data["x"], data["xbar"][1:], data["fwd_tmp"], data["bwd_tmp"][:count]
+    )
