@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from itertools import count
 
 from scheduler.chain import Chain
@@ -88,7 +88,12 @@ def fastest_of_all(chain: Chain, budget: int, *, free: bool = False) -> float:
     """
     everything: list[Action] = []
     for i, stage in enumerate(chain.stages):
-        everything += [Forward(i), Checkpoint(i), Backward(i), *(Keep(i, k) for k in range(len(stage.options)))]
+        everything += [
+            Forward(i),
+            Checkpoint(i),
+            Backward(i),
+            *(Keep(i, k) for k in range(len(stage.options))),
+        ]
         everything += [Free(i)] if free else []
     start: State = (len(chain), frozenset([0]), frozenset(), None, 0)
     best: dict[State, float] = {start: 0.0}
@@ -122,7 +127,7 @@ def persistent_schedules(chain: Chain) -> Iterator[Schedule]:
             for rest in segment(s + 1, t):
                 yield (Keep(s, k), *rest, Backward(s))
         for j in range(s + 1, t + 1):
-            advance = (Checkpoint(s), *(Forward(i) for i in range(s + 1, j)))
+            advance: list[Action] = [Checkpoint(s), *(Forward(i) for i in range(s + 1, j))]
             if all(stage.recomputable for stage in chain.stages[s:j]):
                 for right in segment(j, t):
                     for left in segment(s, j - 1):
@@ -145,7 +150,7 @@ def fastest_persistent(chain: Chain, budget: int) -> float:
         reversed_ = sum(s.retained for s in stages[t + 1 :])
         return chain.fixed + sum(s.carried for s in stages) + reversed_ + chain.grad_bytes(t + 1)
 
-    @lru_cache(maxsize=None)
+    @cache
     def cost(s: int, t: int, held: int) -> float:
         if s > t:
             return 0.0

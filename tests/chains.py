@@ -44,7 +44,10 @@ def chains(draw: st.DrawFn, stages: int, options: int = 2, largest: int = 6) -> 
 
     count = draw(st.integers(1, stages))
     return Chain(
-        tuple(stage(str(i)) for i in range(count)), size(largest), size(largest), fixed=draw(st.integers(0, 9))
+        tuple(stage(str(i)) for i in range(count)),
+        size(largest),
+        size(largest),
+        fixed=draw(st.integers(0, 9)),
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from scheduler.chain import Chain, Option, Stage
 from scheduler.errors import InfeasibleBudget
 from scheduler.schedule import simulate
-from scheduler.solvers import SOLVERS, solve_chain
+from scheduler.solvers import solve_chain
 from scheduler.solvers.optimal import solve_optimal
 from scheduler.solvers.revolve import schedule_with_slots
 from tests.brute_force import fastest_of_all, fastest_persistent
@@ -127,8 +127,3 @@ def test_where_a_slot_holds_a_boundary_or_a_kept_stage_optimal_meets_the_mixed_o
     length, slots = numbers
     chain = slotted([1.0] * length, [1] * length, [1] * length)
     assert seconds(chain, slots + FULL) == TABLES["mixed_total"][key]
-
-
-def test_two_level_oracles_wait_for_a_solver_that_uses_two_levels():
-    assert oracle("two_level.json")["rows"]
-    assert not any(solver.two_level for solver in SOLVERS.values())

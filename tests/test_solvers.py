@@ -65,7 +65,9 @@ def random_chain(length: int, options: int = 1, seed: int = 0) -> Chain:
             for share in shares
         )
         boundary = size(1e9)
-        stages.append(Stage(str(i), forward, 2 * forward, boundary, kept, size(5e8), boundary, grad=size(2e8)))
+        stages.append(
+            Stage(str(i), forward, 2 * forward, boundary, kept, size(5e8), boundary, grad=size(2e8))
+        )
     return Chain(tuple(stages), size(1e9), size(1e9), fixed=10**9)
 
 
@@ -256,7 +258,7 @@ def test_an_unknown_solver_is_a_value_error_that_names_the_known_ones():
 
 def test_the_largest_budget_and_numpy_integers_are_accepted():
     chain = random_chain(3)
-    assert solve_chain(chain, 2**63 - 1) == solve_chain(chain, np.int64(2**62))
+    assert solve_chain(chain, 2**63 - 1) == solve_chain(chain, np.int64(2**62))  # type: ignore[arg-type] # on purpose
 
 
 def test_sizes_that_would_overflow_are_refused():

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -71,20 +72,50 @@ class ModuleCapture:
 
 
 class _Call:
-    """One call of a candidate module during the profiling forward."""
+    """One call of a candidate module during the profiling forward. Tensors are named by tokens."""
 
     def __init__(self, name: str, parent: _Call | None) -> None:
         self.name = name
         self.parent = parent
         self.children: list[_Call] = []
-        self.inputs: list[weakref.ref[Tensor]] = []
-        self.outputs: list[weakref.ref[Tensor]] = []
-        self.fed: tuple[tuple[int, int], ...] = ()
-        self.enters_first = False  # the first child is given what this call was given
-        self.leaves_last = False  # the last child's output is this call's output
+        self.inputs: list[tuple[int, int]] = []  # (leaf, token)
+        self.outputs: list[tuple[int, int]] = []
         self.random = False
         self.changed: tuple[str, ...] = ()
         self.changes_input = False
+
+    def fed_by(self, other: _Call) -> tuple[tuple[int, int], ...]:
+        """(argument leaf, output leaf) pairs of one tensor."""
+        made = {token: leaf for leaf, token in reversed(other.outputs)}
+        return tuple((leaf, made[token]) for leaf, token in self.inputs if token in made)
+
+    def is_its_children(self) -> bool:
+        """Whether the children, one after the other, are all that it does to what flows through it."""
+        if len(self.children) < 2:
+            return False
+        first, last = self.children[0], self.children[-1]
+        return (
+            bool({t for _, t in first.inputs} & {t for _, t in self.inputs})
+            and bool({t for _, t in last.outputs} & {t for _, t in self.outputs})
+            and all(b.fed_by(a) for a, b in pairwise(self.children))
+        )
+
+
+class _Tokens:
+    """A number for every tensor object ever seen; an address that is used again gets a new one."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self.count = 0
+
+    def of(self, tensor: Tensor) -> int:
+        """The tensor's number."""
+        entry = self.known.get(id(tensor))
+        if entry is None or entry[0]() is not tensor:
+            entry = (weakref.ref(tensor), self.count)
+            self.known[id(tensor)] = entry
+            self.count += 1
+        return entry[1]
 
 
 def tensor_leaves(value: Any) -> list[tuple[int, Tensor]]:
@@ -165,10 +196,11 @@ def capture_modules(
     before: _Call | None = None
     for entry in usable:
         position = chosen.index(entry)
-        adjacent = before is not None and position > 0 and chosen[position - 1] is before and bool(entry.fed)
-        if before is not None and not adjacent:
+        follows = before is not None and position > 0 and chosen[position - 1] is before
+        fed = entry.fed_by(before) if before is not None and follows else ()
+        if before is not None and not fed:
             stages.append(None)
-        found.append(Block(entry.name, len(stages), entry.fed if adjacent else ()))
+        found.append(Block(entry.name, len(stages), fed))
         stages.append(len(found) - 1)
         before = entry
     stages.append(None)
@@ -183,6 +215,7 @@ def _profile(model: nn.Module, call: Call, modules: dict[str, nn.Module], device
     """Run the model once without grad and note the calls of the candidates, as a tree."""
     root = _Call("", None)
     current = root
+    tokens = _Tokens()
 
     def watch(name: str, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -190,15 +223,8 @@ def _profile(model: nn.Module, call: Call, modules: dict[str, nn.Module], device
                 nonlocal current
                 entry = _Call(name, current)
                 given = tensor_leaves((args, kwargs))
-                siblings = current.children
-                if siblings:
-                    made = {id(t): i for i, ref in enumerate(siblings[-1].outputs) if (t := ref()) is not None}
-                    entry.fed = tuple((i, made[id(t)]) for i, t in given if id(t) in made)
-                else:
-                    own = {id(t) for ref in current.inputs if (t := ref()) is not None}
-                    current.enters_first = any(id(t) in own for _, t in given)
-                siblings.append(entry)
-                entry.inputs = [weakref.ref(t) for _, t in given]
+                current.children.append(entry)
+                entry.inputs = [(leaf, tokens.of(t)) for leaf, t in given]
                 versions = [t._version for _, t in given]
                 buffers = {n: (b, b.clone()) for n, b in module.named_buffers()}
                 random = RandomState(device)
@@ -207,11 +233,7 @@ def _profile(model: nn.Module, call: Call, modules: dict[str, nn.Module], device
                     result = forward(*args, **kwargs)
                 finally:
                     current = entry.parent or root
-                made_now = tensor_leaves(result)
-                entry.outputs = [weakref.ref(t) for _, t in made_now]
-                if entry.children:
-                    last = {id(t) for ref in entry.children[-1].outputs if (t := ref()) is not None}
-                    entry.leaves_last = any(id(t) in last for _, t in made_now)
+                entry.outputs = [(leaf, tokens.of(t)) for leaf, t in tensor_leaves(result)]
                 entry.random = random.differs()
                 entry.changed = tuple(f"{name}.{n}" for n, (b, v) in buffers.items() if not torch.equal(b, v))
                 entry.changes_input = any(t._version != v for (_, t), v in zip(given, versions, strict=True))
@@ -231,9 +253,5 @@ def _expanded(entry: _Call) -> list[_Call]:
     """Blocks as fine as whole modules allow: a block gives way to its members if they are all it does."""
     result: list[_Call] = []
     for child in entry.children:
-        chained = all(inner.fed for inner in child.children[1:])
-        if len(child.children) > 1 and chained and child.enters_first and child.leaves_last:
-            result.extend(_expanded(child))
-        else:
-            result.append(child)
+        result.extend(_expanded(child) if child.is_its_children() else [child])
     return result

@@ -101,6 +101,7 @@ def _run(
     """One step with the blocks cut loose. Marks: where each block begins and ends; then, in backward, where the
     reversal of each piece of glue begins and ends."""
     result = _Pass()
+    external: list[Tensor] = []
     since = time.perf_counter()
     starts_glue = {block.stage for block in capture.blocks if capture.stages[block.stage - 1] is None}
 
@@ -111,6 +112,10 @@ def _run(
                 if capture.blocks[index].stage in starts_glue:
                     result.forward.append(time.perf_counter() - since)
                     result.entered.append([t for _, t in tensor_leaves((args, kwargs)) if t.requires_grad])
+                if measure is None:
+                    # The executor holds the arguments that come from elsewhere until the step is over.
+                    fed = {argument for argument, _ in capture.blocks[index].fed}
+                    external.extend(t for i, t in tensor_leaves((args, kwargs)) if i not in fed)
                 mark()
                 if measure is not None:
                     measure(index, forward, args, kwargs)
@@ -320,7 +325,7 @@ def _assemble(
         )
     fixed = resident + SMALL_TENSORS
     if capture.device.type == "cpu":
-        fixed += CPU_RANDOM_STATE * sum(capture.random)
+        fixed += CPU_RANDOM_STATE * len(capture.blocks)  # noted before each block, drawn from or not
     for names in capture.changed:
         fixed += 2 * storage_bytes((model.get_buffer(n) for n in names), capture.device)
     return Chain(tuple(stages_made), 0, output_grad, fixed, name)

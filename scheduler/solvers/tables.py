@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numba import njit
@@ -16,6 +18,16 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 NEVER = np.int64(2**62)  # bytes; ``arrays_of`` refuses chains that come near it
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def compiled(function: F, **options: Any) -> F:
+    """``function`` compiled at its first call, and kept on disk where there is a place for it."""
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # numba's word for: neither the package's folder nor the user's can be written
+        return njit(**options)(function)
 
 
 class Arrays(NamedTuple):
@@ -95,7 +107,7 @@ def arrays_of(chain: Chain) -> Arrays:
     )
 
 
-@njit(cache=True)
+@compiled
 def keep_need(a: Arrays, s: int, t: int, k: int) -> int:
     """Bytes above h to keep stage s of s..t with option k, and to reverse it once s+1..t are reversed."""
     # A segment that ends at L-1 runs before any backward: no gradient yet, long-lived bytes so far.
@@ -104,7 +116,7 @@ def keep_need(a: Arrays, s: int, t: int, k: int) -> int:
     return int(a.saved[s, k] + max(base + a.forward_overhead[s, k], backward))
 
 
-@njit(cache=True)
+@compiled
 def run_need(a: Arrays, s: int, t: int, i: int) -> int:
     """Bytes above h to run stage i of s..t on the way from x_s, which is in h, to a split."""
     if not a.recomputable[i]:
@@ -113,7 +125,7 @@ def run_need(a: Arrays, s: int, t: int, i: int) -> int:
     return int(base + (a.boundary[i] if i > s else 0) + a.boundary[i + 1] + a.overhead[i])
 
 
-@njit(cache=True)
+@compiled
 def peaks_of(a: Arrays) -> Peaks:
     """The tables P and A, and the seconds of A."""
     length = a.forward.size
@@ -145,19 +157,19 @@ def peaks_of(a: Arrays) -> Peaks:
     return Peaks(least, fastest, seconds)
 
 
-@njit(cache=True)
+@compiled
 def _units(g: Grid, need: int) -> int:
     """The fewest units with room for ``need`` bytes."""
     return -((g.phase - need) // g.unit)
 
 
-@njit(cache=True)
+@compiled
 def _row(g: Grid, s: int, t: int) -> Floats:
     """C(s,t) at lo-1 .. hi units; the margin below repeats lo, the one above is the seconds of A."""
     return g.values[g.offset[s, t] : g.offset[s, t] + g.hi[s, t] - g.lo[s, t] + 2]
 
 
-@njit(cache=True, fastmath={"nnan", "nsz"})
+@partial(compiled, fastmath={"nnan", "nsz"})
 def _relax(
     row: Floats, start: int, cost: float, x: Floats, shift: int, part: float, y: Floats, at: int
 ) -> None:
@@ -188,7 +200,7 @@ def _relax(
         row[i] = min(row[i], cost + x[-1] + y[-1])
 
 
-@njit(cache=True)
+@compiled
 def _fill(a: Arrays, p: Peaks, g: Grid) -> None:
     """Compute ``g.values``: C on the grid, segment after segment from the end of the chain."""
     length = a.forward.size
@@ -228,7 +240,7 @@ def _fill(a: Arrays, p: Peaks, g: Grid) -> None:
             row[0] = row[1]
 
 
-@njit(cache=True)
+@compiled
 def _estimate(p: Peaks, g: Grid, s: int, t: int, room: int) -> float:
     """C of s..t with ``room`` bytes above h, by the grid; the caller has seen that P fits."""
     if room >= p.fastest[s, t]:
@@ -240,7 +252,7 @@ def _estimate(p: Peaks, g: Grid, s: int, t: int, room: int) -> float:
     return float((1 - part) * row[i] + part * row[i - 1])
 
 
-@njit(cache=True)
+@compiled
 def decide_one(a: Arrays, p: Peaks, g: Grid, s: int, t: int, room: int) -> tuple[int, int]:
     """What to do with s..t and ``room`` bytes above h: (option, 0) to keep s, or (-1, j) to split at j.
 
