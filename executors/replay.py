@@ -230,6 +230,9 @@ class Step:
                     self.working = None
             elif isinstance(action, Free):
                 self.boundaries.pop(action.boundary, None)
+            elif isinstance(action, (Forward, Checkpoint, Keep)) and not self.rerunnable[action.stage]:
+                # Neither it nor a stage that it could lead to has a handle left: its run would serve nobody.
+                self.working = None
             elif isinstance(action, (Forward, Checkpoint, Keep)):
                 current = self._boundary(action.stage)
                 if current is None:

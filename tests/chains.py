@@ -17,37 +17,37 @@ ORACLES = Path(__file__).parent / "oracles"
 def chains(draw: st.DrawFn, stages: int, options: int = 2, largest: int = 6) -> Chain:
     """Chains of up to ``stages`` stages; integer seconds, so that sums are exact.
 
-    Transients reach five times ``largest``, the largest boundary or saved tensor (bytes).
+    Boundaries are at most ``largest`` bytes, saved tensors twice as large. Transients, gradients and what stays after a
+    backward are each absent, alike, or up to five times as large, so that each is at times what decides.
     """
+    scale = st.sampled_from([largest, 0, 5 * largest])
+    transient, gradient, lasting = draw(scale), draw(scale), draw(scale)
 
     def size(most: int) -> int:
         return draw(st.integers(0, most))
 
     def stage(name: str) -> Stage:
-        carried = size(largest)
+        carried = size(lasting)
         return Stage(
             name,
             forward=float(size(9)),
             backward=float(size(9)),
             input=size(largest),
             options=tuple(
-                Option(size(2 * largest), float(size(5)), size(5 * largest), size(5 * largest), f"option {k}")
+                Option(size(2 * largest), float(size(5)), size(transient), size(transient), f"option {k}")
                 for k in range(draw(st.integers(1, options)))
             ),
-            forward_overhead=size(5 * largest),
-            input_grad=size(largest),
-            grad=size(largest),
+            forward_overhead=size(transient),
+            input_grad=size(gradient),
+            grad=size(lasting),
             carried=carried,
-            carried_change=draw(st.integers(-carried, largest)),
-            recomputable=draw(st.integers(0, 4)) > 0,
+            carried_change=draw(st.integers(-carried, lasting)),
+            recomputable=draw(st.integers(0, 7)) > 0,
         )
 
-    count = draw(st.integers(1, stages))
+    count = draw(st.integers(1, stages) | st.just(stages))
     return Chain(
-        tuple(stage(str(i)) for i in range(count)),
-        size(largest),
-        size(largest),
-        fixed=draw(st.integers(0, 9)),
+        tuple(stage(str(i)) for i in range(count)), size(largest), size(gradient), fixed=draw(st.integers(0, 9))
     )
 
 

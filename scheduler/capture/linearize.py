@@ -133,19 +133,22 @@ def _prefix(graph: OpGraph) -> int:
     return len(graph.ops)
 
 
-def _live_counts(graph: OpGraph) -> tuple[list[int], list[int]]:
-    """(n + 1,) number and bytes of gradient-carrying values live in each gap; gap g is before op g."""
+def _live_counts(graph: OpGraph) -> tuple[list[int], list[int], list[int]]:
+    """(n + 1,) number and bytes of gradient-carrying values live in each gap, and bytes of those that autograd
+    does not save; gap g is before op g."""
     size = len(graph.ops) + 1
-    count, held = [0] * (size + 1), [0] * (size + 1)
-    for group in graph.groups.values():
+    saved = {key for op in graph.ops for key in op.saved}
+    count, held, unsaved = [0] * (size + 1), [0] * (size + 1), [0] * (size + 1)
+    for key, group in graph.groups.items():
         if group.producer >= 0 and group.requires_grad and group.last_use > group.producer:
-            for row, amount in ((count, 1), (held, group.bytes)):
+            lost = 0 if key in saved else group.bytes
+            for row, amount in ((count, 1), (held, group.bytes), (unsaved, lost)):
                 row[group.producer + 1] += amount
                 row[min(group.last_use + 1, size)] -= amount
-    for row in (count, held):
+    for row in (count, held, unsaved):
         for index in range(1, size):
             row[index] += row[index - 1]
-    return count[:size], held[:size]
+    return count[:size], held[:size], unsaved[:size]
 
 
 def _forbidden(graph: OpGraph) -> set[int]:
@@ -167,7 +170,7 @@ def _forbidden(graph: OpGraph) -> set[int]:
 
 def _valleys(graph: OpGraph, prefix: int) -> list[int]:
     """Gaps of every valley, ascending; after a frozen prefix that computes something, its end too."""
-    count, held = _live_counts(graph)
+    count, held, unsaved = _live_counts(graph)
     forbidden = _forbidden(graph)
     gaps = [g for g in range(prefix + 1, len(graph.ops)) if g not in forbidden]
     valleys: list[tuple[int, list[int]]] = []  # level, gaps
@@ -180,8 +183,11 @@ def _valleys(graph: OpGraph, prefix: int) -> list[int]:
         left = start == 0 or count[gaps[start - 1]] > level
         right = stop + 1 == len(gaps) or count[gaps[stop + 1]] > level
         if left and right:
-            # Within a plateau only the gaps that hold the fewest bytes around them are worth a cut.
+            # Within a plateau only the gaps that hold the fewest bytes around them are worth a cut, and of those
+            # only the ones at which autograd keeps what crosses anyway: a chain charges a kept stage for its
+            # output, so that a cut through a value that nobody saves (between GELU and Dropout) costs too much.
             run = gaps[start : stop + 1]
+            run = [g for g in run if not unsaved[g]] or run
             best = [
                 g
                 for i, g in enumerate(run)

@@ -18,13 +18,20 @@ __all__ = ["optimizer_bytes", "resident_parts", "storage_bytes"]
 
 
 def storage_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
-    """Bytes of the distinct storages of ``tensors`` that lie on the kind of ``device``."""
-    sizes: dict[int, int] = {}
+    """Bytes that ``tensors`` take on the kind of ``device``: a storage that several share counts once.
+
+    Of a storage that is larger than the tensors seen on it (a batch cut out of a data set) only their part
+    counts.
+    """
+    seen: set[Tensor] = set()
+    parts: dict[int, tuple[int, int]] = {}  # storage -> (its bytes, bytes of the tensors on it)
     for tensor in tensors:
-        if tensor.device.type == device.type:
+        if tensor.device.type == device.type and tensor not in seen:
+            seen.add(tensor)
             storage = tensor.untyped_storage()
-            sizes[storage._cdata] = allocated(storage.nbytes(), device)
-    return sum(sizes.values())
+            _, part = parts.get(storage._cdata, (0, 0))
+            parts[storage._cdata] = (storage.nbytes(), part + tensor.numel() * tensor.element_size())
+    return sum(allocated(min(whole, part), device) for whole, part in parts.values())
 
 
 def resident_parts(model: nn.Module, call: Any, device: torch.device) -> dict[str, int]:

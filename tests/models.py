@@ -1,0 +1,181 @@
+"""Small real models in train mode, each with a batch whose activations outweigh the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a batch for it.
+
+    Attributes:
+        model: in train mode.
+        sample: as ``solve`` takes it.
+        args, kwargs: the same batch, as the model is called.
+    """
+
+    model: nn.Module
+    sample: Any
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, model: nn.Module) -> Any:
+        """The output of ``model``, plain or planned, on the batch."""
+        return model(*self.args, **self.kwargs)
+
+
+class Residual(nn.Module):
+    """conv, BatchNorm, in-place ReLU, Dropout, conv, BatchNorm, and the skip."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.act = nn.ReLU(inplace=True)
+        self.drop = nn.Dropout(0.1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.drop(self.act(self.norm1(self.first(x))))
+        out = self.norm2(self.second(out))
+        out += x
+        result: Tensor = self.act(out)
+        return result
+
+
+class ResidualNet(nn.Module):
+    """A stem, residual blocks and a classifier; returns the loss, or logits without labels."""
+
+    def __init__(self, channels: int = 8, blocks: int = 6, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.BatchNorm2d(channels))
+        self.blocks = nn.Sequential(*(Residual(channels) for _ in range(blocks)))
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        logits: Tensor = self.head(self.blocks(self.stem(images)).mean((2, 3)))
+        return logits if labels is None else nn.functional.cross_entropy(logits, labels)
+
+
+def mlp() -> Case:
+    torch.manual_seed(1)
+    layers: list[nn.Module] = []
+    for _ in range(6):
+        layers += [nn.Linear(64, 64), nn.BatchNorm1d(64), nn.GELU(), nn.Dropout(0.1)]
+    batch = torch.randn(1024, 64)
+    return Case(nn.Sequential(*layers, nn.Linear(64, 16)).train(), batch, (batch,))
+
+
+def residual() -> Case:
+    torch.manual_seed(2)
+    images, labels = torch.randn(8, 3, 32, 32), torch.randint(0, 10, (8,))
+    return Case(ResidualNet().train(), (images, labels), (images, labels))
+
+
+def gpt2() -> Case:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(3)
+    config = GPT2Config(
+        n_layer=4, n_embd=64, n_head=4, vocab_size=128, n_positions=64, bos_token_id=0, eos_token_id=0
+    )
+    ids = torch.randint(0, 128, (8, 64))
+    return _keywords(GPT2LMHeadModel(config), input_ids=ids, labels=ids)
+
+
+def llama() -> Case:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(4)
+    config = LlamaConfig(
+        num_hidden_layers=4,
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        attention_dropout=0.1,
+    )
+    ids = torch.randint(0, 128, (8, 64))
+    return _keywords(LlamaForCausalLM(config), input_ids=ids, labels=ids)
+
+
+def resnet() -> Case:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(5)
+    config = ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 32, 48, 64], depths=[2, 2, 2, 2], layer_type="basic", num_labels=10
+    )
+    return _keywords(
+        ResNetForImageClassification(config),
+        pixel_values=torch.randn(8, 3, 64, 64),
+        labels=torch.randint(0, 10, (8,)),
+    )
+
+
+def vit() -> Case:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(6)
+    config = ViTConfig(
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=128,
+        image_size=64,
+        patch_size=8,
+        num_labels=10,
+        hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.1,
+    )
+    return _keywords(
+        ViTForImageClassification(config),
+        pixel_values=torch.randn(8, 3, 64, 64),
+        labels=torch.randint(0, 10, (8,)),
+    )
+
+
+def unet() -> Case:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(7)
+    model = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=2,
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        norm_num_groups=8,
+        dropout=0.1,
+    )
+    return _keywords(
+        model,
+        sample=torch.randn(4, 4, 16, 16),
+        timestep=torch.tensor([3, 7, 11, 900]),
+        encoder_hidden_states=torch.randn(4, 8, 16),
+    )
+
+
+def _keywords(model: nn.Module, **batch: Any) -> Case:
+    return Case(model.train(), batch, (), batch)
+
+
+BUILDERS: dict[str, Callable[[], Case]] = {
+    "mlp": mlp,
+    "residual": residual,
+    "gpt2": gpt2,
+    "llama": llama,
+    "resnet": resnet,
+    "vit": vit,
+    "unet": unet,
+}
