@@ -1,6 +1,6 @@
 """All solvers over a sweep of budgets on one model: predicted overhead, or why there is no plan.
 
-    python examples/compare_solvers.py --model resnet
+python examples/compare_solvers.py --model resnet
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ def build(name: str) -> tuple[torch.nn.Module, dict[str, Any]]:
     if name == "resnet":
         from transformers import ResNetConfig, ResNetForImageClassification
 
-        config = ResNetConfig(
+        resnet = ResNetConfig(
             embedding_size=16, hidden_sizes=[16, 32, 64, 128], depths=[3, 4, 6, 3], layer_type="basic"
         )
         labels = torch.randint(0, 2, (16,))
-        return ResNetForImageClassification(config).train(), {
+        return ResNetForImageClassification(resnet).train(), {
             "pixel_values": torch.randn(16, 3, 96, 96),
             "labels": labels,
         }
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel(
+    unet: Any = UNet2DConditionModel(
         sample_size=32,
         block_out_channels=(32, 64),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -64,7 +64,9 @@ def build(name: str) -> tuple[torch.nn.Module, dict[str, Any]]:
 
 def main() -> None:
     """Capture the model once; then every solver at every budget."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=("gpt2", "resnet", "unet"), default="gpt2")
     arguments = parser.parse_args()
     console = Console()

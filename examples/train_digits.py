@@ -1,6 +1,6 @@
 """Train a ResNet on scikit-learn's handwritten digits under a memory budget, to over 95 % test accuracy.
 
-    python examples/train_digits.py --share 0.4
+python examples/train_digits.py --share 0.4
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from scheduler.budget import format_bytes
 
 def main() -> None:
     """Plan for a share of the activation bytes, train, test."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--share", type=float, default=0.4, help="of the plain step's activation bytes")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch", type=int, default=128)
@@ -33,17 +35,15 @@ def main() -> None:
     pixels = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1
     train_x, test_x, train_y, test_y = (
         t.to(arguments.device)
-        for t in train_test_split(pixels, torch.tensor(labels), test_size=0.25, random_state=0, stratify=labels)
+        for t in train_test_split(
+            pixels, torch.tensor(labels), test_size=0.25, random_state=0, stratify=labels
+        )
     )
     torch.manual_seed(0)
     config = ResNetConfig(
-        num_channels=1,
-        embedding_size=16,
-        hidden_sizes=[16, 32, 64],
-        depths=[2, 2, 2],
-        layer_type="basic",
-        num_labels=10,
+        num_channels=1, embedding_size=16, hidden_sizes=[16, 32, 64], depths=[2, 2, 2], layer_type="basic"
     )
+    config.num_labels = 10
     model = ResNetForImageClassification(config).to(arguments.device).train()
     # The stem of a ResNet shrinks images four times; digits of 8 x 8 are enlarged first.
     enlarge = torch.nn.Upsample(scale_factor=4, mode="nearest")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import statistics
 import time
 from pydoc_data.topics import topics
@@ -76,7 +77,9 @@ def plans(
 
 def main() -> None:
     """Plan, train, and print what was predicted beside what was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=128)
@@ -126,7 +129,9 @@ def main() -> None:
         table.add_column(heading, justify="right")
     plain_time = statistics.median(seconds[0])
     for i, name in enumerate(names):
-        peak = measure_peak(lambda i=i: step(models[i]), resident=[models[i], sample, optimizers[i]]).peak
+        peak = measure_peak(
+            functools.partial(step, models[i]), resident=[models[i], sample, optimizers[i]]
+        ).peak
         optimizers[i].zero_grad()
         plan = chosen[i - 1][1] if i else None
         predicted = plan.predicted_peak if plan else chosen[0][1].plain.peak

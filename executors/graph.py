@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -34,7 +33,11 @@ class GraphExecutor:
         self.constants = capture.constants
         # Parameters and buffers are looked up by (dict, key), so that replaced ones are seen.
         self.lookups = [
-            [(i, *locate(model, s.key)) for i, s in enumerate(stage.sources) if s.kind in ("parameter", "buffer")]
+            [
+                (i, *locate(model, s.key))
+                for i, s in enumerate(stage.sources)
+                if s.kind in ("parameter", "buffer")
+            ]
             for stage in self.stages
         ]
         self.changed = [
@@ -123,9 +126,7 @@ class GraphStep(Step):
             self.carried[name] = tensor.detach()
             self.carried_flags[name] = tensor.requires_grad
 
-    def first_arguments(
-        self, k: int, boundary: tuple[Tensor, ...], carried: dict[str, Tensor]
-    ) -> list[Any]:
+    def first_arguments(self, k: int, boundary: tuple[Tensor, ...], carried: dict[str, Tensor]) -> list[Any]:
         """Arguments of the first run of stage k."""
         executor = self.executor
         own: list[Tensor] = [values[key] for _, values, key in executor.lookups[k]]
@@ -146,7 +147,7 @@ class GraphStep(Step):
         position = 0
         for source in self.executor.stages[k].sources:
             kind = source.kind
-            if kind == "parameter" or kind == "buffer":
+            if kind in ("parameter", "buffer"):
                 arguments.append(own[position])
                 position += 1
             elif kind == "boundary":
@@ -162,9 +163,8 @@ class GraphStep(Step):
     def _versions(self, k: int, own: list[Tensor]) -> tuple[int, ...]:
         """Versions of everything that stage k reads and that a user could change."""
         read = [own[j]._version for j in self.executor.constant[k]]
-        for source in self.executor.stages[k].sources:
-            if source.kind == "input" and isinstance(self.inputs[source.key], Tensor):
-                read.append(self.inputs[source.key]._version)
+        given = [self.inputs[s.key] for s in self.executor.stages[k].sources if s.kind == "input"]
+        read += [value._version for value in given if isinstance(value, Tensor)]
         return tuple(read)
 
     def run_stage(self, k: int, boundary: tuple[Tensor, ...], grad: bool) -> tuple[Tensor, ...]:

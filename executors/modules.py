@@ -166,7 +166,8 @@ class ModuleStep(Step):
             )
         forward, template, spec = self.calls[stage]
         leaves = [
-            leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf for leaf in template
+            leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+            for leaf in template
         ]
         if not grad:
             boundary = tuple(
@@ -213,7 +214,7 @@ class _Swapped:
         for buffer, value in zip(self.buffers, self.values, strict=True):
             buffer.data.copy_(value)  # .data: the version that autograd saw stays
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         for buffer, value in zip(self.buffers, self.current, strict=True):
             buffer.data.copy_(value)
 

@@ -40,10 +40,14 @@ class _Runner:
         self.evaluating = frozenset(plan.capture.evaluating)
         self.executor: GraphExecutor | ModuleExecutor | None = None
         self.seen: tuple[Any, list[Any]] | None = None  # spec and leaf kinds of a call that was checked
-        if plan.live is not None and plan.live[0] is source:
+        # Shallow copies of one model share these dicts, so that a capture of one is a capture of the other.
+        live = plan.live[0] if plan.live is not None else None
+        if live is not None and live._modules is source._modules and live._parameters is source._parameters:
             self.executor = self._executor(plan.live[1], model)
 
-    def _executor(self, capture: GraphCapture | ModuleCapture, model: nn.Module) -> GraphExecutor | ModuleExecutor:
+    def _executor(
+        self, capture: GraphCapture | ModuleCapture, model: nn.Module
+    ) -> GraphExecutor | ModuleExecutor:
         if isinstance(capture, GraphCapture):
             return GraphExecutor(capture, self.plan.program, model)
         return ModuleExecutor(capture, self.plan.program, model, functools.partial(_plain_forward, model))
@@ -106,7 +110,8 @@ class _Runner:
 
 def _plain_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The forward of the class that ``execute`` derived from."""
-    return type(model).__mro__[1].forward(model, *args, **kwargs)
+    original: Any = type(model).__mro__[1]
+    return original.forward(model, *args, **kwargs)
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:
@@ -143,7 +148,9 @@ def execute(plan: Plan, model: nn.Module) -> nn.Module:
             inputs, or the modes of its submodules, are not those of the plan.
     """
     if not isinstance(plan, Plan):
-        raise TypeError(f"execute: plan is a {type(plan).__name__}, expected a Plan; the call is execute(plan, model)")
+        raise TypeError(
+            f"execute: plan is a {type(plan).__name__}, expected a Plan; the call is execute(plan, model)"
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"execute: model is a {type(model).__name__}, expected a torch.nn.Module")
     if _RUNNER in model.__dict__:
@@ -159,7 +166,7 @@ def execute(plan: Plan, model: nn.Module) -> nn.Module:
             "requires_grad of parameters or buffers differ; call solve() on this model"
         )
     planned = _shallow(model)
-    planned.__class__ = _planned_class(type(model))
+    planned.__class__ = _planned_class(type(model))  # type: ignore[arg-type] # Module's __hash__ confuses mypy
     planned.__dict__[_RUNNER] = _Runner(plan, planned, model)
     return planned
 
@@ -180,14 +187,14 @@ def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
             return cls.forward(self, *args, **kwargs)
         return self.__dict__[_RUNNER].forward(self, args, kwargs)
 
-    def reduce(self: nn.Module, protocol: Any) -> Any:
+    def reduce(self: nn.Module, _protocol: Any) -> Any:
         # The derived class has no importable name: pickle and deepcopy take the plain model and the plan.
         return _restore, (self.__dict__[_RUNNER].plan.to_json(), copy.copy(_plain_copy(self)))
 
     return type(
         cls.__name__,
         (cls,),
-        {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__, "__doc__": cls.__doc__,
+        {"forward": forward, "_rematplan_plain": _plain_copy, "__reduce_ex__": reduce, "__module__": cls.__module__, "__doc__": cls.__doc__,
          "__qualname__": cls.__qualname__},
     )  # fmt: skip # one table
 

@@ -23,7 +23,7 @@ The rules, referred to by number below:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -325,11 +325,8 @@ class Step:
             t.detach().requires_grad_(flag) for t, flag in zip(boundary, self.flags[stage], strict=True)
         )
         produced: tuple[Tensor, ...] | None = None
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _never):
-            try:
-                produced = tuple(t.detach() for t in self.run_stage(stage, inputs, grad=True))
-            except _Stop:
-                pass
+        with suppress(_Stop), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _never):
+            produced = tuple(t.detach() for t in self.run_stage(stage, inputs, grad=True))
         if count <= last:
             raise ReplayError(
                 f"stage {stage}: its re-run saves {count} tensors, its first run {len(shapes)}; the model must run "

@@ -125,7 +125,9 @@ class Plan:
         option = self.program.kept[stage]
         if option is not None:
             return self.chain.stages[stage].options[option].name
-        first = next(a for a in self.schedule if isinstance(a, (Forward, Checkpoint, Keep)) and a.stage == stage)
+        first = next(
+            a for a in self.schedule if isinstance(a, (Forward, Checkpoint, Keep)) and a.stage == stage
+        )
         return "input" if isinstance(first, Checkpoint) else "nothing"
 
     def table(self) -> str:
@@ -172,11 +174,15 @@ class Plan:
         parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.resident.items() if size)
         lines += [
             "",
-            f"budget {format_bytes(self.memory_budget)}; predicted peak {format_bytes(self.predicted_peak)}; "
-            f"plain step {format_bytes(self.plain.peak)}",
-            f"predicted overhead {self.predicted_overhead:.1%} "
-            f"({self.timeline.seconds * 1e3:.1f} ms instead of {chain.plain_seconds * 1e3:.1f} ms); "
-            f"solver {self.solver}, costs {self.costs}",
+            (
+                f"budget {format_bytes(self.memory_budget)}; predicted peak {format_bytes(self.predicted_peak)}; "
+                f"plain step {format_bytes(self.plain.peak)}"
+            ),
+            (
+                f"predicted overhead {self.predicted_overhead:.1%} "
+                f"({self.timeline.seconds * 1e3:.1f} ms instead of {chain.plain_seconds * 1e3:.1f} ms); "
+                f"solver {self.solver}, costs {self.costs}"
+            ),
             f"live all step: {parts}",
             f"captured as {self.capture.kind}: {self.capture.reason}",
         ]

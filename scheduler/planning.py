@@ -21,6 +21,7 @@ from scheduler.capture.sample import (
     model_fingerprint,
     read_sample,
     reject_unusable,
+    unplanned,
 )
 from scheduler.capture.state import model_device, preserved
 from scheduler.capture.verify import StepResult, difference, run_step
@@ -72,7 +73,7 @@ def solve(
     The model is left as it is: parameters, gradients, buffers, random-number state.
 
     Args:
-        model: in train mode, on one device.
+        model: in train mode, on one device. One that trains by a plan already is planned anew.
         memory_budget: peak device bytes of a whole training step: parameters, buffers, gradients, optimizer
             state if an optimizer is given, inputs, activations. An int, or text: "6GiB", "800MB", "75%".
         sample: what the model is trained on, in shape: a tensor, a tuple of positional arguments, a dict of
@@ -92,6 +93,7 @@ def solve(
         CaptureError: the model cannot be captured exactly.
         InfeasibleBudget: no schedule fits; carries the smallest budget that one fits.
     """
+    model = unplanned(model)
     request = _checked(model, memory_budget, sample, solver, capture, costs, optimizer, progress)
     resident = resident_parts(model, request.call, request.device)
     resident["optimizer state"] = request.optimizer_state
@@ -125,7 +127,15 @@ def solve(
         **captured.record(),
     )
     return Plan(
-        chain, schedule, request.budget, solver, costs, record, resident, torch.__version__, live=(model, captured)
+        chain,
+        schedule,
+        request.budget,
+        solver,
+        costs,
+        record,
+        resident,
+        torch.__version__,
+        live=(model, captured),
     )
 
 

@@ -212,10 +212,14 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action]) -> Timeline:
                 raise IllegalAction(
                     index,
                     action,
-                    "all stages are reversed" if to_reverse < 0 else f"stage {to_reverse} is to be reversed next",
+                    "all stages are reversed"
+                    if to_reverse < 0
+                    else f"stage {to_reverse} is to be reversed next",
                 )
             if i not in kept:
-                raise IllegalAction(index, action, f"the saved tensors of stage {i} are not there; Keep({i}) first")
+                raise IllegalAction(
+                    index, action, f"the saved tensors of stage {i} are not there; Keep({i}) first"
+                )
             if i not in held and i - 1 not in kept:
                 raise IllegalAction(index, action, f"x_{i} is neither held nor inside the kept stage {i - 1}")
             stage, option = stages[i], stages[i].options[kept[i]]
@@ -254,7 +258,9 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action]) -> Timeline:
             raise IllegalAction(index, action, f"stage {i} may run only once")
         inside = i - 1 in kept
         if i not in held and not inside and working != i:
-            raise IllegalAction(index, action, f"x_{i} is not there: neither held, nor kept, nor just computed")
+            raise IllegalAction(
+                index, action, f"x_{i} is not there: neither held, nor kept, nor just computed"
+            )
         if working is not None and working != i:
             working, working_bytes = None, 0  # superseded: this run starts from another boundary
         if not runs[i]:
@@ -284,6 +290,8 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action]) -> Timeline:
     if to_reverse >= 0:
         raise IllegalAction(end, None, f"stage {to_reverse} is not reversed yet")
     if held or kept or working is not None:
-        raise IllegalAction(end, None, f"left over: held {sorted(held)}, kept {sorted(kept)}, working {working}")
+        raise IllegalAction(
+            end, None, f"left over: held {sorted(held)}, kept {sorted(kept)}, working {working}"
+        )
     peak_action = max(range(end), key=during.__getitem__)
     return Timeline(seconds, max(during), tuple(live), tuple(during), tuple(runs), peak_action)

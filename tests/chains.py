@@ -21,7 +21,8 @@ def chains(draw: st.DrawFn, stages: int, options: int = 2, largest: int = 6) -> 
     backward are each absent, alike, or up to five times as large, so that each is at times what decides.
     """
     scale = st.sampled_from([largest, 0, 5 * largest])
-    transient, gradient, lasting = draw(scale), draw(scale), draw(scale)
+    gradient, lasting = draw(scale), draw(scale)
+    keeping, passing, reversing = draw(scale), draw(scale), draw(scale)  # transients
 
     def size(most: int) -> int:
         return draw(st.integers(0, most))
@@ -34,10 +35,10 @@ def chains(draw: st.DrawFn, stages: int, options: int = 2, largest: int = 6) -> 
             backward=float(size(9)),
             input=size(largest),
             options=tuple(
-                Option(size(2 * largest), float(size(5)), size(transient), size(transient), f"option {k}")
+                Option(size(2 * largest), float(size(5)), size(keeping), size(reversing), f"option {k}")
                 for k in range(draw(st.integers(1, options)))
             ),
-            forward_overhead=size(transient),
+            forward_overhead=size(passing),
             input_grad=size(gradient),
             grad=size(lasting),
             carried=carried,
@@ -47,7 +48,10 @@ def chains(draw: st.DrawFn, stages: int, options: int = 2, largest: int = 6) -> 
 
     count = draw(st.integers(1, stages) | st.just(stages))
     return Chain(
-        tuple(stage(str(i)) for i in range(count)), size(largest), size(gradient), fixed=draw(st.integers(0, 9))
+        tuple(stage(str(i)) for i in range(count)),
+        size(largest),
+        size(gradient),
+        fixed=draw(st.integers(0, 9)),
     )
 
 

@@ -112,7 +112,11 @@ def resnet() -> Case:
 
     torch.manual_seed(5)
     config = ResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 32, 48, 64], depths=[2, 2, 2, 2], layer_type="basic", num_labels=10
+        embedding_size=16,
+        hidden_sizes=[16, 32, 48, 64],
+        depths=[2, 2, 2, 2],
+        layer_type="basic",
+        num_labels=10,
     )
     return _keywords(
         ResNetForImageClassification(config),

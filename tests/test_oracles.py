@@ -9,7 +9,7 @@ import pytest
 from scheduler.chain import Chain, Option, Stage
 from scheduler.errors import InfeasibleBudget
 from scheduler.schedule import simulate
-from scheduler.solvers import solve_chain
+from scheduler.solvers import optimal, solve_chain
 from scheduler.solvers.optimal import solve_optimal
 from scheduler.solvers.revolve import schedule_with_slots
 from tests.brute_force import fastest_of_all, fastest_persistent
@@ -66,6 +66,20 @@ def test_optimal_loses_nothing_to_rounding_on_large_chains(length):
         assert found.exact
         assert simulate(chain, found.schedule).peak <= row["limit"]
         assert found.seconds <= row["persistent"] + 1e-9
+
+
+@pytest.mark.parametrize("kilobytes", [8, 24, 64])
+def test_on_grids_too_coarse_the_bound_stays_below_the_optimum_and_the_schedule_close(kilobytes, monkeypatch):
+    data = oracle("hetero_L20.json")
+    chain = oracle_chain(data["chain"])
+    truth = [solve_optimal(chain, row["limit"]) for row in data["rows"]]
+    monkeypatch.setattr(optimal, "TABLE_BYTES", kilobytes * 1024)
+    for row, best in zip(data["rows"], truth, strict=True):
+        found = solve_optimal(chain, row["limit"])
+        assert found.unit > best.unit
+        assert simulate(chain, found.schedule).peak <= row["limit"]
+        assert found.lower_bound <= best.seconds * (1 + 1e-9)
+        assert best.seconds * (1 - 1e-9) <= found.seconds <= best.seconds * 1.05
 
 
 @pytest.mark.parametrize("length", [10, 20, 50])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -74,6 +75,19 @@ def random_chain(length: int, options: int = 1, seed: int = 0) -> Chain:
 # The optimum
 
 
+@settings(max_examples=400)
+@given(chains(4))
+def test_optimal_traces_the_frontier_of_all_persistent_schedules(chain):
+    lines = (simulate(chain, schedule) for schedule in persistent_schedules(chain))
+    fastest = math.inf
+    for peak, time_ in sorted((line.peak, line.seconds) for line in lines):
+        if time_ < fastest:  # a budget at which something faster fits, and the one just below it
+            if peak > 1:
+                assert seconds(chain, peak - 1) == fastest
+            fastest = time_
+            assert seconds(chain, max(peak, 1)) == fastest
+
+
 @given(chains(4), st.data())
 def test_the_literal_recurrence_finds_the_fastest_of_all_persistent_schedules(chain, data):
     budget = data.draw(budgets(chain))
@@ -113,6 +127,24 @@ def test_on_a_grid_too_coarse_optimal_fits_and_its_bound_holds(chain, data):
     assert line.seconds == found.seconds
     assert found.lower_bound <= truth <= found.seconds
     assert not found.exact or found.seconds == truth
+
+
+def test_the_gradient_at_the_end_of_a_segment_counts_while_its_first_stage_is_kept():
+    # Stages 0 and 1 are run again under the gradient of x_2, 50 bytes; the transient of keeping stage 0, 100
+    # bytes, comes on top of that, although the gradient of x_1 is nothing.
+    chain = Chain.from_arrays(
+        [1.0, 1.0, 9.0], [1.0] * 3, [1, 1, 1, 1], [2, 3, 400], [0] * 3, [0] * 3, boundary_grad=[0, 0, 50, 0]
+    )
+    first = chain.stages[0]
+    eager = Option(2, 0.0, forward_overhead=400)
+    chain = Chain((dataclasses.replace(first, options=(eager,)), *chain.stages[1:]), 1, 0)
+    again = Schedule(
+        (Checkpoint(0), Forward(1), Keep(2), Backward(2), Keep(0), Keep(1), Backward(1), Backward(0))
+    )
+    line = simulate(chain, again)
+    assert line.peak == 1 + 2 + 400 + 50
+    assert seconds(chain, line.peak) == line.seconds
+    assert seconds(chain, line.peak - 1) == line.seconds + 1
 
 
 @given(chains(4), st.data())

@@ -1,0 +1,1 @@
+"""Capture: a model as stages that run in a line."""

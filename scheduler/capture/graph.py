@@ -127,17 +127,19 @@ def _custom_functions_refused() -> Iterator[list[str]]:
         seen.append(f"{cls.__module__}.{cls.__qualname__}")
         return original.__get__(None, cls)(*args, **kwargs)
 
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment] # put back below
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign] # until the block ends
     try:
         yield seen
     finally:
-        torch.autograd.Function.apply = original
+        torch.autograd.Function.apply = original  # type: ignore[method-assign] # as it was
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Export warns and logs about things that do not concern the user of a plan."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")]
+    loggers = [
+        logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")
+    ]
     levels = [log.level for log in loggers]
     for log in loggers:
         log.setLevel(logging.ERROR)
@@ -187,10 +189,10 @@ def export_graph(model: nn.Module, call: Call) -> OpGraph:
             f"the custom autograd.Function {functions[0]} is used, whose backward torch.export drops"
         )
     assert isinstance(module, fx.GraphModule)
-    return analyse(module, model, call)
+    return analyse(module, call)
 
 
-def analyse(module: fx.GraphModule, model: nn.Module, call: Call) -> OpGraph:
+def analyse(module: fx.GraphModule, call: Call) -> OpGraph:
     """Run the graph once on fake tensors: which storages are made, viewed, changed, and saved by autograd.
 
     No data, no memory. Storage identity is taken from the fake tensors, so that an op that may or may
@@ -258,7 +260,9 @@ def analyse(module: fx.GraphModule, model: nn.Module, call: Call) -> OpGraph:
                 writes = note(result, index)
                 saved = note(list(saved_now), index)
                 group_of[node] = writes
-                grad = any(isinstance(t, torch.Tensor) and t.requires_grad for t in pytree.tree_leaves(result))
+                grad = any(
+                    isinstance(t, torch.Tensor) and t.requires_grad for t in pytree.tree_leaves(result)
+                )
                 ops.append(Op(node, reads, writes, saved, grad))
                 for key in (*reads, *writes):
                     groups[key].last_use = index
@@ -280,9 +284,7 @@ def analyse(module: fx.GraphModule, model: nn.Module, call: Call) -> OpGraph:
         for node, value in env.items()
     }
     output_spec = module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined] # export's codegen
-    return OpGraph(
-        module, ops, groups, placeholders, attributes, group_of, grad_of, outputs, output_spec
-    )
+    return OpGraph(module, ops, groups, placeholders, attributes, group_of, grad_of, outputs, output_spec)
 
 
 def _changed(node: fx.Node, group_of: dict[fx.Node, tuple[int, ...]]) -> list[int]:

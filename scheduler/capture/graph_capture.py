@@ -46,7 +46,12 @@ class GraphCapture:
         return len(self.stages)
 
     def arguments(
-        self, k: int, model: nn.Module, flat: list[Any], boundary: tuple[Tensor, ...], carried: Mapping[str, Tensor]
+        self,
+        k: int,
+        model: nn.Module,
+        flat: list[Any],
+        boundary: tuple[Tensor, ...],
+        carried: Mapping[str, Tensor],
     ) -> list[Any]:
         """Arguments of stage k, parameters and buffers as the model holds them now."""
         found: list[Any] = []
@@ -142,7 +147,7 @@ class GraphCapture:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+    return torch.equal(a, b) or bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
 
 
 def capture_graph(
@@ -173,6 +178,4 @@ def capture_graph(
             outputs.append(Source("constant", graph.attributes[leaf]))
         else:
             outputs.append(leaf)
-    return GraphCapture(
-        graph, linear, stages, outputs, graph.output_spec, constants, model_device(model)
-    )
+    return GraphCapture(graph, linear, stages, outputs, graph.output_spec, constants, model_device(model))

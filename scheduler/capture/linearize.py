@@ -79,21 +79,18 @@ def linearize(graph: OpGraph, max_stages: int = 100, cuts: Sequence[int] | None 
     if any(a >= b for a, b in dag.edges):
         raise CaptureError("the exported ops are not in topological order")
     prefix = _prefix(graph)
-    if cuts is None:
-        inner = _merge_small(graph, _valleys(graph, prefix), prefix, max_stages)
-    else:
-        inner = list(cuts)
+    inner = _merge_small(graph, _valleys(graph, prefix), prefix, max_stages) if cuts is None else list(cuts)
     edges = (0, *inner, len(graph.ops))
     stage_of = {}
     for stage in range(len(edges) - 1):
-        for op in range(edges[stage], edges[stage + 1]):
-            stage_of[op] = stage
+        for index in range(edges[stage], edges[stage + 1]):
+            stage_of[index] = stage
     outputs = _output_groups(graph)
     boundaries: list[list[int]] = [[] for _ in edges]
     carried: list[list[int]] = [[] for _ in edges[:-1]]
     reads: dict[int, set[int]] = {}
-    for index, op in enumerate(graph.ops):
-        for key in op.reads:
+    for index, each in enumerate(graph.ops):
+        for key in each.reads:
             reads.setdefault(key, set()).add(stage_of[index])
     readers: dict[int, tuple[int, ...]] = {}
     for key, group in graph.groups.items():
@@ -133,22 +130,44 @@ def _prefix(graph: OpGraph) -> int:
     return len(graph.ops)
 
 
-def _live_counts(graph: OpGraph) -> tuple[list[int], list[int], list[int]]:
-    """(n + 1,) number and bytes of gradient-carrying values live in each gap, and bytes of those that autograd
-    does not save; gap g is before op g."""
+@dataclass(slots=True)
+class _Gaps:
+    """(n + 1,) of the gradient-carrying values live in each gap; gap g is before op g.
+
+    Attributes:
+        count, held: their number and their bytes.
+        unneeded: bytes of those that no op after the gap saves for its backward.
+        unsaved: bytes of those that no op at all saves.
+    """
+
+    count: list[int]
+    held: list[int]
+    unneeded: list[int]
+    unsaved: list[int]
+
+
+def _gaps(graph: OpGraph) -> _Gaps:
     size = len(graph.ops) + 1
-    saved = {key for op in graph.ops for key in op.saved}
-    count, held, unsaved = [0] * (size + 1), [0] * (size + 1), [0] * (size + 1)
+    saved = {
+        key: index for index, op in enumerate(graph.ops) for key in op.saved
+    }  # the last op that saves it
+    gaps = _Gaps(*([0] * (size + 1) for _ in range(4)))
     for key, group in graph.groups.items():
-        if group.producer >= 0 and group.requires_grad and group.last_use > group.producer:
-            lost = 0 if key in saved else group.bytes
-            for row, amount in ((count, 1), (held, group.bytes), (unsaved, lost)):
-                row[group.producer + 1] += amount
-                row[min(group.last_use + 1, size)] -= amount
-    for row in (count, held, unsaved):
+        if group.producer < 0 or not group.requires_grad or group.last_use <= group.producer:
+            continue
+        over = min(group.last_use + 1, size)
+        for row, after, amount in (
+            (gaps.count, group.producer, 1),
+            (gaps.held, group.producer, group.bytes),
+            (gaps.unneeded, max(group.producer, saved.get(key, -1)), group.bytes),
+            (gaps.unsaved, over if key in saved else group.producer, group.bytes),
+        ):
+            row[min(after + 1, over)] += amount
+            row[over] -= amount
+    for row in (gaps.count, gaps.held, gaps.unneeded, gaps.unsaved):
         for index in range(1, size):
             row[index] += row[index - 1]
-    return count[:size], held[:size], unsaved[:size]
+    return gaps
 
 
 def _forbidden(graph: OpGraph) -> set[int]:
@@ -164,13 +183,18 @@ def _forbidden(graph: OpGraph) -> set[int]:
     position = {op.node: index for index, op in enumerate(graph.ops)}
     for index, op in enumerate(graph.ops):
         if not isinstance(op.node.meta.get("val"), torch.Tensor):  # a tuple: its parts are taken next
-            bad.update(range(index + 1, 1 + max((position[u] for u in op.node.users if u in position), default=index)))
+            bad.update(
+                range(
+                    index + 1, 1 + max((position[u] for u in op.node.users if u in position), default=index)
+                )
+            )
     return bad
 
 
 def _valleys(graph: OpGraph, prefix: int) -> list[int]:
     """Gaps of every valley, ascending; after a frozen prefix that computes something, its end too."""
-    count, held, unsaved = _live_counts(graph)
+    live = _gaps(graph)
+    count, held = live.count, live.held
     forbidden = _forbidden(graph)
     gaps = [g for g in range(prefix + 1, len(graph.ops)) if g not in forbidden]
     valleys: list[tuple[int, list[int]]] = []  # level, gaps
@@ -184,14 +208,15 @@ def _valleys(graph: OpGraph, prefix: int) -> list[int]:
         right = stop + 1 == len(gaps) or count[gaps[stop + 1]] > level
         if left and right:
             # Within a plateau only the gaps that hold the fewest bytes around them are worth a cut, and of those
-            # only the ones at which autograd keeps what crosses anyway: a chain charges a kept stage for its
-            # output, so that a cut through a value that nobody saves (between GELU and Dropout) costs too much.
+            # the ones at which a later op, or any op, saves what crosses: a chain charges a kept stage for its
+            # input and its output, too much for a value that autograd lets go (between GELU and Dropout).
             run = gaps[start : stop + 1]
-            run = [g for g in run if not unsaved[g]] or run
+            run = [g for g in run if not live.unneeded[g]] or [g for g in run if not live.unsaved[g]] or run
             best = [
                 g
                 for i, g in enumerate(run)
-                if (i == 0 or held[run[i - 1]] >= held[g]) and (i + 1 == len(run) or held[run[i + 1]] >= held[g])
+                if (i == 0 or held[run[i - 1]] >= held[g])
+                and (i + 1 == len(run) or held[run[i + 1]] >= held[g])
             ]
             valleys.append((level, best))
         start = stop + 1
@@ -232,7 +257,7 @@ def _merge_small(graph: OpGraph, gaps: list[int], prefix: int, max_stages: int) 
     edges = [0, *gaps, len(graph.ops)]
     smallest = weight[-1] / 400
     while len(edges) > 2:
-        sizes = [weight[b] - weight[a] for a, b in zip(edges, edges[1:], strict=False)]
+        sizes = [weight[b] - weight[a] for a, b in itertools.pairwise(edges)]
         # The end of a frozen prefix is kept whatever its size: it spares the prefix its re-run.
         choices = [i for i in range(1, len(edges) - 1) if edges[i] != prefix]
         if not choices:

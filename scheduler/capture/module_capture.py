@@ -165,9 +165,7 @@ def _given(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, nn.Module
     return found
 
 
-def capture_modules(
-    model: nn.Module, call: Call, blocks: Sequence[nn.Module] | None = None
-) -> ModuleCapture:
+def capture_modules(model: nn.Module, call: Call, blocks: Sequence[nn.Module] | None = None) -> ModuleCapture:
     """Find the blocks by one forward without grad; the caller restores the model's state.
 
     Args:
@@ -190,7 +188,9 @@ def capture_modules(
         )
     usable = [entry for entry in usable if not entry.changes_input]
     if not usable:
-        raise CaptureError("no member of a ModuleList or Sequential runs exactly once with tensors in and out")
+        raise CaptureError(
+            "no member of a ModuleList or Sequential runs exactly once with tensors in and out"
+        )
     stages: list[int | None] = [None]
     found: list[Block] = []
     before: _Call | None = None

@@ -20,7 +20,14 @@ from torch.utils import _pytree as pytree
 
 from scheduler.errors import PlanMismatch
 
-__all__ = ["CallSignature", "canonical_call", "model_fingerprint", "read_sample", "reject_unusable"]
+__all__ = [
+    "CallSignature",
+    "canonical_call",
+    "model_fingerprint",
+    "read_sample",
+    "reject_unusable",
+    "unplanned",
+]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -126,7 +133,9 @@ class CallSignature:
                 f"{where}: the plan was made for arguments {self.structure}, got {other.structure}; "
                 "call solve() with a sample of this structure"
             )
-        for index, (want, got) in enumerate(zip(json.loads(self.leaves), json.loads(other.leaves), strict=True)):
+        for index, (want, got) in enumerate(
+            zip(json.loads(self.leaves), json.loads(other.leaves), strict=True)
+        ):
             if want != got:
                 raise PlanMismatch(
                     f"{where}: argument leaf {index}: the plan was made for {_words(want)}, got {_words(got)}; "
@@ -152,9 +161,22 @@ def model_fingerprint(model: nn.Module) -> str:
         ("buffer", model.named_buffers(remove_duplicate=False)),
     ):
         for name, tensor in tensors:
-            row = (kind, name, tuple(tensor.shape), str(tensor.dtype), tensor.device.type, tensor.requires_grad)
+            row = (
+                kind,
+                name,
+                tuple(tensor.shape),
+                str(tensor.dtype),
+                tensor.device.type,
+                tensor.requires_grad,
+            )
             digest.update(repr(row).encode())
     return digest.hexdigest()
+
+
+def unplanned(model: Any) -> Any:
+    """The plain model behind one that trains by a plan already; any other model as it is."""
+    plain = getattr(type(model), "_rematplan_plain", None)
+    return model if plain is None else plain(model)
 
 
 def reject_unusable(model: Any) -> None:
@@ -172,4 +194,6 @@ def reject_unusable(model: Any) -> None:
             "call model.requires_grad_(True) or unfreeze what you train"
         )
     if not model.training:
-        raise ValueError("solve: the model is in eval mode; call model.train() first, plans are for training steps")
+        raise ValueError(
+            "solve: the model is in eval mode; call model.train() first, plans are for training steps"
+        )

@@ -111,7 +111,9 @@ def compile_stages(graph: OpGraph, linear: Linear, model: nn.Module) -> list[Gra
                 continue
             value = node.meta.get("val")
             if not isinstance(value, torch.Tensor):
-                raise CaptureError(f"{node.name}, which crosses a cut, is {type(value).__name__}, not a tensor")
+                raise CaptureError(
+                    f"{node.name}, which crosses a cut, is {type(value).__name__}, not a tensor"
+                )
             results.append(made[node])
             keys = graph.group_of[node]
             if all(key in carried_groups or graph.groups[key].producer < 0 for key in keys):
@@ -135,7 +137,7 @@ def compile_stages(graph: OpGraph, linear: Linear, model: nn.Module) -> list[Gra
                 tuple(carried),
                 tuple(carried_from),
                 tuple(boundary),
-                _signature(ops, graph, sources, originals, results, subgraph),
+                _signature(ops, sources, originals, results, subgraph),
             )
         )
         entering = tuple(boundary)
@@ -199,7 +201,7 @@ def _stage_name(ops: list[Any]) -> str:
 
 
 def _signature(
-    ops: list[Any], graph: OpGraph, sources: list[Source], originals: list[fx.Node],
+    ops: list[Any], sources: list[Source], originals: list[fx.Node],
     results: list[fx.Node], subgraph: fx.Graph,
 ) -> str:  # fmt: skip # one line per kind of thing
     """Text that is equal for stages that run the same ops on arguments of the same kinds and shapes."""

@@ -46,7 +46,10 @@ def run_step(model: nn.Module, forward: Callable[[], Any], *, offload: bool = Fa
         loss.backward()
         return StepResult(
             outputs,
-            {n: None if p.grad is None else p.grad.detach().cpu().clone() for n, p in model.named_parameters()},
+            {
+                n: None if p.grad is None else p.grad.detach().cpu().clone()
+                for n, p in model.named_parameters()
+            },
             {n: b.detach().cpu().clone() for n, b in model.named_buffers()},
             RandomState(device),
             own,
@@ -71,8 +74,8 @@ def difference(plain: StepResult, other: StepResult) -> str | None:
             return f"buffer {name} differs{_amount(buffer, other.buffers[name])}"
     if not torch.equal(plain.generators.cpu, other.generators.cpu):
         return "the state of the CPU's random-number generator differs after the step"
-    a, b = plain.generators.on_device, other.generators.on_device
-    if a is not None and b is not None and not torch.equal(a, b):
+    before, after = plain.generators.on_device, other.generators.on_device
+    if before is not None and after is not None and not torch.equal(before, after):
         return "the state of the device's random-number generator differs after the step"
     return None
 
@@ -81,8 +84,10 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit, NaNs included."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) if a.ndim else bool(
-        torch.equal(a.reshape(1).view(torch.uint8), b.reshape(1).view(torch.uint8))
+    return (
+        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        if a.ndim
+        else bool(torch.equal(a.reshape(1).view(torch.uint8), b.reshape(1).view(torch.uint8)))
     )
 
 

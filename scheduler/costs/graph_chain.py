@@ -49,7 +49,7 @@ def measure_graph(
         stage = capture.stages[k]
         key = f"{stage.signature}|{k == last}"
         if key not in costs:
-            run = _isolated(capture, k, arguments, model, call)
+            run = _isolated(capture, k, arguments)
             costs[key] = measure_stage(run, capture.device, clock=clock)
         progress(k + 1, len(capture))
 
@@ -58,9 +58,7 @@ def measure_graph(
     return [costs[f"{stage.signature}|{k == last}"] for k, stage in enumerate(capture.stages)]
 
 
-def _isolated(
-    capture: GraphCapture, k: int, arguments: list[Any], model: nn.Module, call: Call
-) -> StageRun:
+def _isolated(capture: GraphCapture, k: int, arguments: list[Any]) -> StageRun:
     stage = capture.stages[k]
     parameters = [a for a in arguments if isinstance(a, nn.Parameter)]
 
@@ -109,7 +107,8 @@ def graph_chain(
 
     carried_keys = {key for keys in linear.carried for key in keys}
     saved_by = [
-        {key for op in graph.ops[linear.cuts[k] : linear.cuts[k + 1]] for key in op.saved} for k in range(count)
+        {key for op in graph.ops[linear.cuts[k] : linear.cuts[k + 1]] for key in op.saved}
+        for k in range(count)
     ]
     flows = _GradFlows(capture, costs, size)
     change, output_grad = _carried_changes(capture, size, saved_by, flows, loss_is_output)
@@ -117,7 +116,9 @@ def graph_chain(
     stages = []
     for k, stage in enumerate(capture.stages):
         cost = costs[k]
-        saved = total((saved_by[k] | set(linear.boundaries[k + 1])) - carried_keys - set(linear.boundaries[k]))
+        saved = total(
+            (saved_by[k] | set(linear.boundaries[k + 1])) - carried_keys - set(linear.boundaries[k])
+        )
         carried = total(linear.carried[k])
         following = total(linear.boundaries[k + 1])
         # The gradient at hand while a replay runs is that of the boundary and what the stage before, which is
@@ -135,7 +136,11 @@ def graph_chain(
                         saved,
                         forward_overhead=max(0, cost.keeping_peak - saved - carried),
                         backward_overhead=max(
-                            0, cost.backward_peak - saved - input_grad - _own_output_grads(cost, k, count, output_grad)
+                            0,
+                            cost.backward_peak
+                            - saved
+                            - input_grad
+                            - _own_output_grads(cost, k, count, output_grad),
                         ),
                     ),
                 ),
@@ -191,7 +196,9 @@ class _GradFlows:
 
     def boundary(self, stage: int) -> int:
         """Bytes of the gradient of boundary ``stage``; what carried gradients hold anyway is not counted."""
-        elsewhere = {s for k in self.left[stage:] for key in k if key in self.carried for s in self._held(key, stage)}
+        elsewhere = {
+            s for k in self.left[stage:] for key in k if key in self.carried for s in self._held(key, stage)
+        }
         held: dict[int, int] = {}
         for key in self.capture.linear.boundaries[stage]:
             held.update(self._held(key, stage))
@@ -221,7 +228,9 @@ def _carried_changes(
     output_grad = 4
     if not loss_is_output:
         output_grad = sum(
-            size[key] for key in outputs if graph.groups[key].requires_grad and graph.groups[key].producer >= 0
+            size[key]
+            for key in outputs
+            if graph.groups[key].requires_grad and graph.groups[key].producer >= 0
         )
     for made, keys in enumerate(linear.carried):
         for key in keys:
@@ -247,14 +256,14 @@ def _created_grads(capture: GraphCapture, model: nn.Module) -> list[int]:
 
     A parameter read by several stages gets its gradient from the last of them, which is reversed first.
     """
-    latest: dict[Tensor, int] = {}
+    latest: dict[nn.Parameter, int] = {}
     for k, stage in enumerate(capture.stages):
         for parameter in stage_parameters(stage, model):
             if parameter.requires_grad and parameter.grad is None:
                 latest[parameter] = k
     created = [0] * len(capture)
-    for parameter, k in latest.items():
-        created[k] += allocated(parameter.numel() * parameter.element_size(), capture.device)
+    for parameter, last in latest.items():
+        created[last] += allocated(parameter.numel() * parameter.element_size(), capture.device)
     return created
 
 

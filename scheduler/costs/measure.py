@@ -66,7 +66,7 @@ class StageRun:
     loss: Callable[[Sequence[Tensor]], Tensor | None] | None = None
 
 
-def as_leaf(position: int, tensor: Tensor) -> Tensor:
+def as_leaf(_: int, tensor: Tensor) -> Tensor:
     """The tensor as a leaf of its own that requires grad."""
     return tensor.detach().requires_grad_()
 
@@ -103,7 +103,7 @@ def _seed(outputs: Sequence[Tensor]) -> tuple[Tensor | None, int]:
     grad = [t for t in outputs if t.requires_grad]
     if not grad:
         return None, 0
-    seed: Tensor = _Seed.apply(*grad)  # type: ignore[no-untyped-call] # torch's apply is not typed
+    seed: Tensor = _Seed.apply(*grad)
     return seed, sum(t.numel() * t.element_size() for t in grad)
 
 
@@ -126,7 +126,9 @@ def _never(_: Any) -> Tensor:
     raise RuntimeError("a dropped saved tensor was asked for while measuring")
 
 
-def measure_stage(stage: StageRun, device: torch.device, *, repeats: int = 5, clock: bool = True) -> StageCost:
+def measure_stage(
+    stage: StageRun, device: torch.device, *, repeats: int = 5, clock: bool = True
+) -> StageCost:
     """Run a stage a few times and count.
 
     Args:
@@ -138,10 +140,10 @@ def measure_stage(stage: StageRun, device: torch.device, *, repeats: int = 5, cl
     arrived: dict[int, Tensor] = {}
 
     def sink(position: int, tensor: Tensor) -> Tensor:
-        result: Tensor = _Sink.apply(as_leaf(position, tensor), position, arrived)  # type: ignore[no-untyped-call]
+        result: Tensor = _Sink.apply(as_leaf(position, tensor), position, arrived)
         return result
 
-    def dropping(mark: Callable[[], None]) -> None:
+    def dropping(_: Callable[[], None]) -> None:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_drop, _never):
             outputs = stage.run(as_leaf)
             root = stage.loss(outputs) if stage.loss is not None else None
@@ -183,7 +185,16 @@ def measure_stage(stage: StageRun, device: torch.device, *, repeats: int = 5, cl
     forward = backward = 0.0
     if clock:
         forward, backward = _time(stage, device, repeats)
-    return StageCost(forward, backward, dropped.peak, kept.peaks[0], max(0, *kept.peaks[1:]), output_grads, lead, input_grads)
+    return StageCost(
+        forward,
+        backward,
+        dropped.peak,
+        kept.peaks[0],
+        max(0, *kept.peaks[1:]),
+        output_grads,
+        lead,
+        input_grads,
+    )
 
 
 def _time(stage: StageRun, device: torch.device, repeats: int) -> tuple[float, float]:

@@ -87,7 +87,9 @@ def module_chain(
         counted = count_bytes(step, capture.device)
     glue = [k for k, block in enumerate(capture.stages) if block is None]
     created = _created(capture, model, modules, existing)
-    return _assemble(capture, model, costs, times, counted.peaks, counted.marks, glue, created, resident, name)
+    return _assemble(
+        capture, model, costs, times, counted.peaks, counted.marks, glue, created, resident, name
+    )
 
 
 def _run(
@@ -98,8 +100,10 @@ def _run(
     measure: Callable[[int, Callable[..., Any], Any, Any], None] | None = None,
     mark: Callable[[], None] = lambda: None,
 ) -> _Pass:
-    """One step with the blocks cut loose. Marks: where each block begins and ends; then, in backward, where the
-    reversal of each piece of glue begins and ends."""
+    """One step with the blocks cut loose.
+
+    Marks: where each block begins and ends; then, in backward, where the reversal of each piece of glue does.
+    """
     result = _Pass()
     external: list[Tensor] = []
     since = time.perf_counter()
@@ -137,7 +141,11 @@ def _run(
     result.forward.append(time.perf_counter() - since)
     result.outputs = storage_bytes(output_tensors(output), capture.device)
     for position in range(len(result.entered), -1, -1):
-        roots = [loss] if position == len(result.entered) else [t for t in result.entered[position - 1] if t.grad_fn]
+        roots = (
+            [loss]
+            if position == len(result.entered)
+            else [t for t in result.entered[position - 1] if t.grad_fn]
+        )
         seeds = [torch.ones_like(t) for t in roots]
         mark()
         began = time.perf_counter()
@@ -176,7 +184,8 @@ def _measure_block(
 
     def run(enter: Enter) -> list[Tensor]:
         fresh = [
-            enter(i, leaf) if isinstance(leaf, Tensor) and leaf.requires_grad else leaf for i, leaf in enumerate(leaves)
+            enter(i, leaf) if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
+            for i, leaf in enumerate(leaves)
         ]
         positional, named = pytree.tree_unflatten(fresh, spec)
         return [t for _, t in tensor_leaves(forward(*positional, **named))]
@@ -254,22 +263,22 @@ def _assemble(
     output_grad = 4 if times[0].own_loss else outputs
     change = [0] * count
     readers: dict[int, list[int]] = {}
-    for index, cost in costs.items():
-        for key, _ in cost.external:
-            readers.setdefault(key, []).append(capture.blocks[index].stage)
+    for number, priced in costs.items():
+        for key, _ in priced.external:
+            readers.setdefault(key, []).append(capture.blocks[number].stage)
     sizes = {key: size for cost in costs.values() for key, size in cost.external}
     for key, stages in readers.items():
         change[max(stages)] += sizes[key]
         change[max(g for g in glue if g < min(stages))] -= sizes[key]
     stages_made = []
     for k, index in enumerate(capture.stages):
-        boundary = costs[capture.stages[k + 1]] if k + 1 < count and capture.stages[k + 1] is not None else None
+        after_it = capture.stages[k + 1] if k + 1 < count else None
+        following = costs[after_it].input if after_it is not None else 0
         before = capture.stages[k - 1] if k else None
         lead = costs[before].cost.lead if before is not None else 0
         if index is not None:
             cost = costs[index]
             measured = cost.cost
-            following = boundary.input if boundary is not None else 0
             stages_made.append(
                 Stage(
                     name=capture.blocks[index].name,
@@ -282,7 +291,11 @@ def _assemble(
                             forward_overhead=max(0, measured.keeping_peak - cost.saved),
                             backward_overhead=max(
                                 0,
-                                measured.backward_peak - cost.saved - cost.input_grad - lead - measured.output_grads,
+                                measured.backward_peak
+                                - cost.saved
+                                - cost.input_grad
+                                - lead
+                                - measured.output_grads,
                             ),
                         ),
                     ),
@@ -295,7 +308,7 @@ def _assemble(
             continue
         position = glue.index(k)
         # Phases of the counted step: glue, block, glue, block, ...; every block has a mark at both ends.
-        begins, ends = _glue_phase(capture, k, blocks)
+        begins, ends = _glue_phase(capture, k)
         live = marks[begins] if begins >= 0 else 0
         after = marks[ends]
         saved = max(0, after - live - (outputs if k == count - 1 else 0))
@@ -304,7 +317,9 @@ def _assemble(
         backward_peak = peaks[reversal] - marks[reversal - 1]
         stages_made.append(
             Stage(
-                name=f"glue {position}" if 0 < position < len(glue) - 1 else ("before" if not position else "after"),
+                name=f"glue {position}"
+                if 0 < position < len(glue) - 1
+                else ("before" if not position else "after"),
                 forward=statistics.median(t.forward[position] for t in times),
                 backward=statistics.median(t.backward[position] for t in times),
                 input=entering,
@@ -331,7 +346,7 @@ def _assemble(
     return Chain(tuple(stages_made), 0, output_grad, fixed, name)
 
 
-def _glue_phase(capture: ModuleCapture, k: int, blocks: int) -> tuple[int, int]:
+def _glue_phase(capture: ModuleCapture, k: int) -> tuple[int, int]:
     """Marks at which glue stage k begins (-1: at the start) and ends, in the forward."""
     done = sum(1 for index in capture.stages[:k] if index is not None)
     return 2 * done - 1, 2 * done

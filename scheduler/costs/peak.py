@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_legacy, _enable_profiler_legacy
 from torch._C._profiler import _ExperimentalConfig
+from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_legacy, _enable_profiler_legacy
 
 __all__ = ["Counted", "allocated", "count_bytes"]
 
@@ -85,7 +85,7 @@ def _count_cpu(fn: Callable[[Callable[[], None]], Any]) -> Counted:
         result = fn(mark)
     finally:
         threads = _disable_profiler_legacy()
-    sizes = [e.cpu_memory_usage() for events in threads for e in events if e.kind() == "memory_alloc"]
+    sizes = [e.cpu_memory_usage() for events in threads for e in events if str(e.kind()) == "memory_alloc"]
     live = highest = 0
     marks: list[int] = []
     peaks: list[int] = []

@@ -38,7 +38,9 @@ def resident_parts(model: nn.Module, call: Any, device: torch.device) -> dict[st
     """Bytes of parameters, gradients that exist already, buffers and the tensors in ``call``."""
     return {
         "parameters": storage_bytes(model.parameters(), device),
-        "existing gradients": storage_bytes((p.grad for p in model.parameters() if p.grad is not None), device),
+        "existing gradients": storage_bytes(
+            (p.grad for p in model.parameters() if p.grad is not None), device
+        ),
         "buffers": storage_bytes(model.buffers(), device),
         "inputs": storage_bytes((t for t in pytree.tree_leaves(call) if isinstance(t, Tensor)), device),
     }

@@ -48,7 +48,7 @@ def device_rates(device: torch.device, dtype: torch.dtype = torch.float32) -> Ra
     small = torch.ones(1, device=device)
     product = _best(lambda: a @ a, device)
     big = torch.ones(2**24, device=device)
-    copy = _best(lambda: big.clone(), device)
+    copy = _best(big.clone, device)
     launch = _best(lambda: small + 1, device)
     return Rates(2 * size**3 / product, 2 * big.nbytes / copy, launch)
 
@@ -101,9 +101,7 @@ def roofline_graph(capture: GraphCapture, costs: list[StageCost]) -> list[StageC
     return result
 
 
-def _estimate(
-    capture: GraphCapture, k: int, nodes: dict[str, fx.Node], rates: Rates
-) -> tuple[float, float]:
+def _estimate(capture: GraphCapture, k: int, nodes: dict[str, fx.Node], rates: Rates) -> tuple[float, float]:
     """Seconds of the forward and the backward of a stage, run on fake tensors."""
     stage = capture.stages[k]
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -112,9 +110,13 @@ def _estimate(
         for source, name in zip(stage.sources, stage.argument_names, strict=True):
             value = nodes[name].meta.get("val")
             if isinstance(value, Tensor):
-                double = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+                double = torch.empty_strided(
+                    value.shape, value.stride(), dtype=value.dtype, device=value.device
+                )
                 double.requires_grad_(source.requires_grad)
-                value = nn.Parameter(double) if source.kind == "parameter" and source.requires_grad else double
+                value = (
+                    nn.Parameter(double) if source.kind == "parameter" and source.requires_grad else double
+                )
             arguments.append(value)
         forward = _Tally(rates)
         with forward, torch.enable_grad():
@@ -123,7 +125,7 @@ def _estimate(
         grad = [t for t in results if t.requires_grad]
         if grad:
             with torch.enable_grad():
-                seed = _Seed.apply(*grad)  # type: ignore[no-untyped-call] # torch's apply is not typed
+                seed = _Seed.apply(*grad)
             with backward:
                 seed.backward()
     return forward.seconds, backward.seconds
