@@ -53,7 +53,7 @@ bench: $(VENV)/.examples
 	$(BIN)/python -m benchmarks
 
 docs: $(VENV)/.examples
-	$(BIN)/python -m benchmarks.docs
+	$(BIN)/python -m benchmarks --write
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Benchmarks: each module checks one claim, and prints a table. `python -m benchmarks NAME`."""

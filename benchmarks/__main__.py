@@ -1,0 +1,31 @@
+"""Run benchmarks: all of them, or those named.
+
+python -m benchmarks [solver_speed] [step_peaks] [--write]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+NAMES = ("solver_speed", "step_peaks")
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", choices=[*NAMES, []], help="default: all")
+    parser.add_argument("--write", action="store_true", help="write each table to docs/NAME.md")
+    arguments = parser.parse_args()
+    for name in arguments.names or NAMES:
+        text = importlib.import_module(f"benchmarks.{name}").report()
+        print(text)
+        if arguments.write:
+            (DOCS / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Claim: a planned step is bit-equal to the plain one, within its budget, and as predicted.
+
+Seven models, both captures, four budgets each between the smallest feasible and the plain peak. Plain and planned
+steps are timed interleaved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from executors import execute, measure_peak
+from scheduler import CaptureError, InfeasibleBudget, Plan, solve, solve_chain
+from scheduler.capture.loss import find_loss
+from scheduler.capture.state import preserved
+from scheduler.capture.verify import difference, run_step
+from tests.models import BUILDERS, Case
+
+REPEATS = 7
+
+
+def _step(case: Case, model: torch.nn.Module) -> Any:
+    output = case(model)
+    find_loss(output)[0].backward()
+    return output
+
+
+def _timed(case: Case, planned: torch.nn.Module) -> float:
+    """Median of planned / plain - 1, the two interleaved."""
+    plain: list[float] = []
+    slower: list[float] = []
+    for _ in range(REPEATS):
+        for model, times in ((case.model, plain), (planned, slower)):
+            with preserved(case.model):
+                began = time.perf_counter()
+                _step(case, model)
+                times.append(time.perf_counter() - began)
+    return statistics.median(slower) / statistics.median(plain) - 1
+
+
+def _row(case: Case, name: str, plan: Plan) -> str:
+    planned = execute(plan, case.model)
+    torch.manual_seed(1)
+    plain = run_step(case.model, lambda: case(case.model))
+    equal = difference(plain, run_step(case.model, lambda: case(planned)))
+    with preserved(case.model):
+        _step(case, planned)
+    with preserved(case.model):
+        peak = measure_peak(lambda: _step(case, planned), resident=[case.model, case.args, case.kwargs]).peak
+    return (
+        f"| {name} | {plan.capture.kind} | {len(plan.chain)} | {plan.memory_budget / 2**20:.2f} "
+        f"| {plan.predicted_peak / 2**20:.2f} | {peak / 2**20:.2f} | {plan.predicted_peak / peak - 1:+.2%} "
+        f"| {'yes' if peak <= plan.memory_budget else 'NO'} | {'yes' if equal is None else equal} "
+        f"| {plan.predicted_overhead:.1%} | {_timed(case, planned):.1%} |"
+    )
+
+
+def _smallest(plan: Plan) -> int:
+    """The smallest budget (bytes) that the optimal solver can meet on the plan's chain."""
+    try:
+        solve_chain(plan.chain, 1)
+    except InfeasibleBudget as error:
+        return error.smallest
+    return 1
+
+
+def report() -> str:
+    """The table, as Markdown."""
+    columns = (
+        "model", "capture", "stages", "budget", "predicted", "measured", "error", "within", "bit-equal",
+        "predicted overhead", "measured overhead",
+    )  # fmt: skip # the headings of one table
+    about = f"torch {torch.__version__}, CPU, {torch.get_num_threads()} threads; bytes in MiB; step times are medians "
+    lines = [
+        "# Planned steps: predicted and measured",
+        "",
+        about + f"of {REPEATS} interleaved repetitions of small models, and noisy.",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
+    for name, build in BUILDERS.items():
+        for kind in ("graph", "modules"):
+            case = build()
+            try:
+                largest = solve(case.model, 2**50, sample=case.sample, capture=kind)
+            except CaptureError as error:
+                lines.append(f"| {name} | {kind} | | | | | | | {error} | | |")
+                continue
+            smallest = _smallest(largest)
+            for share in (0.0, 0.25, 0.5, 0.9):
+                budget = int(smallest + share * (largest.plain.peak - smallest))
+                schedule = solve_chain(largest.chain, budget)
+                lines.append(
+                    _row(case, name, dataclasses.replace(largest, memory_budget=budget, schedule=schedule))
+                )
+    return "\n".join(lines)
