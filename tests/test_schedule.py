@@ -167,7 +167,7 @@ def a_schedule(chain: Chain, data: st.DataObject) -> tuple[Action, ...]:
         return solve_chain(chain, max(error.smallest, 1), solver).actions
 
 
-@settings(max_examples=1000)
+@settings(max_examples=500)
 @given(chains(6), st.data())
 def test_the_referee_is_the_literal_definition(chain, data):
     actions = a_schedule(chain, data)
@@ -183,7 +183,7 @@ def test_the_referee_is_the_literal_definition(chain, data):
         assert literal == (line.seconds, line.peak)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=500)
 @given(chains(6), st.data())
 def test_no_change_to_a_schedule_goes_unnoticed(chain, data):
     stages = tuple(  # nothing is free, and no two options are alike

@@ -75,7 +75,7 @@ def random_chain(length: int, options: int = 1, seed: int = 0) -> Chain:
 # The optimum
 
 
-@settings(max_examples=400)
+@settings(max_examples=300)
 @given(chains(4))
 def test_optimal_traces_the_frontier_of_all_persistent_schedules(chain):
     lines = (simulate(chain, schedule) for schedule in persistent_schedules(chain))
@@ -96,21 +96,21 @@ def test_the_literal_recurrence_finds_the_fastest_of_all_persistent_schedules(ch
     assert fastest_persistent(chain, budget) == fastest
 
 
-@settings(max_examples=600)
+@settings(max_examples=300)
 @given(chains(7, options=3), st.data())
 def test_optimal_is_the_literal_recurrence(chain, data):
     budget = data.draw(budgets(chain))
     assert seconds(chain, budget) == fastest_persistent(chain, budget)
 
 
-@settings(max_examples=600)
+@settings(max_examples=300)
 @given(chains(7, largest=1000), st.data())
 def test_optimal_is_the_literal_recurrence_when_sizes_have_no_common_divisor(chain, data):
     budget = data.draw(budgets(chain))
     assert seconds(chain, budget) == fastest_persistent(chain, budget)
 
 
-@settings(max_examples=600)
+@settings(max_examples=300)
 @given(chains(7, largest=1000), st.data())
 def test_on_a_grid_too_coarse_optimal_fits_and_its_bound_holds(chain, data):
     budget = data.draw(budgets(chain))
@@ -176,7 +176,7 @@ def scale(data, factor):
 def test_seconds_never_rise_with_the_budget():
     chain = random_chain(12, options=3)
     low, high = smallest_budget(chain, "optimal"), smallest_budget(chain, "keep_all")
-    times = [seconds(chain, low + (high - low) * i // 40) for i in range(41)]
+    times = [seconds(chain, low + (high - low) * i // 20) for i in range(21)]
     assert times == sorted(times, reverse=True)
     assert times[-1] == pytest.approx(chain.plain_seconds)
 
@@ -262,10 +262,12 @@ def test_sqrt_cuts_n_stages_into_the_root_of_n_nearly_equal_segments(length, seg
 
 def test_revolve_uses_as_many_slots_as_fit():
     chain = Chain.from_arrays([1.0] * 6, [1.0] * 6, [10] * 7, [10] * 6)
-    runs = {sum(simulate(chain, solve_chain(chain, b, "revolve")).runs) for b in (1000,)}
-    assert runs == {6 + 5}  # every boundary held: each stage but the last is run twice
-    tight = solve_chain(chain, smallest_budget(chain, "revolve"), "revolve")
-    assert sum(simulate(chain, tight).runs) > 11
+
+    def runs(budget: int) -> int:
+        return sum(simulate(chain, solve_chain(chain, budget, "revolve")).runs)
+
+    assert runs(1000) == 6 + 5  # every boundary held: each stage but the last runs twice
+    assert runs(smallest_budget(chain, "revolve")) == 6 + 5 * 6 // 2  # only x_0 held
 
 
 # The entry

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from scheduler.capture.loss import find_loss, output_tensors
@@ -45,12 +46,25 @@ class _BlockCost:
 class _Pass:
     """One step in which the blocks are cut loose: what its glue took.
 
-    ``entered`` holds the tensors that glue gave to blocks, ``forward`` and ``backward`` the seconds of glue.
+    Attributes:
+        entered: the tensors that glue gave to blocks.
+        forward, backward: seconds of glue.
+        produced: (blocks,) bytes of each block's outputs.
+        lingering: (blocks,) bytes of those outputs that are there when the block after the next begins: in the
+            frame that called a container of blocks, for instance, or in a list.
+        lasting: (blocks,) bytes of those that are there when the forward is over: skips, hidden states that the
+            user's code collects or that glue saves.
+        returned: (blocks,) bytes of those that are outputs of the model.
+        outputs: bytes of the model's other outputs.
     """
 
     entered: list[list[Tensor]] = field(default_factory=list)
     forward: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)
+    produced: list[int] = field(default_factory=list)
+    lingering: list[int] = field(default_factory=list)
+    lasting: list[int] = field(default_factory=list)
+    returned: list[int] = field(default_factory=list)
     outputs: int = 0
     own_loss: bool = True
 
@@ -106,6 +120,7 @@ def _run(
     """
     result = _Pass()
     external: list[Tensor] = []
+    made: list[dict[int, tuple[StorageWeakRef, int]]] = []  # block -> storage -> (reference, bytes)
     since = time.perf_counter()
     starts_glue = {block.stage for block in capture.blocks if capture.stages[block.stage - 1] is None}
 
@@ -113,6 +128,8 @@ def _run(
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
             def loose(*args: Any, **kwargs: Any) -> Any:
                 nonlocal since
+                if index > 1:
+                    result.lingering.append(_alive(made[index - 2]))
                 if capture.blocks[index].stage in starts_glue:
                     result.forward.append(time.perf_counter() - since)
                     result.entered.append([t for _, t in tensor_leaves((args, kwargs)) if t.requires_grad])
@@ -126,6 +143,15 @@ def _run(
                 with torch.no_grad():
                     produced = forward(*args, **kwargs)
                 produced = pytree.tree_map_only(Tensor, _loosened, produced)
+                given = _storages(t for _, t in tensor_leaves((args, kwargs)))
+                made.append(
+                    {
+                        storage._cdata: (StorageWeakRef(storage), allocated(storage.nbytes(), capture.device))
+                        for storage in (t.untyped_storage() for _, t in tensor_leaves(produced))
+                        if storage._cdata not in given
+                    }
+                )
+                result.produced.append(sum(size for _, size in made[-1].values()))
                 mark()
                 since = time.perf_counter()
                 return produced
@@ -139,12 +165,18 @@ def _run(
         output = model(*args, **kwargs)
         loss, result.own_loss = find_loss(output)
     result.forward.append(time.perf_counter() - since)
-    result.outputs = storage_bytes(output_tensors(output), capture.device)
+    # The output of the last block is the boundary of the glue that follows.
+    result.lasting = [*(_alive(storages) for storages in made[:-1]), 0]
+    result.lingering += [0] * (len(made) - len(result.lingering))
+    ends = _storages(output_tensors(output))
+    result.returned = [
+        sum(size for key, (_, size) in storages.items() if key in ends) if lasting else 0
+        for storages, lasting in zip(made, result.lasting, strict=True)
+    ]
+    result.outputs = storage_bytes(output_tensors(output), capture.device) - sum(result.returned)
     for position in range(len(result.entered), -1, -1):
         roots = (
-            [loss]
-            if position == len(result.entered)
-            else [t for t in result.entered[position - 1] if t.grad_fn]
+            [loss] if position == len(result.entered) else [t for t in result.entered[position] if t.grad_fn]
         )
         seeds = [torch.ones_like(t) for t in roots]
         mark()
@@ -155,6 +187,11 @@ def _run(
         mark()
     result.backward.reverse()
     return result
+
+
+def _alive(storages: dict[int, tuple[StorageWeakRef, int]]) -> int:
+    """Bytes of the storages that are still there."""
+    return sum(size for reference, size in storages.values() if not reference.expired())
 
 
 def _loosened(tensor: Tensor) -> Tensor:
@@ -259,8 +296,8 @@ def _assemble(
 ) -> Chain:
     count = len(capture)
     blocks = len(capture.blocks)
-    outputs = times[0].outputs
-    output_grad = 4 if times[0].own_loss else outputs
+    trial = times[0]
+    output_grad = 4 if trial.own_loss else trial.outputs + sum(trial.returned)
     change = [0] * count
     readers: dict[int, list[int]] = {}
     for number, priced in costs.items():
@@ -270,38 +307,48 @@ def _assemble(
     for key, stages in readers.items():
         change[max(stages)] += sizes[key]
         change[max(g for g in glue if g < min(stages))] -= sizes[key]
+    for block, lingering, lasting, returned in zip(
+        capture.blocks, trial.lingering, trial.lasting, trial.returned, strict=True
+    ):
+        change[block.stage] -= lasting - returned  # the user holds what is returned
+        change[count - 1] -= max(0, lingering - lasting)
     stages_made = []
     for k, index in enumerate(capture.stages):
         after_it = capture.stages[k + 1] if k + 1 < count else None
-        following = costs[after_it].input if after_it is not None else 0
         before = capture.stages[k - 1] if k else None
         lead = costs[before].cost.lead if before is not None else 0
+        # A value that lasts is carried: held once, whatever boundary it is part of as well.
+        handed = trial.lasting[before] if before is not None else 0
         if index is not None:
             cost = costs[index]
             measured = cost.cost
+            lasting = trial.lasting[index]
+            saved = max(0, cost.saved - lasting)
+            following = max(0, costs[after_it].input - lasting) if after_it is not None else 0
             stages_made.append(
                 Stage(
                     name=capture.blocks[index].name,
                     forward=measured.forward,
                     backward=measured.backward,
-                    input=cost.input,
+                    input=max(0, cost.input - handed),
                     options=(
                         Option(
-                            cost.saved,
-                            forward_overhead=max(0, measured.keeping_peak - cost.saved),
+                            saved,
+                            forward_overhead=max(0, measured.keeping_peak - saved - lasting),
                             backward_overhead=max(
                                 0,
                                 measured.backward_peak
-                                - cost.saved
+                                - saved
                                 - cost.input_grad
                                 - lead
                                 - measured.output_grads,
                             ),
                         ),
                     ),
-                    forward_overhead=max(0, measured.dropping_peak - following),
+                    forward_overhead=max(0, measured.dropping_peak - following - lasting),
                     input_grad=cost.input_grad + lead,
                     grad=created[k],
+                    carried=max(lasting, trial.lingering[index]),
                     carried_change=change[k],
                 )
             )
@@ -311,9 +358,9 @@ def _assemble(
         begins, ends = _glue_phase(capture, k)
         live = marks[begins] if begins >= 0 else 0
         after = marks[ends]
-        saved = max(0, after - live - (outputs if k == count - 1 else 0))
+        saved = max(0, after - live - (trial.outputs if k == count - 1 else 0))
         reversal = 2 * blocks + 1 + 2 * (len(glue) - 1 - position)
-        entering = _entering_bytes(capture, k, costs)
+        entering = trial.produced[before] - handed if before is not None else 0
         backward_peak = peaks[reversal] - marks[reversal - 1]
         stages_made.append(
             Stage(
@@ -333,7 +380,7 @@ def _assemble(
                 ),
                 input_grad=entering + lead if position else 0,
                 grad=created[k],
-                carried=outputs if k == count - 1 else 0,
+                carried=trial.outputs if k == count - 1 else 0,
                 carried_change=change[k],
                 recomputable=False,
             )
@@ -350,11 +397,3 @@ def _glue_phase(capture: ModuleCapture, k: int) -> tuple[int, int]:
     """Marks at which glue stage k begins (-1: at the start) and ends, in the forward."""
     done = sum(1 for index in capture.stages[:k] if index is not None)
     return 2 * done - 1, 2 * done
-
-
-def _entering_bytes(capture: ModuleCapture, k: int, costs: dict[int, _BlockCost]) -> int:
-    """Bytes of the boundary into glue stage k: as many as went into the block before it."""
-    if k == 0:
-        return 0
-    index = capture.stages[k - 1]
-    return costs[index].input if index is not None else 0

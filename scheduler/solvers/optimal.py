@@ -28,10 +28,12 @@ common divisor of all boundaries and saved tensors is affordable as the unit. El
 made. With sizes rounded down C is a lower bound; interpolated between grid points it estimates best. A
 schedule is read off each and the faster one returned; ``Optimum.exact`` says whether it meets the bound.
 Measured on random chains without a common divisor: exact at 50 stages; at 200 stages the bound is 0.1 to
-1.2 % below, and grids three times finer find schedules at most 0.1 % faster.
+1.3 % below the schedule, and grids three times finer find schedules at most 0.1 % faster. Time grows with
+L^3, two seconds at 200 stages; past 400 the grid gets too coarse to estimate well: merge stages first.
 
-What is not claimed: schedules that are not persistent can be faster (they let a held boundary go early,
-or keep a stage in one run and not in another).
+What is not claimed: that no other schedule is faster. One that is not persistent (it lets a held boundary
+go early, or keeps a stage in one run and not in another) could be; exhaustive search found none on the
+oracles' 40 chains, nor on 1500 random ones of up to five stages.
 """
 
 from __future__ import annotations

@@ -1,0 +1,178 @@
+"""Training steps, recorded bit for bit, and plans for the models of ``tests.models``."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from executors import MeasuredPeak, measure_peak
+from executors.planned import _RUNNER
+from scheduler import InfeasibleBudget, Plan, Schedule, simulate, solve, solve_chain
+from scheduler.chain import Chain
+from tests.models import BUILDERS, Case
+
+Record = dict[str, Tensor | None]
+
+
+def loss_of(output: Any) -> Tensor:
+    """What a training loop would reverse: the model's loss, or one made of its output."""
+    if isinstance(output, Tensor):
+        return output if output.ndim == 0 else (output * output.detach().cos()).mean()
+    found = getattr(output, "loss", None)
+    return found if isinstance(found, Tensor) else loss_of(output[0])
+
+
+def state(model: nn.Module) -> Record:
+    """Copies of all that a step changes: parameters, gradients, buffers, random-number state."""
+    record: Record = {"rng": torch.get_rng_state()}
+    if next(model.parameters()).is_cuda:
+        record["cuda rng"] = torch.cuda.get_rng_state()
+    for name, parameter in model.named_parameters():
+        record[f"parameter {name}"] = parameter.detach().clone()
+        record[f"gradient {name}"] = None if parameter.grad is None else parameter.grad.detach().clone()
+    for name, buffer in model.named_buffers():
+        record[f"buffer {name}"] = buffer.detach().clone()
+    return record
+
+
+def train(
+    case: Case,
+    model: nn.Module,
+    steps: int = 2,
+    context: Callable[[], Any] | None = None,
+) -> list[Record]:
+    """Train for a few steps of SGD from a fixed seed; a record of each step, taken before its update."""
+    torch.manual_seed(11)
+    records = []
+    for _ in range(steps):
+        if context is None:
+            output = case(model)
+        else:
+            with context():
+                output = case(model)
+        loss = loss_of(output)
+        loss.backward()
+        records.append({"loss": loss.detach().clone(), **tensors(output), **state(model)})
+        del output, loss
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.01 * parameter.grad
+                    parameter.grad = None
+    records.append(state(model))
+    return records
+
+
+def tensors(output: Any) -> Record:
+    """Copies of the tensors in an output, by position."""
+    leaves = [output] if isinstance(output, Tensor) else [t for t in output.values() if isinstance(t, Tensor)]
+    return {f"output {i}": leaf.detach().clone() for i, leaf in enumerate(leaves)}
+
+
+def assert_equal(got: Record | list[Record], expected: Record | list[Record]) -> None:
+    """Fail, naming the first difference, unless both records are equal bit for bit."""
+    if isinstance(expected, list):
+        assert isinstance(got, list)
+        assert len(got) == len(expected)
+        for step, (a, b) in enumerate(zip(got, expected, strict=True)):
+            _compare(a, b, f"step {step}: ")
+        return
+    assert isinstance(got, dict)
+    _compare(got, expected, "")
+
+
+def _compare(got: Record, expected: Record, where: str) -> None:
+    assert got.keys() == expected.keys(), where
+    for name, want in expected.items():
+        found = got[name]
+        assert (found is None) == (want is None), f"{where}{name} is {found}, expected {want}"
+        if found is None or want is None:
+            continue
+        assert found.dtype == want.dtype, f"{where}{name} is {found.dtype}, expected {want.dtype}"
+        same = torch.equal(found, want)
+        assert same, f"{where}{name} differs by up to {(found.double() - want.double()).abs().max()}"
+
+
+@functools.cache
+def case_of(name: str) -> Case:
+    """The case, built once; tests put its model back as they found it, or train copies of it."""
+    return BUILDERS[name]()
+
+
+@functools.cache
+def plan_for(name: str, capture: str) -> Plan:
+    """A plan of that case under a budget that keeps everything; ``replan`` gives tighter ones."""
+    case = case_of(name)
+    return solve(case.model, "64GiB", sample=case.sample, capture=capture)
+
+
+def replan(plan: Plan, budget: int) -> Plan:
+    """The same captured model under another budget."""
+    return replace(plan, memory_budget=budget, schedule=solve_chain(plan.chain, budget))
+
+
+def scheduled(plan: Plan, schedule: Schedule) -> Plan:
+    """The same captured model with a schedule of the test's own."""
+    return replace(plan, memory_budget=max(1, simulate(plan.chain, schedule).peak), schedule=schedule)
+
+
+def smallest(chain: Chain) -> int:
+    """The smallest budget that the optimal solver can meet."""
+    try:
+        return simulate(chain, solve_chain(chain, 1)).peak
+    except InfeasibleBudget as error:
+        return error.smallest
+
+
+def tightest(plan: Plan) -> Plan:
+    """The same captured model under the smallest budget."""
+    return replan(plan, smallest(plan.chain))
+
+
+def peak_of_a_step(case: Case, model: nn.Module) -> MeasuredPeak:
+    """Measured peak of a step with no gradients yet; its model, gradients and batch included."""
+
+    def step() -> Any:
+        output = case(model)
+        loss_of(output).backward()
+        return output
+
+    for _ in range(2):  # the first is a warm-up
+        for parameter in model.parameters():
+            parameter.grad = None
+        measured = measure_peak(step, resident=[model, case.args, case.kwargs])
+    for parameter in model.parameters():
+        parameter.grad = None
+    return measured
+
+
+class restored:  # noqa: N801 # reads as a verb: with restored(model)
+    """Within it a model may train; on leaving it has the parameters, buffers and gradients of before."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> nn.Module:
+        self.before = copy.deepcopy(self.model.state_dict())
+        self.grads = [p.grad for p in self.model.parameters()]
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        return self.model
+
+    def __exit__(self, *_: Any) -> None:
+        self.model.load_state_dict(self.before)
+        for parameter, grad in zip(self.model.parameters(), self.grads, strict=True):
+            parameter.grad = grad
+
+
+def executor_of(model: nn.Module) -> Any:
+    """The executor inside a planned model."""
+    executor = model.__dict__[_RUNNER].executor
+    assert executor is not None
+    return executor
