@@ -169,7 +169,9 @@ class Plan:
             "",
         )
         out = io.StringIO()
-        Console(file=out, width=110, highlight=False, color_system=None).print(table)
+        # Names of stages have brackets and colons, which are no markup.
+        console = Console(file=out, width=110, highlight=False, markup=False, emoji=False, color_system=None)
+        console.print(table)
         lines = [line.rstrip() for line in out.getvalue().strip("\n").splitlines()]
         parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.resident.items() if size)
         lines += [
@@ -252,4 +254,7 @@ class Plan:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"Plan.load: {os.fspath(path)} is not JSON: {error}") from error
-        return cls.from_json(data)
+        try:
+            return cls.from_json(data)
+        except ValueError as error:
+            raise ValueError(f"Plan.load: {os.fspath(path)}: {error}") from error

@@ -1,0 +1,133 @@
+"""Plans are data: saved, loaded and refused without running anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scheduler import Chain, Plan, solve_chain
+from scheduler.plan import CaptureRecord
+from scheduler.schedule import simulate
+
+
+def _plan(budget: int = 150) -> Plan:
+    chain = Chain.from_arrays(
+        forward=[1.0, 2.0, 1.5],
+        backward=[2.0, 4.0, 3.0],
+        boundary=[10, 10, 10, 10],
+        saved=[40, 60, 50],
+        names=["embed", "block", "head"],
+    )
+    record = CaptureRecord("graph", "for a test", "cpu", "structure", "[]", "model", random=(False, True, False))
+    return Plan(chain, solve_chain(chain, budget), budget, "optimal", "measure", record, {"parameters": 0}, "2.13")
+
+
+def test_a_plan_comes_back_from_its_file_equal(tmp_path: Path) -> None:
+    plan = _plan()
+    plan.save(tmp_path / "a.json")
+    loaded = Plan.load(tmp_path / "a.json")
+    assert loaded == plan
+    assert loaded.timeline == plan.timeline
+    assert loaded.program == plan.program
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.json"]
+
+
+def test_predictions_are_the_referees() -> None:
+    plan = _plan()
+    timeline = simulate(plan.chain, plan.schedule)
+    assert plan.predicted_peak == timeline.peak <= 150
+    assert plan.predicted_overhead == pytest.approx(timeline.seconds / plan.chain.plain_seconds - 1)
+    assert plan.predicted_overhead > 0
+    assert plan.plain.seconds == plan.chain.plain_seconds
+    assert plan.plain.peak > plan.predicted_peak
+
+
+def test_a_plan_over_its_budget_cannot_be_made() -> None:
+    plan = _plan()
+    with pytest.raises(ValueError, match="over memory_budget=100"):
+        dataclasses.replace(plan, memory_budget=100)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    _plan().save(path)
+    before = path.read_bytes()
+    broken = dataclasses.replace(_plan(), resident={"parameters": object()})  # type: ignore[dict-item] # no JSON
+    with pytest.raises(TypeError):
+        broken.save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def _without(key: str) -> Any:
+    data = _plan().to_json()
+    del data[key]
+    return data
+
+
+def _with(**changes: Any) -> Any:
+    return {**_plan().to_json(), **changes}
+
+
+def _illegal() -> Any:
+    data = _plan().to_json()
+    data["schedule"]["actions"] = data["schedule"]["actions"][:-1]
+    return data
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ([], "format"),
+        ({}, "format"),
+        (_with(format=99), "format 99"),
+        (_without("chain"), "chain"),
+        (_without("capture"), "capture"),
+        (_with(capture={"kind": "graph", "unknown": 1}), "not a plan"),
+        (_with(chain={"format": 1, "stages": []}), "not a chain"),
+        (_illegal(), "not reversed"),
+        (_with(memory_budget=1), "over memory_budget"),
+    ],
+)
+def test_what_is_no_plan_is_refused(data: Any, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(ValueError, match=says):
+        Plan.load(path)
+
+
+def test_text_that_is_no_json_is_refused_with_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(b"\x80\x04 not json")
+    with pytest.raises(ValueError, match=r"plan\.json is not JSON"):
+        Plan.load(path)
+    with pytest.raises(FileNotFoundError):
+        Plan.load(tmp_path / "missing.json")
+
+
+def test_reading_a_plan_never_runs_code(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "exploded",))
+
+    path = tmp_path / "plan.json"
+    path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match="not JSON"):
+        Plan.load(path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_the_table_shows_stages_runs_totals_and_the_budget() -> None:
+    plan = _plan()
+    text = str(plan)
+    for word in ("embed", "block", "head", "total", "budget 150 B", "predicted peak", "for a test"):
+        assert word in text
+    rows = [line.split() for line in text.splitlines()]
+    runs = {row[1]: row for row in rows if row[:1] and row[0] in "012" and len(row) > 5}
+    assert [int(runs[name][3]) for name in ("embed", "block", "head")] == list(plan.timeline.runs)
+    assert any(row[:2] == ["total", str(sum(plan.timeline.runs))] for row in rows)

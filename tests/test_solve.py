@@ -1,0 +1,276 @@
+"""solve(): clear errors before anything is changed, true accounts, and the model left as it was."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from executors import execute, measure_peak
+from scheduler import InfeasibleBudget, Plan, solve
+from scheduler.budget import format_bytes, parse_budget
+from scheduler.costs.resident import optimizer_bytes
+from scheduler.solvers import SOLVERS
+
+CPU = torch.device("cpu")
+
+
+def _model() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.GELU(), nn.Dropout(0.1)) for _ in range(6)]
+    return nn.Sequential(*layers).train()
+
+
+def _batch() -> Tensor:
+    return torch.randn(256, 32, generator=torch.Generator().manual_seed(1))
+
+
+def _state(model: nn.Module) -> list[Tensor]:
+    tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    return [torch.get_rng_state(), *(t.detach().clone() for t in tensors)]
+
+
+def _unchanged(model: nn.Module, before: list[Tensor], modes: list[bool]) -> None:
+    after = _state(model)
+    assert len(after) == len(before)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert [m.training for m in model.modules()] == modes
+
+
+@pytest.mark.parametrize(
+    ("budget", "error", "says"),
+    [
+        (0, ValueError, "more than 0"),
+        (-5, ValueError, "more than 0"),
+        (float("nan"), ValueError, "whole number"),
+        (float("inf"), ValueError, "whole number"),
+        (0.5, ValueError, '"50%"'),
+        (1e9, ValueError, "whole number"),
+        (True, TypeError, "bool"),
+        (None, TypeError, "NoneType"),
+        ("6 GB please", ValueError, "6GiB"),
+        ("", ValueError, "cannot be read"),
+        ("-1GiB", ValueError, "cannot be read"),
+        ("0%", ValueError, "above 0%"),
+        ("101%", ValueError, "at most 100%"),
+        ("12 parsecs", ValueError, "parsecs"),
+        ("1.5", ValueError, "no unit"),
+        ("0MB", ValueError, "more than 0"),
+        (2**63, ValueError, r"2\^63"),
+        ("9999999TiB", ValueError, r"2\^63"),
+    ],
+)
+def test_a_budget_that_is_none_says_how_to_write_one(budget: Any, error: type[Exception], says: str) -> None:
+    model = _model()
+    before, modes = _state(model), [m.training for m in model.modules()]
+    with pytest.raises(error, match=says):
+        solve(model, budget, sample=_batch())
+    _unchanged(model, before, modes)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("6GiB", 6 * 2**30),
+        ("6 GiB", 6 * 2**30),
+        ("800MB", 800 * 10**6),
+        ("1.5 kb", 1500),
+        ("512", 512),
+        ("512B", 512),
+        ("2g", 2 * 2**30),
+        ("75%", 750),
+        ("0.1%", 1),
+        (4096, 4096),
+        (np.int64(4096), 4096),
+    ],
+)
+def test_a_budget_is_read(text: Any, expected: int) -> None:
+    assert parse_budget(text, 1000) == expected
+
+
+def test_a_percentage_is_of_the_devices_memory() -> None:
+    assert parse_budget("100%") > 2**30
+    assert parse_budget("50%") == pytest.approx(parse_budget("100%") / 2, abs=1)
+
+
+def test_bytes_are_written_for_people() -> None:
+    assert [format_bytes(n) for n in (0, 1536, 3 * 2**20, 2**40)] == ["0 B", "1.50 KiB", "3.00 MiB", "1.00 TiB"]
+
+
+class _Returns(nn.Module):
+    def __init__(self, output: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.output = output
+
+    def forward(self, x: Tensor) -> Any:
+        return self.output(self.layer(x))
+
+
+def _frozen() -> nn.Module:
+    return _model().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("model", "keywords", "error", "says"),
+    [
+        (_model, {"sample": torch.randn(3, 7)}, ValueError, "rejects the sample"),
+        (_model, {"sample": {"wrong": torch.randn(3, 32)}}, ValueError, "does not fit"),
+        (_model, {"sample": (torch.randn(3, 32), torch.randn(3, 32))}, ValueError, "does not fit"),
+        (_model, {"sample": "text"}, TypeError, "pass a tensor"),
+        (_model, {"sample": torch.randn(3, 32, device="meta")}, ValueError, "move the sample"),
+        (_frozen, {"sample": torch.randn(3, 32)}, ValueError, "requires grad"),
+        (lambda: _model().eval(), {"sample": torch.randn(3, 32)}, ValueError, r"model\.train\(\)"),
+        (lambda: _Returns(lambda y: {"text": "hi"}), {"sample": torch.randn(3, 4)}, ValueError, "holds no tensor"),
+        (lambda: _Returns(lambda y: y.detach()), {"sample": torch.randn(3, 4)}, ValueError, "that requires grad"),
+        (_model, {"sample": torch.randn(3, 32), "solver": "magic"}, ValueError, "optimal, revolve"),
+        (_model, {"sample": torch.randn(3, 32), "capture": "jit"}, ValueError, "auto, graph, modules"),
+        (_model, {"sample": torch.randn(3, 32), "costs": "guess"}, ValueError, "measure, roofline"),
+        (_model, {"sample": torch.randn(3, 32), "optimizer": "adam"}, TypeError, "Optimizer"),
+    ],
+)
+def test_bad_input_is_refused_and_nothing_is_changed(
+    model: Callable[[], nn.Module], keywords: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    made = model()
+    before, modes = _state(made), [m.training for m in made.modules()]
+    with pytest.raises(error, match=says):
+        solve(made, "1GiB", **keywords)
+    _unchanged(made, before, modes)
+
+
+def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        solve(lambda x: x, "1GiB", sample=torch.zeros(1))  # type: ignore[arg-type] # that is the point
+
+
+@pytest.mark.parametrize("capture", ["graph", "modules"])
+def test_solving_leaves_gradients_buffers_random_numbers_and_modes_as_they_were(capture: str) -> None:
+    model = _model()
+    model(_batch()).sum().backward()
+    before, modes = _state(model), [m.training for m in model.modules()]
+    pointers = [p.grad.data_ptr() for p in model.parameters() if p.grad is not None]
+    solve(model, "1GiB", sample=_batch(), capture=capture)
+    _unchanged(model, before, modes)
+    assert pointers == [p.grad.data_ptr() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("solver", list(SOLVERS))
+def test_the_smallest_budget_that_the_error_names_is_met_by_a_real_step(solver: str) -> None:
+    model, batch = _model(), _batch()
+    with pytest.raises(InfeasibleBudget) as caught:
+        solve(model, 1000, sample=batch, solver=solver)
+    error = caught.value
+    assert error.budget == 1000
+    assert error.solver == solver
+    assert "parameters" in str(error)
+    with pytest.raises(InfeasibleBudget):
+        solve(model, error.smallest // 2, sample=batch, solver=solver)
+    # Transients are measured anew by each solve, and may differ by a few bytes.
+    plan = solve(model, int(error.smallest * 1.01), sample=batch, solver=solver)
+    planned = execute(plan, model)
+
+    def step() -> Tensor:
+        output: Tensor = planned(batch)
+        output.pow(2).sum().backward()
+        return output
+
+    step()
+    model.zero_grad()
+    assert measure_peak(step, resident=[model, batch]).peak <= plan.memory_budget
+
+
+def _optimizers() -> list[tuple[str, Callable[[Any], torch.optim.Optimizer]]]:
+    return [
+        ("AdamW", torch.optim.AdamW),
+        ("SGD", lambda p: torch.optim.SGD(p, lr=0.1)),
+        ("momentum", lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
+        ("RMSprop", torch.optim.RMSprop),
+    ]
+
+
+@pytest.mark.parametrize(("name", "make"), _optimizers())
+def test_the_state_of_an_optimizer_is_known_before_its_first_step(
+    name: str, make: Callable[[Any], torch.optim.Optimizer]
+) -> None:
+    model = _model()
+    optimizer = make(model.parameters())
+    foreseen = optimizer_bytes(optimizer, CPU)
+    assert not optimizer.state
+    model(_batch()).sum().backward()
+    optimizer.step()
+    real = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
+    assert foreseen == real == optimizer_bytes(optimizer, CPU)
+    assert (real == 0) == (name == "SGD")
+
+
+def test_optimizer_state_and_existing_gradients_count_towards_the_budget() -> None:
+    model, batch = _model(), _batch()
+    plain = solve(model, "1GiB", sample=batch)
+    size = sum(p.nbytes for p in model.parameters())
+    with_state = solve(model, "1GiB", sample=batch, optimizer=torch.optim.AdamW(model.parameters()))
+    assert with_state.chain.fixed - plain.chain.fixed == pytest.approx(2 * size, rel=0.01)
+    assert sum(s.grad for s in plain.chain.stages) == size
+    model(batch).sum().backward()
+    accumulating = solve(model, "1GiB", sample=batch)
+    assert accumulating.resident["existing gradients"] == size
+    assert sum(s.grad for s in accumulating.chain.stages) == 0
+
+
+def test_roofline_costs_give_a_plan_without_timing() -> None:
+    plan = solve(_model(), "1GiB", sample=_batch(), costs="roofline", capture="graph")
+    assert plan.costs == "roofline"
+    assert all(0 < s.forward < 1 and 0 < s.backward < 1 for s in plan.chain.stages)
+
+
+def test_a_planned_model_is_planned_anew() -> None:
+    model, batch = _model(), _batch()
+    first = execute(solve(model, "1GiB", sample=batch), model)
+    plan = solve(first, "1GiB", sample=batch)
+    assert plan.capture.model == solve(model, "1GiB", sample=batch).capture.model
+    execute(plan, first)(batch).sum().backward()
+
+
+def test_the_plan_says_how_and_why_it_was_captured() -> None:
+    plan = solve(_model(), "1GiB", sample=_batch())
+    assert isinstance(plan, Plan)
+    assert plan.capture.kind == "graph"
+    assert "bit-equal" in plan.capture.reason
+    assert "captured as graph" in str(plan)
+
+
+def test_progress_is_told_line_by_line() -> None:
+    lines: list[str] = []
+    solve(_model(), "1GiB", sample=_batch(), progress=lines.append)
+    assert any("capturing" in line for line in lines)
+    assert any("solving" in line for line in lines)
+
+
+def test_the_core_solves_where_torch_is_absent(tmp_path: Path) -> None:
+    script = tmp_path / "absent.py"
+    script.write_text(
+        "import sys\n"
+        "sys.modules['torch'] = None\n"
+        "from scheduler.chain import Chain\n"
+        "from scheduler.schedule import simulate\n"
+        "from scheduler.solvers import SOLVERS, solve_chain\n"
+        "chain = Chain.from_arrays([1] * 8, [2] * 8, [10] * 9, [40] * 8)\n"
+        "assert simulate(chain, solve_chain(chain, 200)).peak <= 200\n"
+        "import scheduler\n"
+        "try:\n"
+        "    scheduler.solve\n"
+        "except ImportError:\n"
+        "    print('solved', len(SOLVERS))\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", str(script)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.stdout == f"solved {len(SOLVERS)}\n", done.stderr
