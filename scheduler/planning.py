@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ class _Request:
     call: Call
     device: torch.device
     solver: str
-    capture: str | Sequence[nn.Module]
+    capture: str | tuple[nn.Module, ...]
     costs: str
     optimizer_state: int
     progress: Progress
@@ -63,7 +63,7 @@ def solve(
     *,
     sample: Any,
     solver: str = "optimal",
-    capture: str | Sequence[nn.Module] = "auto",
+    capture: str | Iterable[nn.Module] = "auto",
     costs: str = "measure",
     optimizer: torch.optim.Optimizer | None = None,
     progress: Progress | None = None,
@@ -144,7 +144,7 @@ def _checked(
     memory_budget: int | str,
     sample: Any,
     solver: str,
-    capture: str | Sequence[nn.Module],
+    capture: str | Iterable[nn.Module],
     costs: str,
     optimizer: torch.optim.Optimizer | None,
     progress: Progress | None,
@@ -179,7 +179,7 @@ def _checked(
         call,
         device,
         solver,
-        capture,
+        capture if isinstance(capture, str) else tuple(capture),
         costs,
         optimizer_bytes(optimizer, device),
         progress or (lambda line: None),

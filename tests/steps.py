@@ -165,7 +165,7 @@ class restored:  # noqa: N801 # reads as a verb: with restored(model)
             parameter.grad = None
         return self.model
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.model.load_state_dict(self.before)
         for parameter, grad in zip(self.model.parameters(), self.grads, strict=True):
             parameter.grad = grad

@@ -137,7 +137,9 @@ def test_blocks_given_by_the_user_are_the_stages() -> None:
     assert [s.name for s in whole.chain.stages] == ["before", "0", "1", "2", "3", "after"]
 
 
-@pytest.mark.parametrize("pick", [lambda m: [m[2], m[1]], lambda m: [nn.Linear(1, 1)], lambda m: [m[0], m[0]]])
+@pytest.mark.parametrize(
+    "pick", [lambda m: [m[2], m[1]], lambda m: [nn.Linear(1, 1)], lambda m: [m[0], m[0]]]
+)
 def test_blocks_that_do_not_run_in_that_order_are_refused(pick: Any) -> None:
     model = _chain_of(Routed)
     with pytest.raises(CaptureError):
@@ -148,7 +150,7 @@ def test_gpt2_is_cut_into_the_halves_of_its_blocks() -> None:
     case = gpt2()
     plan = solve(case.model, "1GiB", sample=case.sample)
     names = [s.name for s in plan.chain.stages]
-    layers = case.model.config.n_layer  # type: ignore[union-attr] # of transformers
+    layers: int = case.model.config.n_layer  # type: ignore[union-attr, assignment] # of transformers
     for layer in range(layers):
         assert sum(name.startswith(f"transformer.h.{layer}") for name in names) == 2
     blocks = [s for s in plan.chain.stages if s.name.startswith("transformer.h.")]
@@ -165,7 +167,9 @@ def test_the_tables_that_all_blocks_read_are_carried_once() -> None:
 
 def test_the_skips_of_a_unet_are_carried_and_released_in_reverse() -> None:
     graph, linear = _linear(unet())
-    skips = [k for k, readers in linear.readers.items() if graph.groups[k].requires_grad and len(readers) >= 2]
+    skips = [
+        k for k, readers in linear.readers.items() if graph.groups[k].requires_grad and len(readers) >= 2
+    ]
     assert len(skips) >= 3
     plan = solve(unet().model, "1GiB", sample=unet().sample)
     stages = plan.chain.stages

@@ -27,7 +27,9 @@ def test_the_peak_is_the_most_bytes_live_at_once_not_their_sum() -> None:
 def test_what_is_resident_counts_once_however_often_it_is_named() -> None:
     model = nn.Linear(10, 10)
     batch = torch.zeros(3, 10)
-    measured = measure_peak(lambda: torch.empty(64, dtype=torch.uint8), resident=[model, batch, [batch, model.weight]])
+    measured = measure_peak(
+        lambda: torch.empty(64, dtype=torch.uint8), resident=[model, batch, [batch, model.weight]]
+    )
     assert measured.resident == (110 + 30) * 4
     assert measured.peak == measured.resident + 64
 

@@ -23,8 +23,12 @@ def _plan(budget: int = 150) -> Plan:
         saved=[40, 60, 50],
         names=["embed", "block", "head"],
     )
-    record = CaptureRecord("graph", "for a test", "cpu", "structure", "[]", "model", random=(False, True, False))
-    return Plan(chain, solve_chain(chain, budget), budget, "optimal", "measure", record, {"parameters": 0}, "2.13")
+    record = CaptureRecord(
+        "graph", "for a test", "cpu", "structure", "[]", "model", random=(False, True, False)
+    )
+    return Plan(
+        chain, solve_chain(chain, budget), budget, "optimal", "measure", record, {"parameters": 0}, "2.13"
+    )
 
 
 def test_a_plan_comes_back_from_its_file_equal(tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ CPU = torch.device("cpu")
 
 def _model() -> nn.Sequential:
     torch.manual_seed(0)
-    layers = [nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.GELU(), nn.Dropout(0.1)) for _ in range(6)]
+    layers = [
+        nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.GELU(), nn.Dropout(0.1)) for _ in range(6)
+    ]
     return nn.Sequential(*layers).train()
 
 
@@ -33,7 +35,11 @@ def _batch() -> Tensor:
 
 
 def _state(model: nn.Module) -> list[Tensor]:
-    tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    tensors = [
+        *model.parameters(),
+        *model.buffers(),
+        *(p.grad for p in model.parameters() if p.grad is not None),
+    ]
     return [torch.get_rng_state(), *(t.detach().clone() for t in tensors)]
 
 
@@ -101,7 +107,12 @@ def test_a_percentage_is_of_the_devices_memory() -> None:
 
 
 def test_bytes_are_written_for_people() -> None:
-    assert [format_bytes(n) for n in (0, 1536, 3 * 2**20, 2**40)] == ["0 B", "1.50 KiB", "3.00 MiB", "1.00 TiB"]
+    assert [format_bytes(n) for n in (0, 1536, 3 * 2**20, 2**40)] == [
+        "0 B",
+        "1.50 KiB",
+        "3.00 MiB",
+        "1.00 TiB",
+    ]
 
 
 class _Returns(nn.Module):
@@ -128,8 +139,18 @@ def _frozen() -> nn.Module:
         (_model, {"sample": torch.randn(3, 32, device="meta")}, ValueError, "move the sample"),
         (_frozen, {"sample": torch.randn(3, 32)}, ValueError, "requires grad"),
         (lambda: _model().eval(), {"sample": torch.randn(3, 32)}, ValueError, r"model\.train\(\)"),
-        (lambda: _Returns(lambda y: {"text": "hi"}), {"sample": torch.randn(3, 4)}, ValueError, "holds no tensor"),
-        (lambda: _Returns(lambda y: y.detach()), {"sample": torch.randn(3, 4)}, ValueError, "that requires grad"),
+        (
+            lambda: _Returns(lambda y: {"text": "hi"}),
+            {"sample": torch.randn(3, 4)},
+            ValueError,
+            "holds no tensor",
+        ),
+        (
+            lambda: _Returns(lambda y: y.detach()),
+            {"sample": torch.randn(3, 4)},
+            ValueError,
+            "that requires grad",
+        ),
         (_model, {"sample": torch.randn(3, 32), "solver": "magic"}, ValueError, "optimal, revolve"),
         (_model, {"sample": torch.randn(3, 32), "capture": "jit"}, ValueError, "auto, graph, modules"),
         (_model, {"sample": torch.randn(3, 32), "costs": "guess"}, ValueError, "measure, roofline"),
