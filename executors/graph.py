@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from executors.replay import ReplayError, Step
+from executors.replay import Step
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.stages import GraphStage, Source
 from scheduler.program import ReplayProgram
@@ -54,6 +54,11 @@ class GraphExecutor:
             for source in stage.sources:
                 if source.kind == "carried" and program.kept[k] is None:
                     self.readers.setdefault(source.key, []).append(k)
+        self.returned = {
+            leaf.key: locate(model, leaf.key)
+            for leaf in capture.outputs
+            if isinstance(leaf, Source) and leaf.kind in ("parameter", "buffer")
+        }
         self.carried_by = [
             tuple(dict.fromkeys(s.key for s in stage.sources if s.kind == "carried")) for stage in self.stages
         ]
@@ -93,7 +98,8 @@ class GraphExecutor:
             return flat_inputs[leaf.key]
         if leaf.kind == "constant":
             return self.constants[leaf.key]
-        raise ReplayError(f"the model returns its own {leaf.kind} {leaf.key!r}")
+        values, key = self.returned[leaf.key]
+        return values[key]
 
 
 def next_boundary(

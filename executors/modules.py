@@ -72,7 +72,8 @@ class ModuleStep(Step):
         super().__init__(executor.program, executor.device, random)
         self.executor = executor
         self.ran = 0
-        self.outputs: list[tuple[int, Tensor]] = []  # of the block before, while the next is awaited
+        # (output leaf, tensor, version) of the block before, while the next is awaited
+        self.outputs: list[tuple[int, Tensor, int]] = []
         self.calls: dict[int, tuple[Callable[..., Any], list[Any], Any]] = {}
         self.versions_read: dict[int, tuple[int, ...]] = {}
         self.places: dict[int, list[int]] = {}  # stage -> argument leaves that are its boundary
@@ -100,7 +101,7 @@ class ModuleStep(Step):
                     result = forward(*args, **kwargs)
                 else:
                     result = self._drop(index, forward, boundary, args, kwargs)
-                self.outputs = tensor_leaves(result)
+                self.outputs = [(output, t, t._version) for output, t in tensor_leaves(result)]
                 return result
 
             return intercept
@@ -112,9 +113,9 @@ class ModuleStep(Step):
         block = self.executor.capture.blocks[index]
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-        made = dict(self.outputs)
+        made = {output: (tensor, version) for output, tensor, version in self.outputs}
         for argument, output in block.fed:
-            if argument not in tensors or tensors[argument] is not made.get(output):
+            if argument not in tensors or not _same_value(tensors[argument], *made.get(output, (None, 0))):
                 raise ReplayError(
                     f"argument {argument} of block {block.name} is not output {output} of the block before, as it "
                     "was when the plan was made; make a plan for this call"
@@ -200,6 +201,17 @@ class ModuleStep(Step):
         """Drop the arguments that only re-runs of this stage still needed."""
         self.calls.pop(stage, None)
         self.snapshots.pop(stage, None)
+
+
+def _same_value(tensor: Tensor, made: Tensor | None, version: int) -> bool:
+    """Whether a tensor is what was made, unchanged, or a view of just that: hooks of modules wrap in views."""
+    if made is None or tensor._version != version:
+        return False
+    return tensor is made or (
+        tensor.untyped_storage()._cdata == made.untyped_storage()._cdata
+        and tensor.storage_offset() == made.storage_offset()
+        and (tensor.shape, tensor.stride(), tensor.dtype) == (made.shape, made.stride(), made.dtype)
+    )
 
 
 class _Swapped:

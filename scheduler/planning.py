@@ -243,6 +243,10 @@ def _exact_graph(request: _Request, plain: StepResult) -> GraphCapture:
         CaptureError: it cannot be captured, or one step of it differs.
     """
     model, call = request.model, request.call
+    if plain.custom:
+        raise CaptureError(
+            f"the custom autograd.Function {plain.custom[0]} is used, whose backward torch.export drops"
+        )
     captured = capture_graph(model, call)
     step = run_step(model, lambda: captured.sweep(model, call), offload=True)
     differs = difference(plain, step)

@@ -140,7 +140,7 @@ def resnet() -> Case:
         hidden_sizes=[16, 32, 48, 64],
         depths=[2, 2, 2, 2],
         layer_type="basic",
-        num_labels=10,
+        num_labels=10,  # type: ignore[call-arg] # a keyword of the base class
     )
     return _keywords(
         ResNetForImageClassification(config),
@@ -160,7 +160,7 @@ def vit() -> Case:
         intermediate_size=128,
         image_size=64,
         patch_size=8,
-        num_labels=10,
+        num_labels=10,  # type: ignore[call-arg] # a keyword of the base class
         hidden_dropout_prob=0.1,
         attention_probs_dropout_prob=0.1,
     )
@@ -194,7 +194,7 @@ def unet() -> Case:
     )
 
 
-def _keywords(model: nn.Module, **batch: Any) -> Case:
+def _keywords(model: Any, **batch: Any) -> Case:
     return Case(model.train(), batch, (), batch)
 
 

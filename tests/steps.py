@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from executors import MeasuredPeak, measure_peak
 from executors.planned import _RUNNER
@@ -63,7 +64,7 @@ def train(
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.grad is not None:
-                    parameter -= 0.01 * parameter.grad
+                    parameter.sub_(0.01 * parameter.grad)
                     parameter.grad = None
     records.append(state(model))
     return records
@@ -71,7 +72,7 @@ def train(
 
 def tensors(output: Any) -> Record:
     """Copies of the tensors in an output, by position."""
-    leaves = [output] if isinstance(output, Tensor) else [t for t in output.values() if isinstance(t, Tensor)]
+    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
     return {f"output {i}": leaf.detach().clone() for i, leaf in enumerate(leaves)}
 
 
@@ -143,12 +144,10 @@ def peak_of_a_step(case: Case, model: nn.Module) -> MeasuredPeak:
         loss_of(output).backward()
         return output
 
-    for _ in range(2):  # the first is a warm-up
-        for parameter in model.parameters():
-            parameter.grad = None
-        measured = measure_peak(step, resident=[model, case.args, case.kwargs])
-    for parameter in model.parameters():
-        parameter.grad = None
+    step()  # a warm-up
+    model.zero_grad()
+    measured = measure_peak(step, resident=[model, case.args, case.kwargs])
+    model.zero_grad()
     return measured
 
 
@@ -169,6 +168,11 @@ class restored:  # noqa: N801 # reads as a verb: with restored(model)
         self.model.load_state_dict(self.before)
         for parameter, grad in zip(self.model.parameters(), self.grads, strict=True):
             parameter.grad = grad
+
+
+def within(model: nn.Module, path: str) -> Any:
+    """A submodule by its dotted name."""
+    return model.get_submodule(path)
 
 
 def executor_of(model: nn.Module) -> Any:

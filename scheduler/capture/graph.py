@@ -8,10 +8,11 @@ not fire), an input that is changed in place.
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,7 +137,7 @@ def _custom_functions_refused() -> Iterator[list[str]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Export warns and logs about things that do not concern the user of a plan."""
+    """Export warns, logs and prints (the graph where it gave up) things that do not concern a plan's user."""
     loggers = [
         logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")
     ]
@@ -144,7 +145,7 @@ def _quiet() -> Iterator[None]:
     for log in loggers:
         log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

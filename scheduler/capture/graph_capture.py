@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from scheduler.capture.graph import OpGraph, export_graph, resolve
@@ -96,7 +96,8 @@ class GraphCapture:
         for leaf in self.outputs:
             if isinstance(leaf, Source):
                 places: dict[str, Any] = {"carried": carried, "input": flat, "constant": self.constants}
-                output.append(places[leaf.kind][leaf.key])
+                own = leaf.kind in ("parameter", "buffer")
+                output.append(resolve(model, leaf.key) if own else places[leaf.kind][leaf.key])
             else:
                 output.append(leaf)
         return pytree.tree_unflatten(output, self.output_spec)
@@ -175,7 +176,17 @@ def capture_graph(
         elif name in inputs:
             outputs.append(Source("input", inputs[name]))
         elif leaf in graph.attributes:
-            outputs.append(Source("constant", graph.attributes[leaf]))
+            outputs.append(_attribute(graph, leaf, model))
         else:
             outputs.append(leaf)
     return GraphCapture(graph, linear, stages, outputs, graph.output_spec, constants, model_device(model))
+
+
+def _attribute(graph: OpGraph, leaf: fx.Node, model: nn.Module) -> Source:
+    """Where a parameter, a buffer or a constant that the model returns comes from."""
+    value = resolve(graph.module, graph.attributes[leaf])
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in tensors:
+            if tensor is value:
+                return Source(kind, name)
+    return Source("constant", graph.attributes[leaf])

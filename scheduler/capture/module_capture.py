@@ -102,20 +102,23 @@ class _Call:
 
 
 class _Tokens:
-    """A number for every tensor object ever seen; an address that is used again gets a new one."""
+    """A number for every tensor object ever seen; an address that is used again gets a new one.
+
+    A tensor that was changed in place gets a new one too: it is no longer what was made.
+    """
 
     def __init__(self) -> None:
-        self.known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self.known: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}  # (tensor, version, number)
         self.count = 0
 
     def of(self, tensor: Tensor) -> int:
         """The tensor's number."""
         entry = self.known.get(id(tensor))
-        if entry is None or entry[0]() is not tensor:
-            entry = (weakref.ref(tensor), self.count)
+        if entry is None or entry[0]() is not tensor or entry[1] != tensor._version:
+            entry = (weakref.ref(tensor), tensor._version, self.count)
             self.known[id(tensor)] = entry
             self.count += 1
-        return entry[1]
+        return entry[2]
 
 
 def tensor_leaves(value: Any) -> list[tuple[int, Tensor]]:

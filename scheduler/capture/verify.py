@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules._functions import BackwardHookFunction
 
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.state import RandomState, model_device, preserved
@@ -18,13 +19,18 @@ __all__ = ["StepResult", "difference", "run_step"]
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step left behind, copied to the CPU."""
+    """What one step left behind, copied to the CPU.
+
+    Attributes:
+        custom: names of the custom autograd.Functions in the graph of the outputs.
+    """
 
     outputs: list[Tensor]
     grads: dict[str, Tensor | None]
     buffers: dict[str, Tensor]
     generators: RandomState
     own_loss: bool
+    custom: tuple[str, ...] = ()
 
 
 def run_step(model: nn.Module, forward: Callable[[], Any], *, offload: bool = False) -> StepResult:
@@ -42,6 +48,7 @@ def run_step(model: nn.Module, forward: Callable[[], Any], *, offload: bool = Fa
             output = forward()
             loss, own = find_loss(output)
         outputs = [t.detach().cpu().clone() for t in output_tensors(output)]
+        custom = _custom_functions([loss, *output_tensors(output)])
         del output
         loss.backward()
         return StepResult(
@@ -53,7 +60,26 @@ def run_step(model: nn.Module, forward: Callable[[], Any], *, offload: bool = Fa
             {n: b.detach().cpu().clone() for n, b in model.named_buffers()},
             RandomState(device),
             own,
+            custom,
         )
+
+
+def _custom_functions(tensors: list[Tensor]) -> tuple[str, ...]:
+    """Names of the custom autograd.Functions that a backward from these tensors would run."""
+    waiting: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    seen = set(waiting)
+    found: dict[str, None] = {}
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            function = node._forward_cls  # type: ignore[attr-defined] # set by autograd for each Function
+            if function is not BackwardHookFunction:  # of module hooks, which are looked for elsewhere
+                found[f"{function.__module__}.{function.__qualname__}"] = None
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return tuple(found)
 
 
 def difference(plain: StepResult, other: StepResult) -> str | None:

@@ -194,9 +194,23 @@ def _alive(storages: dict[int, tuple[StorageWeakRef, int]]) -> int:
     return sum(size for reference, size in storages.values() if not reference.expired())
 
 
+class _Cut(torch.autograd.Function):
+    """A tensor with a history of its own: requires grad, is no leaf, and may be changed in place like any other."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, held: list[Tensor]) -> Tensor:  # noqa: ARG004 # autograd's signature
+        return held.pop().detach()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:  # noqa: ARG004 # autograd's signature
+        return None, None
+
+
 def _loosened(tensor: Tensor) -> Tensor:
-    loose = tensor.detach()
-    return loose.requires_grad_() if loose.is_floating_point() or loose.is_complex() else loose
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor.detach()
+    loose: Tensor = _Cut.apply(torch.empty(0, requires_grad=True), [tensor])
+    return loose
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
