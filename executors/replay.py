@@ -248,6 +248,7 @@ class Step:
                     produced = self._advance(action.stage, current)
                 if produced is not None:
                     self.working = (action.stage + 1, produced)
+                del current, produced  # or they would outlive the next run
             self.position += 1
         return True
 

@@ -79,7 +79,12 @@ def _isolated(capture: GraphCapture, k: int, arguments: list[Any]) -> StageRun:
         except ValueError:  # the loss is made by an earlier stage
             return None
 
-    return StageRun(run, reset, loss if k == len(capture) - 1 else None)
+    lasting = frozenset(
+        argument.untyped_storage().data_ptr()
+        for argument, source in zip(arguments, stage.sources, strict=True)
+        if source.kind != "boundary" and isinstance(argument, Tensor)
+    )
+    return StageRun(run, reset, loss if k == len(capture) - 1 else None, lasting)
 
 
 def graph_chain(
@@ -113,6 +118,11 @@ def graph_chain(
     flows = _GradFlows(capture, costs, size)
     change, output_grad = _carried_changes(capture, size, saved_by, flows, loss_is_output)
     created = _created_grads(capture, model)
+    at_hand = gradients_at_hand(
+        [flows.boundary(k) for k in range(count)],
+        [cost.lead for cost in costs],
+        [made + max(0, more) for made, more in zip(created, change, strict=True)],
+    )
     stages = []
     for k, stage in enumerate(capture.stages):
         cost = costs[k]
@@ -121,9 +131,7 @@ def graph_chain(
         )
         carried = total(linear.carried[k])
         following = total(linear.boundaries[k + 1])
-        # The gradient at hand while a replay runs is that of the boundary and what the stage before, which is
-        # about to be reversed, has made of it already.
-        input_grad = flows.boundary(k) + (costs[k - 1].lead if k else 0)
+        input_grad = at_hand[k]
         prefix = k == 0 and linear.frozen_prefix
         stages.append(
             Stage(
@@ -154,10 +162,33 @@ def graph_chain(
         )
     fixed = resident + SMALL_TENSORS + storage_bytes(capture.constants.values(), capture.device)
     if capture.device.type == "cpu":
-        fixed += CPU_RANDOM_STATE * sum(capture.random)
+        # One for each stage that draws, and what a replay puts back when it is done.
+        fixed += CPU_RANDOM_STATE * (sum(capture.random) + any(capture.random))
     for names in capture.changed:  # snapshots for re-runs
         fixed += storage_bytes((model.get_buffer(n) for n in names), capture.device)
     return Chain(tuple(stages), 0, output_grad, fixed, name)
+
+
+def gradients_at_hand(boundary: list[int], lead: list[int | None], made: list[int]) -> list[int]:
+    """(L,) bytes of gradients that are live while a replay runs between the backwards of stages k and k - 1.
+
+    They are those of boundary k and what stage k - 1, about to be reversed, has made of them when it asks for
+    its first saved tensor. A stage that asks for none is reversed already when the replay for it runs: autograd
+    comes to an earlier stage before anything is asked for.
+
+    Args:
+        boundary: bytes of the gradient of each boundary.
+        lead: what each stage has made when it first asks; None if it never does.
+        made: bytes of parameter gradients and of carried gradients that appear with each stage.
+    """
+    result: list[int] = []
+    for k, size in enumerate(boundary):
+        if not k:
+            result.append(size)
+            continue
+        asked = lead[k - 1]
+        result.append(size + asked if asked is not None else max(size, result[k - 1] + made[k - 1]))
+    return result
 
 
 def _own_output_grads(cost: StageCost, k: int, count: int, output_grad: int) -> int:

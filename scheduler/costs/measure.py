@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scheduler.costs.peak import allocated, count_bytes
 
@@ -32,7 +32,8 @@ class StageCost:
             tensors, gradients of outputs, inputs and parameters, and transients.
         output_grads: bytes of the gradients of the outputs, which ``backward_peak`` includes.
         lead: bytes that the backward has made, above the gradients of the outputs, when it first asks for a
-            saved tensor. A replay runs at that moment, so they are live during it.
+            saved tensor that a replay would have to rebuild. A replay runs at that moment, so they are live
+            during it. None if it asks for none.
         input_grads: (argument, storage, bytes) of the gradient that the backward leaves of each argument. It
             may be a view of a larger storage (of a concatenation's gradient), or share one with another.
     """
@@ -43,7 +44,7 @@ class StageCost:
     keeping_peak: int
     backward_peak: int
     output_grads: int
-    lead: int = 0
+    lead: int | None = None
     input_grads: tuple[tuple[int, int, int], ...] = ()
 
 
@@ -59,11 +60,13 @@ class StageRun:
             parameter passes through the given function (position, tensor) -> tensor.
         reset: undo what a run left behind: gradients of parameters.
         loss: for the last stage, how to find among the outputs what is reversed (None if it is not there).
+        lasting: addresses of storages that live on anyway, so that saved tensors on them need no replay.
     """
 
     run: Callable[[Enter], Sequence[Tensor]]
     reset: Callable[[], None]
     loss: Callable[[Sequence[Tensor]], Tensor | None] | None = None
+    lasting: frozenset[int] = frozenset()
 
 
 def as_leaf(_: int, tensor: Tensor) -> Tensor:
@@ -155,7 +158,7 @@ def measure_stage(
 
         def unpack(tensor: Tensor) -> Tensor:
             nonlocal asked
-            if not asked and not isinstance(tensor, nn.Parameter):
+            if not asked and tensor.untyped_storage().data_ptr() not in stage.lasting:
                 asked = True
                 mark()
             return tensor
@@ -175,7 +178,7 @@ def measure_stage(
     arrived.clear()
     kept = count_bytes(keeping, device)
     stage.reset()
-    lead = max(0, kept.marks[1] - kept.marks[0] - output_grads) if len(kept.marks) > 1 else 0
+    lead = max(0, kept.marks[1] - kept.marks[0] - output_grads) if len(kept.marks) > 1 else None
     input_grads = tuple(
         (position, grad.untyped_storage()._cdata, allocated(grad.untyped_storage().nbytes(), device))
         for position, grad in arrived.items()

@@ -23,7 +23,7 @@ from scheduler.capture.module_capture import ModuleCapture, intercepted, tensor_
 from scheduler.capture.sample import Call
 from scheduler.capture.state import preserved
 from scheduler.chain import Chain, Option, Stage
-from scheduler.costs.graph_chain import CPU_RANDOM_STATE, SMALL_TENSORS
+from scheduler.costs.graph_chain import CPU_RANDOM_STATE, SMALL_TENSORS, gradients_at_hand
 from scheduler.costs.measure import Enter, StageCost, StageRun, as_leaf, measure_stage
 from scheduler.costs.peak import allocated, count_bytes
 from scheduler.costs.resident import storage_bytes
@@ -56,6 +56,7 @@ class _Pass:
             user's code collects or that glue saves.
         returned: (blocks,) bytes of those that are outputs of the model.
         outputs: bytes of the model's other outputs.
+        held: (glue,) bytes of all blocks' outputs that are there when each piece of glue ends.
     """
 
     entered: list[list[Tensor]] = field(default_factory=list)
@@ -66,6 +67,7 @@ class _Pass:
     lasting: list[int] = field(default_factory=list)
     returned: list[int] = field(default_factory=list)
     outputs: int = 0
+    held: list[int] = field(default_factory=list)
     own_loss: bool = True
 
 
@@ -133,6 +135,7 @@ def _run(
                 if capture.blocks[index].stage in starts_glue:
                     result.forward.append(time.perf_counter() - since)
                     result.entered.append([t for _, t in tensor_leaves((args, kwargs)) if t.requires_grad])
+                    result.held.append(sum(map(_alive, made)))
                 if measure is None:
                     # The executor holds the arguments that come from elsewhere until the step is over.
                     fed = {argument for argument, _ in capture.blocks[index].fed}
@@ -165,6 +168,7 @@ def _run(
         output = model(*args, **kwargs)
         loss, result.own_loss = find_loss(output)
     result.forward.append(time.perf_counter() - since)
+    result.held.append(sum(map(_alive, made)))
     # The output of the last block is the boundary of the glue that follows.
     result.lasting = [*(_alive(storages) for storages in made[:-1]), 0]
     result.lingering += [0] * (len(made) - len(result.lingering))
@@ -245,7 +249,10 @@ def _measure_block(
         for parameter in module.parameters():
             parameter.grad = None
 
-    cost = measure_stage(StageRun(run, reset), capture.device, clock=clock)
+    lasting = frozenset(
+        t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers(), *external)
+    )
+    cost = measure_stage(StageRun(run, reset, lasting=lasting), capture.device, clock=clock)
     kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -326,11 +333,18 @@ def _assemble(
     ):
         change[block.stage] -= lasting - returned  # the user holds what is returned
         change[count - 1] -= max(0, lingering - lasting)
+    produced = [0 if b is None else trial.produced[b] - trial.lasting[b] for b in (None, *capture.stages)]
+    at_hand = gradients_at_hand(
+        [produced[k] if b is None else costs[b].input_grad for k, b in enumerate(capture.stages)],
+        [0 if b is None else costs[b].cost.lead for b in capture.stages],
+        [made + max(0, more) for made, more in zip(created, change, strict=True)],
+    )
+    carried = [max(a, b) for a, b in zip(trial.lingering, trial.lasting, strict=True)]
+    glue_saved = 0  # by the glue so far
     stages_made = []
     for k, index in enumerate(capture.stages):
         after_it = capture.stages[k + 1] if k + 1 < count else None
         before = capture.stages[k - 1] if k else None
-        lead = costs[before].cost.lead if before is not None else 0
         # A value that lasts is carried: held once, whatever boundary it is part of as well.
         handed = trial.lasting[before] if before is not None else 0
         if index is not None:
@@ -351,18 +365,14 @@ def _assemble(
                             forward_overhead=max(0, measured.keeping_peak - saved - lasting),
                             backward_overhead=max(
                                 0,
-                                measured.backward_peak
-                                - saved
-                                - cost.input_grad
-                                - lead
-                                - measured.output_grads,
+                                measured.backward_peak - saved - at_hand[k] - measured.output_grads,
                             ),
                         ),
                     ),
                     forward_overhead=max(0, measured.dropping_peak - following - lasting),
-                    input_grad=cost.input_grad + lead,
+                    input_grad=at_hand[k],
                     grad=created[k],
-                    carried=max(lasting, trial.lingering[index]),
+                    carried=carried[index],
                     carried_change=change[k],
                 )
             )
@@ -370,11 +380,13 @@ def _assemble(
         position = glue.index(k)
         # Phases of the counted step: glue, block, glue, block, ...; every block has a mark at both ends.
         begins, ends = _glue_phase(capture, k)
-        live = marks[begins] if begins >= 0 else 0
-        after = marks[ends]
-        saved = max(0, after - live - (trial.outputs if k == count - 1 else 0))
+        # Outputs of blocks are no business of the glue: they are boundaries, or carried.
+        returned_now = trial.outputs if k == count - 1 else 0
+        saved = max(0, marks[ends] - trial.held[position] - glue_saved - returned_now)
+        glue_saved += saved
+        charged = glue_saved + returned_now + produced[k] + sum(carried[: before or 0])
         reversal = 2 * blocks + 1 + 2 * (len(glue) - 1 - position)
-        entering = trial.produced[before] - handed if before is not None else 0
+        entering = produced[k]
         backward_peak = peaks[reversal] - marks[reversal - 1]
         stages_made.append(
             Stage(
@@ -387,12 +399,12 @@ def _assemble(
                 options=(
                     Option(
                         saved,
-                        forward_overhead=max(0, peaks[begins + 1] - max(after, live)),
+                        forward_overhead=max(0, peaks[begins + 1] - charged),
                         backward_overhead=max(0, backward_peak - (entering if position else 0)),
                         name="all (glue)",
                     ),
                 ),
-                input_grad=entering + lead if position else 0,
+                input_grad=at_hand[k],
                 grad=created[k],
                 carried=trial.outputs if k == count - 1 else 0,
                 carried_change=change[k],
@@ -401,7 +413,8 @@ def _assemble(
         )
     fixed = resident + SMALL_TENSORS
     if capture.device.type == "cpu":
-        fixed += CPU_RANDOM_STATE * len(capture.blocks)  # noted before each block, drawn from or not
+        # Noted before each block, drawn from or not; and what a replay puts back when it is done.
+        fixed += CPU_RANDOM_STATE * (len(capture.blocks) + 1)
     for names in capture.changed:
         fixed += 2 * storage_bytes((model.get_buffer(n) for n in names), capture.device)
     return Chain(tuple(stages_made), 0, output_grad, fixed, name)
