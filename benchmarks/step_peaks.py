@@ -18,7 +18,7 @@ from scheduler import CaptureError, InfeasibleBudget, Plan, solve, solve_chain
 from scheduler.capture.loss import find_loss
 from scheduler.capture.state import preserved
 from scheduler.capture.verify import difference, run_step
-from tests.models import BUILDERS, Case
+from tests.models import SEVEN, Case
 
 REPEATS = 7
 
@@ -83,7 +83,7 @@ def report() -> str:
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
     ]
-    for name, build in BUILDERS.items():
+    for name, build in SEVEN.items():
         for kind in ("graph", "modules"):
             case = build()
             try:
