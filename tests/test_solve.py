@@ -245,10 +245,20 @@ def test_optimizer_state_and_existing_gradients_count_towards_the_budget() -> No
     assert sum(s.grad for s in accumulating.chain.stages) == 0
 
 
-def test_roofline_costs_give_a_plan_without_timing() -> None:
-    plan = solve(_model(), "1GiB", sample=_batch(), costs="roofline", capture="graph")
+@pytest.mark.parametrize("capture", ["graph", "modules"])
+def test_roofline_costs_price_every_stage_without_timing(capture: str) -> None:
+    plan = solve(_model(), "1GiB", sample=_batch(), costs="roofline", capture=capture)
     assert plan.costs == "roofline"
-    assert all(0 < s.forward < 1 and 0 < s.backward < 1 for s in plan.chain.stages)
+    assert all(0 < s.forward < 1 and 0 < s.backward < 1 for s in plan.chain.stages if s.recomputable)
+    assert plan.chain.plain_seconds > 0
+
+
+def test_roofline_costs_grow_with_the_work() -> None:
+    small, large = (
+        solve(_model(), "1GiB", sample=torch.randn(rows, 32), costs="roofline", capture="modules")
+        for rows in (1024, 65536)
+    )
+    assert large.chain.plain_seconds > 8 * small.chain.plain_seconds
 
 
 def test_a_planned_model_is_planned_anew() -> None:

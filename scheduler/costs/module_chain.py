@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from scheduler.costs.graph_chain import CPU_RANDOM_STATE, SMALL_TENSORS, gradien
 from scheduler.costs.measure import Enter, StageCost, StageRun, as_leaf, measure_stage
 from scheduler.costs.peak import allocated, count_bytes
 from scheduler.costs.resident import storage_bytes
+from scheduler.costs.roofline import Tally, device_rates, estimate_run
 
 __all__ = ["module_chain"]
 
@@ -78,7 +79,7 @@ def module_chain(
 
     Args:
         resident: bytes live during the whole step.
-        clock: False to count bytes only.
+        clock: False to estimate the seconds by the roofline.
     """
     existing = {p for p in model.parameters() if p.grad is not None}
     costs: dict[int, _BlockCost] = {}
@@ -90,9 +91,13 @@ def module_chain(
 
         _run(capture, model, call, modules, measure)
     times: list[_Pass] = []
-    for _ in range(3 if clock else 1):
+    for _ in range(3 if clock else 0):
         with preserved(model):
             times.append(_run(capture, model, call, modules))
+    if not clock:
+        tally = Tally(device_rates(capture.device))
+        with preserved(model), tally:
+            times.append(_run(capture, model, call, modules, now=lambda: tally.seconds))
     with preserved(model):
         marks: list[Callable[[], None]] = []
 
@@ -115,6 +120,7 @@ def _run(
     modules: list[nn.Module],
     measure: Callable[[int, Callable[..., Any], Any, Any], None] | None = None,
     mark: Callable[[], None] = lambda: None,
+    now: Callable[[], float] = time.perf_counter,
 ) -> _Pass:
     """One step with the blocks cut loose.
 
@@ -123,7 +129,7 @@ def _run(
     result = _Pass()
     external: list[Tensor] = []
     made: list[dict[int, tuple[StorageWeakRef, int]]] = []  # block -> storage -> (reference, bytes)
-    since = time.perf_counter()
+    since = now()
     starts_glue = {block.stage for block in capture.blocks if capture.stages[block.stage - 1] is None}
 
     def wrapper(index: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -133,7 +139,7 @@ def _run(
                 if index > 1:
                     result.lingering.append(_alive(made[index - 2]))
                 if capture.blocks[index].stage in starts_glue:
-                    result.forward.append(time.perf_counter() - since)
+                    result.forward.append(now() - since)
                     result.entered.append([t for _, t in tensor_leaves((args, kwargs)) if t.requires_grad])
                     result.held.append(sum(map(_alive, made)))
                 if measure is None:
@@ -156,7 +162,7 @@ def _run(
                 )
                 result.produced.append(sum(size for _, size in made[-1].values()))
                 mark()
-                since = time.perf_counter()
+                since = now()
                 return produced
 
             return loose
@@ -167,7 +173,7 @@ def _run(
     with torch.enable_grad(), intercepted([(m, wrapper(i)) for i, m in enumerate(modules)]):
         output = model(*args, **kwargs)
         loss, result.own_loss = find_loss(output)
-    result.forward.append(time.perf_counter() - since)
+    result.forward.append(now() - since)
     result.held.append(sum(map(_alive, made)))
     # The output of the last block is the boundary of the glue that follows.
     result.lasting = [*(_alive(storages) for storages in made[:-1]), 0]
@@ -184,10 +190,10 @@ def _run(
         )
         seeds = [torch.ones_like(t) for t in roots]
         mark()
-        began = time.perf_counter()
+        began = now()
         if roots:
             torch.autograd.backward(roots, seeds, retain_graph=position > 0)
-        result.backward.append(time.perf_counter() - began)
+        result.backward.append(now() - began)
         mark()
     result.backward.reverse()
     return result
@@ -252,7 +258,11 @@ def _measure_block(
     lasting = frozenset(
         t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers(), *external)
     )
-    cost = measure_stage(StageRun(run, reset, lasting=lasting), capture.device, clock=clock)
+    stage = StageRun(run, reset, lasting=lasting)
+    cost = measure_stage(stage, capture.device, clock=clock)
+    if not clock:
+        forward_seconds, backward_seconds = estimate_run(stage, capture.device)
+        cost = replace(cost, forward=forward_seconds, backward=backward_seconds)
     kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from scheduler.capture.graph_capture import GraphCapture
-from scheduler.costs.measure import StageCost, _Seed
+from scheduler.costs.measure import StageCost, StageRun, _Seed, as_leaf
 
-__all__ = ["Rates", "device_rates", "roofline_graph"]
+__all__ = ["Rates", "Tally", "device_rates", "estimate_run", "roofline_graph"]
 
 
 class Rates:
@@ -66,7 +66,7 @@ def _best(run: Any, device: torch.device, repeats: int = 7) -> float:
     return min(times[1:])
 
 
-class _Tally(TorchDispatchMode):
+class Tally(TorchDispatchMode):
     """Adds up the estimated seconds of every op that is dispatched."""
 
     def __init__(self, rates: Rates) -> None:
@@ -101,6 +101,22 @@ def roofline_graph(capture: GraphCapture, costs: list[StageCost]) -> list[StageC
     return result
 
 
+def estimate_run(stage: StageRun, device: torch.device) -> tuple[float, float]:
+    """Seconds of the forward and the backward of a stage, by the ops of one real run of each."""
+    rates = device_rates(device)
+    with torch.enable_grad():
+        with Tally(rates) as forward:
+            outputs = stage.run(as_leaf)
+        grad = [t for t in outputs if t.requires_grad]
+        seed = _Seed.apply(*grad) if grad else None
+    backward = Tally(rates)
+    if seed is not None:
+        with backward:
+            seed.backward()
+    stage.reset()
+    return forward.seconds, backward.seconds
+
+
 def _estimate(capture: GraphCapture, k: int, nodes: dict[str, fx.Node], rates: Rates) -> tuple[float, float]:
     """Seconds of the forward and the backward of a stage, run on fake tensors."""
     stage = capture.stages[k]
@@ -118,10 +134,10 @@ def _estimate(capture: GraphCapture, k: int, nodes: dict[str, fx.Node], rates: R
                     nn.Parameter(double) if source.kind == "parameter" and source.requires_grad else double
                 )
             arguments.append(value)
-        forward = _Tally(rates)
+        forward = Tally(rates)
         with forward, torch.enable_grad():
             results = stage.function(*arguments)
-        backward = _Tally(rates)
+        backward = Tally(rates)
         grad = [t for t in results if t.requires_grad]
         if grad:
             with torch.enable_grad():
