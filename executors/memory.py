@@ -41,7 +41,7 @@ def measure_peak(
     On the CPU every allocation and release of torch's allocator is counted (by the autograd profiler's
     memory events), not RSS. On CUDA the caching allocator's counters are read, after a synchronisation; the
     allocator's own peak statistics are reset. Run the function once before, to leave lazy initialisation
-    and workspaces out.
+    and workspaces out. Python's cyclic garbage collector is off meanwhile.
 
     Args:
         fn: for instance one training step. What it returns stays alive, and counts.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from executors import execute
-from scheduler import CaptureError, solve
+from scheduler import CaptureError, InfeasibleBudget, solve, solve_chain
 from scheduler.capture.graph import export_graph
 from scheduler.capture.linearize import linearize, op_dag
 from scheduler.capture.module_capture import capture_modules
@@ -269,3 +270,138 @@ def test_the_call_has_one_form_however_it_is_written() -> None:
     assert canonical_call(signature, (x,), {"b": None}) == ((), {"a": x, "use_cache": False})
     with pytest.raises(TypeError):
         canonical_call(signature, (), {"b": 2})
+
+
+class Clipped(torch.autograd.Function):
+    """Identity whose backward clips: on a tame sample it is bit-equal to what export makes of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].clamp(-1e6, 1e6)
+
+
+clip = Clipped.apply  # bound before any capture, as libraries do
+
+
+class WithClip(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = clip(torch.tanh(self.inner(x)))
+        return result
+
+
+def test_a_custom_function_is_seen_however_it_is_called_and_whatever_the_sample_shows() -> None:
+    model, batch = _chain_of(WithClip), torch.randn(64, 16)
+    with pytest.raises(CaptureError, match="Clipped"):
+        solve(model, "1GiB", sample=batch, capture="graph")
+    plan = _tight(model, batch)
+    assert plan.capture.kind == "modules"
+    _trains_equally(model, batch, plan)
+    _trains_equally(model, 1e9 * batch, plan)
+
+
+class ReturnsItsOwn(nn.Module):
+    """Returns a parameter and a buffer beside the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
+        self.norm = nn.BatchNorm1d(16)
+        self.scale = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y = self.norm(torch.tanh(self.blocks(x)) * self.scale)
+        return {"loss": y.square().mean(), "scale": self.scale, "mean": self.norm.running_mean}
+
+
+@pytest.mark.parametrize("capture", ["graph", "modules"])
+def test_a_model_may_return_its_own_parameters_and_buffers(capture: str) -> None:
+    torch.manual_seed(0)
+    model, batch = ReturnsItsOwn().train(), torch.randn(64, 16)
+    plan = _tight(model, batch, capture=capture)
+    _trains_equally(model, batch, plan)
+    output = execute(plan, model)(batch)
+    assert output["scale"] is model.scale
+    assert output["mean"] is model.norm.running_mean
+
+
+def test_code_between_blocks_may_change_their_outputs_in_place() -> None:
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for index, layer in enumerate(self.blocks):
+                x = layer(x)
+                if index == 1:
+                    x += 1
+                elif index == 3:
+                    with torch.no_grad():
+                        x.clamp_(-0.5, 0.5)
+            return x
+
+    torch.manual_seed(0)
+    model, batch = Between().train(), torch.randn(64, 16)
+    plan = _tight(model, batch, capture="modules")
+    assert [s.name for s in plan.chain.stages if not s.recomputable] == [
+        "before",
+        "glue 1",
+        "glue 2",
+        "after",
+    ]
+    assert sum(plan.timeline.runs) > len(plan.chain)
+    _trains_equally(model, batch, plan)
+
+
+def test_in_place_modules_in_a_sequential_are_glue_and_train_bit_equal() -> None:
+    torch.manual_seed(0)
+    layers = [m for _ in range(4) for m in (nn.Linear(16, 16), nn.ReLU(inplace=True), nn.Linear(16, 16))]
+    model, batch = nn.Sequential(*layers).train(), torch.randn(64, 16)
+    plan = _tight(model, batch, capture="modules")
+    assert sum(plan.timeline.runs) > len(plan.chain)
+    _trains_equally(model, batch, plan)
+
+
+def test_a_refusal_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CaptureError):
+        solve(_chain_of(Routed), "1GiB", sample=torch.randn(4, 16), capture="graph")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_cuts_go_where_autograd_keeps_what_crosses() -> None:
+    """A chain charges a kept stage for its output, so a value that nobody saves is no place for a cut."""
+    torch.manual_seed(0)
+    layers = [m for _ in range(4) for m in (nn.Linear(16, 16), nn.GELU(), nn.Dropout(0.1))]
+    model, batch = nn.Sequential(*layers).train(), torch.randn(64, 16)
+    graph, linear = _linear(Case(model, batch, (batch,)))
+    saved = {key for op in graph.ops for key in op.saved}
+    assert len(linear) >= 8
+    for boundary in linear.boundaries[1:-1]:
+        assert set(boundary) <= saved
+
+
+def test_the_cut_of_a_block_without_saved_tensors_is_replayed_at_the_right_moment() -> None:
+    """A stage of views and sums saves nothing: autograd is through with it before anything is asked for."""
+
+    class Views(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(-1, 4, 4).transpose(1, 2).reshape(-1, 16) + 1
+
+    torch.manual_seed(0)
+    layers = [m for _ in range(5) for m in (nn.Linear(16, 16), Views(), Views())]
+    model, batch = nn.Sequential(*layers).train(), torch.randn(64, 16)
+    for capture in ("graph", "modules"):
+        plan = solve(model, "1GiB", sample=batch, capture=capture)
+        with pytest.raises(InfeasibleBudget) as caught:
+            solve_chain(plan.chain, 1)
+        budget = caught.value.smallest
+        tight = replace(plan, memory_budget=budget, schedule=solve_chain(plan.chain, budget))
+        _trains_equally(model, batch, tight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import scheduler
 from executors import execute, measure_peak
 from scheduler import InfeasibleBudget, Plan, solve
 from scheduler.budget import format_bytes, parse_budget
@@ -302,6 +304,11 @@ def test_the_core_solves_where_torch_is_absent(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     done = subprocess.run(
-        [sys.executable, "-P", str(script)], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-P", str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(Path(scheduler.__file__).parent.parent)},
     )
     assert done.stdout == f"solved {len(SOLVERS)}\n", done.stderr

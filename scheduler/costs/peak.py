@@ -6,6 +6,7 @@ reports to the autograd profiler with memory events, summed in order: a count, n
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,10 +40,19 @@ class Counted:
 def count_bytes(fn: Callable[[Callable[[], None]], Any], device: torch.device) -> Counted:
     """Run ``fn(mark)`` and count; ``mark()`` separates phases.
 
+    Python's cyclic garbage collector is off meanwhile: it would let go of tensors of long ago in the middle of
+    the count, and hide as many bytes of what the function takes.
+
     Raises:
         RuntimeError: an autograd profiler is active already (CPU).
     """
-    return _count_cuda(fn, device) if device.type == "cuda" else _count_cpu(fn)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return _count_cuda(fn, device) if device.type == "cuda" else _count_cpu(fn)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _count_cuda(fn: Callable[[Callable[[], None]], Any], device: torch.device) -> Counted:
