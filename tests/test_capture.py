@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from executors import execute
+from executors import ReplayError, execute
 from scheduler import CaptureError, InfeasibleBudget, solve, solve_chain
 from scheduler.capture.graph import export_graph
 from scheduler.capture.linearize import linearize, op_dag
@@ -359,6 +359,34 @@ def test_code_between_blocks_may_change_their_outputs_in_place() -> None:
     ]
     assert sum(plan.timeline.runs) > len(plan.chain)
     _trains_equally(model, batch, plan)
+
+
+def test_code_between_blocks_that_takes_another_path_than_when_planned_is_refused() -> None:
+    class Wayward(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(6))
+            self.way = ""
+
+        def forward(self, x: Tensor) -> Tensor:
+            for index, layer in enumerate(self.blocks):
+                if index == 3 and self.way == "skip":
+                    continue
+                x = layer(x)
+                if index == 2 and self.way == "new":
+                    x = x + 1
+                if index == 2 and self.way == "in place":
+                    x += 1
+            return x
+
+    model, batch = Wayward().train(), torch.randn(64, 16)
+    planned = execute(_tight(model, batch, capture="modules"), model)
+    for way in ("skip", "new", "in place"):
+        planned.way = way  # type: ignore[assignment] # a plain attribute
+        with pytest.raises(ReplayError, match="make a plan for this call"):
+            planned(batch)
+    planned.way = ""  # type: ignore[assignment] # a plain attribute
+    planned(batch).sum().backward()
 
 
 def test_in_place_modules_in_a_sequential_are_glue_and_train_bit_equal() -> None:

@@ -132,6 +132,18 @@ def test_no_grad_behaves_as_the_plain_model(capture: str) -> None:
 
 
 @EACH_CAPTURE
+def test_eval_and_no_grad_take_batches_that_the_plan_was_not_made_for(capture: str) -> None:
+    case, planned = planned_tiny(capture)
+    with restored(case.model), torch.no_grad():
+        assert planned(torch.randn(7, 16)).shape == (7, 4)
+    planned.eval()
+    try:
+        assert planned(torch.randn(7, 16)).requires_grad
+    finally:
+        planned.train()
+
+
+@EACH_CAPTURE
 def test_parameters_buffers_and_state_dict_are_the_model_s_own(capture: str) -> None:
     case, planned = planned_tiny(capture)
     assert isinstance(planned, type(case.model))

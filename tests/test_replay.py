@@ -502,6 +502,73 @@ def test_models_with_frozen_or_tied_or_narrow_parameters_train_bit_equal(
         assert_equal(got, train(case, case.model))
 
 
+class Stateful(nn.Module):
+    """Reads a buffer that it changes at every call, as spectral normalisation does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.register_buffer("scale", torch.ones(16))
+        self.scale: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.scale.mul_(0.5).add_(self.linear.weight.mean(0).abs())
+        return torch.tanh(self.linear(x) * self.scale.clone())
+
+
+@EACH_CAPTURE
+def test_a_buffer_that_a_stage_reads_and_changes_is_for_a_re_run_what_it_was(capture: str) -> None:
+    torch.manual_seed(0)
+    batch = torch.randn(64, 16)
+    case = Case(nn.Sequential(*(Stateful() for _ in range(6))).train(), batch, (batch,))
+    model = planned(case, capture)
+    with restored(case.model):
+        got = train(case, model, steps=3)
+    with restored(case.model):
+        assert_equal(got, train(case, case.model, steps=3))
+
+    def two_at_once(model: nn.Module) -> Record:
+        losses = [loss_of(case(model)) for _ in range(2)]
+        losses[1].backward()
+        losses[0].backward()
+        return {}
+
+    assert_same(case.model, model, two_at_once)
+
+
+@EACH_CAPTURE
+def test_a_frozen_weight_changed_between_forward_and_backward_raises(capture: str) -> None:
+    """Nothing is run again for a layer whose weight is frozen; the weight itself is what its backward reads."""
+    torch.manual_seed(0)
+    batch = torch.randn(64, 16)
+    layers = [nn.Linear(16, 16, bias=False) for _ in range(8)]
+    for layer in layers[2:]:
+        layer.requires_grad_(False)
+    case = Case(nn.Sequential(*layers).train(), batch, (batch,))
+    plan = solve(case.model, "1GiB", sample=case.sample, capture=capture)
+    # Every saved tensor that the schedule may drop is dropped.
+    inner = [k for k, stage in enumerate(plan.chain.stages) if stage.recomputable][:-1]
+    glue = len(plan.chain) - len(inner)
+    assert glue in (1, 3)
+    count = len(plan.chain)
+    first, last = inner[0], inner[-1]
+    before, after = range(first), range(last + 1, count)
+    actions: list[Action] = [*map(Keep, before), *map(Checkpoint, inner), *map(Keep, after)]
+    actions += map(Backward, reversed(after))
+    for k in reversed(inner):
+        actions += [Keep(k), Backward(k)]
+    actions += map(Backward, reversed(before))
+    model = execute(scheduled(plan, Schedule(tuple(actions))), case.model)
+    for number in (2, 4):
+        with restored(case.model):
+            loss = loss_of(case(model))
+            with torch.no_grad():
+                layers[number].weight.add_(1.0)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+
+
 @EACH_CAPTURE
 def test_forward_under_autocast_and_backward_outside(capture: str) -> None:
     case, planned = planned_tiny(capture)
@@ -739,38 +806,41 @@ def test_under_every_persistent_schedule_gradients_come_right_in_any_order() -> 
         assert left == sum(p.nbytes for p in parameters)
 
 
-def test_a_schedule_that_frees_boundaries_early_trains_bit_equal_and_runs_as_often_as_it_says() -> None:
+def freeing() -> tuple[Case, Plan]:
+    """Four blocks under a schedule that is not persistent: boundaries 3 and 2 go before their stages are reversed."""
     case, plan = smooth_plan(4)
-    plan = scheduled(
-        plan,
-        Schedule(
-            (
-                Keep(0),
-                Checkpoint(1),
-                Checkpoint(2),
-                Checkpoint(3),
-                Keep(4),
-                Keep(5),
-                Backward(5),
-                Backward(4),
-                Free(3),
-                Forward(2),
-                Keep(3),
-                Backward(3),
-                Free(2),
-                Forward(1),
-                Keep(2),
-                Backward(2),
-                Keep(1),
-                Backward(1),
-                Backward(0),
-            )
-        ),
+    actions = (
+        *(Keep(0), Checkpoint(1), Checkpoint(2), Checkpoint(3), Keep(4), Keep(5), Backward(5), Backward(4)),
+        *(Free(3), Forward(2), Keep(3), Backward(3)),
+        *(Free(2), Forward(1), Keep(2), Backward(2)),
+        *(Keep(1), Backward(1), Backward(0)),
     )
+    return case, scheduled(plan, Schedule(actions))
+
+
+def test_a_schedule_that_frees_boundaries_early_trains_bit_equal_and_runs_as_often_as_it_says() -> None:
+    case, plan = freeing()
     got, runs = run_and_count(case, execute(plan, case.model))
     expected, _ = run_and_count(case, case.model)
     assert_equal(got, expected)
     assert runs == list(plan.timeline.runs[1:-1]) == [3, 3, 2, 1]
+
+
+@pytest.mark.parametrize("order", [(3, 3), (0, 3, 0), (2, 1, 3), (1, 2, 1, 2)])
+def test_where_the_schedule_let_go_of_a_boundary_the_nearest_one_serves(order: tuple[int, ...]) -> None:
+    case, plan = freeing()
+
+    def procedure(model: nn.Module) -> Record:
+        loss = loss_of(case(model))
+        record: Record = {}
+        for turn, block in enumerate(order):
+            weight = within(case.model, f"{block}.linear").weight
+            record[f"{turn}"] = torch.autograd.grad(loss, [weight], retain_graph=True)[0]
+        loss.backward(retain_graph=True)
+        loss.backward()
+        return record
+
+    assert_same(case.model, execute(plan, case.model), procedure)
 
 
 @pytest.mark.parametrize(

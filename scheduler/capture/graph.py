@@ -37,6 +37,7 @@ class Group:
     Attributes:
         bytes: size of the storage.
         producer: index of the op that creates it; -1 for parameters, buffers, constants and inputs.
+        first_use: index of the first op that reads or writes it.
         last_use: index of the last op that reads or writes it; ``len(ops)`` if it is an output.
         requires_grad: whether any of its views does.
         mutated: indices of the ops that change it in place.
@@ -44,6 +45,7 @@ class Group:
 
     bytes: int
     producer: int
+    first_use: int = -1
     last_use: int = -1
     requires_grad: bool = False
     mutated: list[int] = field(default_factory=list)
@@ -254,6 +256,8 @@ def analyse(module: fx.GraphModule, call: Call) -> OpGraph:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
                 index = len(ops)
                 saved_now.clear()
+                given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+                versions = [t._version for t in given]
                 with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
                     result = node.target(*args, **kwargs)
                 env[node] = result
@@ -267,7 +271,11 @@ def analyse(module: fx.GraphModule, call: Call) -> OpGraph:
                 ops.append(Op(node, reads, writes, saved, grad))
                 for key in (*reads, *writes):
                     groups[key].last_use = index
-                for key in _changed(node, group_of):
+                    if groups[key].first_use < 0:
+                        groups[key].first_use = index
+                # By the op's schema, and by what was seen: a block of ops run without grad has no schema.
+                seen = [t for t, before in zip(given, versions, strict=True) if t._version != before]
+                for key in dict.fromkeys((*_changed(node, group_of), *note(seen, index))):
                     groups[key].mutated.append(index)
             elif node.op not in ("placeholder", "output"):
                 raise CaptureError(f"the graph has a node of kind {node.op}: {node.name}")

@@ -15,6 +15,7 @@ from scheduler.capture.linearize import Linear, linearize
 from scheduler.capture.sample import Call
 from scheduler.capture.stages import GraphStage, Source, compile_stages
 from scheduler.capture.state import RandomState, model_device
+from scheduler.errors import CaptureError
 
 __all__ = ["GraphCapture", "capture_graph"]
 
@@ -121,6 +122,9 @@ class GraphCapture:
         """Run the stages once without grad: which draw random numbers, which change buffers.
 
         The caller restores the model's state.
+
+        Raises:
+            CaptureError: a stage reads a buffer that another one changes.
         """
         self.random, self.changed = [], []
         before: dict[str, Any] = {}
@@ -145,6 +149,14 @@ class GraphCapture:
         with torch.no_grad():
             self.sweep(model, call, visit)
         note()
+        changed = {name for names in self.changed for name in names}
+        for stage, own in zip(self.stages, self.changed, strict=True):
+            for source in stage.sources:
+                if source.kind == "buffer" and source.key in changed and source.key not in own:
+                    raise CaptureError(
+                        f"buffer {source.key!r} is changed by one stage and read by another ({stage.name}), which "
+                        "could not be replayed on what it was"
+                    )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -173,13 +173,17 @@ def _gaps(graph: OpGraph) -> _Gaps:
 def _forbidden(graph: OpGraph) -> set[int]:
     """Gaps that no cut may use.
 
-    A value live there would be changed in place later, so that a replay would see the changed value; or the
-    gap parts an op with several results from the ops that take them apart.
+    A value live there would be changed in place later, so that a replay would see the changed value. A buffer
+    that is changed may be changed again by the next forward before this one is replayed: all that reads it
+    belongs to one stage, which is re-run on a copy of what it was. Or the gap parts an op with several results
+    from the ops that take them apart.
     """
     bad: set[int] = set()
     for group in graph.groups.values():
-        if group.producer >= 0 and group.mutated:
+        if group.mutated and group.producer >= 0:
             bad.update(range(group.producer + 1, max(group.mutated) + 1))
+        elif group.mutated:
+            bad.update(range(group.first_use + 1, group.last_use + 1))
     position = {op.node: index for index, op in enumerate(graph.ops)}
     for index, op in enumerate(graph.ops):
         if not isinstance(op.node.meta.get("val"), torch.Tensor):  # a tuple: its parts are taken next
