@@ -1,6 +1,8 @@
 """Solvers: Chain and budget in, Schedule out. Nothing here imports torch.
 
-To add a solver, write one file with ``solve(chain, memory_budget) -> Schedule`` and one line in SOLVERS.
+To add a solver, write one file with ``solve(chain, memory_budget) -> Schedule`` and one line in SOLVERS. What
+else a solver may be told (``periodic`` its period, ``selective`` its predicate) are keyword arguments of its
+``solve``, named in ``Solver.parameters``, and reach it through ``solve_chain(..., **parameters)``.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from types import MappingProxyType
+from typing import Any
 
 from scheduler.chain import Chain
 from scheduler.schedule import Schedule, simulate
@@ -25,26 +28,39 @@ class Solver:
         name: its key in SOLVERS.
         solve: chain and budget (bytes) to schedule; raises InfeasibleBudget.
         summary: one line.
-        exact: whether it claims the least seconds of all persistent schedules.
+        exact_in: the class of schedules of which it claims the one of least seconds; "" if it claims none.
         options: whether it chooses among a stage's options; others keep all or nothing.
         uniform_only: whether it treats all stages as alike.
         two_level: whether it uses a second memory.
+        parameters: names of the keyword arguments that its ``solve`` takes.
+        required: those of them that it cannot do without.
+        most_stages: stages of the longest chain that it takes; 0 if any length will do.
     """
 
     name: str
-    solve: Callable[[Chain, int], Schedule]
+    solve: Callable[..., Schedule]
     summary: str
-    exact: bool = False
+    exact_in: str = ""
     options: bool = False
     uniform_only: bool = False
     two_level: bool = False
+    parameters: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+    most_stages: int = 0
+
+    @property
+    def exact(self) -> bool:
+        """Whether it claims the least seconds of a whole class of schedules."""
+        return bool(self.exact_in)
 
 
 SOLVERS: Mapping[str, Solver] = MappingProxyType(
     {
         solver.name: solver
         for solver in (
-            Solver("optimal", optimal.solve, "fastest persistent schedule", exact=True, options=True),
+            Solver(
+                "optimal", optimal.solve, "fastest persistent schedule", "persistent schedules", options=True
+            ),
             Solver("revolve", revolve.solve, "binomial checkpointing", uniform_only=True),
             Solver("sqrt", sqrt.solve, "segments of √n stages, inputs held", uniform_only=True),
             Solver("keep_all", keep_all.solve, "the plain step"),
@@ -53,30 +69,56 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
 )
 
 
-def solve_chain(chain: Chain, memory_budget: int, solver: str = "optimal") -> Schedule:
+def checked_budget(call: str, memory_budget: Any) -> int:
+    """``memory_budget`` (bytes) as a plain int, or a TypeError or ValueError that names ``call``."""
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, Integral):
+        raise TypeError(f"{call}: memory_budget={memory_budget!r} must be an int number of bytes")
+    budget = int(memory_budget)
+    if not 0 < budget < 2**63:
+        raise ValueError(f"{call}: memory_budget={budget} must be in 1 .. 2**63 - 1 (bytes)")
+    return budget
+
+
+def checked_solver(call: str, chain: Chain, solver: str, parameters: Mapping[str, Any]) -> Solver:
+    """The solver of that name, fit for the chain and the parameters; or an error that names ``call``."""
+    if solver not in SOLVERS:
+        raise ValueError(f"{call}: no solver {solver!r}; there are {', '.join(SOLVERS)}")
+    found = SOLVERS[solver]
+    known = f"it takes {', '.join(found.parameters) or 'none'}"
+    for name in parameters:
+        if name not in found.parameters:
+            raise TypeError(f"{call}: solver {solver!r} has no parameter {name!r}; {known}")
+    for name in found.required:
+        if name not in parameters:
+            raise TypeError(f"{call}: solver {solver!r} needs the parameter {name!r}; {known}")
+    if 0 < found.most_stages < len(chain):
+        raise ValueError(
+            f"{call}: solver {solver!r} takes chains of up to {found.most_stages} stages, got {len(chain)}; "
+            "choose another solver, or merge stages"
+        )
+    return found
+
+
+def solve_chain(chain: Chain, memory_budget: int, solver: str = "optimal", **parameters: Any) -> Schedule:
     """A schedule of ``chain`` whose peak, by the referee, is at most ``memory_budget``.
 
     Args:
         chain: what each stage costs.
         memory_budget: bytes of the whole step, ``chain.fixed`` included.
         solver: a key of ``SOLVERS``.
+        parameters: what else the solver takes, see ``Solver.parameters``.
 
     Returns:
         the Schedule.
 
     Raises:
-        TypeError: the budget is not an int.
-        ValueError: the budget is not in 1 .. 2**63 - 1, or there is no such solver.
+        TypeError: the budget is not an int; a parameter that the solver does not have, or lacks.
+        ValueError: the budget is not in 1 .. 2**63 - 1, there is no such solver, or the chain is too long for it.
         InfeasibleBudget: no schedule of this solver fits; ``smallest`` says what would.
     """
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, Integral):
-        raise TypeError(f"solve_chain: memory_budget={memory_budget!r} must be an int number of bytes")
-    budget = int(memory_budget)
-    if not 0 < budget < 2**63:
-        raise ValueError(f"solve_chain: memory_budget={budget} must be in 1 .. 2**63 - 1 (bytes)")
-    if solver not in SOLVERS:
-        raise ValueError(f"solve_chain: no solver {solver!r}; there are {', '.join(SOLVERS)}")
-    schedule = SOLVERS[solver].solve(chain, budget)
+    budget = checked_budget("solve_chain", memory_budget)
+    found = checked_solver("solve_chain", chain, solver, parameters)
+    schedule = found.solve(chain, budget, **parameters)
     peak = simulate(chain, schedule).peak
     if peak > budget:
         raise RuntimeError(
