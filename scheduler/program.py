@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scheduler.schedule import Action, Backward, Checkpoint, Forward, Free, Keep, Schedule
+from scheduler.schedule import COPY_ACTIONS, Action, Backward, Checkpoint, Forward, Free, Keep, Schedule
 
 __all__ = ["ReplayProgram"]
 
@@ -37,11 +37,17 @@ class ReplayProgram:
         """Split a legal schedule.
 
         Raises:
-            ValueError: the first sweep does not run each of the stages once, in order.
+            ValueError: the first sweep does not run each of the stages once, in order; the schedule copies
+                between device and host, which no executor does yet.
         """
         kept: list[int | None] = []
         held: set[int] = set()
-        actions = schedule.actions
+        actions = [action for action in schedule if not isinstance(action, COPY_ACTIONS)]
+        if len(actions) < len(schedule):
+            raise ValueError(
+                "ReplayProgram: the schedule copies between device and host, and executors keep to one memory; "
+                "choose a solver that is not two_level"
+            )
         split = next((i for i, a in enumerate(actions) if isinstance(a, Backward)), len(actions))
         for action in actions[:split]:
             if isinstance(action, Free):
