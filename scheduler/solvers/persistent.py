@@ -5,7 +5,8 @@ a schedule is a tree of decisions about segments s..t of the chain whose input x
 
 * keep stage s with option k: ``Keep(s, k)``, then the segment s+1..t, then ``Backward(s)``;
 * hold x_s and split at j, s < j <= t: ``Checkpoint(s)``, ``Forward(s+1)`` .. ``Forward(j-1)``, then the
-  segment j..t, then, from x_s again, the segment s..j-1.
+  segment j..t, then, from x_s again, the segment s..j-1. The last segment of the chain may also be split
+  at j = t + 1: it is run to its end, and then again; that gains nothing, but is what people do by hand.
 
 A solver is whatever takes these decisions.
 """
@@ -69,12 +70,13 @@ def build(length: int, decide: Callable[[int, int, S], Decision[S]], state: S) -
             if s < t:
                 stack.append((s + 1, t, decision.rest))
         else:
-            if not s < decision.at <= t:
+            if not s < decision.at <= t + (t == length - 1):
                 raise ValueError(f"build: a split of stages {s}..{t} at {decision.at} leaves a part empty")
             actions.append(Checkpoint(s))
             actions.extend(Forward(i) for i in range(s + 1, decision.at))
             stack.append((s, decision.at - 1, decision.left))
-            stack.append((decision.at, t, decision.right))
+            if decision.at <= t:
+                stack.append((decision.at, t, decision.right))
     return Schedule(tuple(actions))
 
 
