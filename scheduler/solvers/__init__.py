@@ -15,7 +15,7 @@ from typing import Any
 
 from scheduler.chain import Chain
 from scheduler.schedule import Schedule, simulate
-from scheduler.solvers import keep_all, optimal, revolve, sqrt
+from scheduler.solvers import chen, keep_all, optimal, periodic, recursive, revolve, selective, sqrt
 
 __all__ = ["SOLVERS", "Solver", "solve_chain"]
 
@@ -64,6 +64,24 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
             Solver("revolve", revolve.solve, "binomial checkpointing", uniform_only=True),
             Solver("sqrt", sqrt.solve, "segments of √n stages, inputs held", uniform_only=True),
             Solver("keep_all", keep_all.solve, "the plain step"),
+            Solver("chen", chen.solve, "segments of nearly equal bytes, inputs held"),
+            Solver(
+                "recursive", recursive.solve, "segments within segments, k boundaries each", uniform_only=True
+            ),
+            Solver(
+                "periodic",
+                periodic.solve,
+                "a checkpoint every k stages",
+                uniform_only=True,
+                parameters=("every",),
+            ),
+            Solver(
+                "selective",
+                selective.solve,
+                "stages kept by name, the others recomputed",
+                parameters=("keep",),
+                required=("keep",),
+            ),
         )
     }
 )

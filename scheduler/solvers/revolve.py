@@ -1,11 +1,12 @@
 """Binomial checkpointing (Griewank & Walther 2000), on the chain as if it were uniform.
 
-Source: *Algorithm 799: Revolve*, ACM Transactions on Mathematical Software 26(1), 2000,
-https://doi.org/10.1145/347837.347846. With c slots for boundaries (x_0 in one of them) and r the least
-number with C(c + r, c) >= n, a chain of n stages is reversed with r·n - C(c + r, r - 1) runs that keep
-nothing, besides the n runs that keep one stage each; no schedule that keeps one stage at a time needs
-fewer. That is a claim about counts: on a chain whose stages differ it is not optimal, and keeping more
-than one stage at a time can beat it even on a uniform one.
+``binomial.py`` has the source and what is claimed of counts: with c slots for boundaries, x_0 in one of
+them, no schedule that keeps one stage at a time runs fewer stages. On a chain whose stages differ that is
+no claim about seconds, and keeping more than one stage at a time can beat it even on a uniform one.
+
+What is claimed: of the binomial schedules for c = 1, 2, .. slots the fastest that fits is returned, and
+``InfeasibleBudget.smallest`` is the least of their peaks. Neither seconds nor peaks need be monotone in c
+where stages differ, so all c are priced.
 
 Where stages may run only once they are kept, and each maximal run of recomputable stages between them
 is reversed with c slots of its own.
@@ -13,52 +14,57 @@ is reversed with c slots of its own.
 
 from __future__ import annotations
 
-from math import comb
+import numpy as np
 
 from scheduler.chain import Chain
 from scheduler.schedule import Schedule
-from scheduler.solvers.persistent import Decision, KeepStage, Split, build, first_fit, run_ends
+from scheduler.solvers.binomial import advance
+from scheduler.solvers.candidates import fastest_fit, schedule_of, tree_by_runs
+from scheduler.solvers.persistent import run_ends
+from scheduler.solvers.tables import Ints, compiled
 
 __all__ = ["schedule_with_slots", "solve"]
 
 
-def advance(length: int, slots: int) -> int:
-    """How many of ``length`` >= 2 stages to run before the next boundary is held (``slots`` >= 1).
+@compiled
+def binomial_tree(length: int, slots: int) -> Ints:
+    """The tree of ``length`` stages with ``slots`` >= 1 boundaries held at most, the input's among them."""
+    tree = np.zeros(2 * length - 1, np.int64)
+    stack = np.empty((length, 3), np.int64)  # first stage, stages and slots of the segments still to do
+    stack[0] = 0, length, slots
+    depth = 1
+    for node in range(tree.size):
+        depth -= 1
+        s, n, c = stack[depth]
+        if n == 1:
+            continue
+        j = advance(n, min(c, n - 1))
+        tree[node] = s + j
+        stack[depth] = s, j, c
+        stack[depth + 1] = s + j, n - j, c - 1
+        depth += 2
+    return tree
 
-    Any number j with C(c+r-2, c) <= j <= C(c+r-1, c) and C(c+r-2, c-1) <= n - j <= C(c+r-1, c-1) is
-    optimal (section 3); this is the largest.
-    """
-    r = 1
-    while comb(slots + r, slots) < length:
-        r += 1
-    return min(comb(slots + r - 1, slots), length - comb(slots + r - 2, slots - 1))
+
+def _tree(chain: Chain, slots: int) -> Ints:
+    return tree_by_runs(chain, lambda length: binomial_tree(length, slots))
 
 
 def schedule_with_slots(chain: Chain, slots: int) -> Schedule:
     """The binomial schedule that holds at most ``slots`` >= 1 boundaries, besides the working one."""
-    ends = run_ends(chain)
-
-    def decide(s: int, t: int, free: int) -> Decision[int]:
-        # ``free`` counts the slots of this segment, the one of x_s among them.
-        if s == t or not chain.stages[s].recomputable:
-            return KeepStage(0, free)
-        if ends[s] < t:
-            return Split(ends[s] + 1, free, free)
-        return Split(s + advance(t - s + 1, free), free - 1, free)
-
-    return build(len(chain), decide, slots)
+    return schedule_of(_tree(chain, slots), len(chain))
 
 
 def solve(chain: Chain, memory_budget: int) -> Schedule:
-    """The binomial schedule with the most slots, and so the fewest runs, that fits.
+    """The binomial schedule with the number of slots that makes it fastest, of those that fit.
 
     Args:
         memory_budget: bytes.
 
     Raises:
         InfeasibleBudget: no number of slots fits.
+        ValueError: the chain's sizes add up to 2**62 bytes or more.
     """
-    ends = run_ends(chain)
-    most = max(end - i for i, end in enumerate(ends)) or 1  # more slots than that change nothing
-    schedules = (schedule_with_slots(chain, slots) for slots in range(most, 0, -1))
-    return first_fit(chain, memory_budget, schedules, "revolve")
+    most = max(end - i for i, end in enumerate(run_ends(chain))) or 1  # more slots than that change nothing
+    trees = (_tree(chain, slots) for slots in range(most, 0, -1))
+    return fastest_fit(chain, memory_budget, trees, "revolve")

@@ -1,0 +1,179 @@
+"""Persistent schedules priced in compiled code, for solvers that choose among many ready-made ones.
+
+A *tree* is a persistent schedule of L stages that keeps option 0, written as the decisions of
+``persistent.py`` in the order in which ``build`` asks for them: 0 keeps the first stage of the segment, j
+splits the segment at j. Pricing one takes some nanoseconds an action, where the referee takes a
+microsecond. The referee judges what is chosen all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from scheduler.chain import Chain
+from scheduler.errors import InfeasibleBudget
+from scheduler.schedule import Schedule
+from scheduler.solvers.persistent import Decision, KeepStage, Split, build, run_ends
+from scheduler.solvers.tables import Floats, Ints, compiled
+
+__all__ = ["fastest_fit", "schedule_of", "segment_tree", "tree_by_runs"]
+
+
+class Costs(NamedTuple):
+    """The chain for compiled code, with option 0 of every stage."""
+
+    forward: Floats  # (L,) seconds
+    kept: Ints  # (L,) bytes that stay when stage i is kept
+    boundary: Ints  # (L + 1,) bytes of x_i
+    running: Ints  # (L,) bytes above the held ones and x_i while stage i runs and is not kept
+    keeping: Ints  # (L,) bytes above the held ones while stage i runs and is kept
+    reversing: Ints  # (L,) bytes above the held ones while stage i is reversed
+    first: Ints  # (L,) fixed and long-lived bytes while stage i runs for the first time
+    later: Ints  # (L,) the same once stages i+1.. are reversed, with the gradient of x_{i+1}
+
+
+def _costs(chain: Chain, solver: str) -> Costs:
+    """The arrays, or a ValueError where sums of the chain's sizes could overflow them."""
+    stages = chain.stages
+    forward = [stage.forward for stage in stages]
+    options = [stage.options[0] for stage in stages]
+    total = chain.fixed + chain.output + chain.output_grad
+    for stage, option in zip(stages, options, strict=True):
+        total += stage.input + stage.input_grad + stage.forward_overhead + stage.carried + stage.grad
+        total += abs(stage.carried_change) + option.saved + option.forward_overhead + option.backward_overhead
+    if total >= 2**62:
+        raise ValueError(f"{solver}: the chain's sizes add up to {total} bytes; they must stay below 2**62")
+    carried = np.array([stage.carried for stage in stages], np.int64)
+    retained = np.array([stage.retained for stage in stages], np.int64)
+    boundary = np.array([chain.input_bytes(i) for i in range(len(stages) + 1)], np.int64)
+    grad = np.array([chain.grad_bytes(i) for i in range(len(stages) + 1)], np.int64)
+    saved = np.array([option.saved for option in options], np.int64)
+    later = chain.fixed + carried.sum() + np.cumsum(retained[::-1])[::-1] - retained + grad[1:]
+    return Costs(
+        forward=np.array(forward),
+        kept=saved,
+        boundary=boundary,
+        running=boundary[1:] + np.array([stage.forward_overhead for stage in stages], np.int64),
+        keeping=saved + np.array([option.forward_overhead for option in options], np.int64),
+        reversing=saved + later + grad[:-1] + np.array([o.backward_overhead for o in options], np.int64),
+        first=chain.fixed + np.cumsum(carried),
+        later=later,
+    )
+
+
+@compiled
+def _price(c: Costs, tree: Ints) -> tuple[float, int]:
+    """Seconds of all forwards and the most bytes live at once, but for what the last backward leaves."""
+    length = c.forward.size
+    stack = np.empty((length + 1, 3), np.int64)  # segments s..t still to do, and the bytes held meanwhile
+    stack[0] = 0, length - 1, c.boundary[0]
+    runs = np.zeros(length, np.int64)
+    depth, peak = 1, 0
+    for at in tree:
+        depth -= 1
+        s, t, held = stack[depth]
+        last = t == length - 1  # such a segment runs before any backward
+        base = c.first[s] if last else c.later[t]
+        if at == 0:
+            runs[s] += 1
+            peak = max(peak, held + base + c.keeping[s], held + c.reversing[s])
+            if s < t:
+                stack[depth] = s + 1, t, held + c.kept[s]
+                depth += 1
+            continue
+        for i in range(s, at):
+            runs[i] += 1
+            here = held + (c.first[i] if last else base) + c.running[i]
+            peak = max(peak, here + (c.boundary[i] if i > s else 0))
+        stack[depth] = s, at - 1, held
+        depth += 1
+        if at <= t:
+            stack[depth] = at, t, held + c.boundary[at]
+            depth += 1
+    seconds = 0.0  # added in one order, so that equal runs give equal seconds
+    for i in range(length):
+        seconds += runs[i] * c.forward[i]
+    return seconds, peak
+
+
+def schedule_of(tree: Ints, length: int) -> Schedule:
+    """The schedule of ``length`` stages that the tree describes."""
+    nodes = iter(tree.tolist())
+
+    def decide(s: int, t: int, _: None) -> Decision[None]:
+        at = next(nodes)
+        return Split(at, None, None) if at else KeepStage(0, None)
+
+    return build(length, decide, None)
+
+
+@compiled
+def segment_tree(ends: Ints, again: Ints) -> Ints:
+    """The tree of a chain cut into segments.
+
+    Args:
+        ends: (L,) for each stage, the last stage of its segment.
+        again: (L,) 1 for each stage of a segment of which only the input is held, and which is run again,
+            keeping all, when it is its turn to be reversed; 0 where the segment is kept as it first runs.
+    """
+    tree = np.zeros(2 * ends.size, np.int64)
+    size = s = 0
+    while s < ends.size:
+        if again[s]:
+            tree[size] = ends[s] + 1
+            size += 1
+        else:
+            size += ends[s] + 1 - s
+        s = ends[s] + 1
+    # What is run again keeps all: as many zeros as there are stages run again.
+    return tree[: size + again.sum()]
+
+
+def tree_by_runs(chain: Chain, subtree: Callable[[int], Ints]) -> Ints:
+    """The tree of a chain of which each maximal run of recomputable stages has the tree ``subtree(its length)``.
+
+    Stages that may run only once are kept; the inputs of the runs between them are held.
+    """
+    ends = run_ends(chain)
+    head: list[int] = []
+    runs: list[Ints] = []  # their subtrees; the last one is at work first
+    s = 0
+    while s < len(chain):
+        if chain.stages[s].recomputable:
+            inside = subtree(ends[s] + 1 - s)
+            runs.append(np.where(inside > 0, inside + s, 0))
+            if ends[s] + 1 < len(chain):
+                head.append(ends[s] + 1)
+        else:
+            head.append(0)
+        s = ends[s] + 1
+    return np.concatenate([np.array(head, np.int64), *reversed(runs)])
+
+
+def fastest_fit(chain: Chain, budget: int, trees: Iterable[Ints], solver: str) -> Schedule:
+    """The fastest of the trees whose peak is at most ``budget`` (bytes); ties go to the least peak, then the first.
+
+    Raises:
+        InfeasibleBudget: none fits; ``smallest`` is the least of their peaks.
+        ValueError: the chain's sizes add up to 2**62 bytes or more.
+    """
+    costs = _costs(chain, solver)
+    # Every backward is followed by an action that costs at least what it leaves behind, except the last.
+    left = chain.fixed + sum(stage.carried + stage.retained for stage in chain.stages)
+    best: tuple[float, int] | None = None
+    found = None
+    smallest = None
+    for tree in trees:
+        seconds, peak = _price(costs, tree)
+        peak = max(int(peak), left)
+        smallest = peak if smallest is None else min(smallest, peak)
+        if peak <= budget and (best is None or (seconds, peak) < best):
+            best, found = (seconds, peak), tree
+    if smallest is None:
+        raise ValueError(f"{solver}: there is no schedule to choose from")
+    if found is None:
+        raise InfeasibleBudget(budget, smallest, solver)
+    return schedule_of(found, len(chain))

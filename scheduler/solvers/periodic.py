@@ -1,0 +1,63 @@
+"""A checkpoint every k stages: what training code does by hand, one ``checkpoint()`` around each block.
+
+Segments of k stages; of each only the input is held, and each is run again, keeping all, when it is its
+turn to be reversed, the last one too. That is what Hugging Face's ``gradient_checkpointing_enable`` (k = 1),
+Megatron's uniform recomputation (``recompute_num_layers`` = k) and most training loops do; torch's
+``checkpoint_sequential`` and ``sqrt`` spare the last segment its second run. If k covers the whole chain
+there is nothing between the only checkpoint and the end, and the step is the plain one.
+
+What is claimed: given no k, the fastest of all k that fits, and of those the one of least peak (every k
+but the last takes the same seconds); ``InfeasibleBudget.smallest`` is the least of their peaks.
+
+Where stages may run only once they are kept, and k is counted anew after each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from scheduler.chain import Chain
+from scheduler.schedule import Schedule
+from scheduler.solvers.candidates import fastest_fit, segment_tree
+from scheduler.solvers.persistent import run_ends
+from scheduler.solvers.tables import Ints
+
+__all__ = ["solve"]
+
+
+def _trees(chain: Chain, periods: Iterable[int]) -> Iterator[Ints]:
+    """The tree of each number of stages k."""
+    stage = np.arange(len(chain))
+    once = np.array([not stage.recomputable for stage in chain.stages])
+    runs = np.array(run_ends(chain))
+    # The first stage of a run is the one that follows the end of another.
+    starts = np.maximum.accumulate(np.where(np.append(-1, runs[:-1]) < stage, stage, 0))
+    for k in periods:
+        ends = np.minimum(starts + ((stage - starts) // k + 1) * k - 1, runs)
+        plain = once | (ends[0] == len(chain) - 1)
+        yield segment_tree(ends, np.where(plain, 0, 1))
+
+
+def solve(chain: Chain, memory_budget: int, *, every: int | None = None) -> Schedule:
+    """The schedule with a checkpoint every ``every`` stages; the best number of stages if it is None.
+
+    Args:
+        memory_budget: bytes.
+        every: stages in a segment, k >= 1.
+
+    Raises:
+        InfeasibleBudget: it does not fit; or none does, if ``every`` is None.
+        TypeError: ``every`` is no int.
+        ValueError: ``every`` is below 1, or the chain's sizes add up to 2**62 bytes or more.
+    """
+    if every is None:
+        return fastest_fit(chain, memory_budget, _trees(chain, range(len(chain), 0, -1)), "periodic")
+    if isinstance(every, bool) or not isinstance(every, int):
+        raise TypeError(
+            f"periodic: every={every!r} must be an int number of stages, or None for the best one"
+        )
+    if every < 1:
+        raise ValueError(f"periodic: every={every} must be at least 1 (stages between checkpoints)")
+    return fastest_fit(chain, memory_budget, _trees(chain, [min(every, len(chain))]), "periodic")

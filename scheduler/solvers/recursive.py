@@ -1,0 +1,67 @@
+"""Recursive segments: O(log n) boundaries held, O(n log n) stages run (Chen, Xu, Zhang & Guestrin 2016).
+
+Source: *Training Deep Nets with Sublinear Memory Cost*, arXiv:1604.06174, section 4.2. A segment of n
+stages holds k boundaries that cut it into k + 1 parts of (nearly) equal length, and each part is reversed
+in the same way, from the last to the first, down to single stages. With g(n) = k + g(n / (k + 1)), at most
+k·⌈log_{k+1} n⌉ boundaries are held at once, besides the input of the chain, and each stage runs at most once more per level.
+
+What is claimed: of the schedules for k = 1 .. n - 1 the fastest that fits is returned, and
+``InfeasibleBudget.smallest`` is the least of their peaks. Positions count, seconds and bytes do not:
+``revolve`` needs no more runs for as many boundaries.
+
+Where stages may run only once they are kept, and each maximal run of recomputable stages between them
+is reversed in this way.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from scheduler.chain import Chain
+from scheduler.schedule import Schedule
+from scheduler.solvers.candidates import fastest_fit, tree_by_runs
+from scheduler.solvers.persistent import run_ends
+from scheduler.solvers.tables import Ints, compiled
+
+__all__ = ["solve"]
+
+
+@compiled
+def recursive_tree(length: int, inner: int) -> Ints:
+    """The tree of ``length`` stages in which every segment holds ``inner`` boundaries, or all it has if fewer."""
+    tree = np.zeros(2 * length - 1, np.int64)
+    stack = np.empty((length, 3), np.int64)  # segments s..t and how many parts they are still to be cut into
+    stack[0] = 0, length - 1, 1
+    depth = 1
+    for node in range(tree.size):
+        depth -= 1
+        s, t, parts = stack[depth]
+        if s == t:
+            continue
+        if parts == 1:  # a part of a longer segment is a segment of its own
+            parts = min(inner + 1, t - s + 1)
+        at = s + (t - s + parts) // parts  # the first part is the longest
+        tree[node] = at
+        stack[depth] = s, at - 1, 1
+        stack[depth + 1] = at, t, parts - 1
+        depth += 2
+    return tree
+
+
+def _tree(chain: Chain, inner: int) -> Ints:
+    return tree_by_runs(chain, lambda length: recursive_tree(length, inner))
+
+
+def solve(chain: Chain, memory_budget: int) -> Schedule:
+    """The recursive schedule with the k that makes it fastest, of those that fit.
+
+    Args:
+        memory_budget: bytes.
+
+    Raises:
+        InfeasibleBudget: no k fits.
+        ValueError: the chain's sizes add up to 2**62 bytes or more.
+    """
+    most = max(end - i for i, end in enumerate(run_ends(chain))) or 1
+    trees = (_tree(chain, k) for k in range(1, most + 1))
+    return fastest_fit(chain, memory_budget, trees, "recursive")

@@ -1,0 +1,75 @@
+"""Keep the stages that the user names, recompute the others: "keep attention, recompute the MLPs".
+
+What people write by hand around the parts of a model that are cheap to run again. Stages that match are
+kept; each maximal run of the others is a segment of which only the input is held, and which is run again,
+keeping all, when it is its turn to be reversed. Stages that may run only once are kept too.
+
+No claim of optimality: there is one such schedule.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from scheduler.chain import Chain
+from scheduler.schedule import Schedule
+from scheduler.solvers.candidates import fastest_fit, segment_tree
+
+__all__ = ["solve"]
+
+
+def _matches(chain: Chain, keep: object) -> list[bool]:
+    """(L,) whether each stage is named by ``keep``; or an error that says what to pass."""
+    names = [stage.name for stage in chain.stages]
+    if isinstance(keep, (str, re.Pattern)):
+        pattern = re.compile(keep)
+        found = [bool(pattern.search(name)) for name in names]
+    elif callable(keep):
+        found = [bool(keep(name)) for name in names]
+    elif isinstance(keep, Iterable):
+        wanted = set(keep)
+        unknown = sorted(map(str, wanted.difference(names)))
+        if unknown:
+            raise ValueError(f"selective: keep names {', '.join(unknown)}; the chain has {', '.join(names)}")
+        found = [name in wanted for name in names]
+    else:
+        raise TypeError(
+            f"selective: keep={keep!r} must be a function of a stage's name, a regular expression, or names"
+        )
+    if not any(found):
+        raise ValueError(f"selective: keep={keep!r} matches no stage; the chain has {', '.join(names)}")
+    return found
+
+
+def solve(
+    chain: Chain,
+    memory_budget: int,
+    *,
+    keep: str | re.Pattern[str] | Callable[[str], bool] | Iterable[str],
+) -> Schedule:
+    """The schedule that keeps the stages that ``keep`` names and recomputes the others.
+
+    Args:
+        memory_budget: bytes.
+        keep: a function from a stage's name to whether it is kept; or a regular expression that is searched
+            in the names; or the names themselves.
+
+    Raises:
+        InfeasibleBudget: it does not fit.
+        TypeError: ``keep`` is none of these.
+        ValueError: ``keep`` matches no stage, or names one that is not there; or the chain's sizes add up to
+            2**62 bytes or more.
+    """
+    stages = chain.stages
+    again = [
+        stage.recomputable and not kept for stage, kept in zip(stages, _matches(chain, keep), strict=True)
+    ]
+    ends = list(range(len(chain)))
+    for i in range(len(chain) - 2, -1, -1):
+        if again[i] and again[i + 1]:
+            ends[i] = ends[i + 1]
+    tree = segment_tree(np.array(ends), np.array(again, np.int64))
+    return fastest_fit(chain, memory_budget, [tree], "selective")
