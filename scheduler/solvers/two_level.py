@@ -1,0 +1,294 @@
+"""Recomputation and offloading together: a chain with byte budgets on the device and on the host.
+
+Anchor: Beaumont, Eyraud-Dubois & Shilova 2021, *Efficient Combination of Rematerialization and Offloading
+for Training DNNs* (POFO), NeurIPS 2021. As there, what is offloaded is decided in the first sweep, and what
+is run again is run again with one level; unlike there, the host may be too small for all of it, stages have
+options, and the referee's exact bytes decide what fits.
+
+The class of schedules. The first sweep cuts the chain into items, in order: a stage that is kept, with one of
+its options, or a segment s..j-1 of which only x_s is held. In each item
+
+* the saved tensors of a kept stage stay on the device, or go to the host as soon as they are there;
+* x_s, where it is a device copy of its own, stays, or goes as soon as the item's first stage has run. It
+  needs no write if the saved tensors of stage s-1, it among them, are on the host already.
+
+After the sweep the items are reversed, last first. What went comes back just before its backward, or
+before its segment is run again by the one-level optimal persistent schedule (``optimal.py``). With R bytes
+free on the device, x_s not counted, and H on the host, F_f(s,R,H) is the least seconds from stage s on, where
+f says where x_s is, and x its bytes if it is a copy of its own (else 0; then it cannot go):
+
+    F_f(s,R,H) = min over x_s stays or goes (R' = R - x, or R' = R and H' = H - its bytes, plus its copies) of
+      keep k:        forward_s + recompute_k + backward_s + F_inside(s+1, R' - saved_k, H')
+      keep k, gone:  the same + its copies               + F_off(s+1, R', H' - saved_k)
+      split j:       forward_s + .. + forward_{j-1} + F_loose(j, R', H') + C(s, j-1, R - x),   s < j < L
+
+with C the recurrence of ``optimal.py``. As there, the grids of C and F estimate seconds and nothing else. What
+fits is decided in exact bytes, by the least peaks of segments and, for suffixes of the chain, by the frontier
+of least peaks against host bytes.
+
+What is claimed. No schedule is over either budget, and none is slower than the one of ``optimal``. A
+schedule is found iff one of the class fits, and ``InfeasibleBudget.smallest`` is exact, unless a frontier
+has more than 1024 points and is thinned. With synchronous copies it is the fastest of the class wherever
+the greatest common divisor of all sizes is affordable as the unit of both grids. Elsewhere sizes rounded down
+give a lower bound, and of the schedules read off that grid and off one that interpolates the faster one is
+returned. ``TwoLevelOptimum.lower_bound`` is a bound on the class either way.
+
+With asynchronous copies the class is that of all orders of the same copies, and no optimality is claimed. A
+step takes at least its compute, at least its writes and at least its reads; hence at least the least
+(compute + w (writes + reads)) / (1 + 2w) for any w >= 0, which is F with copies at w times their seconds. F is
+solved for several w. Each solution's copies are spread out, frees as late and prefetches as early as the
+device's bytes allow, and the referee picks the fastest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from scheduler.chain import Chain
+from scheduler.errors import InfeasibleBudget
+from scheduler.host import HostMemory
+from scheduler.schedule import (
+    Action,
+    Backward,
+    Checkpoint,
+    Forward,
+    Free,
+    FreeSaved,
+    Keep,
+    Offload,
+    OffloadSaved,
+    Prefetch,
+    PrefetchSaved,
+    Schedule,
+    simulate,
+)
+from scheduler.solvers import optimal
+from scheduler.solvers.two_level_tables import (
+    INSIDE,
+    LOOSE,
+    OFF,
+    Floats,
+    Frontiers,
+    Grid,
+    Ints,
+    Numbers,
+    decide_again,
+    decide_sweep,
+    filled,
+    frontiers,
+    numbers_of,
+    peaks,
+    suffix_peak,
+)
+
+__all__ = ["TwoLevelOptimum", "solve", "solve_two_level"]
+
+TABLE_BYTES = 96 * 2**20  # of C and F of one grid
+TABLE_STEPS = 10**9  # additions to fill one
+HOST_SLOTS = 100  # of the host's grid, where the divisor is not affordable
+MOST_SLOTS = 2000  # of the device's, alike
+WEIGHTS = (0.0, 0.1, 0.25, 0.5, 1.0)  # of the seconds of asynchronous copies
+
+
+@dataclass(frozen=True, slots=True)
+class TwoLevelOptimum:
+    """What ``solve_two_level`` found.
+
+    Attributes:
+        schedule: within both budgets.
+        seconds: of the step, by the referee.
+        lower_bound: seconds that no schedule of the class within both budgets can beat.
+        unit, host_unit: bytes of one slot of the grids; 1 for a host with room for all.
+    """
+
+    schedule: Schedule
+    seconds: float
+    lower_bound: float
+    unit: int
+    host_unit: int
+
+    @property
+    def exact(self) -> bool:
+        """Whether no schedule of the class within both budgets is faster (to rounding of seconds)."""
+        return self.seconds <= self.lower_bound * (1 + 1e-9)
+
+
+def _units(n: Numbers, room: int, host_room: int, tables: int) -> tuple[int, int, bool]:
+    """The units (bytes) of the finest affordable grids, and whether they round nothing."""
+    length = len(n.forward)
+    sizes = [int(size) for array in (n.boundary, n.saved) for size in array.flat]
+    divisor = math.gcd(*sizes) or 1
+
+    def slots(hosts: int) -> int:
+        """How many slots of device memory are affordable with as many host slots."""
+        steps = length**3 // 6 + (5 * length // 2 + 6 * n.saved.shape[1]) * length * hosts
+        return min(
+            TABLE_STEPS // tables // steps, TABLE_BYTES // (8 * (length * length + 3 * length * hosts))
+        )
+
+    if room // divisor < slots(host_room // divisor + 1):
+        return divisor, divisor, True
+    host_unit = math.ceil(max(host_room / HOST_SLOTS, 1) / divisor) * divisor
+    affordable = max(min(slots(host_room // host_unit + 1), MOST_SLOTS), 2)
+    return math.ceil(max(room / (affordable - 1), 1) / divisor) * divisor, host_unit, False
+
+
+def _read_off(
+    chain: Chain, n: Numbers, least: Ints, p: Frontiers, g: Grid, room: int, host_room: int
+) -> Schedule:
+    """The schedule that the grid describes, copies where they are asked for."""
+    actions: list[Action] = []
+    last = len(chain) - 1
+    # What is left to do, last first: actions, (s, t, room) to run again, (f, s, room, host room) of the first sweep.
+    stack: list[Any] = [(LOOSE, 0, room, host_room)]
+    while stack:
+        item = stack.pop()
+        if not isinstance(item, tuple):
+            actions.append(item)
+        elif len(item) == 3:
+            s, t, here = item
+            option, j = decide_again(n, least, g, s, t, here)
+            if option >= 0:
+                actions.append(Keep(s, option))
+                stack += [Backward(s), *([(s + 1, t, here - int(n.saved[s, option]))] if s < t else [])]
+            else:
+                actions += [Checkpoint(s), *(Forward(i) for i in range(s + 1, j))]
+                stack += [(s, j - 1, here), (j, t, here - int(n.boundary[j]))]
+        else:
+            f, s, here, there = item
+            option, j, go, off = decide_sweep(n, least, p, g, f, s, here, there)
+            x = 0 if f == INSIDE else int(n.boundary[s])
+            rest = here if go else here - x
+            host_rest = there - int(n.host_boundary[s]) if go and f == LOOSE else there
+            actions.append(Keep(s, option) if option >= 0 else Checkpoint(s))
+            actions += [Offload(s)] if go and f == LOOSE else []
+            actions += [Free(s)] if go else []
+            if option < 0:
+                actions += [Forward(i) for i in range(s + 1, j)]
+                stack += [(s, j - 1, here - x), *([Prefetch(s)] if go else []), (LOOSE, j, rest, host_rest)]
+                continue
+            stack += [Backward(s), *([Prefetch(s)] if go else [])]
+            if off:
+                actions += [OffloadSaved(s), FreeSaved(s)]
+                stack += [PrefetchSaved(s), (OFF, s + 1, rest, host_rest - int(n.host_saved[s, option]))]
+            elif s < last:
+                stack.append((INSIDE, s + 1, rest - int(n.saved[s, option]), host_rest))
+    return Schedule(tuple(actions))
+
+
+def _later_frees(chain: Chain, schedule: Schedule, budget: int, host: HostMemory) -> Schedule:
+    """What was copied to the host is freed only when its bytes are needed; if they never are, not copied."""
+    line = simulate(chain, schedule, host)
+    before = (0, *line.live)
+    saved_off = {action.stage for action in schedule if isinstance(action, OffloadSaved)}
+    off = {action.boundary for action in schedule if isinstance(action, Offload)}
+    waiting: deque[tuple[Action, int]] = deque()  # frees, oldest first, and their bytes
+    held = 0  # bytes of them all
+    actions: list[Action] = []
+    for index, action in enumerate(schedule):
+        if (isinstance(action, Free) and (action.boundary in off or action.boundary - 1 in saved_off)) or (
+            isinstance(action, FreeSaved)
+        ):
+            waiting.append((action, before[index] - line.live[index]))
+            held += waiting[-1][1]
+            continue
+        if isinstance(action, (Prefetch, PrefetchSaved)):
+            free = Free(action.boundary) if isinstance(action, Prefetch) else FreeSaved(action.stage)
+            if waiting and waiting[-1][0] == free:
+                held -= waiting.pop()[1]
+                copy = Offload(free.boundary) if isinstance(free, Free) else OffloadSaved(free.stage)
+                if copy in actions:
+                    actions.remove(copy)
+                continue
+        while waiting and line.during[index] + held > budget:
+            free_, size = waiting.popleft()
+            actions.append(free_)
+            held -= size
+        actions.append(action)
+    return Schedule(tuple(actions))
+
+
+def _earlier_prefetches(chain: Chain, schedule: Schedule, budget: int, host: HostMemory) -> Schedule:
+    """Prefetches moved forward, in the order in which they are needed, as far as the device has room."""
+    line = simulate(chain, schedule, host)
+    moved: list[tuple[Action, int]] = []  # and the most bytes live while it runs
+    for index, action in enumerate(schedule):
+        moved.append((action, line.during[index]))
+        if not isinstance(action, (Prefetch, PrefetchSaved)):
+            continue
+        size = line.live[index] - line.live[index - 1]
+        free = Free(action.boundary) if isinstance(action, Prefetch) else FreeSaved(action.stage)
+        at = index
+        while (
+            at > 0
+            and not isinstance(moved[at - 1][0], (Prefetch, PrefetchSaved))
+            and moved[at - 1][0] != free
+            and moved[at - 1][1] + size <= budget
+        ):
+            at -= 1
+            crossed = moved[at]
+            moved[at], moved[at + 1] = moved[at + 1], (crossed[0], crossed[1] + size)
+    return Schedule(tuple(action for action, _ in moved))
+
+
+def solve_two_level(chain: Chain, memory_budget: int, host: HostMemory) -> TwoLevelOptimum:
+    """The fastest schedule of the class within ``memory_budget`` (bytes) and ``host.capacity``, as the module says.
+
+    Raises:
+        InfeasibleBudget: no schedule of the class fits; ``smallest`` is the least device budget with this host.
+        ValueError: the chain's sizes add up to 2**62 bytes or more; ``host`` is no HostMemory.
+    """
+    if not isinstance(host, HostMemory):
+        raise ValueError(f"two_level: host={host!r} must be a HostMemory")
+    quickest = [
+        min(range(len(s.options)), key=lambda k, s=s: (s.options[k].recompute, s.options[k].saved))  # type: ignore[misc]
+        for s in chain.stages
+    ]
+    backwards = (Backward(i) for i in reversed(range(len(chain))))
+    plain = Schedule((*(Keep(i, k) for i, k in enumerate(quickest)), *backwards))
+    line = simulate(chain, plain, host)
+    if line.peak <= memory_budget:
+        return TwoLevelOptimum(plain, line.seconds, line.seconds, 1, 1)
+    everything = sum(max(o.saved for o in stage.options) + stage.input for stage in chain.stages)
+    bounded = host.capacity < everything
+    host_room = host.capacity if bounded else 0
+    n = numbers_of(chain, host, 1.0, bounded)
+    least = peaks(n)
+    p = frontiers(n, least, host_room)
+    smallest = chain.fixed + max(
+        suffix_peak(p, LOOSE, 0, host_room), int(n.after[0]) + chain.stages[0].retained
+    )
+    if memory_budget < smallest:
+        raise InfeasibleBudget(memory_budget, smallest, "two_level")
+    room = memory_budget - chain.fixed
+    weights = WEIGHTS if host.asynchronous else (1.0,)
+    unit, host_unit, exact = _units(n, room, host_room, len(weights))
+    bound = 0.0
+    schedules: list[Schedule] = []
+    again: dict[bool, Floats | None] = {False: None, True: None}  # C does not depend on the weight
+    for weight in weights:
+        n = numbers_of(chain, host, weight, bounded)
+        for interpolate in (False,) if exact else (False, True):
+            g = filled(n, least, p, room, host_room, (unit, host_unit), interpolate, again[interpolate])
+            again[interpolate] = g.again
+            if not interpolate:
+                bound = max(bound, float(g.sweep[LOOSE, 0, -1, -1]) / (1 + 2 * weight * host.asynchronous))
+            schedules.append(_read_off(chain, n, least, p, g, room, host_room))
+            if host.asynchronous:
+                later = _later_frees(chain, schedules[-1], memory_budget, host)
+                schedules += [later, _earlier_prefetches(chain, later, memory_budget, host)]
+    with suppress(InfeasibleBudget):
+        schedules.append(optimal.solve(chain, memory_budget))
+    lines = [simulate(chain, schedule, host) for schedule in schedules]
+    fits = [i for i, line in enumerate(lines) if line.peak <= memory_budget]
+    best = min(fits, key=lambda i: lines[i].seconds)
+    return TwoLevelOptimum(schedules[best], lines[best].seconds, bound, unit, host_unit)
+
+
+def solve(chain: Chain, memory_budget: int, host: HostMemory) -> Schedule:
+    """The schedule of ``solve_two_level``."""
+    return solve_two_level(chain, memory_budget, host).schedule

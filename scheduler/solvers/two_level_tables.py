@@ -1,0 +1,475 @@
+"""The dynamic program behind ``two_level.py``, compiled. Its docstring has the recurrence and the names."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scheduler.chain import Chain
+from scheduler.host import HostMemory
+from scheduler.solvers.tables import NEVER, compiled
+
+__all__ = [
+    "INSIDE",
+    "LOOSE",
+    "OFF",
+    "Floats",
+    "Frontiers",
+    "Grid",
+    "Ints",
+    "Numbers",
+    "decide_again",
+    "decide_sweep",
+    "filled",
+    "frontiers",
+    "numbers_of",
+    "peaks",
+    "suffix_peak",
+]
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+# Where x_s is when the first sweep comes to stage s: on the device by itself; inside the saved tensors of stage
+# s-1 there; on the device by itself while the saved tensors of stage s-1, it among them, are on the host.
+LOOSE, INSIDE, OFF = 0, 1, 2
+
+NONE = 1e300  # seconds: nothing fits
+MOST_POINTS = 1024  # of one frontier; above that neighbours are merged to the cautious side
+
+
+class Numbers(NamedTuple):
+    """The chain and its copies for compiled code: L stages, at most K options; bytes without ``chain.fixed``."""
+
+    forward: Floats  # (L,)
+    backward: Floats  # (L,)
+    boundary: Ints  # (L + 1,)
+    grad: Ints  # (L + 1,) gradients of the boundaries
+    overhead: Ints  # (L,) transient of a forward that keeps nothing
+    recomputable: NDArray[np.bool_]  # (L,)
+    choices: Ints  # (L,) number of options
+    saved: Ints  # (L, K)
+    recompute: Floats  # (L, K)
+    forward_overhead: Ints  # (L, K)
+    backward_overhead: Ints  # (L, K)
+    first: Ints  # (L,) long-lived bytes while stage i runs for the first time
+    after: Ints  # (L,) the same once stages i+1.. are reversed
+    # What is charged for copies: seconds as weighed, and host bytes, 0 where the host has room for all.
+    write: Floats  # (L,) of x_i
+    read: Floats  # (L,)
+    saved_copy: Floats  # (L, K) there and back
+    host_boundary: Ints  # (L,)
+    host_saved: Ints  # (L, K)
+
+
+class Grid(NamedTuple):
+    """C and F on grids: r units of device memory are r * unit + phase bytes, q units of host memory alike."""
+
+    unit: int
+    phase: int
+    host_unit: int
+    host_phase: int
+    interpolate: bool  # between grid points; otherwise sizes are rounded down
+    # Column c of a row is for c - 1 units; the margin, column 0, and what does not fit repeat the first that does.
+    again: Floats  # C (L, L, columns)
+    sweep: Floats  # F (3, L, host units, columns)
+
+
+class Frontiers(NamedTuple):
+    """For each place of x_s and each s, least peaks by host bytes: ``start[f, s]`` .. ``start[f, s] + size[f, s]``."""
+
+    start: Ints  # (3, L)
+    size: Ints  # (3, L)
+    host: Ints  # ascending
+    peak: Ints  # descending: bytes above h
+
+
+def numbers_of(chain: Chain, host: HostMemory, weight: float, bounded: bool) -> Numbers:
+    """The chain as arrays, with copies at ``weight`` times their seconds; or a ValueError where sizes overflow."""
+    stages = chain.stages
+    total = chain.fixed + chain.output + chain.output_grad
+    for stage in stages:
+        total += stage.input + stage.input_grad + stage.forward_overhead + stage.carried + stage.grad
+        total += abs(stage.carried_change)
+        total += sum(o.saved + o.forward_overhead + o.backward_overhead for o in stage.options)
+    if total >= NEVER:
+        raise ValueError(f"two_level: the chain's sizes add up to {total} bytes; they must stay below 2**62")
+    width = max(len(stage.options) for stage in stages)
+
+    def table(field: str, dtype: type) -> NDArray[Any]:
+        rows = [[getattr(o, field) for o in stage.options] for stage in stages]
+        return np.array([row + [0] * (width - len(row)) for row in rows], dtype)
+
+    def there_and_back(size: int) -> float:
+        return weight * (host.write_seconds(size) + host.read_seconds(size))
+
+    boundary = [chain.input_bytes(i) for i in range(len(stages) + 1)]
+    saved = table("saved", np.int64)
+    carried = np.array([stage.carried for stage in stages], np.int64)
+    retained = np.array([stage.retained for stage in stages], np.int64)
+    return Numbers(
+        forward=np.array([stage.forward for stage in stages]),
+        backward=np.array([stage.backward for stage in stages]),
+        boundary=np.array(boundary, np.int64),
+        grad=np.array([chain.grad_bytes(i) for i in range(len(stages) + 1)], np.int64),
+        overhead=np.array([stage.forward_overhead for stage in stages], np.int64),
+        recomputable=np.array([stage.recomputable for stage in stages]),
+        choices=np.array([len(stage.options) for stage in stages], np.int64),
+        saved=saved,
+        recompute=table("recompute", np.float64),
+        forward_overhead=table("forward_overhead", np.int64),
+        backward_overhead=table("backward_overhead", np.int64),
+        first=np.cumsum(carried),
+        after=carried.sum() + np.cumsum(retained[::-1])[::-1] - retained,
+        write=np.array([weight * host.write_seconds(size) for size in boundary[:-1]]),
+        read=np.array([weight * host.read_seconds(size) for size in boundary[:-1]]),
+        saved_copy=np.array([[there_and_back(int(size)) for size in row] for row in saved]),
+        host_boundary=np.array(boundary[:-1], np.int64) * bounded,
+        host_saved=saved * bounded,
+    )
+
+
+@compiled
+def _keep_need(n: Numbers, s: int, t: int, k: int) -> int:
+    """Bytes above h to keep stage s of s..t with option k, and to reverse it once s+1..t are reversed."""
+    # A segment that ends at L-1 runs before any backward: no gradient yet, long-lived bytes so far.
+    base = n.first[s] if t == n.forward.size - 1 else n.after[t] + n.grad[t + 1]
+    backward = n.after[s] + n.grad[s + 1] + n.grad[s] + n.backward_overhead[s, k]
+    return int(n.saved[s, k] + max(base + n.forward_overhead[s, k], backward))
+
+
+@compiled
+def _run_need(n: Numbers, s: int, t: int, i: int) -> int:
+    """Bytes above h to run stage i of s..t on the way from x_s, which is in h, to a split."""
+    if not n.recomputable[i]:
+        return int(NEVER)
+    base = n.first[i] if t == n.forward.size - 1 else n.after[t] + n.grad[t + 1]
+    return int(base + (n.boundary[i] if i > s else 0) + n.boundary[i + 1] + n.overhead[i])
+
+
+@compiled
+def peaks(n: Numbers) -> Ints:
+    """P (L, L): the least peak above h, which has x_s in it, of any one-level schedule of s..t < L-1."""
+    length = n.forward.size
+    least = np.full((length, length), NEVER)
+    for s in range(length - 2, -1, -1):
+        for t in range(s, length - 1):
+            best = int(NEVER)
+            for k in range(n.choices[s]):
+                rest = n.saved[s, k] + least[s + 1, t] if t > s else 0
+                best = min(best, max(_keep_need(n, s, t, k), rest))
+            run = 0
+            for j in range(s + 1, t + 1):
+                run = max(run, _run_need(n, s, t, j - 1))
+                best = min(best, max(run, n.boundary[j] + least[j, t], least[s, j - 1]))
+            least[s, t] = best
+    return least
+
+
+def _merged(host: list[Ints], peak: list[Ints], capacity: int) -> tuple[Ints, Ints]:
+    """The points that no other one beats in both host bytes and peak."""
+    h, p = np.concatenate(host), np.concatenate(peak)
+    fits = (h <= capacity) & (p < NEVER)
+    h, p = h[fits], p[fits]
+    order = np.lexsort((p, h))
+    h, p = h[order], p[order]
+    lowest = np.minimum.accumulate(p)
+    better = np.concatenate(([True], lowest[1:] < lowest[:-1]))[: len(p)]
+    h, p = h[better], p[better]
+    if len(h) > MOST_POINTS:  # every point left is one that can be met
+        some = np.unique(np.linspace(0, len(h) - 1, MOST_POINTS).astype(np.int64))
+        h, p = h[some], p[some]
+    return h, p
+
+
+def frontiers(n: Numbers, least: Ints, capacity: int) -> Frontiers:
+    """P2: what a suffix s..L-1 needs at least on the device, for each number of host bytes."""
+    length = n.forward.size
+    points: dict[tuple[int, int], tuple[Ints, Ints]] = {}
+    for s in range(length - 1, -1, -1):
+        runs = [_run_need(n, s, length - 1, i) for i in range(s, length - 1)]
+        for f in (LOOSE, INSIDE, OFF):
+            x = 0 if f == INSIDE else int(n.boundary[s])
+            hosts, tops = [], []
+            for go in (False, True)[: 1 if f == INSIDE or s == length - 1 else 2]:
+                stays = 0 if go else x
+                copied = n.host_boundary[s] if go and f == LOOSE else 0
+                for k in range(n.choices[s]):
+                    need = x + _keep_need(n, s, length - 1, k)
+                    if s == length - 1:
+                        hosts.append(np.zeros(1, np.int64))
+                        tops.append(np.array([need]))
+                        continue
+                    h, p = points[INSIDE, s + 1]
+                    hosts.append(h + copied)
+                    tops.append(np.maximum(need, p + stays + n.saved[s, k]))
+                    h, p = points[OFF, s + 1]
+                    hosts.append(h + copied + n.host_saved[s, k])
+                    tops.append(np.maximum(need, p + stays))
+                need = x + (runs[0] if runs else 0)
+                for j in range(s + 1, length):
+                    if j > s + 1:
+                        need = max(need, stays + runs[j - 1 - s])
+                    if need >= NEVER:
+                        break
+                    h, p = points[LOOSE, j]
+                    hosts.append(h + copied)
+                    tops.append(np.maximum(max(need, x + int(least[s, j - 1])), p + stays))
+            points[f, s] = _merged(hosts, tops, capacity)
+    keys = [(f, s) for f in (LOOSE, INSIDE, OFF) for s in range(length)]
+    size = np.array([len(points[key][0]) for key in keys], np.int64)
+    return Frontiers(
+        (np.cumsum(size) - size).reshape(3, length),
+        size.reshape(3, length),
+        np.concatenate([points[key][0] for key in keys]),
+        np.concatenate([points[key][1] for key in keys]),
+    )
+
+
+@compiled
+def suffix_peak(p: Frontiers, f: int, s: int, host_room: int) -> int:
+    """The least peak above h of s..L-1 with ``host_room`` bytes of the host left; NEVER if nothing fits there."""
+    low, high = p.start[f, s], p.start[f, s] + p.size[f, s]
+    at = low + np.searchsorted(p.host[low:high], host_room, side="right") - 1
+    return int(p.peak[at]) if at >= low and host_room >= 0 else int(NEVER)
+
+
+@compiled
+def _host_less(g: Grid, q: int, size: int) -> int:
+    """Host units left of q when ``size`` bytes are taken; negative if they do not fit."""
+    if size > q * g.host_unit + g.host_phase:
+        return -1
+    return max(q - (size + g.interpolate * (g.host_unit // 2)) // g.host_unit, 0)
+
+
+@compiled
+def _columns(g: Grid, need: int) -> int:
+    """The first column of a row with room for ``need`` bytes."""
+    return max(1 - (g.phase - need) // g.unit, 1)
+
+
+@partial(compiled, fastmath={"nnan", "nsz"})
+def _relax(g: Grid, row: Floats, start: int, cost: float, x: Floats, size: int, y: Floats) -> None:
+    """row[c] = min(row[c], cost + y[c] + x with ``size`` bytes less than c says) for start <= c.
+
+    ``start`` leaves room for ``size`` bytes. No value is a NaN, and saying so lets the loop become vector code.
+    """
+    count = row.size - start
+    if count <= 0:
+        return
+    shift = size // g.unit
+    below = (size - shift * g.unit) / g.unit * g.interpolate
+    here = 1 - below
+    out, other, near, next_ = row[start:], y[start:], x[start - shift :], x[start - shift - 1 :]
+    for c in range(count):
+        out[c] = min(out[c], cost + other[c] + here * near[c] + below * next_[c])
+
+
+@compiled
+def _close(row: Floats) -> None:
+    """Repeat the first value of the row in front of it, so that interpolation never leaves what fits."""
+    first = 1
+    while first < row.size - 1 and row[first] >= NONE:
+        first += 1
+    row[:first] = row[first]
+
+
+@compiled
+def _fill_again(n: Numbers, least: Ints, g: Grid) -> None:
+    """C: least seconds of s..t < L-1 with one level, run again when its gradient is there."""
+    length, columns = n.forward.size, g.again.shape[2]
+    zero = np.zeros(columns)
+    for s in range(length - 2, -1, -1):
+        for t in range(s, length - 1):
+            row = g.again[s, t]
+            row[:] = NONE
+            for k in range(n.choices[s]):
+                cost = n.forward[s] + n.backward[s] + n.recompute[s, k]
+                need = _keep_need(n, s, t, k)
+                if s == t:
+                    _relax(g, row, _columns(g, need), cost, zero, 0, zero)
+                else:
+                    need = max(need, n.saved[s, k] + least[s + 1, t])
+                    _relax(g, row, _columns(g, need), cost, g.again[s + 1, t], n.saved[s, k], zero)
+            cost, run = 0.0, 0
+            for j in range(s + 1, t + 1):
+                cost += n.forward[j - 1]
+                run = max(run, _run_need(n, s, t, j - 1))
+                need = max(run, n.boundary[j] + least[j, t], least[s, j - 1])
+                start = _columns(g, need)
+                _relax(g, row, start, cost, g.again[j, t], n.boundary[j], g.again[s, j - 1])
+            _close(row)
+
+
+@compiled
+def _fill_sweep(n: Numbers, least: Ints, p: Frontiers, g: Grid) -> None:
+    """F: least seconds of s..L-1 in the first sweep and after it."""
+    length = n.forward.size
+    hosts, columns = g.sweep.shape[2:]
+    left, zero = np.empty(columns), np.zeros(columns)
+    last = length - 1
+    tops = np.empty((3, length, hosts), np.int64)
+    for s in range(last, -1, -1):
+        for f in range(3):
+            for q in range(hosts):
+                tops[f, s, q] = suffix_peak(p, f, s, q * g.host_unit + g.host_phase)
+            rows = g.sweep[f, s]
+            rows[:] = NONE
+            x = 0 if f == INSIDE else n.boundary[s]
+            for go in range(1 if f == INSIDE or s == last else 2):
+                stays = 0 if go else x
+                copied = n.host_boundary[s] if go and f == LOOSE else 0
+                fee = n.read[s] + (n.write[s] if f == LOOSE else 0.0) if go else 0.0
+                for k in range(n.choices[s]):
+                    need = x + _keep_need(n, s, last, k)
+                    cost = fee + n.forward[s] + n.backward[s] + n.recompute[s, k]
+                    for q in range(hosts):
+                        if s == last:
+                            _relax(g, rows[q], _columns(g, need), cost, zero, 0, zero)
+                            continue
+                        for off in range(2):
+                            taken = stays if off else stays + n.saved[s, k]
+                            rest = _host_less(g, q, copied + (n.host_saved[s, k] if off else 0))
+                            where = OFF if off else INSIDE
+                            if rest < 0 or tops[where, s + 1, rest] >= NEVER:
+                                continue
+                            start = _columns(g, max(need, taken + tops[where, s + 1, rest]))
+                            seconds = cost + (n.saved_copy[s, k] if off else 0.0)
+                            _relax(g, rows[q], start, seconds, g.sweep[where, s + 1, rest], taken, zero)
+                cost, need = fee, 0
+                for j in range(s + 1, length):
+                    cost += n.forward[j - 1]
+                    run = (x if j == s + 1 else stays) + _run_need(n, s, last, j - 1)
+                    need = max(need, run, x + least[s, j - 1])
+                    if run >= NEVER or _columns(g, need) >= columns:
+                        if run >= NEVER:
+                            break
+                        continue
+                    left[:] = NONE
+                    _relax(g, left, _columns(g, need), 0.0, g.again[s, j - 1], x, zero)
+                    for q in range(hosts):
+                        rest = _host_less(g, q, copied)
+                        if rest < 0 or tops[LOOSE, j, rest] >= NEVER:
+                            continue
+                        start = _columns(g, max(need, stays + tops[LOOSE, j, rest]))
+                        _relax(g, rows[q], start, cost, g.sweep[LOOSE, j, rest], stays, left)
+            for q in range(hosts):
+                _close(rows[q])
+
+
+@compiled
+def _look_up(g: Grid, row: Floats, room: int) -> float:
+    """The value of ``row`` with ``room`` bytes."""
+    column = _columns(g, room)
+    part = ((column - 1) * g.unit + g.phase - room) / g.unit * g.interpolate
+    return float((1 - part) * row[column] + part * row[column - 1])
+
+
+@compiled
+def _look_up_sweep(g: Grid, f: int, s: int, room: int, host_room: int) -> float:
+    """F with ``room`` bytes of the device and ``host_room`` of the host."""
+    q = -((g.host_phase - host_room + g.interpolate * (g.host_unit // 2)) // g.host_unit)
+    return _look_up(g, g.sweep[f, s, min(max(q, 0), g.sweep.shape[2] - 1)], room)
+
+
+@compiled
+def decide_again(n: Numbers, least: Ints, g: Grid, s: int, t: int, room: int) -> tuple[int, int]:
+    """What to do with s..t < L-1 and ``room`` bytes above h: (option, 0) to keep s, or (-1, j) to split at j.
+
+    Exact in bytes; only the seconds are the grid's. Ties go to keep, and to the first.
+    """
+    best, option, at = np.inf, -1, 0
+    for k in range(n.choices[s]):
+        rest = room - n.saved[s, k]
+        if _keep_need(n, s, t, k) > room or (t > s and least[s + 1, t] > rest):
+            continue
+        seconds = n.forward[s] + n.backward[s] + n.recompute[s, k]
+        if t > s:
+            seconds += _look_up(g, g.again[s + 1, t], rest)
+        if seconds < best or option < 0:
+            best, option = seconds, k
+    cost = 0.0
+    for j in range(s + 1, t + 1):
+        cost += n.forward[j - 1]
+        if _run_need(n, s, t, j - 1) > room:
+            break
+        rest = room - n.boundary[j]
+        if least[j, t] > rest or least[s, j - 1] > room:
+            continue
+        seconds = cost + _look_up(g, g.again[j, t], rest) + _look_up(g, g.again[s, j - 1], room)
+        if seconds < best or (option < 0 and at == 0):
+            best, option, at = seconds, -1, j
+    return option, at
+
+
+@compiled
+def decide_sweep(
+    n: Numbers, least: Ints, p: Frontiers, g: Grid, f: int, s: int, room: int, host_room: int
+) -> tuple[int, int, int, int]:
+    """What the first sweep does at stage s: (option or -1, split or 0, x_s goes, the saved tensors go).
+
+    Exact in bytes, ``room`` above h without x_s and ``host_room`` of the host; only the seconds are the grid's.
+    """
+    last = n.forward.size - 1
+    best, found = np.inf, (-1, 0, 0, 0)
+    x = 0 if f == INSIDE else n.boundary[s]
+    for go in range(1 if f == INSIDE or s == last else 2):
+        here = room if go else room - x
+        there = host_room - (n.host_boundary[s] if go and f == LOOSE else 0)
+        fee = n.read[s] + (n.write[s] if f == LOOSE else 0.0) if go else 0.0
+        for k in range(n.choices[s]):
+            if x + _keep_need(n, s, last, k) > room:
+                continue
+            cost = fee + n.forward[s] + n.backward[s] + n.recompute[s, k]
+            for off in range(1 if s == last else 2):
+                rest = here if off else here - n.saved[s, k]
+                host_rest = there - (n.host_saved[s, k] if off else 0)
+                seconds = cost + (n.saved_copy[s, k] if off else 0.0)
+                if s < last:
+                    where = OFF if off else INSIDE
+                    if suffix_peak(p, where, s + 1, host_rest) > rest:
+                        continue
+                    seconds += _look_up_sweep(g, where, s + 1, rest, host_rest)
+                if seconds < best or found[0] + found[1] < 0:
+                    best, found = seconds, (k, 0, go, off)
+        cost = fee
+        for j in range(s + 1, last + 1):
+            cost += n.forward[j - 1]
+            if _run_need(n, s, last, j - 1) > (room - x if j == s + 1 else here):
+                break
+            if x + least[s, j - 1] > room or suffix_peak(p, LOOSE, j, there) > here:
+                continue
+            seconds = cost + _look_up(g, g.again[s, j - 1], room - x)
+            seconds += _look_up_sweep(g, LOOSE, j, here, there)
+            if seconds < best or found[0] + found[1] < 0:
+                best, found = seconds, (-1, j, go, 0)
+    return found
+
+
+def filled(
+    n: Numbers,
+    least: Ints,
+    p: Frontiers,
+    room: int,
+    host_room: int,
+    units: tuple[int, int],
+    interpolate: bool,
+    again: Floats | None,
+) -> Grid:
+    """The grid of ``units`` bytes (device, host) for ``room`` and ``host_room`` bytes, filled.
+
+    Args:
+        again: C of an earlier grid of the same chain, room and units; it does not depend on the copies.
+    """
+    length = n.forward.size
+    columns, hosts = room // units[0] + 2, host_room // units[1] + 1
+    table = np.empty((length, length, columns)) if again is None else again
+    sweep = np.empty((3, length, hosts, columns))
+    g = Grid(units[0], room % units[0], units[1], host_room % units[1], interpolate, table, sweep)
+    if again is None:
+        _fill_again(n, least, g)
+    _fill_sweep(n, least, p, g)
+    return g
