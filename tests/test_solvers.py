@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -116,13 +117,49 @@ def test_optimal_is_the_literal_recurrence_when_sizes_have_no_common_divisor(cha
     assert seconds(chain, budget) == fastest_persistent(chain, budget)
 
 
+@st.composite
+def repeating(draw, most=16):
+    """Chains whose stages are drawn from a few, as the blocks of a transformer are."""
+    kinds = draw(chains(3)).stages
+    # Equal stages leave equal gradients behind; what they carry may be let go by one of them only.
+    kinds = [dataclasses.replace(kind, carried_change=max(kind.carried_change, 0)) for kind in kinds]
+    stages = [draw(st.sampled_from(kinds)) for _ in range(draw(st.integers(9, most)))]
+    return Chain(tuple(stages), draw(st.integers(0, 6)), draw(st.integers(0, 6)))
+
+
+@settings(max_examples=60)
+@given(repeating(), st.data())
+def test_optimal_is_the_literal_recurrence_when_stages_repeat(chain, data):
+    budget = data.draw(budgets(chain))
+    assert seconds(chain, budget) == fastest_persistent(chain, budget)
+
+
+@settings(max_examples=30)
+@given(chains(17), st.data())
+def test_optimal_is_the_literal_recurrence_on_longer_chains(chain, data):
+    budget = data.draw(budgets(chain))
+    assert seconds(chain, budget) == fastest_persistent(chain, budget)
+
+
+@contextmanager
+def coarse(slots: int, window: int = 1):
+    """Grids of no more than ``slots`` units, with splits at one in about ``window`` boundaries."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimal_module, "TABLE_BYTES", 1)
+        for name in ("MIN_SLOTS", "MAX_SLOTS", "QUICK_SLOTS"):
+            patch.setattr(optimal_module, name, slots)
+        if window > 1:
+            patch.setattr(optimal_module, "MOST_STEPS", 1e-9)
+            patch.setattr(optimal_module, "MOST_WINDOW", window)
+        yield
+
+
 @settings(max_examples=300)
-@given(chains(7, largest=1000), st.data())
+@given(chains(7, largest=1000, options=3), st.data())
 def test_on_a_grid_too_coarse_optimal_fits_and_its_bound_holds(chain, data):
     budget = data.draw(budgets(chain))
     truth = fastest_persistent(chain, budget)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimal_module, "TABLE_BYTES", 8 * data.draw(st.sampled_from([1, 20, 100])))
+    with coarse(data.draw(st.sampled_from([1, 3, 20])), data.draw(st.sampled_from([1, 2, 7]))):
         try:
             found = solve_optimal(chain, budget)
         except InfeasibleBudget:
@@ -164,7 +201,7 @@ def test_a_grid_of_the_common_divisor_is_exact(chain):
     scaled = Chain.from_json(scale(chain.to_json(), 1000))
     budget = (smallest_budget(scaled, "optimal") + smallest_budget(scaled, "keep_all")) // 2
     found = solve_optimal(scaled, budget)
-    sizes = [scaled.input_bytes(i) for i in range(len(scaled) + 1)]
+    sizes = [size for stage in scaled.stages[1:] for size in (stage.input, stage.retained)]
     sizes += [option.saved for stage in scaled.stages for option in stage.options]
     assert found.exact
     assert found.unit == (math.gcd(*sizes) or 1)

@@ -39,22 +39,26 @@ oracles' 40 chains, nor on 1500 random ones of up to five stages.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 
 import numpy as np
 
 from scheduler.chain import Chain
 from scheduler.errors import InfeasibleBudget
 from scheduler.schedule import Schedule, simulate
+from scheduler.solvers.grid import Reading, filled_grid, read_off, root_values
+from scheduler.solvers.knapsack import Knapsack
 from scheduler.solvers.persistent import Decision, KeepStage, Split, build
-from scheduler.solvers.tables import Arrays, Grid, Peaks, arrays_of, decide_one, filled_grid, peaks_of
+from scheduler.solvers.tables import arrays_of, peaks_of
 
-__all__ = ["Optimum", "solve", "solve_optimal"]
+__all__ = ["Optimum", "Table", "solve", "solve_many", "solve_optimal"]
 
-TABLE_BYTES = 128 * 2**20  # of one table of C; two are never there at once
-TABLE_STEPS = 10**9  # additions to fill one, unless that leaves the grid fewer than MIN_SLOTS
-MIN_SLOTS = 200  # of the whole chain; fewer estimate badly
+TABLE_BYTES, TABLE_STEPS = 128 * 2**20, 10**9  # of one table of C, and additions to fill it, unless that
+MIN_SLOTS = 500  # leaves the grid fewer units than this: fewer estimate badly. If it takes more than
+MAX_SLOTS, QUICK_SLOTS = 4000, 1000
+MOST_BYTES, MOST_STEPS = 384 * 2**20, 8 * 10**9  # then splits are tried at some of the boundaries only,
+MOST_WINDOW = 100  # one in so many at the least.
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +83,127 @@ class Optimum:
         return self.seconds <= self.lower_bound * (1 + 1e-9)
 
 
-def _unit(chain: Chain, a: Arrays, p: Peaks, budget: int) -> tuple[int, int]:
-    """The unit (bytes) of the finest grid affordable, a multiple of the divisor, and that divisor."""
-    sizes = [int(size) for size in a.boundary] + [o.saved for stage in chain.stages for o in stage.options]
-    divisor = math.gcd(*sizes) or 1
-    room = budget - int(a.boundary[0])
-    spread = np.triu(np.minimum(p.fastest, room) - p.least).clip(min=0).astype(float)  # bytes between P and A
-    stage = np.arange(len(chain))
-    branches = np.triu(stage[None, :] - stage[:, None] + a.choices[:, None])
-    by_steps = min(float((spread * branches).sum()) / TABLE_STEPS, room / MIN_SLOTS)
-    by_bytes = float(spread.sum()) * 8 / TABLE_BYTES
-    return math.ceil(max(by_steps, by_bytes, 1) / divisor) * divisor, divisor
+class Table:
+    """The tables of the dynamic program for one chain; they answer every budget up to ``most``.
+
+    Args:
+        chain: what each stage costs.
+        most: the largest budget to be answered (bytes); what exceeds ``largest`` is no use and costs nothing.
+        many: whether other budgets will be asked for.
+
+    Attributes:
+        smallest: the smallest budget for which a persistent schedule fits (bytes).
+        largest: the smallest budget for which every stage is kept with its fastest option (bytes).
+        most: the largest budget that makes a difference, ``largest`` at most (bytes).
+        unit: bytes of one slot of the grid.
+
+    Raises:
+        InfeasibleBudget: no persistent schedule fits ``most``.
+        ValueError: the chain's sizes add up to 2**62 bytes or more, or its seconds to more than a float holds.
+    """
+
+    def __init__(self, chain: Chain, most: int, *, many: bool = False) -> None:
+        self.chain = chain
+        self._a = a = arrays_of(chain)
+        self._p = p = peaks_of(a, np.ones(len(chain) + 1, np.bool_))
+        self._held = int(a.boundary[0] + a.after[-1])  # base of the whole chain
+        # Every backward is followed by an action that costs at least what it leaves behind, except the last.
+        self._end = int(a.after[0]) + chain.stages[0].retained
+        self.smallest = max(self._held + int(p.least[0, -1]), self._end)
+        self.largest = max(self._held + int(p.fastest[0, -1]), self._end)
+        if most < self.smallest:
+            raise InfeasibleBudget(most, self.smallest, "optimal")
+        self.most = min(most, self.largest)
+        self._knapsack = Knapsack(chain)
+        room = self.most - a.boundary[0] - a.after  # (L,) the most for segments up to t
+        stage = np.arange(len(chain))
+        distinct = np.triu(a.origin == stage[:, None])
+        # Bytes between P and A, and the additions that one unit of them costs, over all distinct segments.
+        spread = np.where(distinct, np.minimum(p.fastest, room) - p.least, 0).clip(min=0).astype(float)
+        steps = float((spread * (stage[None, :] - stage[:, None] + a.choices[:, None])).sum())
+        size = 8 * float(spread.sum())
+        coarse = max((self.most - self._held) / MIN_SLOTS, 1)
+        window = max(math.sqrt(steps / coarse / MOST_STEPS), size / coarse / MOST_BYTES, 1)
+        window = min(math.ceil(window), MOST_WINDOW)
+        if window > 1:
+            self._a = a = arrays_of(chain, window)
+            steps, size = steps / window**2, size / window
+        divisor = self._divisor()
+        fine = min(max(steps / TABLE_STEPS, size / TABLE_BYTES, 1), coarse)
+        if fine > divisor:  # nothing will be exact by construction, and finer than this is no better
+            fine = max(fine, (self.most - self._held) / MAX_SLOTS)
+        quick = (self.most - self._held) / QUICK_SLOTS
+        self._window = window
+        # A coarse grid often proves its schedule optimal at once.
+        for about in (fine,) if many or quick < 4 * fine else (quick, fine):
+            self.unit = math.ceil(about / divisor) * divisor
+            if self._tabulate(self.unit > divisor):
+                break
+
+    def _tabulate(self, rounds: bool) -> bool:
+        """Fill the grid, or both, if it ``rounds``; whether what is read off for ``most`` is seen to be optimal."""
+        a, p = self._a, self._p
+        phase = (self.most - self._held) % self.unit
+        g = filled_grid(a, p, self.most, self.unit, phase, False)
+        # Sizes are rounded down: a lower bound, if all splits are tried. The whole chain's values are all it takes.
+        self._bounds = root_values(g) if self._window == 1 else None
+        self._first = read_off(a, p, g, self.most)
+        if rounds and self._first.extra > self._bound(self.most):
+            del g  # before the next table
+            g = filled_grid(a, p, self.most, self.unit, phase, True)
+        self._g = g
+        return self.read(self.most).extra <= self._bound(self.most)
+
+    def _divisor(self) -> int:
+        """The greatest common divisor (bytes) of the sizes that are added up in what is held."""
+        stages = self.chain.stages
+        sizes = [stage.input for stage in stages[1:]] + [stage.retained for stage in stages[1:]]
+        return math.gcd(*sizes, *(option.saved for stage in stages for option in stage.options)) or 1
+
+    def _bound(self, budget: int) -> float:
+        """Extra seconds that no persistent schedule within ``budget`` can beat."""
+        least = self._knapsack.extra(budget)
+        if self._bounds is None:
+            return least
+        lo, values = self._bounds
+        # What the grid says of a budget up to one unit larger holds for this one too.
+        up = -(((self.most - self._held) % self.unit - (budget - self._held)) // self.unit)
+        return max(least, float(values[min(max(up - lo, 0), len(values) - 1)]))
+
+    def read(self, budget: int) -> Reading:
+        """The best schedule found within ``budget`` (bytes), undecoded; ``smallest`` fits."""
+        budget = min(budget, self.most)
+        reading = read_off(self._a, self._p, self._g, budget)
+        return self._first if budget == self.most and self._first.extra < reading.extra else reading
+
+    def peak(self, budget: int, reading: Reading) -> int:
+        """Bytes that the schedule of ``reading``, which was for ``budget``, takes."""
+        return max(min(budget, self.most) - reading.spare, self._end)
+
+    def lower_bound(self, budget: int) -> float:
+        """Seconds of a step that no persistent schedule within ``budget`` (bytes) can beat."""
+        return self.chain.plain_seconds + self._bound(min(budget, self.most))
+
+    def schedule(self, reading: Reading) -> Schedule:
+        """The schedule of a reading."""
+        decisions = iter(zip(reading.option.tolist(), reading.at.tolist(), strict=True))
+
+        def decide(_s: int, _t: int, _: None) -> Decision[None]:
+            option, at = next(decisions)
+            return Split(at, None, None) if option < 0 else KeepStage(option, None)
+
+        return build(len(self.chain), decide, None)
+
+    def solve(self, budget: int) -> Optimum:
+        """The fastest persistent schedule within ``budget`` (bytes), as far as the module says.
+
+        Raises:
+            InfeasibleBudget: no persistent schedule fits; ``smallest`` is exact.
+        """
+        if budget < self.smallest:
+            raise InfeasibleBudget(budget, self.smallest, "optimal")
+        schedule = self.schedule(self.read(budget))
+        return Optimum(schedule, simulate(self.chain, schedule).seconds, self.lower_bound(budget), self.unit)
 
 
 def solve_optimal(chain: Chain, memory_budget: int) -> Optimum:
@@ -97,36 +211,17 @@ def solve_optimal(chain: Chain, memory_budget: int) -> Optimum:
 
     Raises:
         InfeasibleBudget: no persistent schedule fits; ``smallest`` is exact.
-        ValueError: the chain's sizes add up to 2**62 bytes or more.
+        ValueError: the chain's sizes add up to 2**62 bytes or more, or its seconds to more than a float holds.
     """
-    a = arrays_of(chain)
-    p = peaks_of(a)
-    # Every backward is followed by an action that costs at least what it leaves behind, except the last.
-    smallest = max(chain.input_bytes(0) + int(p.least[0, -1]), int(a.after[0]) + chain.stages[0].retained)
-    if memory_budget < smallest:
-        raise InfeasibleBudget(memory_budget, smallest, "optimal")
-    budget = min(memory_budget, max(smallest, chain.input_bytes(0) + int(p.fastest[0, -1])))  # more is no use
-    unit, divisor = _unit(chain, a, p, budget)
-
-    def read_off(g: Grid) -> tuple[float, Schedule]:
-        def decide(s: int, t: int, room: int) -> Decision[int]:
-            option, at = decide_one(a, p, g, s, t, room)
-            if option >= 0:
-                return KeepStage(option, room - chain.stages[s].options[option].saved)
-            return Split(at, room - chain.input_bytes(at), room)
-
-        schedule = build(len(chain), decide, budget - chain.input_bytes(0))
-        return simulate(chain, schedule).seconds, schedule
-
-    g, lower_bound = filled_grid(a, p, budget, unit, False)
-    seconds, schedule = read_off(g)
-    if unit > divisor and seconds > lower_bound:
-        del g  # before the next table
-        g, _ = filled_grid(a, p, budget, unit, True)
-        seconds, schedule = min((seconds, schedule), read_off(g), key=itemgetter(0))
-    return Optimum(schedule, seconds, lower_bound, unit)
+    return Table(chain, memory_budget).solve(memory_budget)
 
 
 def solve(chain: Chain, memory_budget: int) -> Schedule:
     """The schedule of ``solve_optimal``."""
     return solve_optimal(chain, memory_budget).schedule
+
+
+def solve_many(chain: Chain, memory_budgets: Sequence[int]) -> list[Schedule]:
+    """One schedule a budget (bytes), all from the table of the largest; raises as ``solve_optimal`` does."""
+    table = Table(chain, max(memory_budgets), many=True)
+    return [table.solve(budget).schedule for budget in memory_budgets]
