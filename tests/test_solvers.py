@@ -120,14 +120,14 @@ def test_optimal_is_the_literal_recurrence_when_sizes_have_no_common_divisor(cha
 @st.composite
 def repeating(draw, most=16):
     """Chains whose stages are drawn from a few, as the blocks of a transformer are."""
-    kinds = draw(chains(3)).stages
+    kinds = [stage for _ in range(2) for stage in draw(chains(2, largest=3)).stages]
     # Equal stages leave equal gradients behind; what they carry may be let go by one of them only.
     kinds = [dataclasses.replace(kind, carried_change=max(kind.carried_change, 0)) for kind in kinds]
     stages = [draw(st.sampled_from(kinds)) for _ in range(draw(st.integers(9, most)))]
     return Chain(tuple(stages), draw(st.integers(0, 6)), draw(st.integers(0, 6)))
 
 
-@settings(max_examples=60)
+@settings(max_examples=200)
 @given(repeating(), st.data())
 def test_optimal_is_the_literal_recurrence_when_stages_repeat(chain, data):
     budget = data.draw(budgets(chain))
@@ -245,8 +245,10 @@ def test_every_solver_keeps_to_the_budget_and_its_smallest_budget_is_tight(solve
 @given(chain=chains(6), data=st.data())
 def test_no_solver_beats_one_that_claims_to_be_exact(solver, chain, data):
     budget = data.draw(budgets(chain))
-    exact = [seconds(chain, budget, other.name) for other in SOLVERS.values() if other.exact]
-    assert all(time <= seconds(chain, budget, solver) for time in exact)
+    exact = [other for other in SOLVERS.values() if other.exact and not other.required]
+    if SOLVERS[solver].exact_in == "all schedules":  # the others are exact in a narrower class
+        exact = [other for other in exact if other.exact_in == "all schedules"]
+    assert all(seconds(chain, budget, other.name) <= seconds(chain, budget, solver) for other in exact)
 
 
 @EVERY_SOLVER

@@ -15,7 +15,17 @@ from typing import Any
 
 from scheduler.chain import Chain
 from scheduler.schedule import Schedule, simulate
-from scheduler.solvers import chen, keep_all, optimal, periodic, recursive, revolve, selective, sqrt
+from scheduler.solvers import (
+    chen,
+    exhaustive,
+    keep_all,
+    optimal,
+    periodic,
+    recursive,
+    revolve,
+    selective,
+    sqrt,
+)
 
 __all__ = ["SOLVERS", "Solver", "solve_chain"]
 
@@ -81,6 +91,15 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
                 "stages kept by name, the others recomputed",
                 parameters=("keep",),
                 required=("keep",),
+            ),
+            Solver(
+                "exhaustive",
+                exhaustive.solve,
+                "fastest schedule of all, for short chains",
+                "all schedules",
+                options=True,
+                parameters=("states",),
+                most_stages=exhaustive.MOST_STAGES,
             ),
         )
     }

@@ -1,0 +1,476 @@
+"""The fastest of all schedules, persistent or not, of a short chain: A* over the referee's states.
+
+Source: Hart, Nilsson & Raphael 1968, *A formal basis for the heuristic determination of minimum cost paths*,
+doi:10.1109/TSSC.1968.300136. What persistent schedules may lose: Beaumont, Herrmann, Pallez & Shilova 2020,
+*Optimal memory-aware backpropagation of deep join networks*, doi:10.1098/rsta.2019.0049, and section 4 of
+arXiv:1911.13214.
+
+A state is what the referee holds: the stages left to reverse, the held boundaries (x_0 always), the option of each kept
+stage, the working boundary, and the stages run so far. Three rules shrink the search, and lose nothing:
+
+1. ``Checkpoint`` stands in for ``Forward``: both need the same bytes while they run, and ``Free`` undoes the
+   difference. So every boundary that a run leaves behind is held until its bytes are needed: an action over
+   the budget is tried after each smallest set of ``Free`` that lets it fit, and ``Free`` is tried nowhere else.
+2. A backward that fits, and leaves no more bytes than it found, is done at once: whatever was to come before
+   it fits after it as well.
+3. A stage is not run where its output is there, unless that is the only way to hold its input.
+
+The heuristic never exceeds the seconds that are left: each backward; one run of each stage that is not
+kept; and what memory forces on top. Take stages s..j such that none is kept, x_s is there and x_{s+1}..x_j
+are not. Each of them runs before j is reversed, and those that are not kept at that moment run again
+later. Which of them can be kept then is a knapsack, solved once for every s, j and room (``_knapsacks``).
+Such runs of stages are disjoint, so their extra seconds add up.
+
+What is claimed: the schedule returned is the fastest of all that the referee calls legal and within the budget
+(to rounding of seconds, 1e-12 of the step), and ``InfeasibleBudget.smallest`` is the least peak of any of
+them. Where no schedule beats the fastest persistent one, that one is returned. The number of states grows
+exponentially with the stages: past ``states`` of them the search is given up with an error.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import replace
+from itertools import pairwise
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import types
+from numba.typed import Dict
+from numpy.typing import NDArray
+
+from scheduler.chain import Chain
+from scheduler.errors import InfeasibleBudget
+from scheduler.schedule import Action, Backward, Checkpoint, Forward, Free, Keep, Schedule, simulate
+from scheduler.solvers import optimal
+from scheduler.solvers.tables import Floats, Ints, compiled
+
+__all__ = ["MOST_STAGES", "solve"]
+
+MOST_STAGES = 12
+STATES = 3_000_000  # about 400 MB
+ROUNDING = 1e-12  # relative; sums of the same seconds in another order differ by less
+FIELD = 5  # bits of a stage's number
+CODE = 20  # bits of an action's code: the option of a Keep, or one of the two below
+RUN, REVERSE = 2**CODE - 2, 2**CODE - 1
+
+
+class Costs(NamedTuple):
+    """The chain for compiled code. L stages, at most K options; seconds as floats, bytes as ints."""
+
+    forward: Floats  # (L,)
+    backward: Floats  # (L,)
+    boundary: Ints  # (L + 1,)
+    passing: Ints  # (L,) bytes that Forward adds while it runs: its output and its transient
+    recomputable: NDArray[np.bool_]  # (L,)
+    choices: Ints  # (L,) number of options
+    saved: Ints  # (L, K)
+    recompute: Floats  # (L, K)
+    keeping: Ints  # (L, K) bytes that Keep adds while it runs
+    reversing: Ints  # (L, K) bytes that Backward adds while it runs, the gradient of its output aside
+    ran: Ints  # (L + 1,) fixed and long-lived bytes once i stages have run, and none is reversed
+    left: Ints  # (L + 1,) fixed and long-lived bytes, and the gradient of x_i, with i stages left to reverse
+
+
+class Knapsacks(NamedTuple):
+    """For each s..j, by bytes at hand: the seconds of recomputation that a state cannot avoid."""
+
+    source: Ints  # (L,) the least bytes that x_i takes when i is reversed, if stage i-1 is not kept yet
+    start: Ints  # (L, L) where the list of s..j begins
+    end: Ints  # (L, L)
+    room: Ints  # ascending in each list
+    seconds: Floats  # descending in each list
+
+
+def _costs(chain: Chain) -> Costs:
+    stages = chain.stages
+    width = max(len(stage.options) for stage in stages)
+
+    def table(rows: list[list[int]] | list[list[float]], dtype: type) -> NDArray[Any]:
+        return np.array([[*row, *[0] * (width - len(row))] for row in rows], dtype)
+
+    ran = [chain.fixed]
+    for stage in stages:
+        ran.append(ran[-1] + stage.carried)
+    long_lived = [ran[-1]]
+    for stage in reversed(stages):
+        long_lived.append(long_lived[-1] + stage.retained)
+    gradients = [0, *(chain.grad_bytes(i) for i in range(1, len(stages) + 1))]
+    return Costs(
+        forward=np.array([stage.forward for stage in stages]),
+        backward=np.array([stage.backward for stage in stages]),
+        boundary=np.array([chain.input_bytes(i) for i in range(len(stages) + 1)], np.int64),
+        passing=np.array(
+            [chain.input_bytes(i + 1) + s.forward_overhead for i, s in enumerate(stages)], np.int64
+        ),
+        recomputable=np.array([stage.recomputable for stage in stages]),
+        choices=np.array([len(stage.options) for stage in stages], np.int64),
+        saved=table([[o.saved for o in s.options] for s in stages], np.int64),
+        recompute=table([[o.recompute for o in s.options] for s in stages], np.float64),
+        keeping=table([[o.saved + o.forward_overhead for o in s.options] for s in stages], np.int64),
+        reversing=table([[s.input_grad + o.backward_overhead for o in s.options] for s in stages], np.int64),
+        ran=np.array(ran, np.int64),
+        left=np.array(long_lived[::-1], np.int64) + np.array(gradients, np.int64),
+    )
+
+
+def _front(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The points (bytes, seconds) that no other point beats in both."""
+    front: list[tuple[int, float]] = []
+    for room, seconds in sorted(points):
+        if not front or seconds < front[-1][1]:
+            front.append((room, seconds))
+    return front
+
+
+def _knapsacks(chain: Chain) -> Knapsacks:
+    """For each s..j, none kept and x_j not there unless s = j: bytes at the backward of j, and seconds.
+
+    The bytes are those of kept stages s..j, x_j if it is not inside stage j-1, and the transient of the
+    backward. The seconds are those of recomputation, second runs of stages s..j-1 included.
+    """
+    stages = chain.stages
+    lists: dict[tuple[int, int], list[tuple[int, float]]] = {}
+    again = [min(o.recompute for o in stage.options) + stage.forward for stage in stages]
+    for j, stage in enumerate(stages):
+        points = [(o.saved + stage.input_grad + o.backward_overhead, o.recompute) for o in stage.options]
+        lists[j, j] = points = _front(points)
+        for s in range(j - 1, -1, -1):
+            grown = [
+                (room + o.saved, seconds + o.recompute) for room, seconds in points for o in stages[s].options
+            ]
+            if stages[s].recomputable:
+                outside = chain.input_bytes(j) if s == j - 1 else 0
+                grown += [(room + outside, seconds + again[s]) for room, seconds in points]
+            lists[s, j] = points = _front(grown)
+    source = [chain.input_bytes(0)]
+    for stage, after in pairwise(stages):
+        source.append(min([after.input, *(o.saved for o in stage.options)]))  # held, or inside a kept stage
+    start = np.zeros((len(chain), len(chain)), np.int64)
+    end = np.zeros_like(start)
+    flat: list[tuple[int, float]] = []
+    for (s, j), points in lists.items():
+        start[s, j], end[s, j] = len(flat), len(flat) + len(points)
+        flat += points
+    rooms, seconds = zip(*flat, strict=True)
+    return Knapsacks(np.array(source, np.int64), start, end, np.array(rooms, np.int64), np.array(seconds))
+
+
+@compiled
+def _unpack(key: int, length: int, bits: int, kept: Ints) -> tuple[int, int, int, int]:
+    """(held, working, left, ran) of a packed state; ``kept[i]`` becomes 1 + the option of stage i, or 0."""
+    held = key & ((1 << length) - 1)
+    key >>= length
+    for i in range(length):
+        kept[i] = key & ((1 << bits) - 1)
+        key >>= bits
+    mask = (1 << FIELD) - 1
+    return held, key & mask, (key >> FIELD) & mask, (key >> (2 * FIELD)) & mask
+
+
+@compiled
+def _pack(held: int, kept: Ints, working: int, left: int, ran: int, length: int, bits: int) -> int:
+    """The state as one int; the stages run so far matter only until the first backward."""
+    key = np.int64(ran if left == length else 0)
+    key = (key << FIELD) | left
+    key = (key << FIELD) | working
+    for i in range(length - 1, -1, -1):
+        key = (key << bits) | kept[i]
+    return int((key << length) | held)
+
+
+@compiled
+def _seconds_left(
+    a: Costs, n: Knapsacks, budget: int, held: int, kept: Ints, working: int, left: int
+) -> float:
+    """Seconds that are left at least; inf where no schedule can go on from here."""
+    seconds = 0.0
+    below = np.int64(0)  # bytes of kept stages so far
+    first = 0  # the run of stages that are not kept starts here
+    for j in range(left):
+        seconds += a.backward[j]
+        room = budget - a.left[j + 1] - below - (a.boundary[0] if j > 0 else 0)
+        if kept[j]:
+            k = kept[j] - 1
+            seconds += a.recompute[j, k]
+            room -= a.saved[j, k] + a.reversing[j, k]
+            if j == 0 or not kept[j - 1]:
+                room -= n.source[j]
+            if room < 0:
+                return np.inf
+            below += a.saved[j, k]
+            first = j + 1
+            continue
+        seconds += a.forward[j]
+        if held >> j & 1 or working == j:
+            first = j
+        ends = j + 1 == left or kept[j + 1] or held >> (j + 1) & 1 or working == j + 1
+        if not ends:
+            continue
+        if first == j and (j == 0 or not kept[j - 1]):
+            room -= n.source[j]
+        start, end = n.start[first, j], n.end[first, j]
+        at = np.searchsorted(n.room[start:end], room, side="right") - 1
+        if at < 0:
+            return np.inf
+        seconds += n.seconds[start + at]
+        first = j + 1
+    return seconds
+
+
+@compiled
+def _search(
+    a: Costs, n: Knapsacks, budget: int, bits: int, limit: int, upper: float
+) -> tuple[int, Ints, Ints, Ints, int]:
+    """A* from the start to the state with nothing left.
+
+    Args:
+        bits: of one entry of ``kept`` in a packed state.
+        limit: most states.
+        upper: seconds that the schedule must stay below.
+
+    Returns:
+        (goal, keys, parents, actions, states): the index of the goal, -1 if there is none below ``upper``,
+        -2 if the limit was reached; for each state its packed form, where it came from, and by what action.
+    """
+    length = a.forward.size
+    keys = np.empty(1024, np.int64)
+    cost = np.empty(1024, np.float64)
+    parents = np.empty(1024, np.int64)
+    actions = np.empty(1024, np.int64)
+    index = Dict.empty(types.int64, types.int64)
+    kept = np.zeros(length, np.int64)
+    keys[0] = _pack(1, kept, 0, length, 0, length, bits)
+    cost[0], parents[0], actions[0] = 0.0, -1, -1
+    index[keys[0]] = 0
+    size = 1
+    queue = [(0.0, length, 0, 0.0)]
+    while len(queue) > 0:
+        _, left, newest, seconds = heapq.heappop(queue)
+        here = -newest
+        if seconds > cost[here]:
+            continue
+        if left == 0:
+            return here, keys, parents, actions, size
+        held, working, left, ran = _unpack(keys[here], length, bits, kept)
+        live = a.left[left] if left < length else a.ran[ran]
+        for i in range(left):
+            if held >> i & 1:
+                live += a.boundary[i]
+            if kept[i]:
+                live += a.saved[i, kept[i] - 1]
+        if working:
+            live += a.boundary[working]
+
+        # The actions, as (stage, code): the backward first, since it may make the others needless.
+        j = left - 1
+        for choice in range(-1, left * (a.saved.shape[1] + 1)):
+            if choice < 0:
+                i, code = j, REVERSE
+                if not kept[j] or not (held >> j & 1 or (j > 0 and kept[j - 1])):
+                    continue
+                k = kept[j] - 1
+                change = a.left[j] - (a.left[left] if left < length else a.ran[ran]) - a.saved[j, k]
+                gone = (a.boundary[j] if held >> j & 1 else 0) + (a.boundary[working] if working > j else 0)
+                during = a.reversing[j, k] + (a.left[length] - a.ran[ran] if left == length else 0)
+                peak = live + max(during, change - gone)
+                spent = a.backward[j] + a.recompute[j, k]
+                # Rule 2; x_j does not count in ``change``, since another run may bring it back.
+                only = peak <= budget and (change <= 0 or j == 0)
+            else:
+                i = choice // (a.saved.shape[1] + 1)
+                code = choice % (a.saved.shape[1] + 1) - 1
+                if kept[i] or code >= a.choices[i]:
+                    continue
+                if not (held >> i & 1 or working == i or (i > 0 and kept[i - 1])) or (
+                    i == 0 and not held & 1
+                ):
+                    continue
+                peak = live
+                if working and working != i:
+                    peak -= a.boundary[working]
+                if left == length and ran == i:
+                    peak += a.ran[i + 1] - a.ran[i]
+                spent = a.forward[i]
+                if code >= 0:
+                    peak += a.keeping[i, code]
+                else:
+                    code = RUN
+                    there = i == j or held >> (i + 1) & 1 or working == i + 1
+                    if not a.recomputable[i] or (there and working != i):
+                        continue
+                    peak += a.passing[i]
+                only = False
+
+            # What may be let go first: all held boundaries but the one that the action starts from.
+            loose = held & ~1  # x_0 is needed at the end, and nothing brings it back
+            if i > 0 and not kept[i - 1]:
+                loose &= ~(1 << i)
+            excess = peak - budget
+            gone = loose if excess > 0 else 0
+            while True:
+                freed, least = 0, budget
+                if gone:
+                    for b in range(left):
+                        if gone >> b & 1:
+                            freed += a.boundary[b]
+                            least = min(least, a.boundary[b])
+                if freed >= excess and (gone == 0 or freed - least < excess):
+                    to_held, to_kept, to_working, to_left, to_ran = held & ~gone, kept[i], working, left, ran
+                    if code == REVERSE:
+                        kept[i] = 0
+                        to_held &= ~(1 << i)
+                        to_left = i
+                        if working > i:
+                            to_working = 0
+                    else:
+                        to_ran = max(ran, i + 1)
+                        if working == i and i > 0:
+                            to_held |= 1 << i
+                        if code == RUN:
+                            to_working = 0 if to_held >> (i + 1) & 1 else i + 1
+                        else:
+                            to_working = 0
+                            kept[i] = code + 1
+                    total = seconds + spent
+                    rest = _seconds_left(a, n, budget, to_held, kept, to_working, to_left)
+                    if total + rest < upper:
+                        key = _pack(to_held, kept, to_working, to_left, to_ran, length, bits)
+                        if key in index:
+                            at = index[key]
+                        else:
+                            if size == limit:
+                                return -2, keys, parents, actions, size
+                            if size == keys.size:
+                                keys = np.concatenate((keys, np.empty_like(keys)))
+                                cost = np.concatenate((cost, np.empty_like(cost)))
+                                parents = np.concatenate((parents, np.empty_like(parents)))
+                                actions = np.concatenate((actions, np.empty_like(actions)))
+                            at = size
+                            index[key] = at
+                            keys[at] = key
+                            cost[at] = np.inf
+                            size += 1
+                        if total < cost[at]:
+                            cost[at], parents[at], actions[at] = total, here, i << CODE | code
+                            heapq.heappush(queue, (total + rest, to_left, -at, total))
+                    kept[i] = to_kept
+                if gone == 0:
+                    break
+                gone = (gone - 1) & loose
+            if only:
+                break
+    return -1, keys, parents, actions, size
+
+
+def _read_off(length: int, goal: int, keys: Ints, parents: Ints, codes: Ints, bits: int) -> Schedule:
+    """The actions on the way to the state ``goal``; a boundary let go before its next use is never held."""
+    path = [goal]
+    while parents[path[-1]] >= 0:
+        path.append(int(parents[path[-1]]))
+    path.reverse()
+    actions: list[Action] = []
+    unused: dict[int, int] = {}  # held boundary -> index of the Checkpoint that first held it
+    kept = np.zeros(length, np.int64)
+    for before, after in pairwise(path):
+        to_held = int(_unpack(keys[after], length, bits, kept)[0])
+        held = int(_unpack(keys[before], length, bits, kept)[0])  # last, for ``kept``
+        i, code = divmod(int(codes[after]), 2**CODE)
+        for b in range(length):
+            # A reversed stage lets its input go by itself; inside another stage it may have gone before.
+            spare = not (code == REVERSE and b == i) or (i > 0 and kept[i - 1])
+            if (held & ~to_held) >> b & 1 and spare:
+                if b in unused:
+                    actions[unused.pop(b)] = Forward(b)
+                else:
+                    actions.append(Free(b))
+        unused.pop(i, None)
+        if code == RUN and (to_held & ~held) >> i & 1:
+            unused[i] = len(actions)
+        actions.append(Backward(i) if code == REVERSE else Checkpoint(i) if code == RUN else Keep(i, code))
+    return Schedule(tuple(actions))
+
+
+def _run(chain: Chain, budget: int, upper: float, states: int) -> Schedule | None:
+    """The fastest schedule within ``budget`` that takes less than ``upper`` seconds; None if there is none."""
+    bits = max(len(stage.options) for stage in chain.stages).bit_length()
+    limit = upper * (1 - ROUNDING)
+    goal, keys, parents, codes, _ = _search(_costs(chain), _knapsacks(chain), budget, bits, states, limit)
+    if goal == -2:
+        raise RuntimeError(
+            f"exhaustive: gave up after {states} states of a chain of {len(chain)} stages; pass states= (more "
+            "of them, some 100 bytes each), merge stages, or use the solver 'optimal'"
+        )
+    return None if goal < 0 else _read_off(len(chain), goal, keys, parents, codes, bits)
+
+
+def _few_options(chain: Chain) -> tuple[Chain, list[list[int]]]:
+    """The chain without options that another one of the stage beats in all, and (L,) the numbers of the rest."""
+    rest, numbers = [], []
+    for stage in chain.stages:
+        rows = [(o.recompute, o.saved, o.forward_overhead, o.backward_overhead) for o in stage.options]
+        good = [
+            k
+            for k, row in enumerate(rows)
+            if not any(
+                all(x <= y for x, y in zip(other, row, strict=True)) and (other != row or at < k)
+                for at, other in enumerate(rows)
+            )
+        ]
+        numbers.append(good)
+        rest.append(replace(stage, options=tuple(stage.options[k] for k in good)))
+    return replace(chain, stages=tuple(rest)), numbers
+
+
+def solve(chain: Chain, memory_budget: int, *, states: int = STATES) -> Schedule:
+    """The fastest schedule of all within ``memory_budget`` (bytes).
+
+    Args:
+        chain: up to ``MOST_STAGES`` stages.
+        memory_budget: bytes of the whole step.
+        states: the search is given up past so many; each takes some 100 bytes.
+
+    Raises:
+        InfeasibleBudget: no schedule fits; ``smallest`` is the least peak of all schedules.
+        RuntimeError: given up past ``states`` states.
+        ValueError: ``states`` is no positive int; the stages and options of the chain do not pack into 63 bits, or its sizes add up to
+            2**62 bytes or more.
+    """
+    if isinstance(states, bool) or not isinstance(states, Integral) or states < 1:
+        raise ValueError(f"exhaustive: states={states!r} must be an int of at least 1")
+    few, numbers = _few_options(chain)
+    bits = len(few) * (1 + max(map(len, numbers)).bit_length()) + 3 * FIELD
+    if bits > 63:
+        raise ValueError(
+            f"exhaustive: a state of {len(few)} stages with up to {max(map(len, numbers))} options takes {bits} "
+            "bits, at most 63 are there; merge stages, or drop options"
+        )
+    try:
+        best = optimal.solve(few, memory_budget)
+    except InfeasibleBudget as error:
+        found = _run(few, memory_budget, math.inf, states)
+        if found is None:
+            raise InfeasibleBudget(
+                memory_budget, _least_peak(few, error.smallest, states), "exhaustive"
+            ) from None
+    else:
+        found = _run(few, memory_budget, simulate(few, best).seconds, states) or best
+    return Schedule(
+        tuple(Keep(x.stage, numbers[x.stage][x.option]) if isinstance(x, Keep) else x for x in found)
+    )
+
+
+def _least_peak(chain: Chain, peak: int, states: int) -> int:
+    """The least peak of all schedules, if there is one of ``peak`` bytes."""
+    free = tuple(
+        replace(s, forward=0.0, backward=0.0, options=tuple(replace(o, recompute=0.0) for o in s.options))
+        for s in chain.stages
+    )
+    timeless, _ = _few_options(
+        replace(chain, stages=free)
+    )  # where nothing costs time, the search asks only what fits
+    while peak > 0 and (found := _run(timeless, peak - 1, math.inf, states)) is not None:
+        peak = simulate(timeless, found).peak
+    return peak
