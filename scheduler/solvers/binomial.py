@@ -23,16 +23,25 @@ There are two conventions of the last forward:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import comb
-from operator import index
+from numbers import Integral
 
 import numpy as np
 
 from scheduler.schedule import Action, Backward, Checkpoint, Forward, Keep
 from scheduler.solvers.tables import Ints, compiled
 
-__all__ = ["PACKED", "repetitions", "revolve_actions", "revolve_packed", "revolve_runs"]
+__all__ = [
+    "PACKED",
+    "advance",
+    "at_least_one",
+    "repetitions",
+    "reverse",
+    "revolve_actions",
+    "revolve_packed",
+    "revolve_runs",
+]
 
 PACKED = (Forward, Checkpoint, Keep, Backward)  # the kinds in ``revolve_packed``
 FORWARD, CHECKPOINT, KEEP, BACKWARD = range(4)
@@ -42,16 +51,19 @@ PACKED_STEPS = 2**31 - 1  # the products of ``advance`` stay below 2**62
 CHUNK = 2**16  # actions
 
 
+def at_least_one(call: str, name: str, value: int) -> int:
+    """``value`` as a plain int, or a TypeError or ValueError that names ``call``."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{call}: {name}={value!r} must be an int")
+    if value < 1:
+        raise ValueError(f"{call}: {name}={value} must be at least 1")
+    return int(value)
+
+
 def _checked(call: str, steps: int, slots: int) -> tuple[int, int]:
     """Both as plain ints, and no more slots than are of use; or an error that names ``call``."""
-    for name, value in (("steps", steps), ("slots", slots)):
-        try:
-            number = index(value)
-        except TypeError:
-            raise TypeError(f"{call}: {name}={value!r} must be an int") from None
-        if isinstance(value, bool) or number < 1:
-            raise ValueError(f"{call}: {name}={value!r} must be at least 1")
-    return index(steps), min(index(slots), index(steps))
+    steps = at_least_one(call, "steps", steps)
+    return steps, min(at_least_one(call, "slots", slots), steps)
 
 
 def _least(enough: Callable[[int], bool]) -> int:
@@ -128,6 +140,15 @@ def _actions(steps: int, slots: int, two_phase: bool) -> Iterator[Action]:
         for start, n, _ in segments:
             yield Checkpoint(start)
             yield from map(Forward, range(start + 1, start + n))
+    yield from reverse(segments)
+
+
+def reverse(segments: Iterable[tuple[int, int, int]]) -> Iterator[Action]:
+    """Reverse segments, the last one first.
+
+    Args:
+        segments: first step, whose input is there; steps; and slots, the one of that input among them.
+    """
     # Segments still to reverse, the last on top: first step, steps n, slots c, some r, and C(c + r - 1, c).
     stack = []
     for start, n, c in segments:

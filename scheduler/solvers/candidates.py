@@ -103,11 +103,10 @@ def schedule_of(tree: Ints, length: int) -> Schedule:
     """The schedule of ``length`` stages that the tree describes."""
     nodes = iter(tree.tolist())
 
-    def decide(s: int, t: int, _: None) -> Decision[None]:
-        at = next(nodes)
+    def decision(at: int) -> Decision[None]:
         return Split(at, None, None) if at else KeepStage(0, None)
 
-    return build(length, decide, None)
+    return build(length, lambda s, t, _: decision(next(nodes)), None)
 
 
 @compiled

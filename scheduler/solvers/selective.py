@@ -25,7 +25,10 @@ def _matches(chain: Chain, keep: object) -> list[bool]:
     """(L,) whether each stage is named by ``keep``; or an error that says what to pass."""
     names = [stage.name for stage in chain.stages]
     if isinstance(keep, (str, re.Pattern)):
-        pattern = re.compile(keep)
+        try:
+            pattern = re.compile(keep)
+        except re.error as error:
+            raise ValueError(f"selective: keep={keep!r} is no regular expression: {error}") from error
         found = [bool(pattern.search(name)) for name in names]
     elif callable(keep):
         found = [bool(keep(name)) for name in names]
@@ -60,8 +63,8 @@ def solve(
     Raises:
         InfeasibleBudget: it does not fit.
         TypeError: ``keep`` is none of these.
-        ValueError: ``keep`` matches no stage, or names one that is not there; or the chain's sizes add up to
-            2**62 bytes or more.
+        ValueError: ``keep`` matches no stage, names one that is not there, or is no valid regular expression;
+            or the chain's sizes add up to 2**62 bytes or more.
     """
     stages = chain.stages
     again = [
