@@ -7,11 +7,11 @@ else a solver may be told (``periodic`` its period, ``selective`` its predicate)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from types import MappingProxyType
-from typing import Any
+from typing import Any, overload
 
 from scheduler.chain import Chain
 from scheduler.schedule import Schedule, simulate
@@ -45,6 +45,7 @@ class Solver:
         parameters: names of the keyword arguments that its ``solve`` takes.
         required: those of them that it cannot do without.
         most_stages: stages of the longest chain that it takes; 0 if any length will do.
+        solve_many: chain and budgets to schedules, where that is quicker than one by one.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Solver:
     parameters: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     most_stages: int = 0
+    solve_many: Callable[..., list[Schedule]] | None = None
 
     @property
     def exact(self) -> bool:
@@ -69,7 +71,13 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
         solver.name: solver
         for solver in (
             Solver(
-                "optimal", optimal.solve, "fastest persistent schedule", "persistent schedules", options=True
+                "optimal",
+                optimal.solve,
+                "fastest persistent schedule",
+                "persistent schedules",
+                options=True,
+                most_stages=optimal.MOST_STAGES,
+                solve_many=optimal.solve_many,
             ),
             Solver("revolve", revolve.solve, "binomial checkpointing", uniform_only=True),
             Solver("sqrt", sqrt.solve, "segments of √n stages, inputs held", uniform_only=True),
@@ -136,30 +144,50 @@ def checked_solver(call: str, chain: Chain, solver: str, parameters: Mapping[str
     return found
 
 
-def solve_chain(chain: Chain, memory_budget: int, solver: str = "optimal", **parameters: Any) -> Schedule:
+@overload
+def solve_chain(chain: Chain, memory_budget: int, solver: str = "optimal", **parameters: Any) -> Schedule: ...
+
+
+@overload
+def solve_chain(
+    chain: Chain, memory_budget: Sequence[int], solver: str = "optimal", **parameters: Any
+) -> list[Schedule]: ...
+
+
+def solve_chain(
+    chain: Chain, memory_budget: int | Sequence[int], solver: str = "optimal", **parameters: Any
+) -> Schedule | list[Schedule]:
     """A schedule of ``chain`` whose peak, by the referee, is at most ``memory_budget``.
 
     Args:
         chain: what each stage costs.
-        memory_budget: bytes of the whole step, ``chain.fixed`` included.
+        memory_budget: bytes of the whole step, ``chain.fixed`` included; or several budgets, which ``optimal``
+            answers from one table.
         solver: a key of ``SOLVERS``.
         parameters: what else the solver takes, see ``Solver.parameters``.
 
     Returns:
-        the Schedule.
+        the Schedule; for several budgets, one for each.
 
     Raises:
-        TypeError: the budget is not an int; a parameter that the solver does not have, or lacks.
-        ValueError: the budget is not in 1 .. 2**63 - 1, there is no such solver, or the chain is too long for it.
-        InfeasibleBudget: no schedule of this solver fits; ``smallest`` says what would.
+        TypeError: a budget is not an int; a parameter that the solver does not have, or lacks.
+        ValueError: a budget is not in 1 .. 2**63 - 1, there is no such solver, or the chain is too long for it.
+        InfeasibleBudget: no schedule of this solver fits (the smallest of the budgets); ``smallest`` says what would.
     """
-    budget = checked_budget("solve_chain", memory_budget)
+    several = isinstance(memory_budget, Sequence) and not isinstance(memory_budget, str)
+    given: Any = memory_budget if several else [memory_budget]
+    budgets = [checked_budget("solve_chain", budget) for budget in given]
     found = checked_solver("solve_chain", chain, solver, parameters)
-    schedule = found.solve(chain, budget, **parameters)
-    peak = simulate(chain, schedule).peak
-    if peak > budget:
-        raise RuntimeError(
-            f"internal: solver {solver!r} returned a schedule of {peak} bytes for a budget of {budget}; "
-            "please report this with Chain.to_json()"
-        )
-    return schedule
+    if found.solve_many is not None and len(budgets) > 1:
+        schedules = found.solve_many(chain, budgets, **parameters)
+    else:
+        by_budget = {budget: found.solve(chain, budget, **parameters) for budget in sorted(set(budgets))}
+        schedules = [by_budget[budget] for budget in budgets]
+    for budget, schedule in zip(budgets, schedules, strict=True):
+        peak = simulate(chain, schedule, parameters.get("host")).peak
+        if peak > budget:
+            raise RuntimeError(
+                f"internal: solver {solver!r} returned a schedule of {peak} bytes for a budget of {budget}; "
+                "please report this with Chain.to_json()"
+            )
+    return schedules if several else schedules[0]

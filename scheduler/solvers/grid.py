@@ -166,14 +166,14 @@ def _keep(a: Arrays, g: Grid, s: int, t: int, buffer: Floats) -> None:
     first = g.lo[s, t] - 1
     for k in range(a.choices[s]):
         need = keep_need(a, s, t, k)
-        rest, shift = none, -NEVER
+        rest, shift = none, int(-NEVER)
         if s < t:
             # What fits is decided by exact bytes here too, so that the values from lo on are finite.
             need = max(need, a.saved[s, k] + g.least[s + 1, t])
             rest = _shifted(g, s + 1, t, a.saved[s, k], buffer)
             shift = g.lo[s + 1, t] - 1 + a.saved[s, k] // g.unit - first
         start = max(_units(g, need) - first, 1)
-        _relax(row, start, row.size - 1, a.recompute[s, k], rest, shift, none, -NEVER)
+        _relax(row, start, row.size - 1, a.recompute[s, k], rest, shift, none, int(-NEVER))
 
 
 @compiled
@@ -188,7 +188,7 @@ def _keep_until(a: Arrays, g: Grid, s: int, i: int, t: int, buffer: Floats) -> N
     rest = _shifted(g, i, t, kept, buffer)
     shift = g.lo[i, t] - 1 + kept // g.unit - first
     start = max(_units(g, need) - first, 1)
-    _relax(row, start, row.size - 1, a.quick[i] - a.quick[s], rest, shift, none, -NEVER)
+    _relax(row, start, row.size - 1, a.quick[i] - a.quick[s], rest, shift, none, int(-NEVER))
 
 
 @compiled
@@ -279,6 +279,10 @@ def read_off(a: Arrays, p: Peaks, g: Grid, budget: int) -> Reading:
         waiting -= 1
         s, t, room = stack[waiting]
         k, j = _decide(a, p, g, s, t, room)
+        if k < 0 and j == 0:
+            raise RuntimeError(
+                "internal: nothing fits a segment that P fits; please report this with Chain.to_json()"
+            )
         option[count], at[count] = k, j
         count += 1
         if k >= 0:

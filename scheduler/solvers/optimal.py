@@ -59,6 +59,7 @@ MIN_SLOTS = 500  # leaves the grid fewer units than this: fewer estimate badly. 
 MAX_SLOTS, QUICK_SLOTS = 4000, 1000
 MOST_BYTES, MOST_STEPS = 384 * 2**20, 8 * 10**9  # then splits are tried at some of the boundaries only,
 MOST_WINDOW = 100  # one in so many at the least.
+MOST_STAGES = 5000  # P alone takes a minute there, and each table of segments 200 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +131,12 @@ class Table:
             steps, size = steps / window**2, size / window
         divisor = self._divisor()
         fine = min(max(steps / TABLE_STEPS, size / TABLE_BYTES, 1), coarse)
-        if fine > divisor:  # nothing will be exact by construction, and finer than this is no better
+        if (
+            fine > divisor and not many
+        ):  # nothing will be exact by construction, and finer than this is no better
             fine = max(fine, (self.most - self._held) / MAX_SLOTS)
         quick = (self.most - self._held) / QUICK_SLOTS
-        self._window = window
+        self._window, self._many = window, many
         # A coarse grid often proves its schedule optimal at once.
         for about in (fine,) if many or quick < 4 * fine else (quick, fine):
             self.unit = math.ceil(about / divisor) * divisor
@@ -148,7 +151,7 @@ class Table:
         # Sizes are rounded down: a lower bound, if all splits are tried. The whole chain's values are all it takes.
         self._bounds = root_values(g) if self._window == 1 else None
         self._first = read_off(a, p, g, self.most)
-        if rounds and self._first.extra > self._bound(self.most):
+        if rounds and (self._many or self._first.extra > self._bound(self.most)):
             del g  # before the next table
             g = filled_grid(a, p, self.most, self.unit, phase, True)
         self._g = g
@@ -224,4 +227,6 @@ def solve(chain: Chain, memory_budget: int) -> Schedule:
 def solve_many(chain: Chain, memory_budgets: Sequence[int]) -> list[Schedule]:
     """One schedule a budget (bytes), all from the table of the largest; raises as ``solve_optimal`` does."""
     table = Table(chain, max(memory_budgets), many=True)
+    if min(memory_budgets) < table.smallest:
+        raise InfeasibleBudget(min(memory_budgets), table.smallest, "optimal")
     return [table.solve(budget).schedule for budget in memory_budgets]

@@ -18,7 +18,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from scheduler.chain import Chain
+from scheduler.chain import Chain, Stage
 
 __all__ = [
     "NEVER",
@@ -135,6 +135,11 @@ def _origins(chain: Chain, split: NDArray[np.bool_]) -> Ints:
     return origin
 
 
+def _quickest(stage: Stage) -> int:
+    """The option of least recomputation, and of those the smallest."""
+    return min(range(len(stage.options)), key=lambda k: (stage.options[k].recompute, stage.options[k].saved))
+
+
 def arrays_of(chain: Chain, window: int = 1) -> Arrays:
     """The chain as arrays.
 
@@ -156,10 +161,7 @@ def arrays_of(chain: Chain, window: int = 1) -> Arrays:
     def sums(values: list[float]) -> Floats:
         return np.concatenate(([0.0], np.cumsum(values)))
 
-    quick = [
-        min(range(len(s.options)), key=lambda k, s=s: (s.options[k].recompute, s.options[k].saved))
-        for s in stages
-    ]
+    quick = [_quickest(stage) for stage in stages]
     boundary = np.array([chain.input_bytes(i) for i in range(length + 1)], np.int64)
     split = np.zeros(length + 1, np.bool_)
     split[length] = True

@@ -1,0 +1,132 @@
+"""Every solver at every budget, side by side."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scheduler.budget import format_bytes
+from scheduler.chain import Chain
+from scheduler.errors import InfeasibleBudget
+from scheduler.schedule import simulate
+from scheduler.solvers import SOLVERS, checked_budget, checked_solver, solve_chain
+
+__all__ = ["Cell", "Comparison", "compare"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What one solver gives at one budget.
+
+    Attributes:
+        seconds: of a step, by the referee; None if no schedule of the solver fits.
+        peak: bytes, by the referee; if none fits, the smallest budget at which one would.
+        solve_seconds: how long the solver took.
+    """
+
+    seconds: float | None
+    peak: int
+    solve_seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A table of solvers and budgets; ``print`` it.
+
+    Attributes:
+        chain: the chain.
+        budgets: (B,) bytes.
+        cells: for each solver, (B,) cells.
+        left_out: for each solver that was not run, why.
+    """
+
+    chain: Chain
+    budgets: tuple[int, ...]
+    cells: Mapping[str, tuple[Cell, ...]]
+    left_out: Mapping[str, str]
+
+    def overhead(self, solver: str, index: int) -> float | None:
+        """Extra seconds of a step / seconds of the plain step, at ``budgets[index]``; None if nothing fits."""
+        seconds, plain = self.cells[solver][index].seconds, self.chain.plain_seconds
+        return None if seconds is None else (seconds - plain) / plain if plain else 0.0
+
+    def __str__(self) -> str:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        title = f"{self.chain.name}: overhead of a step, by budget"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("budget", justify="right")
+        for solver in self.cells:
+            table.add_column(solver, justify="right")
+        for index, budget in enumerate(self.budgets):
+            overheads = (self.overhead(solver, index) for solver in self.cells)
+            table.add_row(format_bytes(budget), *("-" if o is None else f"{o:.1%}" for o in overheads))
+        table.add_section()
+        least = ((cell.peak for cell in cells if cell.seconds is None) for cells in self.cells.values())
+        sizes = (next(peaks, None) for peaks in least)
+        table.add_row("smallest", *("" if size is None else format_bytes(size) for size in sizes))
+        longest = (max(cell.solve_seconds for cell in cells) for cells in self.cells.values())
+        table.add_row("longest solve", *(f"{seconds:.3f} s" for seconds in longest))
+        buffer = io.StringIO()
+        console = Console(file=buffer, width=20 + 14 * len(self.cells), highlight=False)
+        console.print(table)
+        for solver, why in self.left_out.items():
+            console.print(f"{solver} was left out: {why}")
+        return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+
+
+def compare(
+    chain: Chain,
+    memory_budgets: Sequence[int],
+    solvers: Sequence[str] | None = None,
+    parameters: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Comparison:
+    """Run every solver at every budget.
+
+    Args:
+        chain: what each stage costs.
+        memory_budgets: (B,) bytes of the whole step, ``chain.fixed`` included.
+        solvers: keys of ``SOLVERS``; by default all of them. Of these, one that needs a parameter which is not
+            given, or takes shorter chains only, is left out, and the table says so.
+        parameters: keyword arguments for solvers, by their names.
+
+    Returns:
+        the Comparison.
+
+    Raises:
+        TypeError, ValueError: as ``solve_chain``, for budgets and for solvers that are asked for by name.
+    """
+    budgets = tuple(checked_budget("compare", budget) for budget in memory_budgets)
+    if not budgets:
+        raise ValueError("compare: memory_budgets is empty; give at least one budget (bytes)")
+    given = parameters or {}
+    if unknown := [name for name in (*given, *(solvers or ())) if name not in SOLVERS]:
+        raise ValueError(f"compare: no solver {unknown[0]!r}; there are {', '.join(SOLVERS)}")
+    cells: dict[str, tuple[Cell, ...]] = {}
+    left_out: dict[str, str] = {}
+    for name in SOLVERS if solvers is None else solvers:
+        try:
+            checked_solver("compare", chain, name, given.get(name, {}))
+        except (TypeError, ValueError) as error:
+            if solvers is not None:
+                raise
+            left_out[name] = str(error).removeprefix("compare: ")
+            continue
+        cells[name] = tuple(_cell(chain, budget, name, given.get(name, {})) for budget in budgets)
+    return Comparison(chain, budgets, cells, left_out)
+
+
+def _cell(chain: Chain, budget: int, solver: str, parameters: Mapping[str, Any]) -> Cell:
+    began = time.perf_counter()
+    try:
+        schedule = solve_chain(chain, budget, solver, **parameters)
+    except InfeasibleBudget as error:
+        return Cell(None, error.smallest, time.perf_counter() - began)
+    took = time.perf_counter() - began
+    line = simulate(chain, schedule, parameters.get("host"))
+    return Cell(line.seconds, line.peak, took)
