@@ -1,6 +1,6 @@
 """Run benchmarks: all of them, or those named.
 
-python -m benchmarks [solver_speed] [step_peaks] [--write]
+python -m benchmarks [solver_speed] [step_peaks] [...] [--write]
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 import importlib
 from pathlib import Path
 
-NAMES = ("solver_speed", "step_peaks")
+NAMES = ("solver_speed", "random_chains", "overheads", "step_peaks", "persistence", "milp_bound")
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
@@ -18,13 +18,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", choices=[*NAMES, []], help="default: all")
-    parser.add_argument("--write", action="store_true", help="write each table to docs/NAME.md")
+    parser.add_argument("--write", action="store_true", help="write docs/NAME.md, and NAME.svg if it draws")
     arguments = parser.parse_args()
     for name in arguments.names or NAMES:
-        text = importlib.import_module(f"benchmarks.{name}").report()
+        module = importlib.import_module(f"benchmarks.{name}")
+        text = module.report()
         print(text)
         if arguments.write:
             (DOCS / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+            if hasattr(module, "figure"):
+                module.figure().savefig(DOCS / f"{name}.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":
