@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ from scheduler.costs.resident import optimizer_bytes, resident_parts
 from scheduler.costs.roofline import roofline_graph
 from scheduler.errors import CaptureError, InfeasibleBudget
 from scheduler.plan import CaptureRecord, Plan
-from scheduler.solvers import SOLVERS, solve_chain
+from scheduler.solvers import checked_solver, solve_chain
 
 __all__ = ["solve"]
 
@@ -63,6 +63,7 @@ def solve(
     *,
     sample: Any,
     solver: str = "optimal",
+    parameters: Mapping[str, Any] | None = None,
     capture: str | Iterable[nn.Module] = "auto",
     costs: str = "measure",
     optimizer: torch.optim.Optimizer | None = None,
@@ -78,7 +79,8 @@ def solve(
             state if an optimizer is given, inputs, activations. An int, or text: "6GiB", "800MB", "75%".
         sample: what the model is trained on, in shape: a tensor, a tuple of positional arguments, a dict of
             keyword arguments, or ``(args, kwargs)``.
-        solver: a name in ``scheduler.solvers.SOLVERS``.
+        solver: a name in ``scheduler.solvers.SOLVERS``; not a two-level one, whose plans cannot be executed yet.
+        parameters: what else the solver takes, by name: ``{"keep": "attn"}`` for "selective".
         capture: "graph" (torch.export), "modules" (blocks that run in order), "auto" (graph where it is
             exact, else modules), or the blocks themselves: a list of modules or an nn.Sequential.
         costs: "measure" (seconds by the clock) or "roofline" (from FLOPs and bytes); bytes are counted either way.
@@ -94,7 +96,9 @@ def solve(
         InfeasibleBudget: no schedule fits; carries the smallest budget that one fits.
     """
     model = unplanned(model)
-    request = _checked(model, memory_budget, sample, solver, capture, costs, optimizer, progress)
+    request = _checked(
+        model, memory_budget, sample, solver, parameters or {}, capture, costs, optimizer, progress
+    )
     resident = resident_parts(model, request.call, request.device)
     resident["optimizer state"] = request.optimizer_state
     captured, reason, own_loss = _captured(request)
@@ -105,7 +109,7 @@ def solve(
         resident["constants and replay state"] = extra
     request.progress(f"solving for {format_bytes(request.budget)}")
     try:
-        schedule = solve_chain(chain, request.budget, solver)
+        schedule = solve_chain(chain, request.budget, solver, **(parameters or {}))
     except InfeasibleBudget as error:
         parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in resident.items() if size)
         raise InfeasibleBudget(
@@ -144,6 +148,7 @@ def _checked(
     memory_budget: int | str,
     sample: Any,
     solver: str,
+    parameters: Mapping[str, Any],
     capture: str | Iterable[nn.Module],
     costs: str,
     optimizer: torch.optim.Optimizer | None,
@@ -153,8 +158,11 @@ def _checked(
     reject_unusable(model)
     device = model_device(model)
     budget = parse_budget(memory_budget, _device_bytes(device))
-    if solver not in SOLVERS:
-        raise ValueError(f"solve: solver={solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
+    if checked_solver("solve", solver, parameters).two_level:
+        raise ValueError(
+            f"solve: solver={solver!r} copies to a second memory, which the executor cannot do yet; use it on chains "
+            "(scheduler.solvers.solve_chain), or choose another solver"
+        )
     if costs not in COSTS:
         raise ValueError(f"solve: costs={costs!r} is unknown; choose one of {', '.join(COSTS)}")
     if isinstance(capture, str) and capture not in CAPTURES:

@@ -37,7 +37,8 @@ def test_every_point_is_what_its_schedule_takes_and_none_beats_its_bound(chain):
     frontier = pareto(chain)
     for point in frontier:
         line = simulate(chain, frontier.schedule(point))
-        assert (line.peak, line.seconds) == (point.peak, pytest.approx(point.seconds))
+        assert line.peak == point.peak
+        assert line.seconds == pytest.approx(point.seconds)
         assert point.lower_bound <= point.seconds * (1 + 1e-12)
     peaks = [point.peak for point in frontier]
     seconds = [point.seconds for point in frontier]
@@ -74,7 +75,7 @@ def test_a_step_that_is_no_positive_int_is_refused(step):
 @settings(max_examples=100)
 @given(chains(7, options=3))
 def test_many_budgets_at_once_are_each_solved_as_if_alone(chain):
-    low = min((solve_optimal(chain, 2**40).schedule and pareto(chain).points[0].peak) or 1, 2**40)
+    low = pareto(chain).points[0].peak
     budgets = [max(low, 1) + extra for extra in (17, 0, 5, 0, 1000)]
     for budget, schedule in zip(budgets, solve_chain(chain, budgets), strict=True):
         line = simulate(chain, schedule)

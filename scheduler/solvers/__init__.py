@@ -124,8 +124,10 @@ def checked_budget(call: str, memory_budget: Any) -> int:
     return budget
 
 
-def checked_solver(call: str, chain: Chain, solver: str, parameters: Mapping[str, Any]) -> Solver:
-    """The solver of that name, fit for the chain and the parameters; or an error that names ``call``."""
+def checked_solver(
+    call: str, solver: str, parameters: Mapping[str, Any], chain: Chain | None = None
+) -> Solver:
+    """The solver of that name, fit for the parameters and the chain; or an error that names ``call``."""
     if solver not in SOLVERS:
         raise ValueError(f"{call}: no solver {solver!r}; there are {', '.join(SOLVERS)}")
     found = SOLVERS[solver]
@@ -136,7 +138,7 @@ def checked_solver(call: str, chain: Chain, solver: str, parameters: Mapping[str
     for name in found.required:
         if name not in parameters:
             raise TypeError(f"{call}: solver {solver!r} needs the parameter {name!r}; {known}")
-    if 0 < found.most_stages < len(chain):
+    if chain is not None and 0 < found.most_stages < len(chain):
         raise ValueError(
             f"{call}: solver {solver!r} takes chains of up to {found.most_stages} stages, got {len(chain)}; "
             "choose another solver, or merge stages"
@@ -177,7 +179,7 @@ def solve_chain(
     several = isinstance(memory_budget, Sequence) and not isinstance(memory_budget, str)
     given: Any = memory_budget if several else [memory_budget]
     budgets = [checked_budget("solve_chain", budget) for budget in given]
-    found = checked_solver("solve_chain", chain, solver, parameters)
+    found = checked_solver("solve_chain", solver, parameters, chain)
     if found.solve_many is not None and len(budgets) > 1:
         schedules = found.solve_many(chain, budgets, **parameters)
     else:

@@ -111,7 +111,7 @@ def compare(
     left_out: dict[str, str] = {}
     for name in SOLVERS if solvers is None else solvers:
         try:
-            checked_solver("compare", chain, name, given.get(name, {}))
+            checked_solver("compare", name, given.get(name, {}), chain)
         except (TypeError, ValueError) as error:
             if solvers is not None:
                 raise
