@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scheduler.schedule import COPY_ACTIONS, Action, Backward, Checkpoint, Forward, Free, Keep, Schedule
+from scheduler.schedule import COPY_ACTIONS, Backward, Checkpoint, DeviceAction, Forward, Free, Keep, Schedule
 
 __all__ = ["ReplayProgram"]
 
@@ -29,7 +29,7 @@ class ReplayProgram:
 
     kept: tuple[int | None, ...]
     held: frozenset[int]
-    replay: tuple[Action, ...]
+    replay: tuple[DeviceAction, ...]
     backward_at: tuple[int, ...]
 
     @classmethod

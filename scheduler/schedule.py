@@ -48,6 +48,7 @@ __all__ = [
     "Action",
     "Backward",
     "Checkpoint",
+    "DeviceAction",
     "Forward",
     "Free",
     "FreeHost",
@@ -145,7 +146,8 @@ class FreeSaved:
 
 
 CopyAction: TypeAlias = Offload | Prefetch | FreeHost | OffloadSaved | PrefetchSaved | FreeSaved
-Action: TypeAlias = Forward | Checkpoint | Keep | Backward | Free | CopyAction
+DeviceAction: TypeAlias = Forward | Checkpoint | Keep | Backward | Free
+Action: TypeAlias = DeviceAction | CopyAction
 COPY_ACTIONS = (Offload, Prefetch, FreeHost, OffloadSaved, PrefetchSaved, FreeSaved)
 
 _KINDS: dict[str, type] = {

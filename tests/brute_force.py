@@ -9,7 +9,7 @@ from functools import cache
 from itertools import count
 
 from scheduler.chain import Chain
-from scheduler.schedule import Action, Backward, Checkpoint, Forward, Free, Keep, Schedule
+from scheduler.schedule import COPY_ACTIONS, Action, Backward, Checkpoint, Forward, Free, Keep, Schedule
 
 # (stages still to reverse, held boundaries, kept (stage, option) pairs, working boundary, stages ever run)
 State = tuple[int, frozenset[int], frozenset[tuple[int, int]], int | None, int]
@@ -36,6 +36,8 @@ def step(chain: Chain, state: State, action: Action) -> tuple[float, int, State]
     if isinstance(action, Free):
         after: State = (left, held - {action.boundary}, kept, working, ran)
         return (0.0, live(chain, after), after) if action.boundary in held else None
+    if isinstance(action, COPY_ACTIONS):
+        return None  # ``brute_force_host.py`` has these
     i = action.stage
     if not 0 <= i < left:
         return None

@@ -237,17 +237,21 @@ def two_level_schedules(chain: Chain) -> Iterator[Schedule]:
         if s > last:
             yield ()
             return
-        out: list[tuple[tuple[Action, ...], tuple[Action, ...]]] = [((), ())]
-        if before != "here" and s < last:
-            out.append(((*([Offload(s)] if before == "none" else []), Free(s)), (Prefetch(s),)))
-        for go, back in out:
+        # (right after stage s has run, before it is reversed or run again)
+        ways: list[tuple[tuple[Action, ...], tuple[Action, ...]]] = [((), ())]
+        if before == "none" and s < last:
+            ways.append(((Offload(s), Free(s)), (Prefetch(s),)))
+        if before == "gone" and s < last:
+            ways += [((Free(s),), (Prefetch(s),)), ((Free(s),), (PrefetchSaved(s - 1),))]
+        for go, back in ways:
             for k in range(len(chain.stages[s].options)):
                 for rest in sweep(s + 1, "here"):
                     yield (Keep(s, k), *go, *rest, *back, Backward(s))
                 if s < last:
-                    off = (OffloadSaved(s), FreeSaved(s))
+                    off: list[Action] = [OffloadSaved(s), FreeSaved(s)]
                     for rest in sweep(s + 1, "gone"):
-                        yield (Keep(s, k), *go, *off, *rest, PrefetchSaved(s), *back, Backward(s))
+                        own = [] if PrefetchSaved(s) in rest else [PrefetchSaved(s)]
+                        yield (Keep(s, k), *go, *off, *rest, *own, *back, Backward(s))
             for j in range(s + 1, last + 1):
                 if all(stage.recomputable for stage in chain.stages[s:j]):
                     for right in sweep(j, "none"):

@@ -25,6 +25,7 @@ from scheduler.solvers import (
     revolve,
     selective,
     sqrt,
+    two_level,
 )
 
 __all__ = ["SOLVERS", "Solver", "solve_chain"]
@@ -108,6 +109,17 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
                 options=True,
                 parameters=("states",),
                 most_stages=exhaustive.MOST_STAGES,
+            ),
+            Solver(
+                "two_level",
+                two_level.solve,
+                "recomputation and copies to a second memory",
+                "schedules whose first sweep decides the copies, if those are synchronous",
+                options=True,
+                two_level=True,
+                parameters=("host",),
+                required=("host",),
+                most_stages=two_level.MOST_STAGES,
             ),
         )
     }

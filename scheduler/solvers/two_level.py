@@ -10,19 +10,21 @@ its options, or a segment s..j-1 of which only x_s is held. In each item
 
 * the saved tensors of a kept stage stay on the device, or go to the host as soon as they are there;
 * x_s, where it is a device copy of its own, stays, or goes as soon as the item's first stage has run. It
-  needs no write if the saved tensors of stage s-1, it among them, are on the host already.
+  needs no write if the saved tensors of stage s-1, it among them, are on the host already; then it comes
+  back by itself, or early, with all of them.
 
 After the sweep the items are reversed, last first. What went comes back just before its backward, or
 before its segment is run again by the one-level optimal persistent schedule (``optimal.py``). With R bytes
 free on the device, x_s not counted, and H on the host, F_f(s,R,H) is the least seconds from stage s on, where
 f says where x_s is, and x its bytes if it is a copy of its own (else 0; then it cannot go):
 
-    F_f(s,R,H) = min over x_s stays or goes (R' = R - x, or R' = R and H' = H - its bytes, plus its copies) of
+    F_f(s,R,H) = min over x_s stays, goes, or goes and comes early of its copies +
       keep k:        forward_s + recompute_k + backward_s + F_inside(s+1, R' - saved_k, H')
-      keep k, gone:  the same + its copies               + F_off(s+1, R', H' - saved_k)
-      split j:       forward_s + .. + forward_{j-1} + F_loose(j, R', H') + C(s, j-1, R - x),   s < j < L
+      keep k, gone:  the same + its copies               + F_off,k(s+1, R', H' - saved_k)
+      split j:       forward_s + .. + forward_{j-1} + F_loose(j, R', H') + C(s, j-1, R - y),   s < j < L
 
-with C the recurrence of ``optimal.py``. As there, the grids of C and F estimate seconds and nothing else. What
+where R' = R - x if x_s stays, and R otherwise; H' = H less its bytes if they are written; y = x, or
+saved_{s-1} if x_s comes early with them; and C is the recurrence of ``optimal.py``. As there, the grids of C and F estimate seconds and nothing else. What
 fits is decided in exact bytes, by the least peaks of segments and, for suffixes of the chain, by the frontier
 of least peaks against host bytes.
 
@@ -68,9 +70,12 @@ from scheduler.schedule import (
 )
 from scheduler.solvers import optimal
 from scheduler.solvers.two_level_tables import (
+    EARLY,
+    GOES,
     INSIDE,
     LOOSE,
     OFF,
+    STAYS,
     Floats,
     Frontiers,
     Grid,
@@ -82,13 +87,15 @@ from scheduler.solvers.two_level_tables import (
     frontiers,
     numbers_of,
     peaks,
+    place,
     suffix_peak,
 )
 
 __all__ = ["TwoLevelOptimum", "solve", "solve_two_level"]
 
+MOST_STAGES = 500  # C takes the square of it in every slot
 TABLE_BYTES = 96 * 2**20  # of C and F of one grid
-TABLE_STEPS = 10**9  # additions to fill one
+TABLE_STEPS = 2 * 10**9  # additions to fill one for every weight
 HOST_SLOTS = 100  # of the host's grid, where the divisor is not affordable
 MOST_SLOTS = 2000  # of the device's, alike
 WEIGHTS = (0.0, 0.1, 0.25, 0.5, 1.0)  # of the seconds of asynchronous copies
@@ -117,18 +124,17 @@ class TwoLevelOptimum:
         return self.seconds <= self.lower_bound * (1 + 1e-9)
 
 
-def _units(n: Numbers, room: int, host_room: int, tables: int) -> tuple[int, int, bool]:
-    """The units (bytes) of the finest affordable grids, and whether they round nothing."""
-    length = len(n.forward)
+def _units(n: Numbers, room: int, host_room: int, fills: int) -> tuple[int, int, bool]:
+    """The units (bytes) of the finest grids affordable ``fills`` times, and whether they round nothing."""
+    length, options = n.saved.shape
     sizes = [int(size) for array in (n.boundary, n.saved) for size in array.flat]
     divisor = math.gcd(*sizes) or 1
 
     def slots(hosts: int) -> int:
-        """How many slots of device memory are affordable with as many host slots."""
-        steps = length**3 // 6 + (5 * length // 2 + 6 * n.saved.shape[1]) * length * hosts
-        return min(
-            TABLE_STEPS // tables // steps, TABLE_BYTES // (8 * (length * length + 3 * length * hosts))
-        )
+        """How many slots of device memory are affordable with as many of the host."""
+        steps = length**3 // 6 + (5 + options) * (length // 2 + 2 * options) * length * hosts
+        numbers = length * length + (2 + options) * length * hosts
+        return min(TABLE_STEPS // fills // steps, TABLE_BYTES // (8 * numbers))
 
     if room // divisor < slots(host_room // divisor + 1):
         return divisor, divisor, True
@@ -160,21 +166,25 @@ def _read_off(
                 stack += [(s, j - 1, here), (j, t, here - int(n.boundary[j]))]
         else:
             f, s, here, there = item
-            option, j, go, off = decide_sweep(n, least, p, g, f, s, here, there)
-            x = 0 if f == INSIDE else int(n.boundary[s])
-            rest = here if go else here - x
-            host_rest = there - int(n.host_boundary[s]) if go and f == LOOSE else there
+            option, j, way, off = decide_sweep(n, least, p, g, f, s, here, there)
+            _, stays, later, copied, _ = place(n, f, s, way)
+            rest, host_rest = here - stays, there - copied
             actions.append(Keep(s, option) if option >= 0 else Checkpoint(s))
-            actions += [Offload(s)] if go and f == LOOSE else []
-            actions += [Free(s)] if go else []
+            actions += [Offload(s)] if way == GOES and f == LOOSE else []
+            actions += [Free(s)] if way != STAYS else []
+            # Early: the prefetch that stage s-1 left on the stack is taken from there.
+            back: list[Any] = [stack.pop()] if way == EARLY else [Prefetch(s)] if way == GOES else []
             if option < 0:
                 actions += [Forward(i) for i in range(s + 1, j)]
-                stack += [(s, j - 1, here - x), *([Prefetch(s)] if go else []), (LOOSE, j, rest, host_rest)]
+                stack += [(s, j - 1, here - later), *back, (LOOSE, j, rest, host_rest)]
                 continue
-            stack += [Backward(s), *([Prefetch(s)] if go else [])]
+            stack += [Backward(s), *back]
             if off:
                 actions += [OffloadSaved(s), FreeSaved(s)]
-                stack += [PrefetchSaved(s), (OFF, s + 1, rest, host_rest - int(n.host_saved[s, option]))]
+                stack += [
+                    PrefetchSaved(s),
+                    (OFF + option, s + 1, rest, host_rest - int(n.host_saved[s, option])),
+                ]
             elif s < last:
                 stack.append((INSIDE, s + 1, rest - int(n.saved[s, option]), host_rest))
     return Schedule(tuple(actions))
@@ -183,31 +193,37 @@ def _read_off(
 def _later_frees(chain: Chain, schedule: Schedule, budget: int, host: HostMemory) -> Schedule:
     """What was copied to the host is freed only when its bytes are needed; if they never are, not copied."""
     line = simulate(chain, schedule, host)
-    before = (0, *line.live)
     saved_off = {action.stage for action in schedule if isinstance(action, OffloadSaved)}
     off = {action.boundary for action in schedule if isinstance(action, Offload)}
-    waiting: deque[tuple[Action, int]] = deque()  # frees, oldest first, and their bytes
-    held = 0  # bytes of them all
+    waiting: deque[tuple[Free | FreeSaved, int]] = deque()  # frees, oldest first, and their bytes
     actions: list[Action] = []
+
+    def make_room(live: int) -> None:
+        """Free the oldest until ``live`` bytes fit beside what is left; a free that adds bytes (x_{i+1}) among it."""
+        while waiting and live + sum(s for _, s in waiting) + max(0, *(-s for _, s in waiting)) > budget:
+            actions.append(waiting.popleft()[0])
+
     for index, action in enumerate(schedule):
-        if (isinstance(action, Free) and (action.boundary in off or action.boundary - 1 in saved_off)) or (
-            isinstance(action, FreeSaved)
+        if isinstance(action, FreeSaved) or (
+            isinstance(action, Free) and (action.boundary in off or action.boundary - 1 in saved_off)
         ):
-            waiting.append((action, before[index] - line.live[index]))
-            held += waiting[-1][1]
+            waiting.append((action, line.live[index - 1] - line.live[index]))
+            make_room(line.live[index])
             continue
         if isinstance(action, (Prefetch, PrefetchSaved)):
             free = Free(action.boundary) if isinstance(action, Prefetch) else FreeSaved(action.stage)
+            inside = Free(action.stage + 1) if isinstance(action, PrefetchSaved) else None
+            if inside and waiting and waiting[-1][0] == inside:  # x_{i+1} comes early, with what it is in
+                waiting.pop()
+                if not waiting or waiting[-1][0] != free:
+                    actions.append(inside)
             if waiting and waiting[-1][0] == free:
-                held -= waiting.pop()[1]
+                waiting.pop()
                 copy = Offload(free.boundary) if isinstance(free, Free) else OffloadSaved(free.stage)
                 if copy in actions:
                     actions.remove(copy)
                 continue
-        while waiting and line.during[index] + held > budget:
-            free_, size = waiting.popleft()
-            actions.append(free_)
-            held -= size
+        make_room(line.during[index])
         actions.append(action)
     return Schedule(tuple(actions))
 

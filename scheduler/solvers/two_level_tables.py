@@ -13,9 +13,12 @@ from scheduler.host import HostMemory
 from scheduler.solvers.tables import NEVER, compiled
 
 __all__ = [
+    "EARLY",
+    "GOES",
     "INSIDE",
     "LOOSE",
     "OFF",
+    "STAYS",
     "Floats",
     "Frontiers",
     "Grid",
@@ -27,6 +30,7 @@ __all__ = [
     "frontiers",
     "numbers_of",
     "peaks",
+    "place",
     "suffix_peak",
 ]
 
@@ -34,8 +38,11 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 # Where x_s is when the first sweep comes to stage s: on the device by itself; inside the saved tensors of stage
-# s-1 there; on the device by itself while the saved tensors of stage s-1, it among them, are on the host.
+# s-1 there; or (OFF + k) on the device by itself while those of option k, it among them, are on the host.
 LOOSE, INSIDE, OFF = 0, 1, 2
+# What becomes of x_s once stage s has run: it stays; it goes, and comes back by itself; it goes, and comes back with
+# the saved tensors of stage s-1, earlier than stage s-1 itself would need them.
+STAYS, GOES, EARLY = 0, 1, 2
 
 NONE = 1e300  # seconds: nothing fits
 MOST_POINTS = 1024  # of one frontier; above that neighbours are merged to the cautious side
@@ -75,14 +82,14 @@ class Grid(NamedTuple):
     interpolate: bool  # between grid points; otherwise sizes are rounded down
     # Column c of a row is for c - 1 units; the margin, column 0, and what does not fit repeat the first that does.
     again: Floats  # C (L, L, columns)
-    sweep: Floats  # F (3, L, host units, columns)
+    sweep: Floats  # F (2 + K, L, host units, columns)
 
 
 class Frontiers(NamedTuple):
     """For each place of x_s and each s, least peaks by host bytes: ``start[f, s]`` .. ``start[f, s] + size[f, s]``."""
 
-    start: Ints  # (3, L)
-    size: Ints  # (3, L)
+    start: Ints  # (2 + K, L)
+    size: Ints  # (2 + K, L)
     host: Ints  # ascending
     peak: Ints  # descending: bytes above h
 
@@ -133,12 +140,33 @@ def numbers_of(chain: Chain, host: HostMemory, weight: float, bounded: bool) -> 
 
 
 @compiled
-def _keep_need(n: Numbers, s: int, t: int, k: int) -> int:
-    """Bytes above h to keep stage s of s..t with option k, and to reverse it once s+1..t are reversed."""
+def _keep_need(n: Numbers, s: int, t: int, k: int, x: int = 0, back: int = 0) -> int:
+    """Bytes above h to keep stage s of s..t with option k, and to reverse it once s+1..t are reversed.
+
+    Args:
+        x, back: bytes of what has x_s in it, unless it is in h, when s runs and when it is reversed.
+    """
     # A segment that ends at L-1 runs before any backward: no gradient yet, long-lived bytes so far.
     base = n.first[s] if t == n.forward.size - 1 else n.after[t] + n.grad[t + 1]
     backward = n.after[s] + n.grad[s + 1] + n.grad[s] + n.backward_overhead[s, k]
-    return int(n.saved[s, k] + max(base + n.forward_overhead[s, k], backward))
+    return int(n.saved[s, k] + max(x + base + n.forward_overhead[s, k], back + backward))
+
+
+@compiled
+def _ways(n: Numbers, f: int, s: int) -> int:
+    """How many of STAYS, GOES and EARLY there are for x_s."""
+    return 1 if f == INSIDE or s == n.forward.size - 1 else 2 if f == LOOSE else 3
+
+
+@compiled
+def place(n: Numbers, f: int, s: int, way: int) -> tuple[int, int, int, int, float]:
+    """Bytes of x_s while s runs, after that, and of what has x_s in it later; host bytes and seconds of its copies."""
+    x = 0 if f == INSIDE else n.boundary[s]
+    if way == STAYS:
+        return x, x, x, 0, 0.0
+    if way == EARLY:
+        return x, 0, n.saved[s - 1, f - OFF], 0, 0.0
+    return (x, 0, x, n.host_boundary[s], n.read[s] + n.write[s]) if f == LOOSE else (x, 0, x, 0, n.read[s])
 
 
 @compiled
@@ -188,17 +216,19 @@ def _merged(host: list[Ints], peak: list[Ints], capacity: int) -> tuple[Ints, In
 def frontiers(n: Numbers, least: Ints, capacity: int) -> Frontiers:
     """P2: what a suffix s..L-1 needs at least on the device, for each number of host bytes."""
     length = n.forward.size
+    places = OFF + n.saved.shape[1]
     points: dict[tuple[int, int], tuple[Ints, Ints]] = {}
     for s in range(length - 1, -1, -1):
         runs = [_run_need(n, s, length - 1, i) for i in range(s, length - 1)]
-        for f in (LOOSE, INSIDE, OFF):
-            x = 0 if f == INSIDE else int(n.boundary[s])
-            hosts, tops = [], []
-            for go in (False, True)[: 1 if f == INSIDE or s == length - 1 else 2]:
-                stays = 0 if go else x
-                copied = n.host_boundary[s] if go and f == LOOSE else 0
+        for f in range(places):
+            hosts, tops = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+            # Where x_s is OFF it matters for EARLY alone with which option.
+            for way in range(_ways(n, f, s)):
+                if way == EARLY and s > 0 and f - OFF >= n.choices[s - 1]:
+                    continue
+                x, stays, back, copied, _ = place(n, f, s, way)
                 for k in range(n.choices[s]):
-                    need = x + _keep_need(n, s, length - 1, k)
+                    need = _keep_need(n, s, length - 1, k, x, back)
                     if s == length - 1:
                         hosts.append(np.zeros(1, np.int64))
                         tops.append(np.array([need]))
@@ -206,24 +236,23 @@ def frontiers(n: Numbers, least: Ints, capacity: int) -> Frontiers:
                     h, p = points[INSIDE, s + 1]
                     hosts.append(h + copied)
                     tops.append(np.maximum(need, p + stays + n.saved[s, k]))
-                    h, p = points[OFF, s + 1]
+                    h, p = points[OFF + k, s + 1]
                     hosts.append(h + copied + n.host_saved[s, k])
                     tops.append(np.maximum(need, p + stays))
-                need = x + (runs[0] if runs else 0)
+                need = 0
                 for j in range(s + 1, length):
-                    if j > s + 1:
-                        need = max(need, stays + runs[j - 1 - s])
+                    need = max(need, (x if j == s + 1 else stays) + runs[j - 1 - s])
                     if need >= NEVER:
                         break
                     h, p = points[LOOSE, j]
                     hosts.append(h + copied)
-                    tops.append(np.maximum(max(need, x + int(least[s, j - 1])), p + stays))
+                    tops.append(np.maximum(max(need, back + int(least[s, j - 1])), p + stays))
             points[f, s] = _merged(hosts, tops, capacity)
-    keys = [(f, s) for f in (LOOSE, INSIDE, OFF) for s in range(length)]
+    keys = [(f, s) for f in range(places) for s in range(length)]
     size = np.array([len(points[key][0]) for key in keys], np.int64)
     return Frontiers(
-        (np.cumsum(size) - size).reshape(3, length),
-        size.reshape(3, length),
+        (np.cumsum(size) - size).reshape(places, length),
+        size.reshape(places, length),
         np.concatenate([points[key][0] for key in keys]),
         np.concatenate([points[key][1] for key in keys]),
     )
@@ -311,20 +340,20 @@ def _fill_sweep(n: Numbers, least: Ints, p: Frontiers, g: Grid) -> None:
     hosts, columns = g.sweep.shape[2:]
     left, zero = np.empty(columns), np.zeros(columns)
     last = length - 1
-    tops = np.empty((3, length, hosts), np.int64)
+    places = g.sweep.shape[0]
+    tops = np.full((places, length, hosts), NEVER)
     for s in range(last, -1, -1):
-        for f in range(3):
+        for f in range(places):
+            if f >= OFF and (s == 0 or f - OFF >= n.choices[s - 1]):
+                continue
             for q in range(hosts):
                 tops[f, s, q] = suffix_peak(p, f, s, q * g.host_unit + g.host_phase)
             rows = g.sweep[f, s]
             rows[:] = NONE
-            x = 0 if f == INSIDE else n.boundary[s]
-            for go in range(1 if f == INSIDE or s == last else 2):
-                stays = 0 if go else x
-                copied = n.host_boundary[s] if go and f == LOOSE else 0
-                fee = n.read[s] + (n.write[s] if f == LOOSE else 0.0) if go else 0.0
+            for way in range(_ways(n, f, s)):
+                x, stays, back, copied, fee = place(n, f, s, way)
                 for k in range(n.choices[s]):
-                    need = x + _keep_need(n, s, last, k)
+                    need = _keep_need(n, s, last, k, x, back)
                     cost = fee + n.forward[s] + n.backward[s] + n.recompute[s, k]
                     for q in range(hosts):
                         if s == last:
@@ -333,7 +362,7 @@ def _fill_sweep(n: Numbers, least: Ints, p: Frontiers, g: Grid) -> None:
                         for off in range(2):
                             taken = stays if off else stays + n.saved[s, k]
                             rest = _host_less(g, q, copied + (n.host_saved[s, k] if off else 0))
-                            where = OFF if off else INSIDE
+                            where = OFF + k if off else INSIDE
                             if rest < 0 or tops[where, s + 1, rest] >= NEVER:
                                 continue
                             start = _columns(g, max(need, taken + tops[where, s + 1, rest]))
@@ -343,18 +372,19 @@ def _fill_sweep(n: Numbers, least: Ints, p: Frontiers, g: Grid) -> None:
                 for j in range(s + 1, length):
                     cost += n.forward[j - 1]
                     run = (x if j == s + 1 else stays) + _run_need(n, s, last, j - 1)
-                    need = max(need, run, x + least[s, j - 1])
-                    if run >= NEVER or _columns(g, need) >= columns:
-                        if run >= NEVER:
-                            break
+                    if run >= NEVER:
+                        break
+                    need = max(need, run)
+                    first = max(need, back + least[s, j - 1])
+                    if _columns(g, first) >= columns:
                         continue
                     left[:] = NONE
-                    _relax(g, left, _columns(g, need), 0.0, g.again[s, j - 1], x, zero)
+                    _relax(g, left, _columns(g, first), 0.0, g.again[s, j - 1], back, zero)
                     for q in range(hosts):
                         rest = _host_less(g, q, copied)
                         if rest < 0 or tops[LOOSE, j, rest] >= NEVER:
                             continue
-                        start = _columns(g, max(need, stays + tops[LOOSE, j, rest]))
+                        start = _columns(g, max(first, stays + tops[LOOSE, j, rest]))
                         _relax(g, rows[q], start, cost, g.sweep[LOOSE, j, rest], stays, left)
             for q in range(hosts):
                 _close(rows[q])
@@ -409,19 +439,17 @@ def decide_again(n: Numbers, least: Ints, g: Grid, s: int, t: int, room: int) ->
 def decide_sweep(
     n: Numbers, least: Ints, p: Frontiers, g: Grid, f: int, s: int, room: int, host_room: int
 ) -> tuple[int, int, int, int]:
-    """What the first sweep does at stage s: (option or -1, split or 0, x_s goes, the saved tensors go).
+    """What the first sweep does at stage s: (option or -1, split or 0, way of x_s, whether the saved tensors go).
 
     Exact in bytes, ``room`` above h without x_s and ``host_room`` of the host; only the seconds are the grid's.
     """
     last = n.forward.size - 1
     best, found = np.inf, (-1, 0, 0, 0)
-    x = 0 if f == INSIDE else n.boundary[s]
-    for go in range(1 if f == INSIDE or s == last else 2):
-        here = room if go else room - x
-        there = host_room - (n.host_boundary[s] if go and f == LOOSE else 0)
-        fee = n.read[s] + (n.write[s] if f == LOOSE else 0.0) if go else 0.0
+    for way in range(_ways(n, f, s)):
+        x, stays, back, copied, fee = place(n, f, s, way)
+        here, there = room - stays, host_room - copied
         for k in range(n.choices[s]):
-            if x + _keep_need(n, s, last, k) > room:
+            if _keep_need(n, s, last, k, x, back) > room:
                 continue
             cost = fee + n.forward[s] + n.backward[s] + n.recompute[s, k]
             for off in range(1 if s == last else 2):
@@ -429,23 +457,23 @@ def decide_sweep(
                 host_rest = there - (n.host_saved[s, k] if off else 0)
                 seconds = cost + (n.saved_copy[s, k] if off else 0.0)
                 if s < last:
-                    where = OFF if off else INSIDE
+                    where = OFF + k if off else INSIDE
                     if suffix_peak(p, where, s + 1, host_rest) > rest:
                         continue
                     seconds += _look_up_sweep(g, where, s + 1, rest, host_rest)
                 if seconds < best or found[0] + found[1] < 0:
-                    best, found = seconds, (k, 0, go, off)
+                    best, found = seconds, (k, 0, way, off)
         cost = fee
         for j in range(s + 1, last + 1):
             cost += n.forward[j - 1]
-            if _run_need(n, s, last, j - 1) > (room - x if j == s + 1 else here):
+            if (x if j == s + 1 else stays) + _run_need(n, s, last, j - 1) > room:
                 break
-            if x + least[s, j - 1] > room or suffix_peak(p, LOOSE, j, there) > here:
+            if back + least[s, j - 1] > room or suffix_peak(p, LOOSE, j, there) > here:
                 continue
-            seconds = cost + _look_up(g, g.again[s, j - 1], room - x)
+            seconds = cost + _look_up(g, g.again[s, j - 1], room - back)
             seconds += _look_up_sweep(g, LOOSE, j, here, there)
             if seconds < best or found[0] + found[1] < 0:
-                best, found = seconds, (-1, j, go, 0)
+                best, found = seconds, (-1, j, way, 0)
     return found
 
 
@@ -467,7 +495,7 @@ def filled(
     length = n.forward.size
     columns, hosts = room // units[0] + 2, host_room // units[1] + 1
     table = np.empty((length, length, columns)) if again is None else again
-    sweep = np.empty((3, length, hosts, columns))
+    sweep = np.empty((OFF + n.saved.shape[1], length, hosts, columns))
     g = Grid(units[0], room % units[0], units[1], host_room % units[1], interpolate, table, sweep)
     if again is None:
         _fill_again(n, least, g)
