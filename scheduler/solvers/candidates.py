@@ -68,30 +68,31 @@ def _costs(chain: Chain, solver: str) -> Costs:
 def _price(c: Costs, tree: Ints) -> tuple[float, int]:
     """Seconds of all forwards and the most bytes live at once, but for what the last backward leaves."""
     length = c.forward.size
-    stack = np.empty((length + 1, 3), np.int64)  # segments s..t still to do, and the bytes held meanwhile
-    stack[0] = 0, length - 1, c.boundary[0]
+    # Segments s..t still to do, the bytes held meanwhile, and whether their stages run for the first time.
+    stack = np.empty((length + 1, 4), np.int64)
+    stack[0] = 0, length - 1, c.boundary[0], 1
     runs = np.zeros(length, np.int64)
     depth, peak = 1, 0
     for at in tree:
         depth -= 1
-        s, t, held = stack[depth]
-        last = t == length - 1  # such a segment runs before any backward
-        base = c.first[s] if last else c.later[t]
+        s, t, held, new = stack[depth]
+        # The last segment runs before any backward: no gradient yet, and long-lived bytes so far.
+        base = c.first[t] if t == length - 1 else c.later[t]
         if at == 0:
             runs[s] += 1
-            peak = max(peak, held + base + c.keeping[s], held + c.reversing[s])
+            peak = max(peak, held + (c.first[s] if new else base) + c.keeping[s], held + c.reversing[s])
             if s < t:
-                stack[depth] = s + 1, t, held + c.kept[s]
+                stack[depth] = s + 1, t, held + c.kept[s], new
                 depth += 1
             continue
         for i in range(s, at):
             runs[i] += 1
-            here = held + (c.first[i] if last else base) + c.running[i]
+            here = held + (c.first[i] if new else base) + c.running[i]
             peak = max(peak, here + (c.boundary[i] if i > s else 0))
-        stack[depth] = s, at - 1, held
+        stack[depth] = s, at - 1, held, 0
         depth += 1
         if at <= t:
-            stack[depth] = at, t, held + c.boundary[at]
+            stack[depth] = at, t, held + c.boundary[at], new
             depth += 1
     seconds = 0.0  # added in one order, so that equal runs give equal seconds
     for i in range(length):
