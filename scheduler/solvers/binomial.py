@@ -49,6 +49,7 @@ RUN, HOLD = -1, -2  # what ``_fill`` is to do besides reversing segments
 
 PACKED_STEPS = 2**31 - 1  # the products of ``advance`` stay below 2**62
 CHUNK = 2**16  # actions
+POOL = 2**14  # actions
 
 
 def at_least_one(call: str, name: str, value: int) -> int:
@@ -154,8 +155,15 @@ def reverse(segments: Iterable[tuple[int, int, int]]) -> Iterator[Action]:
     for start, n, c in segments:
         r = repetitions(n, c)
         stack.append((start, n, c, r, comb(c + r - 1, c)))
+    base = end = 0
+    pool: list[
+        Forward
+    ] = []  # the actions of steps base..end-1, made once: short segments run them again and again
     while stack:
         start, n, c, r, most = stack.pop()
+        if n <= POOL and not base <= start < end:
+            base, end = start, start + n
+            pool = list(map(Forward, range(base, end)))
         while n > 1:
             while most >= n:  # r repetitions are more than it takes
                 most = most * (r - 1) // (c + r - 1)
@@ -163,7 +171,10 @@ def reverse(segments: Iterable[tuple[int, int, int]]) -> Iterator[Action]:
             rest = most * c // (c + r - 1)  # C(c + r - 2, c - 1)
             j = min(most, n - rest)
             yield Checkpoint(start)
-            yield from map(Forward, range(start + 1, start + j))
+            if base <= start < end:
+                yield from pool[start + 1 - base : start + j - base]
+            else:
+                yield from map(Forward, range(start + 1, start + j))
             stack.append((start, j, c, r, most))
             start, n, c, most = start + j, n - j, c - 1, rest
         yield Keep(start)
