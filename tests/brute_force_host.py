@@ -229,7 +229,7 @@ def two_level_schedules(chain: Chain) -> Iterator[Schedule]:
             yield from ((Keep(s, k), *rest, Backward(s)) for rest in again(s + 1, t))
         for j in range(s + 1, t + 1):
             if all(stage.recomputable for stage in chain.stages[s:j]):
-                run = [Checkpoint(s), *(Forward(i) for i in range(s + 1, j))]
+                run: list[Action] = [Checkpoint(s), *(Forward(i) for i in range(s + 1, j))]
                 yield from ((*run, *right, *left) for right in again(j, t) for left in again(s, j - 1))
 
     def sweep(s: int, before: str) -> Iterator[tuple[Action, ...]]:

@@ -38,8 +38,8 @@ returned. ``TwoLevelOptimum.lower_bound`` is a bound on the class either way.
 With asynchronous copies the class is that of all orders of the same copies, and no optimality is claimed. A
 step takes at least its compute, at least its writes and at least its reads; hence at least the least
 (compute + w (writes + reads)) / (1 + 2w) for any w >= 0, which is F with copies at w times their seconds. F is
-solved for several w. Each solution's copies are spread out, frees as late and prefetches as early as the
-device's bytes allow, and the referee picks the fastest.
+solved for several w, and read off for the whole of R and for parts of it. Each solution's copies are spread
+out, frees as late and prefetches as early as the device's bytes allow, and the referee picks the fastest.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ import math
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from scheduler.chain import Chain
@@ -99,6 +100,8 @@ TABLE_STEPS = 2 * 10**9  # additions to fill one for every weight
 HOST_SLOTS = 100  # of the host's grid, where the divisor is not affordable
 MOST_SLOTS = 2000  # of the device's, alike
 WEIGHTS = (0.0, 0.1, 0.25, 0.5, 1.0)  # of the seconds of asynchronous copies
+# Parts of the bytes above the least, left to copies under way: what is freed late and fetched early.
+RESERVES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,16 +278,15 @@ def solve_two_level(chain: Chain, memory_budget: int, host: HostMemory) -> TwoLe
     n = numbers_of(chain, host, 1.0, bounded)
     least = peaks(n)
     p = frontiers(n, least, host_room)
-    smallest = chain.fixed + max(
-        suffix_peak(p, LOOSE, 0, host_room), int(n.after[0]) + chain.stages[0].retained
-    )
+    needed = max(suffix_peak(p, LOOSE, 0, host_room), int(n.after[0]) + chain.stages[0].retained)
+    smallest = chain.fixed + needed
     if memory_budget < smallest:
         raise InfeasibleBudget(memory_budget, smallest, "two_level")
     room = memory_budget - chain.fixed
     weights = WEIGHTS if host.asynchronous else (1.0,)
     unit, host_unit, exact = _units(n, room, host_room, len(weights))
     bound = 0.0
-    schedules: list[Schedule] = []
+    schedules: dict[Schedule, None] = {}  # a set, in order
     again: dict[bool, Floats | None] = {False: None, True: None}  # C does not depend on the weight
     for weight in weights:
         n = numbers_of(chain, host, weight, bounded)
@@ -293,16 +295,19 @@ def solve_two_level(chain: Chain, memory_budget: int, host: HostMemory) -> TwoLe
             again[interpolate] = g.again
             if not interpolate:
                 bound = max(bound, float(g.sweep[LOOSE, 0, -1, -1]) / (1 + 2 * weight * host.asynchronous))
-            schedules.append(_read_off(chain, n, least, p, g, room, host_room))
-            if host.asynchronous:
-                later = _later_frees(chain, schedules[-1], memory_budget, host)
-                schedules += [later, _earlier_prefetches(chain, later, memory_budget, host)]
+            for reserve in RESERVES if host.asynchronous else (0.0,):
+                spared = int((room - needed) * reserve) // unit * unit
+                schedules[_read_off(chain, n, least, p, g, room - spared, host_room)] = None
+    if host.asynchronous:
+        for schedule in list(schedules):
+            later = _later_frees(chain, schedule, memory_budget, host)
+            schedules |= {later: None, _earlier_prefetches(chain, later, memory_budget, host): None}
     with suppress(InfeasibleBudget):
-        schedules.append(optimal.solve(chain, memory_budget))
-    lines = [simulate(chain, schedule, host) for schedule in schedules]
-    fits = [i for i, line in enumerate(lines) if line.peak <= memory_budget]
-    best = min(fits, key=lambda i: lines[i].seconds)
-    return TwoLevelOptimum(schedules[best], lines[best].seconds, bound, unit, host_unit)
+        schedules[optimal.solve(chain, memory_budget)] = None
+    lines = [(simulate(chain, schedule, host), schedule) for schedule in schedules]
+    fits = [(line.seconds, schedule) for line, schedule in lines if line.peak <= memory_budget]
+    seconds, schedule = min(fits, key=itemgetter(0))
+    return TwoLevelOptimum(schedule, seconds, bound, unit, host_unit)
 
 
 def solve(chain: Chain, memory_budget: int, host: HostMemory) -> Schedule:
