@@ -1,4 +1,4 @@
-"""All solvers over a sweep of budgets on one model: predicted overhead, or why there is no plan.
+"""All solvers over a sweep of budgets on one model: predicted overhead, or `-` where nothing of theirs fits.
 
 python examples/compare_solvers.py --model resnet
 """
@@ -6,16 +6,16 @@ python examples/compare_solvers.py --model resnet
 from __future__ import annotations
 
 import argparse
-import time
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from scheduler import InfeasibleBudget, simulate, solve
+from scheduler import solve
 from scheduler.budget import format_bytes
-from scheduler.solvers import SOLVERS, solve_chain
+from scheduler.host import HostMemory
+from scheduler.solvers.compare import compare
+from scheduler.solvers.frontier import pareto
 
 FRACTIONS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
@@ -68,6 +68,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=("gpt2", "resnet", "unet"), default="gpt2")
+    parser.add_argument("--keep", help="stages that `selective` keeps: a regular expression")
     arguments = parser.parse_args()
     console = Console()
     model, batch = build(arguments.model)
@@ -79,29 +80,14 @@ def main() -> None:
         f"{chain.name}: {len(chain)} stages, {format_bytes(chain.fixed)} live all step, plain peak "
         f"{format_bytes(plan.plain.peak)}, {chain.plain_seconds * 1e3:.1f} ms; {plan.capture.reason}"
     )
-    table = Table(title="predicted overhead of a step, by share of the activation bytes")
-    table.add_column("budget")
-    for solver in SOLVERS:
-        table.add_column(solver, justify="right")
-    smallest: dict[str, int] = {}
-    slowest = dict.fromkeys(SOLVERS, 0.0)
-    for fraction in FRACTIONS:
-        budget = chain.fixed + int(fraction * activations)
-        row = [f"{fraction:.0%}  {format_bytes(budget)}"]
-        for solver in SOLVERS:
-            began = time.perf_counter()
-            try:
-                seconds = simulate(chain, solve_chain(chain, budget, solver)).seconds
-                row.append(f"{seconds / chain.plain_seconds - 1:.1%}")
-            except InfeasibleBudget as error:
-                smallest[solver] = error.smallest
-                row.append("-")
-            slowest[solver] = max(slowest[solver], time.perf_counter() - began)
-        table.add_row(*row)
-    table.add_section()
-    table.add_row("smallest budget", *(format_bytes(smallest[s]) if s in smallest else "" for s in SOLVERS))
-    table.add_row("longest solve", *(f"{slowest[s]:.3f} s" for s in SOLVERS))
-    console.print(table)
+    low = pareto(chain).points[0].peak
+    budgets = [chain.fixed + int(fraction * activations) for fraction in FRACTIONS]
+    link = sum(stage.options[0].saved for stage in chain.stages) / chain.plain_seconds
+    host = HostMemory(2**60, link, link, asynchronous=True)
+    parameters: dict[str, dict[str, Any]] = {"two_level": {"host": host}}
+    if arguments.keep:
+        parameters["selective"] = {"keep": arguments.keep}
+    print(compare(chain, [*(b for b in budgets if b > low), low], parameters=parameters))
 
 
 if __name__ == "__main__":
