@@ -91,6 +91,7 @@ class Plan:
             raise ValueError(
                 f"Plan: the schedule's peak of {self.timeline.peak} bytes is over memory_budget={self.memory_budget}"
             )
+        _ = self.program  # refuses a schedule that no executor can follow
 
     @cached_property
     def timeline(self) -> Timeline:

@@ -37,8 +37,8 @@ class ReplayProgram:
         """Split a legal schedule.
 
         Raises:
-            ValueError: the first sweep does not run each of the stages once, in order; the schedule copies
-                between device and host, which no executor does yet.
+            ValueError: the first sweep does not run each of the stages once, in order; the schedule lets go of
+                the input of a kept stage, or copies between device and host, which no executor does yet.
         """
         kept: list[int | None] = []
         held: set[int] = set()
@@ -48,6 +48,7 @@ class ReplayProgram:
                 "ReplayProgram: the schedule copies between device and host, and executors keep to one memory; "
                 "choose a solver that is not two_level"
             )
+        _refuse_freed_inputs(actions)
         split = next((i for i, a in enumerate(actions) if isinstance(a, Backward)), len(actions))
         for action in actions[:split]:
             if isinstance(action, Free):
@@ -73,3 +74,19 @@ class ReplayProgram:
         if min(backward_at) < 0:
             raise ValueError(f"ReplayProgram: stage {backward_at.index(-1)} is never reversed")
         return cls(tuple(kept), frozenset(held), tuple(replay), tuple(backward_at))
+
+
+def _refuse_freed_inputs(actions: list[DeviceAction]) -> None:
+    """Refuse a schedule that frees the input of a stage while the stage is kept: autograd holds it all the same."""
+    kept: set[int] = set()
+    for action in actions:
+        if isinstance(action, Keep):
+            kept.add(action.stage)
+        elif isinstance(action, Backward):
+            kept.discard(action.stage)
+        elif isinstance(action, Free) and action.boundary in kept:
+            raise ValueError(
+                f"ReplayProgram: {action} while stage {action.boundary} is kept; what autograd saved of its input stays "
+                "until its backward, so that the step would take more bytes than the schedule says. Choose a solver "
+                "whose schedules are persistent (optimal)"
+            )

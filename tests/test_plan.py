@@ -12,7 +12,7 @@ import pytest
 
 from scheduler import Chain, Plan, solve_chain
 from scheduler.plan import CaptureRecord
-from scheduler.schedule import simulate
+from scheduler.schedule import Backward, Checkpoint, Free, Keep, Schedule, simulate
 
 
 def _plan(budget: int = 150) -> Plan:
@@ -55,6 +55,14 @@ def test_a_plan_over_its_budget_cannot_be_made() -> None:
     plan = _plan()
     with pytest.raises(ValueError, match="over memory_budget=100"):
         dataclasses.replace(plan, memory_budget=100)
+
+
+def test_a_schedule_that_frees_what_autograd_holds_is_no_plan() -> None:
+    plan = _plan(1000)
+    actions = (Checkpoint(0), Keep(1), Keep(2), Free(1), Backward(2), Keep(0), Backward(1), Backward(0))
+    assert simulate(plan.chain, actions).peak < 1000  # legal, and cheaper than an executor can be
+    with pytest.raises(ValueError, match=r"Free\(boundary=1\) while stage 1 is kept.*Choose a solver"):
+        dataclasses.replace(plan, schedule=Schedule(actions))
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
