@@ -9,7 +9,15 @@ import argparse
 import importlib
 from pathlib import Path
 
-NAMES = ("solver_speed", "revolve_speed", "random_chains", "overheads", "step_peaks", "persistence", "milp_bound")
+NAMES = (
+    "solver_speed",
+    "revolve_speed",
+    "random_chains",
+    "overheads",
+    "step_peaks",
+    "persistence",
+    "milp_bound",
+)
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 

@@ -19,18 +19,14 @@ from hypothesis import strategies as st
 from scheduler.chain import Chain
 from scheduler.errors import InfeasibleBudget
 from scheduler.schedule import Action, Backward, Checkpoint, Forward, Free, Keep, Schedule, simulate
-from scheduler.solvers import solve_chain
+from scheduler.solvers import OnlineRevolve, revolve_actions, revolve_packed, revolve_runs, solve_chain
 from scheduler.solvers.binomial import (
     PACKED,
     PACKED_STEPS,
     advance,
     repetitions,
     reverse,
-    revolve_actions,
-    revolve_packed,
-    revolve_runs,
 )
-from scheduler.solvers.online import OnlineRevolve
 from scheduler.solvers.revolve import schedule_with_slots
 from tests.chains import chains, oracle
 

@@ -27,8 +27,18 @@ from scheduler.solvers import (
     sqrt,
     two_level,
 )
+from scheduler.solvers.binomial import revolve_actions, revolve_packed, revolve_runs
+from scheduler.solvers.online import OnlineRevolve
 
-__all__ = ["SOLVERS", "Solver", "solve_chain"]
+__all__ = [
+    "SOLVERS",
+    "OnlineRevolve",
+    "Solver",
+    "revolve_actions",
+    "revolve_packed",
+    "revolve_runs",
+    "solve_chain",
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,14 +18,15 @@ What is claimed:
 
 * up to n = C(c + 2, 2) steps no online or offline schedule has a lower count (checked for all n and all c
   up to 64; the bound that Stumm & Walther prove for their Algorithm 1). Beyond that no online placement can
-  be optimal at each n: the tests show it by exhaustive search for c up to 5, at n = C(c + 2, 2) + 1.
-* beyond, the count is near the offline optimum, which knows n: at most 10.4 % above it with 2 slots, 6 % with 3,
-  and 3.6 % with 5 or more (all n up to 3000 and c up to 40). The dynamic placement of Wang, Moin & Iaccarino
-  2009 (https://doi.org/10.1137/080727890) is up to 28 % above it with 20 slots, from the same backward.
+  be optimal at each n: the tests show it by exhaustive search for c from 2 to 5, at n = C(c + 2, 2) + 1.
+* beyond, the count is near the offline optimum, which knows n: measured, at most 10.4 % above it with 2
+  slots, 6 % with 3 and 4, and 3.6 % with 5 or more (all n up to 3000 and c up to 40; no more up to n =
+  20000 with 2, 3, 5, 10 and 20). Stumm & Walther's Algorithm 2 and the dynamic placement of Wang, Moin &
+  Iaccarino 2009 (https://doi.org/10.1137/080727890) are other answers there, by rules instead of counts.
 * not claimed: the least possible ratio to the offline optimum for all n.
 
-A step takes constant time, and O(c) time where the placement is looked at: every r + 1 steps at most,
-where n is about r times the longest chain that needs r repetitions.
+A step takes constant time, except where the placement is looked at, every r steps at most (r: the
+repetitions that the offline optimum needs): that takes time proportional to c.
 """
 
 from __future__ import annotations
