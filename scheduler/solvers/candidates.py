@@ -8,7 +8,7 @@ microsecond. The referee judges what is chosen all the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from scheduler.schedule import Schedule
 from scheduler.solvers.persistent import Decision, KeepStage, Split, build, run_ends
 from scheduler.solvers.tables import Floats, Ints, compiled
 
-__all__ = ["fastest_fit", "schedule_of", "segment_tree", "tree_by_runs"]
+__all__ = ["fastest_fit", "schedule_of", "segment_tree", "trees_by_runs"]
 
 
 class Costs(NamedTuple):
@@ -132,25 +132,32 @@ def segment_tree(ends: Ints, again: Ints) -> Ints:
     return tree[: size + again.sum()]
 
 
-def tree_by_runs(chain: Chain, subtree: Callable[[int], Ints]) -> Ints:
-    """The tree of a chain of which each maximal run of recomputable stages has the tree ``subtree(its length)``.
+def trees_by_runs(
+    chain: Chain, subtree: Callable[[int, int], Ints], numbers: Callable[[int], Iterable[int]]
+) -> Iterator[Ints]:
+    """Trees of a chain whose maximal runs of recomputable stages have the tree ``subtree(length, number)``.
 
-    Stages that may run only once are kept; the inputs of the runs between them are held.
+    Stages that may run only once are kept; the inputs of the runs between them are held. One tree is made
+    for each of ``numbers(length of the longest run)``.
     """
     ends = run_ends(chain)
     head: list[int] = []
-    runs: list[Ints] = []  # their subtrees; the last one is at work first
+    runs: list[tuple[int, int]] = []  # first stage and length
     s = 0
     while s < len(chain):
         if chain.stages[s].recomputable:
-            inside = subtree(ends[s] + 1 - s)
-            runs.append(np.where(inside > 0, inside + s, 0))
+            runs.append((s, ends[s] + 1 - s))
             if ends[s] + 1 < len(chain):
                 head.append(ends[s] + 1)
         else:
             head.append(0)
         s = ends[s] + 1
-    return np.concatenate([np.array(head, np.int64), *reversed(runs)])
+    for number in numbers(max((length for _, length in runs), default=1)):
+        inside = [
+            (start, subtree(length, number)) for start, length in reversed(runs)
+        ]  # the last one is at work first
+        shifted = [np.where(tree > 0, tree + start, 0) for start, tree in inside]
+        yield np.concatenate([np.array(head, np.int64), *shifted])
 
 
 def fastest_fit(chain: Chain, budget: int, trees: Iterable[Ints], solver: str) -> Schedule:

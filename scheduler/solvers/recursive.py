@@ -19,8 +19,7 @@ import numpy as np
 
 from scheduler.chain import Chain
 from scheduler.schedule import Schedule
-from scheduler.solvers.candidates import fastest_fit, tree_by_runs
-from scheduler.solvers.persistent import run_ends
+from scheduler.solvers.candidates import fastest_fit, trees_by_runs
 from scheduler.solvers.tables import Ints, compiled
 
 __all__ = ["solve"]
@@ -48,10 +47,6 @@ def recursive_tree(length: int, inner: int) -> Ints:
     return tree
 
 
-def _tree(chain: Chain, inner: int) -> Ints:
-    return tree_by_runs(chain, lambda length: recursive_tree(length, inner))
-
-
 def solve(chain: Chain, memory_budget: int) -> Schedule:
     """The recursive schedule with the k that makes it fastest, of those that fit.
 
@@ -62,6 +57,5 @@ def solve(chain: Chain, memory_budget: int) -> Schedule:
         InfeasibleBudget: no k fits.
         ValueError: the chain's sizes add up to 2**62 bytes or more.
     """
-    most = max(end - i for i, end in enumerate(run_ends(chain))) or 1
-    trees = (_tree(chain, k) for k in range(1, most + 1))
+    trees = trees_by_runs(chain, recursive_tree, lambda longest: range(1, max(longest, 2)))
     return fastest_fit(chain, memory_budget, trees, "recursive")

@@ -19,8 +19,7 @@ import numpy as np
 from scheduler.chain import Chain
 from scheduler.schedule import Schedule
 from scheduler.solvers.binomial import advance
-from scheduler.solvers.candidates import fastest_fit, schedule_of, tree_by_runs
-from scheduler.solvers.persistent import run_ends
+from scheduler.solvers.candidates import fastest_fit, schedule_of, trees_by_runs
 from scheduler.solvers.tables import Ints, compiled
 
 __all__ = ["schedule_with_slots", "solve"]
@@ -46,13 +45,9 @@ def binomial_tree(length: int, slots: int) -> Ints:
     return tree
 
 
-def _tree(chain: Chain, slots: int) -> Ints:
-    return tree_by_runs(chain, lambda length: binomial_tree(length, slots))
-
-
 def schedule_with_slots(chain: Chain, slots: int) -> Schedule:
     """The binomial schedule that holds at most ``slots`` >= 1 boundaries, besides the working one."""
-    return schedule_of(_tree(chain, slots), len(chain))
+    return schedule_of(next(trees_by_runs(chain, binomial_tree, lambda _: [slots])), len(chain))
 
 
 def solve(chain: Chain, memory_budget: int) -> Schedule:
@@ -65,6 +60,6 @@ def solve(chain: Chain, memory_budget: int) -> Schedule:
         InfeasibleBudget: no number of slots fits.
         ValueError: the chain's sizes add up to 2**62 bytes or more.
     """
-    most = max(end - i for i, end in enumerate(run_ends(chain))) or 1  # more slots than that change nothing
-    trees = (_tree(chain, slots) for slots in range(most, 0, -1))
+    # A run of n stages needs n - 1 slots at most.
+    trees = trees_by_runs(chain, binomial_tree, lambda longest: range(max(longest - 1, 1), 0, -1))
     return fastest_fit(chain, memory_budget, trees, "revolve")
