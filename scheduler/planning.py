@@ -79,7 +79,7 @@ def solve(
             state if an optimizer is given, inputs, activations. An int, or text: "6GiB", "800MB", "75%".
         sample: what the model is trained on, in shape: a tensor, a tuple of positional arguments, a dict of
             keyword arguments, or ``(args, kwargs)``.
-        solver: a name in ``scheduler.solvers.SOLVERS``; not a two-level one, whose plans cannot be executed yet.
+        solver: a name in ``scheduler.solvers.SOLVERS``; one that is ``executable``.
         parameters: what else the solver takes, by name: ``{"keep": "attn"}`` for "selective".
         capture: "graph" (torch.export), "modules" (blocks that run in order), "auto" (graph where it is
             exact, else modules), or the blocks themselves: a list of modules or an nn.Sequential.
@@ -158,9 +158,9 @@ def _checked(
     reject_unusable(model)
     device = model_device(model)
     budget = parse_budget(memory_budget, _device_bytes(device))
-    if checked_solver("solve", solver, parameters).two_level:
+    if not checked_solver("solve", solver, parameters).executable:
         raise ValueError(
-            f"solve: solver={solver!r} copies to a second memory, which the executor cannot do yet; use it on chains "
+            f"solve: solver={solver!r} makes schedules that executors cannot follow; use it on chains "
             "(scheduler.solvers.solve_chain), or choose another solver"
         )
     if costs not in COSTS:

@@ -23,7 +23,7 @@ class ReplayProgram:
         kept: (L,) the option whose saved tensors stay after the first run, or None if all are dropped.
         held: boundaries that the executor holds after the first sweep. The input of a kept stage is not among
             them: autograd holds what that stage's backward needs.
-        replay: the actions from the first backward on.
+        replay: the actions once every stage has run: autograd begins its backward.
         backward_at: (L,) index in ``replay`` of the backward of each stage.
     """
 
@@ -49,15 +49,17 @@ class ReplayProgram:
                 "choose a solver that is not two_level"
             )
         _refuse_freed_inputs(actions)
-        split = next((i for i, a in enumerate(actions) if isinstance(a, Backward)), len(actions))
-        for action in actions[:split]:
+        split = 0
+        while split < len(actions) and len(kept) < stages:
+            action = actions[split]
+            split += 1
             if isinstance(action, Free):
                 held.discard(action.boundary)
                 continue
-            if action.stage != len(kept):
+            if isinstance(action, Backward) or action.stage != len(kept):
                 raise ValueError(
                     f"ReplayProgram: {action} in the first sweep, expected a run of stage {len(kept)}; an executor "
-                    "runs every stage once, in order, before the first backward"
+                    "runs every stage once, in order, before anything else"
                 )
             kept.append(action.option if isinstance(action, Keep) else None)
             if isinstance(action, Checkpoint) or (action.stage == 0 and isinstance(action, Forward)):

@@ -19,6 +19,7 @@ from executors import execute, measure_peak
 from scheduler import InfeasibleBudget, Plan, solve
 from scheduler.budget import format_bytes, parse_budget
 from scheduler.costs.resident import optimizer_bytes
+from scheduler.host import HostMemory
 from scheduler.solvers import SOLVERS
 
 CPU = torch.device("cpu")
@@ -185,7 +186,7 @@ def test_solving_leaves_gradients_buffers_random_numbers_and_modes_as_they_were(
     assert pointers == [p.grad.data_ptr() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("solver", [name for name in SOLVERS if not SOLVERS[name].required])
+@pytest.mark.parametrize("solver", [s.name for s in SOLVERS.values() if s.executable and not s.required])
 def test_the_smallest_budget_that_the_error_names_is_met_by_a_real_step(solver: str) -> None:
     model, batch = _model(), _batch()
     with pytest.raises(InfeasibleBudget) as caught:
@@ -261,6 +262,25 @@ def test_roofline_costs_grow_with_the_work() -> None:
         for rows in (1024, 65536)
     )
     assert large.chain.plain_seconds > 8 * small.chain.plain_seconds
+
+
+def test_what_else_a_solver_takes_reaches_it() -> None:
+    model, batch = _model(), _batch()
+    name = solve(model, "1GiB", sample=batch).chain.stages[1].name
+    plan = solve(model, "1GiB", sample=batch, solver="selective", parameters={"keep": [name]})
+    assert [i for i, runs in enumerate(plan.timeline.runs) if runs == 1] == [1]
+    with pytest.raises(TypeError, match="solver 'selective' needs the parameter 'keep'"):
+        solve(model, "1GiB", sample=batch, solver="selective")
+
+
+@pytest.mark.parametrize(
+    ("solver", "parameters"), [("two_level", {"host": HostMemory(1, 1.0, 1.0)}), ("exhaustive", {})]
+)
+def test_a_solver_whose_schedules_no_executor_follows_is_refused(
+    solver: str, parameters: dict[str, HostMemory]
+) -> None:
+    with pytest.raises(ValueError, match=f"solver='{solver}' .* choose another solver"):
+        solve(_model(), "1GiB", sample=_batch(), solver=solver, parameters=parameters)
 
 
 def test_a_planned_model_is_planned_anew() -> None:

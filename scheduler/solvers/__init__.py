@@ -56,6 +56,8 @@ class Solver:
         parameters: names of the keyword arguments that its ``solve`` takes.
         required: those of them that it cannot do without.
         most_stages: stages of the longest chain that it takes; 0 if any length will do.
+        executable: whether executors can follow its schedules. They cannot yet copy to a second memory, or let go
+            of what autograd holds.
         solve_many: chain and budgets to schedules, where that is quicker than one by one.
     """
 
@@ -69,6 +71,7 @@ class Solver:
     parameters: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     most_stages: int = 0
+    executable: bool = True
     solve_many: Callable[..., list[Schedule]] | None = None
 
     @property
@@ -119,6 +122,7 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
                 options=True,
                 parameters=("states",),
                 most_stages=exhaustive.MOST_STAGES,
+                executable=False,
             ),
             Solver(
                 "two_level",
@@ -130,6 +134,7 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
                 parameters=("host",),
                 required=("host",),
                 most_stages=two_level.MOST_STAGES,
+                executable=False,
             ),
         )
     }
