@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from scheduler.chain import Chain, Option
 from scheduler.errors import InfeasibleBudget
 from scheduler.schedule import Backward, Checkpoint, Free, Keep, Schedule, simulate
-from scheduler.solvers import SOLVERS, optimal, solve_chain
+from scheduler.solvers import SOLVERS, exhaustive, optimal, solve_chain
 from tests.brute_force import fastest_of_all, persistent_schedules
 from tests.chains import chains, oracle, oracle_chain
 
@@ -36,18 +37,56 @@ def budgets(chain: Chain) -> st.SearchStrategy[int]:
     return st.integers(max(low - 4, 1), max(low, high) + 1)
 
 
-@settings(max_examples=150)
+def search(chain: Chain, budget: int) -> float:
+    """Seconds of what the search finds when no persistent schedule helps it; inf if nothing."""
+    found = exhaustive._run(chain, budget, math.inf, exhaustive.STATES)
+    if found is None:
+        return math.inf
+    line = simulate(chain, found)
+    assert line.peak <= budget
+    return line.seconds
+
+
+@settings(max_examples=200)
 @given(chains(3, options=3), st.data())
 def test_three_stages_take_as_long_as_the_fastest_sequence_of_actions(chain, data):
     budget = data.draw(budgets(chain))
-    assert answer(chain, budget)[0] == fastest_of_all(chain, budget, free=True)
+    truth = fastest_of_all(chain, budget, free=True)
+    assert answer(chain, budget)[0] == truth
+    assert search(chain, budget) == truth
 
 
 @settings(max_examples=50)
 @given(chains(4), st.data())
 def test_four_stages_take_as_long_as_the_fastest_sequence_of_actions(chain, data):
     budget = data.draw(budgets(chain))
-    assert answer(chain, budget)[0] == fastest_of_all(chain, budget, free=True)
+    assert search(chain, budget) == fastest_of_all(chain, budget, free=True)
+
+
+@pytest.mark.parametrize(("length", "number"), [(4, 60), (5, 12)])
+def test_where_inputs_of_kept_stages_go_early_the_search_is_exact_too(length, number):
+    # Such chains reward letting go: little is lost to transients, gradients or what stays after a backward.
+    rng = np.random.default_rng(length)
+    beaten = 0
+    for _ in range(number):
+        boundary = rng.integers(1, 6, length + 1).tolist()
+        saved = [size + int(rng.integers(0, 6)) for size in boundary[1:]]
+        gradients, grad = rng.integers(0, 8, length + 1).tolist(), rng.integers(0, 3, length).tolist()
+        chain = Chain.from_arrays(
+            rng.integers(1, 5, length).astype(float).tolist(),
+            [1.0] * length,
+            boundary,
+            saved,
+            rng.integers(0, 4, length).tolist(),
+            boundary_grad=gradients,
+            grad=grad,
+        )
+        low, high = answer(chain, 1, "optimal")[1], answer(chain, 1, "keep_all")[1]
+        budget = low + int((high - low) * rng.random())
+        truth = fastest_of_all(chain, budget, free=True)
+        assert search(chain, budget) == answer(chain, budget)[0] == truth
+        beaten += truth < answer(chain, budget, "optimal")[0]
+    assert beaten > 2
 
 
 @settings(max_examples=60)
@@ -84,6 +123,17 @@ def test_a_kept_stage_may_let_its_input_go_and_beat_every_persistent_schedule():
     assert simulate(DROPPED_INPUT, schedule).seconds == 9
     first = (Checkpoint(0), Keep(1), Checkpoint(2), Keep(3), Free(1), Backward(3), Keep(2), Backward(2))
     assert schedule == Schedule((*first, Keep(0), Backward(1), Backward(0)))
+
+
+def test_a_backward_that_leaves_more_bytes_than_it_found_may_have_to_wait():
+    # The gradient of x_1 takes 6 bytes, so stage 0 is kept first; x_1 is inside it, and its own copy goes.
+    chain = Chain.from_arrays([1.0, 1.0], [0.0, 0.0], [1, 1, 0], [5, 1], [5, 10], boundary_grad=[0, 6, 0])
+    assert solve_chain(chain, 13, "exhaustive") == Schedule(
+        (Checkpoint(0), Keep(1), Keep(0), Free(1), Backward(1), Backward(0))
+    )
+    assert answer(chain, 12) == (math.inf, 13)
+    assert fastest_of_all(chain, 12, free=True) == math.inf
+    assert answer(chain, 1, "optimal")[1] > 13
 
 
 def test_without_letting_go_early_no_schedule_of_that_chain_beats_the_persistent_ones():

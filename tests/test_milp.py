@@ -15,7 +15,7 @@ from scheduler.chain import Chain
 from scheduler.dag import Dag, Drop, Op, Run, Turn, chain_dag, simulate_dag
 from scheduler.errors import InfeasibleBudget
 from scheduler.schedule import simulate
-from scheduler.solvers import solve_chain
+from scheduler.solvers import milp, solve_chain
 from scheduler.solvers.milp import milp_bound, relaxed_seconds, solve_dag
 from tests.chains import chains, oracle, oracle_chain
 
@@ -205,6 +205,18 @@ def test_sizes_far_beyond_the_tolerance_of_the_solver_still_fit_to_the_byte(chai
     smallest = least(chain)
     dag = chain_dag(chain)
     assert simulate_dag(dag, milp_bound(chain, smallest).plan).peak <= smallest
+
+
+def test_a_plan_that_slips_over_the_budget_is_solved_again_under_a_lower_one(monkeypatch):
+    exact = milp._Model.__init__
+
+    def lax(self, dag, budget, most_seconds):
+        exact(self, dag, None if budget is None else budget + 3, most_seconds)
+
+    monkeypatch.setattr(milp._Model, "__init__", lax)
+    found = solve_dag(DIAMOND, 17)
+    assert (found.seconds, found.peak) == (8, 14)
+    assert found.lower_bound == pytest.approx(7)
 
 
 def test_a_time_limit_is_kept_and_gives_a_plan_with_its_gap_or_an_error():
