@@ -1,4 +1,4 @@
-"""Claim: persistence costs a few percent at most on average, and its price is known chain by chain.
+"""Claim: persistence costs one or two percent on average, at times eight; none on equal stages of ten boundaries.
 
 The seconds of the fastest persistent schedule over those of the fastest of all, at budgets spread over the
 range in which both exist and something must be recomputed.
@@ -115,7 +115,7 @@ def report() -> str:
     lines += [
         "",
         (
-            "Where persistence loses, the faster schedule keeps a stage, lets its input go, and runs the stages before it "
+            "Where persistence loses, as a rule the faster schedule keeps a stage, lets its input go, and runs the stages before it "
             "again to bring that input back for the backward: the same runs serve two ends."
         ),
         "",

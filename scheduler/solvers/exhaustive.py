@@ -1,9 +1,10 @@
 """The fastest of all schedules, persistent or not, of a short chain: A* over the referee's states.
 
 Source: Hart, Nilsson & Raphael 1968, *A formal basis for the heuristic determination of minimum cost paths*,
-doi:10.1109/TSSC.1968.300136. What persistent schedules may lose: Beaumont, Herrmann, Pallez & Shilova 2020,
-*Optimal memory-aware backpropagation of deep join networks*, doi:10.1098/rsta.2019.0049, and section 4 of
-arXiv:1911.13214.
+doi:10.1109/TSSC.1968.300136. The class that it is held against, persistent schedules: arXiv:1911.13214.
+
+A schedule that is not persistent wins, as a rule, by keeping a stage and letting that stage's input go: the
+runs that bring the input back for the backward also keep the stages before it.
 
 A state is what the referee holds: the stages left to reverse, the held boundaries (x_0 always), the option of each kept
 stage, the working boundary, and the stages run so far. Three rules shrink the search, and lose nothing:
