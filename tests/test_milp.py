@@ -140,7 +140,7 @@ def least(chain: Chain) -> int:
         return error.smallest
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(dags(), st.data())
 def test_small_dags_take_as_long_as_the_fastest_plan_of_the_class(dag, data):
     smallest = bound(dag, 0)[1]
