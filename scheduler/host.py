@@ -92,8 +92,6 @@ class Copies:
         """Start to copy ``item`` to the device, out of ``source`` on the host."""
         start = max(now, self._reader, self._written[source])
         self._reader = self._arrived[item] = start + self.host.read_seconds(size)
-        # Whoever lets go of the source waits for this read too.
-        self._arrived[source] = max(self._arrived.get(source, 0.0), self._reader)
         return now if self.host.asynchronous else self._wait(now, self._reader)
 
     def use(self, now: float, *items: Item) -> float:

@@ -414,6 +414,19 @@ def test_two_level_traces_the_frontier_of_every_schedule_of_its_class(chain, hos
             assert found.exact
 
 
+def test_a_boundary_inside_offloaded_saved_tensors_is_read_alone_and_takes_no_host_bytes_of_its_own():
+    # x_1 has to go while stage 2 is kept, and saved_0, 12 bytes, is too large to come back for the backward of 1.
+    overheads = [0, 16, 0]
+    chain = Chain.from_arrays(
+        [100.0, 100.0, 1.0], [1.0] * 3, [1, 4, 1, 1], [12, 20, 24], None, overheads, boundary_grad=[0] * 4
+    )
+    found = solve_two_level(chain, 45, HostMemory(12, 1.0, 1.0))
+    assert found.exact
+    assert found.seconds == chain.plain_seconds + 12 + 4 + 12
+    assert Prefetch(1) in found.schedule.actions
+    assert Offload(1) not in found.schedule.actions
+
+
 @settings(max_examples=60)
 @given(chains(2), hosts(), st.data())
 def test_no_sequence_of_actions_at_all_is_slower_than_two_level(chain, host, data):
