@@ -217,7 +217,8 @@ def simulate_dag(dag: Dag, plan: Iterable[DagAction]) -> DagTimeline:
         if op.once and not first:
             raise ValueError(f"{where}: {op.name!r} may run only in its turn")
         fresh = [v for v in op.writes if v not in there]
-        if dag.lasting.intersection(op.writes).difference(fresh):
+        stay = dag.lasting.intersection(op.writes).difference(fresh)
+        if any(not all(taken[: last_use[v] + 1]) for v in stay):
             raise ValueError(f"{where}: {op.name!r} writes a value that is there, and stays as it is")
         for group in op.reads:
             if not there.intersection(group):
@@ -273,16 +274,17 @@ def chain_dag(chain: Chain) -> Dag:
         ]
         if stage.recomputable and i + 1 < length:
             ways.insert(0, Op(f"forward {i}", stage.forward, (sources[i],), (i + 1,), stage.forward_overhead))
-        turn(ways, stage.carried, 0)
+        turn(ways, stage.carried, chain.output_grad if i == length - 1 else 0)
         sources.append((i + 1, *kept[i]) if stage.recomputable else tuple(kept[i]))
     gradient: tuple[tuple[int, ...], ...] = ()
     for i in range(length - 1, -1, -1):
         stage = chain.stages[i]
-        extra = chain.output_grad if i == length - 1 else 0
         if i > 0:
             sizes.append(stage.input_grad)
         writes = (len(sizes) - 1,) if i > 0 else ()
-        extra += 0 if i > 0 else stage.input_grad
+        # What goes with this backward: the gradient of x_L, or x_0; other gradients are values that are read no more.
+        gone = (chain.output_grad if i == length - 1 else 0) + (sizes[0] if i == 0 else 0)
+        extra = 0 if i > 0 else stage.input_grad
         ways = [
             Op(
                 f"backward {i} {k}",
@@ -294,7 +296,7 @@ def chain_dag(chain: Chain) -> Dag:
             )
             for k, o in enumerate(stage.options)
         ]
-        turn(ways, 0, stage.retained - (sizes[0] if i == 0 else 0))  # x_0 goes with the last backward
+        turn(ways, 0, stage.retained - gone)
         gradient = (writes,)
     lasting = frozenset(v for values in kept for v in values)
     return Dag(tuple(ops), tuple(sizes), tuple(turns), frozenset({0}), frozenset(), chain.fixed, lasting)

@@ -98,7 +98,7 @@ def fastest(dag: Dag, budget: int) -> float:
                     continue
                 if not all(there.union(dag.inputs).intersection(group) for group in op.reads):
                     continue
-                if dag.lasting & there & frozenset(op.writes):
+                if any(last_use[v] >= taken for v in dag.lasting & there & frozenset(op.writes)):
                     continue
                 during = live + op.transient + sum(dag.sizes[v] for v in op.writes)
                 if during + (dag.turns[taken].starts if first else 0) <= budget:
