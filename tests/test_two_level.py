@@ -449,6 +449,19 @@ def test_asynchronous_plans_keep_both_budgets_and_lie_between_the_bound_and_one_
     assert found.seconds <= one_level(chain, budget)
 
 
+@settings(max_examples=200)
+@given(chains(6), hosts(), st.data())
+def test_frees_made_later_and_prefetches_made_earlier_keep_the_budget_and_cost_nothing(chain, host, data):
+    budget = data.draw(st.integers(*bounds(chain, host)))
+    schedule = solve_two_level(chain, budget, host).schedule
+    beside = dataclasses.replace(host, asynchronous=True)
+    later = two_level._later_frees(chain, schedule, budget, beside)
+    earlier = two_level._earlier_prefetches(chain, later, budget, beside)
+    lines = [simulate(chain, actions, beside) for actions in (schedule, later, earlier)]
+    assert max(line.peak for line in lines) <= budget
+    assert lines[1].seconds <= lines[0].seconds + 1e-9
+
+
 @given(chains(7, options=3), st.data())
 def test_with_a_host_without_room_two_level_is_optimal(chain, data):
     nothing = HostMemory(0, 1.0, 1.0, latency=1.0)
