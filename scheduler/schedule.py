@@ -15,7 +15,7 @@ The words, for stage i with input x_i:
 Memory rules. Live bytes are the chain's fixed bytes, held boundaries, kept saved tensors, the working
 boundary, the gradient at hand, and what the reversed stages retain (parameter gradients, long-lived
 values). x_{i+1} lies inside the saved tensors of a kept stage i and costs nothing on top. x_0 is held
-from the start. The gradient of x_L appears with the first backward.
+from the start. The gradient of x_L appears once stage L-1 has run.
 
 With a second memory, the host (``HostMemory``), there are words for copies between the two:
 
@@ -313,8 +313,6 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemo
             if i not in held and i - 1 not in kept:
                 raise IllegalAction(index, action, f"x_{i} is neither held nor inside the kept stage {i - 1}")
             stage, option = stages[i], stages[i].options[kept[i]]
-            if i == count - 1:
-                gradient = chain.output_grad
             peak = base + working_bytes + gradient + stage.input_grad + option.backward_overhead
             if copies is not None:
                 seconds = copies.use(seconds, ("saved", i))
@@ -397,6 +395,8 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemo
             during.append(base + working_bytes + gradient + produced + stage.forward_overhead)
             # A second copy of a held boundary is let go at once.
             working, working_bytes = (None, 0) if i + 1 in held else (i + 1, produced)
+        if i == count - 1:
+            gradient = chain.output_grad
         live.append(base + working_bytes + gradient)
 
     end = len(live)

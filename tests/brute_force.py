@@ -24,7 +24,7 @@ def live(chain: Chain, state: State) -> int:
     total += 0 if working is None else chain.input_bytes(working)
     total += sum(stage.carried for stage in chain.stages[:ran])
     total += sum(stage.grad + stage.carried_change for stage in chain.stages[left:])
-    if 0 < left < len(chain):
+    if left and ran == len(chain):
         total += chain.grad_bytes(left)
     return total
 
@@ -47,7 +47,6 @@ def step(chain: Chain, state: State, action: Action) -> tuple[float, int, State]
             return None
         option = stage.options[dict(kept)[i]]
         before = live(chain, state) + stage.input_grad + option.backward_overhead
-        before += chain.output_grad if left == len(chain) else 0
         after = (i, held - {i}, frozenset(pair for pair in kept if pair[0] != i), working, ran)
         if working is not None and working > i:
             after = (*after[:3], None, ran)
@@ -57,18 +56,20 @@ def step(chain: Chain, state: State, action: Action) -> tuple[float, int, State]
     if i < ran and not stage.recomputable:
         return None
     start: State = (left, held, kept, working if working == i else None, max(ran, i + 1))
+    # The gradient of x_L is there once the last stage has run, not while it does.
+    early = chain.output_grad if ran == i == len(chain) - 1 else 0
     if isinstance(action, Forward):
-        peak = live(chain, start) + chain.input_bytes(i + 1) + stage.forward_overhead
+        peak = live(chain, start) - early + chain.input_bytes(i + 1) + stage.forward_overhead
         return stage.forward, peak, (left, held, kept, None if i + 1 in held else i + 1, start[4])
     if working == i:
         start = (left, held | {i}, kept, None, start[4])
     if isinstance(action, Checkpoint):
-        peak = live(chain, start) + chain.input_bytes(i + 1) + stage.forward_overhead
+        peak = live(chain, start) - early + chain.input_bytes(i + 1) + stage.forward_overhead
         return stage.forward, peak, (left, start[1], kept, None if i + 1 in held else i + 1, start[4])
     if not 0 <= action.option < len(stage.options):
         return None
     after = (left, start[1], kept | {(i, action.option)}, None, start[4])
-    return stage.forward, live(chain, after) + stage.options[action.option].forward_overhead, after
+    return stage.forward, live(chain, after) - early + stage.options[action.option].forward_overhead, after
 
 
 def replay(chain: Chain, actions: Schedule) -> tuple[float, int] | None:

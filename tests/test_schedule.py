@@ -53,7 +53,8 @@ def test_the_bytes_of_a_schedule_that_keeps_all():
         kept + 4000 + 90 + 40 + 60,
         kept + 8 + 40 + 4 + 6,
     )
-    assert line.live == (kept, kept + 4000, kept + 8 + 40, 10**6 + 30 + 8 + 7 + 9)
+    # The gradient of x_2 is there once stage 1 has run.
+    assert line.live == (kept, kept + 4000 + 90, kept + 8 + 40, 10**6 + 30 + 8 + 7 + 9)
     assert line.seconds == 1 + 2 + 0.25 + 0.5
     assert (line.peak, line.peak_action, line.runs) == (kept + 4190, 2, (1, 1))
 
@@ -68,7 +69,7 @@ def test_the_bytes_of_a_schedule_that_runs_a_stage_again():
         base + 8 + 40 + 200 + 5,  # x_1 went with Backward(1); nothing is carried twice
         base + 8 + 40 + 200 + 4 + 6,
     )
-    assert line.live == (base + 10, base + 3010, base + 8 + 40, base + 248, 10**6 + 30 + 8 + 7 + 9)
+    assert line.live == (base + 10, base + 3010 + 90, base + 8 + 40, base + 248, 10**6 + 30 + 8 + 7 + 9)
     assert line.seconds == 1 + 2 + 0.25 + 0.125 + 1 + 0.5
     assert line.runs == (2, 1)
 
@@ -76,20 +77,28 @@ def test_the_bytes_of_a_schedule_that_runs_a_stage_again():
 def test_a_working_boundary_goes_when_the_next_stage_has_run():
     line = simulate(THREE, [Forward(0), Forward(1), Keep(2), Backward(2), Forward(0), *END])
     assert line.during[:3] == (1 + 2, 1 + 2 + 4, 1 + 4 + 64)
-    assert line.live[:4] == (1 + 2, 1 + 4, 1 + 4 + 64, 1 + 4)
+    assert line.live[:4] == (1 + 2, 1 + 4, 1 + 4 + 64 + 8, 1 + 4)
 
 
 def test_a_checkpoint_holds_its_input_until_the_stage_is_reversed():
     line = simulate(THREE, [Forward(0), Checkpoint(1), Keep(2), Backward(2), *END])
-    assert line.live[:6] == (1 + 2, 1 + 2 + 4, 1 + 2 + 4 + 64, 1 + 2 + 4, 1 + 2 + 32 + 4, 1 + 2)
+    assert line.live[:6] == (1 + 2, 1 + 2 + 4, 1 + 2 + 4 + 64 + 8, 1 + 2 + 4, 1 + 2 + 32 + 4, 1 + 2)
 
 
 def test_a_freed_boundary_costs_nothing_and_is_not_there_any_more():
     start: list[Action] = [Forward(0), Checkpoint(1), Keep(2), Free(1)]
     line = simulate(THREE, [*start, Backward(2), Forward(0), *END])
-    assert line.live[3] == 1 + 4 + 64
+    assert line.live[3] == 1 + 4 + 64 + 8
     with pytest.raises(IllegalAction, match="x_1 is not there"):
         simulate(THREE, [*start, Backward(2), *END])
+
+
+def test_a_stage_run_again_before_the_first_backward_finds_the_gradient_of_the_output_there():
+    again = [Forward(0), Checkpoint(1), Checkpoint(2), Keep(2), Backward(2)]
+    line = simulate(THREE, [*again, *END])
+    assert line.during[2] == 1 + 2 + 4 + 8  # x_3, and no gradient yet
+    assert line.during[3] == 1 + 2 + 4 + 64 + 8
+    assert line.runs[2] == 2
 
 
 def test_a_second_copy_of_a_held_boundary_costs_while_it_is_made():

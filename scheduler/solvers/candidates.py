@@ -76,18 +76,18 @@ def _price(c: Costs, tree: Ints) -> tuple[float, int]:
     for at in tree:
         depth -= 1
         s, t, held, new = stack[depth]
-        # The last segment runs before any backward: no gradient yet, and long-lived bytes so far.
-        base = c.first[t] if t == length - 1 else c.later[t]
         if at == 0:
             runs[s] += 1
-            peak = max(peak, held + (c.first[s] if new else base) + c.keeping[s], held + c.reversing[s])
+            # The first run of a stage is before any backward: no gradient yet, and long-lived bytes so far.
+            base = c.first[s] if new else c.later[t]
+            peak = max(peak, held + base + c.keeping[s], held + c.reversing[s])
             if s < t:
                 stack[depth] = s + 1, t, held + c.kept[s], new
                 depth += 1
             continue
         for i in range(s, at):
             runs[i] += 1
-            here = held + (c.first[i] if new else base) + c.running[i]
+            here = held + (c.first[i] if new else c.later[t]) + c.running[i]
             peak = max(peak, here + (c.boundary[i] if i > s else 0))
         stack[depth] = s, at - 1, held, 0
         depth += 1

@@ -51,7 +51,9 @@ class Comparison:
     def overhead(self, solver: str, index: int) -> float | None:
         """Extra seconds of a step / seconds of the plain step, at ``budgets[index]``; None if nothing fits."""
         seconds, plain = self.cells[solver][index].seconds, self.chain.plain_seconds
-        return None if seconds is None else (seconds - plain) / plain if plain else 0.0
+        if seconds is None:
+            return None
+        return max((seconds - plain) / plain, 0.0) if plain else 0.0  # sums may differ in the last bits
 
     def __str__(self) -> str:
         from rich import box

@@ -71,7 +71,8 @@ class Costs(NamedTuple):
     recompute: Floats  # (L, K)
     keeping: Ints  # (L, K) bytes that Keep adds while it runs
     reversing: Ints  # (L, K) bytes that Backward adds while it runs, the gradient of its output aside
-    ran: Ints  # (L + 1,) fixed and long-lived bytes once i stages have run, and none is reversed
+    carried: Ints  # (L,) long-lived bytes that the first run of stage i leaves behind
+    ran: Ints  # (L + 1,) fixed and long-lived bytes once i stages have run, and none is reversed; at L, the gradient of x_L
     left: Ints  # (L + 1,) fixed and long-lived bytes, and the gradient of x_i, with i stages left to reverse
 
 
@@ -96,6 +97,7 @@ def _costs(chain: Chain) -> Costs:
     for stage in stages:
         ran.append(ran[-1] + stage.carried)
     long_lived = [ran[-1]]
+    ran[-1] += chain.output_grad
     for stage in reversed(stages):
         long_lived.append(long_lived[-1] + stage.retained)
     gradients = [0, *(chain.grad_bytes(i) for i in range(1, len(stages) + 1))]
@@ -112,6 +114,7 @@ def _costs(chain: Chain) -> Costs:
         recompute=table([[o.recompute for o in s.options] for s in stages], np.float64),
         keeping=table([[o.saved + o.forward_overhead for o in s.options] for s in stages], np.int64),
         reversing=table([[s.input_grad + o.backward_overhead for o in s.options] for s in stages], np.int64),
+        carried=np.array([stage.carried for stage in stages], np.int64),
         ran=np.array(ran, np.int64),
         left=np.array(long_lived[::-1], np.int64) + np.array(gradients, np.int64),
     )
@@ -275,8 +278,7 @@ def _search(
                 k = kept[j] - 1
                 change = a.left[j] - (a.left[left] if left < length else a.ran[ran]) - a.saved[j, k]
                 gone = (a.boundary[j] if held >> j & 1 else 0) + (a.boundary[working] if working > j else 0)
-                during = a.reversing[j, k] + (a.left[length] - a.ran[ran] if left == length else 0)
-                peak = live + max(during, change - gone)
+                peak = live + max(a.reversing[j, k], change - gone)
                 spent = a.backward[j] + a.recompute[j, k]
                 # Rule 2; x_j does not count in ``change``, since another run may bring it back.
                 only = peak <= budget and (change <= 0 or j == 0)
@@ -293,7 +295,7 @@ def _search(
                 if working and working != i:
                     peak -= a.boundary[working]
                 if left == length and ran == i:
-                    peak += a.ran[i + 1] - a.ran[i]
+                    peak += a.carried[i]
                 spent = a.forward[i]
                 if code >= 0:
                     peak += a.keeping[i, code]

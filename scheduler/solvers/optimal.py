@@ -22,18 +22,21 @@ So C is tabulated only between P and A, on a grid of ``unit`` bytes. The grid *e
 nothing else: the schedule is read off in exact bytes, and P decides at each step what fits. No rounding
 can break the budget, and none strands a part of it.
 
+Equal segments, as transformer blocks make them, are tabulated once (``tables.py``), so that a chain of equal
+blocks takes time with L^2. And one table answers every budget below its own (``Table``, ``frontier.py``).
+
 What is claimed: the schedule is within the budget; one is found iff some persistent schedule fits
 (``InfeasibleBudget.smallest`` is exact); and it is the fastest persistent schedule wherever the greatest
-common divisor of all boundaries and saved tensors is affordable as the unit. Elsewhere two tables are
-made. With sizes rounded down C is a lower bound; interpolated between grid points it estimates best. A
-schedule is read off each and the faster one returned; ``Optimum.exact`` says whether it meets the bound.
-Measured on random chains without a common divisor: exact at 50 stages; at 200 stages the bound is 0.1 to
-1.3 % below the schedule, and grids three times finer find schedules at most 0.1 % faster. Time grows with
-L^3, two seconds at 200 stages; past 400 the grid gets too coarse to estimate well: merge stages first.
+common divisor of boundaries, saved tensors and what stages retain is affordable as the unit. Elsewhere two
+tables are made. With sizes rounded down C is a lower bound; interpolated between grid points it estimates
+best. A schedule is read off each and the faster one returned; ``Optimum.lower_bound`` is the better of that
+bound and the knapsack's (``knapsack.py``), and ``Optimum.exact`` says whether the schedule meets it. Past some
+500 unlike stages splits are tried at the smallest of every few boundaries only (``Arrays.split``), elsewhere
+only where nothing else fits; the knapsack's is then the only bound. docs/solver_speed.md has the times and gaps.
 
-What is not claimed: that no other schedule is faster. One that is not persistent (it lets a held boundary
-go early, or keeps a stage in one run and not in another) could be; exhaustive search found none on the
-oracles' 40 chains, nor on 1500 random ones of up to five stages.
+What is not claimed: that no other schedule is faster. ``exhaustive`` finds those that let a boundary go early
+and bring it back with what comes before it: one to two percent on chains of ten unlike stages, up to eight,
+and nothing where stages are alike (docs/persistence.md). What autograd saved cannot be let go like that.
 """
 
 from __future__ import annotations
@@ -54,11 +57,13 @@ from scheduler.solvers.tables import arrays_of, peaks_of
 
 __all__ = ["Optimum", "Table", "solve", "solve_many", "solve_optimal"]
 
-TABLE_BYTES, TABLE_STEPS = 128 * 2**20, 10**9  # of one table of C, and additions to fill it, unless that
-MIN_SLOTS = 500  # leaves the grid fewer units than this: fewer estimate badly. If it takes more than
-MAX_SLOTS, QUICK_SLOTS = 4000, 1000
-MOST_BYTES, MOST_STEPS = 384 * 2**20, 8 * 10**9  # then splits are tried at some of the boundaries only,
-MOST_WINDOW = 100  # one in so many at the least.
+# One table of C takes about so many bytes, and additions to fill it,
+TABLE_BYTES, TABLE_STEPS = 128 * 2**20, 10**9
+# unless that leaves the whole chain fewer slots than MIN_SLOTS: fewer estimate badly. More than MAX_SLOTS are of
+# use only to a grid that is exact; before one much finer than that, a grid of QUICK_SLOTS is tried.
+MIN_SLOTS, MAX_SLOTS, QUICK_SLOTS = 500, 6000, 1000
+# Where MIN_SLOTS take more than so many, splits are tried at some of the boundaries only, one in MOST_WINDOW at least.
+MOST_BYTES, MOST_STEPS, MOST_WINDOW = 384 * 2**20, 8 * 10**9, 100
 MOST_STAGES = 5000  # P alone takes a minute there, and each table of segments 200 MB
 
 
@@ -138,7 +143,7 @@ class Table:
         quick = (self.most - self._held) / QUICK_SLOTS
         self._window, self._many = window, many
         # A coarse grid often proves its schedule optimal at once.
-        for about in (fine,) if many or quick < 4 * fine else (quick, fine):
+        for about in (fine,) if many or quick < 2 * MAX_SLOTS / QUICK_SLOTS * fine else (quick, fine):
             self.unit = math.ceil(about / divisor) * divisor
             if self._tabulate(self.unit > divisor):
                 break
