@@ -91,7 +91,7 @@ def timed(length: int, share: float) -> tuple[float, float, float]:
     budget = int(keep_all_bytes(chain) * share)
     began = time.perf_counter()
     found = solve_optimal(chain, budget)
-    return time.perf_counter() - began, found.seconds, found.max(seconds / found.lower_bound - 1, 0.0)
+    return time.perf_counter() - began, found.seconds, _gap(found)
 
 
 def peak_megabytes(length: int) -> float:

@@ -94,7 +94,7 @@ def test_a_freed_boundary_costs_nothing_and_is_not_there_any_more():
 
 
 def test_a_stage_run_again_before_the_first_backward_finds_the_gradient_of_the_output_there():
-    again = [Forward(0), Checkpoint(1), Checkpoint(2), Keep(2), Backward(2)]
+    again: list[Action] = [Forward(0), Checkpoint(1), Checkpoint(2), Keep(2), Backward(2)]
     line = simulate(THREE, [*again, *END])
     assert line.during[2] == 1 + 2 + 4 + 8  # x_3, and no gradient yet
     assert line.during[3] == 1 + 2 + 4 + 64 + 8

@@ -349,13 +349,38 @@ def test_an_unknown_solver_is_a_value_error_that_names_the_known_ones():
 
 def test_the_largest_budget_and_numpy_integers_are_accepted():
     chain = random_chain(3)
-    assert solve_chain(chain, 2**63 - 1) == solve_chain(chain, np.int64(2**62))  # type: ignore[arg-type] # on purpose
+    assert solve_chain(chain, 2**63 - 1) == solve_chain(chain, np.int64(2**62))  # type: ignore[call-overload] # on purpose
 
 
 def test_sizes_that_would_overflow_are_refused():
     chain = Chain.from_arrays([1.0], [1.0], [2**61, 2**61], [0])
     with pytest.raises(ValueError, match=r"below 2\*\*62"):
         solve_chain(chain, 2**62)
+
+
+def test_seconds_that_would_overflow_are_refused():
+    chain = Chain.from_arrays([1e308] * 2, [1e308] * 2, [1, 1, 1], [1, 1])
+    with pytest.raises(ValueError, match="more than a float holds"):
+        solve_chain(chain, 2**40)
+
+
+def test_a_chain_too_long_is_refused_at_once():
+    most = SOLVERS["optimal"].most_stages
+    count = most + 1
+    chain = Chain.from_arrays([1.0] * count, [1.0] * count, [1] * (count + 1), [1] * count)
+    with pytest.raises(ValueError, match=f"up to {most} stages, got {most + 1}; choose another solver"):
+        solve_chain(chain, 2**40)
+    assert len(solve_chain(chain, 2**40, "chen")) > most
+
+
+def test_two_thousand_equal_stages_are_solved_in_seconds():
+    """A recurrent network unrolled: a chain too long for tables of all segments, were they not all alike."""
+    chain = Chain.from_arrays([1.0] * 2000, [2.0] * 2000, [3] * 2001, [40] * 2000)
+    start = time.perf_counter()
+    found = solve_optimal(chain, 5000)
+    assert time.perf_counter() - start < 60  # about 5 on one idle core
+    assert simulate(chain, found.schedule).peak <= 5000
+    assert found.seconds < 1.5 * chain.plain_seconds
 
 
 def test_a_schedule_over_the_budget_is_an_internal_error(monkeypatch):

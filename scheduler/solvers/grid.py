@@ -60,7 +60,7 @@ class Reading(NamedTuple):
 
 @compiled
 def _row(g: Grid, s: int, t: int) -> Floats:
-    """C(s,t) at lo-1 .. hi units; the margin below repeats lo, the one above is the seconds of A."""
+    """C(s,t) at lo-1 .. hi units; the margin below repeats lo, or is the worst there is, the one above is the seconds of A."""
     return g.values[g.offset[s, t] : g.offset[s, t] + g.hi[s, t] - g.lo[s, t] + 2]
 
 
@@ -125,6 +125,12 @@ def _splits(
     No more than TILE of s, nor of t; s < j <= t for all of them.
     """
     last = a.first.size - 1
+    wanted = np.zeros(TILE, np.bool_)  # whether there is a segment to fill that ends at t
+    for t in range(ts[0], ts[1]):
+        for s in range(ss[0], ss[1]):
+            wanted[t - ts[0]] |= a.split[t + 1] and a.origin[s, t] == s
+    if not wanted.any():
+        return
     # Values from here on cost less than any further split does by itself, and are left alone.
     ends = np.full((TILE, TILE), NEVER)
     for j in range(js[0], js[1]):
@@ -132,7 +138,7 @@ def _splits(
             continue
         units = a.boundary[j] // g.unit
         for t in range(ts[0], ts[1]):
-            if not a.split[t + 1]:
+            if not wanted[t - ts[0]]:
                 continue
             after_right = a.after[j - 1] - a.after[t]  # bytes that the right part leaves behind
             left_units = (after_right + g.interpolate * (g.unit - 1)) // g.unit
@@ -192,6 +198,12 @@ def _keep_until(a: Arrays, g: Grid, s: int, i: int, t: int, buffer: Floats) -> N
 
 
 @compiled
+def _worst(a: Arrays, s: int, t: int) -> float:
+    """Extra seconds of s..t reversed a stage at a time from x_s: what it comes to where little more than P is left."""
+    return float((a.ahead[t] - a.ahead[s]) * (t - s + 1) + a.quick[t + 1] - a.quick[s])
+
+
+@compiled
 def _fill(a: Arrays, g: Grid) -> None:
     """Compute ``g.values``, in blocks of TILE by TILE segments, so that what they read stays in the cache.
 
@@ -220,7 +232,7 @@ def _fill(a: Arrays, g: Grid) -> None:
                     _splits(a, g, (s, s + 1), (t, t + 1), (max(s_high, t_low) + 1, t + 1), buffer)
                     row = _row(g, s, t)
                     row[-1] = a.quick[t + 1] - a.quick[s]
-                    row[0] = row[1]
+                    row[0] = _worst(a, s, t) if g.interpolate else row[1]
 
 
 @compiled
@@ -229,8 +241,7 @@ def _estimate(a: Arrays, p: Peaks, g: Grid, s: int, t: int, room: int) -> float:
     if room >= p.fastest[s, t]:
         return float(a.quick[t + 1] - a.quick[s])
     if not a.split[t + 1] or room < g.least[s, t]:
-        # Not on the grid: it splits where the grid does not. A stage at a time is the worst that can be.
-        return float((a.ahead[t] - a.ahead[s]) * (t - s + 1) + a.quick[t + 1] - a.quick[s])
+        return _worst(a, s, t)  # not on the grid: it splits where the grid does not
     row = _row(g, s, t)
     up = -((g.phase - room) // g.unit)  # units, rounded up; always over lo - 1
     i = min(up - (g.lo[s, t] - 1), row.size - 1)
