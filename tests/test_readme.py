@@ -35,7 +35,7 @@ def test_the_readme_leads_with_make_demo_and_make_test() -> None:
             ["--steps", "2", "--layers", "3", "--width", "64", "--context", "64", "--batch", "8"],
             "losses of all 2 steps equal bit for bit: yes",
         ),
-        ("compare_solvers.py", ["--model", "resnet"], "smallest budget"),
+        ("compare_solvers.py", ["--model", "resnet"], "longest solve"),
         ("train_digits.py", ["--epochs", "6"], "test accuracy 9"),
     ],
 )
