@@ -9,8 +9,10 @@ from torch.utils import _pytree as pytree
 
 from executors.replay import Step
 from scheduler.capture.graph_capture import GraphCapture
+from scheduler.capture.recompute import Rebuild, compile_rebuild
 from scheduler.capture.stages import GraphStage, Source
 from scheduler.program import ReplayProgram
+from scheduler.schedule import Keep
 
 __all__ = ["GraphExecutor", "locate"]
 
@@ -52,12 +54,20 @@ class GraphExecutor:
         self.readers: dict[str, list[int]] = {}
         for k, stage in enumerate(self.stages):
             for source in stage.sources:
-                if source.kind == "carried" and program.kept[k] is None:
+                if source.kind == "carried" and program.kept[k] != 0:
                     self.readers.setdefault(source.key, []).append(k)
         self.returned = {
             leaf.key: locate(model, leaf.key)
             for leaf in capture.outputs
             if isinstance(leaf, Source) and leaf.kind in ("parameter", "buffer")
+        }
+        used = {(k, option) for k, option in enumerate(program.kept) if option}
+        used |= {(a.stage, a.option) for a in program.replay if isinstance(a, Keep) and a.option}
+        self.rebuilds = {
+            (k, option): compile_rebuild(
+                capture.graph, capture.linear, k, self.stages[k].argument_names, capture.dropped[k][option]
+            )
+            for k, option in used
         }
         self.carried_by = [
             tuple(dict.fromkeys(s.key for s in stage.sources if s.kind == "carried")) for stage in self.stages
@@ -71,10 +81,11 @@ class GraphExecutor:
         carried: dict[str, Tensor] = {}
         boundary: tuple[Tensor, ...] = ()
         for k, stage in enumerate(self.stages):
-            if self.program.kept[k] is None:
+            option = self.program.kept[k]
+            if option != 0:
                 step.before_first_run(k, boundary)
                 arguments = step.first_arguments(k, boundary, carried)
-                with step.dropping(k):
+                with step.dropping(k) if option is None else step.thinning(k, self.rebuilds[k, option]):
                     results = stage.function(*arguments)
             else:
                 arguments = step.first_arguments(k, boundary, carried)
@@ -137,7 +148,7 @@ class GraphStep(Step):
         executor = self.executor
         own: list[Tensor] = [values[key] for _, values, key in executor.lookups[k]]
         arguments = self._arguments(k, boundary, carried, own)
-        if executor.program.kept[k] is None:
+        if executor.program.kept[k] != 0:
             # Views of parameters are packed by reference too: they share the storage.
             self.last(own)
             self.parameters[k] = own
@@ -175,6 +186,23 @@ class GraphStep(Step):
 
     def run_stage(self, k: int, boundary: tuple[Tensor, ...], grad: bool) -> tuple[Tensor, ...]:
         """Re-run stage k; see Step."""
+        stage = self.executor.stages[k]
+        results = stage.function(*self._arguments_again(k, boundary, grad))
+        return next_boundary(stage, boundary, results)
+
+    def rebuild_of(self, stage: int, option: int) -> Rebuild:
+        """See Step."""
+        return self.executor.rebuilds[stage, option]
+
+    def run_rebuild(
+        self, stage: int, rebuild: Rebuild, boundary: tuple[Tensor, ...], sources: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """See Step."""
+        arguments = self._arguments_again(stage, boundary, grad=True)
+        return rebuild.function(*(arguments[i] for i in rebuild.arguments), *sources)
+
+    def _arguments_again(self, k: int, boundary: tuple[Tensor, ...], grad: bool) -> list[Any]:
+        """The arguments of stage k as its first run found them."""
         executor, stage = self.executor, self.executor.stages[k]
         own = self.parameters[k]
         changed = executor.changed[k]
@@ -194,8 +222,7 @@ class GraphStep(Step):
         arguments = self._arguments(k, boundary, carried, own)
         for position, snapshot in zip(changed, self.snapshots.get(k, ()), strict=True):
             arguments[position] = snapshot.clone()
-        results = stage.function(*arguments)
-        return next_boundary(stage, boundary, results)
+        return arguments
 
     def release_inputs(self, stage: int) -> None:
         """Drop the carried values that only re-runs of this stage still needed."""

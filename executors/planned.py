@@ -105,6 +105,7 @@ class _Runner:
                 f"{self.plan.torch_version} then, {torch.__version__} now); make a new plan with solve()"
             )
         again.random, again.changed = list(record.random), list(record.changed)
+        again.dropped = [tuple(map(frozenset, options)) for options in record.dropped]
         return again
 
 

@@ -14,9 +14,12 @@ The rules, referred to by number below:
    Hence retain_graph, double backward, partial and abandoned backwards need no case of their own.
 4. A request that the program has passed already (a second backward) restarts it; if what it needs is gone,
    the stage is rebuilt from the nearest boundary that is held: slower, never wrong.
-5. Random numbers: each stage that draws is re-run from its own state, and the generators are put back
+5. A stage kept with an option drops some of its saved tensors. The first unpack of one of these, once the
+   program is at the stage's backward, runs the option's own program (``Rebuild``) on what was kept; any other
+   request is answered as for a dropped stage.
+6. Random numbers: each stage that draws is re-run from its own state, and the generators are put back
    after every replay. Buffers that a stage changes are changed by its first run only.
-6. Autograd checks versions only of tensors that it holds itself. Whatever is kept by reference, and
+7. Autograd checks versions only of tensors that it holds itself. Whatever is kept by reference, and
    whatever a re-run reads, is checked here: a change in place between forward and backward raises.
 """
 
@@ -29,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scheduler.capture.recompute import Rebuild
 from scheduler.capture.state import RandomState
 from scheduler.program import ReplayProgram
 from scheduler.schedule import Backward, Checkpoint, Forward, Free, Keep
@@ -61,7 +65,7 @@ class Handle:
 
 
 class Held:
-    """A saved tensor that lives on anyway, with the version that autograd saw (rule 6)."""
+    """A saved tensor that lives on anyway, with the version that autograd saw (rule 7)."""
 
     __slots__ = ("tensor", "version")
 
@@ -80,6 +84,7 @@ class Step:
         flags: boundary -> requires_grad of each tensor.
         filled: stage -> index -> rebuilt saved tensor.
         handles: stage -> handles alive.
+        thinned: stage kept with an option -> how to rebuild what it dropped, from which packs and boundary.
         rerunnable: stage -> whether what its re-run needs is still held.
         shapes: stage -> index -> (shape, dtype) of a dropped saved tensor, or None if packed by reference.
     """
@@ -95,7 +100,8 @@ class Step:
         self.flags: dict[int, tuple[bool, ...]] = {}
         self.filled: list[dict[int, Tensor]] = [{} for _ in range(stages)]
         self.handles = [0] * stages
-        self.rerunnable = [kept is None for kept in program.kept]
+        self.rerunnable = [kept != 0 for kept in program.kept]
+        self.thinned: dict[int, tuple[Rebuild, dict[int, Held], tuple[Tensor, ...]]] = {}
         self.shapes: list[list[tuple[torch.Size, torch.dtype] | None]] = [[] for _ in range(stages)]
         self.states: dict[int, RandomState] = {}
         self.lasting: set[int] = set()  # addresses of storages that are packed by reference
@@ -118,6 +124,16 @@ class Step:
     def release_inputs(self, stage: int) -> None:
         """Let go of what is held only for re-runs of this stage."""
 
+    def rebuild_of(self, stage: int, option: int) -> Rebuild:
+        """How what an option (not the first) of the stage drops is made again."""
+        raise NotImplementedError
+
+    def run_rebuild(
+        self, stage: int, rebuild: Rebuild, boundary: tuple[Tensor, ...], sources: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Run an option's program on the tensors of the stage's boundary and on kept packs."""
+        raise NotImplementedError
+
     # ---- the first sweep -----------------------------------------------------------------------------
 
     def hold(self, boundary: int, tensors: tuple[Tensor, ...]) -> None:
@@ -128,7 +144,7 @@ class Step:
     def before_first_run(self, stage: int, boundary: tuple[Tensor, ...]) -> None:
         """Note what a later re-run of the stage needs: its boundary, its random numbers."""
         self.flags[stage] = tuple(t.requires_grad for t in boundary)
-        if stage in self.program.held:
+        if stage in self.program.held or self.program.kept[stage]:
             self.hold(stage, boundary)
         if self.random[stage]:
             self.states[stage] = RandomState(self.device)
@@ -146,6 +162,26 @@ class Step:
 
         return torch.autograd.graph.saved_tensors_hooks(pack, self.unpack)
 
+    def thinning(self, stage: int, rebuild: Rebuild) -> torch.autograd.graph.saved_tensors_hooks:
+        """The context of a first run of which an option drops some saved tensors (rule 5)."""
+        shapes, lasting = self.shapes[stage], self.lasting
+        wanted = {index for index, _ in rebuild.sources}
+        sources: dict[int, Held] = {}
+        self.thinned[stage] = (rebuild, sources, self.boundaries[stage])
+
+        def pack(tensor: Tensor) -> Handle | Held:
+            index = len(shapes)
+            if index in rebuild.dropped and tensor.untyped_storage().data_ptr() not in lasting:
+                shapes.append((tensor.shape, tensor.dtype))
+                return Handle(self, stage, index)
+            shapes.append(None)
+            held = Held(tensor)
+            if index in wanted:
+                sources[index] = held
+            return held
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, self.unpack)
+
     def last(self, tensors: Sequence[Tensor]) -> None:
         """These storages live on through the step: saved tensors among them are packed by reference."""
         self.lasting.update(t.untyped_storage().data_ptr() for t in tensors)
@@ -154,7 +190,7 @@ class Step:
         """The forward is done; from here on handles that die release what was held for them."""
         self.sweeping = False
         for stage, alive in enumerate(self.handles):
-            if not alive and self.program.kept[stage] is None:
+            if not alive and self.rerunnable[stage]:
                 self.stage_is_done(stage)
 
     # ---- release -------------------------------------------------------------------------------------
@@ -166,6 +202,7 @@ class Step:
         the stages up to the next held one, and each of these is run over by those after it.
         """
         self.filled[stage].clear()
+        self.thinned.pop(stage, None)
         holder = max((b for b in self.boundaries if b <= stage), default=0)
         following = min((b for b in self.boundaries if b > holder), default=len(self.handles))
         for served in range(following - 1, holder - 1, -1):
@@ -191,7 +228,7 @@ class Step:
             return packed.tensor
         filled = self.filled[packed.stage]
         if packed.index not in filled:
-            self.replay_until(packed.stage)
+            self.replay_until(packed.stage, packed.index)
             filled = self.filled[packed.stage]
             if packed.index not in filled:
                 raise ReplayError(
@@ -200,8 +237,8 @@ class Step:
                 )
         return filled.pop(packed.index)
 
-    def replay_until(self, stage: int) -> None:
-        """Run the program up to the backward of ``stage``, so that its handles are filled (rules 2 and 4)."""
+    def replay_until(self, stage: int, index: int) -> None:
+        """Run the program up to the backward of ``stage``, so that this handle of it is filled (rules 2, 4, 5)."""
         generators = RandomState(self.device) if self.draws else None
         try:
             with ExitStack() as contexts:
@@ -212,8 +249,11 @@ class Step:
                     self.task = task
                     if self.position >= self.program.backward_at[stage]:
                         self.position, self.working = 0, None
-                if self.position < self.program.backward_at[stage] and self._follow(stage):
-                    return
+                if self.position <= self.program.backward_at[stage] and self._follow(stage):
+                    if index not in self.filled[stage] and stage in self.thinned:
+                        self._recompute(stage)
+                    if index in self.filled[stage]:
+                        return
                 self._rebuild_from_nearest(stage)
         finally:
             if generators is not None:
@@ -226,6 +266,7 @@ class Step:
             action = replay[self.position]
             if isinstance(action, Backward):
                 self.filled[action.stage].clear()
+                self.thinned.pop(action.stage, None)
                 if self.working is not None and self.working[0] > action.stage:
                     self.working = None
             elif isinstance(action, Free):
@@ -243,7 +284,8 @@ class Step:
                 if isinstance(action, Keep):
                     following = replay[self.position + 1]
                     wanted = not (isinstance(following, Backward) and following.stage == action.stage)
-                    produced = self._rebuild(action.stage, current, wanted)
+                    rebuild = self.rebuild_of(action.stage, action.option) if action.option else None
+                    produced = self._rebuild(action.stage, current, wanted, rebuild)
                 else:
                     produced = self._advance(action.stage, current)
                 if produced is not None:
@@ -292,13 +334,27 @@ class Step:
         with torch.no_grad():
             return self.run_stage(stage, boundary, grad=False)
 
-    def _rebuild(self, stage: int, boundary: tuple[Tensor, ...], wanted: bool) -> tuple[Tensor, ...] | None:
-        """Re-run a stage in grad mode and fill its handles (rule 2); its output too, if wanted."""
+    def _rebuild(
+        self, stage: int, boundary: tuple[Tensor, ...], wanted: bool, rebuild: Rebuild | None = None
+    ) -> tuple[Tensor, ...] | None:
+        """Re-run a stage in grad mode and fill its handles (rule 2), or those that an option keeps (rule 5).
+
+        Returns:
+            its output, if wanted.
+        """
         shapes = self.shapes[stage]
-        last = max((i for i, shape in enumerate(shapes) if shape is not None), default=-1)
-        if last < 0 or not self.handles[stage]:
+        dropped = rebuild.dropped if rebuild is not None else frozenset()
+        read = {index for index, _ in rebuild.sources} if rebuild is not None else set()
+        needed = {i for i, shape in enumerate(shapes) if shape is not None and i not in dropped}
+        last = max(needed | read, default=-1)
+        if not self.handles[stage]:
             return self._advance(stage, boundary) if wanted else None
         filled: dict[int, Tensor] = {}
+        sources: dict[int, Held] = {}
+        if rebuild is not None:
+            self.thinned[stage] = (rebuild, sources, boundary)
+        if last < 0:
+            return self._advance(stage, boundary) if wanted else None
         count = 0
 
         def pack(tensor: Tensor) -> None:
@@ -311,15 +367,17 @@ class Step:
                     "must run the same ops on the same input"
                 )
             expected = shapes[index]
-            if expected is not None:
-                if expected != (tensor.shape, tensor.dtype):
-                    raise ReplayError(
-                        f"stage {stage}: saved tensor {index} was {tuple(expected[0])} {expected[1]} in the first "
-                        f"run and is {tuple(tensor.shape)} {tensor.dtype} in the re-run"
-                    )
+            if expected is not None and expected != (tensor.shape, tensor.dtype):
+                raise ReplayError(
+                    f"stage {stage}: saved tensor {index} was {tuple(expected[0])} {expected[1]} in the first "
+                    f"run and is {tuple(tensor.shape)} {tensor.dtype} in the re-run"
+                )
+            if index in needed:
                 filled[index] = tensor.detach()
-                if index == last and not wanted:
-                    raise _Stop
+            if index in read:
+                sources[index] = Held(tensor)
+            if index == last and not wanted:
+                raise _Stop
 
         self._ready(stage)
         inputs = tuple(
@@ -335,6 +393,46 @@ class Step:
             )
         self.filled[stage] = filled
         return produced
+
+    def _recompute(self, stage: int) -> None:
+        """Make what an option dropped again (rule 5)."""
+        rebuild, sources, boundary = self.thinned.pop(stage)
+        if any(index not in sources for index, _ in rebuild.sources):
+            return
+        self._ready(stage)
+        kept = [self.unpack(sources[index]).detach().requires_grad_(flag) for index, flag in rebuild.sources]
+        sources.clear()
+        shapes, filled = self.shapes[stage], self.filled[stage]
+        inputs = tuple(
+            t.detach().requires_grad_(flag) for t, flag in zip(boundary, self.flags[stage], strict=True)
+        )
+        count = 0
+
+        def fill(index: int, tensor: Tensor) -> None:
+            expected = shapes[index]
+            if index in rebuild.dropped and expected is not None:
+                if expected != (tensor.shape, tensor.dtype):
+                    raise ReplayError(
+                        f"stage {stage}: saved tensor {index} was {tuple(expected[0])} {expected[1]} in the first run "
+                        f"and is {tuple(tensor.shape)} {tensor.dtype} when it is made again"
+                    )
+                filled[index] = tensor.detach()
+
+        def pack(tensor: Tensor) -> None:
+            nonlocal count
+            if count < len(rebuild.saves):
+                fill(rebuild.saves[count], tensor)
+            count += 1
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _never):
+            made = self.run_rebuild(stage, rebuild, inputs, kept)
+        if count != len(rebuild.saves):
+            raise ReplayError(
+                f"stage {stage}: the ops run again save {count} tensors, {len(rebuild.saves)} in the first run; the "
+                "model must run the same ops on the same input"
+            )
+        for index, tensor in zip(rebuild.gives, made, strict=True):
+            fill(index, tensor)
 
 
 def _never(_: Any) -> Tensor:

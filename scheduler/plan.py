@@ -36,6 +36,7 @@ class CaptureRecord:
         stages: names of the modules that are stages (empty for graph).
         random: (L,) whether a stage draws random numbers.
         changed: (L,) names of the buffers that a stage changes.
+        dropped: (L,) for each option of a stage, the numbers of the saved tensors that it drops (empty for modules).
         evaluating: names of submodules that were in eval mode.
     """
 
@@ -50,12 +51,15 @@ class CaptureRecord:
     stages: tuple[str, ...] = ()
     random: tuple[bool, ...] = ()
     changed: tuple[tuple[str, ...], ...] = ()
+    dropped: tuple[tuple[tuple[int, ...], ...], ...] = ()
     evaluating: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("cuts", "stages", "random", "evaluating"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "changed", tuple(tuple(names) for names in self.changed))
+        dropped = tuple(tuple(tuple(packs) for packs in options) for options in self.dropped)
+        object.__setattr__(self, "dropped", dropped)
         if self.kind not in ("graph", "modules"):
             raise ValueError(f"CaptureRecord: kind={self.kind!r}, expected 'graph' or 'modules'")
 

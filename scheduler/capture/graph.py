@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from scheduler.capture.sample import Call
 from scheduler.errors import CaptureError
 
-__all__ = ["Group", "Op", "OpGraph", "export_graph"]
+__all__ = ["Group", "Layout", "Op", "OpGraph", "export_graph"]
 
 # Checks of metadata that export adds; shapes and dtypes are checked once per call by the plan's signature.
 _CHECKS = ("aten._assert_tensor_metadata.default", "aten.sym_constrain_range_for_size.default")
@@ -51,6 +51,23 @@ class Group:
     mutated: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A tensor as a view of its storage: any other view of the same storage and dtype can be had from it."""
+
+    group: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Layout:
+        """The layout of a tensor; its group is the identity of its storage."""
+        key = tensor.untyped_storage()._cdata
+        return cls(key, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
+
+
 @dataclass(slots=True)
 class Op:
     """One call in the graph.
@@ -58,6 +75,7 @@ class Op:
     Attributes:
         node: the fx node.
         reads: storages of its arguments. writes: storages of its results. saved: what autograd keeps of it.
+        packs: the tensors that autograd saves, in the order in which it does.
     """
 
     node: fx.Node
@@ -65,6 +83,12 @@ class Op:
     writes: tuple[int, ...]
     saved: tuple[int, ...]
     requires_grad: bool
+    packs: tuple[Layout, ...] = ()
+
+    @property
+    def random(self) -> bool:
+        """Whether the op may draw random numbers."""
+        return torch.Tag.nondeterministic_seeded in getattr(self.node.target, "tags", ())
 
 
 @dataclass(slots=True)
@@ -79,6 +103,7 @@ class OpGraph:
         attributes: get_attr nodes -> dotted name in ``module``.
         group_of: storages of each node's result.
         grad_of: whether each node's result requires grad.
+        layout_of: how each node's result lies in its storage, if it is a tensor.
         outputs: the flattened outputs: nodes, or plain values.
         output_spec: how to rebuild the output.
     """
@@ -92,6 +117,7 @@ class OpGraph:
     grad_of: dict[fx.Node, bool]
     outputs: list[Any]
     output_spec: Any
+    layout_of: dict[fx.Node, Layout] = field(default_factory=dict)
 
     def constants(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Tensors that the export lifted out of the code: in the graph, but not in the model."""
@@ -268,7 +294,7 @@ def analyse(module: fx.GraphModule, call: Call) -> OpGraph:
                 grad = any(
                     isinstance(t, torch.Tensor) and t.requires_grad for t in pytree.tree_leaves(result)
                 )
-                ops.append(Op(node, reads, writes, saved, grad))
+                ops.append(Op(node, reads, writes, saved, grad, tuple(map(Layout.of, saved_now))))
                 for key in (*reads, *writes):
                     groups[key].last_use = index
                     if groups[key].first_use < 0:
@@ -293,7 +319,10 @@ def analyse(module: fx.GraphModule, call: Call) -> OpGraph:
         for node, value in env.items()
     }
     output_spec = module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined] # export's codegen
-    return OpGraph(module, ops, groups, placeholders, attributes, group_of, grad_of, outputs, output_spec)
+    layout_of = {node: Layout.of(value) for node, value in env.items() if isinstance(value, torch.Tensor)}
+    return OpGraph(
+        module, ops, groups, placeholders, attributes, group_of, grad_of, outputs, output_spec, layout_of
+    )
 
 
 def _changed(node: fx.Node, group_of: dict[fx.Node, tuple[int, ...]]) -> list[int]:

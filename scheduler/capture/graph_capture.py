@@ -29,6 +29,7 @@ class GraphCapture:
         constants: tensors that the export lifted out of the model's code.
         random: (L,) whether the stage draws random numbers.
         changed: (L,) names of the buffers that the stage changes.
+        dropped: (L,) for each option of the stage, the packs (``recompute.py``) that it does not keep.
     """
 
     graph: OpGraph
@@ -40,6 +41,7 @@ class GraphCapture:
     device: torch.device
     random: list[bool] = field(default_factory=list)
     changed: list[tuple[str, ...]] = field(default_factory=list)
+    dropped: list[tuple[frozenset[int], ...]] = field(default_factory=list)
 
     kind = "graph"
 
@@ -116,6 +118,7 @@ class GraphCapture:
             "cuts": self.linear.cuts[1:-1],
             "random": tuple(self.random),
             "changed": tuple(self.changed),
+            "dropped": tuple(tuple(tuple(sorted(packs)) for packs in options) for options in self.dropped),
         }
 
     def observe(self, model: nn.Module, call: Call) -> None:

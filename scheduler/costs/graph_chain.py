@@ -7,6 +7,7 @@ the graph alone. Transients and seconds are measured, once per distinct stage.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.loss import find_loss
+from scheduler.capture.recompute import packs_of
 from scheduler.capture.sample import Call
 from scheduler.capture.stages import GraphStage
 from scheduler.chain import Chain, Option, Stage
-from scheduler.costs.measure import Enter, StageCost, StageRun, measure_stage
+from scheduler.costs.measure import Enter, OptionCost, StageCost, StageRun, measure_stage
+from scheduler.costs.options import measure_options
 from scheduler.costs.peak import allocated
 from scheduler.costs.resident import storage_bytes
 
@@ -50,12 +53,16 @@ def measure_graph(
         key = f"{stage.signature}|{k == last}"
         if key not in costs:
             run = _isolated(capture, k, arguments)
-            costs[key] = measure_stage(run, capture.device, clock=clock)
+            cost = measure_stage(run, capture.device, clock=clock)
+            options = measure_options(capture, k, run, arguments, clock=clock)
+            costs[key] = replace(cost, options=options)
         progress(k + 1, len(capture))
 
     with torch.no_grad():
         capture.sweep(model, call, visit)
-    return [costs[f"{stage.signature}|{k == last}"] for k, stage in enumerate(capture.stages)]
+    measured = [costs[f"{stage.signature}|{k == last}"] for k, stage in enumerate(capture.stages)]
+    capture.dropped = [(frozenset(), *(option.dropped for option in cost.options)) for cost in measured]
+    return measured
 
 
 def _isolated(capture: GraphCapture, k: int, arguments: list[Any]) -> StageRun:
@@ -115,6 +122,12 @@ def graph_chain(
         {key for op in graph.ops[linear.cuts[k] : linear.cuts[k + 1]] for key in op.saved}
         for k in range(count)
     ]
+
+    def saved_bytes(k: int, dropped: frozenset[int]) -> int:
+        packs = enumerate(packs_of(graph, linear, k))
+        kept = {pack.group for number, pack in packs if number not in dropped}
+        return total((kept | set(linear.boundaries[k + 1])) - carried_keys - set(linear.boundaries[k]))
+
     flows = _GradFlows(capture, costs, size)
     change, output_grad = _carried_changes(capture, size, saved_by, flows, loss_is_output)
     created = _created_grads(capture, model)
@@ -126,32 +139,26 @@ def graph_chain(
     stages = []
     for k, stage in enumerate(capture.stages):
         cost = costs[k]
-        saved = total(
-            (saved_by[k] | set(linear.boundaries[k + 1])) - carried_keys - set(linear.boundaries[k])
-        )
         carried = total(linear.carried[k])
         following = total(linear.boundaries[k + 1])
         input_grad = at_hand[k]
         prefix = k == 0 and linear.frozen_prefix
+        gradients = input_grad + _own_output_grads(cost, k, count, output_grad)
+        # Keeping all is the first option.
+        whole = OptionCost(frozenset(), 0.0, cost.keeping_peak, cost.backward_peak, "all")
+        options = []
+        for each in (whole, *cost.options):
+            saved = saved_bytes(k, each.dropped)
+            keeping = max(0, each.keeping_peak - saved - carried)
+            reversing = max(0, each.backward_peak - saved - gradients)
+            options.append(Option(saved, each.recompute, keeping, reversing, each.name))
         stages.append(
             Stage(
                 name=stage.name,
                 forward=cost.forward,
                 backward=0.0 if prefix else cost.backward,
                 input=total(linear.boundaries[k]),
-                options=(
-                    Option(
-                        saved,
-                        forward_overhead=max(0, cost.keeping_peak - saved - carried),
-                        backward_overhead=max(
-                            0,
-                            cost.backward_peak
-                            - saved
-                            - input_grad
-                            - _own_output_grads(cost, k, count, output_grad),
-                        ),
-                    ),
-                ),
+                options=tuple(options),
                 forward_overhead=max(0, cost.dropping_peak - following - carried),
                 input_grad=input_grad,
                 grad=created[k],

@@ -17,7 +17,26 @@ from torch import Tensor
 
 from scheduler.costs.peak import allocated, count_bytes
 
-__all__ = ["StageCost", "StageRun", "measure_stage"]
+__all__ = ["OptionCost", "StageCost", "StageRun", "measure_stage"]
+
+
+@dataclass(frozen=True, slots=True)
+class OptionCost:
+    """What an option of a stage costs, as far as it differs from keeping all.
+
+    Attributes:
+        dropped: numbers of the saved tensors that it does not keep.
+        recompute: seconds to make them again.
+        keeping_peak: most bytes above the inputs while the stage runs forward.
+        backward_peak: the same from there to the end of its backward, recomputation included.
+        name: what is kept, in words.
+    """
+
+    dropped: frozenset[int]
+    recompute: float
+    keeping_peak: int
+    backward_peak: int
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +55,7 @@ class StageCost:
             during it. None if it asks for none.
         input_grads: (argument, storage, bytes) of the gradient that the backward leaves of each argument. It
             may be a view of a larger storage (of a concatenation's gradient), or share one with another.
+        options: that keep less than all.
     """
 
     forward: float
@@ -46,6 +66,7 @@ class StageCost:
     output_grads: int
     lead: int | None = None
     input_grads: tuple[tuple[int, int, int], ...] = ()
+    options: tuple[OptionCost, ...] = ()
 
 
 Enter = Callable[[int, Tensor], Tensor]

@@ -1,0 +1,226 @@
+"""What the options of a stage cost: seconds of the ops that run again, and bytes while they do.
+
+Ops are timed one by one; which to run again for which bytes is then a matter of ``scheduler.options``. Every
+option that comes of it is tried out on the tensors of the real step: what it makes again must be, bit for bit,
+what autograd saved, or the option is left out.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from scheduler.capture.graph_capture import GraphCapture
+from scheduler.capture.recompute import Rebuild, compile_rebuild, divisible, packs_of, stage_values
+from scheduler.capture.state import RandomState
+from scheduler.costs.measure import OptionCost, StageRun, _never, _root, _Sink, _unowned, _wait, as_leaf
+from scheduler.costs.peak import allocated, count_bytes
+from scheduler.costs.roofline import Tally, device_rates
+from scheduler.options import choices
+
+__all__ = ["measure_options"]
+
+MOST = 8  # options of a stage, the one that keeps all included
+REPEATS = 5
+
+
+class _Timed(fx.Interpreter):
+    """Runs a stage op by op and notes the seconds of each."""
+
+    def __init__(self, module: fx.GraphModule, device: torch.device, clock: bool) -> None:
+        super().__init__(module)
+        self.device, self.clock = device, clock
+        self.seconds: list[float] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        if n.op != "call_function":
+            return super().run_node(n)
+        if not self.clock:
+            with Tally(device_rates(self.device)) as tally:
+                result = super().run_node(n)
+            self.seconds.append(tally.seconds)
+            return result
+        _wait(self.device)
+        began = time.perf_counter()
+        result = super().run_node(n)
+        _wait(self.device)
+        self.seconds.append(time.perf_counter() - began)
+        return result
+
+
+def measure_options(
+    capture: GraphCapture, k: int, run: StageRun, arguments: list[Any], *, clock: bool
+) -> tuple[OptionCost, ...]:
+    """The options of stage k that keep less than all, from the largest to the smallest.
+
+    Args:
+        run: the stage in isolation.
+        arguments: of the stage, as the real step has them.
+        clock: whether seconds are measured; if not, they are estimated (``roofline.py``).
+    """
+    stage, device = capture.stages[k], capture.device
+    module = getattr(stage.function, "__self__", None)
+    if not divisible(capture.graph, capture.linear, k) or not isinstance(module, fx.GraphModule):
+        return ()
+    timings = []
+    for _ in range(REPEATS if clock else 1):
+        timed = _Timed(module, device, clock)
+        with torch.enable_grad():
+            timed.run(*_fresh(capture, k, arguments))
+        timings.append(timed.seconds)
+    seconds = [statistics.median(times) for times in zip(*timings, strict=True)]
+    values = stage_values(capture.graph, capture.linear, k, lambda size: allocated(size, device), seconds)
+    packs = packs_of(capture.graph, capture.linear, k)
+    position = {group: value for value, group in enumerate(values.groups)}
+    found: list[OptionCost] = []
+    for choice in choices(values.ops, values.values, most=MOST).choices[1:]:
+        dropped = frozenset(
+            number
+            for number, pack in enumerate(packs)
+            if pack.group in position and position[pack.group] not in choice.kept
+        )
+        rebuild = compile_rebuild(capture.graph, capture.linear, k, stage.argument_names, dropped)
+        if not dropped or not _same_again(capture, k, rebuild, arguments):
+            continue
+        took = _time(capture, k, rebuild, arguments) if clock else choice.seconds
+        keeping, backward = _peaks(capture, k, run, rebuild, arguments)
+        found.append(OptionCost(dropped, took, keeping, backward, _name(rebuild)))
+    return tuple(found)
+
+
+def _name(rebuild: Rebuild) -> str:
+    """What runs again, by kind of op."""
+    kinds = Counter(name.rstrip("0123456789").rstrip("_") for name in rebuild.rerun)
+    return "all but " + ", ".join(kind if n == 1 else f"{n} {kind}" for kind, n in kinds.items())
+
+
+def _fresh(capture: GraphCapture, k: int, arguments: Sequence[Any]) -> list[Any]:
+    """The arguments as a re-run gets them: detached, requiring grad as they did, buffers as copies."""
+    fresh = []
+    for argument, source in zip(arguments, capture.stages[k].sources, strict=True):
+        if source.kind == "buffer":
+            fresh.append(argument.clone())
+        elif isinstance(argument, Tensor) and source.kind != "parameter":
+            fresh.append(argument.detach().requires_grad_(source.requires_grad))
+        else:
+            fresh.append(argument)
+    return fresh
+
+
+def _again(rebuild: Rebuild, fresh: list[Any], sources: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Run the program of an option: number -> dropped pack."""
+    filled: dict[int, Tensor] = {}
+    count = 0
+
+    def pack(tensor: Tensor) -> None:
+        nonlocal count
+        if count < len(rebuild.saves) and rebuild.saves[count] in rebuild.dropped:
+            filled[rebuild.saves[count]] = tensor.detach()
+        count += 1
+
+    kept = [sources[number].detach().requires_grad_(flag) for number, flag in rebuild.sources]
+    sources.clear()
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _never):
+        made = rebuild.function(*(fresh[i] for i in rebuild.arguments), *kept)
+    if count != len(rebuild.saves):
+        raise RuntimeError(f"the ops run again save {count} tensors, not {len(rebuild.saves)}")
+    filled.update((number, tensor.detach()) for number, tensor in zip(rebuild.gives, made, strict=True))
+    return filled
+
+
+def _same_again(capture: GraphCapture, k: int, rebuild: Rebuild, arguments: list[Any]) -> bool:
+    """Whether what the option makes again is what autograd saved, to the bit."""
+    fresh, again = _fresh(capture, k, arguments), _fresh(capture, k, arguments)
+    random = RandomState(capture.device)
+    packs: list[Tensor] = []
+    with (
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: packs.append(t.detach()), _never),
+    ):
+        capture.stages[k].function(*fresh)
+    if len(packs) != len(packs_of(capture.graph, capture.linear, k)):
+        return False
+    random.restore()
+    try:
+        filled = _again(rebuild, again, dict(enumerate(packs)))
+    except RuntimeError:  # other ops than before, or fewer: not an option
+        return False
+    return filled.keys() == rebuild.dropped and all(_equal(filled[n], packs[n]) for n in filled)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if (a.shape, a.dtype, a.stride()) != (b.shape, b.dtype, b.stride()):
+        return False
+    return torch.equal(a, b) or bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
+
+
+def _time(capture: GraphCapture, k: int, rebuild: Rebuild, arguments: list[Any]) -> float:
+    """Median seconds of the option's program."""
+    packs: list[Tensor] = []
+    with (
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: packs.append(t.detach()), _never),
+    ):
+        capture.stages[k].function(*_fresh(capture, k, arguments))
+    times = []
+    for _ in range(REPEATS):
+        fresh, sources = _fresh(capture, k, arguments), dict(enumerate(packs))
+        _wait(capture.device)
+        began = time.perf_counter()
+        _again(rebuild, fresh, sources)
+        _wait(capture.device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def _peaks(
+    capture: GraphCapture, k: int, run: StageRun, rebuild: Rebuild, arguments: list[Any]
+) -> tuple[int, int]:
+    """Most bytes above the inputs while the stage runs forward, and from there to its backward's end."""
+    arrived: dict[int, Tensor] = {}
+
+    def sink(position: int, tensor: Tensor) -> Tensor:
+        result: Tensor = _Sink.apply(as_leaf(position, tensor), position, arrived)
+        return result
+
+    def step(mark: Any) -> None:
+        filled: dict[int, Tensor] = {}
+        sources: dict[int, Tensor] = {}
+        wanted = {number for number, _ in rebuild.sources}
+        count = 0
+
+        def pack(tensor: Tensor) -> int | Tensor:
+            nonlocal count
+            number, count = count, count + 1
+            if number in rebuild.dropped and tensor.untyped_storage().data_ptr() not in run.lasting:
+                return number
+            held = _unowned(tensor)
+            if number in wanted:
+                sources[number] = held
+            return held
+
+        def unpack(packed: int | Tensor) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            if packed not in filled:
+                filled.update(_again(rebuild, _fresh(capture, k, arguments), sources))
+            return filled.pop(packed)
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            outputs = run.run(sink)
+            seed, _ = _root(run, outputs)
+            del outputs
+        mark()
+        if seed is not None and seed.requires_grad:
+            seed.backward()
+
+    counted = count_bytes(step, capture.device)
+    run.reset()
+    return counted.peaks[0], max(0, *counted.peaks[1:])
