@@ -299,15 +299,10 @@ class _Closures:
         return _Point(sum(self.freed[o] for o in least), sum(self.seconds[o] for o in least), least)
 
     def hull(self) -> list[_Point]:
-        """Nothing, what frees bytes for nothing, and the vertices from there to all, by freed bytes."""
-        last = self.point(range(len(self.needs)))
-        free: set[int] = set()
-        for o in sorted(last.rerun):
-            if not self.seconds[o] and self.needs[o] <= free:
-                free.add(o)
-        first = self.point(free)
-        found = {self.point(()), first, last}
-        stack = [(first, last)]
+        """The vertices, by freed bytes: from nothing to all."""
+        nothing, everything = self.point(()), self.point(range(len(self.needs)))
+        found = {nothing, everything}
+        stack = [(nothing, everything)]
         while stack:
             low, high = stack.pop()
             better = self._cut(low, high)

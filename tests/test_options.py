@@ -163,6 +163,25 @@ def test_a_gap_between_vertices_is_split_where_there_is_room() -> None:
     assert sizes(choices(*SHARED, most=3)) == [(100, 0), (40, 11.5), (0, 15.5)]
 
 
+def test_a_gap_is_not_split_next_to_its_ends() -> None:
+    """Of 4 bytes more at 0.7 seconds: close to the line, but hardly another option."""
+    ops, values = [*SHARED[0], StageOp(0.7, (0,), (4,))], [*SHARED[1], StageValue(4, saved=True)]
+    assert {(100, 0.7), (44, 11.5)} <= front(every_option(ops, values))
+    assert sizes(choices(ops, values, most=4)) == [(104, 0), (44, 11.5), (4, 15.5), (0, 16.2)]
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        ((2000, 1.0), [(2100, 0), (100, 1.0), (0, 16.5)]),  # few bytes
+        ((100, 500.0), [(200, 0), (100, 15.5), (0, 515.5)]),  # few seconds
+    ],
+)
+def test_a_narrow_gap_is_not_split(other: tuple[int, float], expected: list[tuple[int, float]]) -> None:
+    ops, values = [*SHARED[0], StageOp(other[1], (0,), (4,))], [*SHARED[1], StageValue(other[0], saved=True)]
+    assert sizes(choices(ops, values)) == expected
+
+
 def test_what_is_not_proven_shows_as_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     def hurried(*args: Any, **settings: Any) -> Any:
         result = milp(*args, **settings)
