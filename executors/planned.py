@@ -106,6 +106,7 @@ class _Runner:
             )
         again.random, again.changed = list(record.random), list(record.changed)
         again.dropped = [tuple(map(frozenset, options)) for options in record.dropped]
+        again.rerun = list(record.rerun)
         return again
 
 

@@ -37,6 +37,8 @@ class CaptureRecord:
         random: (L,) whether a stage draws random numbers.
         changed: (L,) names of the buffers that a stage changes.
         dropped: (L,) for each option of a stage, the numbers of the saved tensors that it drops (empty for modules).
+        rerun: (L,) for each option of a stage, the ops that run again, by their places in it (empty for modules).
+        ops: (L,) for each op of a stage, its name and the bytes that autograd saves of what it makes (likewise).
         evaluating: names of submodules that were in eval mode.
     """
 
@@ -52,14 +54,17 @@ class CaptureRecord:
     random: tuple[bool, ...] = ()
     changed: tuple[tuple[str, ...], ...] = ()
     dropped: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    rerun: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    ops: tuple[tuple[tuple[str, int], ...], ...] = ()
     evaluating: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("cuts", "stages", "random", "evaluating"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "changed", tuple(tuple(names) for names in self.changed))
-        dropped = tuple(tuple(tuple(packs) for packs in options) for options in self.dropped)
-        object.__setattr__(self, "dropped", dropped)
+        for name in ("dropped", "rerun", "ops"):
+            rows = tuple(tuple(tuple(row) for row in rows) for rows in getattr(self, name))
+            object.__setattr__(self, name, rows)
         if self.kind not in ("graph", "modules"):
             raise ValueError(f"CaptureRecord: kind={self.kind!r}, expected 'graph' or 'modules'")
 
@@ -96,6 +101,14 @@ class Plan:
                 f"Plan: the schedule's peak of {self.timeline.peak} bytes is over memory_budget={self.memory_budget}"
             )
         _ = self.program  # refuses a schedule that no executor can follow
+        if self.capture.kind == "graph":
+            options = [len(stage.options) for stage in self.chain.stages]
+            for name in ("dropped", "rerun"):
+                given = [len(rows) for rows in getattr(self.capture, name)] or [1] * len(options)
+                if given != options:
+                    raise ValueError(
+                        f"Plan: capture.{name} has {given} entries a stage, the chain {options} options"
+                    )
 
     @cached_property
     def timeline(self) -> Timeline:
@@ -135,6 +148,43 @@ class Plan:
         )
         return "input" if isinstance(first, Checkpoint) else "nothing"
 
+    def option(self, stage: int) -> int:
+        """The option with which a stage is kept when it is reversed."""
+        return [a.option for a in self.schedule if isinstance(a, Keep) and a.stage == stage][-1]
+
+    def explain(self, stage: int) -> str:
+        """The ops of a stage, one a line: K, what autograd saves of it is kept; R, it runs again before the backward.
+
+        Raises:
+            ValueError: there is no such stage, or the plan's stages are modules, whose ops nobody knows.
+        """
+        count = len(self.chain)
+        if not isinstance(stage, int) or not 0 <= stage < count:
+            raise ValueError(f"explain: stage={stage!r}, expected 0 .. {count - 1}")
+        if not self.capture.ops:
+            raise ValueError(
+                "explain: the stages of this plan are modules; only a graph capture knows their ops"
+            )
+        first, option = self.program.kept[stage], self.option(stage)
+        chosen = self.chain.stages[stage].options[option]
+        again = set(self.capture.rerun[stage][option]) if self.capture.rerun else set()
+        whole = self.chain.stages[stage].options[0].saved
+        lines = [
+            f"stage {stage}: {self.chain.stages[stage].name}",
+            f"kept: {chosen.name}; {format_bytes(chosen.saved)} of {format_bytes(whole)}",
+        ]
+        if option:
+            lines.append(f"{chosen.recompute * 1e3:.2f} ms to make the rest again")
+        if first is None:
+            lines.append(
+                f"nothing but its input outlives the forward: it runs {self.timeline.runs[stage]} times, and is kept "
+                "so when it is run for its backward"
+            )
+        for i, (name, size) in enumerate(self.capture.ops[stage]):
+            mark = "R" if i in again else "K" if size else " "
+            lines.append(f"  {mark} {name}" + (f"  {format_bytes(size)}" if size else ""))
+        return "\n".join(lines)
+
     def table(self) -> str:
         """The cost table: per stage what is kept, runs, seconds, bytes; then totals and the budget."""
         from rich import box
@@ -145,11 +195,12 @@ class Plan:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("#", justify="right")
         table.add_column("stage", overflow="fold")
-        table.add_column("kept")
+        table.add_column("kept", overflow="ellipsis", no_wrap=True, max_width=36)
         for heading in ("runs", "forward ms", "backward ms", "extra ms", "saved", "input"):
             table.add_column(heading, justify="right")
         for i, stage in enumerate(chain.stages):
-            extra = (runs[i] - 1) * stage.forward
+            option = stage.options[self.option(i)]
+            extra = (runs[i] - 1) * stage.forward + option.recompute
             table.add_row(
                 str(i),
                 stage.name,
@@ -158,7 +209,7 @@ class Plan:
                 f"{stage.forward * 1e3:.2f}",
                 f"{stage.backward * 1e3:.2f}",
                 f"{extra * 1e3:.2f}" if extra else "",
-                format_bytes(stage.options[0].saved),
+                format_bytes(option.saved),
                 format_bytes(stage.input),
             )
         table.add_section()
@@ -170,12 +221,12 @@ class Plan:
             f"{sum(s.forward for s in chain.stages) * 1e3:.2f}",
             f"{sum(s.backward for s in chain.stages) * 1e3:.2f}",
             f"{(self.timeline.seconds - chain.plain_seconds) * 1e3:.2f}",
-            format_bytes(sum(s.options[0].saved for s in chain.stages)),
+            format_bytes(sum(s.options[self.option(i)].saved for i, s in enumerate(chain.stages))),
             "",
         )
         out = io.StringIO()
         # Names of stages have brackets and colons, which are no markup.
-        console = Console(file=out, width=110, highlight=False, markup=False, emoji=False, color_system=None)
+        console = Console(file=out, width=130, highlight=False, markup=False, emoji=False, color_system=None)
         console.print(table)
         lines = [line.rstrip() for line in out.getvalue().strip("\n").splitlines()]
         parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.resident.items() if size)

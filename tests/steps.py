@@ -16,6 +16,7 @@ from executors import MeasuredPeak, measure_peak
 from executors.planned import _RUNNER
 from scheduler import InfeasibleBudget, Plan, Schedule, simulate, solve, solve_chain
 from scheduler.chain import Chain
+from scheduler.schedule import Backward, Keep
 from tests.models import BUILDERS, Case
 
 Record = dict[str, Tensor | None]
@@ -134,6 +135,20 @@ def smallest(chain: Chain) -> int:
 def tightest(plan: Plan) -> Plan:
     """The same captured model under the smallest budget."""
     return replan(plan, smallest(plan.chain))
+
+
+def thinnest(plan: Plan) -> Plan:
+    """The same captured model, every stage kept with the option that keeps least."""
+    stages = plan.chain.stages
+    keep = [Keep(k, len(stage.options) - 1) for k, stage in enumerate(stages)]
+    return scheduled(plan, Schedule((*keep, *map(Backward, reversed(range(len(stages)))))))
+
+
+def at_its_tightest(case: Case, capture: str) -> Plan:
+    """The least memory under a capture; under "options", stages kept in part and none run again whole."""
+    if capture == "options":
+        return thinnest(solve(case.model, "1GiB", sample=case.sample, capture="graph"))
+    return tightest(solve(case.model, "1GiB", sample=case.sample, capture=capture))
 
 
 def peak_of_a_step(case: Case, model: nn.Module) -> MeasuredPeak:

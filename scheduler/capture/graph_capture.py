@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from scheduler.capture.graph import OpGraph, export_graph, resolve
 from scheduler.capture.linearize import Linear, linearize
+from scheduler.capture.recompute import op_rows
 from scheduler.capture.sample import Call
 from scheduler.capture.stages import GraphStage, Source, compile_stages
 from scheduler.capture.state import RandomState, model_device
@@ -30,6 +31,7 @@ class GraphCapture:
         random: (L,) whether the stage draws random numbers.
         changed: (L,) names of the buffers that the stage changes.
         dropped: (L,) for each option of the stage, the packs (``recompute.py``) that it does not keep.
+        rerun: (L,) for each option of the stage, the ops that run again, by their places in it.
     """
 
     graph: OpGraph
@@ -42,6 +44,7 @@ class GraphCapture:
     random: list[bool] = field(default_factory=list)
     changed: list[tuple[str, ...]] = field(default_factory=list)
     dropped: list[tuple[frozenset[int], ...]] = field(default_factory=list)
+    rerun: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)
 
     kind = "graph"
 
@@ -119,6 +122,8 @@ class GraphCapture:
             "random": tuple(self.random),
             "changed": tuple(self.changed),
             "dropped": tuple(tuple(tuple(sorted(packs)) for packs in options) for options in self.dropped),
+            "rerun": tuple(self.rerun),
+            "ops": tuple(op_rows(self.graph, self.linear, k, int) for k in range(len(self))),
         }
 
     def observe(self, model: nn.Module, call: Call) -> None:

@@ -19,7 +19,7 @@ from scheduler.capture.graph import Layout, Op, OpGraph
 from scheduler.capture.linearize import Linear
 from scheduler.options import StageOp, StageValue
 
-__all__ = ["Rebuild", "StageValues", "compile_rebuild", "divisible", "packs_of", "stage_values"]
+__all__ = ["Rebuild", "StageValues", "compile_rebuild", "divisible", "op_rows", "packs_of", "stage_values"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Rebuild:
 
     Attributes:
         dropped: numbers of the packs that are not kept.
-        rerun: names of the ops that run again, views aside.
+        rerun: the ops of the stage that run again, views aside, by their places in it.
         arguments: for each leading argument of ``function``, its index among the stage's arguments.
         sources: for each further argument, the pack that it is, and whether it requires grad.
         function: (*arguments, *sources) -> tensors; called in grad mode, under a pack hook.
@@ -37,7 +37,7 @@ class Rebuild:
     """
 
     dropped: frozenset[int]
-    rerun: tuple[str, ...]
+    rerun: tuple[int, ...]
     arguments: tuple[int, ...]
     sources: tuple[tuple[int, bool], ...]
     function: Callable[..., tuple[torch.Tensor, ...]]
@@ -125,6 +125,19 @@ def stage_values(
     return StageValues(tuple(stage_ops), tuple(values), tuple(made))
 
 
+def op_rows(
+    graph: OpGraph, linear: Linear, k: int, size: Callable[[int], int]
+) -> tuple[tuple[str, int], ...]:
+    """(name, bytes that autograd saves of what it makes) of each op of stage k."""
+    ops, first = _slice(graph, linear, k), linear.cuts[k]
+    saved = {pack.group for op in ops for pack in op.packs}
+    rows = []
+    for i, op in enumerate(ops, first):
+        own = {g for g in (*op.writes, *op.saved) if graph.groups[g].producer == i and g in saved}
+        rows.append((op.node.name, sum(size(graph.groups[g].bytes) for g in own)))
+    return tuple(rows)
+
+
 def packs_of(graph: OpGraph, linear: Linear, k: int) -> list[Layout]:
     """The packs of stage k, in order."""
     return [pack for op in _slice(graph, linear, k) for pack in op.packs]
@@ -138,10 +151,17 @@ def compile_rebuild(
     Args:
         argument_names: of the stage (``GraphStage.argument_names``).
         dropped: numbers of packs; with one of a storage made in the stage, all of that storage.
+
+    Raises:
+        ValueError: a number that is no pack of a storage that the stage makes.
     """
     ops = _slice(graph, linear, k)
     first = linear.cuts[k]
     packs = packs_of(graph, linear, k)
+    made = set(_made(graph, linear, k))
+    for number in dropped:
+        if not 0 <= number < len(packs) or packs[number].group not in made:
+            raise ValueError(f"stage {k} makes no saved tensor {number} that could be made again")
     of_op: list[range] = []
     for op in ops:
         start = of_op[-1].stop if of_op else 0
@@ -210,7 +230,7 @@ def compile_rebuild(
     subgraph.output(tuple(results))
     subgraph.lint()
     compiled = fx.GraphModule(graph.module, subgraph, class_name=f"Rebuild{k}")
-    rerun = tuple(ops[i].node.name for i in sorted(running) if _makes(graph, ops[i], first + i))
+    rerun = tuple(i for i in sorted(running) if _makes(graph, ops[i], first + i))
     return Rebuild(
         dropped,
         rerun,

@@ -62,6 +62,7 @@ def measure_graph(
         capture.sweep(model, call, visit)
     measured = [costs[f"{stage.signature}|{k == last}"] for k, stage in enumerate(capture.stages)]
     capture.dropped = [(frozenset(), *(option.dropped for option in cost.options)) for cost in measured]
+    capture.rerun = [((), *(option.rerun for option in cost.options)) for cost in measured]
     return measured
 
 

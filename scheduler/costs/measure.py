@@ -30,6 +30,7 @@ class OptionCost:
         keeping_peak: most bytes above the inputs while the stage runs forward.
         backward_peak: the same from there to the end of its backward, recomputation included.
         name: what is kept, in words.
+        rerun: the ops of the stage that run again, by their places in it.
     """
 
     dropped: frozenset[int]
@@ -37,6 +38,7 @@ class OptionCost:
     keeping_peak: int
     backward_peak: int
     name: str
+    rerun: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

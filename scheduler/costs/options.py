@@ -91,13 +91,17 @@ def measure_options(
             continue
         took = _time(capture, k, rebuild, arguments) if clock else choice.seconds
         keeping, backward = _peaks(capture, k, run, rebuild, arguments)
-        found.append(OptionCost(dropped, took, keeping, backward, _name(rebuild)))
+        names = [
+            op.node.name for op in capture.graph.ops[capture.linear.cuts[k] : capture.linear.cuts[k + 1]]
+        ]
+        name = _name([names[i] for i in rebuild.rerun])
+        found.append(OptionCost(dropped, took, keeping, backward, name, rebuild.rerun))
     return tuple(found)
 
 
-def _name(rebuild: Rebuild) -> str:
+def _name(rerun: Sequence[str]) -> str:
     """What runs again, by kind of op."""
-    kinds = Counter(name.rstrip("0123456789").rstrip("_") for name in rebuild.rerun)
+    kinds = Counter(name.rstrip("0123456789").rstrip("_") for name in rerun)
     return "all but " + ", ".join(kind if n == 1 else f"{n} {kind}" for kind, n in kinds.items())
 
 
