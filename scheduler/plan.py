@@ -105,7 +105,7 @@ class Plan:
             options = [len(stage.options) for stage in self.chain.stages]
             for name in ("dropped", "rerun"):
                 given = [len(rows) for rows in getattr(self.capture, name)] or [1] * len(options)
-                if given != options:
+                if len(given) != len(options) or any(map(int.__lt__, given, options)):
                     raise ValueError(
                         f"Plan: capture.{name} has {given} entries a stage, the chain {options} options"
                     )

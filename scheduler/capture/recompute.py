@@ -52,7 +52,7 @@ class StageValues:
     Attributes:
         ops: one a op of the stage, without their seconds.
         values: storages, as values 0, 1, ...
-        groups: the storage that each value is.
+        groups: the storage that each value is; -1 for one that is changed in place later.
     """
 
     ops: tuple[StageOp, ...]
@@ -69,15 +69,19 @@ def _made(graph: OpGraph, linear: Linear, k: int) -> list[int]:
     return [g for g, group in graph.groups.items() if linear.cuts[k] <= group.producer < linear.cuts[k + 1]]
 
 
+def _changes(graph: OpGraph, linear: Linear, k: int) -> dict[int, list[int]]:
+    """For each storage that stage k makes, the ops that change it in place, by their places in the stage."""
+    made = _made(graph, linear, k)
+    return {g: sorted({i - linear.cuts[k] for i in graph.groups[g].mutated}) for g in made}
+
+
 def divisible(graph: OpGraph, linear: Linear, k: int) -> bool:
     """Whether stage k can be kept in part.
 
-    It cannot if it changes a value of its own in place, holds a block of ops (a higher-order op), or saves a
-    storage under another dtype than it was made with.
+    It cannot if it holds a block of ops (a higher-order op), or saves a storage under another dtype than it was
+    made with.
     """
     ops = _slice(graph, linear, k)
-    if any(graph.groups[g].mutated for g in _made(graph, linear, k)):
-        return False
     dtypes = {
         graph.layout_of[op.node].group: graph.layout_of[op.node].dtype
         for op in ops
@@ -96,33 +100,45 @@ def stage_values(
 ) -> StageValues:
     """The ops and storages of stage k, which is ``divisible``.
 
+    A storage that is changed in place is one value before each change and one after the last; autograd saves the
+    last.
+
     Args:
         size: bytes that the allocator sets aside for so many bytes.
         seconds: of each op of the stage.
     """
     ops, first = _slice(graph, linear, k), linear.cuts[k]
-    made = _made(graph, linear, k)
-    index = {group: i for i, group in enumerate(made)}
+    changes = _changes(graph, linear, k)
+    versions = [(g, version) for g, changed in changes.items() for version in range(len(changed) + 1)]
+    index = {key: i for i, key in enumerate(versions)}
+    last = {g: len(changed) for g, changed in changes.items()}
     carried = {group for groups in linear.carried for group in groups}
     leaving = set(linear.boundaries[k + 1]) | carried
     saved = {p.group for op in ops for p in op.packs}
-    # What leaves the stage is there until its backward; it can be read then if autograd holds on to it here.
-    values = [
-        StageValue(
-            0 if g in carried else size(graph.groups[g].bytes), g in saved, pinned=g in saved and g in leaving
+    values = []
+    for g, version in versions:
+        kept = g in saved and version == last[g]
+        # What leaves the stage is there until its backward anyway.
+        held = 0 if g in carried else size(graph.groups[g].bytes)
+        values.append(StageValue(held, kept, pinned=kept and g in leaving))
+    stage_ops = []
+    for i, (op, cost) in enumerate(zip(ops, seconds, strict=True)):
+        reads = {(g, sum(m < i for m in changes[g])) for g in op.reads if g in changes}
+        own = {g for g in (*op.writes, *op.saved) if graph.groups[g].producer == first + i}
+        writes = {(g, 0) for g in own} | {
+            (g, changed.index(i) + 1) for g, changed in changes.items() if i in changed
+        }
+        reads -= {(g, 0) for g in own}
+        stage_ops.append(
+            StageOp(
+                cost,
+                tuple(sorted(index[r] for r in reads)),
+                tuple(sorted(index[w] for w in writes)),
+                op.random,
+            )
         )
-        for g in made
-    ]
-    stage_ops = [
-        StageOp(
-            cost,
-            tuple(dict.fromkeys(index[g] for g in op.reads if g in index and graph.groups[g].producer != i)),
-            tuple(index[g] for g in dict.fromkeys((*op.writes, *op.saved)) if graph.groups[g].producer == i),
-            op.random,
-        )
-        for (i, op), cost in zip(enumerate(ops, first), seconds, strict=True)
-    ]
-    return StageValues(tuple(stage_ops), tuple(values), tuple(made))
+    groups = tuple(g if version == last[g] else -1 for g, version in versions)
+    return StageValues(tuple(stage_ops), tuple(values), groups)
 
 
 def op_rows(
@@ -172,27 +188,43 @@ def compile_rebuild(
         if number not in dropped and graph.groups[pack.group].producer >= first:
             kept.setdefault(pack.group, number)
 
-    def there(node: fx.Node) -> bool:
-        """Whether the node's tensor is a view of what is kept."""
-        return node in graph.layout_of and graph.layout_of[node].group in kept
+    changes = _changes(graph, linear, k)
+    lost = {packs[number].group for number in dropped}
+    again: set[int] = set()  # storages changed in place that are made again, though they are kept too
+
+    def there(node: fx.Node, reader: int) -> bool:
+        """Whether what op ``reader`` finds in the node's tensor is a view of what is kept."""
+        group = graph.layout_of[node].group if node in graph.layout_of else -1
+        return group in kept and group not in again and all(i < reader for i in changes[group])
 
     # Ops to run: the makers of dropped storages, what they read and is not kept, and the views between.
     running: set[int] = set()
-    lost = {packs[number].group for number in dropped}
-    waiting = [graph.groups[group].producer - first for group in lost]
     base: dict[int, fx.Node] = {}  # dropped storage -> the first node that is a view of it
     for op in ops:
         if op.node in graph.layout_of and (group := graph.layout_of[op.node].group) in lost - base.keys():
             base[group] = op.node
-            waiting.append(position[op.node])
-    while waiting:
-        i = waiting.pop()
-        if i in running:
-            continue
-        running.add(i)
-        waiting += [position[n] for n in ops[i].node.all_input_nodes if n in position and not there(n)]
-        if ops[i].random:  # draws from where those before it leave the generator
-            waiting += [earlier for earlier in range(i) if ops[earlier].random]
+    while True:
+        waiting = [i for group in lost for i in (graph.groups[group].producer - first, *changes[group])]
+        waiting += [position[node] for node in base.values()]
+        running.clear()
+        while waiting:
+            i = waiting.pop()
+            if i in running:
+                continue
+            running.add(i)
+            for node in ops[i].node.all_input_nodes:
+                if node in position and not there(node, i):
+                    waiting.append(position[node])
+                    for group in graph.group_of[node]:
+                        waiting += [m for m in changes.get(group, ()) if m < i]
+            if ops[i].random:  # draws from where those before it leave the generator
+                waiting += [earlier for earlier in range(i) if ops[earlier].random]
+        remade = {
+            g for g, changed in changes.items() if changed and graph.groups[g].producer - first in running
+        }
+        if remade <= again:
+            break
+        again |= remade
     subgraph = fx.Graph()
     tensors: dict[fx.Node, fx.Node] = {}
     needed = dict.fromkeys(n for i in sorted(running) for n in ops[i].node.all_input_nodes)
@@ -201,7 +233,8 @@ def compile_rebuild(
     for node in given:
         tensors[node] = subgraph.placeholder(node.name)
     sources: list[tuple[int, bool]] = []
-    viewed = [n for n in needed if n in position and there(n)]
+    reads = [(n, i) for i in sorted(running) for n in ops[i].node.all_input_nodes if n in position]
+    viewed = list(dict.fromkeys(n for n, i in reads if there(n, i)))
     bases: dict[int, fx.Node] = {}
     for node in viewed:
         number = kept[graph.layout_of[node].group]

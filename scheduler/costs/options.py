@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from scheduler.options import choices
 __all__ = ["measure_options"]
 
 MOST = 8  # options of a stage, the one that keeps all included
-REPEATS = 5
+REPEATS, PATIENCE = 5, 0.5  # runs that are timed, and seconds after which no more of them begin
 
 
 class _Timed(fx.Interpreter):
@@ -69,8 +69,9 @@ def measure_options(
     module = getattr(stage.function, "__self__", None)
     if not divisible(capture.graph, capture.linear, k) or not isinstance(module, fx.GraphModule):
         return ()
-    timings = []
-    for _ in range(REPEATS if clock else 1):
+    timings: list[list[float]] = []
+    began = time.perf_counter()
+    while not timings or (clock and len(timings) < REPEATS and time.perf_counter() - began < PATIENCE):
         timed = _Timed(module, device, clock)
         with torch.enable_grad():
             timed.run(*_fresh(capture, k, arguments))
@@ -78,7 +79,20 @@ def measure_options(
     seconds = [statistics.median(times) for times in zip(*timings, strict=True)]
     values = stage_values(capture.graph, capture.linear, k, lambda size: allocated(size, device), seconds)
     packs = packs_of(capture.graph, capture.linear, k)
-    position = {group: value for value, group in enumerate(values.groups)}
+    position = {group: value for value, group in enumerate(values.groups) if group >= 0}
+    fresh = _fresh(capture, k, arguments)
+    random = RandomState(device)
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.detach())
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _never):
+        stage.function(*fresh)
+    if len(saved) != len(packs):
+        return ()
+    names = [op.node.name for op in capture.graph.ops[capture.linear.cuts[k] : capture.linear.cuts[k + 1]]]
     found: list[OptionCost] = []
     for choice in choices(values.ops, values.values, most=MOST).choices[1:]:
         dropped = frozenset(
@@ -87,15 +101,14 @@ def measure_options(
             if pack.group in position and position[pack.group] not in choice.kept
         )
         rebuild = compile_rebuild(capture.graph, capture.linear, k, stage.argument_names, dropped)
-        if not dropped or not _same_again(capture, k, rebuild, arguments):
+        random.restore()
+        took = _tried(rebuild, lambda: _fresh(capture, k, arguments), saved, device)
+        if not dropped or took is None:
             continue
-        took = _time(capture, k, rebuild, arguments) if clock else choice.seconds
         keeping, backward = _peaks(capture, k, run, rebuild, arguments)
-        names = [
-            op.node.name for op in capture.graph.ops[capture.linear.cuts[k] : capture.linear.cuts[k + 1]]
-        ]
         name = _name([names[i] for i in rebuild.rerun])
-        found.append(OptionCost(dropped, took, keeping, backward, name, rebuild.rerun))
+        recompute = took if clock else choice.seconds
+        found.append(OptionCost(dropped, recompute, keeping, backward, name, rebuild.rerun))
     return tuple(found)
 
 
@@ -139,49 +152,34 @@ def _again(rebuild: Rebuild, fresh: list[Any], sources: dict[int, Tensor]) -> di
     return filled
 
 
-def _same_again(capture: GraphCapture, k: int, rebuild: Rebuild, arguments: list[Any]) -> bool:
-    """Whether what the option makes again is what autograd saved, to the bit."""
-    fresh, again = _fresh(capture, k, arguments), _fresh(capture, k, arguments)
-    random = RandomState(capture.device)
-    packs: list[Tensor] = []
-    with (
-        torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(lambda t: packs.append(t.detach()), _never),
-    ):
-        capture.stages[k].function(*fresh)
-    if len(packs) != len(packs_of(capture.graph, capture.linear, k)):
-        return False
-    random.restore()
-    try:
-        filled = _again(rebuild, again, dict(enumerate(packs)))
-    except RuntimeError:  # other ops than before, or fewer: not an option
-        return False
-    return filled.keys() == rebuild.dropped and all(_equal(filled[n], packs[n]) for n in filled)
+def _tried(
+    rebuild: Rebuild, fresh: Callable[[], list[Any]], saved: list[Tensor], device: torch.device
+) -> float | None:
+    """Median seconds of an option's program; None if it does not make again, to the bit, what autograd saved.
+
+    The caller has put the random numbers back to where the stage began.
+    """
+    times: list[float] = []
+    while len(times) < REPEATS and sum(times) < PATIENCE:
+        arguments, sources = fresh(), dict(enumerate(saved))
+        _wait(device)
+        began = time.perf_counter()
+        try:
+            filled = _again(rebuild, arguments, sources)
+        except RuntimeError:  # other ops than before, or fewer: not an option
+            return None
+        _wait(device)
+        times.append(time.perf_counter() - began)
+        same = filled.keys() == rebuild.dropped
+        if len(times) == 1 and not (same and all(_equal(filled[n], saved[n]) for n in filled)):
+            return None
+    return statistics.median(times)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     if (a.shape, a.dtype, a.stride()) != (b.shape, b.dtype, b.stride()):
         return False
     return torch.equal(a, b) or bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
-
-
-def _time(capture: GraphCapture, k: int, rebuild: Rebuild, arguments: list[Any]) -> float:
-    """Median seconds of the option's program."""
-    packs: list[Tensor] = []
-    with (
-        torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(lambda t: packs.append(t.detach()), _never),
-    ):
-        capture.stages[k].function(*_fresh(capture, k, arguments))
-    times = []
-    for _ in range(REPEATS):
-        fresh, sources = _fresh(capture, k, arguments), dict(enumerate(packs))
-        _wait(capture.device)
-        began = time.perf_counter()
-        _again(rebuild, fresh, sources)
-        _wait(capture.device)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
 
 
 def _peaks(
