@@ -129,7 +129,7 @@ def report() -> str:
 def least_peak(dag: Dag) -> int:
     """The smallest budget of the dag."""
     try:
-        return solve_dag(dag, 0, time_limit=TIME_LIMIT).peak
+        return solve_dag(dag, 1, time_limit=TIME_LIMIT).peak
     except InfeasibleBudget as error:
         return error.smallest
 

@@ -361,6 +361,8 @@ def test_a_thousand_uniform_steps_are_solved_in_seconds():
     [
         ((0, 1, 1, 1, 1), "steps"),
         ((5.0, 1, 1, 1, 1), "steps"),
+        ((True, 1, 1, 1, 1), "steps"),
+        ((5, 2**63, 1.5, 1, 1), "disk_slots"),
         ((5, 0, 1, 1, 1), "memory_slots"),
         ((5, 1, -1, 1, 1), "disk_slots"),
         ((5, 1, 1, math.nan, 1), "write"),
@@ -368,8 +370,8 @@ def test_a_thousand_uniform_steps_are_solved_in_seconds():
         ((5, 1, 1, 1, math.inf), "read"),
     ],
 )
-def test_a_uniform_problem_that_makes_no_sense_is_a_value_error(arguments, name):
-    with pytest.raises(ValueError, match=name):
+def test_a_uniform_problem_that_makes_no_sense_is_refused(arguments, name):
+    with pytest.raises((TypeError, ValueError), match=f"solve_uniform: {name}="):
         solve_uniform(*arguments)
 
 
@@ -545,12 +547,19 @@ def test_fifty_unlike_stages_and_a_host_that_binds_are_solved_in_seconds(asynchr
     assert found.seconds <= (1.04 if asynchronous else 1.015) * found.lower_bound
 
 
-def test_what_two_level_cannot_take_is_a_value_error():
-    with pytest.raises(ValueError, match="must be a HostMemory"):
+def test_what_two_level_cannot_take_is_refused():
+    with pytest.raises(TypeError, match="must be a HostMemory"):
         solve_two_level(THREE, 100, 2**30)  # type: ignore[arg-type] # on purpose
     huge = Chain.from_arrays([1.0], [1.0], [2**61, 2**61], [0])
     with pytest.raises(ValueError, match=r"below 2\*\*62"):
         solve_two_level(huge, 2**61, SLOW)
+    for slow in (
+        HostMemory(100, 1e-300, 1.0),
+        HostMemory(100, 1.0, 5e-324),
+        HostMemory(100, 1.0, 1.0, 1e300),
+    ):
+        with pytest.raises(ValueError, match="more seconds than can be added up"):
+            solve_two_level(THREE, 40, slow)
     with pytest.raises(TypeError, match="needs the parameter 'host'"):
         solve_chain(THREE, 100, "two_level")
     assert simulate(THREE, solve_chain(THREE, 100, "two_level", host=SLOW), SLOW).peak <= 100
