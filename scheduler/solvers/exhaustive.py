@@ -274,8 +274,7 @@ def _search(
                     continue
                 k = kept[j] - 1
                 change = a.left[j] - (a.left[left] if left < length else a.ran[ran]) - a.saved[j, k]
-                gone = (a.boundary[j] if held >> j & 1 else 0) + (a.boundary[working] if working > j else 0)
-                peak = live + max(a.reversing[j, k], change - gone)
+                peak = live + max(a.reversing[j, k], change - (a.boundary[j] if held >> j & 1 else 0))
                 spent = a.backward[j] + a.recompute[j, k]
                 # Rule 2; x_j does not count in ``change``, since another run may bring it back.
                 only = peak <= budget and (change <= 0 or j == 0)
@@ -323,8 +322,6 @@ def _search(
                         kept[i] = 0
                         to_held &= ~(1 << i)
                         to_left = i
-                        if working > i:
-                            to_working = 0
                     else:
                         to_ran = max(ran, i + 1)
                         if working == i and i > 0:
