@@ -15,7 +15,8 @@ from scheduler.errors import InfeasibleBudget, SearchLimit
 from scheduler.schedule import Backward, Checkpoint, Free, Keep, Schedule, simulate
 from scheduler.solvers import SOLVERS, exhaustive, optimal, solve_chain
 from tests.brute_force import fastest_of_all, persistent_schedules
-from tests.chains import chains, oracle, oracle_chain
+from tests.chains import chains
+from tests.helpers import oracle, oracle_chain
 
 SMALL = oracle("small_chains.json")
 # Stage 1 is kept, its input let go, and brought back by stage 0 when stage 1 is to be reversed.

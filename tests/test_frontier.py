@@ -14,7 +14,8 @@ from scheduler.solvers import SOLVERS, solve_chain
 from scheduler.solvers.compare import compare
 from scheduler.solvers.frontier import pareto
 from tests.brute_force import persistent_schedules
-from tests.chains import chains, oracle, oracle_chain
+from tests.chains import chains
+from tests.helpers import oracle, oracle_chain
 
 
 @settings(max_examples=200)

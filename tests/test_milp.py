@@ -17,7 +17,8 @@ from scheduler.errors import InfeasibleBudget
 from scheduler.schedule import simulate
 from scheduler.solvers import milp, solve_chain
 from scheduler.solvers.milp import milp_bound, relaxed_seconds, solve_dag
-from tests.chains import chains, oracle, oracle_chain
+from tests.chains import chains
+from tests.helpers import oracle, oracle_chain, smallest
 
 SMALL = oracle("small_chains.json")
 # Two branches from one input: b is large and cheap, and in the way while c runs.
@@ -134,10 +135,7 @@ def best(chain: Chain, budget: int) -> float:
 
 def least(chain: Chain) -> int:
     """The least peak of all schedules, or 1."""
-    try:
-        return max(simulate(chain, solve_chain(chain, 1, "exhaustive")).peak, 1)
-    except InfeasibleBudget as error:
-        return error.smallest
+    return max(smallest(chain, "exhaustive"), 1)
 
 
 @settings(max_examples=250)

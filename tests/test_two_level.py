@@ -49,7 +49,8 @@ from tests.brute_force_host import (
     overlapped_seconds,
     two_level_schedules,
 )
-from tests.chains import chains, oracle
+from tests.chains import chains
+from tests.helpers import oracle, smallest
 
 # x_0..x_3 are 1, 2, 4, 8 bytes; stages save 16, 32, 64; no gradients.
 THREE = Chain.from_arrays([1.0] * 3, [10.0] * 3, [1, 2, 4, 8], [16, 32, 64], boundary_grad=[0] * 4)
@@ -69,11 +70,8 @@ def hosts(draw: st.DrawFn, asynchronous: bool = False) -> HostMemory:
 
 def bounds(chain: Chain, host: HostMemory) -> tuple[int, int]:
     """The smallest device budget with ``host``, and one that keeps all (bytes)."""
-    try:
-        low = simulate(chain, solve_two_level(chain, 1, host).schedule, host).peak
-    except InfeasibleBudget as error:
-        low = error.smallest
-    return max(low, 1), max(simulate(chain, solve_chain(chain, 2**62, "keep_all")).peak, low, 1)
+    low = max(smallest(chain, "two_level", host=host), 1)
+    return low, max(smallest(chain, "keep_all"), low)
 
 
 # The referee
