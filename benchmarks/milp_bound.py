@@ -10,13 +10,14 @@ import time
 
 import numpy as np
 
-from benchmarks.persistence import like_blocks, random_chain, smallest
+from benchmarks.persistence import like_blocks, random_chain
 from scheduler.chain import Chain
 from scheduler.dag import Dag, Drop, Op, Run, chain_dag, simulate_dag
 from scheduler.errors import InfeasibleBudget
 from scheduler.schedule import simulate
 from scheduler.solvers import SOLVERS, solve_chain
 from scheduler.solvers.milp import relaxed_seconds, solve_dag
+from tests.helpers import smallest
 
 LENGTHS = (4, 6, 8, 10, 12, 16)
 TIME_LIMIT = 15.0  # seconds of one call
@@ -129,7 +130,7 @@ def report() -> str:
 def least_peak(dag: Dag) -> int:
     """The smallest budget of the dag."""
     try:
-        return solve_dag(dag, 0, time_limit=TIME_LIMIT).peak
+        return solve_dag(dag, 1, time_limit=TIME_LIMIT).peak
     except InfeasibleBudget as error:
         return error.smallest
 

@@ -15,16 +15,15 @@ import torch
 from benchmarks.solver_speed import synthetic
 from scheduler import solve
 from scheduler.chain import Chain
-from scheduler.errors import InfeasibleBudget
 from scheduler.host import HostMemory
-from scheduler.solvers import SOLVERS, solve_chain
+from scheduler.solvers import SOLVERS
 from scheduler.solvers.compare import Comparison, compare
+from tests.helpers import smallest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BUDGETS = 12
-TOO_SLOW = ("exhaustive", "milp")  # for chains of these lengths
 
 
 def _transformer() -> Chain:
@@ -49,15 +48,6 @@ def _resnet() -> Chain:
     return solve(model, 2**50, sample=batch, costs="roofline").chain
 
 
-def smallest(chain: Chain, solver: str) -> int:
-    """The smallest budget (bytes) that the solver can meet."""
-    try:
-        solve_chain(chain, 1, solver)
-    except InfeasibleBudget as error:
-        return error.smallest
-    return 1
-
-
 @cache
 def comparisons() -> dict[str, Comparison]:
     """All solvers from the smallest budget of the optimal one to the one that keeps all."""
@@ -72,8 +62,8 @@ def comparisons() -> dict[str, Comparison]:
         link = sum(stage.options[0].saved for stage in chain.stages) / chain.plain_seconds
         host = HostMemory(2**60, link, link, asynchronous=True)
         parameters: dict[str, dict[str, Any]] = {"two_level": {"host": host}, "selective": {"keep": kept}}
-        solvers = [name for name in SOLVERS if name not in TOO_SLOW]
-        found[title] = compare(chain, budgets, solvers, {k: v for k, v in parameters.items() if k in SOLVERS})
+        solvers = [name for name in SOLVERS if name != "exhaustive"]  # these chains are too long for it
+        found[title] = compare(chain, budgets, solvers, parameters)
     return found
 
 

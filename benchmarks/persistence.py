@@ -11,9 +11,9 @@ import time
 import numpy as np
 
 from scheduler.chain import Chain, Option, Stage
-from scheduler.errors import InfeasibleBudget
 from scheduler.schedule import simulate
 from scheduler.solvers import solve_chain
+from tests.helpers import smallest
 
 LENGTHS = (6, 8, 10)
 CHAINS = 20  # of each length
@@ -46,14 +46,6 @@ def like_blocks(length: int) -> Chain:
     return Chain.from_arrays(
         [1.0] * length, [2.0] * length, [100] * (length + 1), [1000] * length, [100] * length, [150] * length
     )
-
-
-def smallest(chain: Chain, solver: str) -> int:
-    """The smallest budget of the solver (bytes)."""
-    try:
-        return simulate(chain, solve_chain(chain, 1, solver)).peak
-    except InfeasibleBudget as error:
-        return error.smallest
 
 
 def ratios(chain: Chain) -> tuple[list[float], float]:

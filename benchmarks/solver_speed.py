@@ -7,7 +7,6 @@ oracle, at or below the reference's rounded optimum.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -24,22 +23,14 @@ from scheduler.schedule import simulate
 from scheduler.solvers import solve_chain
 from scheduler.solvers.frontier import pareto
 from scheduler.solvers.optimal import Optimum, Table, solve_optimal
+from tests.helpers import oracle, oracle_chain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ORACLES = Path(__file__).resolve().parent.parent / "tests" / "oracles"
 MB = 2**20
 LENGTHS = (20, 30, 50, 100, 200, 300, 400, 500, 700, 1000)
 SHARES = (0.5, 0.2)  # of the bytes that keeping everything takes
-
-
-def oracle(length: int) -> tuple[Chain, list[dict[str, float]]]:
-    """The heterogeneous oracle chain of that length, and its rows."""
-    data = json.loads((ORACLES / f"hetero_L{length}.json").read_text(encoding="utf-8"))
-    c = data["chain"]
-    chain = Chain.from_arrays(c["fwd"], c["bwd"], c["x"], c["xbar"][1:], c["fwd_tmp"], c["bwd_tmp"][:length])
-    return chain, data["rows"]
 
 
 def synthetic(length: int) -> Chain:
@@ -118,7 +109,8 @@ def _median(run: object, repeats: int = 5) -> float:
 
 def report() -> str:
     """The tables, as Markdown."""
-    chain, rows = oracle(50)
+    data = oracle("hetero_L50.json")
+    chain, rows = oracle_chain(data["chain"]), data["rows"]
     Table(synthetic(12), 2**62, many=True)  # warm-up: numba compiles
     solve_chain(chain, int(rows[-1]["limit"]))
     lines = [

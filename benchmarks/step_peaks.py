@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from executors import execute, measure_peak
-from scheduler import CaptureError, InfeasibleBudget, Plan, solve, solve_chain
+from scheduler import CaptureError, Plan, solve, solve_chain
 from scheduler.capture.loss import find_loss
 from scheduler.capture.state import preserved
 from scheduler.capture.verify import difference, run_step
+from tests.helpers import smallest
 from tests.models import SEVEN, Case
 
 REPEATS = 7
@@ -59,15 +60,6 @@ def _row(case: Case, name: str, plan: Plan) -> str:
     )
 
 
-def _smallest(plan: Plan) -> int:
-    """The smallest budget (bytes) that the optimal solver can meet on the plan's chain."""
-    try:
-        solve_chain(plan.chain, 1)
-    except InfeasibleBudget as error:
-        return error.smallest
-    return 1
-
-
 def report() -> str:
     """The table, as Markdown."""
     columns = (
@@ -91,9 +83,9 @@ def report() -> str:
             except CaptureError as error:
                 lines.append(f"| {name} | {kind} | | | | | | | {error} | | |")
                 continue
-            smallest = _smallest(largest)
+            least = smallest(largest.chain)
             for share in (0.0, 0.25, 0.5, 0.9):
-                budget = int(smallest + share * (largest.plain.peak - smallest))
+                budget = int(least + share * (largest.plain.peak - least))
                 schedule = solve_chain(largest.chain, budget)
                 lines.append(
                     _row(case, name, dataclasses.replace(largest, memory_budget=budget, schedule=schedule))

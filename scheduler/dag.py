@@ -17,9 +17,11 @@ The peak is taken over all runs, and the end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
+from numbers import Real
 from typing import TypeAlias
 
 from scheduler.chain import Chain
@@ -112,6 +114,9 @@ class Dag:
         for size in (*self.sizes, *(op.transient for op in self.ops), self.fixed):
             if type(size) is not int or size < 0:
                 raise ValueError(f"Dag: {size!r} must be an int of at least 0 (bytes)")
+        for size in (size for turn in self.turns for size in (turn.starts, turn.ends)):
+            if type(size) is not int:
+                raise ValueError(f"Dag: the {size!r} of a turn must be an int (bytes)")
         if [o for turn in self.turns for o in turn.ops] != list(range(len(self.ops))):
             raise ValueError("Dag: the turns must name each op once, in order")
         if any(not turn.ops for turn in self.turns):
@@ -120,9 +125,9 @@ class Dag:
         for turn in self.turns:
             for o in turn.ops:
                 op = self.ops[o]
-                if not 0 <= op.seconds < float("inf"):
+                if not isinstance(op.seconds, Real) or not 0 <= op.seconds < math.inf:
                     raise ValueError(
-                        f"Dag: op {op.name!r}: seconds={op.seconds} must be finite and not negative"
+                        f"Dag: op {op.name!r}: seconds={op.seconds!r} must be finite and not negative"
                     )
                 if not {*op.writes, *(v for group in op.reads for v in group)} <= set(values):
                     raise ValueError(f"Dag: op {op.name!r} names a value that is not in 0..{len(values) - 1}")
@@ -133,6 +138,10 @@ class Dag:
             there.update(v for o in turn.ops for v in self.ops[o].writes)
         if not self.outputs <= there or not self.inputs <= set(values):
             raise ValueError("Dag: an output that nothing writes, or an input that is no value")
+        if not self.lasting <= set(values):
+            raise ValueError(
+                f"Dag: lasting names {sorted(self.lasting.difference(values))}, which are no values"
+            )
 
     @classmethod
     def plain(

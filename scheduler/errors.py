@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CaptureError", "InfeasibleBudget", "PlanMismatch"]
+__all__ = ["CaptureError", "InfeasibleBudget", "PlanMismatch", "SearchLimit"]
 
 
 class InfeasibleBudget(ValueError):
@@ -27,6 +27,10 @@ class InfeasibleBudget(ValueError):
 
     def __reduce__(self) -> tuple[type[InfeasibleBudget], tuple[int, int, str, str]]:
         return (type(self), (self.budget, self.smallest, self.solver, self.note))
+
+
+class SearchLimit(RuntimeError):
+    """A search was given up before it had an answer; the message says what would help."""
 
 
 class CaptureError(RuntimeError):

@@ -324,8 +324,6 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemo
             del kept[i]
             gradient = stage.input_grad
             to_reverse -= 1
-            if working is not None and working > i:
-                working, working_bytes = None, 0
             if i == 0:
                 gradient = 0
             during.append(max(peak, base + working_bytes + gradient))

@@ -48,8 +48,6 @@ def step(chain: Chain, state: State, action: Action) -> tuple[float, int, State]
         option = stage.options[dict(kept)[i]]
         before = live(chain, state) + stage.input_grad + option.backward_overhead
         after = (i, held - {i}, frozenset(pair for pair in kept if pair[0] != i), working, ran)
-        if working is not None and working > i:
-            after = (*after[:3], None, ran)
         return stage.backward + option.recompute, max(before, live(chain, after)), after
     if i in kept_stages or not (i in held or i - 1 in kept_stages or working == i):
         return None
@@ -72,16 +70,19 @@ def step(chain: Chain, state: State, action: Action) -> tuple[float, int, State]
     return stage.forward, live(chain, after) - early + stage.options[action.option].forward_overhead, after
 
 
-def replay(chain: Chain, actions: Schedule) -> tuple[float, int] | None:
-    """Seconds and peak of a schedule by ``step``; None if an action is illegal or the step is unfinished."""
+def replay(chain: Chain, actions: Schedule) -> tuple[float, tuple[int, ...], tuple[int, ...]] | None:
+    """Seconds of a schedule, and bytes live during and after each action; None if one is illegal or it ends too early."""
     state: State = (len(chain), frozenset([0]), frozenset(), None, 0)
-    seconds, peak = 0.0, 0
+    seconds = 0.0
+    during, after = [], []
     for action in actions:
         outcome = step(chain, state, action)
         if outcome is None:
             return None
-        seconds, peak, state = seconds + outcome[0], max(peak, outcome[1]), outcome[2]
-    return (seconds, peak) if state[0] == 0 else None
+        seconds, state = seconds + outcome[0], outcome[2]
+        during.append(outcome[1])
+        after.append(live(chain, state))
+    return (seconds, tuple(during), tuple(after)) if state[0] == 0 else None
 
 
 def fastest_of_all(chain: Chain, budget: int, *, free: bool = False) -> float:

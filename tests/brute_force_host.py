@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import random
 from collections.abc import Iterator
 from itertools import count
 
@@ -101,18 +102,89 @@ def start_of(chain: Chain) -> HostState:
     return (len(chain), frozenset([0]), frozenset(), None, 0), frozenset(), frozenset()
 
 
-def host_replay(chain: Chain, host: HostMemory, actions: Schedule) -> tuple[float, int, int] | None:
-    """Seconds, peak and host peak by ``host_step``; None if an action is illegal or the step is unfinished."""
+def host_replay(
+    chain: Chain, host: HostMemory, actions: Schedule
+) -> tuple[float, tuple[int, ...], tuple[int, ...], int] | None:
+    """``replay`` by ``host_step``, and the host's peak."""
     state = start_of(chain)
-    seconds, peak, host_peak = 0.0, 0, 0
+    seconds, host_peak = 0.0, 0
+    during, after = [], []
     for action in actions:
         outcome = host_step(chain, host, state, action)
         if outcome is None:
             return None
-        seconds, peak, state = seconds + outcome[0], max(peak, outcome[1]), outcome[2]
+        seconds, state = seconds + outcome[0], outcome[2]
+        during.append(outcome[1])
+        after.append(live(chain, state[0]))
         options = dict(state[0][2] | state[1])
         host_peak = max(host_peak, sum(item_bytes(chain, options, item) for item in state[2]))
-    return (seconds, peak, host_peak) if state[0][0] == 0 else None
+    return (seconds, tuple(during), tuple(after), host_peak) if state[0][0] == 0 else None
+
+
+def every_action(chain: Chain) -> list[Action]:
+    """Each action that a schedule of the chain could have."""
+    actions: list[Action] = []
+    for i, stage in enumerate(chain.stages):
+        actions += [Forward(i), Checkpoint(i), Backward(i), Free(i)]
+        actions += [Keep(i, k) for k in range(len(stage.options))]
+        actions += [kind(i) for kind in COPY_ACTIONS]
+    return actions
+
+
+def _next(chain: Chain, state: HostState, rng: random.Random) -> Action:
+    """An action that brings the next backward closer; there is one as long as x_0 is somewhere."""
+    (left, held, pairs, working, _), gone, there = state
+    kept, away = dict(pairs), dict(gone)
+    i = left - 1
+    if i in away:
+        return PrefetchSaved(i)
+    if i in kept and (i in held or i - 1 in kept):
+        return Backward(i)
+    target = i - 1 if i in kept else i  # to be kept, so that x_i is there
+    if i in kept and i != working and (("boundary", i) in there or target in away):
+        return Prefetch(i)
+    if target in away:
+        return PrefetchSaved(target)
+    for i in range(target, -1, -1):
+        if i in held or i - 1 in kept or working == i:
+            ways: list[Action] = [Keep(i, rng.randrange(len(chain.stages[i].options)))]
+            if i < target and chain.stages[i].recomputable:
+                ways += [Forward(i), Checkpoint(i)]
+            return rng.choice(ways)
+        if ("boundary", i) in there or i - 1 in away:
+            return Prefetch(i)
+    raise AssertionError("x_0 is nowhere")
+
+
+def legal_walk(chain: Chain, host: HostMemory, seed: int) -> tuple[Action, ...]:
+    """A random legal schedule: up to twenty actions of any kind among those that lead to the end."""
+    rng = random.Random(seed)
+    state = start_of(chain)
+    actions: list[Action] = []
+    detours = rng.randrange(21)
+    while state[0][0]:
+        action = _next(chain, state, rng)
+        if detours and rng.random() < 0.6:
+            detours -= 1
+            others = [
+                other
+                for other in every_action(chain)
+                if host_step(chain, host, state, other)
+                and not (other == Free(0) and ("boundary", 0) not in state[2])
+                and not (other == FreeHost(0) and 0 not in state[0][1])
+                # What may run only once is kept when it runs.
+                and not (
+                    isinstance(other, (Forward, Checkpoint)) and not chain.stages[other.stage].recomputable
+                )
+            ]
+            kinds = sorted({type(other) for other in others}, key=lambda kind: kind.__name__)
+            kind = rng.choice(kinds) if kinds else None
+            action = rng.choice([other for other in others if type(other) is kind] or [action])
+        outcome = host_step(chain, host, state, action)
+        assert outcome is not None
+        state = outcome[2]
+        actions.append(action)
+    return tuple(actions)
 
 
 def overlapped_seconds(chain: Chain, host: HostMemory, schedule: Schedule) -> float:
@@ -191,11 +263,7 @@ def overlapped_seconds(chain: Chain, host: HostMemory, schedule: Schedule) -> fl
 
 def fastest_of_all_with_host(chain: Chain, budget: int, host: HostMemory) -> float:
     """Least seconds of any sequence of legal actions within both budgets, copies synchronous, by Dijkstra."""
-    everything: list[Action] = []
-    for i, stage in enumerate(chain.stages):
-        everything += [Forward(i), Checkpoint(i), Backward(i), Free(i)]
-        everything += [Keep(i, k) for k in range(len(stage.options))]
-        everything += [kind(i) for kind in COPY_ACTIONS]
+    everything = every_action(chain)
     start = start_of(chain)
     best: dict[HostState, float] = {start: 0.0}
     tie = count()

@@ -1,16 +1,10 @@
-"""Random chains for hypothesis, and the chains of the oracles."""
+"""Random chains for hypothesis."""
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
-from typing import Any
 
 from hypothesis import strategies as st
 
 from scheduler.chain import Chain, Option, Stage
-
-ORACLES = Path(__file__).parent / "oracles"
 
 
 @st.composite
@@ -52,17 +46,4 @@ def chains(draw: st.DrawFn, stages: int, options: int = 2, largest: int = 6) -> 
         size(largest),
         size(gradient),
         fixed=draw(st.integers(0, 9)),
-    )
-
-
-def oracle(name: str) -> Any:
-    """What ``tests/oracles/name`` holds."""
-    return json.loads((ORACLES / name).read_text(encoding="utf-8"))
-
-
-def oracle_chain(data: dict[str, Any]) -> Chain:
-    """A chain in the oracles' notation: xbar[i + 1] is what stage i saves."""
-    count = len(data["fwd"])
-    return Chain.from_arrays(
-        data["fwd"], data["bwd"], data["x"], data["xbar"][1:], data["fwd_tmp"], data["bwd_tmp"][:count]
     )

@@ -14,9 +14,9 @@ from torch.utils import _pytree as pytree
 
 from executors import MeasuredPeak, measure_peak
 from executors.planned import _RUNNER
-from scheduler import InfeasibleBudget, Plan, Schedule, simulate, solve, solve_chain
-from scheduler.chain import Chain
+from scheduler import Plan, Schedule, simulate, solve, solve_chain
 from scheduler.schedule import Backward, Keep
+from tests.helpers import smallest
 from tests.models import BUILDERS, Case
 
 Record = dict[str, Tensor | None]
@@ -122,14 +122,6 @@ def replan(plan: Plan, budget: int) -> Plan:
 def scheduled(plan: Plan, schedule: Schedule) -> Plan:
     """The same captured model with a schedule of the test's own."""
     return replace(plan, memory_budget=max(1, simulate(plan.chain, schedule).peak), schedule=schedule)
-
-
-def smallest(chain: Chain) -> int:
-    """The smallest budget that the optimal solver can meet."""
-    try:
-        return simulate(chain, solve_chain(chain, 1)).peak
-    except InfeasibleBudget as error:
-        return error.smallest
 
 
 def tightest(plan: Plan) -> Plan:

@@ -8,8 +8,9 @@ from torch.utils import _pytree as pytree
 
 from executors import execute
 from scheduler import Plan, solve
+from tests.helpers import smallest
 from tests.models import SEVEN, Case
-from tests.steps import assert_equal, peak_of_a_step, replan, restored, smallest, train
+from tests.steps import assert_equal, peak_of_a_step, replan, restored, train
 
 pytestmark = pytest.mark.cuda
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from executors import execute, plan_of
 from scheduler import Plan, PlanMismatch, solve
+from tests.helpers import smallest
 from tests.models import SEVEN, Block, Case, ResidualNet, tiny
 from tests.steps import (
     Record,
@@ -26,7 +27,6 @@ from tests.steps import (
     plan_for,
     replan,
     restored,
-    smallest,
     state,
     tightest,
     train,

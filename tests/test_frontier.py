@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given, settings
 
 from scheduler.chain import Chain
-from scheduler.errors import InfeasibleBudget
+from scheduler.errors import InfeasibleBudget, SearchLimit
 from scheduler.schedule import simulate
 from scheduler.solvers import SOLVERS, solve_chain
 from scheduler.solvers.compare import compare
 from scheduler.solvers.frontier import pareto
 from tests.brute_force import persistent_schedules
-from tests.chains import chains, oracle, oracle_chain
+from tests.chains import chains
+from tests.helpers import oracle, oracle_chain
 
 
 @settings(max_examples=200)
@@ -68,7 +69,7 @@ def test_below_the_frontier_the_error_says_the_smallest_budget():
 
 @pytest.mark.parametrize("step", [0, -1, 1.5, True])
 def test_a_step_that_is_no_positive_int_is_refused(step):
-    with pytest.raises(ValueError, match="step"):
+    with pytest.raises((TypeError, ValueError), match="pareto: step="):
         pareto(Chain.from_arrays([1.0], [1.0], [1, 1], [1]), step=step)
 
 
@@ -112,6 +113,16 @@ def test_compare_runs_every_solver_that_needs_no_more_and_says_which_it_leaves_o
     assert all(name in text for name in table.cells)
 
 
+def test_compare_leaves_out_a_solver_that_gives_up():
+    chain = Chain.from_arrays([1.0, 2.0, 3.0] * 3, [1.0] * 9, [1, 5, 2, 7, 3, 8, 2, 9, 4, 6], [9, 14, 11] * 3)
+    few = {"exhaustive": {"states": 3}}
+    table = compare(chain, [40], parameters=few)
+    assert "gave up after 3 states" in table.left_out["exhaustive"]
+    assert "exhaustive was left out" in str(table)
+    with pytest.raises(SearchLimit):
+        compare(chain, [40], ["exhaustive"], few)
+
+
 def test_compare_passes_parameters_on():
     chain = Chain.from_arrays([1.0] * 6, [2.0] * 6, [10] * 7, [30] * 6)
     tables = [compare(chain, [1000], ["periodic"], {"periodic": {"every": k}}) for k in (1, 3)]
@@ -126,6 +137,9 @@ def test_compare_passes_parameters_on():
         (([10], ["rotor"]), "no solver 'rotor'"),
         (([10], None, {"rotor": {}}), "no solver 'rotor'"),
         (([10], ["selective"]), "needs the parameter 'keep'"),
+        ((10,), "memory_budgets=10 must be a list"),
+        (([10.0],), r"memory_budget=10\.0"),
+        (([10], ["periodic"], {"periodic": 2}), r"parameters\['periodic'\]=2 must map"),
     ],
 )
 def test_compare_refuses_what_it_cannot_do(arguments, error):

@@ -17,7 +17,8 @@ from scheduler.errors import InfeasibleBudget
 from scheduler.schedule import simulate
 from scheduler.solvers import milp, solve_chain
 from scheduler.solvers.milp import milp_bound, relaxed_seconds, solve_dag
-from tests.chains import chains, oracle, oracle_chain
+from tests.chains import chains
+from tests.helpers import oracle, oracle_chain, smallest
 
 SMALL = oracle("small_chains.json")
 # Two branches from one input: b is large and cheap, and in the way while c runs.
@@ -69,7 +70,7 @@ def dags(draw: st.DrawFn) -> Dag:
         tuple(turns),
         frozenset({0}),
         frozenset({len(sizes) - 1}),
-        size(),
+        2 + size(),  # so that one byte is too little
         frozenset(lasting),
     )
 
@@ -134,24 +135,21 @@ def best(chain: Chain, budget: int) -> float:
 
 def least(chain: Chain) -> int:
     """The least peak of all schedules, or 1."""
-    try:
-        return max(simulate(chain, solve_chain(chain, 1, "exhaustive")).peak, 1)
-    except InfeasibleBudget as error:
-        return error.smallest
+    return max(smallest(chain, "exhaustive"), 1)
 
 
 @settings(max_examples=250)
 @given(dags(), st.data())
 def test_small_dags_take_as_long_as_the_fastest_plan_of_the_class(dag, data):
-    smallest = bound(dag, 0)[1]
-    budget = smallest + data.draw(st.integers(-2, 12))
+    smallest = bound(dag, 1)[1]
+    budget = max(smallest + data.draw(st.integers(-2, 12)), 1)
     assert bound(dag, budget)[0] == fastest(dag, budget)
 
 
 @settings(max_examples=150)
 @given(dags())
 def test_the_smallest_budget_is_the_least_peak_of_the_class(dag):
-    smallest = bound(dag, -1000)[1]
+    smallest = bound(dag, 1)[1]
     assert fastest(dag, smallest) < math.inf
     assert fastest(dag, smallest - 1) == math.inf
 
@@ -159,7 +157,7 @@ def test_the_smallest_budget_is_the_least_peak_of_the_class(dag):
 @settings(max_examples=80)
 @given(dags(), st.integers(0, 12))
 def test_the_relaxation_is_a_bound(dag, more):
-    budget = bound(dag, -1000)[1] + more
+    budget = bound(dag, 1)[1] + more
     assert relaxed_seconds(dag, budget) <= bound(dag, budget)[0] * (1 + 1e-6) + 1e-9
 
 
@@ -288,5 +286,11 @@ def test_a_dag_is_checked_where_it_is_made():
         Dag.plain([Op("a", 1.0, (), (5,))], [1])
     with pytest.raises(ValueError, match="finite"):
         Dag.plain([Op("a", math.nan, (), (0,))], [1])
+    with pytest.raises(ValueError, match="finite"):
+        Dag.plain([Op("a", "1", (), (0,))], [1])  # type: ignore[arg-type] # on purpose
+    with pytest.raises(ValueError, match="of a turn must be an int"):
+        Dag((Op("a", 1.0, (), (0,)),), (1,), (Turn((0,), starts=0.5),))  # type: ignore[arg-type] # on purpose
+    with pytest.raises(ValueError, match="lasting names"):
+        Dag((Op("a", 1.0, (), (0,)),), (1,), (Turn((0,)),), lasting=frozenset({7}))
     with pytest.raises(ValueError, match="twice, or an input"):
         Dag.plain([Op("a", 1.0, (), (0,))], [1], inputs=[0])

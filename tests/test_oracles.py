@@ -13,7 +13,7 @@ from scheduler.solvers import optimal, solve_chain
 from scheduler.solvers.optimal import solve_optimal
 from scheduler.solvers.revolve import schedule_with_slots
 from tests.brute_force import fastest_of_all, fastest_persistent
-from tests.chains import oracle, oracle_chain
+from tests.helpers import oracle, oracle_chain
 
 SMALL = oracle("small_chains.json")
 TABLES = oracle("revolve.json")["tables"]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from executors import execute
 from scheduler import Plan, solve
+from tests.helpers import smallest
 from tests.models import Case
-from tests.steps import assert_equal, peak_of_a_step, replan, restored, smallest, train
+from tests.steps import assert_equal, peak_of_a_step, replan, restored, train
 
 WIDTH, BATCH = 24, 192
 

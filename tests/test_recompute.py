@@ -19,6 +19,7 @@ from scheduler.capture.state import RandomState, preserved
 from scheduler.costs.options import _again, _fresh
 from scheduler.schedule import Backward, Keep
 from scheduler.solvers.persistent import Decision, KeepStage, Split, build
+from tests.helpers import smallest
 from tests.models import SEVEN, Case
 from tests.steps import (
     assert_equal,
@@ -28,7 +29,6 @@ from tests.steps import (
     replan,
     restored,
     scheduled,
-    smallest,
     thinnest,
     train,
 )

@@ -23,6 +23,7 @@ from scheduler.costs.peak import count_bytes
 from scheduler.schedule import COPY_ACTIONS, Action, Backward, Checkpoint, DeviceAction, Forward, Free, Keep
 from scheduler.solvers import SOLVERS
 from tests.brute_force import persistent_schedules
+from tests.helpers import smallest
 from tests.models import Block, Case, tiny
 from tests.steps import (
     Record,
@@ -35,7 +36,6 @@ from tests.steps import (
     replan,
     restored,
     scheduled,
-    smallest,
     state,
     thinnest,
     tightest,

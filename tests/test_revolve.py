@@ -28,7 +28,8 @@ from scheduler.solvers.binomial import (
     reverse,
 )
 from scheduler.solvers.revolve import schedule_with_slots
-from tests.chains import chains, oracle
+from tests.chains import chains
+from tests.helpers import oracle
 
 TABLES = oracle("revolve.json")["tables"]
 NUMBERS = [tuple(map(int, key.split(","))) for key in TABLES["revolve_total"]]

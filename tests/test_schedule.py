@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from scheduler.chain import Chain, Option, Stage
 from scheduler.errors import InfeasibleBudget
+from scheduler.host import HostMemory
 from scheduler.schedule import (
+    COPY_ACTIONS,
     Action,
     Backward,
     Checkpoint,
@@ -23,6 +25,7 @@ from scheduler.schedule import (
 )
 from scheduler.solvers import SOLVERS, solve_chain
 from tests.brute_force import replay
+from tests.brute_force_host import legal_walk
 from tests.chains import chains
 
 # Every size and time is a different digit, so that a sum says what is in it.
@@ -144,10 +147,10 @@ def test_a_stage_that_may_run_only_once_is_not_run_again():
 
 
 def mutations(chain: Chain, actions: tuple[Action, ...], data: st.DataObject) -> tuple[Action, ...]:
-    """``actions`` with one dropped, doubled, swapped with another, or altered."""
+    """``actions`` with one dropped, doubled, swapped with another, altered, or put in."""
     changed = list(actions)
     here = data.draw(st.integers(0, len(actions) - 1))
-    how = data.draw(st.sampled_from(["drop", "double", "swap", "alter"]))
+    how = data.draw(st.sampled_from(["drop", "double", "swap", "alter", "insert", "insert"]))
     if how == "drop":
         del changed[here]
     elif how == "double":
@@ -155,8 +158,10 @@ def mutations(chain: Chain, actions: tuple[Action, ...], data: st.DataObject) ->
     elif how == "swap":
         there = data.draw(st.integers(0, len(actions) - 1))
         changed[here], changed[there] = changed[there], changed[here]
-    else:
+    elif how == "alter":
         changed[here] = data.draw(any_action(chain))
+    else:
+        changed.insert(here, data.draw(any_action(chain)))
     return tuple(changed)
 
 
@@ -176,11 +181,12 @@ def a_schedule(chain: Chain, data: st.DataObject) -> tuple[Action, ...]:
         return solve_chain(chain, max(error.smallest, 1), solver).actions
 
 
-@settings(max_examples=500)
-@given(chains(6), st.data())
-def test_the_referee_is_the_literal_definition(chain, data):
-    actions = a_schedule(chain, data)
-    for _ in range(data.draw(st.integers(0, 3))):
+@settings(max_examples=300)
+@given(chains(6), st.integers(0, 2**32), st.sampled_from([0, 0, 0, 1, 2]), st.data())
+def test_the_referee_is_the_literal_definition(chain, seed, changes, data):
+    actions = legal_walk(chain, HostMemory(0, 1.0, 1.0), seed)
+    actions = tuple(action for action in actions if not isinstance(action, COPY_ACTIONS))
+    for _ in range(changes):
         actions = mutations(chain, actions, data)
         assume(actions)
     literal = replay(chain, Schedule(actions))
@@ -189,7 +195,8 @@ def test_the_referee_is_the_literal_definition(chain, data):
     except IllegalAction:
         assert literal is None
     else:
-        assert literal == (line.seconds, line.peak)
+        assert literal == (line.seconds, line.during, line.live)
+        assert line.peak == max(line.during)
 
 
 @settings(max_examples=500)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from types import MappingProxyType
 from typing import Any, overload
 
@@ -28,6 +27,7 @@ from scheduler.solvers import (
     two_level,
 )
 from scheduler.solvers.binomial import revolve_actions, revolve_packed, revolve_runs
+from scheduler.solvers.checks import checked_budget, checked_chain
 from scheduler.solvers.online import OnlineRevolve
 
 __all__ = [
@@ -141,16 +141,6 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
 )
 
 
-def checked_budget(call: str, memory_budget: Any) -> int:
-    """``memory_budget`` (bytes) as a plain int, or a TypeError or ValueError that names ``call``."""
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, Integral):
-        raise TypeError(f"{call}: memory_budget={memory_budget!r} must be an int number of bytes")
-    budget = int(memory_budget)
-    if not 0 < budget < 2**63:
-        raise ValueError(f"{call}: memory_budget={budget} must be in 1 .. 2**63 - 1 (bytes)")
-    return budget
-
-
 def checked_solver(
     call: str, solver: str, parameters: Mapping[str, Any], chain: Chain | None = None
 ) -> Solver:
@@ -199,10 +189,12 @@ def solve_chain(
         the Schedule; for several budgets, one for each.
 
     Raises:
-        TypeError: a budget is not an int; a parameter that the solver does not have, or lacks.
-        ValueError: a budget is not in 1 .. 2**63 - 1, there is no such solver, or the chain is too long for it.
+        TypeError: no Chain; a budget that is no int; a parameter that the solver does not have, or lacks.
+        ValueError: a budget is not in 1 .. 2**63 - 1, there is no such solver, or the chain is too long for it, or
+            too large (sums of its sizes or seconds overflow).
         InfeasibleBudget: no schedule of this solver fits (the smallest of the budgets); ``smallest`` says what would.
     """
+    checked_chain("solve_chain", chain)
     several = isinstance(memory_budget, Sequence) and not isinstance(memory_budget, str)
     given: Any = memory_budget if several else [memory_budget]
     budgets = [checked_budget("solve_chain", budget) for budget in given]

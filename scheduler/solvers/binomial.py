@@ -25,17 +25,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from math import comb
-from numbers import Integral
 
 import numpy as np
 
 from scheduler.schedule import Action, Backward, Checkpoint, Forward, Keep
+from scheduler.solvers.checks import checked_count
 from scheduler.solvers.tables import Ints, compiled
 
 __all__ = [
     "PACKED",
     "advance",
-    "at_least_one",
     "repetitions",
     "reverse",
     "revolve_actions",
@@ -52,19 +51,10 @@ CHUNK = 2**16  # actions
 POOL = 2**14  # actions
 
 
-def at_least_one(call: str, name: str, value: int) -> int:
-    """``value`` as a plain int, or a TypeError or ValueError that names ``call``."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{call}: {name}={value!r} must be an int")
-    if value < 1:
-        raise ValueError(f"{call}: {name}={value} must be at least 1")
-    return int(value)
-
-
 def _checked(call: str, steps: int, slots: int) -> tuple[int, int]:
     """Both as plain ints, and no more slots than are of use; or an error that names ``call``."""
-    steps = at_least_one(call, "steps", steps)
-    return steps, min(at_least_one(call, "slots", slots), steps)
+    steps = checked_count(call, "steps", steps)
+    return steps, min(checked_count(call, "slots", slots), steps)
 
 
 def _least(enough: Callable[[int], bool]) -> int:
@@ -252,9 +242,7 @@ def revolve_packed(steps: int, slots: int, *, two_phase: bool = False, chunk: in
         raise ValueError(
             f"revolve_packed: steps={steps} must be at most 2**31 - 1; revolve_actions takes any number"
         )
-    if chunk < 2:
-        raise ValueError(f"revolve_packed: chunk={chunk} must be at least 2 (actions)")
-    return _packed(steps, slots, two_phase, chunk)
+    return _packed(steps, slots, two_phase, checked_count("revolve_packed", "chunk", chunk, 2))
 
 
 def _packed(steps: int, slots: int, two_phase: bool, chunk: int) -> Iterator[Ints]:

@@ -16,6 +16,7 @@ import numpy as np
 from scheduler.chain import Chain
 from scheduler.errors import InfeasibleBudget
 from scheduler.schedule import Schedule
+from scheduler.solvers.checks import checked_sums
 from scheduler.solvers.persistent import Decision, KeepStage, Split, build, run_ends
 from scheduler.solvers.tables import Floats, Ints, compiled
 
@@ -36,16 +37,10 @@ class Costs(NamedTuple):
 
 
 def _costs(chain: Chain, solver: str) -> Costs:
-    """The arrays, or a ValueError where sums of the chain's sizes could overflow them."""
+    """The arrays, or a ValueError where sums could overflow them."""
+    checked_sums(solver, chain)
     stages = chain.stages
-    forward = [stage.forward for stage in stages]
     options = [stage.options[0] for stage in stages]
-    total = chain.fixed + chain.output + chain.output_grad
-    for stage, option in zip(stages, options, strict=True):
-        total += stage.input + stage.input_grad + stage.forward_overhead + stage.carried + stage.grad
-        total += abs(stage.carried_change) + option.saved + option.forward_overhead + option.backward_overhead
-    if total >= 2**62:
-        raise ValueError(f"{solver}: the chain's sizes add up to {total} bytes; they must stay below 2**62")
     carried = np.array([stage.carried for stage in stages], np.int64)
     retained = np.array([stage.retained for stage in stages], np.int64)
     boundary = np.array([chain.input_bytes(i) for i in range(len(stages) + 1)], np.int64)
@@ -53,7 +48,7 @@ def _costs(chain: Chain, solver: str) -> Costs:
     saved = np.array([option.saved for option in options], np.int64)
     later = chain.fixed + carried.sum() + np.cumsum(retained[::-1])[::-1] - retained + grad[1:]
     return Costs(
-        forward=np.array(forward),
+        forward=np.array([stage.forward for stage in stages]),
         kept=saved,
         boundary=boundary,
         running=boundary[1:] + np.array([stage.forward_overhead for stage in stages], np.int64),
@@ -165,7 +160,7 @@ def fastest_fit(chain: Chain, budget: int, trees: Iterable[Ints], solver: str) -
 
     Raises:
         InfeasibleBudget: none fits; ``smallest`` is the least of their peaks.
-        ValueError: the chain's sizes add up to 2**62 bytes or more.
+        ValueError: sums of the chain's sizes or seconds overflow.
     """
     costs = _costs(chain, solver)
     # Every backward is followed by an action that costs at least what it leaves behind, except the last.

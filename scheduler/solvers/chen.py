@@ -75,6 +75,6 @@ def solve(chain: Chain, memory_budget: int) -> Schedule:
 
     Raises:
         InfeasibleBudget: none fits.
-        ValueError: the chain's sizes add up to 2**62 bytes or more.
+        ValueError: sums of the chain's sizes or seconds overflow.
     """
     return fastest_fit(chain, memory_budget, _trees(chain), "chen")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from scheduler.budget import format_bytes
 from scheduler.chain import Chain
-from scheduler.errors import InfeasibleBudget
+from scheduler.errors import InfeasibleBudget, SearchLimit
 from scheduler.schedule import simulate
-from scheduler.solvers import SOLVERS, checked_budget, checked_solver, solve_chain
+from scheduler.solvers import SOLVERS, checked_solver, solve_chain
+from scheduler.solvers.checks import checked_budget, checked_chain
 
 __all__ = ["Cell", "Comparison", "compare"]
 
@@ -94,21 +95,31 @@ def compare(
         chain: what each stage costs.
         memory_budgets: (B,) bytes of the whole step, ``chain.fixed`` included.
         solvers: keys of ``SOLVERS``; by default all of them. Of these, one that needs a parameter which is not
-            given, or takes shorter chains only, is left out, and the table says so.
+            given, takes shorter chains only, or gives up is left out, and the table says why.
         parameters: keyword arguments for solvers, by their names.
 
     Returns:
         the Comparison.
 
     Raises:
-        TypeError, ValueError: as ``solve_chain``, for budgets and for solvers that are asked for by name.
+        TypeError, ValueError: as ``solve_chain``, for budgets, values of parameters, and solvers that are asked for by
+            name.
+        SearchLimit: a solver that is asked for by name gives up.
     """
+    checked_chain("compare", chain)
+    if not isinstance(memory_budgets, Iterable) or isinstance(memory_budgets, str):
+        raise TypeError(f"compare: memory_budgets={memory_budgets!r} must be a list of ints (bytes)")
     budgets = tuple(checked_budget("compare", budget) for budget in memory_budgets)
     if not budgets:
         raise ValueError("compare: memory_budgets is empty; give at least one budget (bytes)")
     given = parameters or {}
     if unknown := [name for name in (*given, *(solvers or ())) if name not in SOLVERS]:
         raise ValueError(f"compare: no solver {unknown[0]!r}; there are {', '.join(SOLVERS)}")
+    for name, values in given.items():
+        if not isinstance(values, Mapping):
+            raise TypeError(
+                f"compare: parameters[{name!r}]={values!r} must map names of keyword arguments to values"
+            )
     cells: dict[str, tuple[Cell, ...]] = {}
     left_out: dict[str, str] = {}
     for name in SOLVERS if solvers is None else solvers:
@@ -119,7 +130,12 @@ def compare(
                 raise
             left_out[name] = str(error).removeprefix("compare: ")
             continue
-        cells[name] = tuple(_cell(chain, budget, name, given.get(name, {})) for budget in budgets)
+        try:
+            cells[name] = tuple(_cell(chain, budget, name, given.get(name, {})) for budget in budgets)
+        except SearchLimit as error:
+            if solvers is not None:
+                raise
+            left_out[name] = str(error)
     return Comparison(chain, budgets, cells, left_out)
 
 

@@ -34,8 +34,7 @@ import heapq
 import math
 from dataclasses import replace
 from itertools import pairwise
-from numbers import Integral
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numba import types
@@ -43,10 +42,11 @@ from numba.typed import Dict
 from numpy.typing import NDArray
 
 from scheduler.chain import Chain
-from scheduler.errors import InfeasibleBudget
+from scheduler.errors import InfeasibleBudget, SearchLimit
 from scheduler.schedule import Action, Backward, Checkpoint, Forward, Free, Keep, Schedule, simulate
 from scheduler.solvers import optimal
-from scheduler.solvers.tables import Floats, Ints, compiled
+from scheduler.solvers.checks import checked_count
+from scheduler.solvers.tables import Floats, Ints, compiled, option_table
 
 __all__ = ["MOST_STAGES", "solve"]
 
@@ -88,11 +88,8 @@ class Knapsacks(NamedTuple):
 
 def _costs(chain: Chain) -> Costs:
     stages = chain.stages
-    width = max(len(stage.options) for stage in stages)
-
-    def table(rows: list[list[int]] | list[list[float]], dtype: type) -> NDArray[Any]:
-        return np.array([[*row, *[0] * (width - len(row))] for row in rows], dtype)
-
+    saved = option_table(chain, "saved", np.int64)
+    gradients = np.array([[stage.input_grad] for stage in stages], np.int64)
     ran = [chain.fixed]
     for stage in stages:
         ran.append(ran[-1] + stage.carried)
@@ -100,7 +97,7 @@ def _costs(chain: Chain) -> Costs:
     ran[-1] += chain.output_grad
     for stage in reversed(stages):
         long_lived.append(long_lived[-1] + stage.retained)
-    gradients = [0, *(chain.grad_bytes(i) for i in range(1, len(stages) + 1))]
+    at_hand = [0, *(chain.grad_bytes(i) for i in range(1, len(stages) + 1))]
     return Costs(
         forward=np.array([stage.forward for stage in stages]),
         backward=np.array([stage.backward for stage in stages]),
@@ -110,13 +107,13 @@ def _costs(chain: Chain) -> Costs:
         ),
         recomputable=np.array([stage.recomputable for stage in stages]),
         choices=np.array([len(stage.options) for stage in stages], np.int64),
-        saved=table([[o.saved for o in s.options] for s in stages], np.int64),
-        recompute=table([[o.recompute for o in s.options] for s in stages], np.float64),
-        keeping=table([[o.saved + o.forward_overhead for o in s.options] for s in stages], np.int64),
-        reversing=table([[s.input_grad + o.backward_overhead for o in s.options] for s in stages], np.int64),
+        saved=saved,
+        recompute=option_table(chain, "recompute", np.float64),
+        keeping=saved + option_table(chain, "forward_overhead", np.int64),
+        reversing=gradients + option_table(chain, "backward_overhead", np.int64),
         carried=np.array([stage.carried for stage in stages], np.int64),
         ran=np.array(ran, np.int64),
-        left=np.array(long_lived[::-1], np.int64) + np.array(gradients, np.int64),
+        left=np.array(long_lived[::-1], np.int64) + np.array(at_hand, np.int64),
     )
 
 
@@ -277,8 +274,7 @@ def _search(
                     continue
                 k = kept[j] - 1
                 change = a.left[j] - (a.left[left] if left < length else a.ran[ran]) - a.saved[j, k]
-                gone = (a.boundary[j] if held >> j & 1 else 0) + (a.boundary[working] if working > j else 0)
-                peak = live + max(a.reversing[j, k], change - gone)
+                peak = live + max(a.reversing[j, k], change - (a.boundary[j] if held >> j & 1 else 0))
                 spent = a.backward[j] + a.recompute[j, k]
                 # Rule 2; x_j does not count in ``change``, since another run may bring it back.
                 only = peak <= budget and (change <= 0 or j == 0)
@@ -326,8 +322,6 @@ def _search(
                         kept[i] = 0
                         to_held &= ~(1 << i)
                         to_left = i
-                        if working > i:
-                            to_working = 0
                     else:
                         to_ran = max(ran, i + 1)
                         if working == i and i > 0:
@@ -402,7 +396,7 @@ def _run(chain: Chain, budget: int, upper: float, states: int) -> Schedule | Non
     limit = upper * (1 - ROUNDING)
     goal, keys, parents, codes, _ = _search(_costs(chain), _knapsacks(chain), budget, bits, states, limit)
     if goal == -2:
-        raise RuntimeError(
+        raise SearchLimit(
             f"exhaustive: gave up after {states} states of a chain of {len(chain)} stages; pass states= (more "
             "of them, some 100 bytes each), merge stages, or use the solver 'optimal'"
         )
@@ -437,12 +431,11 @@ def solve(chain: Chain, memory_budget: int, *, states: int = STATES) -> Schedule
 
     Raises:
         InfeasibleBudget: no schedule fits; ``smallest`` is the least peak of all schedules.
-        RuntimeError: given up past ``states`` states.
-        ValueError: ``states`` is no positive int; the stages and options of the chain do not pack into 63 bits, or its sizes add up to
-            2**62 bytes or more.
+        SearchLimit: given up past ``states`` states.
+        TypeError, ValueError: ``states`` is no positive int; the stages and options of the chain do not pack into
+            63 bits, or sums of its sizes or seconds overflow.
     """
-    if isinstance(states, bool) or not isinstance(states, Integral) or states < 1:
-        raise ValueError(f"exhaustive: states={states!r} must be an int of at least 1")
+    states = checked_count("exhaustive", "states", states)
     few, numbers = _few_options(chain)
     bits = len(few) * (1 + max(map(len, numbers)).bit_length()) + 3 * FIELD
     if bits > 63:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from scheduler.chain import Chain
 from scheduler.errors import InfeasibleBudget
 from scheduler.schedule import Schedule
+from scheduler.solvers.checks import checked_budget, checked_chain, checked_count
 from scheduler.solvers.optimal import Table
 
 __all__ = ["Frontier", "Point", "pareto"]
@@ -78,7 +79,9 @@ class Frontier:
 
         Raises:
             InfeasibleBudget: no persistent schedule fits.
+            TypeError, ValueError: the budget is no int, or not in 1 .. 2**63 - 1.
         """
+        memory_budget = checked_budget("Frontier.within", memory_budget)
         fitting = [point for point in self.points if point.peak <= memory_budget]
         if not fitting:
             raise InfeasibleBudget(memory_budget, self.points[0].peak, "optimal")
@@ -102,8 +105,8 @@ def pareto(chain: Chain, step: int | None = None) -> Frontier:
         seconds and bytes are those of its schedule.
 
     Raises:
-        ValueError: ``step`` is not positive, or the chain is too large (see ``solve_optimal``).
+        TypeError, ValueError: ``step`` is no int of at least 1, or the chain is too large (see ``solve_optimal``).
     """
-    if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 1):
-        raise ValueError(f"pareto: step={step!r} must be a positive int number of bytes")
-    return Frontier(chain, step)
+    return Frontier(
+        checked_chain("pareto", chain), None if step is None else checked_count("pareto", "step", step)
+    )

@@ -29,10 +29,8 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from scheduler.schedule import (
     Action,
@@ -46,11 +44,10 @@ from scheduler.schedule import (
     Prefetch,
     Schedule,
 )
-from scheduler.solvers.tables import compiled
+from scheduler.solvers.checks import checked_count
+from scheduler.solvers.tables import Floats, compiled
 
 __all__ = ["UniformOptimum", "solve_uniform"]
-
-Floats = NDArray[np.float64]
 
 TABLE_BYTES = 2**31  # of all four tables
 
@@ -87,7 +84,7 @@ def _fill(M: Floats, D: Floats, R: Floats, L: Floats, write: float, read: float,
                     best = min(best, j + R[d, m, length - j] + L[d, m, j])
                 D[d, m, length] = best if length == 1 else best + read
         for d in range(disks):
-            less, more = (d - 1, d + 1) if bounded else (d, d)
+            less = d - 1 if bounded else d
             for m in range(slots):
                 best = 0.0 if length == 1 else np.inf
                 if less >= 0 and m + 1 < slots:
@@ -119,7 +116,8 @@ class _Tables:
         if 4 * 8 * math.prod(shape) > TABLE_BYTES:
             raise ValueError(
                 f"solve_uniform: steps={steps} with {slots} memory slots and {self.disks} disk slots that bind "
-                f"need tables of more than {TABLE_BYTES} bytes; ask for fewer slots or an unlimited disk"
+                f"need tables of more than {TABLE_BYTES} bytes; ask for fewer steps or slots"
+                + (", or an unlimited disk" if self.disks else "")
             )
         self.M, self.D, self.R, self.L = (np.full(shape, np.inf) for _ in range(4))
         _fill(self.M, self.D, self.R, self.L, write, read, self.bounded)
@@ -185,12 +183,12 @@ def solve_uniform(
         write, read: cost of one write to disk and of one read, where running one step costs 1.
 
     Raises:
-        ValueError: a number that is not finite, is negative, or is no integer where one is expected; or a
-            disk that binds on so long a chain that its tables would not fit.
+        TypeError: steps or slots that are no ints.
+        ValueError: too few of them, a cost that is not finite or is negative, or tables that would not fit.
     """
-    steps = _count("steps", steps, 1)
-    slots = min(_count("memory_slots", memory_slots, 1), steps)
-    most = None if disk_slots is None else _count("disk_slots", disk_slots, 0)
+    steps = checked_count("solve_uniform", "steps", steps)
+    slots = min(checked_count("solve_uniform", "memory_slots", memory_slots), steps)
+    most = None if disk_slots is None else checked_count("solve_uniform", "disk_slots", disk_slots, 0)
     for name, value in (("write", write), ("read", read)):
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
             raise ValueError(f"solve_uniform: {name}={value!r} must be a finite number, not negative")
@@ -225,10 +223,3 @@ def _disk_slots(schedule: Schedule) -> int:
         elif isinstance(action, Backward):
             there.discard(action.stage)
     return most
-
-
-def _count(name: str, value: Any, least: int) -> int:
-    """``value`` as an int of at least ``least``, or a ValueError that names it."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"solve_uniform: {name}={value!r} must be an integer of at least {least}")
-    return int(value)

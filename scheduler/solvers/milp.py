@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ from scipy.sparse import csr_array
 from scheduler.chain import Chain
 from scheduler.dag import Dag, DagAction, Drop, Run, chain_dag, simulate_dag
 from scheduler.errors import InfeasibleBudget
+from scheduler.solvers.checks import checked_budget, checked_chain
 
 __all__ = ["DagOptimum", "milp_bound", "relaxed_seconds", "solve_dag"]
 
@@ -257,6 +258,7 @@ class _Model:
 
 
 def _limit(call: str, time_limit: Any) -> float:
+    """``time_limit`` as a float, or a ValueError that names ``call``."""
     if (
         isinstance(time_limit, bool)
         or not isinstance(time_limit, Real)
@@ -267,26 +269,30 @@ def _limit(call: str, time_limit: Any) -> float:
 
 
 def solve_dag(
-    dag: Dag, budget: int, *, time_limit: float = 60.0, most_seconds: float = math.inf
+    dag: Dag, memory_budget: int, *, time_limit: float = 60.0, most_seconds: float = math.inf
 ) -> DagOptimum:
-    """The fastest plan of ``dag`` within ``budget`` that HiGHS finds, and a bound on all plans.
+    """The fastest plan of ``dag`` within ``memory_budget`` that HiGHS finds, and a bound on all plans.
 
     Args:
         dag: up to some hundred ops.
-        budget: bytes of the whole step.
+        memory_budget: bytes of the whole step.
         time_limit: seconds of one call of HiGHS.
         most_seconds: of a plan already known; speeds up the search for one at most as slow.
 
     Raises:
         InfeasibleBudget: no plan of the class fits; ``smallest`` is the least peak of the class, or of the
             best plan found within the time limit, as its note says.
-        ValueError: ``time_limit`` is not positive, ``budget`` is no int, or no plan takes ``most_seconds`` at most.
+        TypeError, ValueError: no Dag; ``memory_budget`` is no int or not in 1 .. 2**63 - 1; ``time_limit`` is not positive and
+            finite; no plan takes ``most_seconds`` at most.
         TimeoutError: the time limit came before the first plan; the message has the bound so far.
     """
     limit = _limit("solve_dag", time_limit)
-    if isinstance(budget, bool) or not isinstance(budget, Integral):
-        raise ValueError(f"solve_dag: budget={budget!r} must be an int number of bytes")
-    target, bound = int(budget), 0.0
+    if not isinstance(dag, Dag):
+        raise TypeError(f"solve_dag: dag={dag!r} must be a Dag; milp_bound takes a Chain")
+    if math.isnan(most_seconds):
+        raise ValueError("solve_dag: most_seconds=nan must be a number of seconds, or inf")
+    target = budget = checked_budget("solve_dag", memory_budget)
+    bound = 0.0
     for attempt in range(ATTEMPTS):
         model = _Model(dag, target, most_seconds)
         result = model.solve(limit)
@@ -315,16 +321,16 @@ def solve_dag(
     if line.peak <= budget:  # the plans that were faster slipped over the budget again and again
         return DagOptimum(plan, line.seconds, line.peak, min(bound, line.seconds))
     note = "" if result.status == 0 else "Not proven: the time limit came first."
-    raise InfeasibleBudget(int(budget), line.peak, "milp", note)
+    raise InfeasibleBudget(budget, line.peak, "milp", note)
 
 
-def relaxed_seconds(dag: Dag, budget: int, *, time_limit: float = 60.0) -> float:
+def relaxed_seconds(dag: Dag, memory_budget: int, *, time_limit: float = 60.0) -> float:
     """Seconds of the linear relaxation: a bound that costs one LP; inf if even that does not fit.
 
     Raises:
         TimeoutError: HiGHS did not finish within ``time_limit`` seconds.
     """
-    model = _Model(dag, int(budget), math.inf)
+    model = _Model(dag, checked_budget("relaxed_seconds", memory_budget), math.inf)
     result = model.solve(_limit("relaxed_seconds", time_limit), relaxed=True)
     if result.status == 2:
         return math.inf
@@ -339,6 +345,7 @@ def milp_bound(chain: Chain, memory_budget: int, *, time_limit: float = 60.0) ->
     The plan is one of the Dag, and not a Schedule: ``chain_dag`` says how far the two differ.
 
     Raises:
-        InfeasibleBudget, TimeoutError, ValueError: see ``solve_dag``.
+        InfeasibleBudget, TimeoutError, TypeError, ValueError: see ``solve_dag``.
     """
-    return solve_dag(chain_dag(chain), memory_budget, time_limit=time_limit)
+    budget = checked_budget("milp_bound", memory_budget)
+    return solve_dag(chain_dag(checked_chain("milp_bound", chain)), budget, time_limit=time_limit)

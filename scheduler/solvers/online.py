@@ -37,7 +37,8 @@ from itertools import pairwise
 from math import comb
 
 from scheduler.schedule import Action, Checkpoint, Forward, Free
-from scheduler.solvers.binomial import at_least_one, reverse, revolve_runs
+from scheduler.solvers.binomial import reverse, revolve_runs
+from scheduler.solvers.checks import checked_count
 
 __all__ = ["OnlineRevolve"]
 
@@ -67,7 +68,7 @@ class OnlineRevolve:
     """
 
     def __init__(self, slots: int) -> None:
-        self.slots = at_least_one("OnlineRevolve", "slots", slots)
+        self.slots = checked_count("OnlineRevolve", "slots", slots)
         self.steps = 0
         self.held: tuple[int, ...] = ()
         self._repetitions = 0  # r that the next step needs if two-phase Revolve had known

@@ -50,6 +50,7 @@ import numpy as np
 from scheduler.chain import Chain
 from scheduler.errors import InfeasibleBudget
 from scheduler.schedule import Schedule, simulate
+from scheduler.solvers.checks import checked_budget, checked_chain
 from scheduler.solvers.grid import Reading, filled_grid, read_off, root_values
 from scheduler.solvers.knapsack import Knapsack
 from scheduler.solvers.persistent import Decision, KeepStage, Split, build
@@ -105,7 +106,7 @@ class Table:
 
     Raises:
         InfeasibleBudget: no persistent schedule fits ``most``.
-        ValueError: the chain's sizes add up to 2**62 bytes or more, or its seconds to more than a float holds.
+        ValueError: sums of the chain's sizes or seconds overflow.
     """
 
     def __init__(self, chain: Chain, most: int, *, many: bool = False) -> None:
@@ -219,9 +220,11 @@ def solve_optimal(chain: Chain, memory_budget: int) -> Optimum:
 
     Raises:
         InfeasibleBudget: no persistent schedule fits; ``smallest`` is exact.
-        ValueError: the chain's sizes add up to 2**62 bytes or more, or its seconds to more than a float holds.
+        TypeError, ValueError: an argument of the wrong kind, a budget not in 1 .. 2**63 - 1; sums of the chain's
+            sizes or seconds that overflow.
     """
-    return Table(chain, memory_budget).solve(memory_budget)
+    memory_budget = checked_budget("solve_optimal", memory_budget)
+    return Table(checked_chain("solve_optimal", chain), memory_budget).solve(memory_budget)
 
 
 def solve(chain: Chain, memory_budget: int) -> Schedule:

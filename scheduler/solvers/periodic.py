@@ -21,6 +21,7 @@ import numpy as np
 from scheduler.chain import Chain
 from scheduler.schedule import Schedule
 from scheduler.solvers.candidates import fastest_fit, segment_tree
+from scheduler.solvers.checks import checked_count
 from scheduler.solvers.persistent import run_ends
 from scheduler.solvers.tables import Ints
 
@@ -50,14 +51,9 @@ def solve(chain: Chain, memory_budget: int, *, every: int | None = None) -> Sche
     Raises:
         InfeasibleBudget: it does not fit; or none does, if ``every`` is None.
         TypeError: ``every`` is no int.
-        ValueError: ``every`` is below 1, or the chain's sizes add up to 2**62 bytes or more.
+        ValueError: ``every`` is below 1, or sums of the chain's sizes or seconds overflow.
     """
     if every is None:
         return fastest_fit(chain, memory_budget, _trees(chain, range(len(chain), 0, -1)), "periodic")
-    if isinstance(every, bool) or not isinstance(every, int):
-        raise TypeError(
-            f"periodic: every={every!r} must be an int number of stages, or None for the best one"
-        )
-    if every < 1:
-        raise ValueError(f"periodic: every={every} must be at least 1 (stages between checkpoints)")
-    return fastest_fit(chain, memory_budget, _trees(chain, [min(every, len(chain))]), "periodic")
+    period = min(checked_count("periodic", "every", every), len(chain))
+    return fastest_fit(chain, memory_budget, _trees(chain, [period]), "periodic")

@@ -55,7 +55,7 @@ def solve(chain: Chain, memory_budget: int) -> Schedule:
 
     Raises:
         InfeasibleBudget: no k fits.
-        ValueError: the chain's sizes add up to 2**62 bytes or more.
+        ValueError: sums of the chain's sizes or seconds overflow.
     """
     trees = trees_by_runs(chain, recursive_tree, lambda longest: range(1, max(longest, 2)))
     return fastest_fit(chain, memory_budget, trees, "recursive")

@@ -58,7 +58,7 @@ def solve(chain: Chain, memory_budget: int) -> Schedule:
 
     Raises:
         InfeasibleBudget: no number of slots fits.
-        ValueError: the chain's sizes add up to 2**62 bytes or more.
+        ValueError: sums of the chain's sizes or seconds overflow.
     """
     # A run of n stages needs n - 1 slots at most.
     trees = trees_by_runs(chain, binomial_tree, lambda longest: range(max(longest - 1, 1), 0, -1))

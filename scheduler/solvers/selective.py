@@ -64,7 +64,7 @@ def solve(
         InfeasibleBudget: it does not fit.
         TypeError: ``keep`` is none of these.
         ValueError: ``keep`` matches no stage, names one that is not there, or is no valid regular expression;
-            or the chain's sizes add up to 2**62 bytes or more.
+            or sums of the chain's sizes or seconds overflow.
     """
     stages = chain.stages
     again = [

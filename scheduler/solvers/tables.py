@@ -10,7 +10,6 @@ Segments are computed in blocks of TILE values of s, from the end of the chain; 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,6 +18,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from scheduler.chain import Chain, Stage
+from scheduler.solvers.checks import MOST_BYTES, checked_sums
 
 __all__ = [
     "NEVER",
@@ -29,7 +29,9 @@ __all__ = [
     "arrays_of",
     "compiled",
     "keep_need",
+    "option_table",
     "peaks_of",
+    "quickest",
     "run_need",
 ]
 
@@ -37,7 +39,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 TILE = 8
-NEVER = np.int64(2**62)  # bytes; ``arrays_of`` refuses chains that come near it
+NEVER = np.int64(MOST_BYTES)  # of no chain that ``arrays_of`` takes
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -81,23 +83,6 @@ class Peaks(NamedTuple):
     fastest: Ints  # A
 
 
-def _checked(chain: Chain) -> None:
-    """Refuse sizes and seconds whose sums could overflow."""
-    total = chain.fixed + chain.output + chain.output_grad
-    seconds = 0.0
-    for stage in chain.stages:
-        total += stage.input + stage.input_grad + stage.forward_overhead + stage.carried + stage.grad
-        total += abs(stage.carried_change)
-        total += sum(o.saved + o.forward_overhead + o.backward_overhead for o in stage.options)
-        seconds += stage.forward + stage.backward + sum(o.recompute for o in stage.options)
-    if total >= NEVER:
-        raise ValueError(f"optimal: the chain's sizes add up to {total} bytes; they must stay below 2**62")
-    if not math.isfinite(seconds * len(chain)):
-        raise ValueError(
-            f"optimal: the chain's seconds add up to {seconds}, times its stages more than a float holds"
-        )
-
-
 def _origins(chain: Chain, split: NDArray[np.bool_]) -> Ints:
     """(L, L) for each segment s..t, the s' of the first of those computed that have the same stages in it.
 
@@ -135,9 +120,16 @@ def _origins(chain: Chain, split: NDArray[np.bool_]) -> Ints:
     return origin
 
 
-def _quickest(stage: Stage) -> int:
+def quickest(stage: Stage) -> int:
     """The option of least recomputation, and of those the smallest."""
     return min(range(len(stage.options)), key=lambda k: (stage.options[k].recompute, stage.options[k].saved))
+
+
+def option_table(chain: Chain, field: str, dtype: type) -> NDArray[Any]:
+    """(L, K) a field of all options, 0 where a stage has fewer than K."""
+    width = max(len(stage.options) for stage in chain.stages)
+    rows = [[getattr(o, field) for o in stage.options] for stage in chain.stages]
+    return np.array([row + [0] * (width - len(row)) for row in rows], dtype)
 
 
 def arrays_of(chain: Chain, window: int = 1) -> Arrays:
@@ -149,19 +141,14 @@ def arrays_of(chain: Chain, window: int = 1) -> Arrays:
     Raises:
         ValueError: its sizes or seconds could overflow.
     """
-    _checked(chain)
+    checked_sums("optimal", chain)
     stages = chain.stages
     length = len(stages)
-    width = max(len(stage.options) for stage in stages)
-
-    def table(field: str, dtype: type) -> NDArray[Any]:
-        rows = [[getattr(o, field) for o in stage.options] for stage in stages]
-        return np.array([row + [0] * (width - len(row)) for row in rows], dtype)
 
     def sums(values: list[float]) -> Floats:
         return np.concatenate(([0.0], np.cumsum(values)))
 
-    quick = [_quickest(stage) for stage in stages]
+    quick = [quickest(stage) for stage in stages]
     boundary = np.array([chain.input_bytes(i) for i in range(length + 1)], np.int64)
     split = np.zeros(length + 1, np.bool_)
     split[length] = True
@@ -190,10 +177,10 @@ def arrays_of(chain: Chain, window: int = 1) -> Arrays:
         boundary=boundary,
         grad=np.array([chain.grad_bytes(i) for i in range(length + 1)], np.int64),
         choices=np.array([len(stage.options) for stage in stages], np.int64),
-        saved=table("saved", np.int64),
-        recompute=table("recompute", np.float64),
-        forward_overhead=table("forward_overhead", np.int64),
-        backward_overhead=table("backward_overhead", np.int64),
+        saved=option_table(chain, "saved", np.int64),
+        recompute=option_table(chain, "recompute", np.float64),
+        forward_overhead=option_table(chain, "forward_overhead", np.int64),
+        backward_overhead=option_table(chain, "backward_overhead", np.int64),
         first=first,
         after=chain.fixed + carried.sum() + np.cumsum(retained[::-1])[::-1] - retained,
         run=run,

@@ -70,6 +70,8 @@ from scheduler.schedule import (
     simulate,
 )
 from scheduler.solvers import optimal
+from scheduler.solvers.checks import MOST_SECONDS, checked_budget, checked_chain
+from scheduler.solvers.tables import Floats, Ints, quickest
 from scheduler.solvers.two_level_tables import (
     EARLY,
     GOES,
@@ -77,10 +79,8 @@ from scheduler.solvers.two_level_tables import (
     LOOSE,
     OFF,
     STAYS,
-    Floats,
     Frontiers,
     Grid,
-    Ints,
     Numbers,
     decide_again,
     decide_sweep,
@@ -259,20 +259,24 @@ def solve_two_level(chain: Chain, memory_budget: int, host: HostMemory) -> TwoLe
 
     Raises:
         InfeasibleBudget: no schedule of the class fits; ``smallest`` is the least device budget with this host.
-        ValueError: the chain's sizes add up to 2**62 bytes or more; ``host`` is no HostMemory.
+        TypeError, ValueError: an argument of the wrong kind, a budget not in 1 .. 2**63 - 1; sizes of the chain,
+            its seconds or those of its copies whose sums overflow.
     """
+    checked_chain("solve_two_level", chain)
+    memory_budget = checked_budget("solve_two_level", memory_budget)
     if not isinstance(host, HostMemory):
-        raise ValueError(f"two_level: host={host!r} must be a HostMemory")
-    quickest = [
-        min(range(len(s.options)), key=lambda k, s=s: (s.options[k].recompute, s.options[k].saved))  # type: ignore[misc]
-        for s in chain.stages
-    ]
-    backwards = (Backward(i) for i in reversed(range(len(chain))))
-    plain = Schedule((*(Keep(i, k) for i, k in enumerate(quickest)), *backwards))
+        raise TypeError(f"solve_two_level: host={host!r} must be a HostMemory")
+    kept = (Keep(i, quickest(stage)) for i, stage in enumerate(chain.stages))
+    plain = Schedule((*kept, *(Backward(i) for i in reversed(range(len(chain))))))
     line = simulate(chain, plain, host)
     if line.peak <= memory_budget:
         return TwoLevelOptimum(plain, line.seconds, line.seconds, 1, 1)
     everything = sum(max(o.saved for o in stage.options) + stage.input for stage in chain.stages)
+    if not (host.write_seconds(everything) + host.read_seconds(everything)) * 2 * len(chain) < MOST_SECONDS:
+        raise ValueError(
+            f"solve_two_level: to copy the chain's {everything} bytes takes more seconds than can be added up with {host}; "
+            "raise the bandwidths, or lower the latency"
+        )
     bounded = host.capacity < everything
     host_room = host.capacity if bounded else 0
     n = numbers_of(chain, host, 1.0, bounded)

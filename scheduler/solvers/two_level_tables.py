@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scheduler.chain import Chain
 from scheduler.host import HostMemory
-from scheduler.solvers.tables import NEVER, compiled
+from scheduler.solvers.checks import MOST_SECONDS, checked_sums
+from scheduler.solvers.tables import NEVER, Floats, Ints, compiled, option_table
 
 __all__ = [
     "EARLY",
@@ -19,10 +20,8 @@ __all__ = [
     "LOOSE",
     "OFF",
     "STAYS",
-    "Floats",
     "Frontiers",
     "Grid",
-    "Ints",
     "Numbers",
     "decide_again",
     "decide_sweep",
@@ -34,9 +33,6 @@ __all__ = [
     "suffix_peak",
 ]
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
-
 # Where x_s is when the first sweep comes to stage s: on the device by itself; inside the saved tensors of stage
 # s-1 there; or (OFF + k) on the device by itself while those of option k, it among them, are on the host.
 LOOSE, INSIDE, OFF = 0, 1, 2
@@ -44,7 +40,7 @@ LOOSE, INSIDE, OFF = 0, 1, 2
 # the saved tensors of stage s-1, earlier than stage s-1 itself would need them.
 STAYS, GOES, EARLY = 0, 1, 2
 
-NONE = 1e300  # seconds: nothing fits
+NONE = MOST_SECONDS  # nothing fits
 MOST_POINTS = 1024  # of one frontier; above that neighbours are merged to the cautious side
 
 
@@ -95,26 +91,15 @@ class Frontiers(NamedTuple):
 
 
 def numbers_of(chain: Chain, host: HostMemory, weight: float, bounded: bool) -> Numbers:
-    """The chain as arrays, with copies at ``weight`` times their seconds; or a ValueError where sizes overflow."""
+    """The chain as arrays, with copies at ``weight`` times their seconds; or a ValueError where sums overflow."""
+    checked_sums("two_level", chain)
     stages = chain.stages
-    total = chain.fixed + chain.output + chain.output_grad
-    for stage in stages:
-        total += stage.input + stage.input_grad + stage.forward_overhead + stage.carried + stage.grad
-        total += abs(stage.carried_change)
-        total += sum(o.saved + o.forward_overhead + o.backward_overhead for o in stage.options)
-    if total >= NEVER:
-        raise ValueError(f"two_level: the chain's sizes add up to {total} bytes; they must stay below 2**62")
-    width = max(len(stage.options) for stage in stages)
-
-    def table(field: str, dtype: type) -> NDArray[Any]:
-        rows = [[getattr(o, field) for o in stage.options] for stage in stages]
-        return np.array([row + [0] * (width - len(row)) for row in rows], dtype)
 
     def there_and_back(size: int) -> float:
         return weight * (host.write_seconds(size) + host.read_seconds(size))
 
     boundary = [chain.input_bytes(i) for i in range(len(stages) + 1)]
-    saved = table("saved", np.int64)
+    saved = option_table(chain, "saved", np.int64)
     carried = np.array([stage.carried for stage in stages], np.int64)
     retained = np.array([stage.retained for stage in stages], np.int64)
     return Numbers(
@@ -126,9 +111,9 @@ def numbers_of(chain: Chain, host: HostMemory, weight: float, bounded: bool) -> 
         recomputable=np.array([stage.recomputable for stage in stages]),
         choices=np.array([len(stage.options) for stage in stages], np.int64),
         saved=saved,
-        recompute=table("recompute", np.float64),
-        forward_overhead=table("forward_overhead", np.int64),
-        backward_overhead=table("backward_overhead", np.int64),
+        recompute=option_table(chain, "recompute", np.float64),
+        forward_overhead=option_table(chain, "forward_overhead", np.int64),
+        backward_overhead=option_table(chain, "backward_overhead", np.int64),
         first=np.cumsum(carried),
         after=carried.sum() + np.cumsum(retained[::-1])[::-1] - retained,
         write=np.array([weight * host.write_seconds(size) for size in boundary[:-1]]),

@@ -1,0 +1,56 @@
+"""What solvers ask of their arguments: numbers in range, chains whose sums do not overflow."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any
+
+from scheduler.chain import Chain
+
+__all__ = ["MOST_BYTES", "MOST_SECONDS", "checked_budget", "checked_chain", "checked_count", "checked_sums"]
+
+MOST_BYTES = 2**62  # sums of two such sums still fit an int64
+MOST_SECONDS = 1e300  # the tables take more than that for "nothing fits"
+
+
+def checked_count(call: str, name: str, value: Any, least: int = 1) -> int:
+    """``value`` as a plain int of at least ``least``, or a TypeError or ValueError that names ``call``."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{call}: {name}={value!r} must be an int")
+    if value < least:
+        raise ValueError(f"{call}: {name}={value} must be at least {least}")
+    return int(value)
+
+
+def checked_budget(call: str, memory_budget: Any) -> int:
+    """``memory_budget`` (bytes) as a plain int, or a TypeError or ValueError that names ``call``."""
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, Integral):
+        raise TypeError(f"{call}: memory_budget={memory_budget!r} must be an int number of bytes")
+    budget = int(memory_budget)
+    if not 0 < budget < 2**63:
+        raise ValueError(f"{call}: memory_budget={budget} must be in 1 .. 2**63 - 1 (bytes)")
+    return budget
+
+
+def checked_chain(call: str, chain: Any) -> Chain:
+    """``chain``, or a TypeError that names ``call``."""
+    if not isinstance(chain, Chain):
+        raise TypeError(f"{call}: chain={chain!r} must be a Chain; see Chain.from_arrays")
+    return chain
+
+
+def checked_sums(call: str, chain: Chain) -> None:
+    """Refuse sizes and seconds whose sums could overflow, by a ValueError that names ``call``."""
+    total = chain.fixed + chain.output + chain.output_grad
+    seconds = 0.0
+    for stage in chain.stages:
+        total += stage.input + stage.input_grad + stage.forward_overhead + stage.carried + stage.grad
+        total += abs(stage.carried_change)
+        total += sum(o.saved + o.forward_overhead + o.backward_overhead for o in stage.options)
+        seconds += stage.forward + stage.backward + sum(o.recompute for o in stage.options)
+    if total >= MOST_BYTES:
+        raise ValueError(f"{call}: the chain's sizes add up to {total} bytes; they must stay below 2**62")
+    if not seconds * len(chain) < MOST_SECONDS:  # no stage runs more often than there are stages
+        raise ValueError(
+            f"{call}: the chain's seconds add up to {seconds}; times its stages they must stay below {MOST_SECONDS}"
+        )
