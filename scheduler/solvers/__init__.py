@@ -1,5 +1,10 @@
 """Solvers: Chain and budget in, Schedule out. Nothing here imports torch.
 
+``SOLVERS`` has all that schedule a chain, with what each can do; ``solve_chain`` is the entry to them. Beside it:
+``compare.compare`` (all solvers at several budgets), ``frontier.pareto`` (every budget at once),
+``hrevolve.solve_uniform`` (uniform chains with slots in memory and on disk), ``milp.milp_bound`` (a bound), and the
+loops of ``revolve_actions``, ``revolve_packed`` and ``OnlineRevolve``.
+
 To add a solver, write one file with ``solve(chain, memory_budget) -> Schedule`` and one line in SOLVERS. What
 else a solver may be told (``periodic`` its period, ``selective`` its predicate) are keyword arguments of its
 ``solve``, named in ``Solver.parameters``, and reach it through ``solve_chain(..., **parameters)``.
@@ -49,7 +54,8 @@ class Solver:
         name: its key in SOLVERS.
         solve: chain and budget (bytes) to schedule; raises InfeasibleBudget.
         summary: one line.
-        exact_in: the class of schedules of which it claims the one of least seconds; "" if it claims none.
+        exact_in: the class of schedules of which it claims the one of least seconds, or close to it with a bound on
+            the loss where sizes must be rounded (its module says where); "" if it claims none.
         options: whether it chooses among a stage's options; others keep all or nothing.
         uniform_only: whether it treats all stages as alike.
         two_level: whether it uses a second memory.
@@ -76,7 +82,7 @@ class Solver:
 
     @property
     def exact(self) -> bool:
-        """Whether it claims the least seconds of a whole class of schedules."""
+        """Whether it claims the least seconds of a whole class of schedules, as ``exact_in`` says."""
         return bool(self.exact_in)
 
 
