@@ -276,8 +276,10 @@ def compile_rebuild(
 
 
 def _makes(graph: OpGraph, op: Op, index: int) -> bool:
-    """Whether the op makes a storage of its own."""
-    return any(graph.groups[g].producer == index for g in (*op.writes, *op.saved))
+    """Whether the op makes a storage of its own, or changes one: all but views do."""
+    return any(
+        graph.groups[g].producer == index or index in graph.groups[g].mutated for g in (*op.writes, *op.saved)
+    )
 
 
 def _view(subgraph: fx.Graph, base: fx.Node, held: Layout, wanted: Layout) -> fx.Node:

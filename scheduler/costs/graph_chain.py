@@ -132,6 +132,7 @@ def graph_chain(
     flows = _GradFlows(capture, costs, size)
     change, output_grad = _carried_changes(capture, size, saved_by, flows, loss_is_output)
     created = _created_grads(capture, model)
+    summed = _tied_grads(capture, model, change)
     at_hand = gradients_at_hand(
         [flows.boundary(k) for k in range(count)],
         [cost.lead for cost in costs],
@@ -151,7 +152,7 @@ def graph_chain(
         for each in (whole, *cost.options):
             saved = saved_bytes(k, each.dropped)
             keeping = max(0, each.keeping_peak - saved - carried)
-            reversing = max(0, each.backward_peak - saved - gradients)
+            reversing = max(0, each.backward_peak - saved - gradients) + summed[k]
             options.append(Option(saved, each.recompute, keeping, reversing, each.name))
         stages.append(
             Stage(
@@ -304,6 +305,30 @@ def _created_grads(capture: GraphCapture, model: nn.Module) -> list[int]:
     for parameter, last in latest.items():
         created[last] += allocated(parameter.numel() * parameter.element_size(), capture.device)
     return created
+
+
+def _tied_grads(capture: GraphCapture, model: nn.Module, change: list[int]) -> list[int]:
+    """(L,) bytes that a backward takes besides to add its share to the gradient of a parameter tied to a later stage.
+
+    Autograd sums the shares in a tensor of their own before it touches ``.grad``. Where a gradient exists already,
+    that tensor waits beside it from the latest reader to the earliest: ``change`` is amended.
+    """
+    readers: dict[nn.Parameter, list[int]] = {}
+    for k, stage in enumerate(capture.stages):
+        for parameter in stage_parameters(stage, model):
+            if parameter.requires_grad:
+                readers.setdefault(parameter, []).append(k)
+    summed = [0] * len(capture)
+    for parameter, stages in readers.items():
+        if len(stages) < 2:
+            continue
+        size = allocated(parameter.numel() * parameter.element_size(), capture.device)
+        for k in stages[:-1]:
+            summed[k] += size
+        if parameter.grad is not None:
+            change[stages[-1]] += size
+            change[stages[0]] -= size
+    return summed
 
 
 def stage_parameters(stage: GraphStage, model: nn.Module) -> list[nn.Parameter]:

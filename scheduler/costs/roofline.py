@@ -66,6 +66,16 @@ def _best(run: Any, device: torch.device, repeats: int = 7) -> float:
     return min(times[1:])
 
 
+# Ops that move nothing.
+_FREE = (
+    "aten.detach.default",
+    "aten._unsafe_view.default",
+    "aten.empty.memory_format",
+    "aten.empty_like.default",
+    "aten.empty_strided.default",
+)
+
+
 class Tally(TorchDispatchMode):
     """Adds up the estimated seconds of every op that is dispatched."""
 
@@ -77,7 +87,7 @@ class Tally(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func.is_view or str(func) in ("aten.detach.default", "aten._unsafe_view.default"):
+        if func.is_view or func.namespace == "prim" or str(func) in _FREE:
             return result
         tensors = [t for t in pytree.tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
         moved = sum(t.numel() * t.element_size() for t in tensors)
