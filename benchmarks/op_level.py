@@ -369,7 +369,8 @@ def report(cases: Mapping[str, Compared] | None = None) -> str:
         "measured peak less parameters, gradients (which exist before the step), buffers and inputs. `per-block` is Hugging",
         "Face's own switch, `N segments` is `checkpoint_sequential`, `selective` is PyTorch's selective checkpoint that saves",
         "matmuls, convolutions and attention; `stage level` is the optimal plan of stages kept whole or not at all.",
-        "Against each baseline we plan for its measured peak.",
+        "Against each baseline we plan for its measured peak. Batches are small, so that all of it takes minutes; the",
+        "gradients of weights on their way are then a large share of the bytes (Llama, ResNet).",
         "",
         "![step time against measured peak](op_level.svg)",
     ]
