@@ -17,6 +17,8 @@ NAMES = (
     "step_peaks",
     "persistence",
     "milp_bound",
+    "op_level_bound",
+    "op_level",
 )
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

@@ -1,0 +1,340 @@
+"""A captured training step as a Dag of ops, and the plan of its chain as a plan of that Dag.
+
+A value is a storage (a new one after each change in place), or the gradient of one. A forward op makes values;
+views are free. Each op that needs a gradient has a backward turn, in reverse order: it reads what autograd saved
+for it and takes twice the seconds. What the Dag simplifies, for all plans alike:
+
+* there are no workspaces; a gradient has the bytes of its value, and that of an addend which nothing else
+  reads is the gradient of the sum; gradients of parameters stay from when they are made, outputs too;
+* parameters, inputs and buffers are left out, and so are ops that need no gradient: what they make is always there;
+* an op whose result has one reader, in the same stage, and is not saved, is one op with that reader: it cannot be
+  held between the two;
+* a backward that reads nothing saved is one turn with the one before it;
+* a random op may run again without those before it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from scheduler.capture.graph_capture import GraphCapture
+from scheduler.capture.recompute import compile_rebuild
+from scheduler.chain import Chain
+from scheduler.costs.roofline import Tally, device_rates
+from scheduler.dag import Dag, DagAction, Drop, Op, Run, Turn
+from scheduler.schedule import Action, Backward, Checkpoint, Free, Keep
+
+__all__ = ["OpDag", "op_dag", "op_seconds", "priced", "translate"]
+
+
+@dataclass(frozen=True, slots=True)
+class OpDag:
+    """A Dag, and where it came from.
+
+    Attributes:
+        dag: forward ops first; each op has a turn of its own.
+        at: for each graph op, (storage -> value) of what it has seen or made.
+        forward: (L,) for each stage its forward ops: (op of the Dag, graph ops that it stands for).
+        backward: (L,) for each stage its backward ops, in the order in which they run.
+    """
+
+    dag: Dag
+    at: tuple[dict[int, int], ...]
+    forward: tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]
+    backward: tuple[tuple[int, ...], ...]
+
+
+class _Timed(fx.Interpreter):
+    """Runs a graph and notes the estimated seconds of each op."""
+
+    def __init__(self, module: fx.GraphModule, device: torch.device) -> None:
+        super().__init__(module)
+        self.device = device
+        self.seconds: list[float] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        if n.op != "call_function":
+            return super().run_node(n)
+        with Tally(device_rates(self.device)) as tally:
+            result = super().run_node(n)
+        self.seconds.append(tally.seconds)
+        return result
+
+
+def op_seconds(capture: GraphCapture, flat: Sequence[Any]) -> list[float]:
+    """Seconds of each op, run on the flattened call, by the roofline."""
+    timed = _Timed(capture.graph.module, capture.device)
+    with torch.enable_grad():
+        timed.run(*flat, enable_io_processing=False)
+    return timed.seconds
+
+
+def op_dag(capture: GraphCapture, seconds: Sequence[float]) -> OpDag:
+    """The Dag of a captured step whose first output is its loss.
+
+    Args:
+        seconds: of each op.
+    """
+    graph, linear = capture.graph, capture.linear
+    groups = graph.groups
+    stage_of = [k for k, (a, b) in enumerate(itertools.pairwise(linear.cuts)) for _ in range(a, b)]
+    outputs = {g for leaf in graph.outputs if leaf in graph.group_of for g in graph.group_of[leaf]}
+
+    # Values, as numbers of a first count: what each forward op reads, makes and saves.
+    size: list[int] = []
+    needs_grad: list[bool] = []
+    maker: list[int] = []
+    in_place: set[int] = set()
+    now: dict[int, int] = {}  # storage -> its latest value
+    seen: list[dict[int, int]] = []
+    reads: dict[int, list[int]] = {}
+    makes: dict[int, list[int]] = {}
+    for i, op in enumerate(graph.ops):
+        made = [g for g in dict.fromkeys((*op.writes, *op.saved)) if groups[g].producer == i]
+        made += [g for g in op.reads if i in groups[g].mutated and g in now]
+        if op.requires_grad and made:
+            reads[i] = [now[g] for g in op.reads if g in now]
+            makes[i] = list(range(len(size), len(size) + len(made)))
+            for g in made:
+                if groups[g].producer != i:
+                    in_place.add(len(size))
+                now[g] = len(size)
+                size.append(groups[g].bytes)
+                needs_grad.append(groups[g].requires_grad)
+                maker.append(i)
+        seen.append({g: now[g] for g in (*op.reads, *op.writes, *op.saved) if g in now})
+    saves = {i: [seen[i][g] for g in graph.ops[i].saved if g in seen[i]] for i in makes}
+    readers: list[list[int]] = [[] for _ in size]
+    for i, values in reads.items():
+        for v in values:
+            readers[v].append(i)
+    leaving = {now[g] for g in outputs if g in now}
+    fast = {v for values in saves.values() for v in values} | leaving
+
+    joined: dict[int, list[int]] = {}  # the last graph op of a forward op -> all of them
+    for i in makes:
+        joined[i] = [i]
+        for a in {maker[v] for v in reads[i]}:
+            if stage_of[a] == stage_of[i] and all(readers[v] == [i] and v not in fast for v in makes[a]):
+                joined[i] = sorted(joined.pop(a) + joined[i])
+
+    number: dict[int, int] = {}  # value of the first count -> value of the Dag
+    sizes: list[int] = []
+    ops: list[Op] = []
+    turns: list[Turn] = []
+    forward: list[list[tuple[int, tuple[int, ...]]]] = [[] for _ in range(len(linear))]
+    for last, members in joined.items():
+        inner = {v for i in members if i != last for v in makes[i]}
+        given = dict.fromkeys(v for i in members for v in reads[i] if v not in inner)
+        for v in makes[last]:
+            number[v] = len(sizes)
+            sizes.append(0 if v in leaving else size[v])
+        forward[stage_of[last]].append((len(ops), tuple(members)))
+        turns.append(Turn((len(ops),), starts=sum(size[v] for v in makes[last] if v in leaving)))
+        ops.append(
+            Op(
+                "+".join(graph.ops[i].node.name for i in members),
+                sum(seconds[i] for i in members),
+                tuple((number[v],) for v in given),
+                tuple(number[v] for v in makes[last]),
+                _inside(members, reads, makes, [0 if v in in_place else b for v, b in enumerate(size)]),
+            )
+        )
+
+    loss = now[graph.group_of[graph.outputs[0]][0]]
+    gradient: dict[int, int] = {}
+    parameters_left = {g for g, group in groups.items() if group.producer < 0 and group.requires_grad}
+    backward: list[list[int]] = [[] for _ in range(len(linear))]
+    written: set[int] = set()
+    for i in reversed(makes):
+        arriving = [gradient[v] for v in makes[i] if v in gradient]
+        if not arriving and loss not in makes[i]:
+            continue
+        writes = []
+        for v in (v for v in reads[i] if needs_grad[v]):
+            if arriving and not graph.ops[i].saved and readers[v] == [i] and size[v] == size[makes[i][0]]:
+                gradient[v] = arriving[0]
+                continue
+            if v not in gradient:
+                gradient[v] = len(sizes)
+                sizes.append(size[v])
+            writes.append(gradient[v])
+        created = parameters_left.intersection(graph.ops[i].reads)
+        parameters_left -= created
+        ends = sum(groups[g].bytes for g in created)
+        needs = [number[v] for v in saves[i]]
+        given = dict.fromkeys([*arriving, *needs, *(v for v in writes if v in written)])
+        written.update(writes)
+        if not writes and not ends:
+            continue
+        turn = Op(
+            f"{graph.ops[i].node.name}'", 2 * seconds[i], tuple((v,) for v in given), tuple(writes), 0, True
+        )
+        if backward[stage_of[i]] and not needs:
+            before = ops.pop()
+            ends += turns.pop().ends
+            more = [(v,) for v in given if v not in before.writes and (v,) not in before.reads]
+            turn = replace(
+                before,
+                name=f"{before.name}+{turn.name}",
+                seconds=before.seconds + turn.seconds,
+                reads=(*before.reads, *more),
+                writes=tuple(dict.fromkeys((*before.writes, *writes))),
+            )
+        else:
+            backward[stage_of[i]].append(len(ops))
+        turns.append(Turn((len(ops),), ends=ends))
+        ops.append(turn)
+    at = tuple({g: number[v] for g, v in values.items() if v in number} for values in seen)
+    return OpDag(
+        Dag(tuple(ops), tuple(sizes), tuple(turns)),
+        at,
+        tuple(map(tuple, forward)),
+        tuple(map(tuple, backward)),
+    )
+
+
+def _inside(
+    members: list[int], reads: dict[int, list[int]], makes: dict[int, list[int]], size: list[int]
+) -> int:
+    """Most bytes that ops joined in one take while they run, above what the last of them makes."""
+    *others, last = members
+    final = sum(size[v] for v in makes[last])
+    most = 0
+    for i in members:
+        later = {v for j in members if j >= i for v in reads[j]}
+        inner = {v for j in others if j <= i for v in makes[j] if v in later or j == i}
+        most = max(most, sum(size[v] for v in inner) - (0 if i == last else final))
+    return most
+
+
+def _reads(dag: Dag) -> list[set[int]]:
+    return [{v for group in op.reads for v in group} for op in dag.ops]
+
+
+def _rebuilt(made: OpDag, capture: GraphCapture, stage: int, option: int) -> tuple[set[int], list[int]]:
+    """The values that an option of a stage keeps, what came from before the stage included, and the ops run again."""
+    graph, linear, dag = capture.graph, capture.linear, made.dag
+    dropped = capture.dropped[stage][option]
+    kept: set[int] = set()
+    count, first = 0, linear.cuts[stage]
+    for i in range(first, linear.cuts[stage + 1]):
+        for pack in graph.ops[i].packs:
+            if count not in dropped and pack.group in made.at[i]:
+                kept.add(made.at[i][pack.group])
+            count += 1
+    if not dropped:
+        return kept, []
+    rebuild = compile_rebuild(graph, linear, stage, capture.stages[stage].argument_names, dropped)
+    again_made = {first + i for i in rebuild.rerun}
+    for group in graph.groups.values():  # what changes a value in place runs with what makes it
+        again_made.update(group.mutated if group.producer in again_made else ())
+    again = [o for o, members in made.forward[stage] if again_made.intersection(members)]
+    written = {v for o, _ in made.forward[stage] for v in dag.ops[o].writes}
+    reads = _reads(dag)
+    return kept | {v for o in again for v in reads[o] - written}, again
+
+
+def priced(made: OpDag, capture: GraphCapture, chain: Chain) -> Chain:
+    """The chain of the capture, its seconds those of the Dag's ops."""
+
+    def cost(ops: Iterable[int]) -> float:
+        return sum(made.dag.ops[o].seconds for o in ops)
+
+    stages = [
+        replace(
+            stage,
+            forward=cost(o for o, _ in made.forward[k]),
+            backward=cost(made.backward[k]),
+            options=tuple(
+                replace(option, recompute=cost(_rebuilt(made, capture, k, n)[1]))
+                for n, option in enumerate(stage.options)
+            ),
+        )
+        for k, stage in enumerate(chain.stages)
+    ]
+    return replace(chain, stages=tuple(stages))
+
+
+def translate(made: OpDag, capture: GraphCapture, schedule: Iterable[Action]) -> tuple[DagAction, ...]:
+    """A plan of the chain as one of the Dag: it runs the same ops, and holds what the plan's words hold.
+
+    A boundary inside a kept stage stays with it; what autograd saved goes after its last reader.
+    """
+    linear, dag = capture.linear, made.dag
+    reads = _reads(dag)
+    last_use = dag.last_use
+    gradients = {v for ops in made.backward for o in ops for v in dag.ops[o].writes}
+
+    def values(keys: Iterable[int], stage: int) -> set[int]:
+        """Of storages, as they are when ``stage`` begins."""
+        latest: dict[int, int] = {}
+        for seen in made.at[: linear.cuts[stage]]:
+            latest.update(seen)
+        return {latest[g] for g in keys if g in latest}
+
+    actions: list[DagAction] = []
+    there: set[int] = set()
+    held: dict[tuple[str, int], set[int]] = {}
+    working = -1
+    options: dict[int, int] = {}
+
+    def settle(needed: Iterable[int]) -> None:
+        """Let go of what nothing holds or needs."""
+        gone = there.difference(needed, *held.values())
+        actions.extend(Drop(v) for v in sorted(gone))
+        there.difference_update(gone)
+
+    def run(ops: Sequence[int], stay: set[int]) -> None:
+        for position, o in enumerate(ops):
+            actions.append(Run(o))
+            there.update(dag.ops[o].writes)
+            flows = (
+                {v for v in gradients & there if last_use[v] > o} if dag.ops[o].once else gradients & there
+            )
+            settle(flows.union(stay, *(reads[later] for later in ops[position + 1 :])))
+
+    for action in schedule:
+        if isinstance(action, Free):
+            held.pop(("x", action.boundary), None)
+        elif isinstance(action, Backward):
+            i = action.stage
+            kept, again = _rebuilt(made, capture, i, options.pop(i))
+            turns = made.backward[i]
+            run(again, set().union(*(reads[o] for o in turns)))
+            held.pop(("kept", i))
+            if working > i:
+                held.pop(("working", 0), None)
+            run(turns, set())
+            held.pop(("x", i), None)
+            for key in [key for key in held if key[0] == "carried"]:
+                first = linear.readers[key[1]][:1] or (-1,)
+                if first[0] == i:
+                    del held[key]
+            settle(v for v in gradients & there if last_use[v] >= (made.backward[i - 1] or (0,))[0] and i)
+        else:
+            i = action.stage  # type: ignore[union-attr] # a copy to the host is refused by the executor
+            if isinstance(action, Checkpoint):
+                held["x", i] = values(linear.boundaries[i], i)
+            kept = set()
+            if isinstance(action, Keep):
+                options[i] = action.option
+                kept = _rebuilt(made, capture, i, action.option)[0]
+                held["kept", i] = set()
+            held.pop(("working", 0), None)
+            following = values(linear.boundaries[i + 1], i + 1)
+            carried = {g: values([g], i + 1) for g in linear.carried[i]}
+            run([o for o, _ in made.forward[i]], kept.union(following, *carried.values()))
+            if isinstance(action, Keep):
+                held["kept", i] = kept | following
+            held["working", 0], working = following, i + 1
+            held.update({("carried", g): found for g, found in carried.items() if ("carried", g) not in held})
+            settle(gradients & there)
+    return tuple(actions)
