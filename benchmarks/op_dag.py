@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from scheduler.capture.graph_capture import GraphCapture
-from scheduler.capture.recompute import compile_rebuild
+from scheduler.capture.recompute import compile_rebuilds
 from scheduler.chain import Chain
 from scheduler.costs.roofline import Tally, device_rates
 from scheduler.dag import Dag, DagAction, Drop, Op, Run, Turn
@@ -219,8 +219,8 @@ def _reads(dag: Dag) -> list[set[int]]:
     return [{v for group in op.reads for v in group} for op in dag.ops]
 
 
-def _rebuilt(made: OpDag, capture: GraphCapture, stage: int, option: int) -> tuple[set[int], list[int]]:
-    """The values that an option of a stage keeps, what came from before the stage included, and the ops run again."""
+def _rebuilt(made: OpDag, capture: GraphCapture, stage: int, option: int) -> tuple[set[int], list[list[int]]]:
+    """The values that an option of a stage keeps, what came from before the stage included; the ops run again, by part."""
     graph, linear, dag = capture.graph, capture.linear, made.dag
     dropped = capture.dropped[stage][option]
     kept: set[int] = set()
@@ -232,14 +232,16 @@ def _rebuilt(made: OpDag, capture: GraphCapture, stage: int, option: int) -> tup
             count += 1
     if not dropped:
         return kept, []
-    rebuild = compile_rebuild(graph, linear, stage, capture.stages[stage].argument_names, dropped)
-    again_made = {first + i for i in rebuild.rerun}
-    for group in graph.groups.values():  # what changes a value in place runs with what makes it
-        again_made.update(group.mutated if group.producer in again_made else ())
-    again = [o for o, members in made.forward[stage] if again_made.intersection(members)]
+    parts = compile_rebuilds(graph, linear, stage, capture.stages[stage].argument_names, dropped)
+    again = []
+    for part in parts:
+        again_made = {first + i for i in part.rerun}
+        for group in graph.groups.values():  # what changes a value in place runs with what makes it
+            again_made.update(group.mutated if group.producer in again_made else ())
+        again.append([o for o, members in made.forward[stage] if again_made.intersection(members)])
     written = {v for o, _ in made.forward[stage] for v in dag.ops[o].writes}
     reads = _reads(dag)
-    return kept | {v for o in again for v in reads[o] - written}, again
+    return kept | {v for ops in again for o in ops for v in reads[o] - written}, again
 
 
 def priced(made: OpDag, capture: GraphCapture, chain: Chain) -> Chain:
@@ -254,7 +256,7 @@ def priced(made: OpDag, capture: GraphCapture, chain: Chain) -> Chain:
             forward=cost(o for o, _ in made.forward[k]),
             backward=cost(made.backward[k]),
             options=tuple(
-                replace(option, recompute=cost(_rebuilt(made, capture, k, n)[1]))
+                replace(option, recompute=sum(map(cost, _rebuilt(made, capture, k, n)[1])))
                 for n, option in enumerate(stage.options)
             ),
         )
@@ -306,13 +308,19 @@ def translate(made: OpDag, capture: GraphCapture, schedule: Iterable[Action]) ->
             held.pop(("x", action.boundary), None)
         elif isinstance(action, Backward):
             i = action.stage
-            kept, again = _rebuilt(made, capture, i, options.pop(i))
-            turns = made.backward[i]
-            run(again, set().union(*(reads[o] for o in turns)))
+            parts = _rebuilt(made, capture, i, options.pop(i))[1]
+            sequence: list[int] = []
+            for turn in made.backward[i]:  # each part runs when something that it makes is first read
+                for part in [
+                    part for part in parts if any(reads[turn].intersection(dag.ops[o].writes) for o in part)
+                ]:
+                    parts.remove(part)
+                    sequence += [o for o in part if o not in sequence]
+                sequence.append(turn)
             held.pop(("kept", i))
             if working > i:
                 held.pop(("working", 0), None)
-            run(turns, set())
+            run(sequence, set())
             held.pop(("x", i), None)
             for key in [key for key in held if key[0] == "carried"]:
                 first = linear.readers[key[1]][:1] or (-1,)

@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from executors.replay import Step
 from scheduler.capture.graph_capture import GraphCapture
-from scheduler.capture.recompute import Rebuild, compile_rebuild
+from scheduler.capture.recompute import Rebuild, compile_rebuilds
 from scheduler.capture.stages import GraphStage, Source
 from scheduler.program import ReplayProgram
 from scheduler.schedule import Keep
@@ -64,7 +64,7 @@ class GraphExecutor:
         used = {(k, option) for k, option in enumerate(program.kept) if option}
         used |= {(a.stage, a.option) for a in program.replay if isinstance(a, Keep) and a.option}
         self.rebuilds = {
-            (k, option): compile_rebuild(
+            (k, option): compile_rebuilds(
                 capture.graph, capture.linear, k, self.stages[k].argument_names, capture.dropped[k][option]
             )
             for k, option in used
@@ -190,7 +190,7 @@ class GraphStep(Step):
         results = stage.function(*self._arguments_again(k, boundary, grad))
         return next_boundary(stage, boundary, results)
 
-    def rebuild_of(self, stage: int, option: int) -> Rebuild:
+    def rebuilds_of(self, stage: int, option: int) -> tuple[Rebuild, ...]:
         """See Step."""
         return self.executor.rebuilds[stage, option]
 

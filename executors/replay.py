@@ -15,8 +15,8 @@ The rules, referred to by number below:
 4. A request that the program has passed already (a second backward) restarts it; if what it needs is gone,
    the stage is rebuilt from the nearest boundary that is held: slower, never wrong.
 5. A stage kept with an option drops some of its saved tensors. The first unpack of one of these, once the
-   program is at the stage's backward, runs the option's own program (``Rebuild``) on what was kept; any other
-   request is answered as for a dropped stage.
+   program is at the stage's backward, runs the part of the option's own program (``Rebuild``) that makes it, on
+   what was kept; any other request is answered as for a dropped stage.
 6. Random numbers: each stage that draws is re-run from its own state, and the generators are put back
    after every replay. Buffers that a stage changes are changed by its first run only.
 7. Autograd checks versions only of tensors that it holds itself. Whatever is kept by reference, and
@@ -75,6 +75,34 @@ class Held:
         self.version = tensor._version
 
 
+class Thinned:
+    """A stage kept with an option, until all that it dropped is made again (rule 5).
+
+    Attributes:
+        parts: what is still to be run, by the index of each saved tensor that it makes.
+        sources: kept packs that the parts read.
+        boundary: of the stage.
+    """
+
+    __slots__ = ("boundary", "parts", "sources")
+
+    def __init__(self, parts: Sequence[Rebuild], boundary: tuple[Tensor, ...]) -> None:
+        self.parts = {index: part for part in parts for index in part.dropped}
+        self.sources: dict[int, Held] = {}
+        self.boundary = boundary
+
+    def reads(self) -> set[int]:
+        """The packs that the parts still to be run read."""
+        return {index for part in set(self.parts.values()) for index, _ in part.sources}
+
+    def ran(self, part: Rebuild) -> None:
+        """Let go of what only this part read."""
+        for index in part.dropped:
+            del self.parts[index]
+        for index in self.sources.keys() - self.reads():
+            del self.sources[index]
+
+
 class Step:
     """The state of one step, from its forward until its graph is gone.
 
@@ -84,7 +112,7 @@ class Step:
         flags: boundary -> requires_grad of each tensor.
         filled: stage -> index -> rebuilt saved tensor.
         handles: stage -> handles alive.
-        thinned: stage kept with an option -> how to rebuild what it dropped, from which packs and boundary.
+        thinned: stage kept with an option -> how to rebuild what it dropped.
         rerunnable: stage -> whether what its re-run needs is still held.
         shapes: stage -> index -> (shape, dtype) of a dropped saved tensor, or None if packed by reference.
     """
@@ -101,7 +129,7 @@ class Step:
         self.filled: list[dict[int, Tensor]] = [{} for _ in range(stages)]
         self.handles = [0] * stages
         self.rerunnable = [kept != 0 for kept in program.kept]
-        self.thinned: dict[int, tuple[Rebuild, dict[int, Held], tuple[Tensor, ...]]] = {}
+        self.thinned: dict[int, Thinned] = {}
         self.shapes: list[list[tuple[torch.Size, torch.dtype] | None]] = [[] for _ in range(stages)]
         self.states: dict[int, RandomState] = {}
         self.lasting: set[int] = set()  # addresses of storages that are packed by reference
@@ -124,14 +152,14 @@ class Step:
     def release_inputs(self, stage: int) -> None:
         """Let go of what is held only for re-runs of this stage."""
 
-    def rebuild_of(self, stage: int, option: int) -> Rebuild:
+    def rebuilds_of(self, stage: int, option: int) -> tuple[Rebuild, ...]:
         """How what an option (not the first) of the stage drops is made again."""
         raise NotImplementedError
 
     def run_rebuild(
         self, stage: int, rebuild: Rebuild, boundary: tuple[Tensor, ...], sources: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        """Run an option's program on the tensors of the stage's boundary and on kept packs."""
+        """Run a part of an option's program on the tensors of the stage's boundary and on kept packs."""
         raise NotImplementedError
 
     # ---- the first sweep -----------------------------------------------------------------------------
@@ -162,16 +190,15 @@ class Step:
 
         return torch.autograd.graph.saved_tensors_hooks(pack, self.unpack)
 
-    def thinning(self, stage: int, rebuild: Rebuild) -> torch.autograd.graph.saved_tensors_hooks:
+    def thinning(self, stage: int, parts: Sequence[Rebuild]) -> torch.autograd.graph.saved_tensors_hooks:
         """The context of a first run of which an option drops some saved tensors (rule 5)."""
         shapes, lasting = self.shapes[stage], self.lasting
-        wanted = {index for index, _ in rebuild.sources}
-        sources: dict[int, Held] = {}
-        self.thinned[stage] = (rebuild, sources, self.boundaries[stage])
+        thinned = self.thinned[stage] = Thinned(parts, self.boundaries[stage])
+        dropped, wanted, sources = frozenset(thinned.parts), thinned.reads(), thinned.sources
 
         def pack(tensor: Tensor) -> Handle | Held:
             index = len(shapes)
-            if index in rebuild.dropped and tensor.untyped_storage().data_ptr() not in lasting:
+            if index in dropped and tensor.untyped_storage().data_ptr() not in lasting:
                 shapes.append((tensor.shape, tensor.dtype))
                 return Handle(self, stage, index)
             shapes.append(None)
@@ -251,7 +278,7 @@ class Step:
                         self.position, self.working = 0, None
                 if self.position <= self.program.backward_at[stage] and self._follow(stage):
                     if index not in self.filled[stage] and stage in self.thinned:
-                        self._recompute(stage)
+                        self._recompute(stage, index)
                     if index in self.filled[stage]:
                         return
                 self._rebuild_from_nearest(stage)
@@ -284,8 +311,8 @@ class Step:
                 if isinstance(action, Keep):
                     following = replay[self.position + 1]
                     wanted = not (isinstance(following, Backward) and following.stage == action.stage)
-                    rebuild = self.rebuild_of(action.stage, action.option) if action.option else None
-                    produced = self._rebuild(action.stage, current, wanted, rebuild)
+                    parts = self.rebuilds_of(action.stage, action.option) if action.option else ()
+                    produced = self._rebuild(action.stage, current, wanted, parts)
                 else:
                     produced = self._advance(action.stage, current)
                 if produced is not None:
@@ -335,7 +362,7 @@ class Step:
             return self.run_stage(stage, boundary, grad=False)
 
     def _rebuild(
-        self, stage: int, boundary: tuple[Tensor, ...], wanted: bool, rebuild: Rebuild | None = None
+        self, stage: int, boundary: tuple[Tensor, ...], wanted: bool, parts: Sequence[Rebuild] = ()
     ) -> tuple[Tensor, ...] | None:
         """Re-run a stage in grad mode and fill its handles (rule 2), or those that an option keeps (rule 5).
 
@@ -343,16 +370,15 @@ class Step:
             its output, if wanted.
         """
         shapes = self.shapes[stage]
-        dropped = rebuild.dropped if rebuild is not None else frozenset()
-        read = {index for index, _ in rebuild.sources} if rebuild is not None else set()
-        needed = {i for i, shape in enumerate(shapes) if shape is not None and i not in dropped}
+        thinned = Thinned(parts, boundary)
+        sources, read = thinned.sources, thinned.reads()
+        needed = {i for i, shape in enumerate(shapes) if shape is not None and i not in thinned.parts}
         last = max(needed | read, default=-1)
         if not self.handles[stage]:
             return self._advance(stage, boundary) if wanted else None
         filled: dict[int, Tensor] = {}
-        sources: dict[int, Held] = {}
-        if rebuild is not None:
-            self.thinned[stage] = (rebuild, sources, boundary)
+        if parts:
+            self.thinned[stage] = thinned
         if last < 0:
             return self._advance(stage, boundary) if wanted else None
         count = 0
@@ -394,45 +420,50 @@ class Step:
         self.filled[stage] = filled
         return produced
 
-    def _recompute(self, stage: int) -> None:
-        """Make what an option dropped again (rule 5)."""
-        rebuild, sources, boundary = self.thinned.pop(stage)
-        if any(index not in sources for index, _ in rebuild.sources):
+    def _recompute(self, stage: int, index: int) -> None:
+        """Make what an option dropped again: this saved tensor, and those that hang together with it (rule 5)."""
+        thinned = self.thinned[stage]
+        part = thinned.parts.get(index)
+        if part is None or any(source not in thinned.sources for source, _ in part.sources):
             return
         self._ready(stage)
-        kept = [self.unpack(sources[index]).detach().requires_grad_(flag) for index, flag in rebuild.sources]
-        sources.clear()
+        kept = [self.unpack(thinned.sources[i]).detach().requires_grad_(flag) for i, flag in part.sources]
+        thinned.ran(part)
         shapes, filled = self.shapes[stage], self.filled[stage]
         inputs = tuple(
-            t.detach().requires_grad_(flag) for t, flag in zip(boundary, self.flags[stage], strict=True)
+            t.detach().requires_grad_(flag)
+            for t, flag in zip(thinned.boundary, self.flags[stage], strict=True)
         )
+        if not thinned.parts:
+            del self.thinned[stage]
+        del thinned
         count = 0
 
-        def fill(index: int, tensor: Tensor) -> None:
-            expected = shapes[index]
-            if index in rebuild.dropped and expected is not None:
+        def fill(number: int, tensor: Tensor) -> None:
+            expected = shapes[number]
+            if number in part.dropped and expected is not None:
                 if expected != (tensor.shape, tensor.dtype):
                     raise ReplayError(
-                        f"stage {stage}: saved tensor {index} was {tuple(expected[0])} {expected[1]} in the first run "
+                        f"stage {stage}: saved tensor {number} was {tuple(expected[0])} {expected[1]} in the first run "
                         f"and is {tuple(tensor.shape)} {tensor.dtype} when it is made again"
                     )
-                filled[index] = tensor.detach()
+                filled[number] = tensor.detach()
 
         def pack(tensor: Tensor) -> None:
             nonlocal count
-            if count < len(rebuild.saves):
-                fill(rebuild.saves[count], tensor)
+            if count < len(part.saves):
+                fill(part.saves[count], tensor)
             count += 1
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _never):
-            made = self.run_rebuild(stage, rebuild, inputs, kept)
-        if count != len(rebuild.saves):
+            made = self.run_rebuild(stage, part, inputs, kept)
+        if count != len(part.saves):
             raise ReplayError(
-                f"stage {stage}: the ops run again save {count} tensors, {len(rebuild.saves)} in the first run; the "
+                f"stage {stage}: the ops run again save {count} tensors, {len(part.saves)} in the first run; the "
                 "model must run the same ops on the same input"
             )
-        for index, tensor in zip(rebuild.gives, made, strict=True):
-            fill(index, tensor)
+        for number, tensor in zip(part.gives, made, strict=True):
+            fill(number, tensor)
 
 
 def _never(_: Any) -> Tensor:

@@ -1,17 +1,21 @@
 """Options of a stage: which saved tensors stay, and the program that makes the others again.
 
 A *pack* is one tensor that autograd saves, numbered in the order in which a run of the stage saves them. An
-option drops some packs. Its program runs, in grad mode and in their order, just the ops that the dropped ones
-need: an op reads what is kept (as a view of the kept tensor's storage), what the stage was given, and what ops
-before it made. Dropped packs are then what those ops save, or views of what they made.
+option drops some packs. To make them again, just the ops that they need run, in grad mode and in their order: an op
+reads what is kept (as a view of the kept tensor's storage), what the stage was given, and what ops before it made.
+Dropped packs are then what those ops save, or views of what they made.
+
+Ops that do not hang together (neither reads what the other makes again, views aside) are programs of their own,
+each run when the first of its packs is asked for, so that what they make is not there all at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import networkx as nx
 import torch
 from torch import fx
 
@@ -19,15 +23,15 @@ from scheduler.capture.graph import Layout, Op, OpGraph
 from scheduler.capture.linearize import Linear
 from scheduler.options import StageOp, StageValue
 
-__all__ = ["Rebuild", "StageValues", "compile_rebuild", "divisible", "op_rows", "packs_of", "stage_values"]
+__all__ = ["Rebuild", "StageValues", "compile_rebuilds", "divisible", "op_rows", "packs_of", "stage_values"]
 
 
 @dataclass(frozen=True, slots=True)
 class Rebuild:
-    """How the dropped packs of an option are made again.
+    """How dropped packs of an option are made again: all of them, or those that hang together.
 
     Attributes:
-        dropped: numbers of the packs that are not kept.
+        dropped: numbers of the packs.
         rerun: the ops of the stage that run again, views aside, by their places in it.
         arguments: for each leading argument of ``function``, its index among the stage's arguments.
         sources: for each further argument, the pack that it is, and whether it requires grad.
@@ -66,7 +70,9 @@ def _slice(graph: OpGraph, linear: Linear, k: int) -> list[Op]:
 
 def _made(graph: OpGraph, linear: Linear, k: int) -> list[int]:
     """The storages that stage k makes."""
-    return [g for g, group in graph.groups.items() if linear.cuts[k] <= group.producer < linear.cuts[k + 1]]
+    first = linear.cuts[k]
+    named = dict.fromkeys(g for op in _slice(graph, linear, k) for g in (*op.writes, *op.saved))
+    return [g for g in named if first <= graph.groups[g].producer]
 
 
 def _changes(graph: OpGraph, linear: Linear, k: int) -> dict[int, list[int]]:
@@ -159,10 +165,10 @@ def packs_of(graph: OpGraph, linear: Linear, k: int) -> list[Layout]:
     return [pack for op in _slice(graph, linear, k) for pack in op.packs]
 
 
-def compile_rebuild(
+def compile_rebuilds(
     graph: OpGraph, linear: Linear, k: int, argument_names: tuple[str, ...], dropped: frozenset[int]
-) -> Rebuild:
-    """Compile what makes the dropped packs of stage k again.
+) -> tuple[Rebuild, ...]:
+    """Compile what makes the dropped packs of stage k again, in parts that can be run one without the other.
 
     Args:
         argument_names: of the stage (``GraphStage.argument_names``).
@@ -171,115 +177,162 @@ def compile_rebuild(
     Raises:
         ValueError: a number that is no pack of a storage that the stage makes.
     """
-    ops = _slice(graph, linear, k)
-    first = linear.cuts[k]
-    packs = packs_of(graph, linear, k)
-    made = set(_made(graph, linear, k))
-    for number in dropped:
-        if not 0 <= number < len(packs) or packs[number].group not in made:
-            raise ValueError(f"stage {k} makes no saved tensor {number} that could be made again")
-    of_op: list[range] = []
-    for op in ops:
-        start = of_op[-1].stop if of_op else 0
-        of_op.append(range(start, start + len(op.packs)))
-    position = {op.node: i for i, op in enumerate(ops)}
-    kept: dict[int, int] = {}  # storage -> the first pack that holds it
-    for number, pack in enumerate(packs):
-        if number not in dropped and graph.groups[pack.group].producer >= first:
-            kept.setdefault(pack.group, number)
+    stage = _Rerun(graph, linear, k, dropped)
+    return tuple(stage.compile(makers, argument_names) for makers in stage.parts())
 
-    changes = _changes(graph, linear, k)
-    lost = {packs[number].group for number in dropped}
-    again: set[int] = set()  # storages changed in place that are made again, though they are kept too
 
-    def there(node: fx.Node, reader: int) -> bool:
+class _Rerun:
+    """The ops of stage k that run again when ``dropped`` is not kept. Ops are named by their places in the stage."""
+
+    def __init__(self, graph: OpGraph, linear: Linear, k: int, dropped: frozenset[int]) -> None:
+        self.graph, self.k, self.dropped = graph, k, dropped
+        self.ops = _slice(graph, linear, k)
+        self.first = linear.cuts[k]
+        self.packs = packs_of(graph, linear, k)
+        made = set(_made(graph, linear, k))
+        for number in dropped:
+            if not 0 <= number < len(self.packs) or self.packs[number].group not in made:
+                raise ValueError(f"stage {k} makes no saved tensor {number} that could be made again")
+        self.position = {op.node: i for i, op in enumerate(self.ops)}
+        self.kept: dict[int, int] = {}  # storage -> the first pack that holds it
+        for number, pack in enumerate(self.packs):
+            if number not in dropped and graph.groups[pack.group].producer >= self.first:
+                self.kept.setdefault(pack.group, number)
+        self.changes = _changes(graph, linear, k)
+        self.lost = {self.packs[number].group for number in dropped}
+        self.again: set[int] = (
+            set()
+        )  # storages changed in place that are made again, though they are kept too
+        self.base: dict[int, fx.Node] = {}  # dropped storage -> the first node that is a view of it
+        for op in self.ops:
+            if op.node in graph.layout_of:
+                group = graph.layout_of[op.node].group
+                if group in self.lost:
+                    self.base.setdefault(group, op.node)
+        self.running = self._closure(self._wanted(self.lost))
+        while True:
+            remade = {
+                g for g, changed in self.changes.items() if changed and self.producer(g) in self.running
+            }
+            if remade <= self.again:
+                break
+            self.again |= remade
+            self.running = self._closure(self._wanted(self.lost))
+
+    def producer(self, group: int) -> int:
+        """The op that makes a storage."""
+        return self.graph.groups[group].producer - self.first
+
+    def makes(self, i: int) -> bool:
+        """Whether the op makes a storage of its own, or changes one: all but views do."""
+        groups = (self.graph.groups[g] for g in (*self.ops[i].writes, *self.ops[i].saved))
+        return any(g.producer == self.first + i or self.first + i in g.mutated for g in groups)
+
+    def there(self, node: fx.Node, reader: int) -> bool:
         """Whether what op ``reader`` finds in the node's tensor is a view of what is kept."""
-        group = graph.layout_of[node].group if node in graph.layout_of else -1
-        return group in kept and group not in again and all(i < reader for i in changes[group])
+        group = self.graph.layout_of[node].group if node in self.graph.layout_of else -1
+        return group in self.kept and group not in self.again and all(i < reader for i in self.changes[group])
 
-    # Ops to run: the makers of dropped storages, what they read and is not kept, and the views between.
-    running: set[int] = set()
-    base: dict[int, fx.Node] = {}  # dropped storage -> the first node that is a view of it
-    for op in ops:
-        if op.node in graph.layout_of and (group := graph.layout_of[op.node].group) in lost - base.keys():
-            base[group] = op.node
-    while True:
-        waiting = [i for group in lost for i in (graph.groups[group].producer - first, *changes[group])]
-        waiting += [position[node] for node in base.values()]
-        running.clear()
-        while waiting:
-            i = waiting.pop()
-            if i in running:
-                continue
-            running.add(i)
-            for node in ops[i].node.all_input_nodes:
-                if node in position and not there(node, i):
-                    waiting.append(position[node])
-                    for group in graph.group_of[node]:
-                        waiting += [m for m in changes.get(group, ()) if m < i]
-            if ops[i].random:  # draws from where those before it leave the generator
-                waiting += [earlier for earlier in range(i) if ops[earlier].random]
-        remade = {
-            g for g, changed in changes.items() if changed and graph.groups[g].producer - first in running
-        }
-        if remade <= again:
-            break
-        again |= remade
-    subgraph = fx.Graph()
-    tensors: dict[fx.Node, fx.Node] = {}
-    needed = dict.fromkeys(n for i in sorted(running) for n in ops[i].node.all_input_nodes)
-    order = {name: i for i, name in enumerate(argument_names)}
-    given = sorted((n for n in needed if n not in position), key=lambda n: order[n.name])
-    for node in given:
-        tensors[node] = subgraph.placeholder(node.name)
-    sources: list[tuple[int, bool]] = []
-    reads = [(n, i) for i in sorted(running) for n in ops[i].node.all_input_nodes if n in position]
-    viewed = list(dict.fromkeys(n for n, i in reads if there(n, i)))
-    bases: dict[int, fx.Node] = {}
-    for node in viewed:
-        number = kept[graph.layout_of[node].group]
-        if number not in bases:
+    def needs(self, i: int) -> list[int]:
+        """The ops that must run before op i does, if it runs again."""
+        found = []
+        for node in self.ops[i].node.all_input_nodes:
+            if node in self.position and not self.there(node, i):
+                found.append(self.position[node])
+                for group in self.graph.group_of[node]:
+                    found += [m for m in self.changes.get(group, ()) if m < i]
+        if self.ops[i].random:  # draws from where those before it leave the generator
+            found += [earlier for earlier in range(i) if self.ops[earlier].random]
+        return found
+
+    def _wanted(self, groups: Iterable[int]) -> list[int]:
+        """The ops that make these dropped storages what they were when they were saved."""
+        found = []
+        for group in groups:
+            found += [self.producer(group), *self.changes[group]]
+            if group in self.base:
+                found.append(self.position[self.base[group]])
+        return found
+
+    def _closure(self, wanted: list[int]) -> set[int]:
+        running: set[int] = set()
+        while wanted:
+            i = wanted.pop()
+            if i not in running:
+                running.add(i)
+                wanted += self.needs(i)
+        return running
+
+    def parts(self) -> list[list[int]]:
+        """The dropped storages, such that those of different parts share no op but views."""
+        hanging: nx.Graph[int] = nx.Graph()
+        for i in self.running:
+            if self.makes(i):
+                hanging.add_node(i)
+                waiting, seen = self.needs(i), set[int]()
+                while waiting:
+                    other = waiting.pop()
+                    if self.makes(other):
+                        hanging.add_edge(i, other)
+                    elif other not in seen:  # a view: what it is a view of
+                        seen.add(other)
+                        waiting += self.needs(other)
+        number = {i: n for n, part in enumerate(nx.connected_components(hanging)) for i in part}
+        found: dict[int, list[int]] = {}
+        for group in sorted(self.lost, key=self.producer):
+            found.setdefault(number[self.producer(group)], []).append(group)
+        return list(found.values())
+
+    def compile(self, groups: list[int], argument_names: tuple[str, ...]) -> Rebuild:
+        """The program that makes the packs of some dropped storages again."""
+        graph, ops, position, packs = self.graph, self.ops, self.position, self.packs
+        running = sorted(self._closure(self._wanted(groups)))
+        wanted = frozenset(number for number in self.dropped if packs[number].group in groups)
+        subgraph = fx.Graph()
+        tensors: dict[fx.Node, fx.Node] = {}
+        needed = dict.fromkeys(n for i in running for n in ops[i].node.all_input_nodes)
+        order = {name: i for i, name in enumerate(argument_names)}
+        given = sorted((n for n in needed if n not in position), key=lambda n: order[n.name])
+        for node in given:
+            tensors[node] = subgraph.placeholder(node.name)
+        sources: list[tuple[int, bool]] = []
+        reads = [(n, i) for i in running for n in ops[i].node.all_input_nodes if n in position]
+        viewed = list(dict.fromkeys(n for n, i in reads if self.there(n, i)))
+        pack_of = {node: self.kept[graph.layout_of[node].group] for node in viewed}
+        bases: dict[int, fx.Node] = {}
+        for number in dict.fromkeys(pack_of.values()):
             bases[number] = subgraph.placeholder(f"pack_{number}")
-            sources.append(
-                (number, any(graph.grad_of[n] for n in viewed if kept[graph.layout_of[n].group] == number))
-            )
-    for node in viewed:
-        layout = graph.layout_of[node]
-        tensors[node] = _view(subgraph, bases[kept[layout.group]], packs[kept[layout.group]], layout)
-    saves: list[int] = []
-    for i in sorted(running):
-        tensors[ops[i].node] = subgraph.node_copy(ops[i].node, tensors.__getitem__)
-        saves.extend(of_op[i])
-    gives: list[int] = []
-    results: list[fx.Node] = []
-    seen = set(saves)
-    for number in sorted(dropped):
-        if number in seen:
-            continue
-        layout = packs[number]
-        node = base[layout.group]
-        results.append(_view(subgraph, tensors[node], graph.layout_of[node], layout))
-        gives.append(number)
-    subgraph.output(tuple(results))
-    subgraph.lint()
-    compiled = fx.GraphModule(graph.module, subgraph, class_name=f"Rebuild{k}")
-    rerun = tuple(i for i in sorted(running) if _makes(graph, ops[i], first + i))
-    return Rebuild(
-        dropped,
-        rerun,
-        tuple(order[node.name] for node in given),
-        tuple(sources),
-        compiled.forward,
-        tuple(saves),
-        tuple(gives),
-    )
-
-
-def _makes(graph: OpGraph, op: Op, index: int) -> bool:
-    """Whether the op makes a storage of its own, or changes one: all but views do."""
-    return any(
-        graph.groups[g].producer == index or index in graph.groups[g].mutated for g in (*op.writes, *op.saved)
-    )
+            sources.append((number, any(graph.grad_of[n] for n in viewed if pack_of[n] == number)))
+        for node in viewed:
+            number = pack_of[node]
+            tensors[node] = _view(subgraph, bases[number], packs[number], graph.layout_of[node])
+        of_op: list[range] = []
+        for op in ops:
+            start = of_op[-1].stop if of_op else 0
+            of_op.append(range(start, start + len(op.packs)))
+        saves: list[int] = []
+        for i in running:
+            tensors[ops[i].node] = subgraph.node_copy(ops[i].node, tensors.__getitem__)
+            saves.extend(of_op[i])
+        gives: list[int] = []
+        results: list[fx.Node] = []
+        for number in sorted(wanted.difference(saves)):
+            layout = packs[number]
+            node = self.base[layout.group]
+            results.append(_view(subgraph, tensors[node], graph.layout_of[node], layout))
+            gives.append(number)
+        subgraph.output(tuple(results))
+        subgraph.lint()
+        compiled = fx.GraphModule(graph.module, subgraph, class_name=f"Rebuild{self.k}")
+        return Rebuild(
+            wanted,
+            tuple(i for i in running if self.makes(i)),
+            tuple(order[node.name] for node in given),
+            tuple(sources),
+            compiled.forward,
+            tuple(saves),
+            tuple(gives),
+        )
 
 
 def _view(subgraph: fx.Graph, base: fx.Node, held: Layout, wanted: Layout) -> fx.Node:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from scheduler.capture.graph_capture import GraphCapture
-from scheduler.capture.recompute import Rebuild, compile_rebuild, divisible, packs_of, stage_values
+from scheduler.capture.recompute import Rebuild, compile_rebuilds, divisible, packs_of, stage_values
 from scheduler.capture.state import RandomState
 from scheduler.costs.measure import OptionCost, StageRun, _never, _root, _Sink, _unowned, _wait, as_leaf
 from scheduler.costs.peak import allocated, count_bytes
@@ -100,15 +100,15 @@ def measure_options(
             for number, pack in enumerate(packs)
             if pack.group in position and position[pack.group] not in choice.kept
         )
-        rebuild = compile_rebuild(capture.graph, capture.linear, k, stage.argument_names, dropped)
-        random.restore()
-        took = _tried(rebuild, lambda: _fresh(capture, k, arguments), saved, device)
+        parts = compile_rebuilds(capture.graph, capture.linear, k, stage.argument_names, dropped)
+        took = _tried(parts, lambda: _fresh(capture, k, arguments), saved, random)
         if not dropped or took is None:
             continue
-        keeping, backward = _peaks(capture, k, run, rebuild, arguments)
-        name = _name([names[i] for i in rebuild.rerun])
+        keeping, backward = _peaks(capture, k, run, parts, arguments)
+        rerun = tuple(sorted(i for part in parts for i in part.rerun))
+        name = _name([names[i] for i in rerun])
         recompute = took if clock else choice.seconds
-        found.append(OptionCost(dropped, recompute, keeping, backward, name, rebuild.rerun))
+        found.append(OptionCost(dropped, recompute, keeping, backward, name, rerun))
     return tuple(found)
 
 
@@ -131,48 +131,54 @@ def _fresh(capture: GraphCapture, k: int, arguments: Sequence[Any]) -> list[Any]
     return fresh
 
 
-def _again(rebuild: Rebuild, fresh: list[Any], sources: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Run the program of an option: number -> dropped pack."""
+def _again(part: Rebuild, fresh: list[Any], saved: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Run a program of an option: number -> dropped pack."""
     filled: dict[int, Tensor] = {}
     count = 0
 
     def pack(tensor: Tensor) -> None:
         nonlocal count
-        if count < len(rebuild.saves) and rebuild.saves[count] in rebuild.dropped:
-            filled[rebuild.saves[count]] = tensor.detach()
+        if count < len(part.saves) and part.saves[count] in part.dropped:
+            filled[part.saves[count]] = tensor.detach()
         count += 1
 
-    kept = [sources[number].detach().requires_grad_(flag) for number, flag in rebuild.sources]
-    sources.clear()
+    kept = [saved[number].detach().requires_grad_(flag) for number, flag in part.sources]
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _never):
-        made = rebuild.function(*(fresh[i] for i in rebuild.arguments), *kept)
-    if count != len(rebuild.saves):
-        raise RuntimeError(f"the ops run again save {count} tensors, not {len(rebuild.saves)}")
-    filled.update((number, tensor.detach()) for number, tensor in zip(rebuild.gives, made, strict=True))
+        made = part.function(*(fresh[i] for i in part.arguments), *kept)
+    if count != len(part.saves):
+        raise RuntimeError(f"the ops run again save {count} tensors, not {len(part.saves)}")
+    filled.update((number, tensor.detach()) for number, tensor in zip(part.gives, made, strict=True))
     return filled
 
 
 def _tried(
-    rebuild: Rebuild, fresh: Callable[[], list[Any]], saved: list[Tensor], device: torch.device
+    parts: Sequence[Rebuild], fresh: Callable[[], list[Any]], saved: list[Tensor], random: RandomState
 ) -> float | None:
-    """Median seconds of an option's program; None if it does not make again, to the bit, what autograd saved.
+    """Median seconds of an option's programs; None if they do not make again, to the bit, what autograd saved.
 
-    The caller has put the random numbers back to where the stage began.
+    Args:
+        random: the random numbers as the stage began with them.
     """
     times: list[float] = []
+    given = dict(enumerate(saved))
     while len(times) < REPEATS and sum(times) < PATIENCE:
-        arguments, sources = fresh(), dict(enumerate(saved))
-        _wait(device)
-        began = time.perf_counter()
-        try:
-            filled = _again(rebuild, arguments, sources)
-        except RuntimeError:  # other ops than before, or fewer: not an option
-            return None
-        _wait(device)
-        times.append(time.perf_counter() - began)
-        same = filled.keys() == rebuild.dropped
-        if len(times) == 1 and not (same and all(_equal(filled[n], saved[n]) for n in filled)):
-            return None
+        seconds = 0.0
+        for part in parts:
+            arguments = fresh()
+            random.restore()
+            _wait(random.device)
+            began = time.perf_counter()
+            try:
+                filled = _again(part, arguments, given)
+            except RuntimeError:  # other ops than before, or fewer: not an option
+                return None
+            _wait(random.device)
+            seconds += time.perf_counter() - began
+            same = times or filled.keys() == part.dropped
+            if not same or not (times or all(_equal(filled[n], saved[n]) for n in filled)):
+                return None
+            del filled
+        times.append(seconds)
     return statistics.median(times)
 
 
@@ -183,7 +189,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _peaks(
-    capture: GraphCapture, k: int, run: StageRun, rebuild: Rebuild, arguments: list[Any]
+    capture: GraphCapture, k: int, run: StageRun, parts: Sequence[Rebuild], arguments: list[Any]
 ) -> tuple[int, int]:
     """Most bytes above the inputs while the stage runs forward, and from there to its backward's end."""
     arrived: dict[int, Tensor] = {}
@@ -194,17 +200,22 @@ def _peaks(
 
     def step(mark: Any) -> None:
         filled: dict[int, Tensor] = {}
+        waiting = {number: part for part in parts for number in part.dropped}
+        reads = {
+            number: sum(number in dict(part.sources) for part in parts)
+            for part in parts
+            for number, _ in part.sources
+        }
         sources: dict[int, Tensor] = {}
-        wanted = {number for number, _ in rebuild.sources}
         count = 0
 
         def pack(tensor: Tensor) -> int | Tensor:
             nonlocal count
             number, count = count, count + 1
-            if number in rebuild.dropped and tensor.untyped_storage().data_ptr() not in run.lasting:
+            if number in waiting and tensor.untyped_storage().data_ptr() not in run.lasting:
                 return number
             held = _unowned(tensor)
-            if number in wanted:
+            if number in reads:
                 sources[number] = held
             return held
 
@@ -212,7 +223,12 @@ def _peaks(
             if isinstance(packed, Tensor):
                 return packed
             if packed not in filled:
-                filled.update(_again(rebuild, _fresh(capture, k, arguments), sources))
+                part = waiting[packed]
+                filled.update(_again(part, _fresh(capture, k, arguments), sources))
+                for number, _ in part.sources:
+                    reads[number] -= 1
+                    if not reads[number]:
+                        del sources[number]
             return filled.pop(packed)
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
