@@ -275,8 +275,8 @@ def _priced(request: _Request, captured: Captured, resident: int, own_loss: bool
     if isinstance(captured, ModuleCapture):
         with preserved(model):
             return module_chain(captured, model, call, resident=resident, clock=clock, name=name)
-    with preserved(model):
-        costs = measure_graph(captured, model, call, clock=clock)
+    with preserved(model) as existing:
+        costs = measure_graph(captured, model, call, existing=existing, clock=clock)
     if not clock:
         costs = roofline_graph(captured, costs)
     return graph_chain(captured, model, costs, resident=resident, loss_is_output=own_loss, name=name)

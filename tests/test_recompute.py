@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from executors import execute, measure_peak
+from executors import execute
 from scheduler import Plan, Schedule, solve
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.recompute import compile_rebuilds, divisible, packs_of
@@ -194,51 +194,6 @@ def test_values_that_are_changed_in_place_are_made_again_as_they_were() -> None:
     for plan in (thinnest(whole), *(random_options(whole, random.Random(seed)) for seed in range(4))):
         with restored(case.model):
             assert_equal(train(case, execute(plan, case.model)), plain)
-
-
-class Tied(nn.Module):
-    """An embedding and a head that share a weight larger than all else."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(2048, 32)
-        self.blocks = nn.Sequential(
-            *(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(4))
-        )
-        self.head = nn.Linear(32, 2048, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        logits = self.head(self.blocks(self.embedding(ids)))
-        return nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
-
-
-@pytest.mark.parametrize("existing", [False, True])
-def test_the_shares_of_a_tied_weight_s_gradient_are_in_the_peak(existing: bool) -> None:
-    torch.manual_seed(0)
-    ids = torch.randint(0, 2048, (1, 8))
-    case = Case(Tied().train(), ids, (ids,))
-    if existing:
-        case(case.model).backward()
-    plan = solve(case.model, "1GiB", sample=ids, capture="graph")
-    for each in (plan, replan(plan, smallest(plan.chain)), thinnest(plan)):
-        model = execute(each, case.model)
-
-        def step(model: nn.Module = model) -> Any:
-            loss = case(model)
-            loss.backward()
-            return loss
-
-        def clear() -> None:
-            for parameter in case.model.parameters():
-                if not existing:
-                    parameter.grad = None
-
-        step()
-        clear()
-        peak = measure_peak(step, resident=[case.model, case.args]).peak
-        clear()
-        assert peak <= each.predicted_peak
 
 
 def test_explain_marks_what_is_kept_and_what_runs_again() -> None:

@@ -52,15 +52,19 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Within it gradients are fresh; on leaving, gradients, buffers and random numbers are as before."""
+def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:
+    """Within it gradients are fresh; on leaving, gradients, buffers and random numbers are as before.
+
+    Yields:
+        the parameters that have a gradient.
+    """
     random = RandomState(model_device(model))
     grads = {p: p.grad for p in model.parameters()}
     buffers = {b: b.detach().clone() for b in model.buffers()}
     for parameter in grads:
         parameter.grad = None
     try:
-        yield
+        yield frozenset(p for p, grad in grads.items() if grad is not None)
     finally:
         for parameter, grad in grads.items():
             parameter.grad = grad

@@ -6,7 +6,7 @@ the graph alone. Transients and seconds are measured, once per distinct stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,14 +17,13 @@ from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.loss import find_loss
 from scheduler.capture.recompute import packs_of
 from scheduler.capture.sample import Call
-from scheduler.capture.stages import GraphStage
 from scheduler.chain import Chain, Option, Stage
-from scheduler.costs.measure import Enter, OptionCost, StageCost, StageRun, measure_stage
+from scheduler.costs.measure import Enter, OptionCost, StageCost, StageRun, fresh_grads, measure_stage
 from scheduler.costs.options import measure_options
 from scheduler.costs.peak import allocated
 from scheduler.costs.resident import storage_bytes
 
-__all__ = ["graph_chain", "measure_graph"]
+__all__ = ["gradients_at_hand", "graph_chain", "measure_graph", "parameter_grads"]
 
 CPU_RANDOM_STATE = 5056  # bytes of torch's CPU generator state, an allocation of its own
 SMALL_TENSORS = 4096  # bytes: zero-dimensional tensors of scalars, which belong to no value of the graph
@@ -35,6 +34,7 @@ def measure_graph(
     model: nn.Module,
     call: Call,
     *,
+    existing: Collection[nn.Parameter] = (),
     clock: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[StageCost]:
@@ -43,30 +43,39 @@ def measure_graph(
     The caller preserves the model's state (gradients, buffers, random numbers).
 
     Args:
+        existing: parameters that have a gradient before the step.
         progress: called with (stages done, stages).
     """
+    # The shares of a tied parameter's gradient wait for one another, whatever there is already.
+    tied = {p for p, stages in _readers(capture, model).items() if len(stages) > 1}
+    added = set(existing) - tied
     costs: dict[str, StageCost] = {}
+    keys: dict[int, str] = {}
     last = len(capture) - 1
 
     def visit(k: int, arguments: list[Any]) -> None:
         stage = capture.stages[k]
-        key = f"{stage.signature}|{k == last}"
+        adding = [i for i, a in enumerate(arguments) if isinstance(a, nn.Parameter) and a in added]
+        key = keys[k] = f"{stage.signature}|{k == last}|{adding}"
         if key not in costs:
-            run = _isolated(capture, k, arguments)
+            run = _isolated(capture, k, arguments, added)
             cost = measure_stage(run, capture.device, clock=clock)
             options = measure_options(capture, k, run, arguments, clock=clock)
             costs[key] = replace(cost, options=options)
+            model.zero_grad(set_to_none=True)
         progress(k + 1, len(capture))
 
     with torch.no_grad():
         capture.sweep(model, call, visit)
-    measured = [costs[f"{stage.signature}|{k == last}"] for k, stage in enumerate(capture.stages)]
+    measured = [costs[keys[k]] for k in range(len(capture))]
     capture.dropped = [(frozenset(), *(option.dropped for option in cost.options)) for cost in measured]
     capture.rerun = [((), *(option.rerun for option in cost.options)) for cost in measured]
     return measured
 
 
-def _isolated(capture: GraphCapture, k: int, arguments: list[Any]) -> StageRun:
+def _isolated(
+    capture: GraphCapture, k: int, arguments: list[Any], existing: Collection[nn.Parameter]
+) -> StageRun:
     stage = capture.stages[k]
     parameters = [a for a in arguments if isinstance(a, nn.Parameter)]
 
@@ -76,10 +85,6 @@ def _isolated(capture: GraphCapture, k: int, arguments: list[Any]) -> StageRun:
             for i, (a, source) in enumerate(zip(arguments, stage.sources, strict=True))
         ]
         return stage.function(*fresh)
-
-    def reset() -> None:
-        for parameter in parameters:
-            parameter.grad = None
 
     def loss(results: Any) -> Tensor | None:
         try:
@@ -92,6 +97,7 @@ def _isolated(capture: GraphCapture, k: int, arguments: list[Any]) -> StageRun:
         for argument, source in zip(arguments, stage.sources, strict=True)
         if source.kind != "boundary" and isinstance(argument, Tensor)
     )
+    reset = fresh_grads(parameters, existing)
     return StageRun(run, reset, loss if k == len(capture) - 1 else None, lasting)
 
 
@@ -131,8 +137,8 @@ def graph_chain(
 
     flows = _GradFlows(capture, costs, size)
     change, output_grad = _carried_changes(capture, size, saved_by, flows, loss_is_output)
-    created = _created_grads(capture, model)
-    summed = _tied_grads(capture, model, change)
+    existing = {p for p in model.parameters() if p.grad is not None}
+    created, summed = parameter_grads(_readers(capture, model), existing, change, capture.device)
     at_hand = gradients_at_hand(
         [flows.boundary(k) for k in range(count)],
         [cost.lead for cost in costs],
@@ -291,47 +297,47 @@ def _carried_changes(
     return change, output_grad
 
 
-def _created_grads(capture: GraphCapture, model: nn.Module) -> list[int]:
-    """(L,) bytes of the parameter gradients that the backward of each stage creates.
-
-    A parameter read by several stages gets its gradient from the last of them, which is reversed first.
-    """
-    latest: dict[nn.Parameter, int] = {}
-    for k, stage in enumerate(capture.stages):
-        for parameter in stage_parameters(stage, model):
-            if parameter.requires_grad and parameter.grad is None:
-                latest[parameter] = k
-    created = [0] * len(capture)
-    for parameter, last in latest.items():
-        created[last] += allocated(parameter.numel() * parameter.element_size(), capture.device)
-    return created
-
-
-def _tied_grads(capture: GraphCapture, model: nn.Module, change: list[int]) -> list[int]:
-    """(L,) bytes that a backward takes besides to add its share to the gradient of a parameter tied to a later stage.
-
-    Autograd sums the shares in a tensor of their own before it touches ``.grad``. Where a gradient exists already,
-    that tensor waits beside it from the latest reader to the earliest: ``change`` is amended.
-    """
+def _readers(capture: GraphCapture, model: nn.Module) -> dict[nn.Parameter, list[int]]:
+    """The stages that read each parameter, ascending."""
     readers: dict[nn.Parameter, list[int]] = {}
     for k, stage in enumerate(capture.stages):
-        for parameter in stage_parameters(stage, model):
-            if parameter.requires_grad:
-                readers.setdefault(parameter, []).append(k)
-    summed = [0] * len(capture)
+        names = [source.key for source in stage.sources if source.kind == "parameter"]
+        for parameter in dict.fromkeys(model.get_parameter(name) for name in names):
+            readers.setdefault(parameter, []).append(k)
+    return readers
+
+
+def parameter_grads(
+    readers: Mapping[nn.Parameter, list[int]],
+    existing: Collection[nn.Parameter],
+    change: list[int],
+    device: torch.device,
+) -> tuple[list[int], list[int]]:
+    """Bytes of the gradients of parameters.
+
+    A parameter that several stages read gets its gradient from the last of them, which is reversed first. Autograd
+    sums the shares in a tensor of their own before it touches ``.grad``. Where a gradient exists already, that tensor
+    waits beside it from the latest reader to the earliest: ``change`` is amended.
+
+    Args:
+        readers: the stages that read each parameter, ascending.
+        existing: parameters that have a gradient before the step.
+        change: (L,) by how much each backward changes the bytes of long-lived values.
+
+    Returns:
+        (L,) bytes of gradients that the backward of each stage creates; (L,) bytes that it takes besides to add its
+        share to the gradient of a parameter that a later stage reads too.
+    """
+    created, summed = [0] * len(change), [0] * len(change)
     for parameter, stages in readers.items():
-        if len(stages) < 2:
+        if not parameter.requires_grad:
             continue
-        size = allocated(parameter.numel() * parameter.element_size(), capture.device)
+        size = allocated(parameter.numel() * parameter.element_size(), device)
         for k in stages[:-1]:
             summed[k] += size
-        if parameter.grad is not None:
+        if parameter not in existing:
+            created[stages[-1]] += size
+        elif len(stages) > 1:
             change[stages[-1]] += size
             change[stages[0]] -= size
-    return summed
-
-
-def stage_parameters(stage: GraphStage, model: nn.Module) -> list[nn.Parameter]:
-    """The distinct parameters that a stage reads."""
-    names = [source.key for source in stage.sources if source.kind == "parameter"]
-    return list(dict.fromkeys(model.get_parameter(name) for name in names))
+    return created, summed

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scheduler.costs.peak import allocated, count_bytes
 
-__all__ = ["OptionCost", "StageCost", "StageRun", "measure_stage"]
+__all__ = ["OptionCost", "StageCost", "StageRun", "fresh_grads", "measure_stage"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class StageRun:
     Attributes:
         run: gives the outputs, in the caller's grad mode. Every tensor argument that requires grad and is no
             parameter passes through the given function (position, tensor) -> tensor.
-        reset: undo what a run left behind: gradients of parameters.
+        reset: undo what a run left behind: gradients of parameters (``fresh_grads``).
         loss: for the last stage, how to find among the outputs what is reversed (None if it is not there).
         lasting: addresses of storages that live on anyway, so that saved tensors on them need no replay.
     """
@@ -90,6 +90,21 @@ class StageRun:
     reset: Callable[[], None]
     loss: Callable[[Sequence[Tensor]], Tensor | None] | None = None
     lasting: frozenset[int] = frozenset()
+
+
+def fresh_grads(parameters: Iterable[nn.Parameter], existing: Collection[nn.Parameter]) -> Callable[[], None]:
+    """Gradients as a step finds them, now and after each call: zeros where they exist already, none elsewhere.
+
+    Where a gradient exists, autograd adds to it and lets go of the addend at once; else the addend stays.
+    """
+    standing = {p: torch.zeros_like(p) if p in existing else None for p in parameters}
+
+    def reset() -> None:
+        for parameter, grad in standing.items():
+            parameter.grad = grad
+
+    reset()
+    return reset
 
 
 def as_leaf(_: int, tensor: Tensor) -> Tensor:

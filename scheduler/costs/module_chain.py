@@ -23,8 +23,8 @@ from scheduler.capture.module_capture import ModuleCapture, intercepted, tensor_
 from scheduler.capture.sample import Call
 from scheduler.capture.state import preserved
 from scheduler.chain import Chain, Option, Stage
-from scheduler.costs.graph_chain import CPU_RANDOM_STATE, SMALL_TENSORS, gradients_at_hand
-from scheduler.costs.measure import Enter, StageCost, StageRun, as_leaf, measure_stage
+from scheduler.costs.graph_chain import CPU_RANDOM_STATE, SMALL_TENSORS, gradients_at_hand, parameter_grads
+from scheduler.costs.measure import Enter, StageCost, StageRun, as_leaf, fresh_grads, measure_stage
 from scheduler.costs.peak import allocated, count_bytes
 from scheduler.costs.resident import storage_bytes
 from scheduler.costs.roofline import Tally, device_rates, estimate_run
@@ -84,10 +84,13 @@ def module_chain(
     existing = {p for p in model.parameters() if p.grad is not None}
     costs: dict[int, _BlockCost] = {}
     modules = [model.get_submodule(block.name) for block in capture.blocks]
+    readers = _readers(capture, model, modules)
+    added = {p for p in existing if len(readers[p]) == 1}
     with preserved(model):
 
         def measure(index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
-            costs[index] = _measure_block(capture, index, modules[index], forward, args, kwargs, clock)
+            costs[index] = _measure_block(capture, index, modules[index], forward, args, kwargs, added, clock)
+            model.zero_grad(set_to_none=True)
 
         _run(capture, model, call, modules, measure)
     times: list[_Pass] = []
@@ -98,7 +101,9 @@ def module_chain(
         tally = Tally(device_rates(capture.device))
         with preserved(model), tally:
             times.append(_run(capture, model, call, modules, now=lambda: tally.seconds))
+    glue = [k for k, block in enumerate(capture.stages) if block is None]
     with preserved(model):
+        fresh_grads((p for p in added if readers[p][0] in glue), added)
         marks: list[Callable[[], None]] = []
 
         def step(mark: Callable[[], None]) -> None:
@@ -106,10 +111,10 @@ def module_chain(
             _run(capture, model, call, modules, mark=mark)
 
         counted = count_bytes(step, capture.device)
-    glue = [k for k, block in enumerate(capture.stages) if block is None]
-    created = _created(capture, model, modules, existing)
+    change = [0] * len(capture)
+    grads = parameter_grads(readers, existing, change, capture.device)
     return _assemble(
-        capture, model, costs, times, counted.peaks, counted.marks, glue, created, resident, name
+        capture, model, costs, times, counted.peaks, counted.marks, glue, grads, change, resident, name
     )
 
 
@@ -234,6 +239,7 @@ def _measure_block(
     forward: Callable[..., Any],
     args: Any,
     kwargs: Any,
+    existing: set[nn.Parameter],
     clock: bool,
 ) -> _BlockCost:
     leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -251,14 +257,10 @@ def _measure_block(
         positional, named = pytree.tree_unflatten(fresh, spec)
         return [t for _, t in tensor_leaves(forward(*positional, **named))]
 
-    def reset() -> None:
-        for parameter in module.parameters():
-            parameter.grad = None
-
     lasting = frozenset(
         t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers(), *external)
     )
-    stage = StageRun(run, reset, lasting=lasting)
+    stage = StageRun(run, fresh_grads(module.parameters(), existing), lasting=lasting)
     cost = measure_stage(stage, capture.device, clock=clock)
     if not clock:
         forward_seconds, backward_seconds = estimate_run(stage, capture.device)
@@ -288,29 +290,27 @@ def _measure_block(
     )
 
 
-def _created(
-    capture: ModuleCapture, model: nn.Module, modules: list[nn.Module], existing: set[nn.Parameter]
-) -> list[int]:
-    """(L,) bytes of the parameter gradients that each stage's backward creates.
+def _readers(
+    capture: ModuleCapture, model: nn.Module, modules: list[nn.Module]
+) -> dict[nn.Parameter, list[int]]:
+    """The stages that read each parameter, ascending.
 
-    A parameter outside the blocks belongs to the last glue if its name comes after the blocks' in the model,
-    else to the first; one that blocks share gets its gradient from the last of them.
+    One outside the blocks belongs to the last glue if its name comes after the blocks' in the model, else to the
+    first; a tied one has several names.
     """
-    created = [0] * len(capture)
-    stage_of: dict[nn.Parameter, int] = {}
-    for block, module in zip(capture.blocks, modules, strict=True):
-        for parameter in module.parameters():
-            stage_of[parameter] = block.stage
+    stage_of: dict[nn.Module, int] = {
+        inner: block.stage
+        for block, module in zip(capture.blocks, modules, strict=True)
+        for inner in module.modules()
+    }
+    readers: dict[nn.Parameter, set[int]] = {}
     seen_block = False
-    for parameter in model.parameters():
-        if parameter in stage_of:
-            seen_block = True
-        else:
-            stage_of[parameter] = len(capture) - 1 if seen_block else 0
-    for parameter, stage in stage_of.items():
-        if parameter.requires_grad and parameter not in existing:
-            created[stage] += allocated(parameter.numel() * parameter.element_size(), capture.device)
-    return created
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        stage = stage_of.get(model.get_submodule(name.rpartition(".")[0]))
+        seen_block |= stage is not None
+        outside = len(capture) - 1 if seen_block else 0
+        readers.setdefault(parameter, set()).add(outside if stage is None else stage)
+    return {parameter: sorted(stages) for parameter, stages in readers.items()}
 
 
 def _assemble(
@@ -321,7 +321,8 @@ def _assemble(
     peaks: tuple[int, ...],
     marks: tuple[int, ...],
     glue: list[int],
-    created: list[int],
+    grads: tuple[list[int], list[int]],
+    change: list[int],
     resident: int,
     name: str,
 ) -> Chain:
@@ -329,7 +330,7 @@ def _assemble(
     blocks = len(capture.blocks)
     trial = times[0]
     output_grad = 4 if trial.own_loss else trial.outputs + sum(trial.returned)
-    change = [0] * count
+    created, summed = grads
     readers: dict[int, list[int]] = {}
     for number, priced in costs.items():
         for key, _ in priced.external:
@@ -376,7 +377,8 @@ def _assemble(
                             backward_overhead=max(
                                 0,
                                 measured.backward_peak - saved - at_hand[k] - measured.output_grads,
-                            ),
+                            )
+                            + summed[k],
                         ),
                     ),
                     forward_overhead=max(0, measured.dropping_peak - following - lasting),
@@ -410,7 +412,7 @@ def _assemble(
                     Option(
                         saved,
                         forward_overhead=max(0, peaks[begins + 1] - charged),
-                        backward_overhead=max(0, backward_peak - (entering if position else 0)),
+                        backward_overhead=max(0, backward_peak - (entering if position else 0)) + summed[k],
                         name="all (glue)",
                     ),
                 ),
