@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from executors import MeasuredPeak, measure_peak
+from executors import MeasuredPeak, execute, measure_peak
 from executors.planned import _RUNNER
 from scheduler import Plan, Schedule, simulate, solve, solve_chain
+from scheduler.costs.peak import count_bytes
 from scheduler.schedule import Backward, Keep
 from tests.helpers import smallest
 from tests.models import BUILDERS, Case
 
 Record = dict[str, Tensor | None]
+EACH_CAPTURE = pytest.mark.parametrize("capture", ["graph", "modules", "options"])
+EITHER_CAPTURE = pytest.mark.parametrize("capture", ["graph", "modules"])
+CPU = torch.device("cpu")
+Procedure = Callable[[nn.Module], Record]
 
 
 def loss_of(output: Any) -> Tensor:
@@ -187,3 +194,38 @@ def executor_of(model: nn.Module) -> Any:
     executor = model.__dict__[_RUNNER].executor
     assert executor is not None
     return executor
+
+
+def planned_tiny(capture: str) -> tuple[Case, nn.Module]:
+    """The tiny case and its model, planned as tightly as it can be."""
+    case = case_of("tiny")
+    if capture == "options":
+        return case, execute(thinnest(plan_for("tiny", "graph")), case.model)
+    return case, execute(tightest(plan_for("tiny", capture)), case.model)
+
+
+def planned(case: Case, capture: str) -> nn.Module:
+    """The model of another case, planned as tightly as it can be."""
+    plan = at_its_tightest(case, capture)
+    assert max(plan.timeline.runs) > 1 or any(plan.program.kept), "nothing is recomputed"
+    return execute(plan, case.model)
+
+
+def outcome(model: nn.Module, procedure: Procedure) -> Record:
+    """What a procedure returns, and the state that it leaves behind, from a fixed seed."""
+    with restored(model):
+        torch.manual_seed(17)
+        return {**procedure(model), **state(model)}
+
+
+def assert_same(plain: nn.Module, planned: nn.Module, procedure: Procedure) -> None:
+    """The procedure has the same outcome with the planned model as with the plain one, bit for bit."""
+    assert_equal(outcome(planned, procedure), outcome(plain, procedure))
+
+
+def end_of(step: Callable[[], Any], between: Callable[[], None] = lambda: None) -> int:
+    """Bytes that a step leaves alive; one step goes ahead of it, ``between`` follows that, and garbage is collected."""
+    step()
+    between()
+    gc.collect()
+    return count_bytes(lambda _: step(), CPU).end

@@ -35,6 +35,8 @@ def test_a_translated_plan_takes_the_seconds_of_the_chain_and_about_its_bytes() 
         schedule = solve_chain(chain, low + int((high - low) * share))
         line = simulate_dag(made.dag, translate(made, capture, schedule))
         assert line.seconds == pytest.approx(simulate(chain, schedule).seconds)
-        assert line.peak == pytest.approx(simulate(chain, schedule).peak - chain.fixed, rel=0.25)  # no workspaces
+        assert line.peak == pytest.approx(
+            simulate(chain, schedule).peak - chain.fixed, rel=0.25
+        )  # no workspaces
         assert share == 1.0 or line.peak < plain.peak
         assert share == 1.0 or sum(line.runs) > len(made.dag.ops)
