@@ -85,7 +85,7 @@ class GraphExecutor:
             if option != 0:
                 step.before_first_run(k, boundary)
                 arguments = step.first_arguments(k, boundary, carried)
-                with step.dropping(k) if option is None else step.thinning(k, self.rebuilds[k, option]):
+                with step.dropping(k, None if option is None else self.rebuilds[k, option]):
                     results = stage.function(*arguments)
             else:
                 arguments = step.first_arguments(k, boundary, carried)

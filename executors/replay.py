@@ -177,28 +177,21 @@ class Step:
         if self.random[stage]:
             self.states[stage] = RandomState(self.device)
 
-    def dropping(self, stage: int) -> torch.autograd.graph.saved_tensors_hooks:
-        """The context of a first run whose saved tensors are dropped (rule 1)."""
+    def dropping(
+        self, stage: int, parts: Sequence[Rebuild] | None = None
+    ) -> torch.autograd.graph.saved_tensors_hooks:
+        """The context of a first run whose saved tensors are dropped (rule 1), or those that an option drops (rule 5)."""
         shapes, lasting = self.shapes[stage], self.lasting
-
-        def pack(tensor: Tensor) -> Handle | Held:
-            if tensor.untyped_storage().data_ptr() in lasting:
-                shapes.append(None)
-                return Held(tensor)
-            shapes.append((tensor.shape, tensor.dtype))
-            return Handle(self, stage, len(shapes) - 1)
-
-        return torch.autograd.graph.saved_tensors_hooks(pack, self.unpack)
-
-    def thinning(self, stage: int, parts: Sequence[Rebuild]) -> torch.autograd.graph.saved_tensors_hooks:
-        """The context of a first run of which an option drops some saved tensors (rule 5)."""
-        shapes, lasting = self.shapes[stage], self.lasting
-        thinned = self.thinned[stage] = Thinned(parts, self.boundaries[stage])
-        dropped, wanted, sources = frozenset(thinned.parts), thinned.reads(), thinned.sources
+        dropped: frozenset[int] | None = None
+        wanted: set[int] = set()
+        sources: dict[int, Held] = {}
+        if parts is not None:
+            thinned = self.thinned[stage] = Thinned(parts, self.boundaries[stage])
+            dropped, wanted, sources = frozenset(thinned.parts), thinned.reads(), thinned.sources
 
         def pack(tensor: Tensor) -> Handle | Held:
             index = len(shapes)
-            if index in dropped and tensor.untyped_storage().data_ptr() not in lasting:
+            if (dropped is None or index in dropped) and tensor.untyped_storage().data_ptr() not in lasting:
                 shapes.append((tensor.shape, tensor.dtype))
                 return Handle(self, stage, index)
             shapes.append(None)
