@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from benchmarks.cuts import FOUND, chain_of, rows, section
 from executors import execute
@@ -89,6 +90,34 @@ def test_a_bottleneck_is_cut_once_more_where_its_stride_narrows_it() -> None:
     assert made.args[3] == [2, 2]  # the stride
     assert why.inside.startswith("resnet.encoder.stages.1.layers.0")
     assert why.values == 2  # the input of the block too, which the shortcut reads
+    fewer = linearize(graph, max_stages=len(linear) - 1)
+    assert len(fewer) == len(linear) - 1
+    assert "narrow" not in [cut.reason for cut in fewer.reasons]
+
+
+class Pinched(nn.Module):
+    """A wide part, a value of few bytes, a wide part again, and a skip around them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = [(64, 256), (256, 256), (256, 16), (16, 256), (256, 64)]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, down, up, out = self.layers
+        y = 2 * down(torch.tanh(second(torch.tanh(first(x)))))
+        z: Tensor = x + out(torch.tanh(up(torch.tanh(y))))
+        return z
+
+
+def test_a_stage_is_cut_where_what_crosses_is_saved_anyway() -> None:
+    torch.manual_seed(0)
+    batch = torch.randn(64, 64)
+    model = nn.Sequential(nn.Linear(64, 64), Pinched(), Pinched()).train()
+    graph, linear = _linear(Case(model, batch, (), {"input": batch}))
+    narrow = [c for c, why in zip(linear.cuts[1:], linear.reasons, strict=False) if why.reason == "narrow"]
+    # Not before tanh has made what it saves: nothing saves the products.
+    assert [graph.ops[cut - 1].node.name.rstrip("_0123456789") for cut in narrow] == ["tanh", "tanh"]
 
 
 def test_every_level_of_a_unet_is_cut_from_the_next_and_inside() -> None:
