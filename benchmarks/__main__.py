@@ -16,6 +16,7 @@ NAMES = (
     "overheads",
     "step_peaks",
     "persistence",
+    "cuts",
     "milp_bound",
     "op_level_bound",
     "op_level",

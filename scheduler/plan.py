@@ -13,6 +13,7 @@ from typing import Any
 
 from scheduler.budget import format_bytes
 from scheduler.chain import Chain
+from scheduler.cuts import Cut, explain_cut, summary
 from scheduler.program import ReplayProgram
 from scheduler.schedule import Backward, Checkpoint, Forward, Keep, Schedule, Timeline, simulate
 
@@ -39,6 +40,8 @@ class CaptureRecord:
         dropped: (L,) for each option of a stage, the numbers of the saved tensors that it drops (empty for modules).
         rerun: (L,) for each option of a stage, the ops that run again, by their places in it (empty for modules).
         ops: (L,) for each op of a stage, its name and the bytes that autograd saves of what it makes (likewise).
+        begins: (L - 1,) why each stage but the first begins where it does (empty for modules, and in old plans).
+        left_out: (why, how many) gaps that are no cuts after all.
         evaluating: names of submodules that were in eval mode.
     """
 
@@ -56,6 +59,8 @@ class CaptureRecord:
     dropped: tuple[tuple[tuple[int, ...], ...], ...] = ()
     rerun: tuple[tuple[tuple[int, ...], ...], ...] = ()
     ops: tuple[tuple[tuple[str, int], ...], ...] = ()
+    begins: tuple[Cut, ...] = ()
+    left_out: tuple[tuple[str, int], ...] = ()
     evaluating: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -65,6 +70,8 @@ class CaptureRecord:
         for name in ("dropped", "rerun", "ops"):
             rows = tuple(tuple(tuple(row) for row in rows) for rows in getattr(self, name))
             object.__setattr__(self, name, rows)
+        object.__setattr__(self, "begins", tuple(Cut(*row) for row in self.begins))
+        object.__setattr__(self, "left_out", tuple((why, count) for why, count in self.left_out))
         if self.kind not in ("graph", "modules"):
             raise ValueError(f"CaptureRecord: kind={self.kind!r}, expected 'graph' or 'modules'")
 
@@ -171,6 +178,7 @@ class Plan:
         whole = self.chain.stages[stage].options[0].saved
         lines = [
             f"stage {stage}: {self.chain.stages[stage].name}",
+            *([explain_cut(self.capture.begins[stage - 1])] if stage and self.capture.begins else []),
             f"kept: {chosen.name}; {format_bytes(chosen.saved)} of {format_bytes(whole)}",
         ]
         if option:
@@ -230,6 +238,10 @@ class Plan:
         console.print(table)
         lines = [line.rstrip() for line in out.getvalue().strip("\n").splitlines()]
         parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.resident.items() if size)
+        if self.capture.kind == "modules":
+            lines += ["", f"{len(chain)} stages: the model's own blocks, and the code between them"]
+        elif self.capture.begins:
+            lines += ["", *summary(self.capture.begins, dict(self.capture.left_out))]
         lines += [
             "",
             (

@@ -123,6 +123,8 @@ class GraphCapture:
             "changed": tuple(self.changed),
             "dropped": tuple(tuple(tuple(sorted(packs)) for packs in options) for options in self.dropped),
             "rerun": tuple(self.rerun),
+            "begins": self.linear.reasons,
+            "left_out": tuple(self.linear.left_out.items()),
             "ops": tuple(op_rows(self.graph, self.linear, k, int) for k in range(len(self))),
         }
 

@@ -3,7 +3,8 @@
 Every gap between ops is a possible cut; its state is the set of values that are live there. A good cut
 is a valley: a run of gaps where fewer values are live than before and after it. In a transformer those are
 the ends of the attention and MLP halves, in a ResNet the ends of the residual blocks, in a U-Net the block
-ends at every level, skips included.
+ends at every level, skips included. A stage between two valleys is cut once more where it narrows: where little
+of what it has made crosses, and much stays on either side (the strided convolution in a bottleneck).
 
 Values that live across many cuts (U-Net skips, masks, rotary tables) and the outputs are *carried*: held
 once, from where they are made until their first reader is reversed, instead of being part of every boundary
@@ -13,13 +14,14 @@ in between. A value that crosses a few cuts only is part of each of those bounda
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
 import torch
 
 from scheduler.capture.graph import OpGraph
+from scheduler.cuts import Cut
 from scheduler.errors import CaptureError
 
 __all__ = ["Linear", "linearize", "op_dag"]
@@ -27,6 +29,10 @@ __all__ = ["Linear", "linearize", "op_dag"]
 # A value that crosses more cuts than this is carried. Carrying pins it in memory, so a value that merely
 # spans a few stages (the residual around a cut inside a block) is better left to the solver.
 MAX_CROSSED = 3
+SMALLEST = 1 / 400  # of the bytes that the model makes: a stage of less is merged with a neighbour
+# A stage is cut once more where what crosses anew is at most this share of what either side saves, and each side
+# saves this share of all that is saved: docs/cuts.md has what other shares, and other cuts, would give.
+NARROW, WORTH = 1 / 4, 1 / 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,8 @@ class Linear:
         carried: (L,) carried storages first made in stage k.
         readers: carried storage -> stages after its producer that read it, ascending.
         frozen_prefix: stage 0 needs no gradient at all, and is run once.
+        reasons: (L - 1,) why each stage but the first begins where it does.
+        left_out: how many gaps were no cuts in the end, by why (``scheduler.cuts.LEFT_OUT``).
     """
 
     cuts: tuple[int, ...]
@@ -47,6 +55,8 @@ class Linear:
     carried: tuple[tuple[int, ...], ...]
     readers: dict[int, tuple[int, ...]]
     frozen_prefix: bool
+    reasons: tuple[Cut, ...]
+    left_out: dict[str, int]
 
     def __len__(self) -> int:
         return len(self.cuts) - 1
@@ -79,7 +89,19 @@ def linearize(graph: OpGraph, max_stages: int = 100, cuts: Sequence[int] | None 
     if any(a >= b for a, b in dag.edges):
         raise CaptureError("the exported ops are not in topological order")
     prefix = _prefix(graph)
-    inner = _merge_small(graph, _valleys(graph, prefix), prefix, max_stages) if cuts is None else list(cuts)
+    left_out: dict[str, int] = {}
+    if cuts is None:
+        valleys, left_out["dip"] = _valleys(graph, prefix)
+        merged = _merge_small(graph, valleys, prefix, max_stages)
+        left_out["small"] = len(valleys) - len(merged)
+        narrow = _narrows(graph, merged, prefix, max_stages)
+        inner = sorted(merged + narrow)
+        why = dict.fromkeys(inner, "valley") | dict.fromkeys(narrow, "narrow")
+        if prefix in why:
+            why[prefix] = "frozen" if prefix else why[prefix]
+    else:
+        inner = list(cuts)
+        why = dict.fromkeys(inner, "given")
     edges = (0, *inner, len(graph.ops))
     stage_of = {}
     for stage in range(len(edges) - 1):
@@ -113,6 +135,8 @@ def linearize(graph: OpGraph, max_stages: int = 100, cuts: Sequence[int] | None 
         tuple(tuple(c) for c in carried),
         readers,
         frozen,
+        _explained(graph, why),
+        left_out,
     )
 
 
@@ -195,8 +219,11 @@ def _forbidden(graph: OpGraph) -> set[int]:
     return bad
 
 
-def _valleys(graph: OpGraph, prefix: int) -> list[int]:
-    """Gaps of every valley, ascending; after a frozen prefix that computes something, its end too."""
+def _valleys(graph: OpGraph, prefix: int) -> tuple[list[int], int]:
+    """Gaps of every valley, ascending, and how many valleys among many live values were left out.
+
+    After a frozen prefix that computes something, its end is a gap too.
+    """
     live = _gaps(graph)
     count, held = live.count, live.held
     forbidden = _forbidden(graph)
@@ -224,13 +251,14 @@ def _valleys(graph: OpGraph, prefix: int) -> list[int]:
             ]
             valleys.append((level, best))
         start = stop + 1
-    chosen = [g for _, best in _without_dimples(valleys) for g in best]
+    kept = _without_dimples(valleys)
+    chosen = [g for _, best in kept for g in best]
     if prefix and prefix not in forbidden:
         made = sum(graph.groups[k].bytes for op in graph.ops[:prefix] for k in op.writes)
         total = sum(g.bytes for g in graph.groups.values() if g.producer >= 0)
         if made > 0.01 * total:
             chosen.insert(0, prefix)
-    return chosen
+    return chosen, len(valleys) - len(kept)
 
 
 def _without_dimples(valleys: list[tuple[int, list[int]]]) -> list[tuple[int, list[int]]]:
@@ -259,7 +287,7 @@ def _merge_small(graph: OpGraph, gaps: list[int], prefix: int, max_stages: int) 
     """Drop cuts until every stage makes something worth a decision and there are few enough stages."""
     weight = _weights(graph)
     edges = [0, *gaps, len(graph.ops)]
-    smallest = weight[-1] / 400
+    smallest = weight[-1] * SMALLEST
     while len(edges) > 2:
         sizes = [weight[b] - weight[a] for a, b in itertools.pairwise(edges)]
         # The end of a frozen prefix is kept whatever its size: it spares the prefix its re-run.
@@ -277,3 +305,91 @@ def _merge_small(graph: OpGraph, gaps: list[int], prefix: int, max_stages: int) 
             merged = min(choices, key=lambda i: min(sizes[i - 1], sizes[i]))
         del edges[merged]
     return edges[1:-1]
+
+
+def _narrows(graph: OpGraph, cuts: Sequence[int], prefix: int, max_stages: int) -> list[int]:
+    """Gaps inside the stages at which these are cut once more, ascending.
+
+    While a stage is reversed, all that it saves is there at once; of two stages only one is. So a cut spares
+    the smaller side's bytes where memory is tightest. It costs the freedom to drop what crosses, for a stage
+    that is kept is charged for its input and its output: nothing for the stage's own input, which is there
+    anyway, but the bytes of what the stage has made. Where these are few against the bytes of either side,
+    and a later op saves them anyway, the cut pays.
+    """
+    saved_last = {key: index for index, op in enumerate(graph.ops) for key in op.saved}
+    saved_first = {key: index for index, op in reversed(list(enumerate(graph.ops))) for key in op.saved}
+    least = WORTH * sum(graph.groups[key].bytes for key in saved_last if graph.groups[key].producer >= 0)
+    forbidden = _forbidden(graph)
+    made: dict[int, list[int]] = {}  # op -> storages
+    for key, group in graph.groups.items():
+        made.setdefault(group.producer, []).append(key)
+    edges = [0, *cuts, len(graph.ops)]
+    found: list[int] = []
+    k = 0
+    while k < len(edges) - 1 and len(edges) <= max_stages:
+        begin, end = edges[k], edges[k + 1]
+        # (end - begin + 1,) at the gap before op begin + i: bytes of what the stage has made that cross, those of
+        # them that no later op saves, and bytes that only the ops before, or only those after, save.
+        new, unsaved, first, second = ([0] * (end - begin + 2) for _ in range(4))
+        for key in (key for index in range(begin, end) for key in made.get(index, ())):
+            group = graph.groups[key]
+            start, over = (
+                group.producer + 1 - begin,
+                min(max(group.last_use, group.producer) + 1, end + 1) - begin,
+            )
+            for row, since in ((new, start), (unsaved, max(start, saved_last.get(key, -1) + 1 - begin))):
+                row[min(since, over)] += group.bytes
+                row[over] -= group.bytes
+            if saved_first.get(key, end) < end:
+                first[over] += group.bytes
+                second[0] += group.bytes
+                second[start] -= group.bytes
+        rows = [list(itertools.accumulate(row)) for row in (new, unsaved, first, second)]
+        best: tuple[int, int] | None = None  # the fewest bytes, and there the first gap
+        for i, (crossing, lost, left, right) in enumerate(zip(*rows, strict=True)):
+            gap = begin + i
+            if max(begin, prefix) < gap < end and gap not in forbidden and not lost:
+                side = min(left, right)
+                if (
+                    side >= max(least, 1)
+                    and crossing <= NARROW * side
+                    and (best is None or crossing < best[0])
+                ):
+                    best = crossing, gap
+        if best is None:
+            k += 1
+        else:
+            edges.insert(k + 1, best[1])
+            found.append(best[1])
+    return sorted(found)
+
+
+def _explained(graph: OpGraph, why: Mapping[int, str]) -> tuple[Cut, ...]:
+    """The facts about each cut, in order; ``why`` says the reason of each."""
+    live = _gaps(graph)
+    held, size = live.held, len(graph.ops)
+
+    def other(gap: int, step: int) -> int:
+        at = gap
+        while 0 < at < size and held[at] == held[gap]:
+            at += step
+        return held[at]
+
+    return tuple(
+        Cut(why[g], live.count[g], held[g], other(g, -1), other(g, 1), _inside(graph, g)) for g in sorted(why)
+    )
+
+
+def _inside(graph: OpGraph, gap: int) -> str:
+    """The innermost module that the ops on both sides of a gap belong to; ops that make no storage do not count."""
+
+    def stack(indices: range) -> list[str]:
+        for index in indices:
+            op = graph.ops[index]
+            if any(graph.groups[key].producer == index for key in op.writes):
+                return [path for path, _ in (op.node.meta.get("nn_module_stack") or {}).values()]
+        return []
+
+    both = zip(stack(range(gap - 1, -1, -1)), stack(range(gap, len(graph.ops))), strict=False)
+    common = [a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], both)]
+    return common[-1] if common else ""
