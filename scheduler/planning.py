@@ -266,13 +266,13 @@ def _exact_graph(request: _Request, plain: StepResult) -> GraphCapture:
                 raise CaptureError(f"the exported graph does not train like the plain model: {differs}")
             with preserved(model):
                 captured.observe(model, call)
-            return captured
         except CaptureError as error:
             refused = refused or error
-    assert refused is not None  # op_graphs gives a graph, or raises
+            continue
+        return captured
     again = difference(plain, run_step(model, lambda: model(*call[0], **call[1]), offload=True))
     why = "; the plain model itself is not deterministic" if again else ""
-    raise CaptureError(f"{refused}{why}")
+    raise CaptureError(f"{refused}{why}") from refused
 
 
 def _priced(request: _Request, captured: Captured, resident: int, own_loss: bool) -> Chain:

@@ -128,7 +128,7 @@ def _parts(graph: OpGraph, op: Op) -> fx.GraphModule | None:
             given.append(like.requires_grad_(graph.grad_of[node]))
         try:
             parts = make_fx(run, {target: kernel}, "fake", pre_dispatch=True)(*given)
-        except Exception:  # whatever the kernel raises on tensors without data
+        except Exception:  # noqa: BLE001 # whatever the kernel raises on tensors without data
             return None
     calls = [n for n in parts.graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
     if any(n.op == "get_attr" for n in parts.graph.nodes) or len(calls) > MOST:
@@ -146,7 +146,7 @@ def _inline(graph: fx.Graph, node: fx.Node, parts: fx.GraphModule) -> None:
             if part.op == "call_function":
                 made[part] = graph.node_copy(part, made.__getitem__)
                 made[part].meta = {**kept, "val": part.meta.get("val")}
-    results = fx.map_arg(parts.graph.output_node().args[0], made.__getitem__)
+    results: Any = fx.map_arg(parts.graph.output_node().args[0], made.__getitem__)
     if isinstance(results, fx.Node):
         node.replace_all_uses_with(results)
     else:

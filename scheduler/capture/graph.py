@@ -200,7 +200,7 @@ def _hooks(model: nn.Module) -> str | None:
 def _only_requires_grad(hook: Any) -> bool:
     """Whether a hook is the one that gradient_checkpointing_enable of transformers and peft leaves on embeddings."""
 
-    def ours(module: Any, input: Any, output: Any) -> None:
+    def ours(_module: Any, _given: Any, output: Any) -> None:
         output.requires_grad_(True)
 
     same = ("co_code", "co_names", "co_consts", "co_argcount")
