@@ -246,6 +246,7 @@ def test_a_branch_on_what_depends_on_nothing_is_taken(
     [
         lambda x: x.sum() > 0,
         lambda x: torch.zeros(3).add(x[0, 0]).sum() > 0,
+        lambda x: torch.empty(1) == 0,
         lambda x: torch.rand(1) > 0.5,
         lambda x: F.dropout(torch.ones(8)).sum() > 3,
         _changed_in_place,

@@ -91,9 +91,8 @@ class _Constants(TorchFunctionMode):
                 pass
         result = func(*args, **kwargs)
         if constant and (tensors or func in _MAKERS) and isinstance(result, Tensor):
-            self.made.setdefault(
-                id(result), (result, func, args, kwargs)
-            )  # ``to`` may return what it was given
+            # The first one counts: ``to`` may return what it was given.
+            self.made.setdefault(id(result), (result, func, args, kwargs))
         return result
 
     def _known(self, tensor: Tensor) -> bool:
