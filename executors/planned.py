@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from executors.graph import GraphExecutor
 from executors.modules import ModuleExecutor
-from scheduler.capture.graph_capture import GraphCapture, capture_graph
+from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
 from scheduler.capture.module_capture import ModuleCapture, capture_modules
 from scheduler.capture.sample import Call, CallSignature, canonical_call, model_fingerprint
 from scheduler.capture.state import model_device, preserved
@@ -94,16 +94,18 @@ class _Runner:
                 )
             return capture
         try:
-            again = capture_graph(plain, call, cuts=record.cuts)
+            graphs = op_graphs(plain, call)
+            graph = next((graph for graph in graphs if graph.fingerprint() == record.graph), None)
         except CaptureError as error:
             raise PlanMismatch(
                 f"planned {type(model).__name__}: the plan's op graph cannot be captured again: {error}"
             ) from error
-        if again.graph.fingerprint() != record.graph:
+        if graph is None:
             raise PlanMismatch(
                 f"planned {type(model).__name__}: the op graph is not the one the plan was made for (torch "
                 f"{self.plan.torch_version} then, {torch.__version__} now); make a new plan with solve()"
             )
+        again = capture_graph(graph, plain, cuts=record.cuts)
         again.random, again.changed = list(record.random), list(record.changed)
         again.dropped = [tuple(map(frozenset, options)) for options in record.dropped]
         again.rerun = list(record.rerun)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from scheduler.budget import format_bytes, machine_bytes, parse_budget
-from scheduler.capture.graph_capture import GraphCapture, capture_graph
+from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
 from scheduler.capture.module_capture import ModuleCapture, capture_modules
 from scheduler.capture.sample import (
     Call,
@@ -255,16 +256,23 @@ def _exact_graph(request: _Request, plain: StepResult) -> GraphCapture:
         raise CaptureError(
             f"the custom autograd.Function {plain.custom[0]} is used, whose backward torch.export drops"
         )
-    captured = capture_graph(model, call)
-    step = run_step(model, lambda: captured.sweep(model, call), offload=True)
-    differs = difference(plain, step)
-    if differs is not None:
-        again = difference(plain, run_step(model, lambda: model(*call[0], **call[1]), offload=True))
-        why = "; the plain model itself is not deterministic" if again else ""
-        raise CaptureError(f"the exported graph does not train like the plain model: {differs}{why}")
-    with preserved(model):
-        captured.observe(model, call)
-    return captured
+    refused: CaptureError | None = None
+    for graph in op_graphs(model, call):
+        try:
+            captured = capture_graph(graph, model)
+            step = run_step(model, functools.partial(captured.sweep, model, call), offload=True)
+            differs = difference(plain, step)
+            if differs is not None:
+                raise CaptureError(f"the exported graph does not train like the plain model: {differs}")
+            with preserved(model):
+                captured.observe(model, call)
+        except CaptureError as error:
+            refused = refused or error
+            continue
+        return captured
+    again = difference(plain, run_step(model, lambda: model(*call[0], **call[1]), offload=True))
+    why = "; the plain model itself is not deterministic" if again else ""
+    raise CaptureError(f"{refused}{why}") from refused
 
 
 def _priced(request: _Request, captured: Captured, resident: int, own_loss: bool) -> Chain:

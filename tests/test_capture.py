@@ -123,6 +123,21 @@ def test_hooks_on_submodules_keep_firing_under_module_capture() -> None:
     assert fired == [1]
 
 
+def test_the_hook_that_checkpointing_leaves_on_embeddings_is_refused_only_where_it_does_something() -> None:
+    case = gpt2()
+    model: Any = case.model
+    model.enable_input_require_grads()  # by gradient_checkpointing_enable, and not undone by its counterpart
+    call = canonical_call(inspect.signature(model.forward), *read_sample(case.sample))
+    export_graph(model, call)
+    model.transformer.wte.weight.requires_grad_(False)
+    with pytest.raises(CaptureError, match=r"wte.*model\.disable_input_require_grads\(\)"):
+        export_graph(model, call)
+    model.disable_input_require_grads()
+    model.transformer.wte.register_forward_hook(lambda _module, _given, output: output.mul_(2))
+    with pytest.raises(CaptureError, match=r"wte.*does not fire$"):
+        export_graph(model, call)
+
+
 def test_what_cannot_be_captured_says_what_to_pass() -> None:
     with pytest.raises(CaptureError, match=r"capture=\[blocks\]"):
         solve(Routed().train(), "1GiB", sample=torch.randn(4, 16))

@@ -182,14 +182,31 @@ def _quiet() -> Iterator[None]:
 
 
 def _hooks(model: nn.Module) -> str | None:
-    """Name of a submodule with hooks; they would not fire in the exported graph."""
+    """Which hook would not fire in the exported graph, in words."""
     for name, module in model.named_modules():
         if module is model:
             continue  # the planned model is a module itself: its own hooks fire
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            if getattr(module, kind):
-                return name
+            for hook in getattr(module, kind).values():
+                what = f"submodule {name!r} has hooks, which an exported graph does not fire"
+                if kind != "_forward_hooks" or not _only_requires_grad(hook):
+                    return what
+                # It does nothing where the output requires grad anyway.
+                if not isinstance(module, nn.Embedding) or not module.weight.requires_grad:
+                    return f"{what}: {hook.__qualname__}; model.disable_input_require_grads() removes it"
     return None
+
+
+def _only_requires_grad(hook: Any) -> bool:
+    """Whether a hook is the one that gradient_checkpointing_enable of transformers and peft leaves on embeddings."""
+
+    def ours(_module: Any, _given: Any, output: Any) -> None:
+        output.requires_grad_(True)
+
+    same = ("co_code", "co_names", "co_consts", "co_argcount")
+    return all(
+        getattr(getattr(hook, "__code__", None), part, None) == getattr(ours.__code__, part) for part in same
+    )
 
 
 def export_graph(model: nn.Module, call: Call) -> OpGraph:
@@ -204,7 +221,7 @@ def export_graph(model: nn.Module, call: Call) -> OpGraph:
     """
     hooked = _hooks(model)
     if hooked is not None:
-        raise CaptureError(f"submodule {hooked!r} has hooks, which an exported graph does not fire")
+        raise CaptureError(hooked)
     args, kwargs = call
     with _custom_functions_refused() as functions, _quiet():
         try:

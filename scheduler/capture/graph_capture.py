@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from scheduler.capture.composite import in_parts
+from scheduler.capture.eager import as_eager
 from scheduler.capture.graph import OpGraph, export_graph, resolve
 from scheduler.capture.linearize import Linear, linearize
 from scheduler.capture.recompute import op_rows
@@ -18,7 +21,7 @@ from scheduler.capture.stages import GraphStage, Source, compile_stages
 from scheduler.capture.state import RandomState, model_device
 from scheduler.errors import CaptureError
 
-__all__ = ["GraphCapture", "capture_graph"]
+__all__ = ["GraphCapture", "capture_graph", "op_graphs"]
 
 
 @dataclass(slots=True)
@@ -173,18 +176,45 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) or bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
 
 
+def op_graphs(model: nn.Module, call: Call) -> Iterator[OpGraph]:
+    """The op graphs that the model exports as, the one that can be planned best first.
+
+    Whether one trains like the model is to be tried; the next one is for when it does not. First comes what a plain
+    step runs (``eager.py``), then what the model's code does for exporters; each with composite ops in their parts
+    (``composite.py``), then with whole ones. No graph comes twice.
+
+    Raises:
+        CaptureError: the model cannot be exported at all; says why.
+    """
+    seen: set[str] = set()
+    refused: CaptureError | None = None
+    for eager in (True, False):
+        try:
+            with as_eager(model) if eager else nullcontext():
+                whole = export_graph(model, call)
+        except CaptureError as error:
+            refused = error
+            continue
+        for graph in (in_parts(whole, call), whole):
+            known = graph.fingerprint()
+            if known not in seen:
+                seen.add(known)
+                yield graph
+    if refused is not None and not seen:
+        raise refused
+
+
 def capture_graph(
-    model: nn.Module, call: Call, *, max_stages: int = 100, cuts: tuple[int, ...] | None = None
+    graph: OpGraph, model: nn.Module, *, max_stages: int = 100, cuts: tuple[int, ...] | None = None
 ) -> GraphCapture:
-    """Export the model and cut it into stages; nothing is run.
+    """Cut an op graph of the model into stages; nothing is run.
 
     Args:
         cuts: inner cuts of an earlier capture of the same graph, to repeat it.
 
     Raises:
-        CaptureError: the model cannot be captured as a graph; says why.
+        CaptureError: the graph cannot be cut; says why.
     """
-    graph = export_graph(model, call)
     linear = linearize(graph, max_stages, cuts)
     stages = compile_stages(graph, linear, model)
     constants = graph.constants(model)
