@@ -15,7 +15,7 @@ import torch
 
 from scheduler import solve_chain
 from scheduler.capture.graph import OpGraph
-from scheduler.capture.graph_capture import capture_graph
+from scheduler.capture.graph_capture import capture_graph, op_graphs
 from scheduler.capture.linearize import Linear, _forbidden, _gaps, _prefix, _valleys
 from scheduler.capture.sample import canonical_call
 from scheduler.capture.state import preserved
@@ -159,7 +159,7 @@ def cut_sets(graph: OpGraph, linear: Linear, pattern: str) -> dict[str, tuple[in
 def chain_of(case: Case, cuts: tuple[int, ...] | None) -> tuple[Chain, OpGraph, Linear]:
     """The chain of a model cut at ``cuts``; cuts are found if None."""
     call = canonical_call(inspect.signature(case.model.forward), case.args, case.kwargs)
-    captured = capture_graph(case.model, call, cuts=cuts)
+    captured = capture_graph(next(op_graphs(case.model, call)), case.model, cuts=cuts)
     resident = sum(resident_parts(case.model, call, captured.device).values())
     with preserved(case.model):
         captured.observe(case.model, call)
