@@ -88,7 +88,8 @@ def dag_floor(
         dag: up to some thousand ops.
         memory_budget: bytes of the whole step.
         turns: the moments to try. Default: the first turn of an op that may run only once (the first backward,
-            as a rule), and the one at which most bytes are live when all that is read later is kept.
+            as a rule; turn 0 if there is none), and from there on the one at which most bytes are live when all that
+            is read later is kept.
         time_limit: seconds of HiGHS for each moment.
 
     Raises:
@@ -143,9 +144,8 @@ def _moments(dag: Dag) -> list[int]:
     live = [base + size for base, size in zip(dag.base, accumulate(kept), strict=True)]
     for t, turn in enumerate(dag.turns):
         live[t] += turn.starts + min(_own(dag, o) for o in turn.ops)
-    peak = max(range(len(dag.turns)), key=live.__getitem__)
-    once = [turn_of[o] for o, op in enumerate(dag.ops) if op.once]
-    return [*once[:1], peak]
+    once = next((turn_of[o] for o, op in enumerate(dag.ops) if op.once), 0)
+    return [once, max(range(once, len(dag.turns)), key=live.__getitem__)]
 
 
 def _at(dag: Dag, budget: int, turn: int, time_limit: float) -> tuple[float, tuple[int, ...]]:
