@@ -98,10 +98,10 @@ def op_seconds(capture: GraphCapture, flat: Sequence[Any], *, clock: bool = Fals
 def measured_seconds(
     capture: GraphCapture, flat: Sequence[Any], chain: Chain, repeats: int = 5
 ) -> list[float]:
-    """Seconds of each op on the scale of ``chain``: medians, over equal stages too.
+    """Seconds of each op, such that no stage and no option of ``chain`` is priced below the sum of its ops.
 
-    Where the ops of a stage take more one by one than the stage does in the chain, they are scaled down to it; not up,
-    so that a bound made of them stays one.
+    Medians of single ops, over equal stages too, scaled by one factor a stage: the greatest that keeps the sum of
+    all ops within the stage's forward, and that of the ops which an option runs again within its ``recompute``.
     """
     runs = [op_seconds(capture, flat, clock=True) for _ in range(repeats)]
     slices = [slice(a, b) for a, b in itertools.pairwise(capture.linear.cuts)]
@@ -109,9 +109,11 @@ def measured_seconds(
     for stage, ops in zip(capture.stages, slices, strict=True):
         alike.setdefault(stage.signature, []).extend(run[ops] for run in runs)
     seconds: list[float] = []
-    for stage, priced_stage in zip(capture.stages, chain.stages, strict=True):
+    for k, (stage, costs) in enumerate(zip(capture.stages, chain.stages, strict=True)):
         medians = [statistics.median(times) for times in zip(*alike[stage.signature], strict=True)]
-        scale = min(1.0, priced_stage.forward / (math.fsum(medians) or 1.0))
+        sums = [math.fsum(medians), *(math.fsum(medians[i] for i in rerun) for rerun in capture.rerun[k][1:])]
+        prices = [costs.forward, *(option.recompute for option in costs.options[1:])]
+        scale = min((price / total for price, total in zip(prices, sums, strict=True) if total), default=1.0)
         seconds += [scale * value for value in medians]
     return seconds
 

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import heapq
+import inspect
 import math
 from itertools import count
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils import _pytree as pytree
 
+from benchmarks.op_dag import measured_seconds, relaxed_dag
+from scheduler import solve
+from scheduler.capture.sample import canonical_call
 from scheduler.dag import Dag, Op, Turn
+from scheduler.schedule import simulate
+from scheduler.solvers import solve_chain
 from scheduler.solvers.floor import dag_floor
 from scheduler.solvers.milp import solve_dag
+from tests.helpers import smallest
+from tests.models import gpt2, residual
 from tests.test_milp import DIAMOND, dags, fastest
 
 # Forward a, b, c; the backward reads what each of them makes, the last one first.
@@ -158,3 +167,23 @@ def test_misuse_is_an_error_at_once(arguments, error, why):
     dag, budget, *more = arguments
     with pytest.raises(error, match=why):
         dag_floor(dag, budget, **dict(zip(("turns", "time_limit"), more, strict=False)))
+
+
+@pytest.mark.parametrize("build", [gpt2, residual])
+def test_the_floor_of_a_captured_step_is_below_every_plan_and_not_far_below(build):
+    case = build()
+    plan = solve(case.model, 2**50, sample=case.sample, capture="graph")
+    chain, capture = plan.chain, plan.live[1]
+    call = canonical_call(inspect.signature(case.model.forward), case.args, case.kwargs)
+    seconds = measured_seconds(capture, pytree.tree_leaves(call), chain)
+    low, high = smallest(chain), smallest(chain, "keep_all")
+    dag = relaxed_dag(capture, seconds, chain.fixed)
+    shares = []
+    for share in (0.0, 0.1, 0.25, 0.5, 0.75, 1.0):
+        budget = low + int((high - low) * share)
+        ours = simulate(chain, solve_chain(chain, budget)).seconds - chain.plain_seconds
+        floor = dag_floor(dag, budget, time_limit=2.0)
+        assert floor.extra <= ours + 1e-9, share
+        shares.append(floor.extra / ours if ours else 0.0)
+    assert shares[-1] == 0
+    assert max(shares) > 0.2
