@@ -82,7 +82,7 @@ class Bound:
 
     Attributes:
         overhead: below which there is no plan, as a share of the plain step; inf if nothing fits.
-        words: the ops that run again in the cheapest way found, by kind, with their seconds.
+        words: from when on which ops run again in the cheapest way found, by kind, with their seconds.
     """
 
     overhead: float
@@ -229,7 +229,11 @@ def _words(dag: Dag, floor: Floor) -> str:
     others = list(itertools.chain.from_iterable(times for _, times in listed[LISTED:]))
     shown += [f"{len(others)} others {1e3 * sum(others):.1f} ms"] if others else []
     at = dag.ops[dag.turns[floor.turn].ops[0]].name
-    moment = "after the forward" if at == "backward" else f"after the forward and before the end of {at}"
+    moment = (
+        "once the forward is over"
+        if at == "backward"
+        else f"from the backward of {at.removesuffix(chr(39))} on"
+    )
     return f"{moment}, {', '.join(shown)}"
 
 
@@ -375,7 +379,7 @@ def _missed(found: Compared) -> list[str]:
         )
         lines += [
             "",
-            f"Target at {share:.0%}: {target:.0%} predicted; {proven}. To run again at the least: {floor.words}.",
+            f"Target at {share:.0%}: {target:.0%} predicted; {proven}. The floor: {floor.words}.",
         ]
     return lines
 
