@@ -1,6 +1,7 @@
 """Run benchmarks: all of them, or those named.
 
 python -m benchmarks [solver_speed] [step_peaks] [...] [--write]
+python -m benchmarks op_level --only ViT [--write]
 """
 
 from __future__ import annotations
@@ -30,15 +31,21 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="*", choices=[*NAMES, []], help="default: all")
     parser.add_argument("--write", action="store_true", help="write docs/NAME.md, and NAME.svg if it draws")
+    parser.add_argument("--only", help="of op_level: the models whose titles have this in them")
     arguments = parser.parse_args()
+    if arguments.only is not None and arguments.names != ["op_level"]:
+        parser.error(f"--only is for op_level alone, got {arguments.names}")
+    part = {} if arguments.only is None else {"only": arguments.only}
     for name in arguments.names or NAMES:
         module = importlib.import_module(f"benchmarks.{name}")
-        text = module.report()
+        text = module.report(**part)
         print(text)
         if arguments.write:
             (DOCS / f"{name}.md").write_text(text + "\n", encoding="utf-8")
-            if hasattr(module, "figure"):
-                module.figure().savefig(DOCS / f"{name}.svg", metadata={"Date": None})
+            drawn = {name: module.figure()} if hasattr(module, "figure") else {}
+            drawn |= module.figures(**part) if hasattr(module, "figures") else {}
+            for each, figure in drawn.items():
+                figure.savefig(DOCS / f"{each}.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -16,21 +16,26 @@ for it and takes twice the seconds. What the Dag simplifies, for all plans alike
 from __future__ import annotations
 
 import itertools
+import math
+import statistics
+import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from scheduler.capture.graph import OpGraph
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.recompute import compile_rebuilds
 from scheduler.chain import Chain
+from scheduler.costs.peak import allocated
 from scheduler.costs.roofline import Tally, device_rates
 from scheduler.dag import Dag, DagAction, Drop, Op, Run, Turn
 from scheduler.schedule import Action, Backward, Checkpoint, Free, Keep
 
-__all__ = ["OpDag", "op_dag", "op_seconds", "priced", "translate"]
+__all__ = ["OpDag", "measured_seconds", "op_dag", "op_seconds", "priced", "relaxed_dag", "translate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,29 +56,124 @@ class OpDag:
 
 
 class _Timed(fx.Interpreter):
-    """Runs a graph and notes the estimated seconds of each op."""
+    """Runs a graph and notes the seconds of each op: by the clock, or estimated."""
 
-    def __init__(self, module: fx.GraphModule, device: torch.device) -> None:
+    def __init__(self, module: fx.GraphModule, device: torch.device, clock: bool) -> None:
         super().__init__(module)
-        self.device = device
+        self.device, self.clock = device, clock
         self.seconds: list[float] = []
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node."""
         if n.op != "call_function":
             return super().run_node(n)
-        with Tally(device_rates(self.device)) as tally:
-            result = super().run_node(n)
-        self.seconds.append(tally.seconds)
+        if not self.clock:
+            with Tally(device_rates(self.device)) as tally:
+                result = super().run_node(n)
+            self.seconds.append(tally.seconds)
+            return result
+        self._wait()
+        began = time.perf_counter()
+        result = super().run_node(n)
+        self._wait()
+        self.seconds.append(time.perf_counter() - began)
         return result
 
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
-def op_seconds(capture: GraphCapture, flat: Sequence[Any]) -> list[float]:
-    """Seconds of each op, run on the flattened call, by the roofline."""
-    timed = _Timed(capture.graph.module, capture.device)
+
+def op_seconds(capture: GraphCapture, flat: Sequence[Any], *, clock: bool = False) -> list[float]:
+    """Seconds of each op, run in grad mode on the flattened call: by the roofline, or by the clock.
+
+    By the clock buffers and random numbers move on, as in any forward.
+    """
+    timed = _Timed(capture.graph.module, capture.device, clock)
     with torch.enable_grad():
         timed.run(*flat, enable_io_processing=False)
     return timed.seconds
+
+
+def measured_seconds(
+    capture: GraphCapture, flat: Sequence[Any], chain: Chain, repeats: int = 5
+) -> list[float]:
+    """Seconds of each op, such that no stage and no option of ``chain`` is priced below the sum of its ops.
+
+    Medians of single ops, over equal stages too, scaled by one factor a stage: the greatest that keeps the sum of
+    all ops within the stage's forward, and that of the ops which an option runs again within its ``recompute``.
+    """
+    runs = [op_seconds(capture, flat, clock=True) for _ in range(repeats)]
+    slices = [slice(a, b) for a, b in itertools.pairwise(capture.linear.cuts)]
+    alike: dict[str, list[list[float]]] = {}
+    for stage, ops in zip(capture.stages, slices, strict=True):
+        alike.setdefault(stage.signature, []).extend(run[ops] for run in runs)
+    seconds: list[float] = []
+    for k, (stage, costs) in enumerate(zip(capture.stages, chain.stages, strict=True)):
+        medians = [statistics.median(times) for times in zip(*alike[stage.signature], strict=True)]
+        sums = [math.fsum(medians), *(math.fsum(medians[i] for i in rerun) for rerun in capture.rerun[k][1:])]
+        prices = [costs.forward, *(option.recompute for option in costs.options[1:])]
+        scale = min((price / total for price, total in zip(prices, sums, strict=True) if total), default=1.0)
+        seconds += [scale * value for value in medians]
+    return seconds
+
+
+@dataclass(slots=True)
+class _Values:
+    """The values of a captured step: for each graph op that needs a gradient what it reads, makes and saves.
+
+    Attributes:
+        size: (V,) bytes.
+        needs_grad: (V,) whether it requires grad.
+        maker: (V,) the graph op that makes it.
+        in_place: values that come of a change in place.
+        seen: for each graph op, (storage -> value) of what it has seen or made.
+        reads, makes, saves: graph op -> values.
+        flows: graph op -> the values that it reads as tensors that require grad.
+        leaving: values that the model returns.
+        loss: the value of its first output.
+    """
+
+    size: list[int] = field(default_factory=list)
+    needs_grad: list[bool] = field(default_factory=list)
+    maker: list[int] = field(default_factory=list)
+    in_place: set[int] = field(default_factory=set)
+    seen: list[dict[int, int]] = field(default_factory=list)
+    reads: dict[int, list[int]] = field(default_factory=dict)
+    makes: dict[int, list[int]] = field(default_factory=dict)
+    saves: dict[int, list[int]] = field(default_factory=dict)
+    flows: dict[int, set[int]] = field(default_factory=dict)
+    leaving: set[int] = field(default_factory=set)
+    loss: int = -1
+
+
+def _values(graph: OpGraph) -> _Values:
+    groups = graph.groups
+    found = _Values()
+    now: dict[int, int] = {}  # storage -> its latest value
+    for i, op in enumerate(graph.ops):
+        made = [g for g in dict.fromkeys((*op.writes, *op.saved)) if groups[g].producer == i]
+        made += [g for g in op.reads if i in groups[g].mutated and g in now]
+        if op.requires_grad and made:
+            found.reads[i] = [now[g] for g in op.reads if g in now]
+            given = (g for n in op.node.all_input_nodes if graph.grad_of[n] for g in graph.group_of[n])
+            found.flows[i] = {now[g] for g in given if g in now}
+            found.makes[i] = list(range(len(found.size), len(found.size) + len(made)))
+            for g in made:
+                if groups[g].producer != i:
+                    found.in_place.add(len(found.size))
+                now[g] = len(found.size)
+                found.size.append(groups[g].bytes)
+                found.needs_grad.append(groups[g].requires_grad)
+                found.maker.append(i)
+        found.seen.append({g: now[g] for g in (*op.reads, *op.writes, *op.saved) if g in now})
+    found.saves = {
+        i: [found.seen[i][g] for g in graph.ops[i].saved if g in found.seen[i]] for i in found.makes
+    }
+    outputs = {g for leaf in graph.outputs if leaf in graph.group_of for g in graph.group_of[leaf]}
+    found.leaving = {now[g] for g in outputs if g in now}
+    found.loss = now[graph.group_of[graph.outputs[0]][0]]
+    return found
 
 
 def op_dag(capture: GraphCapture, seconds: Sequence[float]) -> OpDag:
@@ -85,43 +185,19 @@ def op_dag(capture: GraphCapture, seconds: Sequence[float]) -> OpDag:
     graph, linear = capture.graph, capture.linear
     groups = graph.groups
     stage_of = [k for k, (a, b) in enumerate(itertools.pairwise(linear.cuts)) for _ in range(a, b)]
-    outputs = {g for leaf in graph.outputs if leaf in graph.group_of for g in graph.group_of[leaf]}
-
-    # Values, as numbers of a first count: what each forward op reads, makes and saves.
-    size: list[int] = []
-    needs_grad: list[bool] = []
-    maker: list[int] = []
-    in_place: set[int] = set()
-    now: dict[int, int] = {}  # storage -> its latest value
-    seen: list[dict[int, int]] = []
-    reads: dict[int, list[int]] = {}
-    makes: dict[int, list[int]] = {}
-    for i, op in enumerate(graph.ops):
-        made = [g for g in dict.fromkeys((*op.writes, *op.saved)) if groups[g].producer == i]
-        made += [g for g in op.reads if i in groups[g].mutated and g in now]
-        if op.requires_grad and made:
-            reads[i] = [now[g] for g in op.reads if g in now]
-            makes[i] = list(range(len(size), len(size) + len(made)))
-            for g in made:
-                if groups[g].producer != i:
-                    in_place.add(len(size))
-                now[g] = len(size)
-                size.append(groups[g].bytes)
-                needs_grad.append(groups[g].requires_grad)
-                maker.append(i)
-        seen.append({g: now[g] for g in (*op.reads, *op.writes, *op.saved) if g in now})
-    saves = {i: [seen[i][g] for g in graph.ops[i].saved if g in seen[i]] for i in makes}
+    found = _values(graph)
+    size, reads, makes, seen = found.size, found.reads, found.makes, found.seen
     readers: list[list[int]] = [[] for _ in size]
     for i, values in reads.items():
         for v in values:
             readers[v].append(i)
-    leaving = {now[g] for g in outputs if g in now}
-    fast = {v for values in saves.values() for v in values} | leaving
+    leaving = found.leaving
+    fast = {v for values in found.saves.values() for v in values} | leaving
 
     joined: dict[int, list[int]] = {}  # the last graph op of a forward op -> all of them
     for i in makes:
         joined[i] = [i]
-        for a in {maker[v] for v in reads[i]}:
+        for a in {found.maker[v] for v in reads[i]}:
             if stage_of[a] == stage_of[i] and all(readers[v] == [i] and v not in fast for v in makes[a]):
                 joined[i] = sorted(joined.pop(a) + joined[i])
 
@@ -144,11 +220,11 @@ def op_dag(capture: GraphCapture, seconds: Sequence[float]) -> OpDag:
                 sum(seconds[i] for i in members),
                 tuple((number[v],) for v in given),
                 tuple(number[v] for v in makes[last]),
-                _inside(members, reads, makes, [0 if v in in_place else b for v, b in enumerate(size)]),
+                _inside(members, reads, makes, [0 if v in found.in_place else b for v, b in enumerate(size)]),
             )
         )
 
-    loss = now[graph.group_of[graph.outputs[0]][0]]
+    loss = found.loss
     gradient: dict[int, int] = {}
     parameters_left = {g for g, group in groups.items() if group.producer < 0 and group.requires_grad}
     backward: list[list[int]] = [[] for _ in range(len(linear))]
@@ -158,7 +234,7 @@ def op_dag(capture: GraphCapture, seconds: Sequence[float]) -> OpDag:
         if not arriving and loss not in makes[i]:
             continue
         writes = []
-        for v in (v for v in reads[i] if needs_grad[v]):
+        for v in (v for v in reads[i] if found.needs_grad[v]):
             if arriving and not graph.ops[i].saved and readers[v] == [i] and size[v] == size[makes[i][0]]:
                 gradient[v] = arriving[0]
                 continue
@@ -169,7 +245,7 @@ def op_dag(capture: GraphCapture, seconds: Sequence[float]) -> OpDag:
         created = parameters_left.intersection(graph.ops[i].reads)
         parameters_left -= created
         ends = sum(groups[g].bytes for g in created)
-        needs = [number[v] for v in saves[i]]
+        needs = [number[v] for v in found.saves[i]]
         given = dict.fromkeys([*arriving, *needs, *(v for v in writes if v in written)])
         written.update(writes)
         if not writes and not ends:
@@ -199,6 +275,59 @@ def op_dag(capture: GraphCapture, seconds: Sequence[float]) -> OpDag:
         tuple(map(tuple, forward)),
         tuple(map(tuple, backward)),
     )
+
+
+# One node of autograd each, which makes the gradient of the weight, a tensor of its own, while what it saved is there.
+DENSE = ("linear", "addmm", "mm", "conv1d", "conv2d", "conv3d", "convolution", "embedding")
+
+
+def relaxed_dag(capture: GraphCapture, seconds: Sequence[float], resident: int = 0) -> Dag:
+    """A Dag that asks less than the captured step: what ``dag_floor`` says of it by default holds for the step.
+
+    One turn for each op that makes a value; one for the moment when the forward is over; and one for the backward of
+    each op that saves something and on which the loss depends, in reverse order, as autograd's engine goes. Every
+    simplification lets more plans in, or makes them cheaper:
+
+    * there are no workspaces, no gradients of values, and backwards take no seconds; all that a backward takes is,
+      for products, convolutions and embeddings, the gradient of their largest parameter;
+    * parameters, inputs and buffers, and what comes of ops that need no gradient, are always there, at no cost;
+    * any value may be kept, whether or not autograd saves it; no ops are joined; random ops may run in any order;
+    * views are free; what the model returns stays, once made.
+
+    A change in place makes a new value of the same size: exact for what is there between ops, too much while the change
+    runs, so that moments in the forward prove nothing. Plans are taken to hold storages whole and to run ops whole:
+    one that held a slice of a value, or its bits in another form, is not bounded.
+
+    Args:
+        seconds: of each op.
+        resident: bytes that are live during the whole step: parameters, gradients, buffers, inputs.
+    """
+    graph = capture.graph
+    found = _values(graph)
+    size = [allocated(value, capture.device) for value in found.size]
+    ops: list[Op] = []
+    starts: list[int] = []
+    for i, makes in found.makes.items():
+        starts.append(sum(size[v] for v in makes if v in found.leaving))
+        ops.append(Op(graph.ops[i].node.name, seconds[i], tuple((v,) for v in found.reads[i]), tuple(makes)))
+    ops.append(Op("backward", 0.0, once=True))
+    reached = {found.loss}
+    for i in reversed(found.makes):
+        if reached.isdisjoint(found.makes[i]):
+            continue
+        reached.update(found.flows[i])
+        op = graph.ops[i]
+        weight = 0
+        if str(op.node.target).removeprefix("aten.").split(".")[0] in DENSE:
+            parameters = [graph.groups[g] for g in op.reads if graph.groups[g].producer < 0]
+            weight = max(
+                (allocated(p.bytes, capture.device) for p in parameters if p.requires_grad), default=0
+            )
+        needs = tuple((v,) for v in dict.fromkeys(found.saves[i]))
+        ops.append(Op(f"{op.node.name}'", 0.0, needs, (), weight, once=True))
+    turns = (Turn((o,), starts[o] if o < len(starts) else 0) for o in range(len(ops)))
+    sizes = tuple(0 if v in found.leaving else bytes_ for v, bytes_ in enumerate(size))
+    return Dag(tuple(ops), sizes, tuple(turns), fixed=resident)
 
 
 def _inside(

@@ -3,16 +3,25 @@
 Per model the plain step, the baselines of ``baselines.py``, the stage-level optimum and the op-level optimum, all
 executed for real. Gradients exist before the step and count as live all step, as when they are accumulated: what
 the methods differ in is activations. Budgets are shares of the plain step's activation bytes: its measured peak less
-what is live all step.
+what is live all step. Beside each budget stands the floor (``scheduler/solvers/floor.py``): overhead below which there is no
+plan of these ops, in the same seconds of single ops.
+
+``python -m benchmarks op_level --only ViT`` measures one model alone; with ``--write`` it replaces the section of that
+model in the document.
 """
 
 from __future__ import annotations
 
+import inspect
+import itertools
+import math
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,91 +29,27 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from benchmarks import baselines
+from benchmarks.op_dag import measured_seconds, relaxed_dag
+from benchmarks.op_level_cases import CASES, DEVICE
 from executors import measure_peak
 from scheduler import InfeasibleBudget, Plan, solve
 from scheduler.capture.loss import find_loss
+from scheduler.capture.sample import canonical_call
+from scheduler.dag import Dag
+from scheduler.solvers.floor import Floor, dag_floor
 from tests import models
 from tests.models import Case
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "op_level.md"
 REPEATS = 3
 SHARES = (0.2, 0.35, 0.5, 0.65, 0.8)  # at which both levels run
 MORE = (0.3,)  # at which the op level alone runs
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SCALE = 16 if DEVICE == "cuda" else 1  # how many times the batch of the CPU
-
-
-def _gpt2() -> Case:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(vocab_size=2048, n_positions=64, bos_token_id=0, eos_token_id=0)
-    ids = torch.randint(0, 2048, (SCALE, 64))
-    return models._keywords(GPT2LMHeadModel(config), input_ids=ids, labels=ids)
-
-
-def _llama() -> Case:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=2048,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=8,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-    )
-    ids = torch.randint(0, 2048, (2 * SCALE, 32))
-    return models._keywords(LlamaForCausalLM(config), input_ids=ids, labels=ids)
-
-
-def _resnet() -> Case:
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    images, labels = torch.randn(2 * SCALE, 3, 96, 96), torch.randint(0, 2, (2 * SCALE,))
-    return models._keywords(ResNetForImageClassification(ResNetConfig()), pixel_values=images, labels=labels)
-
-
-def _vit() -> Case:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    config = ViTConfig(
-        hidden_size=384,
-        num_attention_heads=6,
-        intermediate_size=1536,
-        hidden_dropout_prob=0.1,
-        attention_probs_dropout_prob=0.1,
-    )
-    images, labels = torch.randn(SCALE, 3, 224, 224), torch.randint(0, 2, (SCALE,))
-    return models._keywords(ViTForImageClassification(config), pixel_values=images, labels=labels)
-
-
-def _unet() -> Case:
-    from diffusers import UNet2DConditionModel
-
-    model = UNet2DConditionModel(
-        sample_size=24,
-        block_out_channels=(64, 128, 256),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=256,
-    )
-    return models._keywords(
-        model,
-        sample=torch.randn(SCALE, 4, 24, 24),
-        timestep=torch.full((SCALE,), 3),
-        encoder_hidden_states=torch.randn(SCALE, 77, 256),
-    )
-
-
-CASES: Mapping[str, Callable[[], Case]] = {
-    "GPT-2, 12 layers, 768": _gpt2,
-    "Llama, 8 layers, 1024, GQA": _llama,
-    "ResNet-50": _resnet,
-    "ViT, 12 layers, 384": _vit,
-    "U-Net": _unet,
-}
+TARGETS = {0.3: 0.1, 0.5: 0.03}  # budget -> predicted overhead that is aimed at
+FLOOR_SECONDS = 5.0  # of HiGHS for one moment of one budget
+LISTED = 8  # kinds of ops that are named
 SMALL: Mapping[str, Callable[[], Case]] = {"six blocks": models.tiny}  # for the test
 
 
@@ -132,6 +77,19 @@ class Run:
 
 
 @dataclass
+class Bound:
+    """The floor of a model under one budget.
+
+    Attributes:
+        overhead: below which there is no plan, as a share of the plain step; inf if nothing fits.
+        words: from when on which ops run again in the cheapest way found, by kind, with their seconds.
+    """
+
+    overhead: float
+    words: str
+
+
+@dataclass
 class Compared:
     """All methods on one model. A plan that no schedule fits is None.
 
@@ -139,6 +97,7 @@ class Compared:
         about: of the model and its plan, in words.
         resident: bytes live all step.
         op_level, stage_level: share of the activation bytes -> run.
+        floors: share of the activation bytes -> floor; empty if there is no op graph.
         baselines: name -> run, and ours within the same measured peak.
     """
 
@@ -148,6 +107,7 @@ class Compared:
     plain: Run
     op_level: dict[float, Run | None]
     stage_level: dict[float, Run | None]
+    floors: dict[float, Bound]
     baselines: dict[str, tuple[Run, Run | None]]
 
     def share(self, run: Run) -> float:
@@ -257,6 +217,39 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
+def _words(dag: Dag, floor: Floor) -> str:
+    """What runs again at the floor, the costliest kinds of ops first."""
+    if not floor.rerun:
+        return "nothing found in time" if floor.extra else "nothing"
+    kinds: dict[str, list[float]] = defaultdict(list)
+    for o in floor.rerun:
+        kinds[dag.ops[o].name.rstrip("0123456789").rstrip("_")].append(dag.ops[o].seconds)
+    listed = sorted(kinds.items(), key=lambda item: -sum(item[1]))
+    shown = [f"{len(times)} {kind} {1e3 * sum(times):.1f} ms" for kind, times in listed[:LISTED]]
+    others = list(itertools.chain.from_iterable(times for _, times in listed[LISTED:]))
+    shown += [f"{len(others)} others {1e3 * sum(others):.1f} ms"] if others else []
+    at = dag.ops[dag.turns[floor.turn].ops[0]].name
+    moment = (
+        "once the forward is over"
+        if at == "backward"
+        else f"from the backward of {at.removesuffix(chr(39))} on"
+    )
+    return f"{moment}, {', '.join(shown)}"
+
+
+def _floors(bench: _Bench, plan: Plan, budgets: Mapping[float, int]) -> dict[float, Bound]:
+    """The floor under each budget (bytes), with ops measured now."""
+    if plan.capture.kind != "graph":
+        return {}
+    case, capture = bench.case, plan.live[1]
+    call = canonical_call(inspect.signature(bench.model.forward), case.args, case.kwargs)
+    seconds = measured_seconds(capture, pytree.tree_leaves(call), plan.chain)
+    dag = relaxed_dag(capture, seconds, bench.resident)
+    found = {share: dag_floor(dag, budget, time_limit=FLOOR_SECONDS) for share, budget in budgets.items()}
+    plain = plan.chain.plain_seconds
+    return {share: Bound(floor.extra / plain, _words(dag, floor)) for share, floor in found.items()}
+
+
 def compare(title: str, case: Case, repeats: int = REPEATS) -> Compared:
     """All methods on one model."""
     bench = _Bench(case)
@@ -270,17 +263,26 @@ def compare(title: str, case: Case, repeats: int = REPEATS) -> Compared:
     activations = bench.plain.peak - bench.resident
     op: dict[float, Run | None] = {}
     stage: dict[float, Run | None] = {}
-    for share in sorted({*SHARES, *MORE}):
-        budget = int(bench.resident + share * activations)
+    budgets = {share: int(bench.resident + share * activations) for share in sorted({*SHARES, *MORE})}
+    for share, budget in budgets.items():
         op[share] = bench.planned(baselines.op_level, plan, budget)
         if share in SHARES:
             stage[share] = bench.planned(baselines.stage_level, plan, budget)
+    floors = _floors(bench, plan, budgets)
     bench.time(repeats)
+    clock = "processor seconds" if DEVICE == "cpu" and torch.get_num_threads() == 1 else "seconds"
+    shapes = ", ".join(
+        "x".join(map(str, leaf.shape))
+        for leaf in pytree.tree_leaves((bench.case.args, bench.case.kwargs))
+        if isinstance(leaf, Tensor)
+    )
     about = (
-        f"{len(plan.chain)} stages with {sum(len(s.options) for s in plan.chain.stages)} options; captured as "
+        f"Inputs {shapes}; {sum(p.numel() for p in bench.model.parameters()) / 1e6:.1f} M parameters. torch "
+        f"{torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads; {clock}, medians of {repeats} interleaved "
+        f"repetitions. {len(plan.chain)} stages with {sum(len(s.options) for s in plan.chain.stages)} options; captured as "
         f"{plan.capture.kind}: {plan.capture.reason}; planned in {took:.0f} s."
     )
-    return Compared(title, about, bench.resident, bench.plain, op, stage, pairs)
+    return Compared(title, about, bench.resident, bench.plain, op, stage, floors, pairs)
 
 
 @cache
@@ -335,11 +337,20 @@ def section(found: Compared) -> list[str]:
         whole = found.stage_level.get(share)
         ratio = f"{ours.seconds / whole.seconds:.3f}" if ours and whole else ""
         other = _cells(found, whole)[:2] if share in found.stage_level else ["", ""]
-        rows.append([f"{share:.0%}", *_cells(found, ours), *other, ratio])
+        floor = found.floors.get(share)
+        bound = (
+            "-"
+            if floor is None
+            else "nothing fits"
+            if floor.overhead == math.inf
+            else f"{floor.overhead:.1%}"
+        )
+        rows.append([f"{share:.0%}", bound, *_cells(found, ours), *other, ratio])
     ours_heads = ["predicted", "measured", "peak", "within", "bit-equal"]
     lines += _table(
-        ["budget", *ours_heads, "stage-level predicted", "measured", "time: op / stage level"], rows
+        ["budget", "floor", *ours_heads, "stage-level predicted", "measured", "time: op / stage level"], rows
     )
+    lines += _missed(found)
     rows = []
     for name, (base, ours) in found.baselines.items():
         ratio = f"{ours.seconds / base.seconds:.3f}" if ours else ""
@@ -356,49 +367,103 @@ def section(found: Compared) -> list[str]:
     return lines + _table(heads, rows)
 
 
-def report(cases: Mapping[str, Compared] | None = None) -> str:
-    """The tables, as Markdown."""
-    found = {title: compared(title) for title in CASES} if cases is None else cases
-    clock = "processor seconds" if DEVICE == "cpu" and torch.get_num_threads() == 1 else "seconds"
-    about = f"torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads; {clock}, medians of {REPEATS}"
+def _missed(found: Compared) -> list[str]:
+    """For each target that is missed, the floor in words."""
+    lines = []
+    for share, target in TARGETS.items():
+        ours, floor = found.op_level.get(share), found.floors.get(share)
+        if floor is None or (ours is not None and ours.predicted <= target):
+            continue
+        proven = (
+            "no plan of these ops meets it" if floor.overhead > target else "the floor does not rule it out"
+        )
+        lines += [
+            "",
+            f"Target at {share:.0%}: {target:.0%} predicted; {proven}. The floor: {floor.words}.",
+        ]
+    return lines
+
+
+def chosen(only: str = "") -> list[str]:
+    """The titles of ``CASES`` that ``only`` is part of.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = [title for title in CASES if only in title]
+    if not found:
+        raise ValueError(f"op_level: --only {only!r} names none of {', '.join(map(repr, CASES))}")
+    return found
+
+
+def report(cases: Mapping[str, Compared] | None = None, *, only: str = "") -> str:
+    """The tables, as Markdown.
+
+    Args:
+        cases: already measured. Default: those of ``CASES`` whose titles have ``only`` in them; the sections of the
+            others are those of the document as it is.
+    """
+    found = {title: compared(title) for title in chosen(only)} if cases is None else cases
     lines = [
         "# Op-level plans against what people use",
         "",
-        f"Every method executed for real: {about} interleaved repetitions; on a shared machine they are noisy.",
-        "Overheads are of the plain step. Budgets and peaks are shares of the plain step's activation bytes: its",
+        "Every method executed for real, all methods on a model in one run; each section says on what, how often and how it",
+        "was timed. Overheads are of the plain step. Budgets and peaks are shares of the plain step's activation bytes: its",
         "measured peak less parameters, gradients (which exist before the step), buffers and inputs. `per-block` is Hugging",
         "Face's own switch, `N segments` is `checkpoint_sequential`, `selective` is PyTorch's selective checkpoint that saves",
         "matmuls, convolutions and attention; `stage level` is the optimal plan of stages kept whole or not at all.",
-        "Against each baseline we plan for its measured peak. Batches are small, so that all of it takes minutes; the",
-        "gradients of weights on their way are then a large share of the bytes (Llama, ResNet).",
+        "Against each baseline we plan for its measured peak.",
         "",
-        "![step time against measured peak](op_level.svg)",
+        "`floor`: no plan of any kind that runs these ops whole has a lower overhead at this budget, by the seconds of single",
+        "ops, measured one by one, and scaled such that no stage and no option of the plan is priced below the sum of",
+        "its ops. Proven by integer programming: once the forward is over, what autograd saved and what does not fit has to be",
+        "made again (`scheduler/solvers/floor.py` has the argument, `relaxed_dag` of `benchmarks/op_dag.py` what is left out of the",
+        "step). The bytes of a plan that are no saved values, its gradients and workspaces, are not in the floor.",
     ]
-    for each in found.values():
-        lines += section(each)
+    if cases is not None:
+        return "\n".join([*lines, *itertools.chain.from_iterable(section(each) for each in cases.values())])
+    earlier = DOCUMENT.read_text(encoding="utf-8") if len(found) < len(CASES) else ""
+    sections = {part.partition("\n")[0]: part for part in earlier.rstrip("\n").split("\n## ")[1:]}
+    for title in CASES:
+        if title in found:
+            lines += [
+                *section(found[title]),
+                "",
+                f"![step time against measured peak]({_drawing(title)}.svg)",
+            ]
+        elif title in sections:
+            lines += ["", f"## {sections[title].rstrip()}"]
     return "\n".join(lines)
 
 
-def figure() -> Figure:
-    """Step time against measured peak, one panel a model."""
+def _drawing(title: str) -> str:
+    """The name of a model's figure."""
+    return f"op_level_{title.partition(',')[0].lower().replace('-', '')}"
+
+
+def figures(*, only: str = "") -> dict[str, Figure]:
+    """Name -> step time against measured peak, one figure a model."""
+    return {_drawing(title): _figure(compared(title)) for title in chosen(only)}
+
+
+def _figure(found: Compared) -> Figure:
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(4.2 * len(CASES), 4.2), layout="constrained")
-    for axes, title in zip(drawn.subplots(1, len(CASES), squeeze=False)[0], CASES, strict=True):
-        found = compared(title)
+    def points(runs: list[Run]) -> tuple[list[float], list[float]]:
+        runs = sorted(runs, key=lambda run: run.peak)
+        return [100 * found.share(r) for r in runs], [1 + found.overhead(r) for r in runs]
 
-        def points(runs: list[Run], found: Compared = found) -> tuple[list[float], list[float]]:
-            runs = sorted(runs, key=lambda run: run.peak)
-            return [100 * found.share(r) for r in runs], [1 + found.overhead(r) for r in runs]
-
-        ours = [*found.op_level.values(), *(pair[1] for pair in found.baselines.values())]
-        axes.plot(*points([r for r in ours if r]), "o-", markersize=3, label="op level")
-        whole = [r for r in found.stage_level.values() if r]
-        axes.plot(*points(whole), "s--", markersize=3, label="stage level")
-        for name, (base, _) in found.baselines.items():
-            axes.plot(*points([base]), "x", label=name)
-        axes.plot(100, 1, "k*", label="plain")
-        axes.set(title=title, xlabel="measured activation bytes, % of plain", ylabel="step time / plain")
-        axes.grid(alpha=0.3)
-    drawn.axes[0].legend(fontsize="small")
+    drawn = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = drawn.subplots()
+    ours = [*found.op_level.values(), *(pair[1] for pair in found.baselines.values())]
+    axes.plot(*points([r for r in ours if r]), "o-", markersize=3, label="op level")
+    axes.plot(*points([r for r in found.stage_level.values() if r]), "s--", markersize=3, label="stage level")
+    for name, (base, _) in found.baselines.items():
+        axes.plot(*points([base]), "x", label=name)
+    floors = {share: floor.overhead for share, floor in found.floors.items() if floor.overhead < math.inf}
+    axes.plot([100 * share for share in floors], [1 + over for over in floors.values()], ":", label="floor")
+    axes.plot(100, 1, "k*", label="plain")
+    axes.set(title=found.title, xlabel="measured activation bytes, % of plain", ylabel="step time / plain")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
     return drawn
