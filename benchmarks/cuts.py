@@ -143,12 +143,10 @@ def _dips(graph: OpGraph) -> tuple[int, ...]:
 def cut_sets(graph: OpGraph, linear: Linear, pattern: str) -> dict[str, tuple[int, ...]]:
     """Name -> inner cuts: those found first, then coarser ones, then finer ones."""
     ours = linear.cuts[1:-1]
-    valleys = tuple(c for c, why in zip(ours, linear.reasons, strict=True) if why.reason != "narrow")
     block = _blocks(graph, pattern)
-    whole = tuple(c for c in valleys if not block[c] or block[c] != block[c - 1])
+    whole = tuple(c for c in ours if not block[c] or block[c] != block[c - 1])
     return {
         FOUND: ours,
-        "valleys alone": valleys,
         "a block a stage": whole,
         "two blocks a stage": whole[::2],
         "valleys, small stages too": tuple(_valleys(graph, _prefix(graph))[0]),
@@ -253,8 +251,7 @@ def report(subjects: Mapping[str, Subject] | None = None) -> str:
         "between the smallest one of the cuts found and keeping all, the same bytes for all cut sets of a model.",
         "`least` is the smallest budget, less what is live all step; gradients are made in the step; `s` is the time to",
         "capture, price and solve. `a block a stage` drops every cut inside a block; `small stages too` does not merge",
-        "small ones; `every dip of bytes` cuts at each gap between ops that holds no more than its neighbours. `found` adds",
-        "to the valleys a cut where a stage narrows: where what crosses anew is at most a quarter of what either side saves.",
+        "small ones; `every dip of bytes` cuts at each gap between ops that holds no more than its neighbours.",
     ]
     for title, subject in (SUBJECTS if subjects is None else subjects).items():
         torch.manual_seed(0)

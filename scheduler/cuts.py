@@ -15,7 +15,6 @@ __all__ = ["LEFT_OUT", "REASONS", "Cut", "explain_cut", "summary"]
 # Why a cut is there. "given": it repeats an earlier capture.
 REASONS = {
     "valley": "fewer values live than around",
-    "narrow": "a stage narrows",
     "frozen": "the first op that needs a gradient",
     "given": "repeated from an earlier capture",
 }

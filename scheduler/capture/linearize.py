@@ -3,8 +3,7 @@
 Every gap between ops is a possible cut; its state is the set of values that are live there. A good cut
 is a valley: a run of gaps where fewer values are live than before and after it. In a transformer those are
 the ends of the attention and MLP halves, in a ResNet the ends of the residual blocks, in a U-Net the block
-ends at every level, skips included. A stage between two valleys is cut once more where it narrows: where little
-of what it has made crosses, and much stays on either side (the strided convolution in a bottleneck).
+ends at every level, skips included.
 
 Values that live across many cuts (U-Net skips, masks, rotary tables) and the outputs are *carried*: held
 once, from where they are made until their first reader is reversed, instead of being part of every boundary
@@ -29,10 +28,9 @@ __all__ = ["Linear", "linearize", "op_dag"]
 # A value that crosses more cuts than this is carried. Carrying pins it in memory, so a value that merely
 # spans a few stages (the residual around a cut inside a block) is better left to the solver.
 MAX_CROSSED = 3
-SMALLEST = 1 / 400  # of the bytes that the model makes: a stage of less is merged with a neighbour
-# A stage is cut once more where what crosses anew is at most this share of what either side saves, and each side
-# saves this share of all that is saved: docs/cuts.md has what other shares, and other cuts, would give.
-NARROW, WORTH = 1 / 4, 1 / 100
+# Of the bytes that the model makes: a stage of less is merged with a neighbour. docs/cuts.md compares the cuts that
+# come of it with coarser and finer ones.
+SMALLEST = 1 / 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +90,9 @@ def linearize(graph: OpGraph, max_stages: int = 100, cuts: Sequence[int] | None 
     left_out: dict[str, int] = {}
     if cuts is None:
         valleys, left_out["dip"] = _valleys(graph, prefix)
-        merged = _merge_small(graph, valleys, prefix, max_stages)
-        left_out["small"] = len(valleys) - len(merged)
-        narrow = _narrows(graph, merged, prefix, max_stages)
-        inner = sorted(merged + narrow)
-        why = dict.fromkeys(inner, "valley") | dict.fromkeys(narrow, "narrow")
+        inner = _merge_small(graph, valleys, prefix, max_stages)
+        left_out["small"] = len(valleys) - len(inner)
+        why = dict.fromkeys(inner, "valley")
         if prefix in why:
             why[prefix] = "frozen" if prefix else why[prefix]
     else:
@@ -305,63 +301,6 @@ def _merge_small(graph: OpGraph, gaps: list[int], prefix: int, max_stages: int) 
             merged = min(choices, key=lambda i: min(sizes[i - 1], sizes[i]))
         del edges[merged]
     return edges[1:-1]
-
-
-def _narrows(graph: OpGraph, cuts: Sequence[int], prefix: int, max_stages: int) -> list[int]:
-    """Gaps inside the stages at which these are cut once more, ascending.
-
-    While a stage is reversed, all that it saves is there at once; of two stages only one is. So a cut spares
-    the smaller side's bytes where memory is tightest. It costs the freedom to drop what crosses, for a stage
-    that is kept is charged for its input and its output: nothing for the stage's own input, which is there
-    anyway, but the bytes of what the stage has made. Where these are few against the bytes of either side,
-    and a later op saves them anyway, the cut pays.
-    """
-    saved_last = {key: index for index, op in enumerate(graph.ops) for key in op.saved}
-    saved_first = {key: index for index, op in reversed(list(enumerate(graph.ops))) for key in op.saved}
-    least = WORTH * sum(graph.groups[key].bytes for key in saved_last if graph.groups[key].producer >= 0)
-    forbidden = _forbidden(graph)
-    made: dict[int, list[int]] = {}  # op -> storages
-    for key, group in graph.groups.items():
-        made.setdefault(group.producer, []).append(key)
-    edges = [0, *cuts, len(graph.ops)]
-    found: list[int] = []
-    k = 0
-    while k < len(edges) - 1 and len(edges) <= max_stages:
-        begin, end = edges[k], edges[k + 1]
-        # (end - begin + 1,) at the gap before op begin + i: bytes of what the stage has made that cross, those of
-        # them that no later op saves, and bytes that only the ops before, or only those after, save.
-        new, unsaved, first, second = ([0] * (end - begin + 2) for _ in range(4))
-        for key in (key for index in range(begin, end) for key in made.get(index, ())):
-            group = graph.groups[key]
-            start, over = (
-                group.producer + 1 - begin,
-                min(max(group.last_use, group.producer) + 1, end + 1) - begin,
-            )
-            for row, since in ((new, start), (unsaved, max(start, saved_last.get(key, -1) + 1 - begin))):
-                row[min(since, over)] += group.bytes
-                row[over] -= group.bytes
-            if saved_first.get(key, end) < end:
-                first[over] += group.bytes
-                second[0] += group.bytes
-                second[start] -= group.bytes
-        rows = [list(itertools.accumulate(row)) for row in (new, unsaved, first, second)]
-        best: tuple[int, int] | None = None  # the fewest bytes, and there the first gap
-        for i, (crossing, lost, left, right) in enumerate(zip(*rows, strict=True)):
-            gap = begin + i
-            if max(begin, prefix) < gap < end and gap not in forbidden and not lost:
-                side = min(left, right)
-                if (
-                    side >= max(least, 1)
-                    and crossing <= NARROW * side
-                    and (best is None or crossing < best[0])
-                ):
-                    best = crossing, gap
-        if best is None:
-            k += 1
-        else:
-            edges.insert(k + 1, best[1])
-            found.append(best[1])
-    return sorted(found)
 
 
 def _explained(graph: OpGraph, why: Mapping[int, str]) -> tuple[Cut, ...]:
