@@ -6,7 +6,7 @@ for it and takes twice the seconds. What the Dag simplifies, for all plans alike
 
 * there are no workspaces; a gradient has the bytes of its value, and that of an addend which nothing else
   reads is the gradient of the sum; gradients of parameters stay from when they are made, outputs too;
-* parameters, inputs and buffers are left out, and so are ops that need no gradient: what they make is always there;
+* parameters, inputs and buffers are left out: they are always there; so are ops that lead to none with a gradient;
 * an op whose result has one reader, in the same stage, and is not saved, is one op with that reader: it cannot be
   held between the two;
 * a backward that reads nothing saved is one turn with the one before it;
@@ -120,7 +120,7 @@ def measured_seconds(
 
 @dataclass(slots=True)
 class _Values:
-    """The values of a captured step: for each graph op that needs a gradient what it reads, makes and saves.
+    """The values of a captured step: what each graph op reads, makes and saves, if it or an op after it needs a gradient.
 
     Attributes:
         size: (V,) bytes.
@@ -150,11 +150,16 @@ class _Values:
 def _values(graph: OpGraph) -> _Values:
     groups = graph.groups
     found = _Values()
+    wanted: set[int] = set()  # ops that need a gradient, and those that lead to them (draws of a dropout)
+    for i in reversed(range(len(graph.ops))):
+        if graph.ops[i].requires_grad or i in wanted:
+            read = [groups[g] for g in (*graph.ops[i].reads, *graph.ops[i].saved)]
+            wanted.update((i, *(o for g in read for o in (g.producer, *g.mutated) if 0 <= o < i)))
     now: dict[int, int] = {}  # storage -> its latest value
     for i, op in enumerate(graph.ops):
         made = [g for g in dict.fromkeys((*op.writes, *op.saved)) if groups[g].producer == i]
         made += [g for g in op.reads if i in groups[g].mutated and g in now]
-        if op.requires_grad and made:
+        if i in wanted and made:
             found.reads[i] = [now[g] for g in op.reads if g in now]
             given = (g for n in op.node.all_input_nodes if graph.grad_of[n] for g in graph.group_of[n])
             found.flows[i] = {now[g] for g in given if g in now}
@@ -290,7 +295,7 @@ def relaxed_dag(capture: GraphCapture, seconds: Sequence[float], resident: int =
 
     * there are no workspaces, no gradients of values, and backwards take no seconds; all that a backward takes is,
       for products, convolutions and embeddings, the gradient of their largest parameter;
-    * parameters, inputs and buffers, and what comes of ops that need no gradient, are always there, at no cost;
+    * parameters, inputs and buffers are always there, at no cost;
     * any value may be kept, whether or not autograd saves it; no ops are joined; random ops may run in any order;
     * views are free; what the model returns stays, once made.
 
