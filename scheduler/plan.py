@@ -39,6 +39,7 @@ class CaptureRecord:
         changed: (L,) names of the buffers that a stage changes.
         dropped: (L,) for each option of a stage, the numbers of the saved tensors that it drops (empty for modules).
         rerun: (L,) for each option of a stage, the ops that run again, by their places in it (empty for modules).
+        gaps: (L,) share by which the seconds of an option may exceed the least for its bytes; 0 if proven (likewise).
         ops: (L,) for each op of a stage, its name and the bytes that autograd saves of what it makes (likewise).
         begins: (L - 1,) why each stage but the first begins where it does (empty for modules, and in old plans).
         left_out: (why, how many) gaps that are no cuts after all.
@@ -58,13 +59,14 @@ class CaptureRecord:
     changed: tuple[tuple[str, ...], ...] = ()
     dropped: tuple[tuple[tuple[int, ...], ...], ...] = ()
     rerun: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    gaps: tuple[float, ...] = ()
     ops: tuple[tuple[tuple[str, int], ...], ...] = ()
     begins: tuple[Cut, ...] = ()
     left_out: tuple[tuple[str, int], ...] = ()
     evaluating: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("cuts", "stages", "random", "evaluating"):
+        for name in ("cuts", "stages", "random", "gaps", "evaluating"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "changed", tuple(tuple(names) for names in self.changed))
         for name in ("dropped", "rerun", "ops"):
@@ -182,7 +184,12 @@ class Plan:
             f"kept: {chosen.name}; {format_bytes(chosen.saved)} of {format_bytes(whole)}",
         ]
         if option:
-            lines.append(f"{chosen.recompute * 1e3:.2f} ms to make the rest again")
+            gap = self.capture.gaps[stage] if self.capture.gaps else 0.0
+            proof = f"at most {gap:.1%} over the least" if gap else "the least"
+            lines.append(
+                f"{chosen.recompute * 1e3:.2f} ms to make the rest again: {proof} for these bytes, of "
+                f"{len(self.chain.stages[stage].options)} options"
+            )
         if first is None:
             lines.append(
                 f"nothing but its input outlives the forward: it runs {self.timeline.runs[stage]} times, and is kept "

@@ -35,6 +35,7 @@ class GraphCapture:
         changed: (L,) names of the buffers that the stage changes.
         dropped: (L,) for each option of the stage, the packs (``recompute.py``) that it does not keep.
         rerun: (L,) for each option of the stage, the ops that run again, by their places in it.
+        gaps: (L,) share by which the seconds of an option may exceed the least for its bytes; 0 if proven.
     """
 
     graph: OpGraph
@@ -48,6 +49,7 @@ class GraphCapture:
     changed: list[tuple[str, ...]] = field(default_factory=list)
     dropped: list[tuple[frozenset[int], ...]] = field(default_factory=list)
     rerun: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
 
     kind = "graph"
 
@@ -126,6 +128,7 @@ class GraphCapture:
             "changed": tuple(self.changed),
             "dropped": tuple(tuple(tuple(sorted(packs)) for packs in options) for options in self.dropped),
             "rerun": tuple(self.rerun),
+            "gaps": tuple(self.gaps),
             "begins": self.linear.reasons,
             "left_out": tuple(self.linear.left_out.items()),
             "ops": tuple(op_rows(self.graph, self.linear, k, int) for k in range(len(self))),

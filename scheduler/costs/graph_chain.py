@@ -60,8 +60,8 @@ def measure_graph(
         if key not in costs:
             run = _isolated(capture, k, arguments, added)
             cost = measure_stage(run, capture.device, clock=clock)
-            options = measure_options(capture, k, run, arguments, clock=clock)
-            costs[key] = replace(cost, options=options)
+            options, gap = measure_options(capture, k, run, arguments, clock=clock)
+            costs[key] = replace(cost, options=options, gap=gap)
             model.zero_grad(set_to_none=True)
         progress(k + 1, len(capture))
 
@@ -69,6 +69,7 @@ def measure_graph(
         capture.sweep(model, call, visit)
     measured = [costs[keys[k]] for k in range(len(capture))]
     capture.dropped = [(frozenset(), *(option.dropped for option in cost.options)) for cost in measured]
+    capture.gaps = [cost.gap for cost in measured]
     capture.rerun = [((), *(option.rerun for option in cost.options)) for cost in measured]
     return measured
 

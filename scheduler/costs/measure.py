@@ -58,6 +58,7 @@ class StageCost:
         input_grads: (argument, storage, bytes) of the gradient that the backward leaves of each argument. It
             may be a view of a larger storage (of a concatenation's gradient), or share one with another.
         options: that keep less than all.
+        gap: share by which the seconds of an option may exceed the least for its bytes.
     """
 
     forward: float
@@ -69,6 +70,7 @@ class StageCost:
     lead: int | None = None
     input_grads: tuple[tuple[int, int, int], ...] = ()
     options: tuple[OptionCost, ...] = ()
+    gap: float = 0.0
 
 
 Enter = Callable[[int, Tensor], Tensor]

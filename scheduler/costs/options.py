@@ -57,8 +57,8 @@ class _Timed(fx.Interpreter):
 
 def measure_options(
     capture: GraphCapture, k: int, run: StageRun, arguments: list[Any], *, clock: bool
-) -> tuple[OptionCost, ...]:
-    """The options of stage k that keep less than all, from the largest to the smallest.
+) -> tuple[tuple[OptionCost, ...], float]:
+    """The options of stage k that keep less than all, from the largest to the smallest; and their gap (``Choices``).
 
     Args:
         run: the stage in isolation.
@@ -68,7 +68,7 @@ def measure_options(
     stage, device = capture.stages[k], capture.device
     module = getattr(stage.function, "__self__", None)
     if not divisible(capture.graph, capture.linear, k) or not isinstance(module, fx.GraphModule):
-        return ()
+        return (), 0.0
     timings: list[list[float]] = []
     began = time.perf_counter()
     while not timings or (clock and len(timings) < REPEATS and time.perf_counter() - began < PATIENCE):
@@ -91,10 +91,11 @@ def measure_options(
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _never):
         stage.function(*fresh)
     if len(saved) != len(packs):
-        return ()
+        return (), 0.0
     names = [op.node.name for op in capture.graph.ops[capture.linear.cuts[k] : capture.linear.cuts[k + 1]]]
     found: list[OptionCost] = []
-    for choice in choices(values.ops, values.values, most=MOST).choices[1:]:
+    chosen = choices(values.ops, values.values, most=MOST)
+    for choice in chosen.choices[1:]:
         dropped = frozenset(
             number
             for number, pack in enumerate(packs)
@@ -109,7 +110,7 @@ def measure_options(
         name = _name([names[i] for i in rerun])
         recompute = took if clock else choice.seconds
         found.append(OptionCost(dropped, recompute, keeping, backward, name, rerun))
-    return tuple(found)
+    return tuple(found), chosen.gap
 
 
 def _name(rerun: Sequence[str]) -> str:
