@@ -72,7 +72,8 @@ def solve(
 ) -> Plan:
     """Plan the training step of ``model`` so that it fits ``memory_budget``, at the least extra time.
 
-    The model is left as it is: parameters, gradients, buffers, random-number state.
+    The model is left as it is: parameters, gradients, buffers, random-number state. What its stages cost is remembered
+    as long as it lives: to plan it again, for another budget, takes less time and meets the same figures.
 
     Args:
         model: in train mode, on one device. One that trains by a plan already is planned anew.

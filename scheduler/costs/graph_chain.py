@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ from scheduler.costs.resident import storage_bytes
 __all__ = ["gradients_at_hand", "graph_chain", "measure_graph", "parameter_grads"]
 
 CPU_RANDOM_STATE = 5056  # bytes of torch's CPU generator state, an allocation of its own
+# What the stages of a model cost, by what they run: another budget for the same model meets the same options, so that
+# the smallest budget that an error names can be met.
+_MEASURED: WeakKeyDictionary[nn.Module, dict[str, StageCost]] = WeakKeyDictionary()
 SMALL_TENSORS = 4096  # bytes: zero-dimensional tensors of scalars, which belong to no value of the graph
 
 
@@ -38,7 +42,7 @@ def measure_graph(
     clock: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[StageCost]:
-    """Measure every distinct stage once; equal stages share the figures.
+    """Measure every distinct stage once; equal stages share the figures, and so do later captures of the model.
 
     The caller preserves the model's state (gradients, buffers, random numbers).
 
@@ -49,14 +53,15 @@ def measure_graph(
     # The shares of a tied parameter's gradient wait for one another, whatever there is already.
     tied = {p for p, stages in _readers(capture, model).items() if len(stages) > 1}
     added = set(existing) - tied
-    costs: dict[str, StageCost] = {}
+    costs = _MEASURED.setdefault(model, {})
     keys: dict[int, str] = {}
     last = len(capture) - 1
 
     def visit(k: int, arguments: list[Any]) -> None:
         stage = capture.stages[k]
         adding = [i for i, a in enumerate(arguments) if isinstance(a, nn.Parameter) and a in added]
-        key = keys[k] = f"{stage.signature}|{k == last}|{adding}"
+        how = f"{clock} {torch.get_num_threads()} {sorted(stage.carried_from)} {k == last} {adding}"
+        key = keys[k] = f"{capture.device}|{how}|{stage.signature}"
         if key not in costs:
             run = _isolated(capture, k, arguments, added)
             cost = measure_stage(run, capture.device, clock=clock)
@@ -224,29 +229,29 @@ class _GradFlows:
         graph, linear = capture.graph, capture.linear
         carried = {key for keys in linear.carried for key in keys}
         nodes = {node.name: node for node in graph.group_of}
-        # left[k][value] = {storage: bytes} that stage k's backward leaves as the value's gradient
-        self.left: list[dict[int, dict[int, int]]] = []
-        for stage, cost in zip(capture.stages, costs, strict=True):
-            left: dict[int, dict[int, int]] = {}
+        # left[k][value] = {(k, storage): bytes} that stage k's backward leaves as the value's gradient
+        self.left: list[dict[int, dict[tuple[int, int], int]]] = []
+        for k, (stage, cost) in enumerate(zip(capture.stages, costs, strict=True)):
+            left: dict[int, dict[tuple[int, int], int]] = {}
             for position, storage, held in cost.input_grads:
                 for key in graph.group_of[nodes[stage.argument_names[position]]]:
-                    left.setdefault(key, {})[storage] = held
+                    left.setdefault(key, {})[k, storage] = held
             self.left.append(left)
         self.carried = carried
 
-    def _held(self, key: int, stage: int) -> dict[int, int]:
+    def _held(self, key: int, stage: int) -> dict[tuple[int, int], int]:
         """Storages of the gradient of a value once ``stage`` and all after it are reversed."""
         readers = [k for k in range(stage, len(self.left)) if key in self.left[k]]
         if len(readers) == 1:
             return self.left[readers[0]][key]
-        return {-key: self.size[key]} if readers else {}
+        return {(-1, key): self.size[key]} if readers else {}
 
     def boundary(self, stage: int) -> int:
         """Bytes of the gradient of boundary ``stage``; what carried gradients hold anyway is not counted."""
         elsewhere = {
             s for k in self.left[stage:] for key in k if key in self.carried for s in self._held(key, stage)
         }
-        held: dict[int, int] = {}
+        held: dict[tuple[int, int], int] = {}
         for key in self.capture.linear.boundaries[stage]:
             held.update(self._held(key, stage))
         return sum(amount for storage, amount in held.items() if storage not in elsewhere)
