@@ -6,6 +6,8 @@ import math
 import numbers
 import os
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 __all__ = ["format_bytes", "parse_budget"]
@@ -16,22 +18,39 @@ _UNITS = {
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
     "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40,
 }  # fmt: skip # a table
-_HOW = 'pass an int of bytes, or text such as "6GiB", "800MB" or "75%" (of the device\'s memory)'
+_HOW = (
+    'pass an int of bytes, or text such as "6GiB", "800MB", "75%" (of the device\'s memory), "auto" (what is free) or '
+    '"auto - 2GiB"'
+)
+RESERVE = "5%"  # of the device's memory, that "auto" leaves free: other processes, fragmentation
 
 
-def parse_budget(value: Any, device_bytes: int | None = None) -> int:
+def parse_budget(
+    value: Any, device_bytes: int | None = None, free_bytes: Callable[[], int] | None = None
+) -> int:
     """``value`` as bytes, rounded down.
 
     Args:
         value: an int of bytes, or text: a number and a unit (KB, MB, GB, TB decimal; KiB, MiB, GiB, TiB
-            binary), or a percentage of ``device_bytes``.
+            binary), or a percentage of ``device_bytes``; or "auto", what is free less ``RESERVE``, or "auto - R", less R.
         device_bytes: memory of the device; the machine's memory if None.
+        free_bytes: gives the bytes that a step may take; those free on this machine if None.
 
     Raises:
         TypeError: neither an int nor text.
         ValueError: unreadable text, a fraction, zero, negative or not finite, 2^63 bytes or more.
     """
-    if isinstance(value, str):
+    automatic = re.fullmatch(r"\s*auto\s*(?:-\s*(.*))?", value) if isinstance(value, str) else None
+    if automatic is not None:
+        reserve = _parse_text(automatic[1] or RESERVE, device_bytes)
+        free = free_machine_bytes() if free_bytes is None else free_bytes()
+        if reserve >= free:
+            raise ValueError(
+                f"memory_budget={value!r}: {format_bytes(free)} are free, no more than the reserve of "
+                f'{format_bytes(reserve)}; free memory, or keep less in reserve: "auto - 100MiB"'
+            )
+        result = free - reserve
+    elif isinstance(value, str):
         result = _parse_text(value, device_bytes)
     elif isinstance(value, bool):
         raise TypeError(f"memory_budget={value!r} is a bool; {_HOW}")
@@ -75,6 +94,15 @@ def _parse_text(text: str, device_bytes: int | None) -> int:
 def machine_bytes() -> int:
     """Physical memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_machine_bytes() -> int:
+    """Memory of this machine that programs can have without swapping."""
+    try:
+        with Path("/proc/meminfo").open(encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # no Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def format_bytes(size: float) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from scheduler.budget import format_bytes, machine_bytes, parse_budget
+from scheduler.budget import format_bytes, free_machine_bytes, machine_bytes, parse_budget
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
 from scheduler.capture.module_capture import ModuleCapture, capture_modules
 from scheduler.capture.sample import (
@@ -78,7 +78,9 @@ def solve(
     Args:
         model: in train mode, on one device. One that trains by a plan already is planned anew.
         memory_budget: peak device bytes of a whole training step: parameters, buffers, gradients, optimizer
-            state if an optimizer is given, inputs, activations. An int, or text: "6GiB", "800MB", "75%".
+            state if an optimizer is given, inputs, activations. An int, or text: "6GiB", "800MB", "75%" of the
+            device's memory; "auto" is what is free (and what of the step is there already) less 5 % of the device's
+            memory, "auto - 2GiB" leaves another reserve.
         sample: what the model is trained on, in shape: a tensor, a tuple of positional arguments, a dict of
             keyword arguments, or ``(args, kwargs)``.
         solver: a name in ``scheduler.solvers.SOLVERS``; one that is ``executable``.
@@ -159,7 +161,9 @@ def _checked(
     """Refuse what cannot be planned, before anything is changed."""
     reject_unusable(model)
     device = model_device(model)
-    budget = parse_budget(memory_budget, _device_bytes(device))
+    budget = parse_budget(
+        memory_budget, _device_bytes(device), lambda: _free_bytes(model, sample, optimizer, device)
+    )
     if not checked_solver("solve", solver, parameters).executable:
         raise ValueError(
             f"solve: solver={solver!r} makes schedules that executors cannot follow; use it on chains "
@@ -200,6 +204,19 @@ def _device_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return machine_bytes()
+
+
+def _free_bytes(
+    model: nn.Module, sample: Any, optimizer: torch.optim.Optimizer | None, device: torch.device
+) -> int:
+    """What a step may take: memory that is free, and what of a step is there already."""
+    there = sum(resident_parts(model, sample, device).values())
+    if optimizer is not None and optimizer.state:
+        there += optimizer_bytes(optimizer, device)
+    if device.type != "cuda":
+        return free_machine_bytes() + there
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) + there
 
 
 def _plain_step(request: _Request) -> StepResult:

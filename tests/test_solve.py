@@ -109,6 +109,18 @@ def test_a_percentage_is_of_the_devices_memory() -> None:
     assert parse_budget("50%") == pytest.approx(parse_budget("100%") / 2, abs=1)
 
 
+def test_auto_is_what_is_free_less_a_reserve() -> None:
+    assert parse_budget("auto", 1000, lambda: 700) == 650
+    assert parse_budget(" auto-600B", 1000, lambda: 700) == 100
+    assert parse_budget("auto - 10%", 1000, lambda: 700) == 600
+    with pytest.raises(ValueError, match=r"700 B are free, no more than the reserve of 800 B"):
+        parse_budget("auto - 800B", 1000, lambda: 700)
+    assert 2**28 < parse_budget("auto") < parse_budget("100%")
+    model, batch = _model(), _batch()
+    plan = solve(model, "auto - 1MiB", sample=batch, solver="keep_all")
+    assert plan.resident["parameters"] < plan.memory_budget < parse_budget("100%")
+
+
 def test_bytes_are_written_for_people() -> None:
     assert [format_bytes(n) for n in (0, 1536, 3 * 2**20, 2**40)] == [
         "0 B",
