@@ -42,76 +42,22 @@ class Subject(NamedTuple):
     block: str
 
 
-def _gpt2() -> Case:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=1024, n_positions=128, n_embd=384, n_head=6, bos_token_id=0, eos_token_id=0
-    )
-    ids = torch.randint(0, 1024, (8, 128))
-    return models._keywords(GPT2LMHeadModel(config), input_ids=ids, labels=ids)
-
-
-def _llama() -> Case:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=1024,
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=8,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-    )
-    ids = torch.randint(0, 1024, (8, 128))
-    return models._keywords(LlamaForCausalLM(config), input_ids=ids, labels=ids)
-
-
-def _resnet() -> Case:
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    images, labels = torch.randn(16, 3, 96, 96), torch.randint(0, 2, (16,))
-    return models._keywords(ResNetForImageClassification(ResNetConfig()), pixel_values=images, labels=labels)
-
-
-def _vit() -> Case:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    config = ViTConfig(
-        hidden_size=384,
-        num_attention_heads=6,
-        intermediate_size=1536,
-        hidden_dropout_prob=0.1,
-        attention_probs_dropout_prob=0.1,
-    )
-    images, labels = torch.randn(4, 3, 224, 224), torch.randint(0, 2, (4,))
-    return models._keywords(ViTForImageClassification(config), pixel_values=images, labels=labels)
-
-
-def _unet() -> Case:
-    from diffusers import UNet2DConditionModel
-
-    model = UNet2DConditionModel(
-        sample_size=32,
-        block_out_channels=(32, 64, 128),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=128,
-    )
-    return models._keywords(
-        model,
-        sample=torch.randn(4, 4, 32, 32),
-        timestep=torch.full((4,), 3),
-        encoder_hidden_states=torch.randn(4, 77, 128),
-    )
-
-
+LLAMA = {
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
+VIT = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
 SUBJECTS: Mapping[str, Subject] = {
-    "GPT-2, 12 layers": Subject(_gpt2, r"h\.\d+"),
-    "Llama, 8 layers": Subject(_llama, r"layers\.\d+"),
-    "ResNet-50": Subject(_resnet, r"stages\.\d+\.layers\.\d+"),
-    "ViT, 12 layers": Subject(_vit, r"layers?\.\d+"),
-    "U-Net": Subject(_unet, r".*(resnets|attentions|samplers)\.\d+"),
+    "GPT-2, 12 layers": Subject(lambda: models.make_gpt2(8, 128, 1024, n_embd=384, n_head=6), r"h\.\d+"),
+    "Llama, 8 layers": Subject(lambda: models.make_llama(8, 128, 1024, **LLAMA), r"layers\.\d+"),
+    "ResNet-50": Subject(lambda: models.make_resnet(16, 96), r"stages\.\d+\.layers\.\d+"),
+    "ViT, 12 layers": Subject(lambda: models.make_vit(4, 224, **VIT), r"layers?\.\d+"),
+    "U-Net": Subject(
+        lambda: models.make_unet(4, 32, 77, (32, 64, 128)), r".*(resnets|attentions|samplers)\.\d+"
+    ),
 }
 
 

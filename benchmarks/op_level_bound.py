@@ -24,6 +24,7 @@ from scheduler.dag import simulate_dag
 from scheduler.solvers import solve_chain
 from scheduler.solvers.floor import dag_floor
 from scheduler.solvers.milp import solve_dag
+from tests import models
 from tests.helpers import smallest
 
 SHARES = (0.75, 0.5, 0.25, 0.0)  # of the way from the smallest budget to keeping all
@@ -47,31 +48,18 @@ class Subject(NamedTuple):
 
 def gpt2(layers: int, width: int = 256, tokens: int = 128, batch: int = 4) -> Subject:
     """A GPT-2 as it is configured by default, dropout included."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=512,
-        n_positions=tokens,
-        n_embd=width,
-        n_layer=layers,
-        n_head=4,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    ids = torch.randint(0, 512, (batch, tokens))
-    sample = {"input_ids": ids, "labels": ids}
-    return Subject(f"GPT-2, {layers} layers", GPT2LMHeadModel(config).train(), sample)
+    case = models.make_gpt2(batch, tokens, 512, n_embd=width, n_layer=layers, n_head=4)
+    return Subject(f"GPT-2, {layers} layers", case.model, case.sample)
 
 
 def resnet() -> Subject:
     """A ResNet of two basic blocks."""
-    from transformers import ResNetConfig, ResNetForImageClassification
-
     torch.manual_seed(0)
-    config = ResNetConfig(embedding_size=32, hidden_sizes=[64, 128], depths=[1, 1], layer_type="basic")
-    sample = {"pixel_values": torch.randn(8, 3, 64, 64), "labels": torch.randint(0, 2, (8,))}
-    return Subject("ResNet, 2 blocks", ResNetForImageClassification(config).train(), sample)
+    case = models.make_resnet(
+        8, 64, embedding_size=32, hidden_sizes=[64, 128], depths=[1, 1], layer_type="basic"
+    )
+    return Subject("ResNet, 2 blocks", case.model, case.sample)
 
 
 class Unlike(nn.Module):
@@ -161,18 +149,17 @@ def planning_row(title: str, make: Callable[[], tuple[nn.Module, Any]]) -> str:
 
 
 def _llama() -> tuple[nn.Module, Any]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=64,
+    case = models.make_llama(
+        1,
+        16,
+        64,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=42,
         num_attention_heads=2,
         num_key_value_heads=1,
     )
-    ids = torch.randint(0, 64, (1, 16))
-    return LlamaForCausalLM(config).train(), {"input_ids": ids, "labels": ids}
+    return case.model, case.sample
 
 
 def report() -> str:

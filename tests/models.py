@@ -103,99 +103,145 @@ def residual() -> Case:
     return Case(ResidualNet().train(), (images, labels), (images, labels))
 
 
-def gpt2() -> Case:
+# Models of transformers and diffusers, in any size, with random weights and a random batch.
+
+
+def keywords(model: Any, **batch: Any) -> Case:
+    """A model that is called with keywords."""
+    return Case(model.train(), batch, (), batch)
+
+
+def _language(model: nn.Module, batch: int, tokens: int, vocabulary: int) -> Case:
+    ids = torch.randint(0, vocabulary, (batch, tokens))
+    return keywords(model, input_ids=ids, labels=ids)
+
+
+def _images(model: nn.Module, batch: int, pixels: int, labels: int = 2) -> Case:
+    return keywords(
+        model, pixel_values=torch.randn(batch, 3, pixels, pixels), labels=torch.randint(0, labels, (batch,))
+    )
+
+
+def make_gpt2(batch: int, tokens: int, vocabulary: int, **config: Any) -> Case:
+    """A GPT-2, 12 layers of 768 unless told, dropout included."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    torch.manual_seed(3)
-    config = GPT2Config(
-        n_layer=4, n_embd=64, n_head=4, vocab_size=128, n_positions=64, bos_token_id=0, eos_token_id=0
+    settings = GPT2Config(vocab_size=vocabulary, n_positions=tokens, bos_token_id=0, eos_token_id=0, **config)
+    return _language(GPT2LMHeadModel(settings), batch, tokens, vocabulary)
+
+
+def make_llama(batch: int, tokens: int, vocabulary: int, **config: Any) -> Case:
+    """A Llama; ``config`` gives at least its widths, layers and heads."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return _language(
+        LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **config)), batch, tokens, vocabulary
     )
-    ids = torch.randint(0, 128, (8, 64))
-    return _keywords(GPT2LMHeadModel(config), input_ids=ids, labels=ids)
+
+
+def make_resnet(batch: int, pixels: int, **config: Any) -> Case:
+    """A ResNet, ResNet-50 unless told."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    return _images(
+        ResNetForImageClassification(ResNetConfig(**config)), batch, pixels, config.get("num_labels", 2)
+    )
+
+
+def make_vit(batch: int, pixels: int, **config: Any) -> Case:
+    """A vision transformer with dropout."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    settings = ViTConfig(
+        image_size=pixels, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, **config
+    )
+    return _images(ViTForImageClassification(settings), batch, pixels, config.get("num_labels", 2))
+
+
+def make_unet(batch: int, pixels: int, context: int, channels: tuple[int, ...], **config: Any) -> Case:
+    """A diffusion U-Net with cross-attention to ``context`` tokens on all levels but the last."""
+    from diffusers import UNet2DConditionModel
+
+    inner = len(channels) - 1
+    width = config.setdefault("cross_attention_dim", channels[-1])
+    model = UNet2DConditionModel(
+        sample_size=pixels,
+        block_out_channels=channels,
+        down_block_types=("CrossAttnDownBlock2D",) * inner + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * inner,
+        **config,
+    )
+    return keywords(
+        model,
+        sample=torch.randn(batch, 4, pixels, pixels),
+        timestep=torch.randint(0, 1000, (batch,)),
+        encoder_hidden_states=torch.randn(batch, context, width),
+    )
+
+
+# The same, small.
+
+
+def gpt2() -> Case:
+    torch.manual_seed(3)
+    return make_gpt2(8, 64, 128, n_layer=4, n_embd=64, n_head=4)
 
 
 def llama() -> Case:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(4)
-    config = LlamaConfig(
+    return make_llama(
+        8,
+        64,
+        128,
         num_hidden_layers=4,
         hidden_size=64,
         intermediate_size=128,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=128,
         attention_dropout=0.1,
     )
-    ids = torch.randint(0, 128, (8, 64))
-    return _keywords(LlamaForCausalLM(config), input_ids=ids, labels=ids)
 
 
 def resnet() -> Case:
-    from transformers import ResNetConfig, ResNetForImageClassification
-
     torch.manual_seed(5)
-    config = ResNetConfig(
+    return make_resnet(
+        24,
+        64,
         embedding_size=16,
         hidden_sizes=[16, 32, 48, 64],
         depths=[2, 2, 2, 2],
         layer_type="basic",
-        num_labels=10,  # type: ignore[call-arg] # a keyword of the base class
-    )
-    return _keywords(
-        ResNetForImageClassification(config),
-        pixel_values=torch.randn(24, 3, 64, 64),
-        labels=torch.randint(0, 10, (24,)),
+        num_labels=10,
     )
 
 
 def vit() -> Case:
-    from transformers import ViTConfig, ViTForImageClassification
-
     torch.manual_seed(6)
-    config = ViTConfig(
+    return make_vit(
+        8,
+        64,
         hidden_size=64,
         num_hidden_layers=4,
         num_attention_heads=4,
         intermediate_size=128,
-        image_size=64,
         patch_size=8,
-        num_labels=10,  # type: ignore[call-arg] # a keyword of the base class
-        hidden_dropout_prob=0.1,
-        attention_probs_dropout_prob=0.1,
-    )
-    return _keywords(
-        ViTForImageClassification(config),
-        pixel_values=torch.randn(8, 3, 64, 64),
-        labels=torch.randint(0, 10, (8,)),
+        num_labels=10,
     )
 
 
 def unet() -> Case:
-    from diffusers import UNet2DConditionModel
-
     torch.manual_seed(7)
-    model = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    return make_unet(
+        4,
+        16,
+        8,
+        (16, 32),
         layers_per_block=2,
         cross_attention_dim=16,
         attention_head_dim=8,
         norm_num_groups=8,
         dropout=0.1,
     )
-    return _keywords(
-        model,
-        sample=torch.randn(4, 4, 16, 16),
-        timestep=torch.tensor([3, 7, 11, 900]),
-        encoder_hidden_states=torch.randn(4, 8, 16),
-    )
-
-
-def _keywords(model: Any, **batch: Any) -> Case:
-    return Case(model.train(), batch, (), batch)
 
 
 SEVEN: dict[str, Callable[[], Case]] = {

@@ -22,7 +22,7 @@ from scheduler.capture.graph_capture import capture_graph, op_graphs
 from scheduler.capture.sample import Call, canonical_call, read_sample
 from scheduler.capture.verify import difference, run_step
 from tests.helpers import smallest
-from tests.models import Case
+from tests.models import Case, make_llama
 from tests.steps import assert_equal, replan, restored, train
 
 
@@ -183,20 +183,18 @@ def test_where_the_parts_train_differently_the_op_stays_whole(
 
 def test_grouped_query_attention_is_captured_as_the_plain_step_runs_it() -> None:
     """Under export transformers makes a mask and repeats the heads, and gradients differ in their last bits."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
+    case = make_llama(
+        1,
+        48,
+        64,
         hidden_size=512,
         intermediate_size=64,
         num_hidden_layers=1,
         num_attention_heads=8,
         num_key_value_heads=2,
     )
-    ids = torch.randint(0, 64, (1, 48))
-    model: nn.Module = LlamaForCausalLM(config).train()
-    plan = solve(model, "1GiB", sample={"input_ids": ids, "labels": ids}, costs="roofline")
+    plan = solve(case.model, "1GiB", sample=case.sample, costs="roofline")
     assert plan.capture.kind == "graph"
     (attention,) = (
         op.node for op in plan.live[1].graph.ops if "scaled_dot_product_attention" in str(op.node.target)
