@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from executors import execute
+from executors import execute, measure_peak
 from scheduler import Schedule, solve
 from scheduler.schedule import Action, Backward, Checkpoint, Keep
-from tests.models import Case, tiny
+from tests.helpers import smallest
+from tests.models import SEVEN, Case, tiny
 from tests.steps import (
     EACH_CAPTURE,
     EITHER_CAPTURE,
@@ -22,6 +24,7 @@ from tests.steps import (
     loss_of,
     planned,
     planned_tiny,
+    replan,
     restored,
     scheduled,
     state,
@@ -239,3 +242,36 @@ def test_random_numbers_drawn_between_forward_and_backward_are_those_of_the_plai
 
 
 # ---- the executor does what the schedule says ------------------------------------------------------------
+
+
+def wide() -> Case:
+    """Layers whose weights outweigh what they save."""
+    torch.manual_seed(0)
+    batch = torch.randn(16, 256)
+    layers = [nn.Sequential(nn.Linear(256, 256), nn.GELU()) for _ in range(12)]
+    return Case(nn.Sequential(*layers).train(), batch, (batch,))
+
+
+@pytest.mark.parametrize("build", [SEVEN["gpt2"], SEVEN["resnet"], wide])
+def test_under_autocast_the_peak_is_predicted_and_casts_of_weights_do_not_pile_up(
+    build: Callable[[], Case],
+) -> None:
+    case = build()
+
+    def step(model: nn.Module) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = case(model)
+        loss_of(output).backward()
+        return output
+
+    step(case.model)  # gradients exist from here on
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        whole = solve(case.model, "1GiB", sample=case.sample, capture="graph")
+    least = smallest(whole.chain)
+    for plan in (whole, replan(whole, (whole.predicted_peak + least) // 2), replan(whole, least)):
+        model = execute(plan, case.model)
+        step(model)
+        peak = measure_peak(
+            functools.partial(step, model), resident=[case.model, case.args, case.kwargs]
+        ).peak
+        assert peak <= plan.predicted_peak <= 1.02 * peak

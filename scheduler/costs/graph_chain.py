@@ -90,7 +90,10 @@ def _isolated(
             enter(i, a) if source.requires_grad and source.kind in ("boundary", "carried", "input") else a
             for i, (a, source) in enumerate(zip(arguments, stage.sources, strict=True))
         ]
-        return stage.function(*fresh)
+        torch.clear_autocast_cache()
+        results = stage.function(*fresh)
+        torch.clear_autocast_cache()
+        return results
 
     def loss(results: Any) -> Tensor | None:
         try:

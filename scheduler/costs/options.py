@@ -144,8 +144,13 @@ def _again(part: Rebuild, fresh: list[Any], saved: Mapping[int, Tensor]) -> dict
         count += 1
 
     kept = [saved[number].detach().requires_grad_(flag) for number, flag in part.sources]
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _never):
-        made = part.function(*(fresh[i] for i in part.arguments), *kept)
+    caching = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)  # as in a replay
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _never):
+            made = part.function(*(fresh[i] for i in part.arguments), *kept)
+    finally:
+        torch.set_autocast_cache_enabled(caching)
     if count != len(part.saves):
         raise RuntimeError(f"the ops run again save {count} tensors, not {len(part.saves)}")
     filled.update((number, tensor.detach()) for number, tensor in zip(part.gives, made, strict=True))
