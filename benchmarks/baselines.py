@@ -196,7 +196,7 @@ def op_level(plan: Plan, budget: int) -> Plan:
     Raises:
         InfeasibleBudget: no schedule fits.
     """
-    return dataclasses.replace(plan, memory_budget=budget, schedule=solve_chain(plan.chain, budget))
+    return plan.within(budget)
 
 
 def stage_level(plan: Plan, budget: int) -> Plan:

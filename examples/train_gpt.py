@@ -66,10 +66,10 @@ def plans(
         budget = keep_all.chain.fixed + int(fraction * activations)
         name = f"{fraction:.0%}"
         try:
-            plan = solve(model, budget, sample=batch, optimizer=optimizer)
+            plan = keep_all.within(budget)
         except InfeasibleBudget as error:
             console.print(f"{name} of the activations: {error}")
-            plan = solve(model, error.smallest, sample=batch, optimizer=optimizer)
+            plan = keep_all.within(error.smallest)
             name = f"{(error.smallest - keep_all.chain.fixed) / activations:.0%} (smallest)"
         found.append((name, plan))
     return found

@@ -6,16 +6,17 @@ import io
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from scheduler.budget import format_bytes
+from scheduler.budget import format_bytes, parse_budget
 from scheduler.chain import Chain
 from scheduler.cuts import Cut, explain_cut, summary
 from scheduler.program import ReplayProgram
 from scheduler.schedule import Backward, Checkpoint, Forward, Keep, Schedule, Timeline, simulate
+from scheduler.solvers import SOLVERS, checked_solver, solve_chain
 
 __all__ = ["CaptureRecord", "Plan"]
 
@@ -146,6 +147,34 @@ class Plan:
         """Extra seconds of the planned step / seconds of the plain step."""
         plain = self.chain.plain_seconds
         return (self.timeline.seconds - plain) / plain if plain else 0.0
+
+    def within(
+        self,
+        memory_budget: int | str,
+        *,
+        solver: str | None = None,
+        parameters: Mapping[str, Any] | None = None,
+    ) -> Plan:
+        """The same model under another budget: from the same costs, without capturing or measuring anything again.
+
+        Args:
+            memory_budget: as for ``solve``; a percentage is of this machine's memory.
+            solver: default: the plan's own, or "optimal" where that takes parameters.
+            parameters: what else the solver takes.
+
+        Raises:
+            TypeError, ValueError: an argument that cannot be used.
+            InfeasibleBudget: no schedule fits; carries the smallest budget that one fits.
+        """
+        budget = parse_budget(memory_budget)
+        if solver is None:
+            solver = "optimal" if SOLVERS[self.solver].parameters else self.solver
+        if not checked_solver("Plan.within", solver, parameters or {}).executable:
+            raise ValueError(
+                f"Plan.within: solver={solver!r} makes schedules that executors cannot follow; choose another solver"
+            )
+        schedule = solve_chain(self.chain, budget, solver, **(parameters or {}))
+        return replace(self, memory_budget=budget, schedule=schedule, solver=solver)
 
     def kept(self, stage: int) -> str:
         """What stays of a stage when the forward is over, in words."""

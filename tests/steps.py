@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from executors import MeasuredPeak, execute, measure_peak
 from executors.planned import _RUNNER
-from scheduler import Plan, Schedule, simulate, solve, solve_chain
+from scheduler import Plan, Schedule, simulate, solve
 from scheduler.costs.peak import count_bytes
 from scheduler.schedule import Backward, Keep
 from tests.helpers import smallest
@@ -123,7 +123,7 @@ def plan_for(name: str, capture: str) -> Plan:
 
 def replan(plan: Plan, budget: int) -> Plan:
     """The same captured model under another budget."""
-    return replace(plan, memory_budget=budget, schedule=solve_chain(plan.chain, budget))
+    return plan.within(budget, solver="optimal")
 
 
 def scheduled(plan: Plan, schedule: Schedule) -> Plan:

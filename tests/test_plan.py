@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from scheduler import Chain, Plan, solve_chain
+from scheduler import Chain, InfeasibleBudget, Plan, solve_chain
+from scheduler.host import HostMemory
 from scheduler.plan import CaptureRecord
 from scheduler.schedule import Backward, Checkpoint, Free, Keep, Schedule, simulate
 
@@ -49,6 +50,25 @@ def test_predictions_are_the_referees() -> None:
     assert plan.predicted_overhead > 0
     assert plan.plain.seconds == plan.chain.plain_seconds
     assert plan.plain.peak > plan.predicted_peak
+
+
+def test_a_plan_gives_plans_for_other_budgets_from_the_same_costs() -> None:
+    plan = _plan()
+    other = plan.within("1KiB")
+    assert other.chain is plan.chain
+    assert other.memory_budget == 1024
+    assert other.predicted_overhead == 0 < plan.predicted_overhead
+    assert other.within(150) == plan
+    periodic = plan.within(150, solver="periodic", parameters={"every": 1})
+    assert periodic.solver == "periodic"
+    assert periodic.within(150) == plan  # what a solver took is not known any more
+    with pytest.raises(InfeasibleBudget) as caught:
+        plan.within(1)
+    assert plan.within(caught.value.smallest).predicted_peak == caught.value.smallest
+    with pytest.raises(ValueError, match="executors cannot follow"):
+        plan.within(150, solver="two_level", parameters={"host": HostMemory(100, 1.0, 1.0)})
+    with pytest.raises(ValueError, match=r"Plan\.within"):
+        plan.within(150, solver="none such")
 
 
 def test_a_plan_over_its_budget_cannot_be_made() -> None:
