@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -91,6 +92,7 @@ class GraphExecutor:
                 arguments = step.first_arguments(k, boundary, carried)
                 results = stage.function(*arguments)
             del arguments
+            torch.clear_autocast_cache()  # or casts of weights would stay until the forward is over
             boundary = next_boundary(stage, boundary, results)
             for name, index in zip(stage.carried, stage.carried_from, strict=True):
                 carried[name] = results[index]
