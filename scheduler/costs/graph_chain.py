@@ -17,15 +17,17 @@ from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.loss import find_loss
 from scheduler.capture.recompute import packs_of
 from scheduler.capture.sample import Call
+from scheduler.capture.state import CPU_RANDOM_STATE
 from scheduler.chain import Chain, Option, Stage
 from scheduler.costs.measure import Enter, OptionCost, StageCost, StageRun, fresh_grads, measure_stage
 from scheduler.costs.options import measure_options
 from scheduler.costs.peak import allocated
 from scheduler.costs.resident import storage_bytes
+from scheduler.costs.roofline import estimate_run
+from scheduler.capture.target import Device
 
 __all__ = ["gradients_at_hand", "graph_chain", "measure_graph", "parameter_grads"]
 
-CPU_RANDOM_STATE = 5056  # bytes of torch's CPU generator state, an allocation of its own
 SMALL_TENSORS = 4096  # bytes: zero-dimensional tensors of scalars, which belong to no value of the graph
 
 
@@ -59,7 +61,10 @@ def measure_graph(
         key = keys[k] = f"{stage.signature}|{k == last}|{adding}"
         if key not in costs:
             run = _isolated(capture, k, arguments, added)
-            cost = measure_stage(run, capture.device, clock=clock)
+            cost = measure_stage(run, capture.place, clock=clock)
+            if capture.target is not None:
+                forward, backward = estimate_run(run, capture.place)
+                cost = replace(cost, forward=forward, backward=backward)
             options, gap = measure_options(capture, k, run, arguments, clock=clock)
             costs[key] = replace(cost, options=options, gap=gap)
             model.zero_grad(set_to_none=True)
@@ -94,7 +99,7 @@ def _isolated(
             return None
 
     lasting = frozenset(
-        argument.untyped_storage().data_ptr()
+        argument.untyped_storage()._cdata
         for argument, source in zip(arguments, stage.sources, strict=True)
         if source.kind != "boundary" and isinstance(argument, Tensor)
     )
@@ -120,7 +125,7 @@ def graph_chain(
     """
     graph, linear = capture.graph, capture.linear
     count = len(linear)
-    size = {key: allocated(group.bytes, capture.device) for key, group in graph.groups.items()}
+    size = {key: allocated(group.bytes, capture.place) for key, group in graph.groups.items()}
 
     def total(keys: Iterable[int]) -> int:
         return sum(size[key] for key in set(keys) if graph.groups[key].producer >= 0)
@@ -139,7 +144,7 @@ def graph_chain(
     flows = _GradFlows(capture, costs, size)
     change, output_grad = _carried_changes(capture, size, saved_by, flows, loss_is_output)
     existing = {p for p in model.parameters() if p.grad is not None}
-    created, summed = parameter_grads(_readers(capture, model), existing, change, capture.device)
+    created, summed = parameter_grads(_readers(capture, model), existing, change, capture.place)
     at_hand = gradients_at_hand(
         [flows.boundary(k) for k in range(count)],
         [cost.lead for cost in costs],
@@ -176,12 +181,12 @@ def graph_chain(
                 recomputable=not prefix,
             )
         )
-    fixed = resident + SMALL_TENSORS + storage_bytes(capture.constants.values(), capture.device)
-    if capture.device.type == "cpu":
+    fixed = resident + SMALL_TENSORS + storage_bytes(capture.constants.values(), capture.place)
+    if capture.place.type == "cpu":
         # One for each stage that draws, and what a replay puts back when it is done.
         fixed += CPU_RANDOM_STATE * (sum(capture.random) + any(capture.random))
     for names in capture.changed:  # snapshots for re-runs
-        fixed += storage_bytes((model.get_buffer(n) for n in names), capture.device)
+        fixed += storage_bytes((model.get_buffer(n) for n in names), capture.place)
     return Chain(tuple(stages), 0, output_grad, fixed, name)
 
 
@@ -312,7 +317,7 @@ def parameter_grads(
     readers: Mapping[nn.Parameter, list[int]],
     existing: Collection[nn.Parameter],
     change: list[int],
-    device: torch.device,
+    device: Device,
 ) -> tuple[list[int], list[int]]:
     """Bytes of the gradients of parameters.
 
