@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from scheduler.chain import Chain as Chain
 from scheduler.chain import Option as Option
 from scheduler.chain import Stage as Stage
+from scheduler.device import DeviceSpec as DeviceSpec
 from scheduler.errors import CaptureError as CaptureError
 from scheduler.errors import InfeasibleBudget as InfeasibleBudget
 from scheduler.errors import PlanMismatch as PlanMismatch
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CaptureError",
     "Chain",
+    "DeviceSpec",
     "InfeasibleBudget",
     "Option",
     "Plan",

@@ -31,12 +31,14 @@ UNTRIED = "not tried against the plain model: no data"
 def without_hardware(model: nn.Module, call: Call) -> Iterator[tuple[nn.Module, Call]]:
     """A copy of the model and the call on fake tensors; within the block ops make fake tensors.
 
+    The copy's code takes them for real ones (``eager.py``).
+
     Raises:
         CaptureError: the model cannot be copied.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     copies = fake_model(model, mode), fake_call(call, mode)
-    with mode:
+    with as_eager(copies[0]), mode:
         yield copies
 
 
@@ -97,7 +99,7 @@ def _dry_step(model: nn.Module, call: Call) -> tuple[bool, tuple[str, ...]]:
     """
     args, kwargs = call
     try:
-        with as_eager(model), torch.enable_grad():
+        with torch.enable_grad():
             output: Any = model(*args, **kwargs)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise CaptureError(

@@ -63,7 +63,14 @@ def fake_model(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
 
 def fake_call(call: Any, mode: FakeTensorMode) -> Any:
     """The arguments of a call with fake tensors on the CPU in place of the tensors in it."""
-    return pytree.tree_map_only(Tensor, lambda t: _faked(t, mode), call)
+    memo: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in memo:
+            memo[id(tensor)] = _faked(tensor, mode)
+        return memo[id(tensor)]
+
+    return pytree.tree_map_only(Tensor, fake, call)
 
 
 class Watch(TorchDispatchMode):
@@ -91,7 +98,8 @@ class Watch(TorchDispatchMode):
         """Run one op and note."""
         kwargs = kwargs or {}
         schema = func._schema
-        given = {a.name: value for a, value in zip(schema.arguments, args, strict=False)} | kwargs
+        given = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+        given |= {a.name: value for a, value in zip(schema.arguments, args, strict=False)} | kwargs
         if torch.Tag.nondeterministic_seeded in func.tags and given.get("dropout_p") != 0.0:
             self.random = True
         written = [given.get(a.name) for a in schema.arguments if a.alias_info and a.alias_info.is_write]
