@@ -22,6 +22,7 @@ from scheduler.schedule import simulate as simulate
 from scheduler.solvers import solve_chain as solve_chain
 
 if TYPE_CHECKING:
+    from scheduler.estimating import estimate as estimate
     from scheduler.planning import solve as solve
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "PlanMismatch",
     "Schedule",
     "Stage",
+    "estimate",
     "simulate",
     "solve",
     "solve_chain",
@@ -45,4 +47,8 @@ def __getattr__(name: str) -> Any:
         from scheduler.planning import solve
 
         return solve
+    if name == "estimate":
+        from scheduler.estimating import estimate
+
+        return estimate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -39,7 +39,7 @@ from scheduler.errors import CaptureError, InfeasibleBudget
 from scheduler.plan import CaptureRecord, Plan
 from scheduler.solvers import checked_solver, solve_chain
 
-__all__ = ["solve"]
+__all__ = ["Priced", "Request", "checked", "priced", "solve"]
 
 COSTS = ("measure", "roofline")
 CAPTURES = ("auto", "graph", "modules")
@@ -48,7 +48,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(slots=True)
-class _Request:
+class Request:
     """The checked arguments of one solve()."""
 
     model: nn.Module
@@ -60,6 +60,21 @@ class _Request:
     costs: str
     optimizer_state: int
     progress: Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """A captured model with its costs.
+
+    Attributes:
+        reason: why it was captured so.
+        resident: the chain's fixed bytes, by what they consist of.
+    """
+
+    captured: Captured
+    reason: str
+    chain: Chain
+    resident: dict[str, int]
 
 
 def solve(
@@ -107,7 +122,7 @@ def solve(
         InfeasibleBudget: no schedule fits; carries the smallest budget that one fits.
     """
     model = unplanned(model)
-    request = _checked(
+    request = checked(
         model, memory_budget, sample, solver, parameters or {}, capture, costs, optimizer, device, progress
     )
     if isinstance(request.device, Target):
@@ -116,17 +131,28 @@ def solve(
     return _plan(request, parameters or {})
 
 
-def _plan(request: _Request, parameters: Mapping[str, Any]) -> Plan:
-    """The plan for checked arguments."""
-    model, solver = request.model, request.solver
-    resident = resident_parts(model, request.call, request.device)
+def priced(request: Request, *, options: bool = True) -> Priced:
+    """The model captured and its chain.
+
+    Args:
+        options: whether to look for options of stages that keep less than all.
+    """
+    resident = resident_parts(request.model, request.call, request.device)
     resident["optimizer state"] = request.optimizer_state
     captured, reason, own_loss = _captured(request)
     request.progress(f"pricing {len(captured)} stages")
-    chain = _priced(request, captured, sum(resident.values()), own_loss)
+    chain = _chain(request, captured, sum(resident.values()), own_loss, options)
     extra = chain.fixed - sum(resident.values())
     if extra:
         resident["constants and replay state"] = extra
+    return Priced(captured, reason, chain, resident)
+
+
+def _plan(request: Request, parameters: Mapping[str, Any]) -> Plan:
+    """The plan for checked arguments."""
+    model, solver = request.model, request.solver
+    found = priced(request)
+    captured, chain, resident = found.captured, found.chain, found.resident
     request.progress(f"solving for {format_bytes(request.budget)}")
     try:
         schedule = solve_chain(chain, request.budget, solver, **parameters)
@@ -142,7 +168,7 @@ def _plan(request: _Request, parameters: Mapping[str, Any]) -> Plan:
     signature = CallSignature.of(request.call)
     record = CaptureRecord(
         kind=captured.kind,
-        reason=reason,
+        reason=found.reason,
         device=model_device(model).type,
         structure=signature.structure,
         leaves=signature.leaves,
@@ -164,7 +190,7 @@ def _plan(request: _Request, parameters: Mapping[str, Any]) -> Plan:
     )
 
 
-def _checked(
+def checked(
     model: nn.Module,
     memory_budget: int | str,
     sample: Any,
@@ -175,7 +201,7 @@ def _checked(
     optimizer: torch.optim.Optimizer | None,
     target: DeviceSpec | str | None,
     progress: Progress | None,
-) -> _Request:
+) -> Request:
     """Refuse what cannot be planned, before anything is changed."""
     reject_unusable(model)
     own = model_device(model)
@@ -216,7 +242,7 @@ def _checked(
             raise ValueError(
                 f"solve: a tensor of the sample lies on {leaf.device}, the model on {own}; move the sample there"
             )
-    return _Request(
+    return Request(
         model,
         budget,
         call,
@@ -237,7 +263,7 @@ def _device_bytes(device: Device) -> int:
     return machine_bytes()
 
 
-def _plain_step(request: _Request) -> StepResult:
+def _plain_step(request: Request) -> StepResult:
     """One plain step on the sample, saved tensors offloaded where the device is not the host."""
     model, (args, kwargs) = request.model, request.call
     try:
@@ -250,7 +276,7 @@ def _plain_step(request: _Request) -> StepResult:
     return run_step(model, lambda: model(*args, **kwargs), offload=True)
 
 
-def _captured(request: _Request) -> tuple[Captured, str, bool]:
+def _captured(request: Request) -> tuple[Captured, str, bool]:
     """The capture, why it was chosen, and whether the model returns its own loss."""
     if isinstance(request.device, Target):
         return capture_dry(request.model, request.call, request.capture, request.device, request.progress)
@@ -283,7 +309,7 @@ def _captured(request: _Request) -> tuple[Captured, str, bool]:
     return blocks, reason + (f"; not as a graph, since {refused}" if refused else ""), plain.own_loss
 
 
-def _exact_graph(request: _Request, plain: StepResult) -> GraphCapture:
+def _exact_graph(request: Request, plain: StepResult) -> GraphCapture:
     """The op graph, once it has been seen to train like the plain model.
 
     Raises:
@@ -313,7 +339,7 @@ def _exact_graph(request: _Request, plain: StepResult) -> GraphCapture:
     raise CaptureError(f"{refused}{why}") from refused
 
 
-def _priced(request: _Request, captured: Captured, resident: int, own_loss: bool) -> Chain:
+def _chain(request: Request, captured: Captured, resident: int, own_loss: bool, options: bool) -> Chain:
     """The captured model as a chain."""
     model, call = request.model, request.call
     name = type(model).__name__
@@ -322,7 +348,7 @@ def _priced(request: _Request, captured: Captured, resident: int, own_loss: bool
         with preserved(model):
             return module_chain(captured, model, call, resident=resident, clock=clock, name=name)
     with preserved(model) as existing:
-        costs = measure_graph(captured, model, call, existing=existing, clock=clock)
+        costs = measure_graph(captured, model, call, existing=existing, clock=clock, options=options)
     if not clock and captured.target is None:
         costs = roofline_graph(captured, costs)
     return graph_chain(captured, model, costs, resident=resident, loss_is_output=own_loss, name=name)

@@ -38,6 +38,7 @@ def measure_graph(
     *,
     existing: Collection[nn.Parameter] = (),
     clock: bool = True,
+    options: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[StageCost]:
     """Measure every distinct stage once; equal stages share the figures.
@@ -46,6 +47,7 @@ def measure_graph(
 
     Args:
         existing: parameters that have a gradient before the step.
+        options: whether to look for options of stages that keep less than all.
         progress: called with (stages done, stages).
     """
     # The shares of a tied parameter's gradient wait for one another, whatever there is already.
@@ -65,8 +67,10 @@ def measure_graph(
             if capture.target is not None:
                 forward, backward = estimate_run(run, capture.place)
                 cost = replace(cost, forward=forward, backward=backward)
-            options, gap = measure_options(capture, k, run, arguments, clock=clock)
-            costs[key] = replace(cost, options=options, gap=gap)
+            if options:
+                found, gap = measure_options(capture, k, run, arguments, clock=clock)
+                cost = replace(cost, options=found, gap=gap)
+            costs[key] = cost
             model.zero_grad(set_to_none=True)
         progress(k + 1, len(capture))
 

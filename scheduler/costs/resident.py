@@ -75,7 +75,12 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> 
     for group in optimizer.param_groups:
         parameters = []
         for parameter in group["params"]:
-            double = nn.Parameter(fake.from_tensor(parameter.detach()), requires_grad=parameter.requires_grad)
+            with fake:
+                place = "cpu" if isinstance(device, Target) else parameter.device
+                like = torch.empty_strided(
+                    parameter.shape, parameter.stride(), dtype=parameter.dtype, device=place
+                )
+            double = nn.Parameter(like, requires_grad=parameter.requires_grad)
             if parameter.requires_grad:
                 with fake:
                     double.grad = torch.empty_like(double)
@@ -93,6 +98,8 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> 
     total = 0
     for state in stand_in.state.values():
         for leaf in pytree.tree_leaves(state):
-            if isinstance(leaf, Tensor) and lies_on(leaf, device):
+            # Optimizers keep their counts of steps, of no dimension, on the host.
+            counts = isinstance(device, Target) and device.type != "cpu" and isinstance(leaf, Tensor) and not leaf.ndim
+            if isinstance(leaf, Tensor) and lies_on(leaf, device) and not counts:
                 total += allocated(leaf.untyped_storage().nbytes(), device)
     return total
