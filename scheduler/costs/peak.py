@@ -17,8 +17,8 @@ import torch
 from torch._C._profiler import _ExperimentalConfig
 from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_legacy, _enable_profiler_legacy
 
-from scheduler.costs.live import LiveBytes, rounded
 from scheduler.capture.target import Device, Target
+from scheduler.costs.live import LiveBytes, rounded
 
 __all__ = ["Counted", "allocated", "count_bytes"]
 
