@@ -87,7 +87,8 @@ def report() -> str:
         "",
         (
             "What other budgets would give, from the same chain. Seconds are the roofline's at peak rates: the ratio is what "
-            "counts. Kernels' own scratch space is not in the bytes."
+            "counts. Kernels' own scratch space is not in the bytes. Gradients appear in backward, as activations go: the "
+            "smallest budget, little over parameters and gradients, has half of itself for activations when backward begins."
         ),
         "",
         "| budget | overhead | peak |",
