@@ -228,11 +228,8 @@ def checked(
             "there; leave costs out, or pass costs='roofline'"
         )
     args, kwargs = read_sample(sample)
-    if target is None and not has_data([*model.parameters(), *pytree.tree_leaves((args, kwargs))]):
-        raise ValueError(
-            "solve: the model or the sample has no data (it is on meta, or fake); pass device=, the device to plan for: "
-            f"a scheduler.DeviceSpec or one of {', '.join(DeviceSpec.names())}"
-        )
+    if target is None:
+        _refuse_without_data("the model", model.parameters())
     try:
         call = canonical_call(inspect.signature(model.forward), args, kwargs)
     except TypeError as error:
@@ -242,6 +239,8 @@ def checked(
             raise ValueError(
                 f"solve: a tensor of the sample lies on {leaf.device}, the model on {own}; move the sample there"
             )
+    if target is None:
+        _refuse_without_data("the sample", pytree.tree_leaves(call))
     return Request(
         model,
         budget,
@@ -253,6 +252,14 @@ def checked(
         optimizer_bytes(optimizer, device),
         progress or (lambda line: None),
     )
+
+
+def _refuse_without_data(what: str, tensors: Iterable[Any]) -> None:
+    if not has_data(tensors):
+        raise ValueError(
+            f"solve: {what} has no data (it is on meta, or fake); pass device=, the device to plan for: a "
+            f"scheduler.DeviceSpec or one of {', '.join(DeviceSpec.names())}"
+        )
 
 
 def _device_bytes(device: Device) -> int:

@@ -162,7 +162,7 @@ def test_what_cannot_be_is_refused_with_what_to_do() -> None:
     case = tiny()
     with torch.device("meta"):
         model = mlp_like()
-    with pytest.raises(ValueError, match=r"has no data .* pass device="):
+    with pytest.raises(ValueError, match=r"the model has no data .* pass device="):
         solve(model, "1GB", sample=torch.empty(8, 64, device="meta"))
     with pytest.raises(ValueError, match="costs='measure' needs the device"):
         solve(case.model, "1GB", sample=case.sample, device="H100", costs="measure")
