@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from scheduler.capture.recompute import Rebuild
-from scheduler.capture.state import RandomState
+from scheduler.capture.state import RandomState, autocast_contexts, autocast_state
 from scheduler.program import ReplayProgram
 from scheduler.schedule import Backward, Checkpoint, Forward, Free, Keep
 
@@ -137,7 +137,7 @@ class Step:
         self.position = 0  # in program.replay
         self.working: tuple[int, tuple[Tensor, ...]] | None = None
         self.task = -1  # autograd's id of the backward pass that the position belongs to
-        self.autocast = _autocast_state(device)
+        self.autocast = autocast_state(device)
 
     # ---- what a kind of capture supplies -------------------------------------------------------------
 
@@ -262,7 +262,7 @@ class Step:
         generators = RandomState(self.device) if self.draws else None
         try:
             with ExitStack() as contexts:
-                for context in _autocast_contexts(self.autocast):
+                for context in autocast_contexts(self.autocast):
                     contexts.enter_context(context)
                 task = torch._C._current_graph_task_id()
                 if task != self.task:
@@ -461,23 +461,3 @@ class Step:
 
 def _never(_: Any) -> Tensor:
     raise ReplayError("the graph of a re-run must not be reversed")
-
-
-def _autocast_state(device: torch.device) -> tuple[tuple[str, bool, torch.dtype], ...]:
-    """(device type, enabled, dtype) for the CPU and the model's device."""
-    return tuple(
-        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        for kind in dict.fromkeys(("cpu", device.type))
-    )
-
-
-def _autocast_contexts(state: tuple[tuple[str, bool, torch.dtype], ...]) -> list[torch.autocast]:
-    """What brings back the autocast state of the forward, where the backward's differs.
-
-    The cache of casts is off: what it holds may come from a no-grad run.
-    """
-    return [
-        torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
-        for kind, enabled, dtype in state
-        if enabled or torch.is_autocast_enabled(kind)
-    ]

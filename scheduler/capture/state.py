@@ -9,7 +9,16 @@ import torch
 from torch import nn
 from torch._guards import detect_fake_mode
 
-__all__ = ["CPU_RANDOM_STATE", "RandomState", "model_device", "preserved"]
+__all__ = [
+    "CPU_RANDOM_STATE",
+    "AutocastState",
+    "RandomState",
+    "autocast_contexts",
+    "autocast_state",
+    "model_device",
+    "preserved",
+    "reverse",
+]
 
 CPU_RANDOM_STATE = 5056  # bytes of torch's CPU generator state, an allocation of its own
 
@@ -65,6 +74,35 @@ def model_device(model: nn.Module) -> torch.device:
             "move the model to one device first (model.to(device))"
         )
     return devices.pop()
+
+
+AutocastState = tuple[tuple[str, bool, torch.dtype], ...]  # (device type, enabled, dtype)
+
+
+def autocast_state(device: torch.device) -> AutocastState:
+    """(device type, enabled, dtype) for the CPU and the model's device."""
+    return tuple(
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in dict.fromkeys(("cpu", device.type))
+    )
+
+
+def autocast_contexts(state: AutocastState) -> list[torch.autocast]:
+    """What brings back the autocast state of the forward, where the backward's differs.
+
+    The cache of casts is off: what it holds may come from a no-grad run.
+    """
+    return [
+        torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+        for kind, enabled, dtype in state
+        if enabled or torch.is_autocast_enabled(kind)
+    ]
+
+
+def reverse(root: torch.Tensor) -> None:
+    """``root.backward()``, outside of autocast, as it is in training; only the forward belongs inside."""
+    with torch.autocast(root.device.type, enabled=False):
+        root.backward()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules._functions import BackwardHookFunction
 
 from scheduler.capture.loss import find_loss, output_tensors
-from scheduler.capture.state import RandomState, model_device, preserved
+from scheduler.capture.state import RandomState, model_device, preserved, reverse
 
 __all__ = ["StepResult", "custom_functions", "difference", "run_step"]
 
@@ -50,7 +50,7 @@ def run_step(model: nn.Module, forward: Callable[[], Any], *, offload: bool = Fa
         outputs = [t.detach().cpu().clone() for t in output_tensors(output)]
         custom = custom_functions([loss, *output_tensors(output)])
         del output
-        loss.backward()
+        reverse(loss)
         return StepResult(
             outputs,
             {

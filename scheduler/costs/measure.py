@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scheduler.capture.state import reverse
 from scheduler.capture.target import Device, Target
 from scheduler.costs.peak import allocated, count_bytes
 
@@ -208,7 +209,7 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
             del outputs
         mark()
         if seed is not None and seed.requires_grad:
-            seed.backward()
+            reverse(seed)
         del seed
 
     if not isinstance(device, Target):
@@ -258,7 +259,7 @@ def _time(stage: StageRun, device: Device, repeats: int) -> tuple[float, float]:
         _wait(device)
         reversing = time.perf_counter()
         if seed is not None and seed.requires_grad:
-            seed.backward()
+            reverse(seed)
         _wait(device)
         backwards.append(time.perf_counter() - reversing)
         forwards.append(middle - begin)

@@ -197,7 +197,8 @@ def _run(
         mark()
         began = now()
         if roots:
-            torch.autograd.backward(roots, seeds, retain_graph=position > 0)
+            with torch.autocast(roots[0].device.type, enabled=False):
+                torch.autograd.backward(roots, seeds, retain_graph=position > 0)
         result.backward.append(now() - began)
         mark()
     result.backward.reverse()

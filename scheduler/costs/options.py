@@ -11,6 +11,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, fx
 
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.recompute import Rebuild, compile_rebuilds, divisible, packs_of, stage_values
-from scheduler.capture.state import RandomState
+from scheduler.capture.state import AutocastState, RandomState, autocast_contexts, autocast_state, reverse
 from scheduler.capture.target import Device, Target
 from scheduler.costs.measure import OptionCost, StageRun, _never, _root, _Sink, _unowned, _wait, as_leaf
 from scheduler.costs.peak import allocated, count_bytes
@@ -134,8 +135,10 @@ def _fresh(capture: GraphCapture, k: int, arguments: Sequence[Any]) -> list[Any]
     return fresh
 
 
-def _again(part: Rebuild, fresh: list[Any], saved: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Run a program of an option: number -> dropped pack."""
+def _again(
+    part: Rebuild, fresh: list[Any], saved: Mapping[int, Tensor], autocast: AutocastState = ()
+) -> dict[int, Tensor]:
+    """Run a program of an option, with the autocast of the forward: number -> dropped pack."""
     filled: dict[int, Tensor] = {}
     count = 0
 
@@ -146,13 +149,11 @@ def _again(part: Rebuild, fresh: list[Any], saved: Mapping[int, Tensor]) -> dict
         count += 1
 
     kept = [saved[number].detach().requires_grad_(flag) for number, flag in part.sources]
-    caching = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)  # as in a replay
-    try:
+    with ExitStack() as contexts:
+        for context in autocast_contexts(autocast):
+            contexts.enter_context(context)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _never):
             made = part.function(*(fresh[i] for i in part.arguments), *kept)
-    finally:
-        torch.set_autocast_cache_enabled(caching)
     if count != len(part.saves):
         raise RuntimeError(f"the ops run again save {count} tensors, not {len(part.saves)}")
     filled.update((number, tensor.detach()) for number, tensor in zip(part.gives, made, strict=True))
@@ -173,6 +174,7 @@ def _tried(
         data: whether there are values to compare; without, one run shows that the layouts are the same.
     """
     times: list[float] = []
+    autocast = autocast_state(random.device)
     given = dict(enumerate(saved))
     while len(times) < (REPEATS if data else 1) and sum(times) < PATIENCE:
         seconds = 0.0
@@ -182,7 +184,7 @@ def _tried(
             _wait(random.device)
             began = time.perf_counter()
             try:
-                filled = _again(part, arguments, given)
+                filled = _again(part, arguments, given, autocast)
             except RuntimeError:  # other ops than before, or fewer: not an option
                 return None
             _wait(random.device)
@@ -206,6 +208,7 @@ def _peaks(
 ) -> tuple[int, int]:
     """Most bytes above the inputs while the stage runs forward, and from there to its backward's end."""
     arrived: dict[int, Tensor] = {}
+    autocast = autocast_state(capture.device)
 
     def sink(position: int, tensor: Tensor) -> Tensor:
         result: Tensor = _Sink.apply(as_leaf(position, tensor), position, arrived)
@@ -237,7 +240,7 @@ def _peaks(
                 return packed
             if packed not in filled:
                 part = waiting[packed]
-                filled.update(_again(part, _fresh(capture, k, arguments), sources))
+                filled.update(_again(part, _fresh(capture, k, arguments), sources, autocast))
                 for number, _ in part.sources:
                     reads[number] -= 1
                     if not reads[number]:
@@ -250,7 +253,7 @@ def _peaks(
             del outputs
         mark()
         if seed is not None and seed.requires_grad:
-            seed.backward()
+            reverse(seed)
 
     counted = count_bytes(step, capture.place)
     run.reset()
