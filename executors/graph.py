@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from executors.replay import Step
+from executors.replay import Observer, Step
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.recompute import Rebuild, compile_rebuilds
 from scheduler.capture.stages import GraphStage, Source
@@ -24,12 +24,20 @@ class GraphExecutor:
         capture: the captured model.
         program: the replay program, for as many stages as the capture has.
         model: whose parameters and buffers are read at every step.
+        observe: is told where each step is.
     """
 
-    def __init__(self, capture: GraphCapture, program: ReplayProgram, model: nn.Module) -> None:
+    def __init__(
+        self,
+        capture: GraphCapture,
+        program: ReplayProgram,
+        model: nn.Module,
+        observe: Observer | None = None,
+    ) -> None:
         self.capture = capture
         self.program = program
         self.device = capture.device
+        self.observe = observe
         self.stages = capture.stages
         self.random = capture.random
         self.constants = capture.constants
@@ -81,6 +89,8 @@ class GraphExecutor:
         carried: dict[str, Tensor] = {}
         boundary: tuple[Tensor, ...] = ()
         for k, stage in enumerate(self.stages):
+            if step.observe is not None:
+                step.observe("first", k)
             option = self.program.kept[k]
             if option != 0:
                 step.before_first_run(k, boundary)
@@ -91,6 +101,7 @@ class GraphExecutor:
                 arguments = step.first_arguments(k, boundary, carried)
                 results = stage.function(*arguments)
             del arguments
+            step.watch(k, results)
             boundary = next_boundary(stage, boundary, results)
             for name, index in zip(stage.carried, stage.carried_from, strict=True):
                 carried[name] = results[index]
@@ -124,7 +135,7 @@ class GraphStep(Step):
     """One step of a GraphExecutor."""
 
     def __init__(self, executor: GraphExecutor, flat_inputs: list[Any]) -> None:
-        super().__init__(executor.program, executor.device, executor.random)
+        super().__init__(executor.program, executor.device, executor.random, executor.observe)
         self.executor = executor
         self.inputs = flat_inputs
         self.carried: dict[str, Tensor] = {}

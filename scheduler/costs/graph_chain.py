@@ -17,6 +17,7 @@ from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.loss import find_loss
 from scheduler.capture.recompute import packs_of
 from scheduler.capture.sample import Call
+from scheduler.capture.state import CPU_RANDOM_STATE
 from scheduler.chain import Chain, Option, Stage
 from scheduler.costs.measure import Enter, OptionCost, StageCost, StageRun, fresh_grads, measure_stage
 from scheduler.costs.options import measure_options
@@ -25,7 +26,6 @@ from scheduler.costs.resident import storage_bytes
 
 __all__ = ["gradients_at_hand", "graph_chain", "measure_graph", "parameter_grads"]
 
-CPU_RANDOM_STATE = 5056  # bytes of torch's CPU generator state, an allocation of its own
 SMALL_TENSORS = 4096  # bytes: zero-dimensional tensors of scalars, which belong to no value of the graph
 
 
@@ -94,7 +94,7 @@ def _isolated(
             return None
 
     lasting = frozenset(
-        argument.untyped_storage().data_ptr()
+        argument.untyped_storage()._cdata
         for argument, source in zip(arguments, stage.sources, strict=True)
         if source.kind != "boundary" and isinstance(argument, Tensor)
     )

@@ -198,7 +198,7 @@ def measure_stage(
 
         def unpack(tensor: Tensor) -> Tensor:
             nonlocal asked
-            if not asked and tensor.untyped_storage().data_ptr() not in stage.lasting:
+            if not asked and tensor.untyped_storage()._cdata not in stage.lasting:
                 asked = True
                 mark()
             return tensor

@@ -21,9 +21,9 @@ from torch.utils import _pytree as pytree
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.module_capture import ModuleCapture, intercepted, tensor_leaves
 from scheduler.capture.sample import Call
-from scheduler.capture.state import preserved
+from scheduler.capture.state import CPU_RANDOM_STATE, preserved
 from scheduler.chain import Chain, Option, Stage
-from scheduler.costs.graph_chain import CPU_RANDOM_STATE, SMALL_TENSORS, gradients_at_hand, parameter_grads
+from scheduler.costs.graph_chain import SMALL_TENSORS, gradients_at_hand, parameter_grads
 from scheduler.costs.measure import Enter, StageCost, StageRun, as_leaf, fresh_grads, measure_stage
 from scheduler.costs.peak import allocated, count_bytes
 from scheduler.costs.resident import storage_bytes
@@ -258,7 +258,7 @@ def _measure_block(
         return [t for _, t in tensor_leaves(forward(*positional, **named))]
 
     lasting = frozenset(
-        t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers(), *external)
+        t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers(), *external)
     )
     stage = StageRun(run, fresh_grads(module.parameters(), existing), lasting=lasting)
     cost = measure_stage(stage, capture.device, clock=clock)

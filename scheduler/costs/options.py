@@ -213,7 +213,7 @@ def _peaks(
         def pack(tensor: Tensor) -> int | Tensor:
             nonlocal count
             number, count = count, count + 1
-            if number in waiting and tensor.untyped_storage().data_ptr() not in run.lasting:
+            if number in waiting and tensor.untyped_storage()._cdata not in run.lasting:
                 return number
             held = _unowned(tensor)
             if number in reads:
