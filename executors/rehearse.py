@@ -8,7 +8,7 @@ import gc
 import inspect
 import io
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from executors.planned import _RUNNER, execute
 from scheduler.budget import format_bytes
+from scheduler.capture.eager import as_eager
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.loss import find_loss
 from scheduler.capture.module_capture import ModuleCapture
@@ -118,6 +119,12 @@ class Rehearsal:
             f"peak: predicted {format_bytes(peak)}, {kind} {format_bytes(self.peak)} "
             f"({self.peak / peak - 1:+.2%}); budget {format_bytes(self.plan.memory_budget)}",
         ]
+        fixed, seen = self.plan.chain.fixed, sum(self.resident.values())
+        if abs(fixed - seen) > TELLING * peak:
+            lines.append(
+                f"of it {format_bytes(fixed - seen)} are set aside for the whole step, for generator states and small "
+                "tensors that come and go"
+            )
         lines += [self._told(row) for row in self.differences]
         if not self.real:
             lines.append(
@@ -255,18 +262,19 @@ def _faked(plan: Plan, model: nn.Module, call: Call, notes: _Notes) -> Rehearsal
     live = LiveBytes(plan.capture.device, only=plan.capture.device, record=True)
     mode = next((p.fake_mode for p in model.parameters() if isinstance(p, FakeTensor)), None)
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
+    capture = _capture_of(plan, model, call)
     twin = _twin(model, mode)
     call = pytree.tree_map_only(Tensor, functools.partial(_without_data, mode), call)
     planned = execute(plan, twin)
     runner = planned.__dict__[_RUNNER]
-    capture = _capture_of(plan, model, call)
     if isinstance(capture, GraphCapture):
         constants = {name: _without_data(mode, value) for name, value in capture.constants.items()}
         capture = replace(capture, constants=constants)
     runner.executor = runner._executor(capture, planned)
     resident = _resident(plan, twin, call, capture)
     notes.now, notes.number = lambda: len(live.events), live.number
-    with mode, live, _observed(planned, notes), torch.enable_grad():
+    # The user's code, which a capture of modules runs, must not take another way for fake tensors.
+    with as_eager(planned), mode, live, _observed(planned, notes), torch.enable_grad():
         held = _step(planned, call, notes)
     grads = {live.number(p.grad) for p in twin.parameters() if p.grad is not None}
     changes = [_Change(_op(event.label), event.change, event.storage) for event in live.events]
@@ -307,8 +315,8 @@ def _capture_of(plan: Plan, model: nn.Module, call: Call) -> GraphCapture | Modu
     runner = execute(plan, model).__dict__[_RUNNER]
     if runner.executor is not None:
         return runner.executor.capture
-    with preserved(model), nullcontext():
-        return runner._capture_again(execute(plan, model), call)
+    with preserved(model):
+        return runner._capture_again(model, call)
 
 
 def _op(label: str) -> str:
