@@ -175,11 +175,13 @@ def rehearse(plan: Plan, model: nn.Module, sample: Any, *, real: bool = False) -
     call = canonical_call(inspect.signature(model.forward), args, kwargs)
     planned.__dict__[_RUNNER].want.check(call, f"rehearse: {type(model).__name__}")
     notes = _Notes(plan)
+    torch.clear_autocast_cache()
     collecting = gc.isenabled()
     gc.disable()  # or tensors of long ago are let go of in the middle of the count
     try:
         return _real(plan, model, planned, call, notes) if real else _faked(plan, model, call, notes)
     finally:
+        torch.clear_autocast_cache()
         if collecting:
             gc.enable()
 
@@ -312,11 +314,12 @@ def _twin(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
 
 def _capture_of(plan: Plan, model: nn.Module, call: Call) -> GraphCapture | ModuleCapture:
     """The plan's capture; made again for a plan that was loaded, or another model."""
-    runner = execute(plan, model).__dict__[_RUNNER]
+    planned = execute(plan, model)
+    runner = planned.__dict__[_RUNNER]
     if runner.executor is not None:
         return runner.executor.capture
     with preserved(model):
-        return runner._capture_again(model, call)
+        return runner._capture_again(planned, call)
 
 
 def _op(label: str) -> str:
@@ -344,6 +347,7 @@ def _real(plan: Plan, model: nn.Module, planned: nn.Module, call: Call, notes: _
         step()
         fresh(existing)
         notes.begins.clear()
+        torch.clear_autocast_cache()  # inside the caller's autocast the warm-up's casts would be there already
         resident = _resident(plan, model, call, planned.__dict__[_RUNNER].executor.capture)
         with _observed(planned, notes):
             measure = _measured_cuda if device.type == "cuda" else _measured_cpu

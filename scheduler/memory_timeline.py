@@ -94,7 +94,9 @@ class MemoryTimeline:
 
     def __post_init__(self) -> None:
         for block in self.blocks:
-            if block.category not in CATEGORIES or not 0 <= block.begin < block.end <= len(self.points):
+            if block.category not in CATEGORIES or block.size <= 0:
+                raise ValueError(f"MemoryTimeline: {block} has no known category, or no bytes")
+            if not 0 <= block.begin < block.end <= len(self.points):
                 raise ValueError(f"MemoryTimeline: {block} lies outside the {len(self.points)} points")
 
     @cached_property
@@ -117,7 +119,8 @@ class MemoryTimeline:
     @cached_property
     def live(self) -> tuple[int, ...]:
         """(points,) live bytes in all."""
-        return tuple(map(sum, zip(*self.by_category.values(), strict=True)))
+        nothing = (0,) * len(self.points)
+        return tuple(map(sum, zip(nothing, *self.by_category.values(), strict=True)))
 
     @property
     def peak(self) -> int:
