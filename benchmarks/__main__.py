@@ -16,6 +16,7 @@ NAMES = (
     "random_chains",
     "overheads",
     "step_peaks",
+    "timeline",
     "persistence",
     "cuts",
     "milp_bound",

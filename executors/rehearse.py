@@ -87,9 +87,7 @@ class Rehearsal:
     def differences(self) -> tuple[Difference, ...]:
         """The actions where predicted and observed bytes differ by more than 1 % of the peak."""
         limit = TELLING * self.plan.predicted_peak
-        return tuple(
-            r for r in self.rows if r.observed is not None and abs(r.observed - r.predicted) > limit
-        )
+        return tuple(r for r in self.rows if r.observed is not None and abs(r.observed - r.predicted) > limit)
 
     def table(self) -> str:
         """Per action what was predicted and observed; then where and by how much the two differ."""
@@ -116,13 +114,15 @@ class Rehearsal:
         kind = "measured" if self.real else "rehearsed without data"
         lines += [
             "",
-            f"peak: predicted {format_bytes(peak)}, {kind} {format_bytes(self.peak)} "
-            f"({self.peak / peak - 1:+.2%}); budget {format_bytes(self.plan.memory_budget)}",
+            (
+                f"peak: predicted {format_bytes(peak)}, {kind} {format_bytes(self.peak)} "
+                f"({self.peak / peak - 1:+.2%}); budget {format_bytes(self.plan.memory_budget)}"
+            ),
         ]
-        fixed, seen = self.plan.chain.fixed, sum(self.resident.values())
-        if abs(fixed - seen) > TELLING * peak:
+        aside = self.plan.chain.fixed - sum(self.resident.values())
+        if aside > TELLING * peak:
             lines.append(
-                f"of it {format_bytes(fixed - seen)} are set aside for the whole step, for generator states and small "
+                f"of it {format_bytes(aside)} are set aside for the whole step, for generator states and small "
                 "tensors that come and go"
             )
         lines += [self._told(row) for row in self.differences]
@@ -382,7 +382,9 @@ def _measured_cpu(step: Callable[[], Any], notes: _Notes) -> list[_Change]:
             if open_:
                 open_.pop()
         elif kind == "memory_alloc":
-            op = next((each for each in open_ if each.startswith("aten::")), open_[-1] if open_ else "between ops")
+            op = next(
+                (each for each in open_ if each.startswith("aten::")), open_[-1] if open_ else "between ops"
+            )
             changes.append(_Change(op, size))
     notes.begins = [(places[index], action) for index, action in notes.begins]
     return changes

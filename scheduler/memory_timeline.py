@@ -27,19 +27,20 @@ if TYPE_CHECKING:
 __all__ = ["CATEGORIES", "Block", "MemoryTimeline", "Point", "in_words"]
 
 FORMAT = 1
-CATEGORIES = (
-    "parameters",
-    "buffers",
-    "optimizer state",
-    "inputs",
-    "constants and replay state",
-    "gradients",
-    "boundaries held",
-    "kept saved tensors",
-    "carried values",
-    "gradient at hand",
-    "transient",
-)
+_COLORS = {
+    "parameters": "C0",
+    "buffers": "C9",
+    "optimizer state": "C6",
+    "inputs": "C8",
+    "constants and replay state": "C4",
+    "gradients": "C5",
+    "boundaries held": "C2",
+    "kept saved tensors": "C1",
+    "carried values": "khaki",
+    "gradient at hand": "C3",
+    "transient": "0.8",
+}
+CATEGORIES = tuple(_COLORS)
 _RESIDENT = {"existing gradients": "gradients"}  # parts of Plan.resident that are called otherwise here
 _WORDS = {
     Forward: "run stage {} without keeping",
@@ -307,7 +308,11 @@ def _predicted(plan: Plan) -> MemoryTimeline:
     for key in list(ledger.open):
         ledger.drop(key)
     return MemoryTimeline(
-        "predicted", plan.memory_budget, tuple(map(in_words, plan.schedule)), tuple(points), tuple(ledger.blocks)
+        "predicted",
+        plan.memory_budget,
+        tuple(map(in_words, plan.schedule)),
+        tuple(points),
+        tuple(ledger.blocks),
     )
 
 
@@ -342,7 +347,7 @@ def _drawn(timeline: MemoryTimeline, observed: MemoryTimeline | None) -> Figure:
     floor = [0.0] * len(places)
     for category, series in timeline.by_category.items():
         top = [below + size / unit for below, size in zip(floor, [*series, series[-1]], strict=True)]
-        color = f"C{CATEGORIES.index(category) % 10}" if category != "transient" else "0.8"
+        color = _COLORS[category]
         axes.fill_between(places, floor, top, step="post", label=category, color=color, linewidth=0)
         floor = top
     if observed is not None:
@@ -360,7 +365,8 @@ def _drawn(timeline: MemoryTimeline, observed: MemoryTimeline | None) -> Figure:
     axes.set_ylim(0)
     axes.set_xlabel("action of the schedule")
     axes.set_ylabel("live MiB" if unit == 2**20 else "live GiB")
-    axes.set_title(f"One training step: {timeline.title}")
+    line_too = "" if observed is None else f"; the line: {observed.title}"
+    axes.set_title(f"One training step, {timeline.title}{line_too}")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", frameon=False)
     return figure
 

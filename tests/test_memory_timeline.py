@@ -8,6 +8,7 @@ import pickle
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -106,9 +107,7 @@ def test_a_snapshot_has_the_bytes_of_the_timeline_at_every_point(timeline: Memor
 @pytest.mark.parametrize("observed", [False, True])
 def test_torch_reads_the_snapshot(observed: bool, tmp_path: Path) -> None:
     plan, case = tightest(plan_for("tiny", "graph")), case_of("tiny")
-    timeline = (
-        rehearse(plan, case.model, case.sample).timeline if observed else MemoryTimeline.of(plan)
-    )
+    timeline = rehearse(plan, case.model, case.sample).timeline if observed else MemoryTimeline.of(plan)
     timeline.save_snapshot(tmp_path / "step.pickle")
     with (tmp_path / "step.pickle").open("rb") as file:
         snapshot = pickle.load(file)
@@ -130,12 +129,14 @@ def test_the_figure_stacks_to_the_total_and_shows_budget_and_observed() -> None:
     timeline = MemoryTimeline.of(plan)
     seen = rehearse(plan, case.model, case.sample).timeline
     (axes,) = timeline.figure(seen).axes
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    legend = axes.get_legend()
+    assert legend is not None
+    labels = [text.get_text() for text in legend.get_texts()]
     assert labels == [*timeline.by_category, "rehearsed without data", "budget"]
-    highest = max(path.vertices[:, 1].max() for c in axes.collections for path in c.get_paths())
+    highest = max(np.asarray(path.vertices)[:, 1].max() for c in axes.collections for path in c.get_paths())
     assert highest == pytest.approx(plan.predicted_peak / 2**20)
     budget = next(line for line in axes.lines if line.get_label() == "budget")
-    assert budget.get_ydata()[0] == plan.memory_budget / 2**20
+    assert np.asarray(budget.get_ydata())[0] == plan.memory_budget / 2**20
 
 
 def test_figures_of_two_schedules_are_not_mixed() -> None:

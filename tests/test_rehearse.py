@@ -18,11 +18,11 @@ from scheduler.capture.loss import find_loss
 from scheduler.capture.state import preserved
 from scheduler.schedule import Backward, Checkpoint, Forward, Keep
 from tests.helpers import smallest
-from tests.models import SEVEN, Case
+from tests.models import SEVEN, Block, Case
 from tests.steps import case_of, plan_for, replan, restored, scheduled, state, thinnest, tightest
 
 # Kernels of the CPU that take scratch space of their own, which nobody sees without data.
-SCRATCH = ("convolution", "conv2d", "native_batch_norm_backward", "batch_norm")
+SCRATCH = ("convolution", "conv2d", "native_batch_norm_backward", "batch_norm", "scaled_dot_product")
 
 
 def at(plan: Plan, share: float) -> Plan:
@@ -45,7 +45,9 @@ def measured(plan: Plan, case: Case) -> int:
         step()
     with preserved(case.model):
         constants = getattr(planned.__dict__[_RUNNER].executor.capture, "constants", {})
-        return measure_peak(step, resident=[case.model, case.args, case.kwargs, list(constants.values())]).peak
+        return measure_peak(
+            step, resident=[case.model, case.args, case.kwargs, list(constants.values())]
+        ).peak
 
 
 def reserve(plan: Plan) -> int:
@@ -100,7 +102,7 @@ def test_the_model_is_left_as_it_is(capture: str, real: bool) -> None:
     with restored(case.model) as model:
         planned = execute(plan, model)
         case(planned).sum().backward()  # with gradients, and buffers that have moved
-        before, runs = state(model), [block.runs for block in model if hasattr(block, "runs")]
+        before, runs = state(model), [block.runs for block in model.modules() if isinstance(block, Block)]
         tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
         rehearse(plan, planned, case.sample, real=real)
         after = state(model)
@@ -109,8 +111,10 @@ def test_the_model_is_left_as_it_is(capture: str, real: bool) -> None:
         now = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
         assert all(a is b for a, b in zip(tensors, now, strict=True))
         if not real:
-            assert runs == [block.runs for block in model if hasattr(block, "runs")]
-        assert planned.__dict__[_RUNNER].executor is None or planned.__dict__[_RUNNER].executor.observe is None
+            assert runs == [block.runs for block in model.modules() if isinstance(block, Block)]
+        assert (
+            planned.__dict__[_RUNNER].executor is None or planned.__dict__[_RUNNER].executor.observe is None
+        )
 
 
 def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
