@@ -105,8 +105,7 @@ class LiveBytes(TorchDispatchMode):
         for key, storage in given.items():
             if key in self._known and self._known[key][2] != storage.nbytes():
                 self._resized(key, storage.nbytes())
-        if self.live > self.peak:
-            self.peak = self.live
+        self.peak = max(self.peak, self.live)
         return result
 
     def _follow(self, storage: Any, device: str) -> None:
