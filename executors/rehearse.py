@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import gc
 import inspect
 import io
@@ -14,22 +12,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils import _pytree as pytree
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from executors.planned import _RUNNER, execute
 from scheduler.budget import format_bytes
 from scheduler.capture.eager import as_eager
+from scheduler.capture.fake import fake_call, fake_model
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.loss import find_loss
 from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.sample import Call, canonical_call, read_sample, unplanned
 from scheduler.capture.state import preserved
+from scheduler.capture.target import Device, Target
 from scheduler.costs.live import LiveBytes
 from scheduler.costs.peak import cpu_events
 from scheduler.costs.resident import resident_parts, storage_bytes
-from scheduler.memory_timeline import Block, MemoryTimeline, Point, in_words
+from scheduler.device import DeviceSpec
+from scheduler.memory_timeline import Block, MemoryTimeline, Point, category_of, in_words
 from scheduler.plan import Plan
 from scheduler.schedule import Backward, Forward, Free, Timeline
 
@@ -159,7 +159,8 @@ def rehearse(plan: Plan, model: nn.Module, sample: Any, *, real: bool = False) -
         model: the model of the plan; left as it is. Without ``real`` its parameters may be fake.
         sample: as for ``solve``; its values do not matter unless ``real``.
         real: run the step on the model's device with its data, twice (the first is a warm-up), and measure: on the
-            CPU every allocation, on CUDA the caching allocator's counters at every op.
+            CPU every allocation, on CUDA the caching allocator's counters at every op. Where there are gradients,
+            zeros stand in for them, which takes their bytes once more.
 
     Returns:
         the Rehearsal: the peak in the terms of ``plan.predicted_peak``, and each action's bytes beside the referee's.
@@ -169,17 +170,19 @@ def rehearse(plan: Plan, model: nn.Module, sample: Any, *, real: bool = False) -
         RuntimeError: ``real``, on the CPU, while an autograd profiler is running. Without ``real``: the model's code
             asks for the value of a tensor, which none has.
     """
-    planned = execute(plan, model)  # refuses what does not go together
+    if not isinstance(plan, Plan):
+        raise TypeError(f"rehearse: plan is a {type(plan).__name__}, expected a Plan")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"rehearse: model is a {type(model).__name__}, expected a torch.nn.Module")
     model = unplanned(model)
     args, kwargs = read_sample(sample)
     call = canonical_call(inspect.signature(model.forward), args, kwargs)
-    planned.__dict__[_RUNNER].want.check(call, f"rehearse: {type(model).__name__}")
     notes = _Notes(plan)
     torch.clear_autocast_cache()
     collecting = gc.isenabled()
     gc.disable()  # or tensors of long ago are let go of in the middle of the count
     try:
-        return _real(plan, model, planned, call, notes) if real else _faked(plan, model, call, notes)
+        return _real(plan, model, call, notes) if real else _faked(plan, model, call, notes)
     finally:
         torch.clear_autocast_cache()
         if collecting:
@@ -261,65 +264,45 @@ def _observed(planned: nn.Module, notes: _Notes) -> Iterator[None]:
 
 
 def _faked(plan: Plan, model: nn.Module, call: Call, notes: _Notes) -> Rehearsal:
-    live = LiveBytes(plan.capture.device, only=plan.capture.device, record=True)
-    mode = next((p.fake_mode for p in model.parameters() if isinstance(p, FakeTensor)), None)
-    mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
-    capture = _capture_of(plan, model, call)
-    twin = _twin(model, mode)
-    call = pytree.tree_map_only(Tensor, functools.partial(_without_data, mode), call)
+    device = plan.capture.device
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    twin = fake_model(model, mode, device)
     planned = execute(plan, twin)
+    call = fake_call(call, mode, device)
     runner = planned.__dict__[_RUNNER]
-    if isinstance(capture, GraphCapture):
-        constants = {name: _without_data(mode, value) for name, value in capture.constants.items()}
-        capture = replace(capture, constants=constants)
-    runner.executor = runner._executor(capture, planned)
-    resident = _resident(plan, twin, call, capture)
+    runner.want.check(call, f"rehearse: {type(model).__name__}")
+    live = LiveBytes(_rules(plan).type, only=device, record=True)
     notes.now, notes.number = lambda: len(live.events), live.number
     # The user's code, which a capture of modules runs, must not take another way for fake tensors.
-    with as_eager(planned), mode, live, _observed(planned, notes), torch.enable_grad():
-        held = _step(planned, call, notes)
+    with as_eager(planned), mode, torch.enable_grad():
+        capture = _capture_of(plan, model, planned, call)
+        if isinstance(capture, GraphCapture):
+            capture = replace(capture, constants=fake_call(capture.constants, mode, device))
+        runner.executor = runner._executor(capture, planned)
+        resident = _resident(plan, twin, call, capture)
+        with live, _observed(planned, notes):
+            held = _step(planned, call, notes)
     grads = {live.number(p.grad) for p in twin.parameters() if p.grad is not None}
     changes = [_Change(_op(event.label), event.change, event.storage) for event in live.events]
     del held
     return _told(plan, False, resident, changes, notes, grads)
 
 
-def _without_data(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
-    """A fake tensor like this one."""
-    if isinstance(tensor, FakeTensor):
-        return tensor
-    if tensor.device.type == "meta":
-        with mode:
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-    else:
-        fake = mode.from_tensor(tensor.detach())
-    return fake.requires_grad_(tensor.requires_grad)
+def _capture_of(plan: Plan, model: nn.Module, planned: nn.Module, call: Call) -> GraphCapture | ModuleCapture:
+    """The plan's capture; made again, without data, for a plan that was loaded or another model."""
+    live = plan.live[0] if plan.live is not None else None
+    if live is not None and live._modules is model._modules and live._parameters is model._parameters:
+        return plan.live[1]
+    return planned.__dict__[_RUNNER]._capture_again(planned, call)
 
 
-def _twin(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy of the model whose tensors have no data; gradients are there where the model has them."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        fake = nn.Parameter(_without_data(mode, parameter.detach()), requires_grad=parameter.requires_grad)
-        if parameter.grad is not None:
-            with mode:
-                fake.grad = torch.empty_like(fake)
-        memo[id(parameter)] = fake
-    for module in model.modules():
-        for value in (*module._buffers.values(), *vars(module).values()):
-            if isinstance(value, Tensor) and id(value) not in memo:
-                memo[id(value)] = _without_data(mode, value)
-    return copy.deepcopy(model, memo)
-
-
-def _capture_of(plan: Plan, model: nn.Module, call: Call) -> GraphCapture | ModuleCapture:
-    """The plan's capture; made again for a plan that was loaded, or another model."""
-    planned = execute(plan, model)
-    runner = planned.__dict__[_RUNNER]
-    if runner.executor is not None:
-        return runner.executor.capture
-    with preserved(model):
-        return runner._capture_again(planned, call)
+def _rules(plan: Plan) -> Device:
+    """Whose allocator's rules the plan's bytes follow."""
+    target = plan.capture.target
+    if not target:
+        return torch.device(plan.capture.device)
+    known = target in DeviceSpec.names()
+    return Target(DeviceSpec.of(target) if known else replace(DeviceSpec.of("H200"), name=target))
 
 
 def _op(label: str) -> str:
@@ -331,8 +314,10 @@ def _op(label: str) -> str:
 # ---- for real ----------------------------------------------------------------------------------------
 
 
-def _real(plan: Plan, model: nn.Module, planned: nn.Module, call: Call, notes: _Notes) -> Rehearsal:
+def _real(plan: Plan, model: nn.Module, call: Call, notes: _Notes) -> Rehearsal:
     device = torch.device(plan.capture.device)
+    planned = execute(plan, model)
+    planned.__dict__[_RUNNER].want.check(call, f"rehearse: {type(model).__name__}")
 
     def step() -> Any:
         with torch.enable_grad():
@@ -441,16 +426,14 @@ def _measured_cuda(step: Callable[[], Any], notes: _Notes) -> list[_Change]:
 def _resident(
     plan: Plan, model: nn.Module, call: Call, capture: GraphCapture | ModuleCapture
 ) -> dict[str, int]:
-    """What is live during the whole step; the optimizer's state is the plan's."""
-    device = torch.device(plan.capture.device)
+    """What is live during the whole step; the state of the optimizer and workspaces of libraries are the plan's."""
+    device = _rules(plan)
     parts = resident_parts(model, call, device)
-    parts["optimizer state"] = plan.resident.get("optimizer state", 0)
+    for part in ("optimizer state", "workspaces"):
+        parts[part] = plan.resident.get(part, 0)
     if isinstance(capture, GraphCapture):
         parts["constants"] = storage_bytes(capture.constants.values(), device)
     return {name: size for name, size in parts.items() if size}
-
-
-_CATEGORY = {"existing gradients": "gradients", "constants": "constants and replay state"}
 
 
 def _told(
@@ -462,7 +445,7 @@ def _told(
     points = [Point(0, "before the step")]
     points += [Point(action, change.label) for action, change in zip(actions, changes, strict=True)]
     end = len(points)
-    blocks = [Block(name, _CATEGORY.get(name, name), size, 0, end) for name, size in resident.items()]
+    blocks = [Block(name, category_of(name), size, 0, end) for name, size in resident.items()]
     for label, size, begin, gone, storage in _spans(changes):
         category = "transient"
         if storage in grads and storage >= 0:

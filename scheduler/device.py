@@ -106,7 +106,9 @@ class DeviceSpec:
         return known[device.lower()]
 
 
-def _nvidia(name: str, gigabytes: int, bandwidth: float, workspace: int = CUBLAS_WORKSPACE, **tera: float) -> DeviceSpec:
+def _nvidia(
+    name: str, gigabytes: int, bandwidth: float, workspace: int = CUBLAS_WORKSPACE, **tera: float
+) -> DeviceSpec:
     """A card by the figures of its data sheet: GB, GB/s, and TFLOP/s by dtype."""
     return DeviceSpec(
         name,

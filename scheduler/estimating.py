@@ -128,7 +128,9 @@ def estimate(
     call = read_sample(sample)
     batch = _batch(call)
     if limit is not None and not batch:
-        raise ValueError("estimate: the sample has no tensor with a batch dimension, so no batch can be searched for")
+        raise ValueError(
+            "estimate: the sample has no tensor with a batch dimension, so no batch can be searched for"
+        )
 
     def at(call: Any, *, options: bool = True) -> tuple[Priced, dict[str, int]]:
         request = checked(model, 2**62, call, "optimal", {}, "auto", "roofline", optimizer, spec, None)
@@ -221,7 +223,9 @@ def _collapsed(path: str) -> str:
 
 def _batch(call: Any) -> int:
     """The size of dimension 0 that most tensors share; 0 if there is none."""
-    sizes = Counter(t.shape[0] for t in pytree.tree_leaves(call) if isinstance(t, Tensor) and t.ndim and t.shape[0])
+    sizes = Counter(
+        t.shape[0] for t in pytree.tree_leaves(call) if isinstance(t, Tensor) and t.ndim and t.shape[0]
+    )
     return sizes.most_common(1)[0][0] if sizes else 0
 
 

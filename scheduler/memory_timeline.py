@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from scheduler.plan import Plan
     from scheduler.schedule import Action
 
-__all__ = ["CATEGORIES", "Block", "MemoryTimeline", "Point", "in_words"]
+__all__ = ["CATEGORIES", "Block", "MemoryTimeline", "Point", "category_of", "in_words"]
 
 FORMAT = 1
 _COLORS = {
@@ -41,7 +41,6 @@ _COLORS = {
     "transient": "0.8",
 }
 CATEGORIES = tuple(_COLORS)
-_RESIDENT = {"existing gradients": "gradients"}  # parts of Plan.resident that are called otherwise here
 _WORDS = {
     Forward: "run stage {} without keeping",
     Checkpoint: "run stage {}, holding its input",
@@ -201,6 +200,13 @@ def in_words(action: Action) -> str:
     return _WORDS[type(action)].format(*(getattr(action, name) for name in action.__slots__))
 
 
+def category_of(part: str) -> str:
+    """The category of a part of ``Plan.resident``."""
+    if part in CATEGORIES:
+        return part
+    return "gradients" if part == "existing gradients" else "constants and replay state"
+
+
 # ---- predicted ---------------------------------------------------------------------------------------
 
 
@@ -238,7 +244,7 @@ def _predicted(plan: Plan) -> MemoryTimeline:
     count = len(stages)
     ledger = _Ledger()
     for part, size in plan.resident.items():
-        ledger.put(part, _RESIDENT.get(part, part), size, part)
+        ledger.put(part, category_of(part), size, part)
     ledger.put("fixed", "constants and replay state", chain.fixed - ledger.total)
     grads = carried = 0
     working: int | None = None

@@ -211,6 +211,19 @@ def test_a_loaded_plan_is_rehearsed_on_a_model_without_weights() -> None:
     assert rehearse(loaded, empty, case.sample).peak == wanted
 
 
+@pytest.mark.parametrize("capture", ["graph", "modules"])
+def test_a_plan_for_a_device_that_is_not_there_is_rehearsed_by_its_rules(capture: str) -> None:
+    case = case_of("gpt2")
+    with torch.device("meta"):
+        empty = type(case.model)(case.model.config).train()
+    batch = {name: value.to("meta") for name, value in case.kwargs.items()}
+    plan = tightest(solve(empty, "8GiB", sample=batch, capture=capture, device="H200"))
+    seen = rehearse(plan, empty, batch)
+    assert 0 <= plan.predicted_peak - seen.peak <= 0.01 * plan.predicted_peak + reserve(plan)
+    assert seen.resident["workspaces"] == plan.resident["workspaces"] > 0
+    assert all(block.size % 512 == 0 for block in seen.timeline.blocks if block.begin)
+
+
 def test_existing_gradients_and_optimizer_state_count() -> None:
     case = case_of("gpt2")
     model = copy.deepcopy(case.model)

@@ -88,7 +88,11 @@ def capture_dry(
             "run one after the other"
         ) from error
     reason = "the blocks given" if not isinstance(how, str) else blocks.reason
-    return blocks, f"{reason}; {UNTRIED}" + (f"; not as a graph, since {refused}" if refused else ""), own_loss
+    return (
+        blocks,
+        f"{reason}; {UNTRIED}" + (f"; not as a graph, since {refused}" if refused else ""),
+        own_loss,
+    )
 
 
 def _dry_step(model: nn.Module, call: Call) -> tuple[bool, tuple[str, ...]]:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from scheduler.capture.sample import Call
 from scheduler.capture.fake import Watch
+from scheduler.capture.sample import Call
 from scheduler.capture.state import RandomState, model_device
 from scheduler.capture.target import Device, Target
 from scheduler.errors import CaptureError

@@ -18,13 +18,13 @@ from scheduler.capture.loss import find_loss
 from scheduler.capture.recompute import packs_of
 from scheduler.capture.sample import Call
 from scheduler.capture.state import CPU_RANDOM_STATE
+from scheduler.capture.target import Device
 from scheduler.chain import Chain, Option, Stage
 from scheduler.costs.measure import Enter, OptionCost, StageCost, StageRun, fresh_grads, measure_stage
 from scheduler.costs.options import measure_options
 from scheduler.costs.peak import allocated
 from scheduler.costs.resident import storage_bytes
 from scheduler.costs.roofline import estimate_run
-from scheduler.capture.target import Device
 
 __all__ = ["gradients_at_hand", "graph_chain", "measure_graph", "parameter_grads"]
 

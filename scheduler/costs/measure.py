@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scheduler.costs.peak import allocated, count_bytes
 from scheduler.capture.target import Device, Target
+from scheduler.costs.peak import allocated, count_bytes
 
 __all__ = ["OptionCost", "StageCost", "StageRun", "fresh_grads", "measure_stage"]
 
@@ -170,9 +170,7 @@ def _never(_: Any) -> Tensor:
     raise RuntimeError("a dropped saved tensor was asked for while measuring")
 
 
-def measure_stage(
-    stage: StageRun, device: Device, *, repeats: int = 5, clock: bool = True
-) -> StageCost:
+def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: bool = True) -> StageCost:
     """Run a stage a few times and count.
 
     Args:

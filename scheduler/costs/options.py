@@ -19,10 +19,10 @@ from torch import Tensor, fx
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.recompute import Rebuild, compile_rebuilds, divisible, packs_of, stage_values
 from scheduler.capture.state import RandomState
+from scheduler.capture.target import Device, Target
 from scheduler.costs.measure import OptionCost, StageRun, _never, _root, _Sink, _unowned, _wait, as_leaf
 from scheduler.costs.peak import allocated, count_bytes
 from scheduler.costs.roofline import Tally, device_rates
-from scheduler.capture.target import Device, Target
 from scheduler.options import choices
 
 __all__ = ["measure_options"]

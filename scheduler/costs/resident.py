@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from scheduler.costs.peak import allocated
 from scheduler.capture.target import Device, Target, lies_on
+from scheduler.costs.peak import allocated
 
 __all__ = ["optimizer_bytes", "resident_parts", "storage_bytes"]
 
@@ -99,7 +99,12 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> 
     for state in stand_in.state.values():
         for leaf in pytree.tree_leaves(state):
             # Optimizers keep their counts of steps, of no dimension, on the host.
-            counts = isinstance(device, Target) and device.type != "cpu" and isinstance(leaf, Tensor) and not leaf.ndim
+            counts = (
+                isinstance(device, Target)
+                and device.type != "cpu"
+                and isinstance(leaf, Tensor)
+                and not leaf.ndim
+            )
             if isinstance(leaf, Tensor) and lies_on(leaf, device) and not counts:
                 total += allocated(leaf.untyped_storage().nbytes(), device)
     return total

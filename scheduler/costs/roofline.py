@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from scheduler.capture.graph_capture import GraphCapture
-from scheduler.costs.measure import StageCost, StageRun, _Seed, as_leaf
 from scheduler.capture.target import Device, Target
+from scheduler.costs.measure import StageCost, StageRun, _Seed, as_leaf
 from scheduler.device import DeviceSpec
 
 __all__ = ["Rates", "Tally", "device_rates", "estimate_run", "roofline_graph"]
@@ -42,7 +42,11 @@ class Rates:
     __slots__ = ("bandwidth", "by_dtype", "flops", "launch")
 
     def __init__(
-        self, flops: float, bandwidth: float, launch: float, by_dtype: Mapping[torch.dtype, float] | None = None
+        self,
+        flops: float,
+        bandwidth: float,
+        launch: float,
+        by_dtype: Mapping[torch.dtype, float] | None = None,
     ) -> None:
         self.flops, self.bandwidth, self.launch = flops, bandwidth, launch
         self.by_dtype = dict(by_dtype or {})
