@@ -274,10 +274,12 @@ def _faked(plan: Plan, model: nn.Module, call: Call, notes: _Notes) -> Rehearsal
     live = LiveBytes(_rules(plan).type, only=device, record=True)
     notes.now, notes.number = lambda: len(live.events), live.number
     # The user's code, which a capture of modules runs, must not take another way for fake tensors.
+    with as_eager(twin), mode:
+        capture = _capture_of(plan, model, twin, call)
     with as_eager(planned), mode, torch.enable_grad():
-        capture = _capture_of(plan, model, planned, call)
         if isinstance(capture, GraphCapture):
             capture = replace(capture, constants=fake_call(capture.constants, mode, device))
+        capture = replace(capture, device=torch.device(_rules(plan).type))
         runner.executor = runner._executor(capture, planned)
         resident = _resident(plan, twin, call, capture)
         with live, _observed(planned, notes):
@@ -288,11 +290,12 @@ def _faked(plan: Plan, model: nn.Module, call: Call, notes: _Notes) -> Rehearsal
     return _told(plan, False, resident, changes, notes, grads)
 
 
-def _capture_of(plan: Plan, model: nn.Module, planned: nn.Module, call: Call) -> GraphCapture | ModuleCapture:
+def _capture_of(plan: Plan, model: nn.Module, twin: nn.Module, call: Call) -> GraphCapture | ModuleCapture:
     """The plan's capture; made again, without data, for a plan that was loaded or another model."""
     live = plan.live[0] if plan.live is not None else None
     if live is not None and live._modules is model._modules and live._parameters is model._parameters:
         return plan.live[1]
+    planned = execute(plan, twin)
     return planned.__dict__[_RUNNER]._capture_again(planned, call)
 
 
