@@ -17,6 +17,7 @@ NAMES = (
     "overheads",
     "step_peaks",
     "peak_accuracy",
+    "timeline",
     "persistence",
     "cuts",
     "milp_bound",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from executors.replay import Step
+from executors.replay import Observer, Step
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.recompute import Rebuild, compile_rebuilds
 from scheduler.capture.stages import GraphStage, Source
@@ -25,12 +25,20 @@ class GraphExecutor:
         capture: the captured model.
         program: the replay program, for as many stages as the capture has.
         model: whose parameters and buffers are read at every step.
+        observe: is told where each step is.
     """
 
-    def __init__(self, capture: GraphCapture, program: ReplayProgram, model: nn.Module) -> None:
+    def __init__(
+        self,
+        capture: GraphCapture,
+        program: ReplayProgram,
+        model: nn.Module,
+        observe: Observer | None = None,
+    ) -> None:
         self.capture = capture
         self.program = program
         self.device = capture.device
+        self.observe = observe
         self.stages = capture.stages
         self.random = capture.random
         self.constants = capture.constants
@@ -82,6 +90,8 @@ class GraphExecutor:
         carried: dict[str, Tensor] = {}
         boundary: tuple[Tensor, ...] = ()
         for k, stage in enumerate(self.stages):
+            if step.observe is not None:
+                step.observe("first", k)
             option = self.program.kept[k]
             if option != 0:
                 step.before_first_run(k, boundary)
@@ -93,6 +103,7 @@ class GraphExecutor:
                 results = stage.function(*arguments)
             del arguments
             torch.clear_autocast_cache()  # or casts of weights would stay until the forward is over
+            step.watch(k, results)
             boundary = next_boundary(stage, boundary, results)
             for name, index in zip(stage.carried, stage.carried_from, strict=True):
                 carried[name] = results[index]
@@ -126,7 +137,7 @@ class GraphStep(Step):
     """One step of a GraphExecutor."""
 
     def __init__(self, executor: GraphExecutor, flat_inputs: list[Any]) -> None:
-        super().__init__(executor.program, executor.device, executor.random)
+        super().__init__(executor.program, executor.device, executor.random, executor.observe)
         self.executor = executor
         self.inputs = flat_inputs
         self.carried: dict[str, Tensor] = {}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from executors.graph import locate
-from executors.replay import ReplayError, Step
+from executors.replay import Observer, ReplayError, Step
 from scheduler.capture.module_capture import ModuleCapture, intercepted, tensor_leaves
 from scheduler.program import ReplayProgram
 
@@ -26,14 +26,21 @@ class ModuleExecutor:
         program: the replay program, for as many stages as the capture has.
         model: whose submodules are run.
         plain: the plain forward.
+        observe: is told where each step is.
     """
 
     def __init__(
-        self, capture: ModuleCapture, program: ReplayProgram, model: nn.Module, plain: Callable[..., Any]
+        self,
+        capture: ModuleCapture,
+        program: ReplayProgram,
+        model: nn.Module,
+        plain: Callable[..., Any],
+        observe: Observer | None = None,
     ) -> None:
         self.capture = capture
         self.program = program
         self.device = capture.device
+        self.observe = observe
         self.plain = plain
         self.modules = [model.get_submodule(block.name) for block in capture.blocks]
         self.parameters = [
@@ -51,6 +58,8 @@ class ModuleExecutor:
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model's own forward with the blocks intercepted; gives its output."""
         step = ModuleStep(self)
+        if self.observe is not None:
+            self.observe("first", 0)
         with self.lock, intercepted([(m, step.wrapper(i)) for i, m in enumerate(self.modules)]):
             output = self.plain(*args, **kwargs)
         if step.ran != len(self.modules):
@@ -69,7 +78,7 @@ class ModuleStep(Step):
         capture = executor.capture
         # Which blocks draw random numbers may depend on data: note the state before each.
         random = [index is not None for index in capture.stages]
-        super().__init__(executor.program, executor.device, random)
+        super().__init__(executor.program, executor.device, random, executor.observe)
         self.executor = executor
         self.ran = 0
         # (output leaf, tensor, version) of the block before, while the next is awaited
@@ -97,11 +106,17 @@ class ModuleStep(Step):
                     )
                 self.ran += 1
                 boundary = self._enter(index, args, kwargs)
+                if self.observe is not None:
+                    self.watch(block.stage - 1, boundary)
+                    self.observe("first", block.stage)
                 if self.program.kept[block.stage] is not None:
                     result = forward(*args, **kwargs)
                 else:
                     result = self._drop(index, forward, boundary, args, kwargs)
                 self.outputs = [(output, t, t._version) for output, t in tensor_leaves(result)]
+                if self.observe is not None:
+                    self.watch(block.stage, [t for _, t, _ in self.outputs])
+                    self.observe("first", block.stage + 1)
                 return result
 
             return intercept

@@ -27,17 +27,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from executors.handles import Handle, Held, Thinned
 from scheduler.capture.recompute import Rebuild
 from scheduler.capture.state import RandomState, autocast_contexts, autocast_state
 from scheduler.program import ReplayProgram
 from scheduler.schedule import Backward, Checkpoint, Forward, Free, Keep
 
-__all__ = ["ReplayError", "Step"]
+__all__ = ["Observer", "ReplayError", "Step"]
+
+
+class Observer(Protocol):
+    """Is told where a step is; see ``Step.observe``."""
+
+    def __call__(self, what: str, where: int, tensors: Sequence[Tensor] = ()) -> None:
+        """Something begins.
+
+        Args:
+            what: "first", the first run of stage ``where``; "replay", the action ``where`` of the replay program;
+                "again", a rebuild of stage ``where`` that the program does not have; "backward", the reversal of
+                stage ``where``, or what is left of it after a replay; "held", boundary ``where`` is held from here on.
+            tensors: of the boundary that is held.
+        """
 
 
 class ReplayError(RuntimeError):
@@ -46,61 +61,6 @@ class ReplayError(RuntimeError):
 
 class _Stop(Exception):
     """Raised by the pack hook when the last handle is filled (rule 2)."""
-
-
-class Handle:
-    """Stands in autograd's graph for a dropped saved tensor (rules 1 and 3)."""
-
-    __slots__ = ("index", "stage", "step")
-
-    def __init__(self, step: Step, stage: int, index: int) -> None:
-        self.step, self.stage, self.index = step, stage, index
-        step.handles[stage] += 1
-
-    def __del__(self) -> None:
-        step = self.step
-        step.handles[self.stage] -= 1
-        if not step.handles[self.stage] and not step.sweeping:
-            step.stage_is_done(self.stage)
-
-
-class Held:
-    """A saved tensor that lives on anyway, with the version that autograd saw (rule 7)."""
-
-    __slots__ = ("tensor", "version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        # A non-leaf is detached, for a node must not own its own output.
-        self.tensor = tensor if tensor.is_leaf else tensor.detach()
-        self.version = tensor._version
-
-
-class Thinned:
-    """A stage kept with an option, until all that it dropped is made again (rule 5).
-
-    Attributes:
-        parts: what is still to be run, by the index of each saved tensor that it makes.
-        sources: kept packs that the parts read.
-        boundary: of the stage.
-    """
-
-    __slots__ = ("boundary", "parts", "sources")
-
-    def __init__(self, parts: Sequence[Rebuild], boundary: tuple[Tensor, ...]) -> None:
-        self.parts = {index: part for part in parts for index in part.dropped}
-        self.sources: dict[int, Held] = {}
-        self.boundary = boundary
-
-    def reads(self) -> set[int]:
-        """The packs that the parts still to be run read."""
-        return {index for part in set(self.parts.values()) for index, _ in part.sources}
-
-    def ran(self, part: Rebuild) -> None:
-        """Let go of what only this part read."""
-        for index in part.dropped:
-            del self.parts[index]
-        for index in self.sources.keys() - self.reads():
-            del self.sources[index]
 
 
 class Step:
@@ -115,13 +75,21 @@ class Step:
         thinned: stage kept with an option -> how to rebuild what it dropped.
         rerunnable: stage -> whether what its re-run needs is still held.
         shapes: stage -> index -> (shape, dtype) of a dropped saved tensor, or None if packed by reference.
+        observe: is told where the step is; None, as in training, costs nothing.
     """
 
-    def __init__(self, program: ReplayProgram, device: torch.device, random: Sequence[bool]) -> None:
+    def __init__(
+        self,
+        program: ReplayProgram,
+        device: torch.device,
+        random: Sequence[bool],
+        observe: Observer | None = None,
+    ) -> None:
         stages = len(program.kept)
         self.program = program
         self.device = device
         self.random = random
+        self.observe = observe
         self.draws = any(random)
         self.boundaries: dict[int, tuple[Tensor, ...]] = {}
         self.versions: dict[int, tuple[int, ...]] = {}
@@ -132,7 +100,7 @@ class Step:
         self.thinned: dict[int, Thinned] = {}
         self.shapes: list[list[tuple[torch.Size, torch.dtype] | None]] = [[] for _ in range(stages)]
         self.states: dict[int, RandomState] = {}
-        self.lasting: set[int] = set()  # addresses of storages that are packed by reference
+        self.lasting: set[int] = set()  # identities of storages that are packed by reference
         self.sweeping = True
         self.position = 0  # in program.replay
         self.working: tuple[int, tuple[Tensor, ...]] | None = None
@@ -168,6 +136,8 @@ class Step:
         """Hold on to a boundary."""
         self.boundaries[boundary] = tuple(t.detach() for t in tensors)
         self.versions[boundary] = tuple(t._version for t in tensors)
+        if self.observe is not None:
+            self.observe("held", boundary, tensors)
 
     def before_first_run(self, stage: int, boundary: tuple[Tensor, ...]) -> None:
         """Note what a later re-run of the stage needs: its boundary, its random numbers."""
@@ -176,6 +146,14 @@ class Step:
             self.hold(stage, boundary)
         if self.random[stage]:
             self.states[stage] = RandomState(self.device)
+
+    def watch(self, stage: int, results: Sequence[Tensor]) -> None:
+        """Tell the observer that the backward of the stage begins, when the gradients of its results arrive."""
+        observe = self.observe
+        if observe is not None:
+            for tensor in results:
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda _: observe("backward", stage))
 
     def dropping(
         self, stage: int, parts: Sequence[Rebuild] | None = None
@@ -191,7 +169,7 @@ class Step:
 
         def pack(tensor: Tensor) -> Handle | Held:
             index = len(shapes)
-            if (dropped is None or index in dropped) and tensor.untyped_storage().data_ptr() not in lasting:
+            if (dropped is None or index in dropped) and tensor.untyped_storage()._cdata not in lasting:
                 shapes.append((tensor.shape, tensor.dtype))
                 return Handle(self, stage, index)
             shapes.append(None)
@@ -204,7 +182,7 @@ class Step:
 
     def last(self, tensors: Sequence[Tensor]) -> None:
         """These storages live on through the step: saved tensors among them are packed by reference."""
-        self.lasting.update(t.untyped_storage().data_ptr() for t in tensors)
+        self.lasting.update(t.untyped_storage()._cdata for t in tensors)
 
     def sweep_is_over(self) -> None:
         """The forward is done; from here on handles that die release what was held for them."""
@@ -270,6 +248,8 @@ class Step:
                     if self.position >= self.program.backward_at[stage]:
                         self.position, self.working = 0, None
                 if self.position <= self.program.backward_at[stage] and self._follow(stage):
+                    if self.observe is not None:
+                        self.observe("backward", stage)
                     if index not in self.filled[stage] and stage in self.thinned:
                         self._recompute(stage, index)
                     if index in self.filled[stage]:
@@ -278,12 +258,16 @@ class Step:
         finally:
             if generators is not None:
                 generators.restore()
+            if self.observe is not None:
+                self.observe("backward", stage)
 
     def _follow(self, stage: int) -> bool:
         """Run the program's actions up to the backward of ``stage``; False if something it needs is gone."""
         replay, target = self.program.replay, self.program.backward_at[stage]
         while self.position < target:
             action = replay[self.position]
+            if self.observe is not None:
+                self.observe("replay", self.position)
             if isinstance(action, Backward):
                 self.filled[action.stage].clear()
                 self.thinned.pop(action.stage, None)
@@ -334,6 +318,8 @@ class Step:
                 f"stage {stage}: no boundary before it is held any more; an earlier backward released it. "
                 "Pass retain_graph=True to that backward"
             )
+        if self.observe is not None:
+            self.observe("again", stage)
         for between in range(start, stage):
             current = self._advance(between, current)
         self._rebuild(stage, current, wanted=False)

@@ -24,25 +24,26 @@ def has_data(tensors: Iterable[Any]) -> bool:
     )
 
 
-def _faked(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
-    """A fake tensor on the CPU of the same shape, strides and dtype; a Parameter for a Parameter."""
+def _faked(tensor: Tensor, mode: FakeTensorMode, device: str) -> Tensor:
+    """A fake tensor of the same shape, strides and dtype; a Parameter for a Parameter."""
     with mode, torch.no_grad():
         storage_size = tensor.untyped_storage().nbytes() // tensor.element_size()
-        whole = torch.empty(storage_size, dtype=tensor.dtype, device="cpu")
+        whole = torch.empty(storage_size, dtype=tensor.dtype, device=device)
         fake = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).detach()
     if isinstance(tensor, nn.Parameter):
         result: Tensor = nn.Parameter(fake, requires_grad=tensor.requires_grad)
         if tensor.grad is not None:
-            result.grad = _faked(tensor.grad, mode)
+            result.grad = _faked(tensor.grad, mode, device)
         return result
     return fake.requires_grad_(tensor.requires_grad)
 
 
-def fake_model(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy of ``model`` whose parameters, buffers and other tensors are fake, on the CPU. It takes no memory.
+def fake_model(model: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> nn.Module:
+    """A copy of ``model`` whose parameters, buffers and other tensors are fake. It takes no memory.
 
     Args:
         model: real, fake or on meta; left as it is.
+        device: that the fake tensors are said to lie on.
 
     Raises:
         CaptureError: the model cannot be copied; says why.
@@ -51,7 +52,7 @@ def fake_model(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     for module in model.modules():
         for tensor in pytree.tree_leaves(vars(module)):
             if isinstance(tensor, Tensor) and id(tensor) not in memo:
-                memo[id(tensor)] = _faked(tensor, mode)
+                memo[id(tensor)] = _faked(tensor, mode, device)
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:  # whatever the model's own attributes raise when they are copied
@@ -61,13 +62,13 @@ def fake_model(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
         ) from error
 
 
-def fake_call(call: Any, mode: FakeTensorMode) -> Any:
-    """The arguments of a call with fake tensors on the CPU in place of the tensors in it."""
+def fake_call(call: Any, mode: FakeTensorMode, device: str = "cpu") -> Any:
+    """The arguments of a call with fake tensors in place of the tensors in it."""
     memo: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
         if id(tensor) not in memo:
-            memo[id(tensor)] = _faked(tensor, mode)
+            memo[id(tensor)] = _faked(tensor, mode, device)
         return memo[id(tensor)]
 
     return pytree.tree_map_only(Tensor, fake, call)

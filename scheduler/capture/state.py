@@ -36,8 +36,8 @@ class RandomState:
         self.device = device
         self.on_device: torch.Tensor | None = None
         self.faked = detect_fake_mode() is not None
-        if self.faked:
-            self.cpu = torch.empty(CPU_RANDOM_STATE, dtype=torch.uint8, device="cpu")
+        if self.faked:  # the CPU's state takes nothing of another device
+            self.cpu = torch.empty(CPU_RANDOM_STATE if device.type == "cpu" else 0, dtype=torch.uint8)
             return
         self.cpu = torch.get_rng_state()
         self.on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None

@@ -72,6 +72,12 @@ class LiveBytes(TorchDispatchMode):
         if self.record:
             self.events.append(Event(label, 0, self.live, -1))
 
+    def number(self, tensor: Tensor) -> int | None:
+        """The number of a tensor's storage in the events; None if it was made before, or elsewhere."""
+        storage = _storage(tensor)
+        known = None if storage is None else self._known.get(storage._cdata)
+        return None if known is None else known[3]
+
     def restart(self) -> int:
         """Give the peak so far, and begin a new one at what is live now."""
         peak, self.peak = self.peak, self.live

@@ -20,7 +20,7 @@ from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_lega
 from scheduler.capture.target import Device, Target
 from scheduler.costs.live import LiveBytes, rounded
 
-__all__ = ["Counted", "allocated", "count_bytes"]
+__all__ = ["Counted", "allocated", "count_bytes", "cpu_events"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +84,7 @@ def _count_cuda(fn: Callable[[Callable[[], None]], Any], device: torch.device) -
 def _count_cpu(fn: Callable[[Callable[[], None]], Any]) -> Counted:
     # A mark is an allocation of a size that nothing else asks for, so that it stands in the one stream
     # of events at its place.
-    if torch._C._autograd._profiler_enabled():
-        raise RuntimeError(
-            "measuring CPU memory needs torch's profiler, and one is running already; measure outside of it"
-        )
     marker = 1_000_003
-    config = ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
     count = 0
 
     def mark() -> None:
@@ -97,17 +92,14 @@ def _count_cpu(fn: Callable[[Callable[[], None]], Any]) -> Counted:
         count += 1
         torch.empty(marker, dtype=torch.uint8)
 
-    _enable_profiler_legacy(config)
-    try:
-        result = fn(mark)
-    finally:
-        threads = _disable_profiler_legacy()
-    sizes = [e.cpu_memory_usage() for events in threads for e in events if str(e.kind()) == "memory_alloc"]
+    result, events = cpu_events(lambda: fn(mark))
     live = highest = 0
     marks: list[int] = []
     peaks: list[int] = []
     skip = False
-    for size in sizes:
+    for kind, _, size in events:
+        if kind != "memory_alloc":
+            continue
         if skip:  # the release of the marker
             skip = False
             continue
@@ -123,6 +115,29 @@ def _count_cpu(fn: Callable[[Callable[[], None]], Any]) -> Counted:
     if len(marks) != count:
         raise RuntimeError("measuring CPU memory: another allocation of the marker's size got in the way")
     return Counted(max(0, *peaks), live, tuple(marks), tuple(peaks), result)
+
+
+def cpu_events(fn: Callable[[], Any]) -> tuple[Any, list[tuple[str, str, int]]]:
+    """Run ``fn()`` under the autograd profiler with memory events.
+
+    Returns:
+        its result; (kind, name, bytes) of each event in order. A "push" opens what is named (an op, or a
+        ``record_function``) and a "pop" closes it; a "memory_alloc" is an allocation, or, negative, a release.
+
+    Raises:
+        RuntimeError: an autograd profiler is active already.
+    """
+    if torch._C._autograd._profiler_enabled():
+        raise RuntimeError(
+            "measuring CPU memory needs torch's profiler, and one is running already; measure outside of it"
+        )
+    config = ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
+    _enable_profiler_legacy(config)
+    try:
+        result = fn()
+    finally:
+        threads = _disable_profiler_legacy()
+    return result, [(str(e.kind()), e.name(), e.cpu_memory_usage()) for events in threads for e in events]
 
 
 def _count_fake(fn: Callable[[Callable[[], None]], Any], target: Target) -> Counted:

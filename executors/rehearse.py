@@ -1,0 +1,516 @@
+"""``rehearse``: one step by a plan, watched: on tensors without data, or for real."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from executors.planned import _RUNNER, execute
+from scheduler.budget import format_bytes
+from scheduler.capture.eager import as_eager
+from scheduler.capture.fake import fake_call, fake_model
+from scheduler.capture.graph_capture import GraphCapture
+from scheduler.capture.loss import find_loss
+from scheduler.capture.module_capture import ModuleCapture
+from scheduler.capture.sample import Call, canonical_call, read_sample, unplanned
+from scheduler.capture.state import preserved
+from scheduler.capture.target import Device, Target
+from scheduler.costs.live import LiveBytes
+from scheduler.costs.peak import cpu_events
+from scheduler.costs.resident import resident_parts, storage_bytes
+from scheduler.device import DeviceSpec
+from scheduler.memory_timeline import Block, MemoryTimeline, Point, category_of, in_words
+from scheduler.plan import Plan
+from scheduler.schedule import Backward, Forward, Free, Timeline
+
+__all__ = ["Difference", "Rehearsal", "rehearse"]
+
+TELLING = 0.01  # share of the peak by which predicted and observed bytes may differ unmentioned
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One action of the schedule: the most bytes live while it ran, predicted and observed.
+
+    Attributes:
+        action: its index in the schedule.
+        predicted: by the referee, bytes.
+        observed: bytes; None if nothing came or went while it ran.
+        op: the op at which the most bytes were seen.
+    """
+
+    action: int
+    predicted: int
+    observed: int | None
+    op: str
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What ``rehearse`` saw. Print it for the table.
+
+    Attributes:
+        plan: what was followed.
+        real: whether on tensors with data.
+        resident: bytes live during the whole step, by what they consist of.
+        timeline: the live bytes observed over the step.
+        rows: one for each action of the schedule.
+    """
+
+    plan: Plan
+    real: bool
+    resident: dict[str, int]
+    timeline: MemoryTimeline
+    rows: tuple[Difference, ...]
+
+    @property
+    def peak(self) -> int:
+        """The most bytes live at once, what is live during the whole step included."""
+        return self.timeline.peak
+
+    @property
+    def predicted(self) -> Timeline:
+        """What the referee says."""
+        return self.plan.timeline
+
+    @property
+    def differences(self) -> tuple[Difference, ...]:
+        """The actions where predicted and observed bytes differ by more than 1 % of the peak."""
+        limit = TELLING * self.plan.predicted_peak
+        return tuple(r for r in self.rows if r.observed is not None and abs(r.observed - r.predicted) > limit)
+
+    def table(self) -> str:
+        """Per action what was predicted and observed; then where and by how much the two differ."""
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("#", justify="right")
+        table.add_column("action", no_wrap=True)
+        for heading in ("predicted", "observed", "difference"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("most at", overflow="ellipsis", no_wrap=True, max_width=44)
+        peak = self.plan.predicted_peak
+        for row in self.rows:
+            seen = "" if row.observed is None else format_bytes(row.observed)
+            off = "" if row.observed is None else f"{(row.observed - row.predicted) / peak:+.2%}"
+            words = self.timeline.actions[row.action]
+            table.add_row(str(row.action), words, format_bytes(row.predicted), seen, off, row.op)
+        out = io.StringIO()
+        console = Console(file=out, width=130, highlight=False, markup=False, emoji=False, color_system=None)
+        console.print(table)
+        lines = [line.rstrip() for line in out.getvalue().strip("\n").splitlines()]
+        kind = "measured" if self.real else "rehearsed without data"
+        lines += [
+            "",
+            (
+                f"peak: predicted {format_bytes(peak)}, {kind} {format_bytes(self.peak)} "
+                f"({self.peak / peak - 1:+.2%}); budget {format_bytes(self.plan.memory_budget)}"
+            ),
+        ]
+        aside = self.plan.chain.fixed - sum(self.resident.values())
+        if aside > TELLING * peak:
+            lines.append(
+                f"of it {format_bytes(aside)} are set aside for the whole step, for generator states and small "
+                "tensors that come and go"
+            )
+        lines += [self._told(row) for row in self.differences]
+        if not self.real:
+            lines.append(
+                "temporaries inside kernels are not seen without data; rehearse(..., real=True) measures them"
+            )
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _told(self, row: Difference) -> str:
+        assert row.observed is not None
+        action = self.plan.schedule.actions[row.action]
+        stage = action.boundary if isinstance(action, Free) else action.stage  # type: ignore[union-attr] # no copies
+        more = "more" if row.observed > row.predicted else "less"
+        name = self.plan.chain.stages[stage].name
+        return (
+            f"action {row.action}, {self.timeline.actions[row.action]} ({name}): "
+            f"{format_bytes(abs(row.observed - row.predicted))} {more} than predicted; most at {row.op}"
+        )
+
+
+def rehearse(plan: Plan, model: nn.Module, sample: Any, *, real: bool = False) -> Rehearsal:
+    """Run one step by ``plan``, by the code that trains, and watch its live bytes.
+
+    Without data (``real=False``) the step runs on fake tensors, on a copy of the model without weights: forward,
+    loss, backward, gradients into ``.grad``. Every storage that an op makes is followed from its making to its end;
+    scratch space inside kernels is not seen. The loss is found as ``solve`` finds it.
+
+    Args:
+        plan: from ``scheduler.solve`` or ``Plan.load``.
+        model: the model of the plan; left as it is. Without ``real`` its parameters may be fake.
+        sample: as for ``solve``; its values do not matter unless ``real``.
+        real: run the step on the model's device with its data, twice (the first is a warm-up), and measure: on the
+            CPU every allocation, on CUDA the caching allocator's counters at every op. Where there are gradients,
+            zeros stand in for them, which takes their bytes once more.
+
+    Returns:
+        the Rehearsal: the peak in the terms of ``plan.predicted_peak``, and each action's bytes beside the referee's.
+
+    Raises:
+        TypeError, PlanMismatch: as ``execute`` does; the sample is not the plan's.
+        RuntimeError: ``real``, on the CPU, while an autograd profiler is running. Without ``real``: the model's code
+            asks for the value of a tensor, which none has.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"rehearse: plan is a {type(plan).__name__}, expected a Plan")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"rehearse: model is a {type(model).__name__}, expected a torch.nn.Module")
+    model = unplanned(model)
+    args, kwargs = read_sample(sample)
+    call = canonical_call(inspect.signature(model.forward), args, kwargs)
+    notes = _Notes(plan)
+    torch.clear_autocast_cache()
+    collecting = gc.isenabled()
+    gc.disable()  # or tensors of long ago are let go of in the middle of the count
+    try:
+        return _real(plan, model, call, notes) if real else _faked(plan, model, call, notes)
+    finally:
+        torch.clear_autocast_cache()
+        if collecting:
+            gc.enable()
+
+
+# ---- where the step is -------------------------------------------------------------------------------
+
+
+@dataclass
+class _Notes:
+    """The observer of a rehearsed step: which action of the schedule begins at which event.
+
+    Attributes:
+        now: how many events there are so far.
+        begins: (events before it, action).
+        held: numbers of the storages that were held as boundaries.
+        number: of a tensor's storage.
+    """
+
+    plan: Plan
+    now: Callable[[], int] = lambda: 0
+    number: Callable[[Tensor], int | None] = lambda tensor: None
+    begins: list[tuple[int, int]] = field(default_factory=list)
+    held: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.split = len(self.plan.schedule) - len(self.plan.program.replay)
+        self.first: dict[int, int] = {}
+        for index, action in enumerate(self.plan.schedule.actions[: self.split]):
+            if not isinstance(action, Free):
+                self.first.setdefault(action.stage, index)  # type: ignore[union-attr] # no copies in a plan
+
+    def action(self, what: str, where: int) -> int:
+        """The index in the schedule of what the executor says."""
+        if what == "first":
+            return self.first[where]
+        return self.split + (where if what == "replay" else self.plan.program.backward_at[where])
+
+    def __call__(self, what: str, where: int, tensors: Sequence[Tensor] = ()) -> None:
+        """See ``executors.replay.Observer``."""
+        if what == "held":
+            numbers = (self.number(tensor) for tensor in tensors)
+            self.held.update(number for number in numbers if number is not None)
+        else:
+            self.begins.append((self.now(), self.action(what, where)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """Bytes that came or went: at an op, of a storage (-1 if not known which)."""
+
+    label: str
+    change: int
+    storage: int = -1
+
+
+def _step(planned: nn.Module, call: Call, notes: _Notes) -> Any:
+    """One training step; what the user holds afterwards."""
+    args, kwargs = call
+    output = planned(*args, **kwargs)
+    loss = find_loss(output)[0]
+    notes("backward", len(notes.plan.chain) - 1)
+    loss.backward()
+    return output, loss
+
+
+@contextmanager
+def _observed(planned: nn.Module, notes: _Notes) -> Iterator[None]:
+    executor = planned.__dict__[_RUNNER].executor
+    executor.observe = notes
+    try:
+        yield
+    finally:
+        executor.observe = None
+
+
+# ---- without data ------------------------------------------------------------------------------------
+
+
+def _faked(plan: Plan, model: nn.Module, call: Call, notes: _Notes) -> Rehearsal:
+    device = plan.capture.device
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    twin = fake_model(model, mode, device)
+    planned = execute(plan, twin)
+    call = fake_call(call, mode, device)
+    runner = planned.__dict__[_RUNNER]
+    runner.want.check(call, f"rehearse: {type(model).__name__}")
+    live = LiveBytes(_rules(plan).type, only=device, record=True)
+    notes.now, notes.number = lambda: len(live.events), live.number
+    # The user's code, which a capture of modules runs, must not take another way for fake tensors.
+    with as_eager(twin), mode:
+        capture = _capture_of(plan, model, twin, call)
+    with as_eager(planned), mode, torch.enable_grad():
+        if isinstance(capture, GraphCapture):
+            capture = replace(capture, constants=fake_call(capture.constants, mode, device))
+        capture = replace(capture, device=torch.device(_rules(plan).type))
+        runner.executor = runner._executor(capture, planned)
+        resident = _resident(plan, twin, call, capture)
+        with live, _observed(planned, notes):
+            held = _step(planned, call, notes)
+    grads = {live.number(p.grad) for p in twin.parameters() if p.grad is not None}
+    changes = [_Change(_op(event.label), event.change, event.storage) for event in live.events]
+    del held
+    return _told(plan, False, resident, changes, notes, grads)
+
+
+def _capture_of(plan: Plan, model: nn.Module, twin: nn.Module, call: Call) -> GraphCapture | ModuleCapture:
+    """The plan's capture; made again, without data, for a plan that was loaded or another model."""
+    live = plan.live[0] if plan.live is not None else None
+    if live is not None and live._modules is model._modules and live._parameters is model._parameters:
+        return plan.live[1]
+    planned = execute(plan, twin)
+    return planned.__dict__[_RUNNER]._capture_again(planned, call)
+
+
+def _rules(plan: Plan) -> Device:
+    """Whose allocator's rules the plan's bytes follow."""
+    target = plan.capture.target
+    if not target:
+        return torch.device(plan.capture.device)
+    known = target in DeviceSpec.names()
+    return Target(DeviceSpec.of(target) if known else replace(DeviceSpec.of("H200"), name=target))
+
+
+def _op(label: str) -> str:
+    """``aten.mm.default`` as the profiler names it."""
+    name, _, overload = label.rpartition(".")
+    return (name if overload == "default" else label).replace("aten.", "aten::", 1)
+
+
+# ---- for real ----------------------------------------------------------------------------------------
+
+
+def _real(plan: Plan, model: nn.Module, call: Call, notes: _Notes) -> Rehearsal:
+    device = torch.device(plan.capture.device)
+    planned = execute(plan, model)
+    planned.__dict__[_RUNNER].want.check(call, f"rehearse: {type(model).__name__}")
+
+    def step() -> Any:
+        with torch.enable_grad():
+            return _step(planned, call, notes)
+
+    def fresh(existing: frozenset[nn.Parameter]) -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter in existing else None
+
+    with preserved(model) as existing:
+        fresh(existing)
+        step()
+        fresh(existing)
+        notes.begins.clear()
+        torch.clear_autocast_cache()  # inside the caller's autocast the warm-up's casts would be there already
+        resident = _resident(plan, model, call, planned.__dict__[_RUNNER].executor.capture)
+        with _observed(planned, notes):
+            measure = _measured_cuda if device.type == "cuda" else _measured_cpu
+            changes = measure(step, notes)
+    return _told(plan, True, resident, changes, notes, set())
+
+
+def _measured_cpu(step: Callable[[], Any], notes: _Notes) -> list[_Change]:
+    """Every allocation of torch's CPU allocator, and the op that asked for it."""
+    marker = "rematplan: action "
+    count = 0
+
+    def now() -> int:
+        # The profiler's events are there when all is over: a range without content stands for the place.
+        nonlocal count
+        with torch.profiler.record_function(f"{marker}{count}"):
+            count += 1
+        return count - 1
+
+    notes.now = now
+    held, events = cpu_events(step)
+    del held
+    changes: list[_Change] = []
+    places: list[int] = []
+    open_: list[str] = []
+    for kind, name, size in events:
+        if kind == "push":
+            open_.append(name)
+            if name.startswith(marker):
+                places.append(len(changes))
+        elif kind == "pop":
+            if open_:
+                open_.pop()
+        elif kind == "memory_alloc":
+            op = next(
+                (each for each in open_ if each.startswith("aten::")), open_[-1] if open_ else "between ops"
+            )
+            changes.append(_Change(op, size))
+    notes.begins = [(places[index], action) for index, action in notes.begins]
+    return changes
+
+
+class _Counters(TorchDispatchMode):
+    """Reads the CUDA caching allocator's counters after every op."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        self.changes: list[_Change] = []
+        self.last = torch.cuda.memory_allocated(device)
+
+    def read(self, label: str) -> None:
+        """Note what came and went since the last reading."""
+        highest, now = torch.cuda.max_memory_allocated(self.device), torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        for change in (highest - self.last, now - highest):
+            if change:
+                self.changes.append(_Change(label or "between ops", change))
+        self.last = now
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one op and read."""
+        result = func(*args, **(kwargs or {}))
+        self.read(_op(str(func)))
+        return result
+
+
+def _measured_cuda(step: Callable[[], Any], notes: _Notes) -> list[_Change]:
+    """The caching allocator's counters between ops, their peaks included."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    counters = _Counters(device)
+
+    def now() -> int:
+        counters.read("")
+        return len(counters.changes)
+
+    notes.now = now
+    with counters:
+        held = step()
+    torch.cuda.synchronize(device)
+    counters.read("")
+    del held
+    return counters.changes
+
+
+# ---- what came of it ---------------------------------------------------------------------------------
+
+
+def _resident(
+    plan: Plan, model: nn.Module, call: Call, capture: GraphCapture | ModuleCapture
+) -> dict[str, int]:
+    """What is live during the whole step; the state of the optimizer and workspaces of libraries are the plan's."""
+    device = _rules(plan)
+    parts = resident_parts(model, call, device)
+    for part in ("optimizer state", "workspaces"):
+        parts[part] = plan.resident.get(part, 0)
+    if isinstance(capture, GraphCapture):
+        parts["constants"] = storage_bytes(capture.constants.values(), device)
+    return {name: size for name, size in parts.items() if size}
+
+
+def _told(
+    plan: Plan, real: bool, resident: dict[str, int], changes: list[_Change], notes: _Notes, grads: set[Any]
+) -> Rehearsal:
+    """The account of the changes, by action."""
+    actions = _actions(len(changes), notes.begins)
+    words = tuple(map(in_words, plan.schedule))
+    points = [Point(0, "before the step")]
+    points += [Point(action, change.label) for action, change in zip(actions, changes, strict=True)]
+    end = len(points)
+    blocks = [Block(name, category_of(name), size, 0, end) for name, size in resident.items()]
+    for label, size, begin, gone, storage in _spans(changes):
+        category = "transient"
+        if storage in grads and storage >= 0:
+            category = "gradients"
+        elif storage in notes.held:
+            category = "boundaries held"
+        elif gone == len(changes):
+            category = "carried values"
+        elif actions[gone] != actions[begin]:
+            reversing = isinstance(plan.schedule.actions[actions[begin]], Backward)
+            last_run = isinstance(plan.schedule.actions[actions[begin]], Forward)
+            category = "gradient at hand" if reversing else "transient" if last_run else "kept saved tensors"
+        blocks.append(Block(label, category, size, begin + 1, gone + 1))
+    title = "measured" if real else "rehearsed without data"
+    timeline = MemoryTimeline(title, plan.memory_budget, words, tuple(points), tuple(blocks))
+    most: dict[int, tuple[int, str]] = {}
+    for live, point, change in zip(timeline.live[1:], points[1:], changes, strict=True):
+        if point.action not in most or (change.change > 0 and live > most[point.action][0]):
+            most[point.action] = (live, point.label)
+    rows = []
+    for index, predicted in enumerate(plan.timeline.during):
+        observed, op = most.get(index, (None, ""))
+        rows.append(Difference(index, predicted, observed, op))
+    return Rehearsal(plan, real, resident, timeline, tuple(rows))
+
+
+def _actions(count: int, begins: list[tuple[int, int]]) -> list[int]:
+    """(changes,) the action of the schedule that each belongs to.
+
+    Autograd reverses a part of a stage, and only then asks for what was dropped: the actions that make it come
+    first in the schedule, so what was done before them counts with them.
+    """
+    actions = [0] * count
+    for (begin, action), (end, _) in zip(begins, [*begins[1:], (count, 0)], strict=True):
+        actions[begin:end] = [action] * (end - begin)
+    for index in range(count - 2, -1, -1):
+        actions[index] = min(actions[index], actions[index + 1])
+    return actions
+
+
+def _spans(changes: list[_Change]) -> list[tuple[str, int, int, int, int]]:
+    """(op, bytes, first change, change at which they are gone, storage) of bytes that came and went together.
+
+    Releases of storages that are not known are of the latest bytes of the same size, or else of the latest ones.
+    """
+    spans: list[tuple[str, int, int, int, int]] = []
+    there: list[list[Any]] = []  # op, bytes, first change, storage
+    for index, change in enumerate(changes):
+        if change.change > 0:
+            there.append([change.label, change.change, index, change.storage])
+            continue
+        left = -change.change
+        same = [e for e in there if e[3] == change.storage]
+        same.sort(key=lambda e: (e[1] == left, e[2]))
+        while left > 0 and same:
+            entry = same.pop()
+            taken = min(left, entry[1])
+            spans.append((entry[0], taken, entry[2], index, entry[3]))
+            entry[1] -= taken
+            left -= taken
+            if not entry[1]:
+                there = [e for e in there if e is not entry]
+        # What is left was there before the step and is let go of in it: a lazily made cache, for instance.
+    spans += [(e[0], e[1], e[2], len(changes), e[3]) for e in there]
+    return spans
