@@ -156,6 +156,16 @@ def graph_chain(
         kept = {pack.group for number, pack in packs if number not in dropped}
         return total((kept | set(linear.boundaries[k + 1])) - carried_keys - set(linear.boundaries[k]))
 
+    def unseen_bytes(k: int) -> int:
+        """What autograd keeps on real tensors and not on fake ones: kernels that are chosen by their data type."""
+        if k == count - 1 and not loss_is_output:  # the loss that stood in keeps the outputs
+            return 0
+        first = linear.cuts[k]
+        own = {
+            pack.group for pack in packs_of(graph, linear, k) if graph.groups[pack.group].producer >= first
+        }
+        return max(0, costs[k].kept - total(own) - SMALL_TENSORS)
+
     flows = _GradFlows(capture, costs, size)
     change, output_grad = _carried_changes(capture, size, saved_by, flows, loss_is_output)
     existing = {p for p in model.parameters() if p.grad is not None}
@@ -176,8 +186,9 @@ def graph_chain(
         # Keeping all is the first option.
         whole = OptionCost(frozenset(), 0.0, cost.keeping_peak, cost.backward_peak, "all")
         options = []
+        unseen = unseen_bytes(k)
         for each in (whole, *cost.options):
-            saved = saved_bytes(k, each.dropped)
+            saved = saved_bytes(k, each.dropped) + unseen
             keeping = max(0, each.keeping_peak - saved - carried)
             reversing = max(0, each.backward_peak - saved - gradients) + summed[k]
             options.append(Option(saved, each.recompute, keeping, reversing, each.name))

@@ -60,6 +60,7 @@ class StageCost:
         input_grads: (argument, storage, bytes) of the gradient that the backward leaves of each argument. It
             may be a view of a larger storage (of a concatenation's gradient), or share one with another.
         options: that keep less than all.
+        kept: bytes that are live once it has run forward and keeps them, and nobody holds its outputs.
         gap: share by which the seconds of an option may exceed the least for its bytes.
     """
 
@@ -72,6 +73,7 @@ class StageCost:
     lead: int | None = None
     input_grads: tuple[tuple[int, int, int], ...] = ()
     options: tuple[OptionCost, ...] = ()
+    kept: int = 0
     gap: float = 0.0
 
 
@@ -238,6 +240,7 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
         output_grads,
         lead,
         input_grads,
+        kept=kept.marks[0],
     )
 
 
