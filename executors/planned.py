@@ -15,12 +15,14 @@ from torch.utils import _pytree as pytree
 
 from executors.graph import GraphExecutor
 from executors.modules import ModuleExecutor
+from executors.watch import Watch, tightened
 from scheduler.budget import format_bytes, machine_bytes
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
 from scheduler.capture.module_capture import ModuleCapture, capture_modules
 from scheduler.capture.sample import Call, CallSignature, canonical_call, model_fingerprint
 from scheduler.capture.state import model_device, preserved
 from scheduler.capture.verify import difference, run_step
+from scheduler.costs.resident import storage_bytes
 from scheduler.errors import CaptureError, PlanMismatch
 from scheduler.plan import Plan
 
@@ -37,8 +39,10 @@ class _Runner:
     must come out the same. A plan that was made without data is then tried against a plain step.
     """
 
-    def __init__(self, plan: Plan, model: nn.Module, source: nn.Module) -> None:
+    def __init__(self, plan: Plan, model: nn.Module, source: nn.Module, watching: bool) -> None:
         self.plan = plan
+        self.watching = watching  # whether the next step is to be the first that is measured
+        self.watch: Watch | None = None
         self.signature = inspect.signature(source.forward)
         self.want = CallSignature(plan.capture.structure, plan.capture.leaves)
         self.evaluating = frozenset(plan.capture.evaluating)
@@ -66,7 +70,30 @@ class _Runner:
             if self.plan.capture.target:  # made without data: nothing of it was tried
                 self._try(model, call, functools.partial(_forward, executor, flat, call))
             self.executor = executor
-        return _forward(self.executor, flat, call)
+        if self.watching:
+            self._watch(model)
+        output = _forward(self.executor, flat, call)
+        if self.watch is not None:
+            self.watch.until_backward_ends(output)
+        return output
+
+    def _watch(self, model: nn.Module) -> None:
+        """Judge the step that was watched, if there is one; else watch the one that begins, if it is as planned."""
+        measured = None
+        if self.watch is not None:
+            measured, self.watch = self.watch.stop(), None
+        if measured is not None:
+            self.watching = False
+            tighter = tightened(self.plan, measured, type(model).__name__)
+            if tighter is not None and self.executor is not None:
+                self.plan = tighter
+                self.executor = self._executor(self.executor.capture, model)
+            return
+        device = model_device(model)
+        existing = storage_bytes((p.grad for p in model.parameters() if p.grad is not None), device)
+        profiled = device.type == "cpu" and torch._C._autograd._profiler_enabled()
+        if existing == self.plan.resident.get("existing gradients") and not profiled:
+            self.watch = Watch(device)
 
     def _try(self, model: nn.Module, call: Call, planned: Callable[[], Any]) -> None:
         """One step by the plan against one plain step, bit for bit; a warning where that would be too dear."""
@@ -173,7 +200,7 @@ def _shallow(model: nn.Module) -> nn.Module:
     return twin
 
 
-def execute(plan: Plan, model: nn.Module) -> nn.Module:
+def execute(plan: Plan, model: nn.Module, *, watch: bool | None = None) -> nn.Module:
     """A model that trains by ``plan``: same class by isinstance, same parameters, same ``state_dict``.
 
     A forward in train mode with grad enabled follows the plan. In eval mode, or under ``torch.no_grad``, the
@@ -183,6 +210,10 @@ def execute(plan: Plan, model: nn.Module) -> nn.Module:
     Args:
         plan: from ``scheduler.solve`` or ``Plan.load``.
         model: the model that the plan was made for, or one like it.
+        watch: whether the peak of the first step is measured, and judged when the next begins. If it is above the predicted one, a PeakWarning says by
+            how much; if it is over the budget, later steps follow a schedule that is tighter by the difference. Default:
+            on CUDA, where it costs nothing (the allocator's peak statistics are reset once). On the CPU it takes the
+            autograd profiler from that step's forward to the next one's.
 
     Returns:
         the planned model.
@@ -212,7 +243,8 @@ def execute(plan: Plan, model: nn.Module) -> nn.Module:
         )
     planned = _shallow(model)
     planned.__class__ = _planned_class(type(model))  # type: ignore[arg-type] # Module's __hash__ confuses mypy
-    planned.__dict__[_RUNNER] = _Runner(plan, planned, model)
+    watching = device.type == "cuda" if watch is None else watch
+    planned.__dict__[_RUNNER] = _Runner(plan, planned, model, watching)
     return planned
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CaptureError", "InfeasibleBudget", "PlanMismatch", "SearchLimit"]
+__all__ = ["CaptureError", "InfeasibleBudget", "PeakWarning", "PlanMismatch", "SearchLimit"]
 
 
 class InfeasibleBudget(ValueError):
@@ -39,3 +39,7 @@ class CaptureError(RuntimeError):
 
 class PlanMismatch(ValueError):
     """A plan was given to a model, or to inputs, other than those it was made for."""
+
+
+class PeakWarning(UserWarning):
+    """A planned step took more bytes than its plan predicted."""

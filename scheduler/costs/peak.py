@@ -20,7 +20,7 @@ from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_lega
 from scheduler.capture.target import Device, Target
 from scheduler.costs.live import LiveBytes, rounded
 
-__all__ = ["Counted", "allocated", "count_bytes", "cpu_events"]
+__all__ = ["Counted", "CpuEvents", "allocated", "count_bytes", "cpu_events"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,27 +117,41 @@ def _count_cpu(fn: Callable[[Callable[[], None]], Any]) -> Counted:
     return Counted(max(0, *peaks), live, tuple(marks), tuple(peaks), result)
 
 
-def cpu_events(fn: Callable[[], Any]) -> tuple[Any, list[tuple[str, str, int]]]:
-    """Run ``fn()`` under the autograd profiler with memory events.
-
-    Returns:
-        its result; (kind, name, bytes) of each event in order. A "push" opens what is named (an op, or a
-        ``record_function``) and a "pop" closes it; a "memory_alloc" is an allocation, or, negative, a release.
+class CpuEvents:
+    """Notes what torch's CPU allocator does from now on, by the autograd profiler with memory events.
 
     Raises:
         RuntimeError: an autograd profiler is active already.
     """
-    if torch._C._autograd._profiler_enabled():
-        raise RuntimeError(
-            "measuring CPU memory needs torch's profiler, and one is running already; measure outside of it"
+
+    def __init__(self) -> None:
+        if torch._C._autograd._profiler_enabled():
+            raise RuntimeError(
+                "measuring CPU memory needs torch's profiler, and one is running already; measure outside of it"
+            )
+        _enable_profiler_legacy(
+            ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
         )
-    config = ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
-    _enable_profiler_legacy(config)
+
+    def stop(self) -> list[tuple[str, str, int]]:
+        """Note no more.
+
+        Returns:
+            (kind, name, bytes) of each event in order. A "push" opens what is named (an op, or a ``record_function``)
+            and a "pop" closes it; a "memory_alloc" is an allocation, or, negative, a release.
+        """
+        threads = _disable_profiler_legacy()
+        return [(str(e.kind()), e.name(), e.cpu_memory_usage()) for events in threads for e in events]
+
+
+def cpu_events(fn: Callable[[], Any]) -> tuple[Any, list[tuple[str, str, int]]]:
+    """The result of ``fn()``, and its ``CpuEvents``."""
+    noting = CpuEvents()
     try:
         result = fn()
     finally:
-        threads = _disable_profiler_legacy()
-    return result, [(str(e.kind()), e.name(), e.cpu_memory_usage()) for events in threads for e in events]
+        events = noting.stop()
+    return result, events
 
 
 def _count_fake(fn: Callable[[Callable[[], None]], Any], target: Target) -> Counted:
