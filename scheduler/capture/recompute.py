@@ -252,6 +252,8 @@ class _Rerun:
             found += [self.producer(group), *self.changes[group]]
             if group in self.base:
                 found.append(self.position[self.base[group]])
+            else:  # no node is a view of it: a cast, say, that autocast cached for all ops which save it
+                found += [i for i, op in enumerate(self.ops) if any(pack.group == group for pack in op.packs)]
         return found
 
     def _closure(self, wanted: list[int]) -> set[int]:
