@@ -102,7 +102,8 @@ class GraphExecutor:
                 arguments = step.first_arguments(k, boundary, carried)
                 results = stage.function(*arguments)
             del arguments
-            torch.clear_autocast_cache()  # or casts of weights would stay until the forward is over
+            if self.capture.clearing:
+                torch.clear_autocast_cache()
             step.watch(k, results)
             boundary = next_boundary(stage, boundary, results)
             for name, index in zip(stage.carried, stage.carried_from, strict=True):

@@ -159,7 +159,7 @@ class _Runner:
         again = capture_graph(graph, plain, cuts=record.cuts)
         again.random, again.changed = list(record.random), list(record.changed)
         again.dropped = [tuple(map(frozenset, options)) for options in record.dropped]
-        again.rerun, again.gaps = list(record.rerun), list(record.gaps)
+        again.rerun, again.gaps, again.clearing = list(record.rerun), list(record.gaps), record.clearing
         return again
 
 

@@ -196,6 +196,35 @@ def test_values_that_are_changed_in_place_are_made_again_as_they_were() -> None:
             assert_equal(train(case, execute(plan, case.model)), plain)
 
 
+class Twice(nn.Module):
+    """One layer that is used twice, so that autocast casts its weight once for both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.layer(torch.sin(self.layer(x)))).float()
+
+
+def test_a_cast_that_several_ops_save_is_made_again() -> None:
+    torch.manual_seed(0)
+    batch = torch.randn(64, 32)
+    case = Case(nn.Sequential(*(Twice() for _ in range(4))).train(), batch, (batch,))
+
+    def autocast() -> torch.autocast:
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+
+    with autocast():
+        whole = solve(case.model, "1GiB", sample=batch, capture="graph")
+    assert max(len(stage.options) for stage in whole.chain.stages) > 2
+    with restored(case.model):
+        plain = train(case, case.model, context=autocast)
+    for plan in (thinnest(whole), *(random_options(whole, random.Random(seed)) for seed in range(4))):
+        with restored(case.model):
+            assert_equal(train(case, execute(plan, case.model), context=autocast), plain)
+
+
 def test_explain_marks_what_is_kept_and_what_runs_again() -> None:
     plan = plan_for("gpt2", "graph")
     stages = plan.chain.stages

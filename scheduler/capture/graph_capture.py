@@ -37,6 +37,9 @@ class GraphCapture:
         changed: (L,) names of the buffers that the stage changes.
         dropped: (L,) for each option of the stage, the packs (``recompute.py``) that it does not keep.
         rerun: (L,) for each option of the stage, the ops that run again, by their places in it.
+        clearing: whether what autocast has cached is let go of after each stage, or the casts of all weights would stay until
+            the forward is over. Gradients of a weight that several stages read are then summed in another order, so that
+            it is to be tried.
         gaps: (L,) share by which the seconds of an option may exceed the least for its bytes; 0 if proven.
         target: the device that costs are for, if it is not there: then nothing has data.
     """
@@ -53,6 +56,7 @@ class GraphCapture:
     dropped: list[tuple[frozenset[int], ...]] = field(default_factory=list)
     rerun: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
+    clearing: bool = False
     target: Target | None = None
 
     kind = "graph"
@@ -108,6 +112,8 @@ class GraphCapture:
                 visit(k, arguments)
             results = stage.function(*arguments)
             del arguments
+            if self.clearing:
+                torch.clear_autocast_cache()
             boundary = tuple(results[i] if i >= 0 else boundary[-1 - i] for i in stage.boundary_from)
             for name, index in zip(stage.carried, stage.carried_from, strict=True):
                 carried[name] = results[index]
@@ -138,6 +144,7 @@ class GraphCapture:
             "dropped": tuple(tuple(tuple(sorted(packs)) for packs in options) for options in self.dropped),
             "rerun": tuple(self.rerun),
             "gaps": tuple(self.gaps),
+            "clearing": self.clearing,
             "begins": self.linear.reasons,
             "left_out": tuple(self.linear.left_out.items()),
             "ops": tuple(op_rows(self.graph, self.linear, k, int) for k in range(len(self))),
