@@ -21,6 +21,7 @@ NAMES = (
     "milp_bound",
     "op_level_bound",
     "op_level",
+    "plan_without_hardware",
 )
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,10 +15,12 @@ from torch.utils import _pytree as pytree
 
 from executors.graph import GraphExecutor
 from executors.modules import ModuleExecutor
+from scheduler.budget import format_bytes, machine_bytes
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
 from scheduler.capture.module_capture import ModuleCapture, capture_modules
 from scheduler.capture.sample import Call, CallSignature, canonical_call, model_fingerprint
 from scheduler.capture.state import model_device, preserved
+from scheduler.capture.verify import difference, run_step
 from scheduler.errors import CaptureError, PlanMismatch
 from scheduler.plan import Plan
 
@@ -30,7 +34,7 @@ class _Runner:
 
     A capture made in this process is used as it is; for a plan that was loaded, or a model other than the
     one it was made with, the model is captured again at the first forward, on the inputs given there, and
-    must come out the same.
+    must come out the same. A plan that was made without data is then tried against a plain step.
     """
 
     def __init__(self, plan: Plan, model: nn.Module, source: nn.Module) -> None:
@@ -58,10 +62,30 @@ class _Runner:
         flat, spec = pytree.tree_flatten(call)
         self._check(model, call, flat, spec)
         if self.executor is None:
-            self.executor = self._executor(self._capture_again(model, call), model)
-        if isinstance(self.executor, GraphExecutor):
-            return self.executor.forward(flat)
-        return self.executor.forward(*call)
+            executor = self._executor(self._capture_again(model, call), model)
+            if self.plan.capture.target:  # made without data: nothing of it was tried
+                self._try(model, call, functools.partial(_forward, executor, flat, call))
+            self.executor = executor
+        return _forward(self.executor, flat, call)
+
+    def _try(self, model: nn.Module, call: Call, planned: Callable[[], Any]) -> None:
+        """One step by the plan against one plain step, bit for bit; a warning where that would be too dear."""
+        hindrance = _hindrance(self.plan, model)
+        if hindrance:
+            warnings.warn(
+                f"planned {type(model).__name__}: the plan was made without data, and it is not tried now whether it "
+                f"trains bit for bit like the plain model: {hindrance}",
+                stacklevel=4,
+            )
+            return
+        plain = _plain_copy(model)
+        want = run_step(plain, lambda: plain(*call[0], **call[1]), offload=True)
+        differs = difference(want, run_step(model, planned))
+        if differs is not None:
+            raise PlanMismatch(
+                f"planned {type(model).__name__}: the plan was made without data, and a step of it is not the plain "
+                f"step: {differs}; call solve() on the model with its data, without device="
+            )
 
     def _check(self, model: nn.Module, call: Call, flat: list[Any], spec: Any) -> None:
         """Refuse inputs and modes that the plan was not made for."""
@@ -110,6 +134,23 @@ class _Runner:
         again.dropped = [tuple(map(frozenset, options)) for options in record.dropped]
         again.rerun, again.gaps = list(record.rerun), list(record.gaps)
         return again
+
+
+def _forward(executor: GraphExecutor | ModuleExecutor, flat: list[Any], call: Call) -> Any:
+    if isinstance(executor, GraphExecutor):
+        return executor.forward(flat)
+    return executor.forward(*call)
+
+
+def _hindrance(plan: Plan, model: nn.Module) -> str | None:
+    """Why a plain step beside a planned one cannot be had for little; None if it can."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return "a backward of its own would get in the way of torch.distributed"
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters()):
+        return "its parameters have hooks, which would see gradients of a trial"
+    if plan.plain.peak > machine_bytes() / 2:
+        return f"the plain step takes {format_bytes(plan.plain.peak)}, more than half of the host's memory"
+    return None
 
 
 def _plain_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:

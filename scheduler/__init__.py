@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from scheduler.chain import Chain as Chain
 from scheduler.chain import Option as Option
 from scheduler.chain import Stage as Stage
+from scheduler.device import DeviceSpec as DeviceSpec
 from scheduler.errors import CaptureError as CaptureError
 from scheduler.errors import InfeasibleBudget as InfeasibleBudget
 from scheduler.errors import PlanMismatch as PlanMismatch
@@ -21,17 +22,20 @@ from scheduler.schedule import simulate as simulate
 from scheduler.solvers import solve_chain as solve_chain
 
 if TYPE_CHECKING:
+    from scheduler.estimating import estimate as estimate
     from scheduler.planning import solve as solve
 
 __all__ = [
     "CaptureError",
     "Chain",
+    "DeviceSpec",
     "InfeasibleBudget",
     "Option",
     "Plan",
     "PlanMismatch",
     "Schedule",
     "Stage",
+    "estimate",
     "simulate",
     "solve",
     "solve_chain",
@@ -43,4 +47,8 @@ def __getattr__(name: str) -> Any:
         from scheduler.planning import solve
 
         return solve
+    if name == "estimate":
+        from scheduler.estimating import estimate
+
+        return estimate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -45,6 +45,7 @@ class CaptureRecord:
         begins: (L - 1,) why each stage but the first begins where it does (empty for modules, and in old plans).
         left_out: (why, how many) gaps that are no cuts after all.
         evaluating: names of submodules that were in eval mode.
+        target: name of the device that was planned for without being there; "" for the one that held the model.
     """
 
     kind: str
@@ -65,6 +66,7 @@ class CaptureRecord:
     begins: tuple[Cut, ...] = ()
     left_out: tuple[tuple[str, int], ...] = ()
     evaluating: tuple[str, ...] = ()
+    target: str = ""
 
     def __post_init__(self) -> None:
         for name in ("cuts", "stages", "random", "gaps", "evaluating"):
@@ -288,6 +290,7 @@ class Plan:
                 f"predicted overhead {self.predicted_overhead:.1%} "
                 f"({self.timeline.seconds * 1e3:.1f} ms instead of {chain.plain_seconds * 1e3:.1f} ms); "
                 f"solver {self.solver}, costs {self.costs}"
+                + (f" of {self.capture.target}, which is not there" if self.capture.target else "")
             ),
             f"live all step: {parts}",
             f"captured as {self.capture.kind}: {self.capture.reason}",

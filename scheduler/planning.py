@@ -13,6 +13,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from scheduler.budget import format_bytes, free_machine_bytes, machine_bytes, parse_budget
+from scheduler.capture.dry import capture_dry, without_hardware
+from scheduler.capture.fake import has_data
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
 from scheduler.capture.module_capture import ModuleCapture, capture_modules
 from scheduler.capture.sample import (
@@ -25,17 +27,19 @@ from scheduler.capture.sample import (
     unplanned,
 )
 from scheduler.capture.state import model_device, preserved
+from scheduler.capture.target import Device, Target
 from scheduler.capture.verify import StepResult, difference, run_step
 from scheduler.chain import Chain
 from scheduler.costs.graph_chain import graph_chain, measure_graph
 from scheduler.costs.module_chain import module_chain
 from scheduler.costs.resident import optimizer_bytes, resident_parts
 from scheduler.costs.roofline import roofline_graph
+from scheduler.device import DeviceSpec
 from scheduler.errors import CaptureError, InfeasibleBudget
 from scheduler.plan import CaptureRecord, Plan
 from scheduler.solvers import checked_solver, solve_chain
 
-__all__ = ["solve"]
+__all__ = ["Priced", "Request", "checked", "priced", "solve"]
 
 COSTS = ("measure", "roofline")
 CAPTURES = ("auto", "graph", "modules")
@@ -44,18 +48,33 @@ Progress = Callable[[str], None]
 
 
 @dataclass(slots=True)
-class _Request:
+class Request:
     """The checked arguments of one solve()."""
 
     model: nn.Module
     budget: int
     call: Call
-    device: torch.device
+    device: Device
     solver: str
     capture: str | tuple[nn.Module, ...]
     costs: str
     optimizer_state: int
     progress: Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """A captured model with its costs.
+
+    Attributes:
+        reason: why it was captured so.
+        resident: the chain's fixed bytes, by what they consist of.
+    """
+
+    captured: Captured
+    reason: str
+    chain: Chain
+    resident: dict[str, int]
 
 
 def solve(
@@ -66,8 +85,9 @@ def solve(
     solver: str = "optimal",
     parameters: Mapping[str, Any] | None = None,
     capture: str | Iterable[nn.Module] = "auto",
-    costs: str = "measure",
+    costs: str | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    device: DeviceSpec | str | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Plan the training step of ``model`` so that it fits ``memory_budget``, at the least extra time.
@@ -76,7 +96,8 @@ def solve(
     as long as it lives: to plan it again, for another budget, takes less time and meets the same figures.
 
     Args:
-        model: in train mode, on one device. One that trains by a plan already is planned anew.
+        model: in train mode, on one device. One that trains by a plan already is planned anew. With ``device`` it may
+            be without data: on meta, or made under FakeTensorMode.
         memory_budget: peak device bytes of a whole training step: parameters, buffers, gradients, optimizer
             state if an optimizer is given, inputs, activations. An int, or text: "6GiB", "800MB", "75%" of the
             device's memory; "auto" is what is free (and what of the step is there already) less 5 % of the device's
@@ -88,7 +109,11 @@ def solve(
         capture: "graph" (torch.export), "modules" (blocks that run in order), "auto" (graph where it is
             exact, else modules), or the blocks themselves: a list of modules or an nn.Sequential.
         costs: "measure" (seconds by the clock) or "roofline" (from FLOPs and bytes); bytes are counted either way.
+            Default: "measure", and "roofline" with ``device``.
         optimizer: its state counts towards the budget.
+        device: plan for this device instead of the one that holds the model: a DeviceSpec, or the name of one that is
+            built in ("H100", "A100-80GB", ...). Nothing runs on data, and no memory is taken; so that the captured
+            graph is not tried against the plain step, and kernels' own scratch space is not counted.
         progress: called with a line of text at each step of the planning.
 
     Returns:
@@ -100,20 +125,40 @@ def solve(
         InfeasibleBudget: no schedule fits; carries the smallest budget that one fits.
     """
     model = unplanned(model)
-    request = _checked(
-        model, memory_budget, sample, solver, parameters or {}, capture, costs, optimizer, progress
+    request = checked(
+        model, memory_budget, sample, solver, parameters or {}, capture, costs, optimizer, device, progress
     )
-    resident = resident_parts(model, request.call, request.device)
+    if isinstance(request.device, Target):
+        with without_hardware(request.model, request.call) as (request.model, request.call):
+            return _plan(request, parameters or {})
+    return _plan(request, parameters or {})
+
+
+def priced(request: Request, *, options: bool = True) -> Priced:
+    """The model captured and its chain.
+
+    Args:
+        options: whether to look for options of stages that keep less than all.
+    """
+    resident = resident_parts(request.model, request.call, request.device)
     resident["optimizer state"] = request.optimizer_state
     captured, reason, own_loss = _captured(request)
     request.progress(f"pricing {len(captured)} stages")
-    chain = _priced(request, captured, sum(resident.values()), own_loss)
+    chain = _chain(request, captured, sum(resident.values()), own_loss, options)
     extra = chain.fixed - sum(resident.values())
     if extra:
         resident["constants and replay state"] = extra
+    return Priced(captured, reason, chain, resident)
+
+
+def _plan(request: Request, parameters: Mapping[str, Any]) -> Plan:
+    """The plan for checked arguments."""
+    model, solver = request.model, request.solver
+    found = priced(request)
+    captured, chain, resident = found.captured, found.chain, found.resident
     request.progress(f"solving for {format_bytes(request.budget)}")
     try:
-        schedule = solve_chain(chain, request.budget, solver, **(parameters or {}))
+        schedule = solve_chain(chain, request.budget, solver, **parameters)
     except InfeasibleBudget as error:
         parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in resident.items() if size)
         raise InfeasibleBudget(
@@ -126,12 +171,13 @@ def solve(
     signature = CallSignature.of(request.call)
     record = CaptureRecord(
         kind=captured.kind,
-        reason=reason,
-        device=request.device.type,
+        reason=found.reason,
+        device=model_device(model).type,
         structure=signature.structure,
         leaves=signature.leaves,
         model=model_fingerprint(model),
         evaluating=tuple(name for name, module in model.named_modules() if not module.training),
+        target=request.device.spec.name if isinstance(request.device, Target) else "",
         **captured.record(),
     )
     return Plan(
@@ -139,31 +185,35 @@ def solve(
         schedule,
         request.budget,
         solver,
-        costs,
+        request.costs,
         record,
         resident,
         torch.__version__,
-        live=(model, captured),
+        live=None if isinstance(request.device, Target) else (model, captured),
     )
 
 
-def _checked(
+def checked(
     model: nn.Module,
     memory_budget: int | str,
     sample: Any,
     solver: str,
     parameters: Mapping[str, Any],
     capture: str | Iterable[nn.Module],
-    costs: str,
+    costs: str | None,
     optimizer: torch.optim.Optimizer | None,
+    target: DeviceSpec | str | None,
     progress: Progress | None,
-) -> _Request:
+) -> Request:
     """Refuse what cannot be planned, before anything is changed."""
     reject_unusable(model)
-    device = model_device(model)
+    own = model_device(model)
+    device: Device = own if target is None else Target(DeviceSpec.of(target))
     budget = parse_budget(
         memory_budget, _device_bytes(device), lambda: _free_bytes(model, sample, optimizer, device)
     )
+    if costs is None:
+        costs = "measure" if target is None else "roofline"
     if not checked_solver("solve", solver, parameters).executable:
         raise ValueError(
             f"solve: solver={solver!r} makes schedules that executors cannot follow; use it on chains "
@@ -177,17 +227,27 @@ def _checked(
         )
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"solve: optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+    if isinstance(device, Target) and costs == "measure":
+        raise ValueError(
+            f"solve: costs='measure' needs the device, and device={device.spec.name!r} describes one that need not be "
+            "there; leave costs out, or pass costs='roofline'"
+        )
     args, kwargs = read_sample(sample)
+    if target is None and not has_data([*model.parameters(), *pytree.tree_leaves((args, kwargs))]):
+        raise ValueError(
+            "solve: the model or the sample has no data (it is on meta, or fake); pass device=, the device to plan for: "
+            f"a scheduler.DeviceSpec or one of {', '.join(DeviceSpec.names())}"
+        )
     try:
         call = canonical_call(inspect.signature(model.forward), args, kwargs)
     except TypeError as error:
         raise ValueError(f"solve: the sample does not fit {type(model).__name__}.forward: {error}") from error
     for leaf in pytree.tree_leaves(call):
-        if isinstance(leaf, torch.Tensor) and leaf.device.type != device.type:
+        if target is None and isinstance(leaf, torch.Tensor) and leaf.device.type != own.type:
             raise ValueError(
-                f"solve: a tensor of the sample lies on {leaf.device}, the model on {device}; move the sample there"
+                f"solve: a tensor of the sample lies on {leaf.device}, the model on {own}; move the sample there"
             )
-    return _Request(
+    return Request(
         model,
         budget,
         call,
@@ -200,16 +260,20 @@ def _checked(
     )
 
 
-def _device_bytes(device: torch.device) -> int:
+def _device_bytes(device: Device) -> int:
+    if isinstance(device, Target):
+        return device.spec.memory
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return machine_bytes()
 
 
 def _free_bytes(
-    model: nn.Module, sample: Any, optimizer: torch.optim.Optimizer | None, device: torch.device
+    model: nn.Module, sample: Any, optimizer: torch.optim.Optimizer | None, device: Device
 ) -> int:
     """What a step may take: memory that is free, and what of a step is there already."""
+    if isinstance(device, Target):
+        return device.spec.memory
     there = sum(resident_parts(model, sample, device).values())
     if optimizer is not None and optimizer.state:
         there += optimizer_bytes(optimizer, device)
@@ -219,7 +283,7 @@ def _free_bytes(
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) + there
 
 
-def _plain_step(request: _Request) -> StepResult:
+def _plain_step(request: Request) -> StepResult:
     """One plain step on the sample, saved tensors offloaded where the device is not the host."""
     model, (args, kwargs) = request.model, request.call
     try:
@@ -232,8 +296,10 @@ def _plain_step(request: _Request) -> StepResult:
     return run_step(model, lambda: model(*args, **kwargs), offload=True)
 
 
-def _captured(request: _Request) -> tuple[Captured, str, bool]:
+def _captured(request: Request) -> tuple[Captured, str, bool]:
     """The capture, why it was chosen, and whether the model returns its own loss."""
+    if isinstance(request.device, Target):
+        return capture_dry(request.model, request.call, request.capture, request.device, request.progress)
     request.progress("running one plain step")
     plain = _plain_step(request)
     how = request.capture
@@ -263,7 +329,7 @@ def _captured(request: _Request) -> tuple[Captured, str, bool]:
     return blocks, reason + (f"; not as a graph, since {refused}" if refused else ""), plain.own_loss
 
 
-def _exact_graph(request: _Request, plain: StepResult) -> GraphCapture:
+def _exact_graph(request: Request, plain: StepResult) -> GraphCapture:
     """The op graph, once it has been seen to train like the plain model.
 
     Raises:
@@ -293,7 +359,7 @@ def _exact_graph(request: _Request, plain: StepResult) -> GraphCapture:
     raise CaptureError(f"{refused}{why}") from refused
 
 
-def _priced(request: _Request, captured: Captured, resident: int, own_loss: bool) -> Chain:
+def _chain(request: Request, captured: Captured, resident: int, own_loss: bool, options: bool) -> Chain:
     """The captured model as a chain."""
     model, call = request.model, request.call
     name = type(model).__name__
@@ -302,7 +368,7 @@ def _priced(request: _Request, captured: Captured, resident: int, own_loss: bool
         with preserved(model):
             return module_chain(captured, model, call, resident=resident, clock=clock, name=name)
     with preserved(model) as existing:
-        costs = measure_graph(captured, model, call, existing=existing, clock=clock)
-    if not clock:
+        costs = measure_graph(captured, model, call, existing=existing, clock=clock, options=options)
+    if not clock and captured.target is None:
         costs = roofline_graph(captured, costs)
     return graph_chain(captured, model, costs, resident=resident, loss_is_output=own_loss, name=name)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from scheduler.capture.sample import Call
@@ -252,7 +252,9 @@ def analyse(module: fx.GraphModule, call: Call) -> OpGraph:
     flat, _ = pytree.tree_flatten(call)
     if len(flat) != len(placeholders):
         raise CaptureError(f"the graph takes {len(placeholders)} inputs, the call has {len(flat)}")
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    tensors = [*flat, *module.parameters(), *module.buffers()]
+    known = next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None)
+    fake = FakeTensorMode(allow_non_fake_inputs=True) if known is None else known
     memo: dict[int, torch.Tensor] = {}
     env: dict[fx.Node, Any] = {}
     groups: dict[int, Group] = {}
@@ -263,7 +265,7 @@ def analyse(module: fx.GraphModule, call: Call) -> OpGraph:
     saved_now: list[torch.Tensor] = []
 
     def faked(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
             return value
         if id(value) not in memo:
             memo[id(value)] = fake.from_tensor(value)

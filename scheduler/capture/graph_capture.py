@@ -13,12 +13,14 @@ from torch.utils import _pytree as pytree
 
 from scheduler.capture.composite import in_parts
 from scheduler.capture.eager import as_eager
+from scheduler.capture.fake import Watch
 from scheduler.capture.graph import OpGraph, export_graph, resolve
 from scheduler.capture.linearize import Linear, linearize
 from scheduler.capture.recompute import op_rows
 from scheduler.capture.sample import Call
 from scheduler.capture.stages import GraphStage, Source, compile_stages
 from scheduler.capture.state import RandomState, model_device
+from scheduler.capture.target import Device, Target
 from scheduler.errors import CaptureError
 
 __all__ = ["GraphCapture", "capture_graph", "op_graphs"]
@@ -36,6 +38,7 @@ class GraphCapture:
         dropped: (L,) for each option of the stage, the packs (``recompute.py``) that it does not keep.
         rerun: (L,) for each option of the stage, the ops that run again, by their places in it.
         gaps: (L,) share by which the seconds of an option may exceed the least for its bytes; 0 if proven.
+        target: the device that costs are for, if it is not there: then nothing has data.
     """
 
     graph: OpGraph
@@ -50,8 +53,14 @@ class GraphCapture:
     dropped: list[tuple[frozenset[int], ...]] = field(default_factory=list)
     rerun: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
+    target: Target | None = None
 
     kind = "graph"
+
+    @property
+    def place(self) -> Device:
+        """What costs are for: the device that is planned for without being there, or the one at hand."""
+        return self.device if self.target is None else self.target
 
     def __len__(self) -> int:
         return len(self.stages)
@@ -137,32 +146,38 @@ class GraphCapture:
     def observe(self, model: nn.Module, call: Call) -> None:
         """Run the stages once without grad: which draw random numbers, which change buffers.
 
-        The caller restores the model's state.
+        Without data it goes by the ops' tags and schemas. The caller restores the model's state.
 
         Raises:
             CaptureError: a stage reads a buffer that another one changes.
         """
         self.random, self.changed = [], []
         before: dict[str, Any] = {}
+        watch = Watch()
 
         def note() -> None:
             if not before:
                 return
-            self.random.append(before["random"].differs())
-            self.changed.append(
-                tuple(name for name, (buffer, value) in before["buffers"].items() if not _same(buffer, value))
-            )
+            buffers = before["buffers"].items()
+            if self.target is None:
+                self.random.append(before["random"].differs())
+                changed = [name for name, (buffer, value) in buffers if not _same(buffer, value)]
+            else:
+                self.random.append(watch.random)
+                changed = [name for name, (buffer, _) in buffers if watch.has_changed(buffer)]
+            self.changed.append(tuple(changed))
 
         def visit(k: int, arguments: list[Any]) -> None:
             note()
             before["random"] = RandomState(self.device)
+            watch.restart()
             before["buffers"] = {
                 source.key: (arguments[i], arguments[i].clone())
                 for i, source in enumerate(self.stages[k].sources)
                 if source.kind == "buffer"
             }
 
-        with torch.no_grad():
+        with torch.no_grad(), watch if self.target is not None else nullcontext():
             self.sweep(model, call, visit)
         note()
         changed = {name for names in self.changed for name in names}

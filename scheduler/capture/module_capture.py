@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from scheduler.capture.fake import Watch
 from scheduler.capture.sample import Call
 from scheduler.capture.state import RandomState, model_device
+from scheduler.capture.target import Device, Target
 from scheduler.errors import CaptureError
 
 __all__ = ["Block", "ModuleCapture", "capture_modules", "intercepted"]
@@ -48,6 +50,7 @@ class ModuleCapture:
 
     Attributes:
         stages: (L,) index of the block that is this stage, or None for glue.
+        target: the device that costs are for, if it is not there: then nothing has data.
     """
 
     blocks: list[Block]
@@ -56,8 +59,14 @@ class ModuleCapture:
     reason: str
     random: list[bool] = field(default_factory=list)
     changed: list[tuple[str, ...]] = field(default_factory=list)
+    target: Target | None = None
 
     kind = "modules"
+
+    @property
+    def place(self) -> Device:
+        """What costs are for: the device that is planned for without being there, or the one at hand."""
+        return self.device if self.target is None else self.target
 
     def __len__(self) -> int:
         return len(self.stages)
@@ -168,18 +177,21 @@ def _given(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, nn.Module
     return found
 
 
-def capture_modules(model: nn.Module, call: Call, blocks: Sequence[nn.Module] | None = None) -> ModuleCapture:
+def capture_modules(
+    model: nn.Module, call: Call, blocks: Sequence[nn.Module] | None = None, target: Target | None = None
+) -> ModuleCapture:
     """Find the blocks by one forward without grad; the caller restores the model's state.
 
     Args:
         blocks: the blocks, if the user names them.
+        target: the device that is planned for, if it is not there: nothing has data.
 
     Raises:
         CaptureError: there are no such blocks, or they cannot be replayed; says why.
     """
     modules = _candidates(model) if blocks is None else _given(model, blocks)
     device = model_device(model)
-    root = _profile(model, call, modules, device)
+    root = _profile(model, call, modules, device, data=target is None)
     chosen = root.children if blocks is not None else _expanded(root)
     counts: dict[str, int] = {}
     for entry in chosen:
@@ -211,11 +223,17 @@ def capture_modules(model: nn.Module, call: Call, blocks: Sequence[nn.Module] | 
     random = [False if b is None else by_name[found[b].name].random for b in stages]
     changed = [() if b is None else by_name[found[b].name].changed for b in stages]
     reason = f"{len(found)} blocks that run in order ({found[0].name} .. {found[-1].name})"
-    return ModuleCapture(found, stages, device, reason, random, changed)
+    return ModuleCapture(found, stages, device, reason, random, changed, target)
 
 
-def _profile(model: nn.Module, call: Call, modules: dict[str, nn.Module], device: torch.device) -> _Call:
-    """Run the model once without grad and note the calls of the candidates, as a tree."""
+def _profile(
+    model: nn.Module, call: Call, modules: dict[str, nn.Module], device: torch.device, data: bool
+) -> _Call:
+    """Run the model once without grad and note the calls of the candidates, as a tree.
+
+    Args:
+        data: whether tensors have values; else ops' tags and schemas tell what is random and what changes.
+    """
     root = _Call("", None)
     current = root
     tokens = _Tokens()
@@ -232,13 +250,19 @@ def _profile(model: nn.Module, call: Call, modules: dict[str, nn.Module], device
                 buffers = {n: (b, b.clone()) for n, b in module.named_buffers()}
                 random = RandomState(device)
                 current = entry
+                ops = Watch()
                 try:
-                    result = forward(*args, **kwargs)
+                    with nullcontext() if data else ops:
+                        result = forward(*args, **kwargs)
                 finally:
                     current = entry.parent or root
                 entry.outputs = [(leaf, tokens.of(t)) for leaf, t in tensor_leaves(result)]
-                entry.random = random.differs()
-                entry.changed = tuple(f"{name}.{n}" for n, (b, v) in buffers.items() if not torch.equal(b, v))
+                entry.random = random.differs() if data else ops.random
+                entry.changed = tuple(
+                    f"{name}.{n}"
+                    for n, (b, v) in buffers.items()
+                    if (not torch.equal(b, v) if data else ops.has_changed(b))
+                )
                 entry.changes_input = any(t._version != v for (_, t), v in zip(given, versions, strict=True))
                 return result
 

@@ -7,28 +7,44 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch._guards import detect_fake_mode
 
-__all__ = ["RandomState", "model_device", "preserved"]
+__all__ = ["CPU_RANDOM_STATE", "RandomState", "model_device", "preserved"]
+
+CPU_RANDOM_STATE = 5056  # bytes of torch's CPU generator state, an allocation of its own
 
 
 class RandomState:
-    """The state of the generators that a model on ``device`` draws from: the CPU's and the device's."""
+    """The state of the generators that a model on ``device`` draws from: the CPU's and the device's.
 
-    __slots__ = ("cpu", "device", "on_device")
+    Under FakeTensorMode no random numbers are drawn and the generators are left alone; a tensor without data stands
+    in for what their state takes.
+    """
+
+    __slots__ = ("cpu", "device", "faked", "on_device")
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.on_device: torch.Tensor | None = None
+        self.faked = detect_fake_mode() is not None
+        if self.faked:
+            self.cpu = torch.empty(CPU_RANDOM_STATE, dtype=torch.uint8, device="cpu")
+            return
         self.cpu = torch.get_rng_state()
         self.on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def restore(self) -> None:
         """Set the generators back."""
+        if self.faked:
+            return
         torch.set_rng_state(self.cpu)
         if self.on_device is not None:
             torch.cuda.set_rng_state(self.on_device, self.device)
 
     def differs(self) -> bool:
         """Whether any random number was drawn since."""
+        if self.faked:
+            return False
         if not torch.equal(self.cpu, torch.get_rng_state()):
             return True
         return self.on_device is not None and not torch.equal(

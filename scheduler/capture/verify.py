@@ -14,7 +14,7 @@ from torch.nn.modules._functions import BackwardHookFunction
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.state import RandomState, model_device, preserved
 
-__all__ = ["StepResult", "difference", "run_step"]
+__all__ = ["StepResult", "custom_functions", "difference", "run_step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def run_step(model: nn.Module, forward: Callable[[], Any], *, offload: bool = Fa
             output = forward()
             loss, own = find_loss(output)
         outputs = [t.detach().cpu().clone() for t in output_tensors(output)]
-        custom = _custom_functions([loss, *output_tensors(output)])
+        custom = custom_functions([loss, *output_tensors(output)])
         del output
         loss.backward()
         return StepResult(
@@ -64,7 +64,7 @@ def run_step(model: nn.Module, forward: Callable[[], Any], *, offload: bool = Fa
         )
 
 
-def _custom_functions(tensors: list[Tensor]) -> tuple[str, ...]:
+def custom_functions(tensors: list[Tensor]) -> tuple[str, ...]:
     """Names of the custom autograd.Functions that a backward from these tensors would run."""
     waiting: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
     seen = set(waiting)

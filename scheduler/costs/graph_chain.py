@@ -18,15 +18,17 @@ from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.loss import find_loss
 from scheduler.capture.recompute import packs_of
 from scheduler.capture.sample import Call
+from scheduler.capture.state import CPU_RANDOM_STATE
+from scheduler.capture.target import Device
 from scheduler.chain import Chain, Option, Stage
 from scheduler.costs.measure import Enter, OptionCost, StageCost, StageRun, fresh_grads, measure_stage
 from scheduler.costs.options import measure_options
 from scheduler.costs.peak import allocated
 from scheduler.costs.resident import storage_bytes
+from scheduler.costs.roofline import estimate_run
 
 __all__ = ["gradients_at_hand", "graph_chain", "measure_graph", "parameter_grads"]
 
-CPU_RANDOM_STATE = 5056  # bytes of torch's CPU generator state, an allocation of its own
 # What the stages of a model cost, by what they run: another budget for the same model meets the same options, so that
 # the smallest budget that an error names can be met.
 _MEASURED: WeakKeyDictionary[nn.Module, dict[str, StageCost]] = WeakKeyDictionary()
@@ -40,6 +42,7 @@ def measure_graph(
     *,
     existing: Collection[nn.Parameter] = (),
     clock: bool = True,
+    options: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[StageCost]:
     """Measure every distinct stage once; equal stages share the figures, and so do later captures of the model.
@@ -48,6 +51,7 @@ def measure_graph(
 
     Args:
         existing: parameters that have a gradient before the step.
+        options: whether to look for options of stages that keep less than all.
         progress: called with (stages done, stages).
     """
     # The shares of a tied parameter's gradient wait for one another, whatever there is already.
@@ -60,13 +64,18 @@ def measure_graph(
     def visit(k: int, arguments: list[Any]) -> None:
         stage = capture.stages[k]
         adding = [i for i, a in enumerate(arguments) if isinstance(a, nn.Parameter) and a in added]
-        how = f"{clock} {torch.get_num_threads()} {sorted(stage.carried_from)} {k == last} {adding}"
-        key = keys[k] = f"{capture.device}|{how}|{stage.signature}"
+        how = f"{clock} {torch.get_num_threads()} {sorted(stage.carried_from)} {k == last} {adding} {options}"
+        key = keys[k] = f"{capture.place}|{how}|{stage.signature}"
         if key not in costs:
             run = _isolated(capture, k, arguments, added)
-            cost = measure_stage(run, capture.device, clock=clock)
-            options, gap = measure_options(capture, k, run, arguments, clock=clock)
-            costs[key] = replace(cost, options=options, gap=gap)
+            cost = measure_stage(run, capture.place, clock=clock)
+            if capture.target is not None:
+                forward, backward = estimate_run(run, capture.place)
+                cost = replace(cost, forward=forward, backward=backward)
+            if options:
+                found, gap = measure_options(capture, k, run, arguments, clock=clock)
+                cost = replace(cost, options=found, gap=gap)
+            costs[key] = cost
             model.zero_grad(set_to_none=True)
         progress(k + 1, len(capture))
 
@@ -102,7 +111,7 @@ def _isolated(
             return None
 
     lasting = frozenset(
-        argument.untyped_storage().data_ptr()
+        argument.untyped_storage()._cdata
         for argument, source in zip(arguments, stage.sources, strict=True)
         if source.kind != "boundary" and isinstance(argument, Tensor)
     )
@@ -128,7 +137,7 @@ def graph_chain(
     """
     graph, linear = capture.graph, capture.linear
     count = len(linear)
-    size = {key: allocated(group.bytes, capture.device) for key, group in graph.groups.items()}
+    size = {key: allocated(group.bytes, capture.place) for key, group in graph.groups.items()}
 
     def total(keys: Iterable[int]) -> int:
         return sum(size[key] for key in set(keys) if graph.groups[key].producer >= 0)
@@ -147,7 +156,7 @@ def graph_chain(
     flows = _GradFlows(capture, costs, size)
     change, output_grad = _carried_changes(capture, size, saved_by, flows, loss_is_output)
     existing = {p for p in model.parameters() if p.grad is not None}
-    created, summed = parameter_grads(_readers(capture, model), existing, change, capture.device)
+    created, summed = parameter_grads(_readers(capture, model), existing, change, capture.place)
     at_hand = gradients_at_hand(
         [flows.boundary(k) for k in range(count)],
         [cost.lead for cost in costs],
@@ -184,12 +193,12 @@ def graph_chain(
                 recomputable=not prefix,
             )
         )
-    fixed = resident + SMALL_TENSORS + storage_bytes(capture.constants.values(), capture.device)
-    if capture.device.type == "cpu":
+    fixed = resident + SMALL_TENSORS + storage_bytes(capture.constants.values(), capture.place)
+    if capture.place.type == "cpu":
         # One for each stage that draws, and what a replay puts back when it is done.
         fixed += CPU_RANDOM_STATE * (sum(capture.random) + any(capture.random))
     for names in capture.changed:  # snapshots for re-runs
-        fixed += storage_bytes((model.get_buffer(n) for n in names), capture.device)
+        fixed += storage_bytes((model.get_buffer(n) for n in names), capture.place)
     return Chain(tuple(stages), 0, output_grad, fixed, name)
 
 
@@ -320,7 +329,7 @@ def parameter_grads(
     readers: Mapping[nn.Parameter, list[int]],
     existing: Collection[nn.Parameter],
     change: list[int],
-    device: torch.device,
+    device: Device,
 ) -> tuple[list[int], list[int]]:
     """Bytes of the gradients of parameters.
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scheduler.capture.target import Device, Target
 from scheduler.costs.peak import allocated, count_bytes
 
 __all__ = ["OptionCost", "StageCost", "StageRun", "fresh_grads", "measure_stage"]
@@ -85,7 +86,7 @@ class StageRun:
             parameter passes through the given function (position, tensor) -> tensor.
         reset: undo what a run left behind: gradients of parameters (``fresh_grads``).
         loss: for the last stage, how to find among the outputs what is reversed (None if it is not there).
-        lasting: addresses of storages that live on anyway, so that saved tensors on them need no replay.
+        lasting: identities of storages that live on anyway, so that saved tensors on them need no replay.
     """
 
     run: Callable[[Enter], Sequence[Tensor]]
@@ -169,9 +170,7 @@ def _never(_: Any) -> Tensor:
     raise RuntimeError("a dropped saved tensor was asked for while measuring")
 
 
-def measure_stage(
-    stage: StageRun, device: torch.device, *, repeats: int = 5, clock: bool = True
-) -> StageCost:
+def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: bool = True) -> StageCost:
     """Run a stage a few times and count.
 
     Args:
@@ -198,7 +197,7 @@ def measure_stage(
 
         def unpack(tensor: Tensor) -> Tensor:
             nonlocal asked
-            if not asked and tensor.untyped_storage().data_ptr() not in stage.lasting:
+            if not asked and tensor.untyped_storage()._cdata not in stage.lasting:
                 asked = True
                 mark()
             return tensor
@@ -212,8 +211,9 @@ def measure_stage(
             seed.backward()
         del seed
 
-    keeping(lambda: None)  # warm-up: lazy initialisation, workspaces
-    stage.reset()
+    if not isinstance(device, Target):
+        keeping(lambda: None)  # warm-up: lazy initialisation, workspaces
+        stage.reset()
     dropped = count_bytes(dropping, device)
     arrived.clear()
     kept = count_bytes(keeping, device)
@@ -240,7 +240,7 @@ def measure_stage(
     )
 
 
-def _time(stage: StageRun, device: torch.device, repeats: int) -> tuple[float, float]:
+def _time(stage: StageRun, device: Device, repeats: int) -> tuple[float, float]:
     forwards: list[float] = []
     backwards: list[float] = []
     started = time.perf_counter()
@@ -269,6 +269,6 @@ def _time(stage: StageRun, device: torch.device, repeats: int) -> tuple[float, f
     return statistics.median(forwards), statistics.median(backwards)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
+def _wait(device: Device) -> None:
+    if isinstance(device, torch.device) and device.type == "cuda":
         torch.cuda.synchronize(device)

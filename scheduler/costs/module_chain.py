@@ -21,9 +21,9 @@ from torch.utils import _pytree as pytree
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.module_capture import ModuleCapture, intercepted, tensor_leaves
 from scheduler.capture.sample import Call
-from scheduler.capture.state import preserved
+from scheduler.capture.state import CPU_RANDOM_STATE, preserved
 from scheduler.chain import Chain, Option, Stage
-from scheduler.costs.graph_chain import CPU_RANDOM_STATE, SMALL_TENSORS, gradients_at_hand, parameter_grads
+from scheduler.costs.graph_chain import SMALL_TENSORS, gradients_at_hand, parameter_grads
 from scheduler.costs.measure import Enter, StageCost, StageRun, as_leaf, fresh_grads, measure_stage
 from scheduler.costs.peak import allocated, count_bytes
 from scheduler.costs.resident import storage_bytes
@@ -98,7 +98,7 @@ def module_chain(
         with preserved(model):
             times.append(_run(capture, model, call, modules))
     if not clock:
-        tally = Tally(device_rates(capture.device))
+        tally = Tally(device_rates(capture.place))
         with preserved(model), tally:
             times.append(_run(capture, model, call, modules, now=lambda: tally.seconds))
     glue = [k for k, block in enumerate(capture.stages) if block is None]
@@ -110,9 +110,9 @@ def module_chain(
             marks.append(mark)
             _run(capture, model, call, modules, mark=mark)
 
-        counted = count_bytes(step, capture.device)
+        counted = count_bytes(step, capture.place)
     change = [0] * len(capture)
-    grads = parameter_grads(readers, existing, change, capture.device)
+    grads = parameter_grads(readers, existing, change, capture.place)
     return _assemble(
         capture, model, costs, times, counted.peaks, counted.marks, glue, grads, change, resident, name
     )
@@ -160,7 +160,7 @@ def _run(
                 given = _storages(t for _, t in tensor_leaves((args, kwargs)))
                 made.append(
                     {
-                        storage._cdata: (StorageWeakRef(storage), allocated(storage.nbytes(), capture.device))
+                        storage._cdata: (StorageWeakRef(storage), allocated(storage.nbytes(), capture.place))
                         for storage in (t.untyped_storage() for _, t in tensor_leaves(produced))
                         if storage._cdata not in given
                     }
@@ -188,7 +188,7 @@ def _run(
         sum(size for key, (_, size) in storages.items() if key in ends) if lasting else 0
         for storages, lasting in zip(made, result.lasting, strict=True)
     ]
-    result.outputs = storage_bytes(output_tensors(output), capture.device) - sum(result.returned)
+    result.outputs = storage_bytes(output_tensors(output), capture.place) - sum(result.returned)
     for position in range(len(result.entered), -1, -1):
         roots = (
             [loss] if position == len(result.entered) else [t for t in result.entered[position] if t.grad_fn]
@@ -258,12 +258,12 @@ def _measure_block(
         return [t for _, t in tensor_leaves(forward(*positional, **named))]
 
     lasting = frozenset(
-        t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers(), *external)
+        t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers(), *external)
     )
     stage = StageRun(run, fresh_grads(module.parameters(), existing), lasting=lasting)
-    cost = measure_stage(stage, capture.device, clock=clock)
+    cost = measure_stage(stage, capture.place, clock=clock)
     if not clock:
-        forward_seconds, backward_seconds = estimate_run(stage, capture.device)
+        forward_seconds, backward_seconds = estimate_run(stage, capture.place)
         cost = replace(cost, forward=forward_seconds, backward=backward_seconds)
     kept: list[Tensor] = []
 
@@ -276,7 +276,7 @@ def _measure_block(
     saved = _storages([*kept, *outputs])
     for key in _storages([*module.parameters(), *module.buffers(), *(t for _, t in tensors)]):
         saved.pop(key, None)
-    device = capture.device
+    device = capture.place
     return _BlockCost(
         cost,
         sum(allocated(size, device) for size in _storages(own).values()),
@@ -424,11 +424,11 @@ def _assemble(
             )
         )
     fixed = resident + SMALL_TENSORS
-    if capture.device.type == "cpu":
+    if capture.place.type == "cpu":
         # Noted before each block, drawn from or not; and what a replay puts back when it is done.
         fixed += CPU_RANDOM_STATE * (len(capture.blocks) + 1)
     for names in capture.changed:
-        fixed += 2 * storage_bytes((model.get_buffer(n) for n in names), capture.device)
+        fixed += 2 * storage_bytes((model.get_buffer(n) for n in names), capture.place)
     return Chain(tuple(stages_made), 0, output_grad, fixed, name)
 
 

@@ -2,7 +2,7 @@
 
 Ops are timed one by one; which to run again for which bytes is then a matter of ``scheduler.options``. Every
 option that comes of it is tried out on the tensors of the real step: what it makes again must be, bit for bit,
-what autograd saved, or the option is left out.
+what autograd saved, or the option is left out. Without data (``Target``) only shapes, dtypes and strides are compared.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.recompute import Rebuild, compile_rebuilds, divisible, packs_of, stage_values
 from scheduler.capture.state import RandomState
+from scheduler.capture.target import Device, Target
 from scheduler.costs.measure import OptionCost, StageRun, _never, _root, _Sink, _unowned, _wait, as_leaf
 from scheduler.costs.peak import allocated, count_bytes
 from scheduler.costs.roofline import Tally, device_rates
@@ -33,7 +34,7 @@ REPEATS, PATIENCE = 5, 0.5  # runs that are timed, and seconds after which no mo
 class _Timed(fx.Interpreter):
     """Runs a stage op by op and notes the seconds of each."""
 
-    def __init__(self, module: fx.GraphModule, device: torch.device, clock: bool) -> None:
+    def __init__(self, module: fx.GraphModule, device: Device, clock: bool) -> None:
         super().__init__(module)
         self.device, self.clock = device, clock
         self.seconds: list[float] = []
@@ -65,7 +66,7 @@ def measure_options(
         arguments: of the stage, as the real step has them.
         clock: whether seconds are measured; if not, they are estimated (``roofline.py``).
     """
-    stage, device = capture.stages[k], capture.device
+    stage, device = capture.stages[k], capture.place
     module = getattr(stage.function, "__self__", None)
     if not divisible(capture.graph, capture.linear, k) or not isinstance(module, fx.GraphModule):
         return (), 0.0
@@ -81,7 +82,7 @@ def measure_options(
     packs = packs_of(capture.graph, capture.linear, k)
     position = {group: value for value, group in enumerate(values.groups) if group >= 0}
     fresh = _fresh(capture, k, arguments)
-    random = RandomState(device)
+    random = RandomState(capture.device)
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -102,7 +103,8 @@ def measure_options(
             if pack.group in position and position[pack.group] not in choice.kept
         )
         parts = compile_rebuilds(capture.graph, capture.linear, k, stage.argument_names, dropped)
-        took = _tried(parts, lambda: _fresh(capture, k, arguments), saved, random)
+        data = not isinstance(device, Target)
+        took = _tried(parts, lambda: _fresh(capture, k, arguments), saved, random, data)
         if not dropped or took is None:
             continue
         keeping, backward = _peaks(capture, k, run, parts, arguments)
@@ -158,16 +160,21 @@ def _again(part: Rebuild, fresh: list[Any], saved: Mapping[int, Tensor]) -> dict
 
 
 def _tried(
-    parts: Sequence[Rebuild], fresh: Callable[[], list[Any]], saved: list[Tensor], random: RandomState
+    parts: Sequence[Rebuild],
+    fresh: Callable[[], list[Any]],
+    saved: list[Tensor],
+    random: RandomState,
+    data: bool = True,
 ) -> float | None:
     """Median seconds of an option's programs; None if they do not make again, to the bit, what autograd saved.
 
     Args:
         random: the random numbers as the stage began with them.
+        data: whether there are values to compare; without, one run shows that the layouts are the same.
     """
     times: list[float] = []
     given = dict(enumerate(saved))
-    while len(times) < REPEATS and sum(times) < PATIENCE:
+    while len(times) < (REPEATS if data else 1) and sum(times) < PATIENCE:
         seconds = 0.0
         for part in parts:
             arguments = fresh()
@@ -181,17 +188,17 @@ def _tried(
             _wait(random.device)
             seconds += time.perf_counter() - began
             same = times or filled.keys() == part.dropped
-            if not same or not (times or all(_equal(filled[n], saved[n]) for n in filled)):
+            if not same or not (times or all(_equal(filled[n], saved[n], data) for n in filled)):
                 return None
             del filled
         times.append(seconds)
     return statistics.median(times)
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def _equal(a: Tensor, b: Tensor, data: bool) -> bool:
     if (a.shape, a.dtype, a.stride()) != (b.shape, b.dtype, b.stride()):
         return False
-    return torch.equal(a, b) or bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
+    return not data or torch.equal(a, b) or bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
 
 
 def _peaks(
@@ -218,7 +225,7 @@ def _peaks(
         def pack(tensor: Tensor) -> int | Tensor:
             nonlocal count
             number, count = count, count + 1
-            if number in waiting and tensor.untyped_storage().data_ptr() not in run.lasting:
+            if number in waiting and tensor.untyped_storage()._cdata not in run.lasting:
                 return number
             held = _unowned(tensor)
             if number in reads:
@@ -245,6 +252,6 @@ def _peaks(
         if seed is not None and seed.requires_grad:
             seed.backward()
 
-    counted = count_bytes(step, capture.device)
+    counted = count_bytes(step, capture.place)
     run.reset()
     return counted.peaks[0], max(0, *counted.peaks[1:])

@@ -1,7 +1,9 @@
 """Count the bytes that are live at once while a function runs.
 
 CUDA: the caching allocator's own counters. CPU: every allocation and release that torch's CPU allocator
-reports to the autograd profiler with memory events, summed in order: a count, not a sample of RSS.
+reports to the autograd profiler with memory events, summed in order: a count, not a sample of RSS. A device that is
+not there (``Target``): the storages that ops on fake tensors make (``live.py``), which leaves out what kernels take
+within themselves.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from typing import Any
 import torch
 from torch._C._profiler import _ExperimentalConfig
 from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_legacy, _enable_profiler_legacy
+
+from scheduler.capture.target import Device, Target
+from scheduler.costs.live import LiveBytes, rounded
 
 __all__ = ["Counted", "allocated", "count_bytes"]
 
@@ -37,7 +42,7 @@ class Counted:
     result: Any
 
 
-def count_bytes(fn: Callable[[Callable[[], None]], Any], device: torch.device) -> Counted:
+def count_bytes(fn: Callable[[Callable[[], None]], Any], device: Device) -> Counted:
     """Run ``fn(mark)`` and count; ``mark()`` separates phases.
 
     Python's cyclic garbage collector is off meanwhile: it would let go of tensors of long ago in the middle of
@@ -49,6 +54,8 @@ def count_bytes(fn: Callable[[Callable[[], None]], Any], device: torch.device) -
     collecting = gc.isenabled()
     gc.disable()
     try:
+        if isinstance(device, Target):
+            return _count_fake(fn, device)
         return _count_cuda(fn, device) if device.type == "cuda" else _count_cpu(fn)
     finally:
         if collecting:
@@ -118,6 +125,21 @@ def _count_cpu(fn: Callable[[Callable[[], None]], Any]) -> Counted:
     return Counted(max(0, *peaks), live, tuple(marks), tuple(peaks), result)
 
 
-def allocated(size: int, device: torch.device) -> int:
+def _count_fake(fn: Callable[[Callable[[], None]], Any], target: Target) -> Counted:
+    counter = LiveBytes(target.type)
+    marks: list[int] = []
+    peaks: list[int] = []
+
+    def mark() -> None:
+        marks.append(counter.live)
+        peaks.append(counter.restart())
+
+    with counter:
+        result = fn(mark)
+    peaks.append(counter.restart())
+    return Counted(max(0, *peaks), counter.live, tuple(marks), tuple(peaks), result)
+
+
+def allocated(size: int, device: Device) -> int:
     """Bytes that the device's allocator sets aside for a tensor of ``size`` bytes: CUDA rounds up to 512."""
-    return -(-size // 512) * 512 if device.type == "cuda" else size
+    return rounded(size, device.type)

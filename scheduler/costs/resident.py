@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from scheduler.capture.target import Device, Target, lies_on
 from scheduler.costs.peak import allocated
 
 __all__ = ["optimizer_bytes", "resident_parts", "storage_bytes"]
 
 
-def storage_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
+def storage_bytes(tensors: Iterable[Tensor], device: Device) -> int:
     """Bytes that ``tensors`` take on the kind of ``device``: a storage that several share counts once.
 
     Of a storage that is larger than the tensors seen on it (a batch cut out of a data set) only their part
@@ -26,7 +27,7 @@ def storage_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
     seen: set[Tensor] = set()
     parts: dict[int, tuple[int, int]] = {}  # storage -> (its bytes, bytes of the tensors on it)
     for tensor in tensors:
-        if tensor.device.type == device.type and tensor not in seen:
+        if lies_on(tensor, device) and tensor not in seen:
             seen.add(tensor)
             storage = tensor.untyped_storage()
             _, part = parts.get(storage._cdata, (0, 0))
@@ -34,8 +35,11 @@ def storage_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
     return sum(allocated(min(whole, part), device) for whole, part in parts.values())
 
 
-def resident_parts(model: nn.Module, call: Any, device: torch.device) -> dict[str, int]:
-    """Bytes of parameters, gradients that exist already, buffers and the tensors in ``call``."""
+def resident_parts(model: nn.Module, call: Any, device: Device) -> dict[str, int]:
+    """Bytes of parameters, gradients that exist already, buffers and the tensors in ``call``.
+
+    The workspaces of libraries count for a device that is not there; one that is says nothing of them.
+    """
     return {
         "parameters": storage_bytes(model.parameters(), device),
         "existing gradients": storage_bytes(
@@ -43,10 +47,11 @@ def resident_parts(model: nn.Module, call: Any, device: torch.device) -> dict[st
         ),
         "buffers": storage_bytes(model.buffers(), device),
         "inputs": storage_bytes((t for t in pytree.tree_leaves(call) if isinstance(t, Tensor)), device),
+        "workspaces": device.spec.workspace if isinstance(device, Target) else 0,
     }
 
 
-def optimizer_bytes(optimizer: torch.optim.Optimizer | None, device: torch.device) -> int:
+def optimizer_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> int:
     """Bytes of the optimizer's state: as it is, or as its first step will make it.
 
     A state that is still empty is found by one step of a copy of the optimizer on fake tensors: exact, and
@@ -70,7 +75,12 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer | None, device: torch.devic
     for group in optimizer.param_groups:
         parameters = []
         for parameter in group["params"]:
-            double = nn.Parameter(fake.from_tensor(parameter.detach()), requires_grad=parameter.requires_grad)
+            with fake:
+                place = "cpu" if isinstance(device, Target) else parameter.device
+                like = torch.empty_strided(
+                    parameter.shape, parameter.stride(), dtype=parameter.dtype, device=place
+                )
+            double = nn.Parameter(like, requires_grad=parameter.requires_grad)
             if parameter.requires_grad:
                 with fake:
                     double.grad = torch.empty_like(double)
@@ -88,6 +98,13 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer | None, device: torch.devic
     total = 0
     for state in stand_in.state.values():
         for leaf in pytree.tree_leaves(state):
-            if isinstance(leaf, Tensor) and leaf.device.type == device.type:
+            # Optimizers keep their counts of steps, of no dimension, on the host.
+            counts = (
+                isinstance(device, Target)
+                and device.type != "cpu"
+                and isinstance(leaf, Tensor)
+                and not leaf.ndim
+            )
+            if isinstance(leaf, Tensor) and lies_on(leaf, device) and not counts:
                 total += allocated(leaf.untyped_storage().nbytes(), device)
     return total

@@ -2,13 +2,15 @@
 
 Williams, Waterman, Patterson 2009 (doi:10.1145/1498765.1498785): an op takes the longer of its arithmetic at
 the device's peak rate and its memory traffic at the device's bandwidth. Both rates are measured once per
-process by a matrix product and a copy.
+process by a matrix product and a copy; those of a device that is not there are its description's.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from scheduler.capture.graph_capture import GraphCapture
+from scheduler.capture.target import Device, Target
 from scheduler.costs.measure import StageCost, StageRun, _Seed, as_leaf
+from scheduler.device import DeviceSpec
 
 __all__ = ["Rates", "Tally", "device_rates", "estimate_run", "roofline_graph"]
 
@@ -32,17 +36,36 @@ class Rates:
         flops: floating-point operations per second.
         bandwidth: bytes per second.
         launch: seconds that any op takes at least.
+        by_dtype: floating-point operations per second on numbers of a dtype, where they are not ``flops``.
     """
 
-    __slots__ = ("bandwidth", "flops", "launch")
+    __slots__ = ("bandwidth", "by_dtype", "flops", "launch")
 
-    def __init__(self, flops: float, bandwidth: float, launch: float) -> None:
+    def __init__(
+        self,
+        flops: float,
+        bandwidth: float,
+        launch: float,
+        by_dtype: Mapping[torch.dtype, float] | None = None,
+    ) -> None:
         self.flops, self.bandwidth, self.launch = flops, bandwidth, launch
+        self.by_dtype = dict(by_dtype or {})
+
+    @classmethod
+    def of(cls, spec: DeviceSpec) -> Rates:
+        """Those of a description."""
+        by_dtype = {getattr(torch, name): rate for name, rate in spec.flops.items()}
+        return cls(spec.rate("float32"), spec.bandwidth, spec.launch, by_dtype)
+
+
+def device_rates(device: Device, dtype: torch.dtype = torch.float32) -> Rates:
+    """The device's rates: by its description, or measured."""
+    return Rates.of(device.spec) if isinstance(device, Target) else _measured_rates(device, dtype)
 
 
 @functools.cache
-def device_rates(device: torch.device, dtype: torch.dtype = torch.float32) -> Rates:
-    """The device's rates, measured: best of a few runs."""
+def _measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """The best of a few runs."""
     size = 1024 if device.type == "cpu" else 4096
     a = torch.ones(size, size, device=device, dtype=dtype)
     small = torch.ones(1, device=device)
@@ -91,15 +114,37 @@ class Tally(TorchDispatchMode):
             return result
         tensors = [t for t in pytree.tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
         moved = sum(t.numel() * t.element_size() for t in tensors)
-        count = flop_registry.get(func._overloadpacket)
+        count = _FLOPS.get(func._overloadpacket)
         flops = count(*args, **kwargs, out_val=result) if count is not None else 0
-        self.seconds += max(self.rates.launch, flops / self.rates.flops, moved / self.rates.bandwidth)
+        rate = self.rates.flops
+        if flops and self.rates.by_dtype:
+            rate = self.rates.by_dtype.get(next(t.dtype for t in tensors if t.is_floating_point()), rate)
+        self.seconds += max(self.rates.launch, flops / rate, moved / self.rates.bandwidth)
         return result
+
+
+def _attention(products: int, first: int) -> Any:
+    """FLOPs of attention of ``products`` products as large as the one of its scores; its query is argument ``first``."""
+
+    def count(*args: Any, **_: Any) -> int:
+        query, key = args[first], args[first + 1]
+        size: int = math.prod(query.shape) * key.shape[-2]
+        return 2 * products * size
+
+    return count
+
+
+# Of the attention that a CPU has, torch's own counts say nothing. Backward: the scores again, and four gradients.
+_FLOPS = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention(2, 0),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention(5, 1),
+}
 
 
 def roofline_graph(capture: GraphCapture, costs: list[StageCost]) -> list[StageCost]:
     """``costs`` with estimated seconds in place of measured ones; nothing is run on data."""
-    rates = device_rates(capture.device)
+    rates = device_rates(capture.place)
     known: dict[str, tuple[float, float]] = {}
     nodes = {node.name: node for node in capture.graph.module.graph.nodes}
     result = []
@@ -111,8 +156,8 @@ def roofline_graph(capture: GraphCapture, costs: list[StageCost]) -> list[StageC
     return result
 
 
-def estimate_run(stage: StageRun, device: torch.device) -> tuple[float, float]:
-    """Seconds of the forward and the backward of a stage, by the ops of one real run of each."""
+def estimate_run(stage: StageRun, device: Device) -> tuple[float, float]:
+    """Seconds of the forward and the backward of a stage, by the ops of one run of each."""
     rates = device_rates(device)
     with torch.enable_grad():
         with Tally(rates) as forward:

@@ -1,0 +1,112 @@
+"""A model without data: a copy on fake tensors, and what a run of it shows that values would show otherwise."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from scheduler.errors import CaptureError
+
+__all__ = ["Watch", "fake_call", "fake_model", "has_data"]
+
+
+def has_data(tensors: Iterable[Any]) -> bool:
+    """Whether none of the tensors is fake or on meta."""
+    return not any(
+        isinstance(t, FakeTensor) or t.device.type == "meta" for t in tensors if isinstance(t, Tensor)
+    )
+
+
+def _faked(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    """A fake tensor on the CPU of the same shape, strides and dtype; a Parameter for a Parameter."""
+    with mode, torch.no_grad():
+        storage_size = tensor.untyped_storage().nbytes() // tensor.element_size()
+        whole = torch.empty(storage_size, dtype=tensor.dtype, device="cpu")
+        fake = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).detach()
+    if isinstance(tensor, nn.Parameter):
+        result: Tensor = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        if tensor.grad is not None:
+            result.grad = _faked(tensor.grad, mode)
+        return result
+    return fake.requires_grad_(tensor.requires_grad)
+
+
+def fake_model(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy of ``model`` whose parameters, buffers and other tensors are fake, on the CPU. It takes no memory.
+
+    Args:
+        model: real, fake or on meta; left as it is.
+
+    Raises:
+        CaptureError: the model cannot be copied; says why.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in pytree.tree_leaves(vars(module)):
+            if isinstance(tensor, Tensor) and id(tensor) not in memo:
+                memo[id(tensor)] = _faked(tensor, mode)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # whatever the model's own attributes raise when they are copied
+        raise CaptureError(
+            f"solve: {type(model).__name__} cannot be copied without its data: {type(error).__name__}: {error}; "
+            "planning for a device that is not there works on such a copy"
+        ) from error
+
+
+def fake_call(call: Any, mode: FakeTensorMode) -> Any:
+    """The arguments of a call with fake tensors on the CPU in place of the tensors in it."""
+    memo: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in memo:
+            memo[id(tensor)] = _faked(tensor, mode)
+        return memo[id(tensor)]
+
+    return pytree.tree_map_only(Tensor, fake, call)
+
+
+class Watch(TorchDispatchMode):
+    """Notes whether ops draw random numbers, and which storages they change, by tags and schemas.
+
+    Attributes:
+        random: an op drew random numbers, had there been data.
+        changed: identities of the storages that were changed in place.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.random = False
+        self.changed: set[int] = set()
+
+    def restart(self) -> None:
+        """Forget what was noted."""
+        self.random, self.changed = False, set()
+
+    def has_changed(self, tensor: Tensor) -> bool:
+        """Whether the tensor's storage was changed."""
+        return tensor.untyped_storage()._cdata in self.changed
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one op and note."""
+        kwargs = kwargs or {}
+        schema = func._schema
+        given = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+        given |= {a.name: value for a, value in zip(schema.arguments, args, strict=False)} | kwargs
+        if torch.Tag.nondeterministic_seeded in func.tags and given.get("dropout_p") != 0.0:
+            self.random = True
+        written = [given.get(a.name) for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+        # The schema of batch normalisation says nothing of its statistics.
+        if "running_mean" in given and (given.get("training") or given.get("train")):
+            written += [given["running_mean"], given.get("running_var")]
+        for leaf in pytree.tree_leaves(written):
+            if isinstance(leaf, Tensor):
+                self.changed.add(leaf.untyped_storage()._cdata)
+        return func(*args, **kwargs)
