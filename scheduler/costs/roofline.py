@@ -2,15 +2,18 @@
 
 Williams, Waterman, Patterson 2009 (doi:10.1145/1498765.1498785): an op takes the longer of its arithmetic at
 the device's peak rate and its memory traffic at the device's bandwidth. Both rates are measured once per
-process by a matrix product and a copy; those of a device that is not there are its description's.
+process, by a matrix product and by copies of several sizes: what fits a cache moves up to thirty times as fast as what
+comes in fresh pages. A third bound is for ops on single elements that neither rate tells of (a tanh, a random number):
+each is measured once, on a tensor in the cache. The rates of a device that is not there are its description's.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,12 +37,14 @@ class Rates:
 
     Attributes:
         flops: floating-point operations per second.
-        bandwidth: bytes per second.
+        bandwidth: bytes per second, of what is too large for ``copies``.
         launch: seconds that any op takes at least.
         by_dtype: floating-point operations per second on numbers of a dtype, where they are not ``flops``.
+        copies: (bytes read and written, bytes per second) of copies, from small to large; empty if all are alike.
+        element: seconds that an op takes for each element; 0 for those that take no longer than to move it.
     """
 
-    __slots__ = ("bandwidth", "by_dtype", "flops", "launch")
+    __slots__ = ("bandwidth", "by_dtype", "copies", "element", "flops", "launch")
 
     def __init__(
         self,
@@ -47,9 +52,12 @@ class Rates:
         bandwidth: float,
         launch: float,
         by_dtype: Mapping[torch.dtype, float] | None = None,
+        copies: Sequence[tuple[int, float]] = (),
+        element: Callable[[Any], float] = lambda op: 0.0,
     ) -> None:
         self.flops, self.bandwidth, self.launch = flops, bandwidth, launch
         self.by_dtype = dict(by_dtype or {})
+        self.copies, self.element = tuple(copies), element
 
     @classmethod
     def of(cls, spec: DeviceSpec) -> Rates:
@@ -57,23 +65,105 @@ class Rates:
         by_dtype = {getattr(torch, name): rate for name, rate in spec.flops.items()}
         return cls(spec.rate("float32"), spec.bandwidth, spec.launch, by_dtype)
 
+    def moving(self, moved: int) -> float:
+        """Seconds to read and write so many bytes; between two copies that were timed, on a line between the two."""
+        if not self.copies or moved >= self.copies[-1][0]:
+            return moved / self.bandwidth
+        if moved <= self.copies[0][0]:
+            return moved / self.copies[0][1]
+        for (less, slow), (more, fast) in itertools.pairwise(self.copies):
+            if moved <= more:
+                part = (moved - less) / (more - less)
+                return (1 - part) * less / slow + part * more / fast
+        raise AssertionError("the last copy is the largest")
+
 
 def device_rates(device: Device, dtype: torch.dtype = torch.float32) -> Rates:
     """The device's rates: by its description, or measured."""
-    return Rates.of(device.spec) if isinstance(device, Target) else _measured_rates(device, dtype)
+    if isinstance(device, Target):
+        return Rates.of(device.spec)
+    return _measured_rates(device, dtype, torch.get_num_threads())
 
 
 @functools.cache
-def _measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+def _measured_rates(device: torch.device, dtype: torch.dtype, threads: int) -> Rates:
     """The best of a few runs."""
     size = 1024 if device.type == "cpu" else 4096
     a = torch.ones(size, size, device=device, dtype=dtype)
     small = torch.ones(1, device=device)
     product = _best(lambda: a @ a, device)
-    big = torch.ones(2**24, device=device)
-    copy = _best(big.clone, device)
     launch = _best(lambda: small + 1, device)
-    return Rates(2 * size**3 / product, 2 * big.nbytes / copy, launch)
+    copies: list[tuple[int, float]] = []
+    for power in range(16, 25, 2):
+        numbers = torch.ones(2**power, device=device)
+        copy = _best(numbers.clone, device)
+        least = copies[-1][0] / copies[-1][1] if copies else 0.0  # more never takes less
+        copies.append((2 * numbers.nbytes, 2 * numbers.nbytes / max(copy, least)))
+    element = functools.cache(functools.partial(_element_seconds, device))
+    return Rates(2 * size**3 / product, copies[-1][1], launch, copies=copies, element=element)
+
+
+_aten = torch.ops.aten
+_attend = _aten._scaled_dot_product_flash_attention_for_cpu
+_attend_backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+# Ops that do much with each element, and how to run them on one of (8, 16, 256). All others move their bytes and no more:
+# powers are special cases (squares, cubes), and the seconds of a selection are a matter of its mask.
+_HEAVY: dict[Any, Callable[[Tensor], Any]] = {
+    _aten.bernoulli_: lambda x: torch.empty_like(x).bernoulli_(0.9),
+    _aten.native_dropout: lambda x: _aten.native_dropout(x, 0.1, True),
+    _aten._softmax: lambda x: _aten._softmax(x, -1, False),
+    _aten._log_softmax: lambda x: _aten._log_softmax(x, -1, False),
+    _aten.native_layer_norm: lambda x: _aten.native_layer_norm(x, x.shape[-1:], None, None, 1e-5),
+    _aten.native_batch_norm: lambda x: _aten.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5),
+    _aten.native_group_norm: lambda x: _aten.native_group_norm(x, None, None, *x.shape, 4, 1e-5),
+    _aten.max_pool2d_with_indices: lambda x: _aten.max_pool2d_with_indices(x.view(-1, 16, 16, 16), 3, 2, 1),
+    _attend: lambda x: _attend(*[x.view(-1, 1, 128, 16)[:2]] * 3),  # as many scores as elements
+} | {
+    op: op
+    for op in (
+        *(
+            _aten.bernoulli,
+            _aten.cos,
+            _aten.erf,
+            _aten.exp,
+            _aten.gelu,
+            _aten.log,
+            _aten.rsqrt,
+            _aten.sigmoid,
+        ),
+        *(_aten.silu, _aten.sin, _aten.sqrt, _aten.tanh),
+    )
+}
+# Ops that do twice as much with each element as others.
+_TWICE = {
+    _aten.gelu_backward: _aten.gelu,
+    _aten.silu_backward: _aten.silu,
+    _aten.native_layer_norm_backward: _aten.native_layer_norm,
+    _aten.native_batch_norm_backward: _aten.native_batch_norm,
+    _aten.native_group_norm_backward: _aten.native_group_norm,
+    _attend_backward: _attend,
+}
+
+
+def _element_seconds(device: torch.device, op: Any) -> float:
+    """Of ops in ``_HEAVY``; 0 for others. The generator is left as it was."""
+    run = _HEAVY.get(_TWICE.get(op, op))
+    if run is None or (op in (_attend, _attend_backward) and device.type != "cpu"):
+        return 0.0
+    # On other devices so much that starting the op does not count.
+    batch = 8 if device.type == "cpu" else 4096
+    numbers = torch.linspace(0.01, 0.99, batch * 4096, device=device).view(batch, 16, 256)
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        seconds = _best(lambda: run(numbers), device)
+    return (1 + (op in _TWICE)) * seconds / numbers.numel()
+
+
+def _elements(op: Any, args: Any, tensors: Sequence[Tensor]) -> int:
+    """Of the largest tensor; of attention, its scores."""
+    if op in (_attend, _attend_backward):
+        query, key = args[:2] if op is _attend else args[1:3]
+        return math.prod(query.shape[:-1]) * key.shape[-2]
+    return max((t.numel() for t in tensors), default=0)
 
 
 def _best(run: Any, device: torch.device, repeats: int = 7) -> float:
@@ -119,7 +209,9 @@ class Tally(TorchDispatchMode):
         rate = self.rates.flops
         if flops and self.rates.by_dtype:
             rate = self.rates.by_dtype.get(next(t.dtype for t in tensors if t.is_floating_point()), rate)
-        self.seconds += max(self.rates.launch, flops / rate, moved / self.rates.bandwidth)
+        op = func._overloadpacket
+        each = self.rates.element(op) * _elements(op, args, tensors)
+        self.seconds += max(self.rates.launch, flops / rate + each, self.rates.moving(moved))
         return result
 
 
@@ -137,8 +229,8 @@ def _attention(products: int, first: int) -> Any:
 # Of the attention that a CPU has, torch's own counts say nothing. Backward: the scores again, and four gradients.
 _FLOPS = {
     **flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention(2, 0),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention(5, 1),
+    _attend: _attention(2, 0),
+    _attend_backward: _attention(5, 1),
 }
 
 
