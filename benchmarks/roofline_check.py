@@ -212,7 +212,7 @@ class Row(NamedTuple):
     """
 
     kind: str
-    count: int
+    ops: int
     share: float
     estimated: float
     ratios: tuple[float, float, float] | None
@@ -227,7 +227,7 @@ def rows(ops: Iterable[OpTime]) -> list[Row]:
         own = [op for op in all_ops if op.kind == kind]
         ratios = sorted(op.estimated / op.measured for op in own)
         at = [ratios[round(q * (len(ratios) - 1))] for q in (0.1, 0.5, 0.9)]
-        share, estimated = (math.fsum(op[i] for op in own) for i in (1, 2))
+        share, estimated = math.fsum(op.measured for op in own), math.fsum(op.estimated for op in own)
         quantiles = (at[0], at[1], at[2]) if at[2] else None
         found.append(Row(kind, len(own), share / total, estimated / guess, quantiles))
     return sorted(found, key=lambda row: -row.share)
@@ -277,7 +277,7 @@ def summary(checked: Mapping[str, Checked]) -> list[str]:
     kinds = (
         [
             row.kind,
-            str(row.count),
+            str(row.ops),
             f"{row.share:.1%}",
             f"{row.estimated:.1%}",
             *(["-"] * 3 if row.ratios is None else [f"{ratio:.2f}" for ratio in row.ratios]),
@@ -315,8 +315,10 @@ def summary(checked: Mapping[str, Checked]) -> list[str]:
             (line for title, found in checked.items() for line in _plan_lines(title, found)),
         ),
         "",
-        f"A plan made with estimates takes {statistics.mean(losses):.2%} longer on average, and at most "
-        f"{max(losses):.2%} ({worst}).",
+        (
+            f"A plan made with estimates takes {statistics.mean(losses):.2%} longer on average, and at most "
+            f"{max(losses):.2%} ({worst})."
+        ),
     ]
 
 
@@ -335,13 +337,15 @@ def report(subjects: Mapping[str, Callable[[], Case]] | None = None, repeats: in
     for title, make in (SUBJECTS if subjects is None else subjects).items():
         torch.manual_seed(0)
         checked[title] = check(_moved(make()), repeats)
-    rates = device_rates(torch.device(DEVICE))
+    rates, threads = device_rates(torch.device(DEVICE)), torch.get_num_threads()
     return "\n".join(
         [
             "# Estimated seconds against measured ones",
             "",
-            f"On {DEVICE}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}; the roofline's rates: "
-            f"{rates.flops / 1e9:.1f} GFLOP/s, {rates.bandwidth / 1e9:.1f} GB/s, {1e6 * rates.launch:.1f} µs an op.",
+            (
+                f"On {DEVICE}, {threads} thread{'s' * (threads > 1)}; the roofline's rates: {rates.flops / 1e9:.1f} GFLOP/s, "
+                f"{rates.bandwidth / 1e9:.1f} GB/s, {1e6 * rates.launch:.1f} µs an op."
+            ),
             "",
             f"Forward ops run one by one in grad mode, the median of {repeats} runs; `measured` and `estimated` are the kind's",
             "shares of all ops' seconds, the other columns estimated / measured seconds of single ops at three quantiles.",

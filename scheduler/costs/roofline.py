@@ -2,15 +2,14 @@
 
 Williams, Waterman, Patterson 2009 (doi:10.1145/1498765.1498785): an op takes the longer of its arithmetic at
 the device's peak rate and its memory traffic at the device's bandwidth. Both rates are measured once per
-process, by a matrix product and by copies of several sizes: what fits a cache moves up to thirty times as fast as what
-comes in fresh pages. A third bound is for ops on single elements that neither rate tells of (a tanh, a random number):
-each is measured once, on a tensor in the cache. The rates of a device that is not there are its description's.
+process, by a matrix product and a copy. Two more are for what they do not tell of: seconds for each element of ops
+that compute much with it (a tanh, a random number), and for bytes that are mapped anew, page by page, each time they
+are asked for. The rates of a device that is not there are its description's.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,14 +36,14 @@ class Rates:
 
     Attributes:
         flops: floating-point operations per second.
-        bandwidth: bytes per second, of what is too large for ``copies``.
+        bandwidth: bytes per second.
         launch: seconds that any op takes at least.
         by_dtype: floating-point operations per second on numbers of a dtype, where they are not ``flops``.
-        copies: (bytes read and written, bytes per second) of copies, from small to large; empty if all are alike.
-        element: seconds that an op takes for each element; 0 for those that take no longer than to move it.
+        element: op -> seconds that it takes for each element, if it computes much with one.
+        fresh: seconds for each byte of a new storage of ``MAPPED`` bytes or more, above those that it takes to write it.
     """
 
-    __slots__ = ("bandwidth", "by_dtype", "copies", "element", "flops", "launch")
+    __slots__ = ("bandwidth", "by_dtype", "element", "flops", "fresh", "launch")
 
     def __init__(
         self,
@@ -52,30 +51,18 @@ class Rates:
         bandwidth: float,
         launch: float,
         by_dtype: Mapping[torch.dtype, float] | None = None,
-        copies: Sequence[tuple[int, float]] = (),
-        element: Callable[[Any], float] = lambda op: 0.0,
+        element: Mapping[Any, float] | None = None,
+        fresh: float = 0.0,
     ) -> None:
         self.flops, self.bandwidth, self.launch = flops, bandwidth, launch
         self.by_dtype = dict(by_dtype or {})
-        self.copies, self.element = tuple(copies), element
+        self.element, self.fresh = dict(element or {}), fresh
 
     @classmethod
     def of(cls, spec: DeviceSpec) -> Rates:
         """Those of a description."""
         by_dtype = {getattr(torch, name): rate for name, rate in spec.flops.items()}
         return cls(spec.rate("float32"), spec.bandwidth, spec.launch, by_dtype)
-
-    def moving(self, moved: int) -> float:
-        """Seconds to read and write so many bytes; between two copies that were timed, on a line between the two."""
-        if not self.copies or moved >= self.copies[-1][0]:
-            return moved / self.bandwidth
-        if moved <= self.copies[0][0]:
-            return moved / self.copies[0][1]
-        for (less, slow), (more, fast) in itertools.pairwise(self.copies):
-            if moved <= more:
-                part = (moved - less) / (more - less)
-                return (1 - part) * less / slow + part * more / fast
-        raise AssertionError("the last copy is the largest")
 
 
 def device_rates(device: Device, dtype: torch.dtype = torch.float32) -> Rates:
@@ -86,21 +73,19 @@ def device_rates(device: Device, dtype: torch.dtype = torch.float32) -> Rates:
 
 
 @functools.cache
-def _measured_rates(device: torch.device, dtype: torch.dtype, threads: int) -> Rates:
+def _measured_rates(device: torch.device, dtype: torch.dtype, _threads: int) -> Rates:
     """The best of a few runs."""
     size = 1024 if device.type == "cpu" else 4096
     a = torch.ones(size, size, device=device, dtype=dtype)
     small = torch.ones(1, device=device)
     product = _best(lambda: a @ a, device)
     launch = _best(lambda: small + 1, device)
-    copies: list[tuple[int, float]] = []
-    for power in range(16, 25, 2):
-        numbers = torch.ones(2**power, device=device)
-        copy = _best(numbers.clone, device)
-        least = copies[-1][0] / copies[-1][1] if copies else 0.0  # more never takes less
-        copies.append((2 * numbers.nbytes, 2 * numbers.nbytes / max(copy, least)))
-    element = functools.cache(functools.partial(_element_seconds, device))
-    return Rates(2 * size**3 / product, copies[-1][1], launch, copies=copies, element=element)
+    big, other = (torch.ones(2**24, device=device) for _ in range(2))
+    copy = _best(lambda: other.copy_(big), device)  # more than caches hold, to where there are pages already
+    fresh = max(0.0, _best(big.clone, device) - copy) / big.nbytes if device.type == "cpu" else 0.0
+    return Rates(
+        2 * size**3 / product, 2 * big.nbytes / copy, launch, element=_element_seconds(device), fresh=fresh
+    )
 
 
 _aten = torch.ops.aten
@@ -134,8 +119,8 @@ _HEAVY: dict[Any, Callable[[Tensor], Any]] = {
         *(_aten.silu, _aten.sin, _aten.sqrt, _aten.tanh),
     )
 }
-# Ops that do twice as much with each element as others.
-_TWICE = {
+# Ops that do about as much with each element as others.
+_LIKE = {
     _aten.gelu_backward: _aten.gelu,
     _aten.silu_backward: _aten.silu,
     _aten.native_layer_norm_backward: _aten.native_layer_norm,
@@ -145,17 +130,17 @@ _TWICE = {
 }
 
 
-def _element_seconds(device: torch.device, op: Any) -> float:
-    """Of ops in ``_HEAVY``; 0 for others. The generator is left as it was."""
-    run = _HEAVY.get(_TWICE.get(op, op))
-    if run is None or (op in (_attend, _attend_backward) and device.type != "cpu"):
-        return 0.0
-    # On other devices so much that starting the op does not count.
+def _element_seconds(device: torch.device) -> dict[Any, float]:
+    """Of the ops in ``_HEAVY`` and ``_LIKE``. The generator is left as it was."""
+    # Off the CPU so many that starting the op does not count.
     batch = 8 if device.type == "cpu" else 4096
     numbers = torch.linspace(0.01, 0.99, batch * 4096, device=device).view(batch, 16, 256)
+    found = {}
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        seconds = _best(lambda: run(numbers), device)
-    return (1 + (op in _TWICE)) * seconds / numbers.numel()
+        for op, run in _HEAVY.items():
+            if op is not _attend or device.type == "cpu":
+                found[op] = _best(functools.partial(run, numbers), device) / numbers.numel()
+    return found | {op: found[like] for op, like in _LIKE.items() if like in found}
 
 
 def _elements(op: Any, args: Any, tensors: Sequence[Tensor]) -> int:
@@ -164,6 +149,19 @@ def _elements(op: Any, args: Any, tensors: Sequence[Tensor]) -> int:
         query, key = args[:2] if op is _attend else args[1:3]
         return math.prod(query.shape[:-1]) * key.shape[-2]
     return max((t.numel() for t in tensors), default=0)
+
+
+def _mapped(args: Any, result: Any) -> int:
+    """Bytes of the op's new storages that the system maps anew."""
+    old, new = (
+        {
+            t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+            for t in pytree.tree_leaves(tree)
+            if isinstance(t, Tensor)
+        }
+        for tree in (args, result)
+    )
+    return sum(size for key, size in new.items() if key not in old and size >= MAPPED)
 
 
 def _best(run: Any, device: torch.device, repeats: int = 7) -> float:
@@ -179,6 +177,8 @@ def _best(run: Any, device: torch.device, repeats: int = 7) -> float:
     return min(times[1:])
 
 
+# From so many bytes on glibc's malloc never keeps what is freed (M_MMAP_THRESHOLD grows no further).
+MAPPED = 2**25
 # Ops that move nothing.
 _FREE = (
     "aten.detach.default",
@@ -209,9 +209,10 @@ class Tally(TorchDispatchMode):
         rate = self.rates.flops
         if flops and self.rates.by_dtype:
             rate = self.rates.by_dtype.get(next(t.dtype for t in tensors if t.is_floating_point()), rate)
+        fresh = self.rates.fresh * _mapped(args, result) if self.rates.fresh else 0.0
         op = func._overloadpacket
-        each = self.rates.element(op) * _elements(op, args, tensors)
-        self.seconds += max(self.rates.launch, flops / rate + each, self.rates.moving(moved))
+        each = self.rates.element.get(op, 0.0) * _elements(op, args, tensors)
+        self.seconds += max(self.rates.launch, flops / rate + each, moved / self.rates.bandwidth + fresh)
         return result
 
 
