@@ -134,9 +134,9 @@ def _element_seconds(device: torch.device) -> dict[Any, float]:
     """Of the ops in ``_HEAVY`` and ``_LIKE``. The generator is left as it was."""
     # Off the CPU so many that starting the op does not count.
     batch = 8 if device.type == "cpu" else 4096
-    numbers = torch.linspace(0.01, 0.99, batch * 4096, device=device).view(batch, 16, 256)
     found = {}
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        numbers = torch.rand(batch, 16, 256, device=device)
         for op, run in _HEAVY.items():
             if op is not _attend or device.type == "cpu":
                 found[op] = _best(functools.partial(run, numbers), device) / numbers.numel()
