@@ -30,6 +30,9 @@ from scheduler.device import DeviceSpec
 
 __all__ = ["Rates", "Tally", "device_rates", "estimate_run", "roofline_graph"]
 
+# Bytes from which on glibc's malloc never keeps what is freed (M_MMAP_THRESHOLD grows no further).
+MAPPED = 2**25
+
 
 class Rates:
     """What a device can do.
@@ -74,7 +77,7 @@ def device_rates(device: Device, dtype: torch.dtype = torch.float32) -> Rates:
 
 @functools.cache
 def _measured_rates(device: torch.device, dtype: torch.dtype, _threads: int) -> Rates:
-    """The best of a few runs."""
+    """The best of a few runs, with the threads that torch has now."""
     size = 1024 if device.type == "cpu" else 4096
     a = torch.ones(size, size, device=device, dtype=dtype)
     small = torch.ones(1, device=device)
@@ -106,17 +109,8 @@ _HEAVY: dict[Any, Callable[[Tensor], Any]] = {
 } | {
     op: op
     for op in (
-        *(
-            _aten.bernoulli,
-            _aten.cos,
-            _aten.erf,
-            _aten.exp,
-            _aten.gelu,
-            _aten.log,
-            _aten.rsqrt,
-            _aten.sigmoid,
-        ),
-        *(_aten.silu, _aten.sin, _aten.sqrt, _aten.tanh),
+        *(_aten.bernoulli, _aten.cos, _aten.erf, _aten.exp, _aten.gelu, _aten.log),
+        *(_aten.rsqrt, _aten.sigmoid, _aten.silu, _aten.sin, _aten.sqrt, _aten.tanh),
     )
 }
 # Ops that do about as much with each element as others.
@@ -177,8 +171,6 @@ def _best(run: Any, device: torch.device, repeats: int = 7) -> float:
     return min(times[1:])
 
 
-# From so many bytes on glibc's malloc never keeps what is freed (M_MMAP_THRESHOLD grows no further).
-MAPPED = 2**25
 # Ops that move nothing.
 _FREE = (
     "aten.detach.default",
