@@ -24,6 +24,7 @@ NAMES = (
     "op_level_bound",
     "op_level",
     "plan_without_hardware",
+    "roofline_check",
 )
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

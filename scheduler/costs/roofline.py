@@ -2,7 +2,9 @@
 
 Williams, Waterman, Patterson 2009 (doi:10.1145/1498765.1498785): an op takes the longer of its arithmetic at
 the device's peak rate and its memory traffic at the device's bandwidth. Both rates are measured once per
-process by a matrix product and a copy; those of a device that is not there are its description's.
+process, by a matrix product and a copy. Two more are for what they do not tell of: seconds for each element of ops
+that compute much with it (a tanh, a random number), and for bytes that are mapped anew, page by page, each time they
+are asked for. The rates of a device that is not there are its description's.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +30,9 @@ from scheduler.device import DeviceSpec
 
 __all__ = ["Rates", "Tally", "device_rates", "estimate_run", "roofline_graph"]
 
+# Bytes from which on glibc's malloc never keeps what is freed (M_MMAP_THRESHOLD grows no further).
+MAPPED = 2**25
+
 
 class Rates:
     """What a device can do.
@@ -37,9 +42,11 @@ class Rates:
         bandwidth: bytes per second.
         launch: seconds that any op takes at least.
         by_dtype: floating-point operations per second on numbers of a dtype, where they are not ``flops``.
+        element: op -> seconds that it takes for each element, if it computes much with one.
+        fresh: seconds for each byte of a new storage of ``MAPPED`` bytes or more, above those that it takes to write it.
     """
 
-    __slots__ = ("bandwidth", "by_dtype", "flops", "launch")
+    __slots__ = ("bandwidth", "by_dtype", "element", "flops", "fresh", "launch")
 
     def __init__(
         self,
@@ -47,9 +54,12 @@ class Rates:
         bandwidth: float,
         launch: float,
         by_dtype: Mapping[torch.dtype, float] | None = None,
+        element: Mapping[Any, float] | None = None,
+        fresh: float = 0.0,
     ) -> None:
         self.flops, self.bandwidth, self.launch = flops, bandwidth, launch
         self.by_dtype = dict(by_dtype or {})
+        self.element, self.fresh = dict(element or {}), fresh
 
     @classmethod
     def of(cls, spec: DeviceSpec) -> Rates:
@@ -60,20 +70,92 @@ class Rates:
 
 def device_rates(device: Device, dtype: torch.dtype = torch.float32) -> Rates:
     """The device's rates: by its description, or measured."""
-    return Rates.of(device.spec) if isinstance(device, Target) else _measured_rates(device, dtype)
+    if isinstance(device, Target):
+        return Rates.of(device.spec)
+    return _measured_rates(device, dtype, torch.get_num_threads())
 
 
 @functools.cache
-def _measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """The best of a few runs."""
+def _measured_rates(device: torch.device, dtype: torch.dtype, _threads: int) -> Rates:
+    """The best of a few runs, with the threads that torch has now."""
     size = 1024 if device.type == "cpu" else 4096
     a = torch.ones(size, size, device=device, dtype=dtype)
     small = torch.ones(1, device=device)
     product = _best(lambda: a @ a, device)
-    big = torch.ones(2**24, device=device)
-    copy = _best(big.clone, device)
     launch = _best(lambda: small + 1, device)
-    return Rates(2 * size**3 / product, 2 * big.nbytes / copy, launch)
+    big, other = (torch.ones(2**24, device=device) for _ in range(2))
+    copy = _best(lambda: other.copy_(big), device)  # more than caches hold, to where there are pages already
+    fresh = max(0.0, _best(big.clone, device) - copy) / big.nbytes if device.type == "cpu" else 0.0
+    return Rates(
+        2 * size**3 / product, 2 * big.nbytes / copy, launch, element=_element_seconds(device), fresh=fresh
+    )
+
+
+_aten = torch.ops.aten
+_attend = _aten._scaled_dot_product_flash_attention_for_cpu
+_attend_backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+# Ops that do much with each element, and how to run them on one of (8, 16, 256). All others move their bytes and no more:
+# powers are special cases (squares, cubes), and the seconds of a selection are a matter of its mask.
+_HEAVY: dict[Any, Callable[[Tensor], Any]] = {
+    _aten.bernoulli_: lambda x: torch.empty_like(x).bernoulli_(0.9),
+    _aten.native_dropout: lambda x: _aten.native_dropout(x, 0.1, True),
+    _aten._softmax: lambda x: _aten._softmax(x, -1, False),
+    _aten._log_softmax: lambda x: _aten._log_softmax(x, -1, False),
+    _aten.native_layer_norm: lambda x: _aten.native_layer_norm(x, x.shape[-1:], None, None, 1e-5),
+    _aten.native_batch_norm: lambda x: _aten.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5),
+    _aten.native_group_norm: lambda x: _aten.native_group_norm(x, None, None, *x.shape, 4, 1e-5),
+    _aten.max_pool2d_with_indices: lambda x: _aten.max_pool2d_with_indices(x.view(-1, 16, 16, 16), 3, 2, 1),
+    _attend: lambda x: _attend(*[x.view(-1, 1, 128, 16)[:2]] * 3),  # as many scores as elements
+} | {
+    op: op
+    for op in (
+        *(_aten.bernoulli, _aten.cos, _aten.erf, _aten.exp, _aten.gelu, _aten.log),
+        *(_aten.rsqrt, _aten.sigmoid, _aten.silu, _aten.sin, _aten.sqrt, _aten.tanh),
+    )
+}
+# Ops that do about as much with each element as others.
+_LIKE = {
+    _aten.gelu_backward: _aten.gelu,
+    _aten.silu_backward: _aten.silu,
+    _aten.native_layer_norm_backward: _aten.native_layer_norm,
+    _aten.native_batch_norm_backward: _aten.native_batch_norm,
+    _aten.native_group_norm_backward: _aten.native_group_norm,
+    _attend_backward: _attend,
+}
+
+
+def _element_seconds(device: torch.device) -> dict[Any, float]:
+    """Of the ops in ``_HEAVY`` and ``_LIKE``. The generator is left as it was."""
+    # Off the CPU so many that starting the op does not count.
+    batch = 8 if device.type == "cpu" else 4096
+    found = {}
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        numbers = torch.rand(batch, 16, 256, device=device)
+        for op, run in _HEAVY.items():
+            if op is not _attend or device.type == "cpu":
+                found[op] = _best(functools.partial(run, numbers), device) / numbers.numel()
+    return found | {op: found[like] for op, like in _LIKE.items() if like in found}
+
+
+def _elements(op: Any, args: Any, tensors: Sequence[Tensor]) -> int:
+    """Of the largest tensor; of attention, its scores."""
+    if op in (_attend, _attend_backward):
+        query, key = args[:2] if op is _attend else args[1:3]
+        return math.prod(query.shape[:-1]) * key.shape[-2]
+    return max((t.numel() for t in tensors), default=0)
+
+
+def _mapped(args: Any, result: Any) -> int:
+    """Bytes of the op's new storages that the system maps anew."""
+    old, new = (
+        {
+            t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+            for t in pytree.tree_leaves(tree)
+            if isinstance(t, Tensor)
+        }
+        for tree in (args, result)
+    )
+    return sum(size for key, size in new.items() if key not in old and size >= MAPPED)
 
 
 def _best(run: Any, device: torch.device, repeats: int = 7) -> float:
@@ -119,7 +201,10 @@ class Tally(TorchDispatchMode):
         rate = self.rates.flops
         if flops and self.rates.by_dtype:
             rate = self.rates.by_dtype.get(next(t.dtype for t in tensors if t.is_floating_point()), rate)
-        self.seconds += max(self.rates.launch, flops / rate, moved / self.rates.bandwidth)
+        fresh = self.rates.fresh * _mapped(args, result) if self.rates.fresh else 0.0
+        op = func._overloadpacket
+        each = self.rates.element.get(op, 0.0) * _elements(op, args, tensors)
+        self.seconds += max(self.rates.launch, flops / rate + each, moved / self.rates.bandwidth + fresh)
         return result
 
 
@@ -137,8 +222,8 @@ def _attention(products: int, first: int) -> Any:
 # Of the attention that a CPU has, torch's own counts say nothing. Backward: the scores again, and four gradients.
 _FLOPS = {
     **flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention(2, 0),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention(5, 1),
+    _attend: _attention(2, 0),
+    _attend_backward: _attention(5, 1),
 }
 
 
