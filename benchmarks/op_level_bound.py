@@ -6,6 +6,7 @@ there is the budget of the MILP, which may run any op again at any time.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import time
 from collections.abc import Callable
@@ -129,7 +130,11 @@ def planning_row(title: str, make: Callable[[], tuple[nn.Module, Any]]) -> str:
     budget += (smallest(chain, "keep_all") - budget) // 2
     times: list[float] = []
     plan = solve(
-        model, budget, sample=sample, capture="graph", progress=lambda line: times.append(time.perf_counter())
+        copy.deepcopy(model),
+        budget,
+        sample=sample,
+        capture="graph",
+        progress=lambda line: times.append(time.perf_counter()),
     )
     times.append(time.perf_counter())
     captured, pricing, solving = times[-3] - times[0], times[-2] - times[-3], times[-1] - times[-2]

@@ -96,6 +96,8 @@ class Plan:
         capture: how the model was captured.
         resident: the chain's fixed bytes, by what they consist of.
         torch_version: of the torch that captured the model.
+        optimizer_step: the most bytes that a step of the optimizer takes above parameters, gradients and its state; None if
+            not known, 0 without an optimizer. Activations are gone by then.
         live: the capture itself, as long as the plan stays in its process; never saved.
     """
 
@@ -107,6 +109,7 @@ class Plan:
     capture: CaptureRecord
     resident: Mapping[str, int]
     torch_version: str
+    optimizer_step: int | None = 0
     live: Any = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -295,9 +298,17 @@ class Plan:
                 + (f" of {self.capture.target}, which is not there" if self.capture.target else "")
             ),
             f"live all step: {parts}",
+            *([self._optimizer_line()] if self.optimizer_step else []),
             f"captured as {self.capture.kind}: {self.capture.reason}",
         ]
         return "\n".join(lines)
+
+    def _optimizer_line(self) -> str:
+        """What the optimizer's own step takes, in words."""
+        assert self.optimizer_step
+        there = self.optimizer_step + sum(self.resident.values()) + sum(s.grad for s in self.chain.stages)
+        over = ", over the budget" if there > self.memory_budget else ""
+        return f"optimizer's step: {format_bytes(self.optimizer_step)} of its own, {format_bytes(there)} in all{over}"
 
     def __str__(self) -> str:
         return self.table()
@@ -311,6 +322,7 @@ class Plan:
             "costs": self.costs,
             "torch_version": self.torch_version,
             "resident": dict(self.resident),
+            "optimizer_step": self.optimizer_step,
             "capture": asdict(self.capture),
             "chain": self.chain.to_json(),
             "schedule": self.schedule.to_json(),
@@ -335,6 +347,7 @@ class Plan:
                 costs=data["costs"],
                 capture=CaptureRecord(**data["capture"]),
                 resident=dict(data["resident"]),
+                optimizer_step=data.get("optimizer_step", 0),
                 torch_version=data["torch_version"],
             )
         except (KeyError, TypeError) as error:

@@ -32,7 +32,7 @@ from scheduler.capture.verify import StepResult, difference, run_step
 from scheduler.chain import Chain
 from scheduler.costs.graph_chain import graph_chain, measure_graph
 from scheduler.costs.module_chain import module_chain
-from scheduler.costs.resident import optimizer_bytes, resident_parts
+from scheduler.costs.resident import optimizer_bytes, optimizer_step_bytes, resident_parts
 from scheduler.costs.roofline import roofline_graph
 from scheduler.device import DeviceSpec
 from scheduler.errors import CaptureError, InfeasibleBudget
@@ -59,6 +59,7 @@ class Request:
     capture: str | tuple[nn.Module, ...]
     costs: str
     optimizer_state: int
+    optimizer_step: int | None
     progress: Progress
 
 
@@ -189,6 +190,7 @@ def _plan(request: Request, parameters: Mapping[str, Any]) -> Plan:
         record,
         resident,
         torch.__version__,
+        request.optimizer_step,
         live=None if isinstance(request.device, Target) else (model, captured),
     )
 
@@ -255,6 +257,7 @@ def checked(
         capture if isinstance(capture, str) else tuple(capture),
         costs,
         optimizer_bytes(optimizer, device),
+        optimizer_step_bytes(optimizer, device),
         progress or (lambda line: None),
     )
 

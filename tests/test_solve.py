@@ -18,7 +18,7 @@ import scheduler
 from executors import execute, measure_peak
 from scheduler import InfeasibleBudget, Plan, solve
 from scheduler.budget import format_bytes, parse_budget
-from scheduler.costs.resident import optimizer_bytes
+from scheduler.costs.resident import optimizer_bytes, optimizer_step_bytes
 from scheduler.host import HostMemory
 from scheduler.solvers import SOLVERS
 
@@ -247,12 +247,15 @@ def test_the_state_of_an_optimizer_is_known_before_its_first_step(
     model = _model()
     optimizer = make(model.parameters())
     foreseen = optimizer_bytes(optimizer, CPU)
+    own = optimizer_step_bytes(optimizer, CPU)
     assert not optimizer.state
     model(_batch()).sum().backward()
     optimizer.step()
     real = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
     assert foreseen == real == optimizer_bytes(optimizer, CPU)
     assert (real == 0) == (name == "SGD")
+    assert own is not None
+    assert own == pytest.approx(measure_peak(optimizer.step, device="cpu").added, abs=64)
 
 
 def test_optimizer_state_and_existing_gradients_count_towards_the_budget() -> None:
@@ -261,6 +264,9 @@ def test_optimizer_state_and_existing_gradients_count_towards_the_budget() -> No
     size = sum(p.nbytes for p in model.parameters())
     with_state = solve(model, "1GiB", sample=batch, optimizer=torch.optim.AdamW(model.parameters()))
     assert with_state.chain.fixed - plain.chain.fixed == pytest.approx(2 * size, rel=0.01)
+    assert with_state.optimizer_step
+    assert f"optimizer's step: {format_bytes(with_state.optimizer_step)} of its own" in str(with_state)
+    assert "optimizer's step" not in str(plain)
     assert sum(s.grad for s in plain.chain.stages) == size
     model(batch).sum().backward()
     accumulating = solve(model, "1GiB", sample=batch)

@@ -13,9 +13,10 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from scheduler.capture.target import Device, Target, lies_on
+from scheduler.costs.live import LiveBytes
 from scheduler.costs.peak import allocated
 
-__all__ = ["optimizer_bytes", "resident_parts", "storage_bytes"]
+__all__ = ["optimizer_bytes", "optimizer_step_bytes", "resident_parts", "storage_bytes"]
 
 
 def storage_bytes(tensors: Iterable[Tensor], device: Device) -> int:
@@ -66,6 +67,44 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> 
         return storage_bytes(
             (leaf for leaf in pytree.tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor)), device
         )
+    try:
+        states = _stepped(optimizer, device)[0].state.values()
+    except Exception as error:  # whatever a third-party optimizer does on fake tensors
+        raise ValueError(
+            f"solve: the state of {type(optimizer).__name__} is still empty and its size cannot be found by a "
+            f"trial step on fake tensors ({error}); call optimizer.step() once before solve()"
+        ) from error
+    total = 0
+    for leaf in pytree.tree_leaves(list(states)):
+        if not isinstance(leaf, Tensor) or not lies_on(leaf, device):
+            continue
+        # Optimizers keep their counts of steps, of no dimension, on the host.
+        if not (isinstance(device, Target) and device.type != "cpu" and not leaf.ndim):
+            total += allocated(leaf.untyped_storage().nbytes(), device)
+    return total
+
+
+def optimizer_step_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> int | None:
+    """The most bytes that a step of the optimizer takes above parameters, gradients and state; None if not known.
+
+    By a step of a copy on fake tensors, the second one, when its state is there. For a device that is described, the
+    step is the CPU's, one parameter after the other.
+    """
+    if optimizer is None:
+        return 0
+    try:
+        stand_in, fake = _stepped(optimizer, device)
+        with fake, LiveBytes(device.type) as counter, torch.no_grad():
+            type(optimizer).step(stand_in)
+    except Exception:  # noqa: BLE001 # whatever a third-party optimizer does on fake tensors
+        return None
+    return counter.peak
+
+
+def _stepped(
+    optimizer: torch.optim.Optimizer, device: Device
+) -> tuple[torch.optim.Optimizer, FakeTensorMode]:
+    """A copy of the optimizer on fake tensors, after its first step."""
     fake = FakeTensorMode()
     stand_in = copy.copy(optimizer)
     stand_in.state = defaultdict(dict)
@@ -87,24 +126,6 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> 
             parameters.append(double)
         groups.append({**group, "params": parameters})
     stand_in.param_groups = groups
-    try:
-        with fake, torch.no_grad():
-            type(optimizer).step(stand_in)
-    except Exception as error:  # whatever a third-party optimizer does on fake tensors
-        raise ValueError(
-            f"solve: the state of {type(optimizer).__name__} is still empty and its size cannot be found by a "
-            f"trial step on fake tensors ({error}); call optimizer.step() once before solve()"
-        ) from error
-    total = 0
-    for state in stand_in.state.values():
-        for leaf in pytree.tree_leaves(state):
-            # Optimizers keep their counts of steps, of no dimension, on the host.
-            counts = (
-                isinstance(device, Target)
-                and device.type != "cpu"
-                and isinstance(leaf, Tensor)
-                and not leaf.ndim
-            )
-            if isinstance(leaf, Tensor) and lies_on(leaf, device) and not counts:
-                total += allocated(leaf.untyped_storage().nbytes(), device)
-    return total
+    with fake, torch.no_grad():
+        type(optimizer).step(stand_in)
+    return stand_in, fake
