@@ -9,7 +9,7 @@ from executors.memory import MeasuredPeak as MeasuredPeak
 from executors.memory import measure_peak as measure_peak
 from executors.planned import execute as execute
 from executors.planned import plan_of as plan_of
-from executors.rehearse import Rehearsal as Rehearsal
+from executors.rehearsal import Rehearsal as Rehearsal
 from executors.rehearse import rehearse as rehearse
 from executors.replay import ReplayError as ReplayError
 

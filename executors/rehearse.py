@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import inspect
-import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from executors.planned import _RUNNER, execute
-from scheduler.budget import format_bytes
+from executors.rehearsal import Difference, Rehearsal
 from scheduler.capture.eager import as_eager
 from scheduler.capture.fake import fake_call, fake_model
 from scheduler.capture.graph_capture import GraphCapture
@@ -31,120 +30,9 @@ from scheduler.costs.resident import resident_parts, storage_bytes
 from scheduler.device import DeviceSpec
 from scheduler.memory_timeline import Block, MemoryTimeline, Point, category_of, in_words
 from scheduler.plan import Plan
-from scheduler.schedule import Backward, Forward, Free, Timeline
+from scheduler.schedule import Backward, Forward, Free
 
 __all__ = ["Difference", "Rehearsal", "rehearse"]
-
-TELLING = 0.01  # share of the peak by which predicted and observed bytes may differ unmentioned
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """One action of the schedule: the most bytes live while it ran, predicted and observed.
-
-    Attributes:
-        action: its index in the schedule.
-        predicted: by the referee, bytes.
-        observed: bytes; None if nothing came or went while it ran.
-        op: the op at which the most bytes were seen.
-    """
-
-    action: int
-    predicted: int
-    observed: int | None
-    op: str
-
-
-@dataclass(frozen=True)
-class Rehearsal:
-    """What ``rehearse`` saw. Print it for the table.
-
-    Attributes:
-        plan: what was followed.
-        real: whether on tensors with data.
-        resident: bytes live during the whole step, by what they consist of.
-        timeline: the live bytes observed over the step.
-        rows: one for each action of the schedule.
-    """
-
-    plan: Plan
-    real: bool
-    resident: dict[str, int]
-    timeline: MemoryTimeline
-    rows: tuple[Difference, ...]
-
-    @property
-    def peak(self) -> int:
-        """The most bytes live at once, what is live during the whole step included."""
-        return self.timeline.peak
-
-    @property
-    def predicted(self) -> Timeline:
-        """What the referee says."""
-        return self.plan.timeline
-
-    @property
-    def differences(self) -> tuple[Difference, ...]:
-        """The actions where predicted and observed bytes differ by more than 1 % of the peak."""
-        limit = TELLING * self.plan.predicted_peak
-        return tuple(r for r in self.rows if r.observed is not None and abs(r.observed - r.predicted) > limit)
-
-    def table(self) -> str:
-        """Per action what was predicted and observed; then where and by how much the two differ."""
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("#", justify="right")
-        table.add_column("action", no_wrap=True)
-        for heading in ("predicted", "observed", "difference"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("most at", overflow="ellipsis", no_wrap=True, max_width=44)
-        peak = self.plan.predicted_peak
-        for row in self.rows:
-            seen = "" if row.observed is None else format_bytes(row.observed)
-            off = "" if row.observed is None else f"{(row.observed - row.predicted) / peak:+.2%}"
-            words = self.timeline.actions[row.action]
-            table.add_row(str(row.action), words, format_bytes(row.predicted), seen, off, row.op)
-        out = io.StringIO()
-        console = Console(file=out, width=130, highlight=False, markup=False, emoji=False, color_system=None)
-        console.print(table)
-        lines = [line.rstrip() for line in out.getvalue().strip("\n").splitlines()]
-        kind = "measured" if self.real else "rehearsed without data"
-        lines += [
-            "",
-            (
-                f"peak: predicted {format_bytes(peak)}, {kind} {format_bytes(self.peak)} "
-                f"({self.peak / peak - 1:+.2%}); budget {format_bytes(self.plan.memory_budget)}"
-            ),
-        ]
-        aside = self.plan.chain.fixed - sum(self.resident.values())
-        if aside > TELLING * peak:
-            lines.append(
-                f"of it {format_bytes(aside)} are set aside for the whole step, for generator states and small "
-                "tensors that come and go"
-            )
-        lines += [self._told(row) for row in self.differences]
-        if not self.real:
-            lines.append(
-                "temporaries inside kernels are not seen without data; rehearse(..., real=True) measures them"
-            )
-        return "\n".join(lines)
-
-    def __str__(self) -> str:
-        return self.table()
-
-    def _told(self, row: Difference) -> str:
-        assert row.observed is not None
-        action = self.plan.schedule.actions[row.action]
-        stage = action.boundary if isinstance(action, Free) else action.stage  # type: ignore[union-attr] # no copies
-        more = "more" if row.observed > row.predicted else "less"
-        name = self.plan.chain.stages[stage].name
-        return (
-            f"action {row.action}, {self.timeline.actions[row.action]} ({name}): "
-            f"{format_bytes(abs(row.observed - row.predicted))} {more} than predicted; most at {row.op}"
-        )
 
 
 def rehearse(plan: Plan, model: nn.Module, sample: Any, *, real: bool = False) -> Rehearsal:
