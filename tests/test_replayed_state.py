@@ -252,7 +252,7 @@ def wide() -> Case:
     return Case(nn.Sequential(*layers).train(), batch, (batch,))
 
 
-@pytest.mark.parametrize("build", [SEVEN["gpt2"], SEVEN["resnet"], wide])
+@pytest.mark.parametrize("build", [SEVEN["gpt2"], SEVEN["resnet"], SEVEN["unet"], wide])
 def test_under_autocast_the_peak_is_predicted_and_casts_of_weights_do_not_pile_up(
     build: Callable[[], Case],
 ) -> None:

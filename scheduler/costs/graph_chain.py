@@ -164,7 +164,7 @@ def graph_chain(
         own = {
             pack.group for pack in packs_of(graph, linear, k) if graph.groups[pack.group].producer >= first
         }
-        return max(0, costs[k].kept - total(own) - SMALL_TENSORS)
+        return max(0, costs[k].kept - total(own))
 
     flows = _GradFlows(capture, costs, size)
     change, output_grad = _carried_changes(capture, size, saved_by, flows, loss_is_output)
