@@ -28,7 +28,8 @@ from scheduler.options import choices
 
 __all__ = ["measure_options"]
 
-MOST = 8  # options of a stage, the one that keeps all included
+MOST, LEAST = 8, 4  # options of a stage, the one that keeps all included: fewer the more stages are unlike,
+IN_ALL = 400  # for each is tried out; so many of all distinct stages together
 REPEATS, PATIENCE = 5, 0.5  # runs that are timed, and seconds after which no more of them begin
 
 
@@ -67,6 +68,7 @@ def measure_options(
         arguments: of the stage, as the real step has them.
         clock: whether seconds are measured; if not, they are estimated (``roofline.py``).
     """
+    most = max(LEAST, min(MOST, IN_ALL // len({stage.signature for stage in capture.stages})))
     stage, device = capture.stages[k], capture.place
     module = getattr(stage.function, "__self__", None)
     if not divisible(capture.graph, capture.linear, k) or not isinstance(module, fx.GraphModule):
@@ -96,7 +98,7 @@ def measure_options(
         return (), 0.0
     names = [op.node.name for op in capture.graph.ops[capture.linear.cuts[k] : capture.linear.cuts[k + 1]]]
     found: list[OptionCost] = []
-    chosen = choices(values.ops, values.values, most=MOST)
+    chosen = choices(values.ops, values.values, most=most)
     for choice in chosen.choices[1:]:
         dropped = frozenset(
             number
