@@ -40,7 +40,8 @@ def test_a_chain_without_data_is_the_chain_with_it(name: str) -> None:
             b.carried_change,
             b.grad,
         )
-        assert a.options[0].saved == b.options[0].saved
+        # Autograd keeps a few numbers as tensors, which only a count on real ones shows.
+        assert 0 <= a.options[0].saved - b.options[0].saved <= 64
         assert b.forward > 0
     below = 1 - dry.plain.peak / real.plain.peak
     assert -0.001 <= below <= BLIND.get(name, 0.001)
