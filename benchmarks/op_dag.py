@@ -18,20 +18,18 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx
 
 from scheduler.capture.graph import OpGraph
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.recompute import compile_rebuilds
 from scheduler.chain import Chain
+from scheduler.costs.options import TimedOps
 from scheduler.costs.peak import allocated
-from scheduler.costs.roofline import Tally, device_rates
 from scheduler.dag import Dag, DagAction, Drop, Op, Run, Turn
 from scheduler.schedule import Action, Backward, Checkpoint, Free, Keep
 
@@ -55,41 +53,12 @@ class OpDag:
     backward: tuple[tuple[int, ...], ...]
 
 
-class _Timed(fx.Interpreter):
-    """Runs a graph and notes the seconds of each op: by the clock, or estimated."""
-
-    def __init__(self, module: fx.GraphModule, device: torch.device, clock: bool) -> None:
-        super().__init__(module)
-        self.device, self.clock = device, clock
-        self.seconds: list[float] = []
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node."""
-        if n.op != "call_function":
-            return super().run_node(n)
-        if not self.clock:
-            with Tally(device_rates(self.device)) as tally:
-                result = super().run_node(n)
-            self.seconds.append(tally.seconds)
-            return result
-        self._wait()
-        began = time.perf_counter()
-        result = super().run_node(n)
-        self._wait()
-        self.seconds.append(time.perf_counter() - began)
-        return result
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
 def op_seconds(capture: GraphCapture, flat: Sequence[Any], *, clock: bool = False) -> list[float]:
     """Seconds of each op, run in grad mode on the flattened call: by the roofline, or by the clock.
 
     By the clock buffers and random numbers move on, as in any forward.
     """
-    timed = _Timed(capture.graph.module, capture.device, clock)
+    timed = TimedOps(capture.graph.module, capture.device, clock)
     with torch.enable_grad():
         timed.run(*flat, enable_io_processing=False)
     return timed.seconds

@@ -210,10 +210,10 @@ def execute(plan: Plan, model: nn.Module, *, watch: bool | None = None) -> nn.Mo
     Args:
         plan: from ``scheduler.solve`` or ``Plan.load``.
         model: the model that the plan was made for, or one like it.
-        watch: whether the peak of the first step is measured, and judged when the next begins. If it is above the predicted one, a PeakWarning says by
-            how much; if it is over the budget, later steps follow a schedule that is tighter by the difference. Default:
-            on CUDA, where it costs nothing (the allocator's peak statistics are reset once). On the CPU it takes the
-            autograd profiler from that step's forward to the next one's.
+        watch: whether the peak of the first step is measured, and judged when the next begins. If it is above the
+            predicted one, a PeakWarning says by how much; if it is over the budget, later steps follow a schedule that is
+            tighter by the difference. Default: on CUDA, where it costs nothing (the allocator's peak statistics are
+            reset once). On the CPU it takes the autograd profiler from that step's forward to the next one's.
 
     Returns:
         the planned model.

@@ -26,15 +26,15 @@ from scheduler.costs.peak import allocated, count_bytes
 from scheduler.costs.roofline import Tally, device_rates
 from scheduler.options import choices
 
-__all__ = ["measure_options"]
+__all__ = ["TimedOps", "measure_options"]
 
 MOST, LEAST = 8, 4  # options of a stage, the one that keeps all included: fewer the more stages are unlike,
 IN_ALL = 400  # for each is tried out; so many of all distinct stages together
 REPEATS, PATIENCE = 5, 0.5  # runs that are timed, and seconds after which no more of them begin
 
 
-class _Timed(fx.Interpreter):
-    """Runs a stage op by op and notes the seconds of each."""
+class TimedOps(fx.Interpreter):
+    """Runs a graph op by op and notes the seconds of each: by the clock, or estimated."""
 
     def __init__(self, module: fx.GraphModule, device: Device, clock: bool) -> None:
         super().__init__(module)
@@ -76,7 +76,7 @@ def measure_options(
     timings: list[list[float]] = []
     began = time.perf_counter()
     while not timings or (clock and len(timings) < REPEATS and time.perf_counter() - began < PATIENCE):
-        timed = _Timed(module, device, clock)
+        timed = TimedOps(module, device, clock)
         with torch.enable_grad():
             timed.run(*_fresh(capture, k, arguments))
         timings.append(timed.seconds)
