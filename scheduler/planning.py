@@ -16,7 +16,7 @@ from scheduler.budget import format_bytes, free_machine_bytes, machine_bytes, pa
 from scheduler.capture.dry import capture_dry, without_hardware
 from scheduler.capture.fake import has_data
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
-from scheduler.capture.module_capture import ModuleCapture, capture_modules
+from scheduler.capture.module_capture import ModuleCapture, capture_blocks
 from scheduler.capture.sample import (
     Call,
     CallSignature,
@@ -326,16 +326,8 @@ def _captured(request: Request) -> tuple[Captured, str, bool]:
                 ) from error
             refused = str(error)
     request.progress("capturing the blocks")
-    try:
-        with preserved(request.model):
-            blocks = capture_modules(request.model, request.call, None if isinstance(how, str) else how)
-    except CaptureError as error:
-        why = f" (graph capture: {refused})" if refused else ""
-        raise CaptureError(
-            f"solve: {type(request.model).__name__} cannot be captured: {error}{why}; pass capture=[blocks], the "
-            "modules that run one after the other"
-        ) from error
-    reason = "the blocks given" if not isinstance(how, str) else blocks.reason
+    with preserved(request.model):
+        blocks, reason = capture_blocks(request.model, request.call, how, refused)
     return blocks, reason + (f"; not as a graph, since {refused}" if refused else ""), plain.own_loss
 
 

@@ -16,7 +16,7 @@ from scheduler.capture.eager import as_eager
 from scheduler.capture.fake import fake_call, fake_model
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
 from scheduler.capture.loss import find_loss, output_tensors
-from scheduler.capture.module_capture import ModuleCapture, capture_modules
+from scheduler.capture.module_capture import ModuleCapture, capture_blocks
 from scheduler.capture.sample import Call
 from scheduler.capture.target import Target
 from scheduler.capture.verify import custom_functions
@@ -79,15 +79,7 @@ def capture_dry(
                 raise CaptureError(f"solve: capture='graph': {error}; try capture='modules'") from error
             refused = str(error)
     progress("capturing the blocks")
-    try:
-        blocks = capture_modules(model, call, None if isinstance(how, str) else how, target)
-    except CaptureError as error:
-        why = f" (graph capture: {refused})" if refused else ""
-        raise CaptureError(
-            f"solve: {type(model).__name__} cannot be captured: {error}{why}; pass capture=[blocks], the modules that "
-            "run one after the other"
-        ) from error
-    reason = "the blocks given" if not isinstance(how, str) else blocks.reason
+    blocks, reason = capture_blocks(model, call, how, refused, target)
     return (
         blocks,
         f"{reason}; {UNTRIED}" + (f"; not as a graph, since {refused}" if refused else ""),

@@ -25,7 +25,7 @@ from scheduler.capture.state import RandomState, model_device
 from scheduler.capture.target import Device, Target
 from scheduler.errors import CaptureError
 
-__all__ = ["Block", "ModuleCapture", "capture_modules", "intercepted"]
+__all__ = ["Block", "ModuleCapture", "capture_blocks", "capture_modules", "intercepted"]
 
 
 @dataclass(slots=True)
@@ -175,6 +175,34 @@ def _given(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, nn.Module
     if len(found) != len(blocks):
         raise CaptureError("a module stands twice in the list given as capture")
     return found
+
+
+def capture_blocks(
+    model: nn.Module,
+    call: Call,
+    how: str | tuple[nn.Module, ...],
+    refused: str,
+    target: Target | None = None,
+) -> tuple[ModuleCapture, str]:
+    """The blocks of a model that is not captured as a graph, and why these.
+
+    Args:
+        how: what was asked for: a kind of capture, or the blocks.
+        refused: why there is no graph, "" if none was asked for.
+
+    Raises:
+        CaptureError: the model cannot be captured; says why.
+    """
+    given = None if isinstance(how, str) else how
+    try:
+        blocks = capture_modules(model, call, given, target)
+    except CaptureError as error:
+        why = f" (graph capture: {refused})" if refused else ""
+        raise CaptureError(
+            f"solve: {type(model).__name__} cannot be captured: {error}{why}; pass capture=[blocks], the modules that "
+            "run one after the other"
+        ) from error
+    return blocks, blocks.reason if given is None else "the blocks given"
 
 
 def capture_modules(
