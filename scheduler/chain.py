@@ -40,17 +40,25 @@ def _seconds(owner: str, field: str, value: Any) -> float:
     return result
 
 
+def _values(owner: str, field: str, values: Any) -> tuple[int, ...]:
+    """Numbers of values as plain ints, or a ValueError that names the field."""
+    return tuple(_bytes(owner, field, value) for value in values)
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """One choice of which saved tensors of a stage stay between its forward and its backward.
 
     Attributes:
-        saved: bytes that stay after the forward: output included; input and carried values excluded.
+        saved: bytes that stay after the forward: output included; input and carried values excluded. What this
+            forward lets go of is taken off: the part of its input that no backward needs. It may be negative then.
         recompute: seconds to rebuild, just before the backward, the saved tensors that did not stay.
         forward_overhead: transient bytes of this forward above the stage's input and ``saved``.
         backward_overhead: transient bytes of the backward above input, ``saved``, the gradient of the
-            output and the gradient of the input. Parameter gradients count here while they appear.
+            output and the gradient of the input. Parameter gradients count here while they appear. Negative where
+            these are not there all at once: where the backward does not need the output, for instance.
         name: what is kept, in words.
+        keeps: the values (``Chain.values``) that stay, those of the input that are needed again among them.
     """
 
     saved: int
@@ -58,13 +66,21 @@ class Option:
     forward_overhead: int = 0
     backward_overhead: int = 0
     name: str = "all"
+    keeps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("saved", "forward_overhead", "backward_overhead"):
-            object.__setattr__(self, field, _bytes("Option", field, getattr(self, field)))
+            signed = field != "forward_overhead"
+            object.__setattr__(self, field, _bytes("Option", field, getattr(self, field), signed=signed))
+        if self.saved + self.forward_overhead < 0:
+            raise ValueError(
+                f"Option: saved={self.saved} and forward_overhead={self.forward_overhead} must not be negative together "
+                "(bytes): a forward cannot take less than nothing"
+            )
         object.__setattr__(self, "recompute", _seconds("Option", "recompute", self.recompute))
         if not isinstance(self.name, str):
             raise ValueError(f"Option: name={self.name!r} must be a string")
+        object.__setattr__(self, "keeps", _values("Option", "keeps", self.keeps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +92,15 @@ class Stage:
         forward, backward: seconds of one run of each.
         input: bytes of x_i, the boundary that crosses into this stage; carried values excluded.
         options: what may stay after a forward; the first keeps all saved tensors.
-        forward_overhead: transient bytes, above x_i and x_{i+1}, of a forward that keeps nothing.
+        forward_overhead: transient bytes, above x_i and x_{i+1}, of a forward that keeps nothing. Negative where a part
+            of x_i goes on as a part of x_{i+1}, and so is not there twice.
         input_grad: bytes of the gradient of x_i.
         grad: bytes of the parameter gradients that its backward creates; 0 if they exist already.
         carried: bytes of long-lived values (U-Net skips, masks) that its first run leaves behind.
         carried_change: by how much its backward changes the bytes of long-lived values and of their
             gradients (negative where it lets them go).
         recomputable: False for a stage that must run exactly once, and so is always kept.
+        enters: the values (``Chain.values``) that x_i consists of.
     """
 
     name: str
@@ -96,6 +114,7 @@ class Stage:
     carried: int = 0
     carried_change: int = 0
     recomputable: bool = True
+    enters: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -103,10 +122,11 @@ class Stage:
         owner = f"Stage {self.name!r}"
         for field in ("forward", "backward"):
             object.__setattr__(self, field, _seconds(owner, field, getattr(self, field)))
-        for field in ("input", "forward_overhead", "input_grad", "grad", "carried"):
+        for field in ("input", "input_grad", "grad", "carried"):
             object.__setattr__(self, field, _bytes(owner, field, getattr(self, field)))
-        change = _bytes(owner, "carried_change", self.carried_change, signed=True)
-        object.__setattr__(self, "carried_change", change)
+        for field in ("forward_overhead", "carried_change"):
+            object.__setattr__(self, field, _bytes(owner, field, getattr(self, field), signed=True))
+        object.__setattr__(self, "enters", _values(owner, "enters", self.enters))
         object.__setattr__(self, "options", tuple(self.options))
         if not self.options or not all(isinstance(o, Option) for o in self.options):
             raise ValueError(f"{owner}: options={self.options!r} must hold at least one Option")
@@ -129,6 +149,9 @@ class Chain:
         output_grad: bytes of its gradient.
         fixed: bytes live during the whole step: parameters, buffers, optimizer state, inputs.
         name: for people.
+        values: bytes of each value (a storage) that crosses a boundary or stays for a backward. Where they are known,
+            the referee follows every one of them (``storages.py``), and the sums above are what solvers go by: at
+            least as many bytes. Empty where only the sums are known.
     """
 
     stages: tuple[Stage, ...]
@@ -136,6 +159,7 @@ class Chain:
     output_grad: int
     fixed: int = 0
     name: str = "chain"
+    values: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -143,6 +167,23 @@ class Chain:
             raise ValueError("Chain: stages must hold at least one Stage")
         for field in ("output", "output_grad", "fixed"):
             object.__setattr__(self, field, _bytes("Chain", field, getattr(self, field)))
+        object.__setattr__(self, "values", _values("Chain", "values", self.values))
+        for i, stage in enumerate(self.stages):
+            if self.input_bytes(i + 1) + stage.forward_overhead < 0:
+                raise ValueError(
+                    f"Chain: stage {stage.name!r}: forward_overhead={stage.forward_overhead} takes off more than its "
+                    f"output has, {self.input_bytes(i + 1)} bytes"
+                )
+            named = {*stage.enters, *(value for option in stage.options for value in option.keeps)}
+            if named and max(named) >= len(self.values):
+                raise ValueError(
+                    f"Chain: stage {stage.name!r} names value {max(named)}, and values holds {len(self.values)}"
+                )
+            if self.values and sum(self.values[value] for value in stage.enters) != stage.input:
+                raise ValueError(
+                    f"Chain: the values that enter stage {stage.name!r} have "
+                    f"{sum(self.values[v] for v in stage.enters)} bytes, and its input {stage.input}"
+                )
         carried = 0
         for stage in self.stages:
             carried += stage.carried
@@ -261,7 +302,14 @@ class Chain:
                 Stage(**{**stage, "options": tuple(Option(**option) for option in stage["options"])})
                 for stage in _list(data["stages"])
             )
-            return cls(stages, data["output"], data["output_grad"], data["fixed"], data["name"])
+            return cls(
+                stages,
+                data["output"],
+                data["output_grad"],
+                data["fixed"],
+                data["name"],
+                data.get("values", ()),
+            )
         except (KeyError, TypeError) as error:
             raise ValueError(f"Chain.from_json: not a chain: {error}") from error
 

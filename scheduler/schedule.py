@@ -36,12 +36,31 @@ for the write of what it reads; and what lets go of a copy, on either side, wait
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
+from scheduler.actions import (
+    COPY_ACTIONS,
+    Action,
+    Backward,
+    Checkpoint,
+    CopyAction,
+    DeviceAction,
+    Forward,
+    Free,
+    FreeHost,
+    FreeSaved,
+    IllegalAction,
+    Keep,
+    Offload,
+    OffloadSaved,
+    Prefetch,
+    PrefetchSaved,
+    Schedule,
+)
 from scheduler.chain import Chain
 from scheduler.host import Copies, HostMemory, Item
+from scheduler.storages import bytes_of
 
 __all__ = [
     "COPY_ACTIONS",
@@ -63,177 +82,6 @@ __all__ = [
     "Timeline",
     "simulate",
 ]
-
-SCHEDULE_FORMAT = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """Run stage ``stage`` without keeping its saved tensors."""
-
-    stage: int
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """Run stage ``stage`` without keeping its saved tensors, and hold on to its input."""
-
-    stage: int
-
-
-@dataclass(frozen=True, slots=True)
-class Keep:
-    """Run stage ``stage`` keeping what its option ``option`` keeps, and hold on to its input."""
-
-    stage: int
-    option: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Backward:
-    """Reverse stage ``stage``."""
-
-    stage: int
-
-
-@dataclass(frozen=True, slots=True)
-class Free:
-    """Let go of held boundary ``boundary`` before stage ``boundary`` is reversed."""
-
-    boundary: int
-
-
-@dataclass(frozen=True, slots=True)
-class Offload:
-    """Start to copy held boundary ``boundary`` to the host."""
-
-    boundary: int
-
-
-@dataclass(frozen=True, slots=True)
-class Prefetch:
-    """Claim the bytes of boundary ``boundary`` on the device, start to copy it there, and hold it."""
-
-    boundary: int
-
-
-@dataclass(frozen=True, slots=True)
-class FreeHost:
-    """Let go of the host's own copy of boundary ``boundary``."""
-
-    boundary: int
-
-
-@dataclass(frozen=True, slots=True)
-class OffloadSaved:
-    """Start to copy the saved tensors of kept stage ``stage`` to the host."""
-
-    stage: int
-
-
-@dataclass(frozen=True, slots=True)
-class PrefetchSaved:
-    """Claim the bytes of the saved tensors of stage ``stage`` on the device, and start to copy them there."""
-
-    stage: int
-
-
-@dataclass(frozen=True, slots=True)
-class FreeSaved:
-    """Let go of the device copy of the saved tensors of stage ``stage``; x_{stage+1} stays, held."""
-
-    stage: int
-
-
-CopyAction: TypeAlias = Offload | Prefetch | FreeHost | OffloadSaved | PrefetchSaved | FreeSaved
-DeviceAction: TypeAlias = Forward | Checkpoint | Keep | Backward | Free
-Action: TypeAlias = DeviceAction | CopyAction
-COPY_ACTIONS = (Offload, Prefetch, FreeHost, OffloadSaved, PrefetchSaved, FreeSaved)
-
-_KINDS: dict[str, type] = {
-    "forward": Forward,
-    "checkpoint": Checkpoint,
-    "keep": Keep,
-    "backward": Backward,
-    "free": Free,
-    "offload": Offload,
-    "prefetch": Prefetch,
-    "free_host": FreeHost,
-    "offload_saved": OffloadSaved,
-    "prefetch_saved": PrefetchSaved,
-    "free_saved": FreeSaved,
-}
-_NAMES = {kind: name for name, kind in _KINDS.items()}
-
-
-class IllegalAction(ValueError):
-    """An action that cannot be carried out where it stands.
-
-    Attributes:
-        index: position in the schedule (the number of actions, if the schedule ends too early).
-        action: the action, or None at the end.
-    """
-
-    def __init__(self, index: int, action: Action | None, why: str) -> None:
-        self.index = index
-        self.action = action
-        where = "the end of the schedule" if action is None else f"action {index}, {action}"
-        super().__init__(f"simulate: {where}: {why}")
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """What is run, held, kept and reversed, in order. Legality is the referee's business."""
-
-    actions: tuple[Action, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "actions", tuple(self.actions))
-        for action in self.actions:
-            if type(action) not in _NAMES:
-                raise ValueError(f"Schedule: {action!r} is no action")
-
-    def __len__(self) -> int:
-        return len(self.actions)
-
-    def __iter__(self) -> Iterator[Action]:
-        return iter(self.actions)
-
-    def to_json(self) -> dict[str, Any]:
-        """The schedule as JSON-ready data: ``["keep", 3, 0]`` is ``Keep(3, 0)``."""
-        rows: list[list[Any]] = []
-        for action in self.actions:
-            fields = [getattr(action, slot) for slot in action.__slots__]
-            rows.append([_NAMES[type(action)], *fields])
-        return {"format": SCHEDULE_FORMAT, "actions": rows}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Schedule:
-        """The schedule that ``to_json`` wrote.
-
-        Raises:
-            ValueError: the data is no schedule, or of an unknown format.
-        """
-        if not isinstance(data, Mapping) or data.get("format") != SCHEDULE_FORMAT:
-            found = data.get("format") if isinstance(data, Mapping) else data
-            raise ValueError(f"Schedule.from_json: format {found!r}, expected {SCHEDULE_FORMAT}")
-        actions = []
-        rows = data.get("actions")
-        if not isinstance(rows, list):
-            raise ValueError("Schedule.from_json: 'actions' must be a list")
-        for row in rows:
-            if (
-                not isinstance(row, list)
-                or not row
-                or not isinstance(row[0], str)
-                or row[0] not in _KINDS
-                or not all(isinstance(v, int) and not isinstance(v, bool) for v in row[1:])
-                or len(row) - 1 != len(_KINDS[row[0]].__slots__)  # type: ignore[attr-defined] # a slotted dataclass
-            ):
-                raise ValueError(f"Schedule.from_json: {row!r} is no action")
-            actions.append(_KINDS[row[0]](*row[1:]))
-        return cls(tuple(actions))
-
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
@@ -291,7 +139,8 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemo
     live: list[int] = []
     during: list[int] = []
 
-    for index, action in enumerate(schedule):
+    actions = tuple(schedule)
+    for index, action in enumerate(actions):
         working_bytes = chain.input_bytes(working) if working is not None else 0
         if isinstance(action, Backward):
             i = action.stage
@@ -322,12 +171,15 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemo
                 seconds = copies.drop(copies.drop(seconds, ("saved", i)), ("boundary", i))
             base += stage.retained - option.saved - held.pop(i, 0)
             del kept[i]
-            gradient = stage.input_grad
+            gradient = stage.input_grad if i else 0
             to_reverse -= 1
-            if i == 0:
-                gradient = 0
-            during.append(max(peak, base + working_bytes + gradient))
-            live.append(base + working_bytes + gradient)
+            left = base + working_bytes + gradient
+            if i - 1 in kept:
+                # x_i lies inside stage i-1, whose backward is next and says how much of it is left.
+                before = stages[i - 1]
+                left += min(0, before.input_grad + before.options[kept[i - 1]].backward_overhead)
+            during.append(max(peak, left))
+            live.append(left)
             continue
         if isinstance(action, Free):
             if action.boundary not in held:
@@ -404,6 +256,8 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemo
         raise IllegalAction(
             end, None, f"left over: held {sorted(held)}, kept {sorted(kept)}, working {working}"
         )
+    if chain.values and copies is None:  # copies are of whole boundaries and all that a stage keeps
+        during, live = bytes_of(chain, actions)
     peak_action = max(range(end), key=during.__getitem__)
     used = (copies.peak, copies.stall) if copies else (0, 0.0)
     return Timeline(seconds, max(during), tuple(live), tuple(during), tuple(runs), peak_action, *used)

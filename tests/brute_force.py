@@ -29,6 +29,16 @@ def live(chain: Chain, state: State) -> int:
     return total
 
 
+def left_over(chain: Chain, state: State) -> int:
+    """Bytes live in a state that a backward left: the output of a kept stage that its own backward does not need is gone."""
+    left, _, kept, _, _ = state
+    chosen = dict(kept)
+    if left - 1 not in chosen:
+        return live(chain, state)
+    stage = chain.stages[left - 1]
+    return live(chain, state) + min(0, stage.input_grad + stage.options[chosen[left - 1]].backward_overhead)
+
+
 def step(chain: Chain, state: State, action: Action) -> tuple[float, int, State] | None:
     """Seconds of the action, most bytes live during it, and the state after it; None if it is illegal."""
     left, held, kept, working, ran = state
@@ -48,7 +58,7 @@ def step(chain: Chain, state: State, action: Action) -> tuple[float, int, State]
         option = stage.options[dict(kept)[i]]
         before = live(chain, state) + stage.input_grad + option.backward_overhead
         after = (i, held - {i}, frozenset(pair for pair in kept if pair[0] != i), working, ran)
-        return stage.backward + option.recompute, max(before, live(chain, after)), after
+        return stage.backward + option.recompute, max(before, left_over(chain, after)), after
     if i in kept_stages or not (i in held or i - 1 in kept_stages or working == i):
         return None
     if i < ran and not stage.recomputable:
@@ -81,7 +91,7 @@ def replay(chain: Chain, actions: Schedule) -> tuple[float, tuple[int, ...], tup
             return None
         seconds, state = seconds + outcome[0], outcome[2]
         during.append(outcome[1])
-        after.append(live(chain, state))
+        after.append((left_over if isinstance(action, Backward) else live)(chain, state))
     return (seconds, tuple(during), tuple(after)) if state[0] == 0 else None
 
 

@@ -151,10 +151,23 @@ def graph_chain(
         for k in range(count)
     ]
 
-    def saved_bytes(k: int, dropped: frozenset[int]) -> int:
+    values = _Values(size)
+
+    def kept_values(k: int, dropped: frozenset[int]) -> set[int]:
+        """The storages that stay for the backward of stage k; the executor holds the boundary of one kept in part."""
         packs = enumerate(packs_of(graph, linear, k))
         kept = {pack.group for number, pack in packs if number not in dropped}
-        return total((kept | set(linear.boundaries[k + 1])) - carried_keys - set(linear.boundaries[k]))
+        kept |= set(linear.boundaries[k]) if dropped else set()
+        return {key for key in kept - carried_keys if graph.groups[key].producer >= 0}
+
+    def saved_bytes(k: int, kept: set[int]) -> int:
+        return total((kept | set(linear.boundaries[k + 1])) - set(linear.boundaries[k]))
+
+    def released_bytes(k: int) -> int:
+        """What stage k - 1 made and nobody saves, where it goes no further: gone once stage k has been kept whole."""
+        needed = set(linear.boundaries[k + 1]) | saved_by[k] | saved_by[k - 1] | carried_keys
+        fresh = (key for key in linear.boundaries[k] if graph.groups[key].producer >= linear.cuts[k - 1])
+        return total(key for key in fresh if key not in needed)
 
     def unseen_bytes(k: int) -> int:
         """What autograd keeps on real tensors and not on fake ones: kernels that are chosen by their data type."""
@@ -179,7 +192,9 @@ def graph_chain(
     for k, stage in enumerate(capture.stages):
         cost = costs[k]
         carried = total(linear.carried[k])
+        entering = [key for key in linear.boundaries[k] if graph.groups[key].producer >= 0]
         following = total(linear.boundaries[k + 1])
+        made = total(set(linear.boundaries[k + 1]) - set(linear.boundaries[k]))
         input_grad = at_hand[k]
         prefix = k == 0 and linear.frozen_prefix
         gradients = input_grad + _own_output_grads(cost, k, count, output_grad)
@@ -188,10 +203,13 @@ def graph_chain(
         options = []
         unseen = unseen_bytes(k)
         for each in (whole, *cost.options):
-            saved = saved_bytes(k, each.dropped) + unseen
-            keeping = max(0, each.keeping_peak - saved - carried)
-            reversing = max(0, each.backward_peak - saved - gradients) + summed[k]
-            options.append(Option(saved, each.recompute, keeping, reversing, each.name))
+            kept = kept_values(k, each.dropped)
+            saved = saved_bytes(k, kept) + unseen
+            released = released_bytes(k) if k and not each.dropped else 0
+            keeping = max(0, each.keeping_peak - saved - carried) + released
+            reversing = each.backward_peak - saved - gradients + summed[k]
+            keeps = (*map(values.number, sorted(kept)), *values.unseen(k, unseen))
+            options.append(Option(saved - released, each.recompute, keeping, reversing, each.name, keeps))
         stages.append(
             Stage(
                 name=stage.name,
@@ -199,12 +217,13 @@ def graph_chain(
                 backward=0.0 if prefix else cost.backward,
                 input=total(linear.boundaries[k]),
                 options=tuple(options),
-                forward_overhead=max(0, cost.dropping_peak - following - carried),
+                forward_overhead=max(cost.dropping_peak - carried, made) - following,
                 input_grad=input_grad,
                 grad=created[k],
                 carried=carried,
                 carried_change=change[k],
                 recomputable=not prefix,
+                enters=tuple(map(values.number, entering)),
             )
         )
     fixed = resident + SMALL_TENSORS + storage_bytes(capture.constants.values(), capture.place)
@@ -213,7 +232,31 @@ def graph_chain(
         fixed += CPU_RANDOM_STATE * (sum(capture.random) + any(capture.random))
     for names in capture.changed:  # snapshots for re-runs
         fixed += storage_bytes((model.get_buffer(n) for n in names), capture.place)
-    return Chain(tuple(stages), 0, output_grad, fixed, name)
+    return Chain(tuple(stages), 0, output_grad, fixed, name, tuple(values.sizes))
+
+
+class _Values:
+    """Numbers of the chain's values."""
+
+    def __init__(self, size: Mapping[int, int]) -> None:
+        self.size = size
+        self.sizes: list[int] = []
+        self._numbers: dict[int, int] = {}
+
+    def number(self, key: int) -> int:
+        """Of a storage of the graph."""
+        if key not in self._numbers:
+            self._numbers[key] = len(self.sizes)
+            self.sizes.append(self.size[key])
+        return self._numbers[key]
+
+    def unseen(self, stage: int, size: int) -> tuple[int, ...]:
+        """Of the bytes that a stage keeps beyond the storages of the graph; nothing if there are none."""
+        if not size:
+            return ()
+        key = -1 - stage
+        self.size = {**self.size, key: size}
+        return (self.number(key),)
 
 
 def gradients_at_hand(boundary: list[int], lead: list[int | None], made: list[int]) -> list[int]:

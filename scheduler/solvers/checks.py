@@ -46,7 +46,7 @@ def checked_sums(call: str, chain: Chain) -> None:
     for stage in chain.stages:
         total += stage.input + stage.input_grad + stage.forward_overhead + stage.carried + stage.grad
         total += abs(stage.carried_change)
-        total += sum(o.saved + o.forward_overhead + o.backward_overhead for o in stage.options)
+        total += sum(abs(o.saved) + o.forward_overhead + abs(o.backward_overhead) for o in stage.options)
         seconds += stage.forward + stage.backward + sum(o.recompute for o in stage.options)
     if total >= MOST_BYTES:
         raise ValueError(f"{call}: the chain's sizes add up to {total} bytes; they must stay below 2**62")

@@ -1,0 +1,181 @@
+"""Bytes of a schedule, storage by storage, for chains that know which storages their stages keep.
+
+A chain's sums say that the output of a kept stage stays, and that a stage which is kept holds its input. Autograd holds
+what it saved and no more: an output that no backward needs goes once the next stage has run, and a value that crosses
+several cuts is there once. Here every storage is followed from its making to its end, a storage that is made again
+being another one. What is live is the union of what boundaries and kept stages hold; transients are the chain's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from scheduler.actions import Action, Backward, Checkpoint, Forward, Free, Keep
+from scheduler.chain import Chain
+
+__all__ = ["bytes_of"]
+
+Copy = tuple[int, int]  # a value, and the run of its stage that made this copy of it
+
+
+def bytes_of(chain: Chain, actions: Sequence[Action]) -> tuple[list[int], list[int]]:
+    """The most bytes live during each action of a legal schedule, and those live after it, all of the chain's included."""
+    stages = chain.stages
+    storages = Storages(chain)
+    chosen: dict[int, int] = {}
+    seen: set[int] = set()
+    lasting, gradient = chain.fixed, 0  # fixed and long-lived bytes; gradients at hand
+    during: list[int] = []
+    live: list[int] = []
+    for action in actions:
+        if isinstance(action, Backward):
+            i = action.stage
+            stage, option = stages[i], stages[i].options[chosen.pop(i)]
+            made = storages.made_bytes(i, option.keeps)
+            peak = lasting + storages.reversing(i) + made + gradient + stage.input_grad + option.backward_overhead
+            storages.reversed(i)
+            lasting += stage.retained
+            gradient = stage.input_grad if i else 0
+        elif isinstance(action, Free):
+            storages.free(action.boundary)
+            peak = 0
+        else:
+            assert isinstance(action, (Forward, Checkpoint, Keep))  # the caller has seen to it
+            i = action.stage
+            stage = stages[i]
+            storages.before(i)
+            if i not in seen:
+                seen.add(i)
+                lasting += stage.carried
+            peak = lasting + storages.live + gradient
+            if isinstance(action, Keep):
+                chosen[i] = action.option
+                option = stage.options[action.option]
+                peak += option.saved + option.forward_overhead
+                storages.keep(i, option.keeps)
+            else:
+                peak += chain.input_bytes(i + 1) + stage.forward_overhead
+                storages.forward(i, hold=isinstance(action, Checkpoint))
+            if i == len(stages) - 1:
+                gradient = chain.output_grad
+        live.append(lasting + storages.live + gradient)
+        during.append(max(peak, live[-1]))
+    return during, live
+
+
+class Storages:
+    """What boundaries and kept stages hold while a schedule is carried out.
+
+    The caller has seen that each action is legal. Sizes are in bytes.
+
+    Attributes:
+        live: bytes of all storages that are held.
+    """
+
+    def __init__(self, chain: Chain) -> None:
+        self.chain = chain
+        self.live = 0
+        self._holders: Counter[Copy] = Counter()
+        self._held: dict[int, frozenset[Copy]] = {}
+        self._kept: dict[int, frozenset[Copy]] = {}
+        self._made: dict[int, frozenset[Copy]] = {}  # x_i as the kept stage i-1 made it, until stage i is kept
+        self._working: tuple[int, frozenset[Copy]] | None = None
+        self._runs = [0] * len(chain)
+        self._hold(self._held, 0, frozenset((value, 0) for value in chain.stages[0].enters))
+
+    def before(self, stage: int) -> None:
+        """The stage is about to run: a working boundary that is not its input is let go."""
+        if self._working is not None and self._working[0] != stage:
+            self._drop(self._working[1])
+            self._working = None
+
+    def forward(self, stage: int, *, hold: bool) -> None:
+        """The stage has run without being kept; ``hold``: its input is held from here on."""
+        inputs = self._inputs(stage)
+        if hold and stage not in self._held:
+            self._hold(self._held, stage, inputs)
+        made = self._copies(stage, inputs, self._enters(stage + 1))
+        old, self._working = self._working, None
+        if stage + 1 not in self._held:
+            self._add(made)
+            self._working = stage + 1, made
+        if old is not None:
+            self._drop(old[1])
+
+    def keep(self, stage: int, kept: Sequence[int]) -> None:
+        """The stage has run and keeps these values: nothing but its backward needs its input from here on."""
+        inputs = self._inputs(stage)
+        copies = self._copies(stage, inputs, (*kept, *self._enters(stage + 1)))
+        self._hold(self._kept, stage, frozenset(copy for copy in copies if copy[0] in set(kept)))
+        following = set(self._enters(stage + 1))
+        self._hold(self._made, stage + 1, frozenset(copy for copy in copies if copy[0] in following))
+        if self._working is not None:
+            self._drop(self._working[1])
+            self._working = None
+        self._release(self._made, stage)
+        if stage:  # the input of the chain is the user's
+            self._release(self._held, stage)
+
+    def reversing(self, stage: int) -> int:
+        """Bytes that stay while the stage is reversed, but for what it made itself and its backward needs."""
+        self._release(self._made, stage + 1)
+        entered = set(self.chain.stages[stage].enters)
+        own = sum(self._size(c) for c in self._kept[stage] if c[0] not in entered and self._holders[c] == 1)
+        return self.live - own
+
+    def made_bytes(self, stage: int, kept: Sequence[int]) -> int:
+        """Bytes that the stage makes and keeps, its output included."""
+        made = {*kept, *self._enters(stage + 1)} - set(self.chain.stages[stage].enters)
+        return sum(self.chain.values[value] for value in made)
+
+    def reversed(self, stage: int) -> None:
+        """The stage is reversed."""
+        self._release(self._kept, stage)
+        self._release(self._held, stage)
+
+    def free(self, boundary: int) -> None:
+        """A held boundary is let go of."""
+        self._release(self._held, boundary)
+
+    # ---- copies ----------------------------------------------------------------------------------------
+
+    def _enters(self, boundary: int) -> tuple[int, ...]:
+        stages = self.chain.stages
+        return stages[boundary].enters if boundary < len(stages) else ()
+
+    def _inputs(self, stage: int) -> frozenset[Copy]:
+        if self._working is not None:
+            return self._working[1]
+        return self._held[stage] if stage in self._held else self._made[stage]
+
+    def _copies(self, stage: int, inputs: frozenset[Copy], values: Iterable[int]) -> frozenset[Copy]:
+        """The values after a run of the stage: those that entered it as they are, the others anew."""
+        self._runs[stage] += 1
+        there = dict(inputs)
+        return frozenset((value, there.get(value, self._runs[stage])) for value in values)
+
+    def _size(self, copy: Copy) -> int:
+        return self.chain.values[copy[0]]
+
+    def _add(self, copies: frozenset[Copy]) -> None:
+        for copy in copies:
+            if not self._holders[copy]:
+                self.live += self._size(copy)
+            self._holders[copy] += 1
+
+    def _drop(self, copies: frozenset[Copy]) -> None:
+        for copy in copies:
+            self._holders[copy] -= 1
+            if not self._holders[copy]:
+                del self._holders[copy]
+                self.live -= self._size(copy)
+
+    def _hold(self, where: dict[int, frozenset[Copy]], key: int, copies: frozenset[Copy]) -> None:
+        self._release(where, key)
+        self._add(copies)
+        where[key] = copies
+
+    def _release(self, where: dict[int, frozenset[Copy]], key: int) -> None:
+        if key in where:
+            self._drop(where.pop(key))
