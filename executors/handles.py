@@ -32,7 +32,7 @@ class Handle:
 
 
 class Held:
-    """A saved tensor that lives on anyway, with the version that autograd saw (rule 7)."""
+    """A saved tensor that lives on anyway, with the version that autograd saw (rule 8)."""
 
     __slots__ = ("tensor", "version")
 

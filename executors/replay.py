@@ -19,7 +19,10 @@ The rules, referred to by number below:
    what was kept; any other request is answered as for a dropped stage.
 6. Random numbers: each stage that draws is re-run from its own state, and the generators are put back
    after every replay. Buffers that a stage changes are changed by its first run only.
-7. Autograd checks versions only of tensors that it holds itself. Whatever is kept by reference, and
+7. Once the program has kept a stage again whole, no run of it starts from that stage's input any more. The input is let
+   go of, and autograd holds what it saved of it; not so where it may be asked for again: the graph is retained, or
+   saved tensors of stages that are reversed already are still wanted.
+8. Autograd checks versions only of tensors that it holds itself. Whatever is kept by reference, and
    whatever a re-run reads, is checked here: a change in place between forward and backward raises.
 """
 
@@ -290,6 +293,9 @@ class Step:
                     wanted = not (isinstance(following, Backward) and following.stage == action.stage)
                     parts = self.rebuilds_of(action.stage, action.option) if action.option else ()
                     produced = self._rebuild(action.stage, current, wanted, parts)
+                    if action.stage and not action.option and not any(self.handles[stage + 1 :]):
+                        if not torch._C._autograd._get_current_graph_task_keep_graph():
+                            self.boundaries.pop(action.stage, None)  # rule 7
                 else:
                     produced = self._advance(action.stage, current)
                 if produced is not None:

@@ -59,6 +59,8 @@ class Option:
             these are not there all at once: where the backward does not need the output, for instance.
         name: what is kept, in words.
         keeps: the values (``Chain.values``) that stay, those of the input that are needed again among them.
+        rerun_overhead: ``forward_overhead`` of a run again just before the backward: such a run stops as soon as all that
+            is kept is there, and its output is not made. Negative where ``saved`` counts that. None: it is no different.
     """
 
     saved: int
@@ -67,6 +69,7 @@ class Option:
     backward_overhead: int = 0
     name: str = "all"
     keeps: tuple[int, ...] = ()
+    rerun_overhead: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("saved", "forward_overhead", "backward_overhead"):
@@ -81,6 +84,13 @@ class Option:
         if not isinstance(self.name, str):
             raise ValueError(f"Option: name={self.name!r} must be a string")
         object.__setattr__(self, "keeps", _values("Option", "keeps", self.keeps))
+        if self.rerun_overhead is not None:
+            rerun = _bytes("Option", "rerun_overhead", self.rerun_overhead, signed=True)
+            object.__setattr__(self, "rerun_overhead", rerun)
+
+    def transient(self, *, again: bool) -> int:
+        """Bytes above the stage's input and ``saved`` while it runs; ``again``: just before its backward."""
+        return self.rerun_overhead if again and self.rerun_overhead is not None else self.forward_overhead
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +106,8 @@ class Stage:
             of x_i goes on as a part of x_{i+1}, and so is not there twice.
         input_grad: bytes of the gradient of x_i.
         grad: bytes of the parameter gradients that its backward creates; 0 if they exist already.
-        carried: bytes of long-lived values (U-Net skips, masks) that its first run leaves behind.
+        carried: bytes of long-lived values (U-Net skips, masks) that its first run leaves behind. A run again makes them
+            anew and lets them go: ``forward_overhead`` has these bytes, but for the last stage, which runs once.
         carried_change: by how much its backward changes the bytes of long-lived values and of their
             gradients (negative where it lets them go).
         recomputable: False for a stage that must run exactly once, and so is always kept.

@@ -7,7 +7,8 @@ The words, for stage i with input x_i:
 
 * ``Forward(i)`` is read as: run stage i without keeping its saved tensors; x_i goes unless it is held.
 * ``Checkpoint(i)`` is read as: run stage i without keeping its saved tensors, and hold on to x_i.
-* ``Keep(i, k)`` is read as: run stage i keeping what its option k keeps, and hold on to x_i.
+* ``Keep(i, k)`` is read as: run stage i keeping what its option k keeps, and hold on to x_i. A run again just before
+  ``Backward(i)`` stops when all that is kept is there.
 * ``Backward(i)`` is read as: reverse stage i; its saved tensors, the gradient of x_{i+1} and a held
   x_i are let go; the gradient of x_i is there.
 * ``Free(i)`` is read as: let go of the held x_i before its stage is reversed.
@@ -224,6 +225,7 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemo
             working, working_bytes = None, 0  # superseded: this run starts from another boundary
         if copies is not None:
             seconds = copies.use(seconds, *_sources(i, held, kept))
+        again = runs[i] > 0 and actions[index + 1 : index + 2] == (Backward(i),)
         if not runs[i]:
             base += stage.carried
         runs[i] += 1
@@ -238,7 +240,7 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemo
             option = stage.options[action.option]
             kept[i] = action.option
             base += option.saved
-            during.append(base + gradient + option.forward_overhead)
+            during.append(base + gradient + option.transient(again=again))
             working, working_bytes = None, 0
         else:
             produced = chain.input_bytes(i + 1)
@@ -247,7 +249,8 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemo
             working, working_bytes = (None, 0) if i + 1 in held else (i + 1, produced)
         if i == count - 1:
             gradient = chain.output_grad
-        live.append(base + working_bytes + gradient)
+        left = base + working_bytes + gradient
+        live.append(min(left, during[-1]) if again else left)
 
     end = len(live)
     if to_reverse >= 0:

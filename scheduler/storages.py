@@ -28,7 +28,7 @@ def bytes_of(chain: Chain, actions: Sequence[Action]) -> tuple[list[int], list[i
     lasting, gradient = chain.fixed, 0  # fixed and long-lived bytes; gradients at hand
     during: list[int] = []
     live: list[int] = []
-    for action in actions:
+    for index, action in enumerate(actions):
         if isinstance(action, Backward):
             i = action.stage
             stage, option = stages[i], stages[i].options[chosen.pop(i)]
@@ -45,15 +45,17 @@ def bytes_of(chain: Chain, actions: Sequence[Action]) -> tuple[list[int], list[i
             i = action.stage
             stage = stages[i]
             storages.before(i)
+            again = i in seen and actions[index + 1] == Backward(i)
+            peak = lasting + storages.live + gradient
             if i not in seen:
                 seen.add(i)
                 lasting += stage.carried
-            peak = lasting + storages.live + gradient
+                peak += stage.carried if i == len(stages) - 1 else 0
             if isinstance(action, Keep):
                 chosen[i] = action.option
                 option = stage.options[action.option]
-                peak += option.saved + option.forward_overhead
-                storages.keep(i, option.keeps)
+                peak += option.saved + option.transient(again=again)
+                storages.keep(i, option.keeps, output=not again)
             else:
                 peak += chain.input_bytes(i + 1) + stage.forward_overhead
                 storages.forward(i, hold=isinstance(action, Checkpoint))
@@ -103,13 +105,18 @@ class Storages:
         if old is not None:
             self._drop(old[1])
 
-    def keep(self, stage: int, kept: Sequence[int]) -> None:
-        """The stage has run and keeps these values: nothing but its backward needs its input from here on."""
+    def keep(self, stage: int, kept: Sequence[int], *, output: bool) -> None:
+        """The stage has run and keeps these values: nothing but its backward needs its input from here on.
+
+        Args:
+            output: whether its output is there too.
+        """
         inputs = self._inputs(stage)
         copies = self._copies(stage, inputs, (*kept, *self._enters(stage + 1)))
         self._hold(self._kept, stage, frozenset(copy for copy in copies if copy[0] in set(kept)))
-        following = set(self._enters(stage + 1))
-        self._hold(self._made, stage + 1, frozenset(copy for copy in copies if copy[0] in following))
+        if output:
+            following = set(self._enters(stage + 1))
+            self._hold(self._made, stage + 1, frozenset(copy for copy in copies if copy[0] in following))
         if self._working is not None:
             self._drop(self._working[1])
             self._working = None

@@ -192,24 +192,32 @@ def graph_chain(
     for k, stage in enumerate(capture.stages):
         cost = costs[k]
         carried = total(linear.carried[k])
+        new = carried if k == count - 1 else 0  # the last stage is not run again, which would make them once more
         entering = [key for key in linear.boundaries[k] if graph.groups[key].producer >= 0]
         following = total(linear.boundaries[k + 1])
         made = total(set(linear.boundaries[k + 1]) - set(linear.boundaries[k]))
         input_grad = at_hand[k]
         prefix = k == 0 and linear.frozen_prefix
-        gradients = input_grad + _own_output_grads(cost, k, count, output_grad)
+        # The gradient at hand is what a replay meets; what the stage makes until then is part of its own backward too.
+        led = at_hand[k + 1] - flows.boundary(k + 1) if k < count - 1 else 0
+        gradients = input_grad + _own_output_grads(cost, k, count, output_grad) + led
         # Keeping all is the first option.
-        whole = OptionCost(frozenset(), 0.0, cost.keeping_peak, cost.backward_peak, "all")
+        whole = OptionCost(
+            frozenset(), 0.0, cost.keeping_peak, cost.backward_peak, "all", rebuild_peak=cost.rebuild_peak
+        )
         options = []
         unseen = unseen_bytes(k)
         for each in (whole, *cost.options):
             kept = kept_values(k, each.dropped)
             saved = saved_bytes(k, kept) + unseen
             released = released_bytes(k) if k and not each.dropped else 0
-            keeping = max(0, each.keeping_peak - saved - carried) + released
+            keeping = max(0, each.keeping_peak - saved - new) + released
             reversing = each.backward_peak - saved - gradients + summed[k]
             keeps = (*map(values.number, sorted(kept)), *values.unseen(k, unseen))
-            options.append(Option(saved - released, each.recompute, keeping, reversing, each.name, keeps))
+            again = None if each.rebuild_peak is None else each.rebuild_peak - saved + released
+            options.append(
+                Option(saved - released, each.recompute, keeping, reversing, each.name, keeps, again)
+            )
         stages.append(
             Stage(
                 name=stage.name,
@@ -217,7 +225,7 @@ def graph_chain(
                 backward=0.0 if prefix else cost.backward,
                 input=total(linear.boundaries[k]),
                 options=tuple(options),
-                forward_overhead=max(cost.dropping_peak - carried, made) - following,
+                forward_overhead=max(cost.dropping_peak - new, made) - following,
                 input_grad=input_grad,
                 grad=created[k],
                 carried=carried,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from scheduler.capture.state import reverse
 from scheduler.capture.target import Device, Target
 from scheduler.costs.peak import allocated, count_bytes
 
-__all__ = ["OptionCost", "StageCost", "StageRun", "fresh_grads", "measure_stage"]
+__all__ = ["OptionCost", "StageCost", "StageRun", "fresh_grads", "measure_stage", "rebuild_peak"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class OptionCost:
         backward_peak: the same from there to the end of its backward, recomputation included.
         name: what is kept, in words.
         rerun: the ops of the stage that run again, by their places in it.
+        rebuild_peak: most bytes above the inputs while the stage is run again to its last kept tensor.
     """
 
     dropped: frozenset[int]
@@ -41,6 +43,7 @@ class OptionCost:
     backward_peak: int
     name: str
     rerun: tuple[int, ...] = ()
+    rebuild_peak: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ class StageCost:
         options: that keep less than all.
         kept: bytes that are live once it has run forward and keeps them, and nobody holds its outputs.
         gap: share by which the seconds of an option may exceed the least for its bytes.
+        rebuild_peak: most bytes above the inputs while it is run again to its last saved tensor.
     """
 
     forward: float
@@ -75,6 +79,7 @@ class StageCost:
     options: tuple[OptionCost, ...] = ()
     kept: int = 0
     gap: float = 0.0
+    rebuild_peak: int | None = None
 
 
 Enter = Callable[[int, Tensor], Tensor]
@@ -173,6 +178,50 @@ def _never(_: Any) -> Tensor:
     raise RuntimeError("a dropped saved tensor was asked for while measuring")
 
 
+class _Stop(Exception):
+    """Raised by the pack hook when the last saved tensor is there."""
+
+
+def rebuild_peak(
+    run: Callable[[Enter], Sequence[Tensor]], wanted: Callable[[int, Tensor], bool], device: Device
+) -> int:
+    """Most bytes above the inputs while a stage is run again, to the last of its saved tensors that is wanted.
+
+    Args:
+        run: see ``StageRun``.
+        wanted: told the number of a saved tensor and the tensor.
+    """
+    last = count = 0
+
+    def look(tensor: Tensor) -> None:
+        nonlocal last, count
+        count += 1
+        if wanted(count - 1, tensor):
+            last = count
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(look, _never):
+        run(as_leaf)
+    if not last:
+        return 0
+
+    def again(_: Callable[[], None]) -> None:
+        filled: list[Tensor] = []
+        passed = 0
+
+        def fill(tensor: Tensor) -> None:
+            nonlocal passed
+            passed += 1
+            if wanted(passed - 1, tensor):
+                filled.append(tensor.detach())
+            if passed == last:
+                raise _Stop
+
+        with suppress(_Stop), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(fill, _never):
+            run(as_leaf)
+
+    return count_bytes(again, device).peak
+
+
 def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: bool = True) -> StageCost:
     """Run a stage a few times and count.
 
@@ -221,6 +270,9 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
     arrived.clear()
     kept = count_bytes(keeping, device)
     stage.reset()
+    again = rebuild_peak(
+        stage.run, lambda _, tensor: tensor.untyped_storage()._cdata not in stage.lasting, device
+    )
     lead = max(0, kept.marks[1] - kept.marks[0] - output_grads) if len(kept.marks) > 1 else None
     input_grads = tuple(
         (position, grad.untyped_storage()._cdata, allocated(grad.untyped_storage().nbytes(), device))
@@ -241,6 +293,7 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
         lead,
         input_grads,
         kept=kept.marks[0],
+        rebuild_peak=again,
     )
 
 

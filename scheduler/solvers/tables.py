@@ -11,13 +11,14 @@ Segments are computed in blocks of TILE values of s, from the end of the chain; 
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from scheduler.chain import Chain, Stage
+from scheduler.chain import Chain, Option, Stage
 from scheduler.solvers.checks import MOST_BYTES, checked_sums
 
 __all__ = [
@@ -65,6 +66,7 @@ class Arrays(NamedTuple):
     saved: Ints  # (L, K)
     recompute: Floats  # (L, K)
     forward_overhead: Ints  # (L, K)
+    rerun_overhead: Ints  # (L, K) the same just before the backward
     backward_overhead: Ints  # (L, K)
     first: Ints  # (L,) bytes above base while stage i runs for the first time: never over 0
     after: Ints  # (L,) fixed and long-lived bytes once stages i+1.. are reversed
@@ -93,7 +95,8 @@ def _origins(chain: Chain, split: NDArray[np.bool_]) -> Ints:
     keys = []
     for i, stage in enumerate(chain.stages):
         options = tuple(
-            (o.saved, o.recompute, o.forward_overhead, o.backward_overhead) for o in stage.options
+            (o.saved, o.recompute, o.forward_overhead, o.backward_overhead, o.transient(again=True))
+            for o in stage.options
         )
         numbers = (stage.forward, stage.backward, stage.input, stage.forward_overhead, stage.input_grad)
         after = (
@@ -125,10 +128,11 @@ def quickest(stage: Stage) -> int:
     return min(range(len(stage.options)), key=lambda k: (stage.options[k].recompute, stage.options[k].saved))
 
 
-def option_table(chain: Chain, field: str, dtype: type) -> NDArray[Any]:
+def option_table(chain: Chain, field: str | Callable[[Option], Any], dtype: type) -> NDArray[Any]:
     """(L, K) a field of all options, 0 where a stage has fewer than K."""
     width = max(len(stage.options) for stage in chain.stages)
-    rows = [[getattr(o, field) for o in stage.options] for stage in chain.stages]
+    value = attrgetter(field) if isinstance(field, str) else field
+    rows = [[value(o) for o in stage.options] for stage in chain.stages]
     return np.array([row + [0] * (width - len(row)) for row in rows], dtype)
 
 
@@ -180,6 +184,7 @@ def arrays_of(chain: Chain, window: int = 1) -> Arrays:
         saved=option_table(chain, "saved", np.int64),
         recompute=option_table(chain, "recompute", np.float64),
         forward_overhead=option_table(chain, "forward_overhead", np.int64),
+        rerun_overhead=option_table(chain, lambda option: option.transient(again=True), np.int64),
         backward_overhead=option_table(chain, "backward_overhead", np.int64),
         first=first,
         after=chain.fixed + carried.sum() + np.cumsum(retained[::-1])[::-1] - retained,
@@ -194,8 +199,11 @@ def keep_need(a: Arrays, s: int, t: int, k: int) -> int:
     """Bytes above base to keep stage s of s..t with option k, and to reverse it once s+1..t are reversed."""
     # A segment that ends at L-1 runs before any backward: no gradient yet, long-lived bytes so far.
     now = a.first[s] if t == a.first.size - 1 else a.grad[t + 1]
+    # A stage that ends a segment, but for the last of the chain, is run again just before its backward.
+    again = s == t and t < a.first.size - 1
+    now += a.rerun_overhead[s, k] if again else a.forward_overhead[s, k]
     backward = a.after[s] - a.after[t] + a.grad[s + 1] + a.grad[s] + a.backward_overhead[s, k]
-    return int(a.saved[s, k] + max(now + a.forward_overhead[s, k], backward))
+    return int(a.saved[s, k] + max(now, backward))
 
 
 @compiled
