@@ -103,9 +103,10 @@ def _isolated(
             for i, (a, source) in enumerate(zip(arguments, stage.sources, strict=True))
         ]
         torch.clear_autocast_cache()
-        results = stage.function(*fresh)
-        torch.clear_autocast_cache()
-        return results
+        try:
+            return stage.function(*fresh)
+        finally:  # a run may be stopped half-way
+            torch.clear_autocast_cache()
 
     def loss(results: Any) -> Tensor | None:
         try:
