@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Chain", "Option", "Stage"]
+__all__ = ["Carried", "Chain", "Option", "Stage"]
 
 CHAIN_FORMAT = 1
 
@@ -112,6 +112,8 @@ class Stage:
             gradients (negative where it lets them go).
         recomputable: False for a stage that must run exactly once, and so is always kept.
         enters: the values (``Chain.values``) that x_i consists of.
+        rerun_state: of ``Chain.fixed``, the bytes that are there only where the stage may run again, from its first run to
+            its backward: the state of random-number generators, copies of buffers that it changes.
     """
 
     name: str
@@ -126,6 +128,7 @@ class Stage:
     carried_change: int = 0
     recomputable: bool = True
     enters: tuple[int, ...] = ()
+    rerun_state: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -133,7 +136,7 @@ class Stage:
         owner = f"Stage {self.name!r}"
         for field in ("forward", "backward"):
             object.__setattr__(self, field, _seconds(owner, field, getattr(self, field)))
-        for field in ("input", "input_grad", "grad", "carried"):
+        for field in ("input", "input_grad", "grad", "carried", "rerun_state"):
             object.__setattr__(self, field, _bytes(owner, field, getattr(self, field)))
         for field in ("forward_overhead", "carried_change"):
             object.__setattr__(self, field, _bytes(owner, field, getattr(self, field), signed=True))
@@ -151,6 +154,33 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
+class Carried:
+    """A long-lived value: a U-Net skip, a mask, an output. It is part of no boundary.
+
+    Attributes:
+        value: its number in ``Chain.values``.
+        made: the stage that makes it.
+        readers: stages after it that read it.
+        savers: those of them whose backward needs it.
+        freed: the stage whose ``carried_change`` takes it off; None if it outlives the step, for the user holds it.
+    """
+
+    value: int
+    made: int
+    readers: tuple[int, ...] = ()
+    savers: tuple[int, ...] = ()
+    freed: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("value", "made"):
+            object.__setattr__(self, field, _bytes("Carried", field, getattr(self, field)))
+        for field in ("readers", "savers"):
+            object.__setattr__(self, field, _values("Carried", field, getattr(self, field)))
+        if self.freed is not None:
+            object.__setattr__(self, "freed", _bytes("Carried", "freed", self.freed))
+
+
+@dataclass(frozen=True, slots=True)
 class Chain:
     """A whole training step as a chain of L stages.
 
@@ -163,6 +193,7 @@ class Chain:
         values: bytes of each value (a storage) that crosses a boundary or stays for a backward. Where they are known,
             the referee follows every one of them (``storages.py``), and the sums above are what solvers go by: at
             least as many bytes. Empty where only the sums are known.
+        carried: the long-lived ones among the values.
     """
 
     stages: tuple[Stage, ...]
@@ -171,9 +202,11 @@ class Chain:
     fixed: int = 0
     name: str = "chain"
     values: tuple[int, ...] = ()
+    carried: tuple[Carried, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
+        object.__setattr__(self, "carried", tuple(self.carried))
         if not self.stages or not all(isinstance(s, Stage) for s in self.stages):
             raise ValueError("Chain: stages must hold at least one Stage")
         for field in ("output", "output_grad", "fixed"):
@@ -190,11 +223,22 @@ class Chain:
                 raise ValueError(
                     f"Chain: stage {stage.name!r} names value {max(named)}, and values holds {len(self.values)}"
                 )
+            long_lived = sum(self.values[each.value] for each in self.carried if each.made == i)
+            if self.values and long_lived != stage.carried:
+                raise ValueError(
+                    f"Chain: stage {stage.name!r}: carried={stage.carried}, and the carried values that it makes have "
+                    f"{long_lived} bytes"
+                )
             if self.values and sum(self.values[value] for value in stage.enters) != stage.input:
                 raise ValueError(
                     f"Chain: the values that enter stage {stage.name!r} have "
                     f"{sum(self.values[v] for v in stage.enters)} bytes, and its input {stage.input}"
                 )
+        if sum(stage.rerun_state for stage in self.stages) > self.fixed:
+            raise ValueError(
+                f"Chain: fixed={self.fixed} must hold rerun_state of all stages, "
+                f"{sum(stage.rerun_state for stage in self.stages)} bytes"
+            )
         carried = 0
         for stage in self.stages:
             carried += stage.carried
@@ -320,6 +364,7 @@ class Chain:
                 data["fixed"],
                 data["name"],
                 data.get("values", ()),
+                tuple(Carried(**each) for each in _list(data.get("carried", ()))),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"Chain.from_json: not a chain: {error}") from error

@@ -374,7 +374,9 @@ def _chain(request: Request, captured: Captured, resident: int, own_loss: bool, 
         with preserved(model):
             return module_chain(captured, model, call, resident=resident, clock=clock, name=name)
     with preserved(model) as existing:
-        costs = measure_graph(captured, model, call, existing=existing, clock=clock, options=options)
+        costs = measure_graph(
+            captured, model, call, existing=existing, loss_is_output=own_loss, clock=clock, options=options
+        )
     if not clock and captured.target is None:
         costs = roofline_graph(captured, costs)
     return graph_chain(captured, model, costs, resident=resident, loss_is_output=own_loss, name=name)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from scheduler.actions import Action, Backward, Checkpoint, Forward, Free, Keep
-from scheduler.chain import Chain
+from scheduler.chain import Carried, Chain
 
 __all__ = ["bytes_of"]
 
@@ -25,7 +25,13 @@ def bytes_of(chain: Chain, actions: Sequence[Action]) -> tuple[list[int], list[i
     storages = Storages(chain)
     chosen: dict[int, int] = {}
     seen: set[int] = set()
-    lasting, gradient = chain.fixed, 0  # fixed and long-lived bytes; gradients at hand
+    # Fixed and long-lived bytes; gradients at hand.
+    lasting, gradient = chain.fixed - sum(stage.rerun_state for stage in stages), 0
+    states: dict[int, int] = {}
+    off = [0] * len(stages)  # what the sums take off with each backward, and storages do by themselves
+    for each in chain.carried:
+        if each.freed is not None:
+            off[each.freed] += chain.values[each.value]
     during: list[int] = []
     live: list[int] = []
     for index, action in enumerate(actions):
@@ -35,7 +41,7 @@ def bytes_of(chain: Chain, actions: Sequence[Action]) -> tuple[list[int], list[i
             made = storages.made_bytes(i, option.keeps)
             peak = lasting + storages.reversing(i) + made + gradient + stage.input_grad + option.backward_overhead
             storages.reversed(i)
-            lasting += stage.retained
+            lasting += stage.retained + off[i] - states.pop(i, 0)
             gradient = stage.input_grad if i else 0
         elif isinstance(action, Free):
             storages.free(action.boundary)
@@ -47,10 +53,14 @@ def bytes_of(chain: Chain, actions: Sequence[Action]) -> tuple[list[int], list[i
             storages.before(i)
             again = i in seen and actions[index + 1] == Backward(i)
             peak = lasting + storages.live + gradient
-            if i not in seen:
-                seen.add(i)
-                lasting += stage.carried
-                peak += stage.carried if i == len(stages) - 1 else 0
+            first = i not in seen
+            seen.add(i)
+            whole = isinstance(action, Keep) and not action.option
+            if first and not whole and stage.rerun_state:
+                states[i] = stage.rerun_state
+                lasting += stage.rerun_state
+                peak += stage.rerun_state
+            peak += stage.carried if i == len(stages) - 1 else 0
             if isinstance(action, Keep):
                 chosen[i] = action.option
                 option = stage.options[action.option]
@@ -59,6 +69,8 @@ def bytes_of(chain: Chain, actions: Sequence[Action]) -> tuple[list[int], list[i
             else:
                 peak += chain.input_bytes(i + 1) + stage.forward_overhead
                 storages.forward(i, hold=isinstance(action, Checkpoint))
+            if first:
+                storages.first(i, whole=whole)
             if i == len(stages) - 1:
                 gradient = chain.output_grad
         live.append(lasting + storages.live + gradient)
@@ -83,7 +95,15 @@ class Storages:
         self._kept: dict[int, frozenset[Copy]] = {}
         self._made: dict[int, frozenset[Copy]] = {}  # x_i as the kept stage i-1 made it, until stage i is kept
         self._working: tuple[int, frozenset[Copy]] | None = None
+        self._reading: dict[int, frozenset[Copy]] = {}  # carried values that wait for the backward of a stage
         self._runs = [0] * len(chain)
+        self._first = {each.value: frozenset(((each.value, 1),)) for each in chain.carried}
+        self._making: dict[int, list[int]] = {}
+        self._readers: dict[int, list[Carried]] = {}
+        for each in chain.carried:
+            self._making.setdefault(each.made, []).append(each.value)
+            for stage in each.readers:
+                self._readers.setdefault(stage, []).append(each)
         self._hold(self._held, 0, frozenset((value, 0) for value in chain.stages[0].enters))
 
     def before(self, stage: int) -> None:
@@ -124,22 +144,39 @@ class Storages:
         if stage:  # the input of the chain is the user's
             self._release(self._held, stage)
 
+    def first(self, stage: int, *, whole: bool) -> None:
+        """The stage has run for the first time.
+
+        Carried values stay until every stage has: the executor's sweep hands them on. From then on they stay for stages
+        whose backward needs them, or that may have to run again: those that are not kept ``whole``.
+        """
+        for value in self._making.get(stage, ()):
+            self._add(self._first[value])
+        read = self._readers.get(stage, ())
+        waiting = {each.value for each in read if not whole or stage in each.savers}
+        self._hold(self._reading, stage, frozenset(copy for value in waiting for copy in self._first[value]))
+        if stage == len(self.chain) - 1:
+            for each in self.chain.carried:
+                if each.freed is not None:
+                    self._drop(self._first[each.value])
+
     def reversing(self, stage: int) -> int:
         """Bytes that stay while the stage is reversed, but for what it made itself and its backward needs."""
         self._release(self._made, stage + 1)
-        entered = set(self.chain.stages[stage].enters)
-        own = sum(self._size(c) for c in self._kept[stage] if c[0] not in entered and self._holders[c] == 1)
-        return self.live - own
+        others = set(self.chain.stages[stage].enters)
+        if stage == len(self.chain) - 1:  # it runs once, and what it hands out is the one copy that there is
+            others.update(self._making.get(stage, ()))
+        return self.live - sum(self._size(copy) for copy in self._kept[stage] if copy[0] not in others)
 
     def made_bytes(self, stage: int, kept: Sequence[int]) -> int:
         """Bytes that the stage makes and keeps, its output included."""
-        made = {*kept, *self._enters(stage + 1)} - set(self.chain.stages[stage].enters)
+        made = {*kept, *self._enters(stage + 1)} - {*self.chain.stages[stage].enters, *self._making.get(stage, ())}
         return sum(self.chain.values[value] for value in made)
 
     def reversed(self, stage: int) -> None:
         """The stage is reversed."""
-        self._release(self._kept, stage)
-        self._release(self._held, stage)
+        for where in (self._kept, self._held, self._reading):
+            self._release(where, stage)
 
     def free(self, boundary: int) -> None:
         """A held boundary is let go of."""

@@ -14,13 +14,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from scheduler.capture.graph import OpGraph
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.loss import find_loss
 from scheduler.capture.recompute import packs_of
 from scheduler.capture.sample import Call
 from scheduler.capture.state import CPU_RANDOM_STATE
 from scheduler.capture.target import Device
-from scheduler.chain import Chain, Option, Stage
+from scheduler.chain import Carried, Chain, Option, Stage
 from scheduler.costs.measure import Enter, OptionCost, StageCost, StageRun, fresh_grads, measure_stage
 from scheduler.costs.options import measure_options
 from scheduler.costs.peak import allocated
@@ -41,6 +42,7 @@ def measure_graph(
     call: Call,
     *,
     existing: Collection[nn.Parameter] = (),
+    loss_is_output: bool = True,
     clock: bool = True,
     options: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -51,6 +53,7 @@ def measure_graph(
 
     Args:
         existing: parameters that have a gradient before the step.
+        loss_is_output: the model returns its own scalar loss; else its outputs themselves get gradients.
         options: whether to look for options of stages that keep less than all.
         progress: called with (stages done, stages).
     """
@@ -67,10 +70,11 @@ def measure_graph(
     def visit(k: int, arguments: list[Any]) -> None:
         stage = capture.stages[k]
         adding = [i for i, a in enumerate(arguments) if isinstance(a, nn.Parameter) and a in added]
-        how = (clock, options, *surroundings, sorted(stage.carried_from), k == last, adding)
+        unread = _unread(capture, k) if loss_is_output else frozenset()
+        how = (clock, options, *surroundings, sorted(stage.carried_from), k == last, adding, sorted(unread))
         key = keys[k] = f"{capture.place}|{how}|{stage.signature}"
         if key not in costs:
-            run = _isolated(capture, k, arguments, added)
+            run = _isolated(capture, k, arguments, added, unread)
             cost = measure_stage(run, capture.place, clock=clock)
             if capture.target is not None:
                 forward, backward = estimate_run(run, capture.place)
@@ -91,8 +95,24 @@ def measure_graph(
     return measured
 
 
+def _unread(capture: GraphCapture, k: int) -> frozenset[int]:
+    """The results of a stage that the user gets and no stage reads: of these, the loss alone gets a gradient."""
+    stage, linear = capture.stages[k], capture.linear
+    nodes = {node.name: node for node in capture.graph.group_of}
+    read = {i for i in stage.boundary_from if i >= 0}
+    return frozenset(
+        i
+        for name, i in zip(stage.carried, stage.carried_from, strict=True)
+        if i not in read and not any(linear.readers[key] for key in capture.graph.group_of[nodes[name]])
+    )
+
+
 def _isolated(
-    capture: GraphCapture, k: int, arguments: list[Any], existing: Collection[nn.Parameter]
+    capture: GraphCapture,
+    k: int,
+    arguments: list[Any],
+    existing: Collection[nn.Parameter],
+    unread: frozenset[int] = frozenset(),
 ) -> StageRun:
     stage = capture.stages[k]
     parameters = [a for a in arguments if isinstance(a, nn.Parameter)]
@@ -120,7 +140,7 @@ def _isolated(
         if source.kind != "boundary" and isinstance(argument, Tensor)
     )
     reset = fresh_grads(parameters, existing)
-    return StageRun(run, reset, loss if k == len(capture) - 1 else None, lasting)
+    return StageRun(run, reset, loss if k == len(capture) - 1 else None, lasting, unread)
 
 
 def graph_chain(
@@ -147,6 +167,7 @@ def graph_chain(
         return sum(size[key] for key in set(keys) if graph.groups[key].producer >= 0)
 
     carried_keys = {key for keys in linear.carried for key in keys}
+    made_here = {key for key, group in graph.groups.items() if group.producer >= 0}
     saved_by = [
         {key for op in graph.ops[linear.cuts[k] : linear.cuts[k + 1]] for key in op.saved}
         for k in range(count)
@@ -159,10 +180,10 @@ def graph_chain(
         packs = enumerate(packs_of(graph, linear, k))
         kept = {pack.group for number, pack in packs if number not in dropped}
         kept |= set(linear.boundaries[k]) if dropped else set()
-        return {key for key in kept - carried_keys if graph.groups[key].producer >= 0}
+        return {key for key in kept - carried_keys | kept & set(linear.carried[k]) if key in made_here}
 
     def saved_bytes(k: int, kept: set[int]) -> int:
-        return total((kept | set(linear.boundaries[k + 1])) - set(linear.boundaries[k]))
+        return total((kept | set(linear.boundaries[k + 1])) - set(linear.boundaries[k]) - carried_keys)
 
     def released_bytes(k: int) -> int:
         """What stage k - 1 made and nobody saves, where it goes no further: gone once stage k has been kept whole."""
@@ -181,7 +202,12 @@ def graph_chain(
         return max(0, costs[k].kept - total(own))
 
     flows = _GradFlows(capture, costs, size)
-    change, output_grad = _carried_changes(capture, size, saved_by, flows, loss_is_output)
+    def rerun_state(k: int) -> int:
+        state = CPU_RANDOM_STATE if capture.random[k] and capture.place.type == "cpu" else 0
+        return state + storage_bytes((model.get_buffer(n) for n in capture.changed[k]), capture.place)
+
+    freed = _freed(capture, saved_by)
+    change, output_grad = _carried_changes(capture, size, freed, flows, loss_is_output)
     existing = {p for p in model.parameters() if p.grad is not None}
     created, summed = parameter_grads(_readers(capture, model), existing, change, capture.place)
     at_hand = gradients_at_hand(
@@ -213,7 +239,9 @@ def graph_chain(
             saved = saved_bytes(k, kept) + unseen
             released = released_bytes(k) if k and not each.dropped else 0
             keeping = max(0, each.keeping_peak - saved - new) + released
-            reversing = each.backward_peak - saved - gradients + summed[k]
+            # What the last stage hands out and saves is among the carried values; other stages may run again.
+            shared = total(kept & set(linear.carried[k])) if k == count - 1 else 0
+            reversing = each.backward_peak - saved - shared - gradients + summed[k]
             keeps = (*map(values.number, sorted(kept)), *values.unseen(k, unseen))
             again = None if each.rebuild_peak is None else each.rebuild_peak - saved + released
             options.append(
@@ -233,15 +261,25 @@ def graph_chain(
                 carried_change=change[k],
                 recomputable=not prefix,
                 enters=tuple(map(values.number, entering)),
+                rerun_state=rerun_state(k),
             )
         )
     fixed = resident + SMALL_TENSORS + storage_bytes(capture.constants.values(), capture.place)
+    fixed += sum(stage.rerun_state for stage in stages)
     if capture.place.type == "cpu":
-        # One for each stage that draws, and what a replay puts back when it is done.
-        fixed += CPU_RANDOM_STATE * (sum(capture.random) + any(capture.random))
-    for names in capture.changed:  # snapshots for re-runs
-        fixed += storage_bytes((model.get_buffer(n) for n in names), capture.place)
-    return Chain(tuple(stages), 0, output_grad, fixed, name, tuple(values.sizes))
+        fixed += CPU_RANDOM_STATE * any(capture.random)  # what a replay puts back when it is done
+    carried_values = [
+        Carried(
+            values.number(key),
+            made,
+            linear.readers[key],
+            tuple(k for k in linear.readers[key] if key in saved_by[k]),
+            freed.get(key),
+        )
+        for made, keys in enumerate(linear.carried)
+        for key in keys
+    ]
+    return Chain(tuple(stages), 0, output_grad, fixed, name, tuple(values.sizes), tuple(carried_values))
 
 
 class _Values:
@@ -339,22 +377,40 @@ class _GradFlows:
         return sum(self._held(key, stage).values())
 
 
+def _outputs(graph: OpGraph) -> set[int]:
+    """The storages that the user holds."""
+    return {key for leaf in graph.outputs if leaf in graph.group_of for key in graph.group_of[leaf]}
+
+
+def _freed(capture: GraphCapture, saved_by: list[set[int]]) -> dict[int, int]:
+    """The stage with whose backward each carried value goes: its earliest reader, or its producer if that saves it.
+
+    An output is not among them, for the user holds it.
+    """
+    linear, outputs = capture.linear, _outputs(capture.graph)
+    return {
+        key: made if key in saved_by[made] else linear.readers[key][0]
+        for made, keys in enumerate(linear.carried)
+        for key in keys
+        if key not in outputs
+    }
+
+
 def _carried_changes(
     capture: GraphCapture,
     size: dict[int, int],
-    saved_by: list[set[int]],
+    freed: Mapping[int, int],
     flows: _GradFlows,
     loss_is_output: bool,
 ) -> tuple[list[int], int]:
     """(L,) by how much each backward changes the bytes of carried values and their gradients; output_grad.
 
-    A carried value goes with its earliest reader, or with its producer if that saves it; an output stays,
-    for the user holds it. Its gradient comes with its latest reader and goes with its producer.
+    The gradient of a carried value comes with its latest reader and goes with its producer.
     """
     graph, linear = capture.graph, capture.linear
     count = len(linear)
     change = [0] * count
-    outputs = {key for leaf in graph.outputs if leaf in graph.group_of for key in graph.group_of[leaf]}
+    outputs = _outputs(graph)
     output_grad = 4
     if not loss_is_output:
         output_grad = sum(
@@ -365,8 +421,8 @@ def _carried_changes(
     for made, keys in enumerate(linear.carried):
         for key in keys:
             readers = linear.readers[key]
-            if key not in outputs:
-                change[made if key in saved_by[made] else readers[0]] -= size[key]
+            if key in freed:
+                change[freed[key]] -= size[key]
             if not graph.groups[key].requires_grad:
                 continue
             there = 0

@@ -95,12 +95,14 @@ class StageRun:
         reset: undo what a run left behind: gradients of parameters (``fresh_grads``).
         loss: for the last stage, how to find among the outputs what is reversed (None if it is not there).
         lasting: identities of storages that live on anyway, so that saved tensors on them need no replay.
+        unread: the outputs that get no gradient.
     """
 
     run: Callable[[Enter], Sequence[Tensor]]
     reset: Callable[[], None]
     loss: Callable[[Sequence[Tensor]], Tensor | None] | None = None
     lasting: frozenset[int] = frozenset()
+    unread: frozenset[int] = frozenset()
 
 
 def fresh_grads(parameters: Iterable[nn.Parameter], existing: Collection[nn.Parameter]) -> Callable[[], None]:
@@ -162,7 +164,9 @@ def _seed(outputs: Sequence[Tensor]) -> tuple[Tensor | None, int]:
 def _root(stage: StageRun, outputs: Sequence[Tensor]) -> tuple[Tensor | None, int]:
     """What is reversed, and the bytes of the gradients that reach the outputs."""
     root = stage.loss(outputs) if stage.loss is not None else None
-    return (root, 4) if root is not None else _seed(outputs)
+    if root is not None:
+        return root, 4
+    return _seed([output for i, output in enumerate(outputs) if i not in stage.unread])
 
 
 def _unowned(tensor: Tensor) -> Tensor:
