@@ -103,7 +103,7 @@ def _unread(capture: GraphCapture, k: int) -> frozenset[int]:
     return frozenset(
         i
         for name, i in zip(stage.carried, stage.carried_from, strict=True)
-        if i not in read and not any(linear.readers[key] for key in capture.graph.group_of[nodes[name]])
+        if i not in read and not any(linear.readers.get(key) for key in capture.graph.group_of[nodes[name]])
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from scheduler.chain import Chain
 from scheduler.errors import InfeasibleBudget
-from scheduler.schedule import Schedule
+from scheduler.schedule import Schedule, simulate
 from scheduler.solvers.checks import checked_budget, checked_chain, checked_count
 from scheduler.solvers.optimal import Table
 
@@ -61,9 +61,14 @@ class Frontier:
         while budget >= table.smallest:
             reading = table.read(budget)
             seconds, peak = chain.plain_seconds + reading.extra, table.peak(budget, reading)
-            while points and seconds <= points[-1].seconds:  # found for more bytes, and no faster
-                points.pop()
-            points.append(Point(peak, seconds, table.lower_bound(peak), budget))
+            counted, bound = peak, table.lower_bound(peak)
+            if chain.values:  # the referee counts no more than the sums that the table has
+                counted = simulate(chain, table.schedule(reading)).peak
+                bound = chain.plain_seconds + table.knapsack.extra(counted)
+            while points and seconds <= points[-1].seconds and counted <= points[-1].peak:
+                points.pop()  # found for more bytes, and no faster
+            if not points or counted < points[-1].peak:
+                points.append(Point(counted, seconds, bound, budget))
             # The last budget tried is always the smallest that there is.
             budget = max(peak - self.step, table.smallest) if peak > table.smallest else peak - 1
         self.points = tuple(reversed(points))

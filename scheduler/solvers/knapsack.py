@@ -20,9 +20,13 @@ from scheduler.chain import Chain, Stage
 __all__ = ["Knapsack"]
 
 
-def _hull(stage: Stage) -> list[tuple[int, float]]:
-    """The stage's choices at the first backward, (bytes, extra seconds), on their lower convex hull."""
-    choices = [(option.saved, option.recompute) for option in stage.options]
+def _hull(stage: Stage, sizes: list[int]) -> list[tuple[int, float]]:
+    """The stage's choices at the first backward, (bytes, extra seconds), on their lower convex hull.
+
+    Args:
+        sizes: bytes of each option.
+    """
+    choices = [(size, option.recompute) for size, option in zip(sizes, stage.options, strict=True)]
     if stage.recomputable:
         choices.append((0, stage.forward + min(option.recompute for option in stage.options)))
     hull: list[tuple[int, float]] = []
@@ -41,6 +45,15 @@ def _hull(stage: Stage) -> list[tuple[int, float]]:
     return hull
 
 
+def _own(chain: Chain) -> list[list[int]]:
+    """(L, options) bytes that no other stage can have a part in: values that it makes and keeps, and that do not leave it."""
+    shared = {value for stage in chain.stages for value in stage.enters} | {c.value for c in chain.carried}
+    return [
+        [sum(chain.values[v] for v in option.keeps if v not in shared) for option in stage.options]
+        for stage in chain.stages
+    ]
+
+
 class Knapsack:
     """The bound of one chain, for every budget.
 
@@ -49,14 +62,20 @@ class Knapsack:
     """
 
     def __init__(self, chain: Chain) -> None:
-        held = chain.fixed + chain.input_bytes(0) + sum(stage.carried for stage in chain.stages)
-        held += chain.output_grad + chain.stages[-1].input_grad
-        hulls = [_hull(stage) for stage in chain.stages]
+        held = chain.fixed + chain.input_bytes(0) + chain.output_grad
+        if chain.values:
+            held += sum(chain.values[c.value] for c in chain.carried if c.freed is None)
+            held -= sum(stage.rerun_state for stage in chain.stages)
+            sizes = _own(chain)
+        else:
+            held += sum(stage.carried for stage in chain.stages) + chain.stages[-1].input_grad
+            sizes = [[option.saved for option in stage.options] for stage in chain.stages]
+        hulls = [_hull(*each) for each in zip(chain.stages, sizes, strict=True)]
         steps = [(b[0] - a[0], b[1] - a[1]) for hull in hulls for a, b in pairwise(hull)]
         steps.sort(key=lambda step: step[1] / step[0])
-        sizes = [held + sum(hull[0][0] for hull in hulls), *(size for size, _ in steps)]
+        amounts = [held + sum(hull[0][0] for hull in hulls), *(size for size, _ in steps)]
         extra = [sum(hull[0][1] for hull in hulls), *(seconds for _, seconds in steps)]
-        self._bytes = np.cumsum(np.array(sizes, float))
+        self._bytes = np.cumsum(np.array(amounts, float))
         self._extra = np.cumsum(extra).clip(min=0.0)
 
     def extra(self, budget: int) -> float:

@@ -34,6 +34,10 @@ bound and the knapsack's (``knapsack.py``), and ``Optimum.exact`` says whether t
 500 unlike stages splits are tried at the smallest of every few boundaries only (``Arrays.split``), elsewhere
 only where nothing else fits; the knapsack's is then the only bound. docs/solver_speed.md has the times and gaps.
 
+Where the chain knows its values, the referee counts fewer bytes than the sums, and a budget by the sums that uses what
+is left is found by bisection (``ByStorage``). The schedule is then the fastest for that budget by the sums; the bound is
+the knapsack's, and ``smallest`` the least that a schedule takes of a few that the sums suggest.
+
 What is not claimed: that no other schedule is faster. ``exhaustive`` finds those that let a boundary go early
 and bring it back with what comes before it: one to two percent on chains of ten unlike stages, up to eight,
 and nothing where stages are alike (docs/persistence.md). What autograd saved cannot be let go like that.
@@ -49,7 +53,7 @@ import numpy as np
 
 from scheduler.chain import Chain
 from scheduler.errors import InfeasibleBudget
-from scheduler.schedule import Schedule, simulate
+from scheduler.schedule import Schedule, Timeline, simulate
 from scheduler.solvers.checks import checked_budget, checked_chain
 from scheduler.solvers.grid import Reading, filled_grid, read_off, root_values
 from scheduler.solvers.knapsack import Knapsack
@@ -65,6 +69,8 @@ TABLE_BYTES, TABLE_STEPS = 128 * 2**20, 10**9
 MIN_SLOTS, MAX_SLOTS, QUICK_SLOTS = 500, 6000, 1000
 # Where MIN_SLOTS take more than so many, splits are tried at some of the boundaries only, one in MOST_WINDOW at least.
 MOST_BYTES, MOST_STEPS, MOST_WINDOW = 384 * 2**20, 8 * 10**9, 100
+# Where values are known, the budgets by the sums that are tried at first, and steps between those that may follow.
+SUMS_FIRST, SUMS_TRIED = 8, 1000
 MOST_STAGES = 5000  # P alone takes a minute there, and each table of segments 200 MB
 
 
@@ -103,6 +109,7 @@ class Table:
         largest: the smallest budget for which every stage is kept with its fastest option (bytes).
         most: the largest budget that makes a difference, ``largest`` at most (bytes).
         unit: bytes of one slot of the grid.
+        knapsack: a bound on seconds.
 
     Raises:
         InfeasibleBudget: no persistent schedule fits ``most``.
@@ -121,7 +128,7 @@ class Table:
         if most < self.smallest:
             raise InfeasibleBudget(most, self.smallest, "optimal")
         self.most = min(most, self.largest)
-        self._knapsack = Knapsack(chain)
+        self.knapsack = Knapsack(chain)
         room = self.most - a.boundary[0] - a.after  # (L,) the most for segments up to t
         stage = np.arange(len(chain))
         distinct = np.triu(a.origin == stage[:, None])
@@ -171,7 +178,7 @@ class Table:
 
     def _bound(self, budget: int) -> float:
         """Extra seconds that no persistent schedule within ``budget`` can beat."""
-        least = self._knapsack.extra(budget)
+        least = self.knapsack.extra(budget)
         if self._bounds is None:
             return least
         lo, values = self._bounds
@@ -215,6 +222,55 @@ class Table:
         return Optimum(schedule, simulate(self.chain, schedule).seconds, self.lower_bound(budget), self.unit)
 
 
+class ByStorage:
+    """Schedules of a chain that knows its values, whose peaks the referee counts by storage.
+
+    Args:
+        chain: what each stage costs; ``values`` are known.
+
+    Attributes:
+        table: of the chain's sums, which are at least what the referee counts.
+        smallest: the smallest budget that is met (bytes).
+    """
+
+    def __init__(self, chain: Chain) -> None:
+        self.chain = chain
+        self.table = Table(chain, 2**63 - 1, many=True)
+        self._tried: dict[int, tuple[Schedule, Timeline]] = {}
+        low, high = self.table.smallest, self.table.largest
+        # Fewer bytes by the sums are not always fewer by storage.
+        first = {low + (high - low) * part // SUMS_FIRST for part in range(SUMS_FIRST + 1)}
+        self.smallest = min(self.tried(by_sums)[1].peak for by_sums in sorted(first))
+
+    def tried(self, by_sums: int) -> tuple[Schedule, Timeline]:
+        """What the table has for a budget by the sums (bytes), and what the referee says of it."""
+        if by_sums not in self._tried:
+            schedule = self.table.schedule(self.table.read(by_sums))
+            self._tried[by_sums] = schedule, simulate(self.chain, schedule)
+        return self._tried[by_sums]
+
+    def solve(self, budget: int) -> Optimum:
+        """The fastest schedule within ``budget`` (bytes), by bisection over budgets by the sums.
+
+        Raises:
+            InfeasibleBudget: no schedule that was tried fits.
+        """
+        if budget < self.smallest:
+            raise InfeasibleBudget(budget, self.smallest, "optimal")
+        if self.table.smallest <= budget:
+            self.tried(min(budget, self.table.largest))
+        low = max(by_sums for by_sums, (_, line) in self._tried.items() if line.peak <= budget)
+        high = min((by_sums for by_sums in self._tried if by_sums > low), default=low)
+        step = max((self.table.largest - self.table.smallest) // SUMS_TRIED, 1)
+        while high - low > step:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.tried(middle)[1].peak <= budget else (low, middle)
+        fitting = [found for found in self._tried.values() if found[1].peak <= budget]
+        schedule, line = min(fitting, key=lambda found: (found[1].seconds, found[1].peak))
+        bound = self.chain.plain_seconds + self.table.knapsack.extra(budget)
+        return Optimum(schedule, line.seconds, bound, self.table.unit)
+
+
 def solve_optimal(chain: Chain, memory_budget: int) -> Optimum:
     """The fastest persistent schedule within ``memory_budget`` (bytes), as far as the module says.
 
@@ -224,7 +280,9 @@ def solve_optimal(chain: Chain, memory_budget: int) -> Optimum:
             sizes or seconds that overflow.
     """
     memory_budget = checked_budget("solve_optimal", memory_budget)
-    return Table(checked_chain("solve_optimal", chain), memory_budget).solve(memory_budget)
+    if checked_chain("solve_optimal", chain).values:
+        return ByStorage(chain).solve(memory_budget)
+    return Table(chain, memory_budget).solve(memory_budget)
 
 
 def solve(chain: Chain, memory_budget: int) -> Schedule:
@@ -234,7 +292,7 @@ def solve(chain: Chain, memory_budget: int) -> Schedule:
 
 def solve_many(chain: Chain, memory_budgets: Sequence[int]) -> list[Schedule]:
     """One schedule a budget (bytes), all from the table of the largest; raises as ``solve_optimal`` does."""
-    table = Table(chain, max(memory_budgets), many=True)
+    table = ByStorage(chain) if chain.values else Table(chain, max(memory_budgets), many=True)
     if min(memory_budgets) < table.smallest:
         raise InfeasibleBudget(min(memory_budgets), table.smallest, "optimal")
     return [table.solve(budget).schedule for budget in memory_budgets]
