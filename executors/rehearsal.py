@@ -42,6 +42,7 @@ class Rehearsal:
         resident: bytes live during the whole step, by what they consist of.
         timeline: the live bytes observed over the step.
         rows: one for each action of the schedule.
+        uncounted: ops whose scratch bytes are not in the figures, and why; None if no op's are.
     """
 
     plan: Plan
@@ -49,6 +50,7 @@ class Rehearsal:
     resident: dict[str, int]
     timeline: MemoryTimeline
     rows: tuple[Difference, ...]
+    uncounted: tuple[str, ...] | None
 
     @property
     def peak(self) -> int:
@@ -103,10 +105,12 @@ class Rehearsal:
                 "tensors that come and go"
             )
         lines += [self._told(row) for row in self.differences]
-        if not self.real:
+        if self.uncounted is None:
             lines.append(
-                "temporaries inside kernels are not seen without data; rehearse(..., real=True) measures them"
+                "temporaries inside kernels are not counted; rehearse counts them where the plan's device is at hand"
             )
+        elif self.uncounted:
+            lines.append(f"temporaries inside these kernels are not counted: {', '.join(self.uncounted)}")
         return "\n".join(lines)
 
     def __str__(self) -> str:

@@ -27,6 +27,7 @@ from scheduler.capture.target import Device, Target
 from scheduler.costs.live import LiveBytes
 from scheduler.costs.peak import cpu_events
 from scheduler.costs.resident import resident_parts, storage_bytes
+from scheduler.costs.scratch import Scratch
 from scheduler.device import DeviceSpec
 from scheduler.memory_timeline import Block, MemoryTimeline, Point, category_of, in_words
 from scheduler.plan import Plan
@@ -35,12 +36,16 @@ from scheduler.schedule import Backward, Forward, Free
 __all__ = ["Difference", "Rehearsal", "rehearse"]
 
 
-def rehearse(plan: Plan, model: nn.Module, sample: Any, *, real: bool = False) -> Rehearsal:
+def rehearse(
+    plan: Plan, model: nn.Module, sample: Any, *, real: bool = False, scratch: bool = True
+) -> Rehearsal:
     """Run one step by ``plan``, by the code that trains, and watch its live bytes.
 
     Without data (``real=False``) the step runs on fake tensors, on a copy of the model without weights: forward,
-    loss, backward, gradients into ``.grad``. Every storage that an op makes is followed from its making to its end;
-    scratch space inside kernels is not seen. The loss is found as ``solve`` finds it.
+    loss, backward, gradients into ``.grad``. Every storage that an op makes is followed from its making to its end.
+    What a kernel takes and lets go of within itself (a convolution's columns, attention's float32 sums) shows nowhere in
+    such a step: where the plan's device is at hand, each distinct op is run there by itself, on zeros, and what it took
+    is added at each of its places in the step. The loss is found as ``solve`` finds it.
 
     Args:
         plan: from ``scheduler.solve`` or ``Plan.load``.
@@ -49,14 +54,18 @@ def rehearse(plan: Plan, model: nn.Module, sample: Any, *, real: bool = False) -
         real: run the step on the model's device with its data, twice (the first is a warm-up), and measure: on the
             CPU every allocation, on CUDA the caching allocator's counters at every op. Where there are gradients,
             zeros stand in for them, which takes their bytes once more.
+        scratch: without ``real``, whether to count what kernels take within themselves. It takes the memory of one
+            op's tensors at a time (ops that would take more than a quarter of the free memory are left out, and the
+            table names them), and the seconds of each distinct op once or twice in a process. False: nothing is
+            computed. No effect on a plan for a described device, or for one that is not there.
 
     Returns:
         the Rehearsal: the peak in the terms of ``plan.predicted_peak``, and each action's bytes beside the referee's.
 
     Raises:
         TypeError, PlanMismatch: as ``execute`` does; the sample is not the plan's.
-        RuntimeError: ``real``, on the CPU, while an autograd profiler is running. Without ``real``: the model's code
-            asks for the value of a tensor, which none has.
+        RuntimeError: ``real`` or ``scratch``, on the CPU, while an autograd profiler is running. Without ``real``: the
+            model's code asks for the value of a tensor, which none has.
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"rehearse: plan is a {type(plan).__name__}, expected a Plan")
@@ -70,7 +79,7 @@ def rehearse(plan: Plan, model: nn.Module, sample: Any, *, real: bool = False) -
     collecting = gc.isenabled()
     gc.disable()  # or tensors of long ago are let go of in the middle of the count
     try:
-        return _real(plan, model, call, notes) if real else _faked(plan, model, call, notes)
+        return _real(plan, model, call, notes) if real else _faked(plan, model, call, notes, scratch)
     finally:
         torch.clear_autocast_cache()
         if collecting:
@@ -151,15 +160,17 @@ def _observed(planned: nn.Module, notes: _Notes) -> Iterator[None]:
 # ---- without data ------------------------------------------------------------------------------------
 
 
-def _faked(plan: Plan, model: nn.Module, call: Call, notes: _Notes) -> Rehearsal:
+def _faked(plan: Plan, model: nn.Module, call: Call, notes: _Notes, scratch: bool) -> Rehearsal:
     device = plan.capture.device
+    at_hand = not plan.capture.target and (torch.device(device).type == "cpu" or torch.cuda.is_available())
+    kernels = Scratch(torch.device(device)) if scratch and at_hand else None
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     twin = fake_model(model, mode, device)
     planned = execute(plan, twin)
     call = fake_call(call, mode, device)
     runner = planned.__dict__[_RUNNER]
     runner.want.check(call, f"rehearse: {type(model).__name__}")
-    live = LiveBytes(_rules(plan).type, only=device, record=True)
+    live = LiveBytes(_rules(plan).type, only=device, record=True, scratch=kernels)
     notes.now, notes.number = lambda: len(live.events), live.number
     # The user's code, which a capture of modules runs, must not take another way for fake tensors.
     with as_eager(twin), mode:
@@ -175,7 +186,8 @@ def _faked(plan: Plan, model: nn.Module, call: Call, notes: _Notes) -> Rehearsal
     grads = {live.number(p.grad) for p in twin.parameters() if p.grad is not None}
     changes = [_Change(_op(event.label), event.change, event.storage) for event in live.events]
     del held
-    return _told(plan, False, resident, changes, notes, grads)
+    uncounted = None if kernels is None else kernels.uncounted
+    return _told(plan, False, resident, changes, notes, grads, uncounted)
 
 
 def _capture_of(plan: Plan, model: nn.Module, twin: nn.Module, call: Call) -> GraphCapture | ModuleCapture:
@@ -228,7 +240,7 @@ def _real(plan: Plan, model: nn.Module, call: Call, notes: _Notes) -> Rehearsal:
         with _observed(planned, notes):
             measure = _measured_cuda if device.type == "cuda" else _measured_cpu
             changes = measure(step, notes)
-    return _told(plan, True, resident, changes, notes, set())
+    return _told(plan, True, resident, changes, notes, set(), ())
 
 
 def _measured_cpu(step: Callable[[], Any], notes: _Notes) -> list[_Change]:
@@ -328,7 +340,13 @@ def _resident(
 
 
 def _told(
-    plan: Plan, real: bool, resident: dict[str, int], changes: list[_Change], notes: _Notes, grads: set[Any]
+    plan: Plan,
+    real: bool,
+    resident: dict[str, int],
+    changes: list[_Change],
+    notes: _Notes,
+    grads: set[Any],
+    uncounted: tuple[str, ...] | None,
 ) -> Rehearsal:
     """The account of the changes, by action."""
     actions = _actions(len(changes), notes.begins)
@@ -360,7 +378,7 @@ def _told(
     for index, predicted in enumerate(plan.timeline.during):
         observed, op = most.get(index, (None, ""))
         rows.append(Difference(index, predicted, observed, op))
-    return Rehearsal(plan, real, resident, timeline, tuple(rows))
+    return Rehearsal(plan, real, resident, timeline, tuple(rows), uncounted)
 
 
 def _actions(count: int, begins: list[tuple[int, int]]) -> list[int]:

@@ -1,8 +1,8 @@
 """Count the bytes of the storages that are alive while ops run, on tensors with data or without.
 
 Every storage that an op returns is followed from there to its end. What an op allocates and lets go of within its own
-kernel is not seen: convolutions and attention of some devices take scratch space that only ``count_bytes`` on the
-device itself can count. Nor are the few bytes of numbers that autograd's own code turns into tensors.
+kernel is not seen but asked for (``scratch.py`` counts it on the device itself). Not seen are the few bytes of numbers
+that autograd's own code turns into tensors.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class LiveBytes(TorchDispatchMode):
         kind: whose allocator's rounding is applied: "cuda" or "cpu"; by the device of each tensor if None.
         only: count only tensors on devices of this type; all if None.
         record: whether to note ``events``.
+        scratch: gives the bytes that an op took and let go of within itself (func, args, kwargs, result); none if None.
 
     Attributes:
         live: bytes that are live now. peak: the most so far; ``restart`` forgets it.
@@ -57,9 +58,16 @@ class LiveBytes(TorchDispatchMode):
         events: in the order in which they happened.
     """
 
-    def __init__(self, kind: str | None = None, *, only: str | None = None, record: bool = False) -> None:
+    def __init__(
+        self,
+        kind: str | None = None,
+        *,
+        only: str | None = None,
+        record: bool = False,
+        scratch: Callable[[Any, Any, Any, Any], int] | None = None,
+    ) -> None:
         super().__init__()
-        self.kind, self.only, self.record = kind, only, record
+        self.kind, self.only, self.record, self.scratch = kind, only, record, scratch
         self.live = self.peak = 0
         self.label = ""
         self.events: list[Event] = []
@@ -105,7 +113,12 @@ class LiveBytes(TorchDispatchMode):
         for key, storage in given.items():
             if key in self._known and self._known[key][2] != storage.nbytes():
                 self._resized(key, storage.nbytes())
-        self.peak = max(self.peak, self.live)
+        taken = 0 if self.scratch is None else self.scratch(func, args, kwargs, result)
+        self.peak = max(self.peak, self.live + taken)
+        if taken:
+            number, self._made = self._made, self._made + 1
+            self._change(taken, number)
+            self._change(-taken, number)
         return result
 
     def _follow(self, storage: Any, device: str) -> None:

@@ -1,0 +1,149 @@
+"""Count the scratch bytes of single ops: what a kernel takes and lets go of within itself.
+
+A step that runs on tensors without data shows what its ops return, not what they take meanwhile: the columns of a
+convolution, the float32 sums of attention's backward, the cast of an operand. On the device itself this can be
+counted op by op, and only one op's tensors need memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from scheduler.budget import format_bytes, free_machine_bytes
+from scheduler.capture.state import RandomState
+from scheduler.costs.peak import CpuEvents, count_bytes
+
+__all__ = ["Scratch"]
+
+MOST = 4  # an op whose tensors take more than the 4th part of the free memory is not run
+
+
+class _Like(NamedTuple):
+    """A tensor without its data."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def extent(self) -> int:
+        """Elements from its first to its last."""
+        if 0 in self.shape:
+            return 0
+        return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+
+    @property
+    def bytes(self) -> int:
+        """Of its elements and what lies between them."""
+        return self.extent * self.dtype.itemsize
+
+    def zeros(self) -> Tensor:
+        """A tensor like it. 0 is a valid number, index and probability."""
+        return torch.zeros(self.extent, dtype=self.dtype, device=self.device).as_strided(
+            self.shape, self.stride
+        )
+
+
+# (op, arguments, threads) -> bytes. Kernels give each thread a part of their scratch space.
+_KNOWN: dict[Hashable, int] = {}
+
+
+class Scratch:
+    """Scratch bytes of ops on a device, counted once in a process for an op and the metadata of its arguments.
+
+    The op is run on zeros of the same shapes, strides and dtypes, twice if it takes anything at all: the first run
+    may fill caches that stay. It runs below autograd and autocast, outside of all modes, and generators are set back.
+    Switches of torch's backends (``torch.backends``) are taken to stay as they are.
+
+    Not run are views, ops of other libraries (nobody knows what they do on zeros, or whom they talk to), ops on
+    tensors that are not strided, and ops whose tensors take more than a quarter of the memory that is free now.
+
+    Args:
+        device: at hand, "cpu" or "cuda"; ops that touch no tensor on it have no scratch bytes.
+
+    Raises:
+        RuntimeError: an autograd profiler is active already (CPU).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            self._limit = torch.cuda.mem_get_info(device)[0] // MOST
+        else:
+            CpuEvents().stop()  # fails at once if it cannot count
+            self._limit = free_machine_bytes() // MOST
+        self._uncounted: dict[Hashable, str] = {}
+
+    @property
+    def uncounted(self) -> tuple[str, ...]:
+        """Ops that were not or could not be run, and why."""
+        return tuple(dict.fromkeys(self._uncounted.values()))
+
+    def __call__(self, func: Any, args: Any, kwargs: Any, result: Any) -> int:
+        """Scratch bytes of one op, which gave ``result``; 0 if they cannot be counted."""
+        if isinstance(func, OpOverload) and (
+            func.is_view or torch.Tag.inplace_view in func.tags or func.namespace == "prim"
+        ):
+            return 0  # only metadata
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)] + made
+        if not any(tensor.device.type == self.device.type for tensor in tensors):
+            return 0
+        if not isinstance(func, OpOverload) or func.namespace != "aten":
+            self._uncounted[func] = f"{func} (of another library)"
+            return 0
+        if not all(tensor.layout == torch.strided for tensor in tensors):
+            self._uncounted[func] = f"{func} (not strided)"
+            return 0
+        like = [_described(leaf) for leaf in leaves]
+        key = (func, spec, torch.get_num_threads(), *like)
+        if key not in _KNOWN and key not in self._uncounted:
+            size = sum(each.bytes for each in (*like, *map(_described, made)) if isinstance(each, _Like))
+            self._count(key, func, like, spec, size)
+        return _KNOWN.get(key, 0)
+
+    def _count(self, key: Hashable, func: OpOverload, like: list[Any], spec: Any, size: int) -> None:
+        if size > self._limit:
+            self._uncounted[key] = f"{func} ({format_bytes(size)}, too large to try)"
+            return
+        # Whoever asks may be in the middle of a step: in its autocast, its modes, its backward.
+        with (
+            _disable_current_modes(),
+            torch._C.DisableTorchFunction(),
+            torch._C._DisableAutocast(),
+            torch.no_grad(),
+        ):
+            random = RandomState(self.device)
+            try:
+                args, kwargs = pytree.tree_unflatten(
+                    [leaf.zeros() if isinstance(leaf, _Like) else leaf for leaf in like], spec
+                )
+                scratch = 0
+                for _ in range(2):
+                    counted = count_bytes(lambda mark: func(*args, **kwargs), self.device)
+                    scratch = counted.peak - counted.end
+                    del counted  # what it returned
+                    if not scratch:
+                        break
+                _KNOWN[key] = scratch
+            # What kernels raise on zeros, and where memory does not suffice.
+            except (RuntimeError, IndexError, TypeError, ValueError, MemoryError) as error:
+                self._uncounted[key] = f"{func} ({type(error).__name__})"
+            finally:
+                random.restore()
+
+
+def _described(leaf: Any) -> Any:
+    """A leaf of an op's arguments, without data or a generator's state."""
+    if isinstance(leaf, Tensor):
+        return _Like(leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
+    return None if isinstance(leaf, torch.Generator) else leaf
