@@ -91,6 +91,15 @@ def test_the_end_of_an_expandable_segment_is_taken_last() -> None:
     assert allocator.allocate(2 * MIB) == first
 
 
+def test_an_expandable_segment_grows_from_the_free_bytes_at_its_end() -> None:
+    allocator = CachingAllocator(expandable_segments=True)
+    first, second = allocator.allocate(8 * MIB), allocator.allocate(12 * MIB)  # to the last byte
+    allocator.free(first)
+    allocator.free(second)
+    assert allocator.allocate(30 * MIB) == first
+    assert allocator.reserved == 40 * MIB
+
+
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="7 is allocated twice"):
         replay([(7, 1), (7, 1)])
