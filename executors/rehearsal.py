@@ -42,6 +42,7 @@ class Rehearsal:
         resident: bytes live during the whole step, by what they consist of.
         timeline: the live bytes observed over the step.
         rows: one for each action of the schedule.
+        requested: measured on CUDA: the peak of what was asked for, where ``peak`` has the allocator's blocks; else None.
     """
 
     plan: Plan
@@ -49,6 +50,7 @@ class Rehearsal:
     resident: dict[str, int]
     timeline: MemoryTimeline
     rows: tuple[Difference, ...]
+    requested: int | None = None
 
     @property
     def peak(self) -> int:
@@ -96,6 +98,10 @@ class Rehearsal:
                 f"({self.peak / peak - 1:+.2%}); budget {format_bytes(self.plan.memory_budget)}"
             ),
         ]
+        if self.requested is not None:
+            lines.append(
+                f"asked for at most {format_bytes(self.requested)}; the rest of the peak is CUDA's rounding up to blocks"
+            )
         aside = self.plan.chain.fixed - sum(self.resident.values())
         if aside > TELLING * peak:
             lines.append(
