@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,8 @@ from scheduler import DeviceSpec, Plan, estimate, solve
 from scheduler.capture.target import Target
 from scheduler.costs.cuda_memory import SAFETY, simulated_slack, workspace_bytes
 from scheduler.costs.live import Event
-from scheduler.cuda_allocator import block_bytes
+from scheduler.costs.peak import count_bytes
+from scheduler.cuda_allocator import CachingAllocator, block_bytes
 from tests.helpers import smallest
 from tests.steps import replan
 
@@ -106,6 +108,40 @@ def test_small_tensors_have_no_slack() -> None:
     with torch.device("meta"):
         model, batch = nn.Sequential(nn.Linear(301, 307), nn.GELU(), nn.Linear(307, 5)), torch.empty(703, 301)
     assert solve(model, 2**33, sample=batch, device=CARD).resident["allocator slack"] == 0
+
+
+def test_counters_are_read_between_marks_and_above_those_of_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    allocator = CachingAllocator()
+    allocator.allocate(11 * MIB)  # has 12
+
+    def stats(_: torch.device) -> dict[str, dict[str, dict[str, int]]]:
+        peaks = allocator.peaks
+        return {
+            "allocated_bytes": {"all": {"current": allocator.allocated, "peak": peaks.allocated}},
+            "requested_bytes": {"all": {"current": allocator.requested, "peak": peaks.requested}},
+        }
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: allocator.reset_peaks())
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", stats)
+
+    def work(mark: Callable[[], None]) -> str:
+        first = allocator.allocate(53 * MIB // 4)  # has 14
+        mark()
+        allocator.free(first)
+        second = allocator.allocate(100)
+        allocator.free(allocator.allocate(20 * MIB))
+        mark()
+        allocator.free(second)
+        return "done"
+
+    counted = count_bytes(work, torch.device("cuda"))
+    assert (counted.marks, counted.end, counted.result) == ((14 * MIB, 512), 0, "done")
+    assert counted.peaks == (14 * MIB, 20 * MIB + 512, 512)
+    assert counted.peak == 20 * MIB + 512
+    assert counted.requested == 20 * MIB + 100
 
 
 def rehearsed(plan: Plan, model: nn.Module, batch: torch.Tensor) -> list[Event]:
