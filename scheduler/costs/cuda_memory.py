@@ -75,7 +75,8 @@ def allocator_slack(model: nn.Module, call: Call, device: Device, optimizer_stat
     A block that is not split holds up to 1 MiB too much: a bound of 1 MiB for every large tensor would be some ten times of
     what happens. So two plain steps without data are simulated (``cuda_allocator``), and ``SAFETY`` times the slack of
     the second is set aside, and that of one more block: an estimate with a margin, and no proof. 0 off CUDA, with
-    expandable segments, and where no tensor is large.
+    expandable segments, and where no tensor is large. Of a model that does not run without data, 1 MiB for every large
+    tensor that is there before the step.
 
     Args:
         model, call: real; for a Target, what ``without_hardware`` gives, within its block.
