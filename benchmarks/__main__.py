@@ -2,6 +2,7 @@
 
 python -m benchmarks [solver_speed] [step_peaks] [...] [--write]
 python -m benchmarks op_level --only ViT [--write]
+python -m benchmarks peak_accuracy --device cuda [--write]
 """
 
 from __future__ import annotations
@@ -36,16 +37,22 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[*NAMES, []], help="default: all")
     parser.add_argument("--write", action="store_true", help="write docs/NAME.md, and NAME.svg if it draws")
     parser.add_argument("--only", help="of op_level: the models whose titles have this in them")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="of peak_accuracy; cuda writes NAME_cuda.md"
+    )
     arguments = parser.parse_args()
     if arguments.only is not None and arguments.names != ["op_level"]:
         parser.error(f"--only is for op_level alone, got {arguments.names}")
-    part = {} if arguments.only is None else {"only": arguments.only}
+    if arguments.device is not None and arguments.names != ["peak_accuracy"]:
+        parser.error(f"--device is for peak_accuracy alone, got {arguments.names}")
+    part = {name: value for name in ("only", "device") if (value := getattr(arguments, name)) is not None}
+    suffix = "_cuda" if arguments.device == "cuda" else ""
     for name in arguments.names or NAMES:
         module = importlib.import_module(f"benchmarks.{name}")
         text = module.report(**part)
         print(text)
         if arguments.write:
-            (DOCS / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+            (DOCS / f"{name}{suffix}.md").write_text(text + "\n", encoding="utf-8")
             drawn = {name: module.figure()} if hasattr(module, "figure") else {}
             drawn |= module.figures(**part) if hasattr(module, "figures") else {}
             for each, figure in drawn.items():

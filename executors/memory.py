@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from scheduler.costs.cuda_memory import workspace_bytes
 from scheduler.costs.peak import count_bytes
 from scheduler.costs.resident import storage_bytes
 
@@ -22,15 +23,18 @@ class MeasuredPeak:
 
     Attributes:
         peak: the most bytes live at once: those of ``resident`` and those that the function allocated.
-        resident: bytes of what was there before.
+        resident: bytes of what was there before; on CUDA with cuBLAS's workspaces.
         added: the most bytes above those live at the start.
         result: what the function returned.
+        requested: on CUDA, as ``peak``, but of the function's allocations what they asked for instead of their blocks;
+            None elsewhere. What ``peak`` has more is rounding and the slack of blocks that were not split.
     """
 
     peak: int
     resident: int
     added: int
     result: Any
+    requested: int | None = None
 
 
 def measure_peak(
@@ -40,8 +44,10 @@ def measure_peak(
 
     On the CPU every allocation and release of torch's allocator is counted (by the autograd profiler's
     memory events), not RSS. On CUDA the caching allocator's counters are read, after a synchronisation; the
-    allocator's own peak statistics are reset. Run the function once before, to leave lazy initialisation
-    and workspaces out. Python's cyclic garbage collector is off meanwhile.
+    allocator's own peak statistics are reset; blocks count as ``torch.cuda.max_memory_allocated`` counts them. cuBLAS's
+    workspaces, which stay for good once they are taken, are taken before the count and are part of ``resident``; those of
+    cuDNN come and go within the function, and count with it. Run the function once before, to leave other lazy
+    initialisation out. Python's cyclic garbage collector is off meanwhile.
 
     Args:
         fn: for instance one training step. What it returns stays alive, and counts.
@@ -68,6 +74,7 @@ def measure_peak(
         fallback = "cuda" if torch.cuda.is_available() else "cpu"
         device = tensors[0].device if tensors else torch.device(fallback)
     device = torch.device(device)
-    there = storage_bytes(tensors, device)
+    there = storage_bytes(tensors, device) + workspace_bytes(device)
     counted = count_bytes(lambda mark: fn(), device)
-    return MeasuredPeak(there + counted.peak, there, counted.peak, counted.result)
+    requested = None if counted.requested is None else there + counted.requested
+    return MeasuredPeak(there + counted.peak, there, counted.peak, counted.result, requested)

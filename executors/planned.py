@@ -79,12 +79,12 @@ class _Runner:
 
     def _watch(self, model: nn.Module) -> None:
         """Judge the step that was watched, if there is one; else watch the one that begins, if it is as planned."""
-        measured = None
+        measured = requested = None
         if self.watch is not None:
-            measured, self.watch = self.watch.stop(), None
+            measured, requested, self.watch = self.watch.stop(), self.watch.requested, None
         if measured is not None:
             self.watching = False
-            tighter = tightened(self.plan, measured, type(model).__name__)
+            tighter = tightened(self.plan, measured, type(model).__name__, requested)
             if tighter is not None and self.executor is not None:
                 self.plan = tighter
                 self.executor = self._executor(self.executor.capture, model)

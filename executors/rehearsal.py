@@ -43,6 +43,7 @@ class Rehearsal:
         timeline: the live bytes observed over the step.
         rows: one for each action of the schedule.
         uncounted: ops whose scratch bytes are not in the figures, and why; None if no op's are.
+        requested: measured on CUDA: the peak of what was asked for, where ``peak`` has the allocator's blocks; else None.
     """
 
     plan: Plan
@@ -51,6 +52,7 @@ class Rehearsal:
     timeline: MemoryTimeline
     rows: tuple[Difference, ...]
     uncounted: tuple[str, ...] | None
+    requested: int | None = None
 
     @property
     def peak(self) -> int:
@@ -98,6 +100,10 @@ class Rehearsal:
                 f"({self.peak / peak - 1:+.2%}); budget {format_bytes(self.plan.memory_budget)}"
             ),
         ]
+        if self.requested is not None:
+            lines.append(
+                f"asked for at most {format_bytes(self.requested)}; the rest of the peak is CUDA's rounding up to blocks"
+            )
         aside = self.plan.chain.fixed - sum(self.resident.values())
         if aside > TELLING * peak:
             lines.append(

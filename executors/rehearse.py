@@ -25,7 +25,7 @@ from scheduler.capture.sample import Call, canonical_call, read_sample, unplanne
 from scheduler.capture.state import preserved
 from scheduler.capture.target import Device, Target
 from scheduler.costs.live import LiveBytes
-from scheduler.costs.peak import cpu_events
+from scheduler.costs.peak import CudaBytes, cpu_events
 from scheduler.costs.resident import resident_parts, storage_bytes
 from scheduler.costs.scratch import Scratch
 from scheduler.device import DeviceSpec
@@ -238,9 +238,13 @@ def _real(plan: Plan, model: nn.Module, call: Call, notes: _Notes) -> Rehearsal:
         torch.clear_autocast_cache()  # inside the caller's autocast the warm-up's casts would be there already
         resident = _resident(plan, model, call, planned.__dict__[_RUNNER].executor.capture)
         with _observed(planned, notes):
-            measure = _measured_cuda if device.type == "cuda" else _measured_cpu
-            changes = measure(step, notes)
-    return _told(plan, True, resident, changes, notes, set(), ())
+            if device.type == "cuda":
+                changes, requested = _measured_cuda(step, notes)
+            else:
+                changes, requested = _measured_cpu(step, notes), None
+    resident.pop("allocator slack", None)  # what was counted has it
+    told = _told(plan, True, resident, changes, notes, set(), ())
+    return told if requested is None else replace(told, requested=sum(resident.values()) + requested)
 
 
 def _measured_cpu(step: Callable[[], Any], notes: _Notes) -> list[_Change]:
@@ -285,16 +289,19 @@ class _Counters(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.changes: list[_Change] = []
-        self.last = torch.cuda.memory_allocated(device)
+        start = CudaBytes.read(device)
+        self.last, self.start = start.allocated, start.requested
+        self.requested = 0  # the most bytes that were asked for, above those of the start
 
     def read(self, label: str) -> None:
         """Note what came and went since the last reading."""
-        highest, now = torch.cuda.max_memory_allocated(self.device), torch.cuda.memory_allocated(self.device)
+        now = CudaBytes.read(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        for change in (highest - self.last, now - highest):
+        for change in (now.highest - self.last, now.allocated - now.highest):
             if change:
                 self.changes.append(_Change(label or "between ops", change))
-        self.last = now
+        self.last = now.allocated
+        self.requested = max(self.requested, now.highest_requested - self.start)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one op and read."""
@@ -303,8 +310,8 @@ class _Counters(TorchDispatchMode):
         return result
 
 
-def _measured_cuda(step: Callable[[], Any], notes: _Notes) -> list[_Change]:
-    """The caching allocator's counters between ops, their peaks included."""
+def _measured_cuda(step: Callable[[], Any], notes: _Notes) -> tuple[list[_Change], int]:
+    """The caching allocator's counters between ops, their peaks included; the most bytes that were asked for."""
     device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -320,7 +327,7 @@ def _measured_cuda(step: Callable[[], Any], notes: _Notes) -> list[_Change]:
     torch.cuda.synchronize(device)
     counters.read("")
     del held
-    return counters.changes
+    return counters.changes, counters.requested
 
 
 # ---- what came of it ---------------------------------------------------------------------------------
@@ -329,10 +336,10 @@ def _measured_cuda(step: Callable[[], Any], notes: _Notes) -> list[_Change]:
 def _resident(
     plan: Plan, model: nn.Module, call: Call, capture: GraphCapture | ModuleCapture
 ) -> dict[str, int]:
-    """What is live during the whole step; the state of the optimizer and workspaces of libraries are the plan's."""
+    """What is live during the whole step; some parts are the plan's, for the model does not show them."""
     device = _rules(plan)
     parts = resident_parts(model, call, device)
-    for part in ("optimizer state", "workspaces"):
+    for part in ("optimizer state", "workspaces", "allocator slack"):
         parts[part] = plan.resident.get(part, 0)
     if isinstance(capture, GraphCapture):
         parts["constants"] = storage_bytes(capture.constants.values(), device)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from scheduler.budget import format_bytes
 from scheduler.capture.loss import output_tensors
-from scheduler.costs.peak import CpuEvents
+from scheduler.costs.cuda_memory import workspace_bytes
+from scheduler.costs.peak import CpuEvents, CudaBytes
 from scheduler.errors import InfeasibleBudget, PeakWarning
 from scheduler.plan import Plan
 
@@ -24,7 +25,7 @@ MARKER = 1_000_033  # bytes of an allocation that nothing else asks for
 class Watch:
     """Counts the bytes of one step, from now until a backward from its output ends.
 
-    CUDA: the caching allocator's own counters; its peak statistics are reset now. CPU: the autograd profiler's memory
+    CUDA: the caching allocator's own counters; its peak statistics are reset now, when cuBLAS has its workspaces. CPU: the autograd profiler's memory
     events. That profiler is on until ``stop``, for autograd gives the thread that reverses its old profiler back when a
     backward ends; an allocation of a size of its own marks the end among the events.
     """
@@ -33,10 +34,12 @@ class Watch:
         self.device = device
         self.queued = False
         self.peak = -1  # bytes above those live at the start; below 0 until the backward has ended
+        self.requested: int | None = None  # on CUDA, as the peak, of what was asked for
         self.events: CpuEvents | None = None
         if device.type == "cuda":
+            workspace_bytes(device)  # or the first step's would count as its own
             torch.cuda.reset_peak_memory_stats(device)
-            self.before = torch.cuda.memory_allocated(device)
+            self.before = CudaBytes.read(device)
         else:
             self.events = CpuEvents()
 
@@ -54,7 +57,9 @@ class Watch:
     def _end(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            self.peak = torch.cuda.max_memory_allocated(self.device) - self.before
+            now = CudaBytes.read(self.device)
+            self.peak = now.highest - self.before.allocated
+            self.requested = now.highest_requested - self.before.requested
         else:
             torch.empty(MARKER, dtype=torch.uint8)
 
@@ -69,16 +74,17 @@ class Watch:
 
 def step_bytes(plan: Plan) -> int:
     """Bytes that a step takes, by the plan, above what is live before it."""
-    there = ("parameters", "existing gradients", "buffers", "inputs", "optimizer state")
+    there = ("parameters", "existing gradients", "buffers", "inputs", "optimizer state", "workspaces")
     return plan.predicted_peak - sum(plan.resident.get(name, 0) for name in there)
 
 
-def tightened(plan: Plan, measured: int, name: str) -> Plan | None:
+def tightened(plan: Plan, measured: int, name: str, requested: int | None = None) -> Plan | None:
     """What to do about a first step that took more than was predicted: warn, and plan anew if it is over budget.
 
     Args:
         measured: bytes that the step took above what was live before it.
         name: of the model.
+        requested: as ``measured``, of what was asked for; None off CUDA.
 
     Warns:
         PeakWarning: the measured peak is above the predicted one.
@@ -94,6 +100,8 @@ def tightened(plan: Plan, measured: int, name: str) -> Plan | None:
         f"planned {name}: the first step peaked at {format_bytes(peak)}, {format_bytes(excess)} ({excess / peak:.1%}) more "
         f"than predicted"
     )
+    if requested is not None:
+        text += f" ({format_bytes(measured - requested)} of it by CUDA's rounding up to blocks)"
     found = None
     if peak <= plan.memory_budget:
         text += f", within the budget of {format_bytes(plan.memory_budget)}"

@@ -33,7 +33,10 @@ class DeviceSpec:
             that is not there gets the rate of float32. float32 is without TF32, as torch multiplies by default.
         launch: seconds that any op takes at least. An order of magnitude: a kernel's launch is 2 to 10 microseconds.
         kind: whose allocator's rules hold: "cuda" (512-byte blocks) or "cpu".
-        workspace: bytes that libraries take once and keep: cuBLAS's, of its default configuration.
+        workspace: bytes that cuBLAS takes once and keeps, in its default configuration. A step has two such: one of the
+            thread that runs the forward, one of autograd's.
+        expandable_segments: whether training will run with ``PYTORCH_ALLOC_CONF=expandable_segments:True``. Without it
+            CUDA's allocator gives large tensors up to 1 MiB too much, for which some bytes are set aside.
         source: of the figures.
     """
 
@@ -44,6 +47,7 @@ class DeviceSpec:
     launch: float = 5e-6
     kind: str = "cuda"
     workspace: int = CUBLAS_WORKSPACE
+    expandable_segments: bool = False
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -65,6 +69,10 @@ class DeviceSpec:
         if self.launch < 0 or self.workspace < 0:
             raise ValueError(
                 f"DeviceSpec: launch={self.launch!r}, workspace={self.workspace!r}, expected none below 0"
+            )
+        if not isinstance(self.expandable_segments, bool):
+            raise TypeError(
+                f"DeviceSpec: expandable_segments={self.expandable_segments!r}, expected True or False"
             )
         if self.kind not in KINDS:
             raise ValueError(f"DeviceSpec: kind={self.kind!r}, expected one of {', '.join(KINDS)}")

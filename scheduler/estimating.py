@@ -21,6 +21,7 @@ from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.sample import read_sample, unplanned
 from scheduler.capture.state import model_device
 from scheduler.chain import Chain
+from scheduler.costs.cuda_memory import HANDLES, expandable_segments, workspace_bytes
 from scheduler.costs.peak import allocated
 from scheduler.device import DeviceSpec
 from scheduler.errors import CaptureError, InfeasibleBudget
@@ -44,7 +45,9 @@ class Estimate:
         batch: the sample's batch size.
         parameters, optimizer_state, buffers, inputs: live during the whole step.
         gradients: of the parameters, when backward is done; those that exist already included.
-        other: live during the whole step: libraries' workspaces, constants, small tensors.
+        workspaces: of cuBLAS, live during the whole step.
+        allocator_slack: set aside for what CUDA's allocator gives large tensors too much; 0 with expandable segments.
+        other: live during the whole step: constants, small tensors.
         activations: what autograd saves, and the outputs, by module; members of a list are one ("layers.*").
         peak: the most bytes live at once in the plain step.
         smallest: the smallest budget that a plan can meet.
@@ -59,6 +62,8 @@ class Estimate:
     optimizer_state: int
     buffers: int
     inputs: int
+    workspaces: int
+    allocator_slack: int
     other: int
     activations: Mapping[str, int]
     peak: int
@@ -75,7 +80,8 @@ class Estimate:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("what")
         table.add_column("bytes", justify="right")
-        for name in ("parameters", "gradients", "optimizer_state", "buffers", "inputs", "other"):
+        whole_step = ("inputs", "workspaces", "allocator_slack", "other")
+        for name in ("parameters", "gradients", "optimizer_state", "buffers", *whole_step):
             if size := getattr(self, name):
                 table.add_row(name.replace("_", " "), format_bytes(size))
         table.add_row("activations", format_bytes(sum(self.activations.values())))
@@ -141,7 +147,6 @@ def estimate(
     found, activations = at(call)
     chain, resident = found.chain, dict(found.resident)
     peaks, smallest = {batch: _plain(chain)}, {batch: _smallest(chain)}
-    own = ("parameters", "existing gradients", "optimizer state", "buffers", "inputs")
     largest: tuple[int | None, int | None] = (None, None)
     if limit is not None:
         twice = at(_scaled(call, batch, 2 * batch))[0].chain
@@ -158,7 +163,9 @@ def estimate(
         resident["optimizer state"],
         resident["buffers"],
         resident["inputs"],
-        chain.fixed - sum(resident[name] for name in own),
+        resident["workspaces"],
+        resident["allocator slack"],
+        resident.get("constants and replay state", 0),
         activations,
         peaks[batch],
         smallest[batch],
@@ -172,7 +179,14 @@ def _this_device(model: nn.Module) -> DeviceSpec:
     device = model_device(model)
     if device.type == "cuda" and torch.cuda.is_available():
         memory = int(torch.cuda.get_device_properties(device).total_memory)
-        return DeviceSpec("this GPU", memory, 1e12, {"float32": 1e13})
+        return DeviceSpec(
+            "this GPU",
+            memory,
+            1e12,
+            {"float32": 1e13},
+            workspace=workspace_bytes(device) // HANDLES,
+            expandable_segments=expandable_segments(device),
+        )
     kind = "cuda" if device.type == "cuda" else "cpu"
     return DeviceSpec("this machine", machine_bytes(), 1e10, {"float32": 1e11}, kind=kind, workspace=0)
 

@@ -30,6 +30,7 @@ from scheduler.capture.state import model_device, preserved
 from scheduler.capture.target import Device, Target
 from scheduler.capture.verify import StepResult, difference, run_step
 from scheduler.chain import Chain
+from scheduler.costs.cuda_memory import allocator_slack
 from scheduler.costs.graph_chain import graph_chain, measure_graph
 from scheduler.costs.module_chain import module_chain
 from scheduler.costs.resident import optimizer_bytes, optimizer_step_bytes, resident_parts
@@ -144,6 +145,9 @@ def priced(request: Request, *, options: bool = True) -> Priced:
     resident = resident_parts(request.model, request.call, request.device)
     resident["optimizer state"] = request.optimizer_state
     captured, reason, own_loss = _captured(request)
+    resident["allocator slack"] = allocator_slack(
+        request.model, request.call, request.device, request.optimizer_state
+    )
     request.progress(f"pricing {len(captured)} stages")
     chain = _chain(request, captured, sum(resident.values()), own_loss, options)
     extra = chain.fixed - sum(resident.values())

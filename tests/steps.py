@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
@@ -150,11 +151,20 @@ def at_its_tightest(case: Case, capture: str) -> Plan:
     return tightest(solve(case.model, "1GiB", sample=case.sample, capture=capture))
 
 
-def peak_of_a_step(case: Case, model: nn.Module) -> MeasuredPeak:
+def on_device(case: Case, device: str) -> Case:
+    """The case with its model, which is moved, and its batch on a device."""
+    batch = (case.sample, case.args, case.kwargs)
+    return Case(case.model.to(device), *pytree.tree_map_only(Tensor, lambda t: t.to(device), batch))
+
+
+def peak_of_a_step(
+    case: Case, model: nn.Module, context: Callable[[], Any] = contextlib.nullcontext
+) -> MeasuredPeak:
     """Measured peak of a step with no gradients yet; its model, gradients and batch included."""
 
     def step() -> Any:
-        output = case(model)
+        with context():
+            output = case(model)
         loss_of(output).backward()
         return output
 

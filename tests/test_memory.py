@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from executors import measure_peak
+from scheduler.costs.cuda_memory import workspace_bytes
 
 
 def test_the_peak_is_the_most_bytes_live_at_once_not_their_sum() -> None:
@@ -78,5 +79,12 @@ def test_a_running_profiler_is_a_clear_error() -> None:
 
 @pytest.mark.cuda
 def test_on_cuda_the_allocator_is_asked() -> None:
-    measured = measure_peak(lambda: torch.empty(10 * 2**20, dtype=torch.uint8, device="cuda"), device="cuda")
-    assert 10 * 2**20 <= measured.peak < 12 * 2**20
+    size = 10 * 2**20 - 100
+    measured = measure_peak(lambda: torch.empty(size, dtype=torch.uint8, device="cuda"), device="cuda")
+    assert 10 * 2**20 <= measured.added < 12 * 2**20
+    assert measured.requested == measured.resident + size
+    assert measured.resident == workspace_bytes(torch.device("cuda"))
+
+
+def test_what_was_asked_for_is_known_on_cuda_alone() -> None:
+    assert measure_peak(lambda: torch.empty(100), device="cpu").requested is None

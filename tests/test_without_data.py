@@ -111,7 +111,7 @@ def test_a_real_model_is_left_as_it_is() -> None:
     case = tiny()
     before = {name: value.clone() for name, value in case.model.state_dict().items()}
     state = torch.get_rng_state()
-    solve(case.model, "60MB", sample=case.sample, device="H100")
+    solve(case.model, "80MB", sample=case.sample, device="H100")
     assert all(torch.equal(before[name], value) for name, value in case.model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
     assert not case.model.__dict__.get("forward")
@@ -136,7 +136,7 @@ def test_rates_go_by_dtype_and_bytes_by_the_allocator() -> None:
         with torch.device("meta"):
             plan = solve(Products(dtype), "1GB", sample=torch.empty(2048, 2048, dtype=dtype), device=CUDA)
         seconds[dtype] = plan.chain.plain_seconds
-        assert plan.resident["workspaces"] == CUDA.workspace
+        assert plan.resident["workspaces"] == 2 * CUDA.workspace  # of two threads
         assert all(stage.input % 512 == 0 for stage in plan.chain.stages)
     # The products take 10 times as long, what moves memory twice.
     assert 4 < seconds[torch.float32] / seconds[torch.bfloat16] < 10
@@ -169,7 +169,7 @@ def test_what_cannot_be_is_refused_with_what_to_do() -> None:
         solve(case.model, "1GB", sample=case.sample, device="H100", costs="measure")
     with pytest.raises(ValueError, match="is not built in"):
         solve(case.model, "1GB", sample=case.sample, device="H1000")
-    with pytest.raises(InfeasibleBudget, match=r"workspaces 32.00 MiB"):
+    with pytest.raises(InfeasibleBudget, match=r"workspaces 64.00 MiB"):
         solve(case.model, "1MB", sample=case.sample, device="H100")
 
 

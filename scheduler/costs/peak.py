@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._C._profiler import _ExperimentalConfig
@@ -20,7 +20,7 @@ from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_lega
 from scheduler.capture.target import Device, Target
 from scheduler.costs.live import LiveBytes, rounded
 
-__all__ = ["Counted", "CpuEvents", "allocated", "count_bytes", "cpu_events"]
+__all__ = ["Counted", "CpuEvents", "CudaBytes", "allocated", "count_bytes", "cpu_events"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class Counted:
         marks: (marks,) bytes live at each call of ``mark``.
         peaks: (marks + 1,) the most bytes live before the first mark, between marks, and after the last.
         result: what the function returned.
+        requested: CUDA: as ``peak``, of what was asked for, before it was rounded up to blocks; None elsewhere.
     """
 
     peak: int
@@ -40,6 +41,23 @@ class Counted:
     marks: tuple[int, ...]
     peaks: tuple[int, ...]
     result: Any
+    requested: int | None = None
+
+
+class CudaBytes(NamedTuple):
+    """Of the caching allocator's counters: bytes of blocks in use, and bytes that were asked for; now and at most."""
+
+    allocated: int
+    highest: int
+    requested: int
+    highest_requested: int
+
+    @classmethod
+    def read(cls, device: torch.device) -> CudaBytes:
+        """What they are, since the last ``torch.cuda.reset_peak_memory_stats``."""
+        stats = torch.cuda.memory_stats_as_nested_dict(device)
+        blocks, asked = stats["allocated_bytes"]["all"], stats["requested_bytes"]["all"]
+        return cls(blocks["current"], blocks["peak"], asked["current"], asked["peak"])
 
 
 def count_bytes(fn: Callable[[Callable[[], None]], Any], device: Device) -> Counted:
@@ -65,20 +83,20 @@ def count_bytes(fn: Callable[[Callable[[], None]], Any], device: Device) -> Coun
 def _count_cuda(fn: Callable[[Callable[[], None]], Any], device: torch.device) -> Counted:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    start = torch.cuda.memory_allocated(device)
-    marks: list[int] = []
-    peaks: list[int] = []
+    start = CudaBytes.read(device)
+    seen: list[CudaBytes] = []
 
     def mark() -> None:
-        marks.append(torch.cuda.memory_allocated(device) - start)
-        peaks.append(torch.cuda.max_memory_allocated(device) - start)
+        seen.append(CudaBytes.read(device))
         torch.cuda.reset_peak_memory_stats(device)
 
     result = fn(mark)
     torch.cuda.synchronize(device)
-    peaks.append(torch.cuda.max_memory_allocated(device) - start)
-    end = torch.cuda.memory_allocated(device) - start
-    return Counted(max(0, *peaks), end, tuple(marks), tuple(peaks), result)
+    mark()
+    *marks, end = (each.allocated - start.allocated for each in seen)
+    peaks = tuple(each.highest - start.allocated for each in seen)
+    requested = max(0, *(each.highest_requested - start.requested for each in seen))
+    return Counted(max(0, *peaks), end, tuple(marks), peaks, result, requested)
 
 
 def _count_cpu(fn: Callable[[Callable[[], None]], Any]) -> Counted:

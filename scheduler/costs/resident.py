@@ -1,4 +1,4 @@
-"""Bytes that are live during the whole step: parameters, buffers, gradients, optimizer state, inputs."""
+"""Bytes that are live during the whole step: parameters, buffers, gradients, optimizer state, inputs, workspaces."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from scheduler.capture.target import Device, Target, lies_on
+from scheduler.costs.cuda_memory import workspace_bytes
 from scheduler.costs.live import LiveBytes
 from scheduler.costs.peak import allocated
 
@@ -37,10 +38,7 @@ def storage_bytes(tensors: Iterable[Tensor], device: Device) -> int:
 
 
 def resident_parts(model: nn.Module, call: Any, device: Device) -> dict[str, int]:
-    """Bytes of parameters, gradients that exist already, buffers and the tensors in ``call``.
-
-    The workspaces of libraries count for a device that is not there; one that is says nothing of them.
-    """
+    """Bytes of parameters, gradients that exist already, buffers, the tensors in ``call``, and cuBLAS's workspaces."""
     return {
         "parameters": storage_bytes(model.parameters(), device),
         "existing gradients": storage_bytes(
@@ -48,7 +46,7 @@ def resident_parts(model: nn.Module, call: Any, device: Device) -> dict[str, int
         ),
         "buffers": storage_bytes(model.buffers(), device),
         "inputs": storage_bytes((t for t in pytree.tree_leaves(call) if isinstance(t, Tensor)), device),
-        "workspaces": device.spec.workspace if isinstance(device, Target) else 0,
+        "workspaces": workspace_bytes(device),
     }
 
 

@@ -1,0 +1,152 @@
+"""What CUDA takes besides tensors: the workspaces of cuBLAS, and what blocks have too much.
+
+cuBLAS (ATen/cuda/CublasHandlePool.cpp) keeps a workspace for each handle and stream, taken from the caching allocator
+when the handle first multiplies and never given back. A step has two handles on one stream: that of the thread that runs
+the forward, and that of autograd's own thread. cuBLASLt shares them by default. A model that multiplies on further streams
+has more, which are not counted. cuDNN's workspaces come and go with each convolution: they are in the transients that
+``measure.py`` counts on a device, and unknown without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from scheduler.capture.dry import without_hardware
+from scheduler.capture.loss import find_loss
+from scheduler.capture.sample import Call
+from scheduler.capture.state import preserved, reverse
+from scheduler.capture.target import Device, Target
+from scheduler.costs.live import Event, LiveBytes
+from scheduler.costs.peak import allocated
+from scheduler.cuda_allocator import LARGEST_SLACK, CachingAllocator, block_bytes
+
+__all__ = ["allocator_slack", "expandable_segments", "simulated_slack", "workspace_bytes"]
+
+HANDLES = 2  # that of the forward's thread and that of autograd's
+# Another schedule is another stream of sizes. Of 72 rehearsed ones (GPT-2, Llama, ViT, ResNet-50, odd sizes among them, with
+# Adam's state and without) the slack was up to 1.9 times that of the plain step, mostly less than it.
+SAFETY = 2
+
+
+def workspace_bytes(device: Device) -> int:
+    """Bytes of cuBLAS's workspaces of a step on one stream. On a device that is there, they are there afterwards."""
+    if isinstance(device, Target):
+        return HANDLES * allocated(device.spec.workspace, device) if device.type == "cuda" else 0
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    with torch.cuda.device(device), torch.enable_grad(), torch.autocast("cuda", enabled=False):
+        factor = torch.ones(8, 8, device=device, requires_grad=True)
+        torch.autograd.grad((factor @ factor).sum(), factor)  # either thread has its handle now
+        return HANDLES * allocated(_cublas_workspace(factor.detach()), device)
+
+
+def _cublas_workspace(factor: Tensor) -> int:
+    """Bytes of the workspace of one handle."""
+    if hasattr(torch.backends.cuda, "cublas_workspace_size"):
+        return int(torch.backends.cuda.cublas_workspace_size())
+    # Before torch 2.13 nothing tells: let go of all workspaces, and see what this thread's takes.
+    product = factor @ factor
+    torch._C._cuda_clearCublasWorkspaces()
+    without = torch.cuda.memory_allocated(factor.device)
+    torch.mm(factor, factor, out=product)
+    return torch.cuda.memory_allocated(factor.device) - without
+
+
+def expandable_segments(device: Device) -> bool:
+    """Whether the allocator of a device splits blocks at any 512 bytes, so that none has more than it needs."""
+    if isinstance(device, Target):
+        return device.spec.expandable_segments
+    if not torch.cuda.is_available():
+        return False
+    if torch.cuda.get_allocator_backend() != "native":  # cudaMallocAsync counts what is asked for
+        return True
+    # Not of the settings' text, which has only those that were set last.
+    return bool(torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"])
+
+
+def allocator_slack(model: nn.Module, call: Call, device: Device, optimizer_state: int) -> int:
+    """Bytes that large blocks may hold, at the peak of a step, above their tensors' bytes rounded up to 512.
+
+    A block that is not split holds up to 1 MiB too much: a bound of 1 MiB for every large tensor would be some ten times of
+    what happens. So two plain steps without data are simulated (``cuda_allocator``), and ``SAFETY`` times the slack of
+    the second is set aside, and that of one more block: an estimate with a margin, and no proof. 0 off CUDA, with
+    expandable segments, and where no tensor is large. Of a model that does not run without data, 1 MiB for every large
+    tensor that is there before the step.
+
+    Args:
+        model, call: real; for a Target, what ``without_hardware`` gives, within its block.
+        optimizer_state: bytes; taken to be copies of the parameters, as Adam's and momentum are.
+    """
+    if device.type != "cuda" or expandable_segments(device):
+        return 0
+    standing = [t.untyped_storage().nbytes() for t in _standing(model, call)]
+    parameters = [p.untyped_storage().nbytes() for p in model.parameters()]
+    try:
+        if isinstance(device, Target):
+            events = _plain_events(model, call)
+        else:
+            with without_hardware(model, call) as (twin, fake_call):
+                events = _plain_events(twin, fake_call)
+    except Exception:  # noqa: BLE001 # kernels of the user's own, which do not run on tensors without data
+        return LARGEST_SLACK * sum(size > LARGEST_SLACK for size in standing)
+    if all(size <= LARGEST_SLACK for size in (*standing, *(event.change for event in events))):
+        return 0
+    copies = optimizer_state // max(1, sum(parameters))
+    return SAFETY * simulated_slack(standing, parameters * copies, events) + LARGEST_SLACK
+
+
+def _standing(model: nn.Module, call: Call) -> list[Tensor]:
+    """What is there before the step; of tensors that share a storage, one."""
+    tensors: list[Any] = [*model.parameters(), *model.buffers(), *pytree.tree_leaves(call)]
+    found = {t.untyped_storage()._cdata: t for t in tensors if isinstance(t, Tensor)}
+    return list(found.values())
+
+
+def _plain_events(model: nn.Module, call: Call) -> list[Event]:
+    """Storages that come and go in a plain step on tensors without data; its gradients stay."""
+    args, kwargs = call
+    with preserved(model), torch.enable_grad(), LiveBytes("cuda", record=True) as live:
+        output = model(*args, **kwargs)
+        reverse(find_loss(output)[0])
+        del output
+        return list(live.events)  # the gradients go later
+
+
+def simulated_slack(standing: Iterable[int], state: Iterable[int], events: Iterable[Event]) -> int:
+    """By how much blocks in use at the peak of a second step exceed the peak of the sizes rounded up to 512.
+
+    Args:
+        standing: sizes (bytes) of what is there before the first step, in order.
+        state: sizes of what the optimizer makes after the first step, and keeps.
+        events: of one step. What it leaves is there while the optimizer makes its state, and gone before the second.
+    """
+    allocator = CachingAllocator()
+    steps = list(events)
+    rounded = slack = 0
+    blocks: dict[int, tuple[int, int]] = {}  # storage -> (address, bytes)
+    for lasting in (standing, state):
+        for size in lasting:
+            if size:
+                allocator.allocate(size)
+                rounded += block_bytes(size)
+        for address, _ in blocks.values():
+            allocator.free(address)
+        blocks.clear()
+        allocator.reset_peaks()
+        live = peak = 0
+        for event in steps:
+            address, size = blocks.pop(event.storage, (0, 0))
+            if size:
+                allocator.free(address)
+            size += event.change
+            if size > 0:
+                blocks[event.storage] = (allocator.allocate(size), size)
+            live += event.change
+            peak = max(peak, live)
+        slack = allocator.peaks.allocated - rounded - peak
+    return slack

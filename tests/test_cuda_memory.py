@@ -1,0 +1,153 @@
+"""What CUDA takes besides tensors: in the account of a device that is described, as estimated by a simulation."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from executors import rehearse
+from scheduler import DeviceSpec, Plan, estimate, solve
+from scheduler.capture.target import Target
+from scheduler.costs.cuda_memory import SAFETY, simulated_slack, workspace_bytes
+from scheduler.costs.live import Event
+from scheduler.costs.peak import count_bytes
+from scheduler.cuda_allocator import CachingAllocator, block_bytes
+from tests.helpers import smallest
+from tests.steps import replan
+
+MIB = 2**20
+CARD = DeviceSpec("a card", memory=2**34, bandwidth=1e12, flops={"float32": 2e13})
+EXPANDABLE = replace(CARD, expandable_segments=True)
+
+
+def odd_sizes() -> tuple[nn.Module, torch.Tensor]:
+    """A model without data whose activations and weights fill no segment."""
+    widths = [611, 1237, 733, 1499, 857, 1013, 611, 1237]
+    with torch.device("meta"):
+        layers: list[nn.Module] = []
+        for a, b in itertools.pairwise(widths):
+            layers += [nn.Linear(a, b), nn.GELU()]
+        return nn.Sequential(*layers), torch.empty(1531, widths[0])
+
+
+def stream(*changes: tuple[int, int]) -> list[Event]:
+    """Events of a step from (storage, bytes that come or go)."""
+    return [Event("op", change, 0, storage) for storage, change in changes]
+
+
+def test_slack_is_what_blocks_have_too_much_at_the_peak() -> None:
+    # 11 MiB have a segment of 12 MiB, and 1 MiB is not split off.
+    assert simulated_slack([11 * MIB], [], []) == MIB
+    # 12.5 MiB split theirs of 14 MiB; state of 11 MiB comes after the first step.
+    assert simulated_slack([25 * MIB // 2], [11 * MIB], []) == MIB
+    # 13.25 MiB have a whole segment of 14 MiB, at the peak of the step and not before.
+    step = stream((0, 53 * MIB // 4), (0, -53 * MIB // 4))
+    assert simulated_slack([512], [], step) == 3 * MIB // 4
+    # Where the peak is another moment it does not matter: 30 MiB fill their segment.
+    assert simulated_slack([512], [], [*step, *stream((1, 30 * MIB), (1, -30 * MIB))]) == 0
+
+
+def test_a_storage_that_changes_its_size_is_another_block() -> None:
+    assert simulated_slack([], [], stream((0, 30 * MIB), (0, -19 * MIB), (0, 19 * MIB), (0, -30 * MIB))) == 0
+
+
+def test_slack_and_workspaces_are_parts_of_the_account() -> None:
+    model, batch = odd_sizes()
+    plan = solve(model, 2**33, sample=batch, device=CARD)
+    slack = plan.resident["allocator slack"]
+    assert 0 < slack < 0.05 * plan.predicted_peak
+    assert f"allocator slack {slack / MIB:.2f} MiB" in str(plan)
+    assert f"workspaces {2 * CARD.workspace / MIB:.2f} MiB" in str(plan)
+    without = solve(model, 2**33, sample=batch, device=EXPANDABLE)
+    assert without.resident["allocator slack"] == 0
+    assert plan.predicted_peak - without.predicted_peak == slack
+    found = estimate(model, batch, device=CARD)
+    assert (found.allocator_slack, found.workspaces) == (slack, 2 * CARD.workspace)
+    assert "allocator slack" in str(found)
+    assert "allocator slack" not in str(estimate(model, batch, device=EXPANDABLE))
+
+
+def test_on_the_cpu_there_are_neither() -> None:
+    batch = torch.zeros(4, 4)
+    plan = solve(nn.Linear(4, 4), "1GiB", sample=batch)
+    assert plan.resident["workspaces"] == plan.resident["allocator slack"] == 0
+    host = DeviceSpec("a host", memory=2**34, bandwidth=1e10, flops={"float32": 5e10}, kind="cpu")
+    assert workspace_bytes(Target(host)) == workspace_bytes(torch.device("cpu")) == 0
+
+
+def test_optimizer_state_takes_part_in_the_slack() -> None:
+    model, batch = odd_sizes()
+    without = solve(model, 2**33, sample=batch, device=CARD).resident["allocator slack"]
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert (
+        solve(model, 2**33, sample=batch, device=CARD, optimizer=optimizer).resident["allocator slack"]
+        > without
+    )
+
+
+@pytest.mark.parametrize("capture", ["graph", "modules"])
+def test_rehearsed_steps_of_tighter_schedules_stay_within_the_slack(capture: str) -> None:
+    model, batch = odd_sizes()
+    plan = solve(model, 2**33, sample=batch, device=CARD, capture=capture)
+    low, high = smallest(plan.chain), plan.plain.peak
+    standing = [t.nbytes for t in [*model.parameters(), batch]]
+    most = 0
+    for share in (0.0, 0.3, 0.6, 0.9):
+        tight = replan(plan, low + int(share * (high - low)))
+        most = max(most, simulated_slack(standing, [], rehearsed(tight, model, batch)))
+    assert 0 < most <= plan.resident["allocator slack"]
+    assert plan.resident["allocator slack"] <= 3 * SAFETY * most
+
+
+def test_small_tensors_have_no_slack() -> None:
+    with torch.device("meta"):
+        model, batch = nn.Sequential(nn.Linear(301, 307), nn.GELU(), nn.Linear(307, 5)), torch.empty(703, 301)
+    assert solve(model, 2**33, sample=batch, device=CARD).resident["allocator slack"] == 0
+
+
+def test_counters_are_read_between_marks_and_above_those_of_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    allocator = CachingAllocator()
+    allocator.allocate(11 * MIB)  # has 12
+
+    def stats(_: torch.device) -> dict[str, dict[str, dict[str, int]]]:
+        peaks = allocator.peaks
+        return {
+            "allocated_bytes": {"all": {"current": allocator.allocated, "peak": peaks.allocated}},
+            "requested_bytes": {"all": {"current": allocator.requested, "peak": peaks.requested}},
+        }
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: allocator.reset_peaks())
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", stats)
+
+    def work(mark: Callable[[], None]) -> str:
+        first = allocator.allocate(53 * MIB // 4)  # has 14
+        mark()
+        allocator.free(first)
+        second = allocator.allocate(100)
+        allocator.free(allocator.allocate(20 * MIB))
+        mark()
+        allocator.free(second)
+        return "done"
+
+    counted = count_bytes(work, torch.device("cuda"))
+    assert (counted.marks, counted.end, counted.result) == ((14 * MIB, 512), 0, "done")
+    assert counted.peaks == (14 * MIB, 20 * MIB + 512, 512)
+    assert counted.peak == 20 * MIB + 512
+    assert counted.requested == 20 * MIB + 100
+
+
+def rehearsed(plan: Plan, model: nn.Module, batch: torch.Tensor) -> list[Event]:
+    """The allocations of a planned step, each of its own storage, from the blocks of its timeline."""
+    blocks = rehearse(plan, model, batch).timeline.blocks
+    changes = [(b.begin, 1, i, block_bytes(b.size)) for i, b in enumerate(blocks) if b.begin]
+    # What goes at a point goes before what comes there.
+    changes += [(b.end, 0, i, -block_bytes(b.size)) for i, b in enumerate(blocks) if b.begin]
+    return [Event("op", change, 0, i) for _, _, i, change in sorted(changes)]
