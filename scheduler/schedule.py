@@ -84,6 +84,7 @@ __all__ = [
     "simulate",
 ]
 
+
 @dataclass(frozen=True, slots=True)
 class Timeline:
     """What the referee saw.

@@ -39,7 +39,14 @@ def bytes_of(chain: Chain, actions: Sequence[Action]) -> tuple[list[int], list[i
             i = action.stage
             stage, option = stages[i], stages[i].options[chosen.pop(i)]
             made = storages.made_bytes(i, option.keeps)
-            peak = lasting + storages.reversing(i) + made + gradient + stage.input_grad + option.backward_overhead
+            peak = (
+                lasting
+                + storages.reversing(i)
+                + made
+                + gradient
+                + stage.input_grad
+                + option.backward_overhead
+            )
             storages.reversed(i)
             lasting += stage.retained + off[i] - states.pop(i, 0)
             gradient = stage.input_grad if i else 0
@@ -93,7 +100,9 @@ class Storages:
         self._holders: Counter[Copy] = Counter()
         self._held: dict[int, frozenset[Copy]] = {}
         self._kept: dict[int, frozenset[Copy]] = {}
-        self._made: dict[int, frozenset[Copy]] = {}  # x_i as the kept stage i-1 made it, until stage i is kept
+        self._made: dict[
+            int, frozenset[Copy]
+        ] = {}  # x_i as the kept stage i-1 made it, until stage i is kept
         self._working: tuple[int, frozenset[Copy]] | None = None
         self._reading: dict[int, frozenset[Copy]] = {}  # carried values that wait for the backward of a stage
         self._runs = [0] * len(chain)
@@ -170,7 +179,10 @@ class Storages:
 
     def made_bytes(self, stage: int, kept: Sequence[int]) -> int:
         """Bytes that the stage makes and keeps, its output included."""
-        made = {*kept, *self._enters(stage + 1)} - {*self.chain.stages[stage].enters, *self._making.get(stage, ())}
+        made = {*kept, *self._enters(stage + 1)} - {
+            *self.chain.stages[stage].enters,
+            *self._making.get(stage, ()),
+        }
         return sum(self.chain.values[value] for value in made)
 
     def reversed(self, stage: int) -> None:

@@ -174,8 +174,7 @@ def fastest_persistent(chain: Chain, budget: int) -> float:
         backward += chain.grad_bytes(s + 1) + stage.input_grad
         for option in stage.options:
             kept = held + option.saved
-            again = s == t and t < last and option.rerun_overhead is not None
-            transient = option.rerun_overhead if again else option.forward_overhead
+            transient = option.transient(again=s == t < last)
             if long_lived(s, t) + kept + transient > budget:
                 continue
             if backward + kept + option.backward_overhead > budget:

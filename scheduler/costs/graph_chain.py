@@ -202,6 +202,7 @@ def graph_chain(
         return max(0, costs[k].kept - total(own))
 
     flows = _GradFlows(capture, costs, size)
+
     def rerun_state(k: int) -> int:
         state = CPU_RANDOM_STATE if capture.random[k] and capture.place.type == "cpu" else 0
         return state + storage_bytes((model.get_buffer(n) for n in capture.changed[k]), capture.place)
@@ -219,7 +220,9 @@ def graph_chain(
     for k, stage in enumerate(capture.stages):
         cost = costs[k]
         carried = total(linear.carried[k])
-        new = carried if k == count - 1 else 0  # the last stage is not run again, which would make them once more
+        new = (
+            carried if k == count - 1 else 0
+        )  # the last stage is not run again, which would make them once more
         entering = [key for key in linear.boundaries[k] if graph.groups[key].producer >= 0]
         following = total(linear.boundaries[k + 1])
         made = total(set(linear.boundaries[k + 1]) - set(linear.boundaries[k]))

@@ -21,7 +21,17 @@ from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.recompute import Rebuild, compile_rebuilds, divisible, packs_of, stage_values
 from scheduler.capture.state import AutocastState, RandomState, autocast_contexts, autocast_state, reverse
 from scheduler.capture.target import Device, Target
-from scheduler.costs.measure import OptionCost, StageRun, _never, _root, _Sink, _unowned, _wait, as_leaf, rebuild_peak
+from scheduler.costs.measure import (
+    OptionCost,
+    StageRun,
+    _never,
+    _root,
+    _Sink,
+    _unowned,
+    _wait,
+    as_leaf,
+    rebuild_peak,
+)
 from scheduler.costs.peak import allocated, count_bytes
 from scheduler.costs.roofline import Tally, device_rates
 from scheduler.options import choices
@@ -114,8 +124,10 @@ def measure_options(
         needed = {n for part in parts for n, _ in part.sources} | (set(range(len(packs))) - dropped)
         rebuild = rebuild_peak(
             run.run,
-            lambda n, tensor, needed=needed: n in needed  # type: ignore[misc] # bound now
-            and tensor.untyped_storage()._cdata not in run.lasting,
+            lambda n, tensor, needed=needed: (
+                n in needed  # type: ignore[misc] # bound now
+                and tensor.untyped_storage()._cdata not in run.lasting
+            ),
             device,
         )
         rerun = tuple(sorted(i for part in parts for i in part.rerun))
