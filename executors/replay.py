@@ -293,9 +293,8 @@ class Step:
                     wanted = not (isinstance(following, Backward) and following.stage == action.stage)
                     parts = self.rebuilds_of(action.stage, action.option) if action.option else ()
                     produced = self._rebuild(action.stage, current, wanted, parts)
-                    if action.stage and not action.option and not any(self.handles[stage + 1 :]):
-                        if not torch._C._autograd._get_current_graph_task_keep_graph():
-                            self.boundaries.pop(action.stage, None)  # rule 7
+                    if action.stage and not action.option and self._reversed_for_good(stage):
+                        self.boundaries.pop(action.stage, None)  # rule 7
                 else:
                     produced = self._advance(action.stage, current)
                 if produced is not None:
@@ -303,6 +302,12 @@ class Step:
                 del current, produced  # or they would outlive the next run
             self.position += 1
         return True
+
+    def _reversed_for_good(self, stage: int) -> bool:
+        """Whether nothing of the stages after this one can be asked for again (rule 7)."""
+        return (
+            not any(self.handles[stage + 1 :]) and not torch._C._autograd._get_current_graph_task_keep_graph()
+        )
 
     def _boundary(self, boundary: int) -> tuple[Tensor, ...] | None:
         if self.working is not None and self.working[0] == boundary:
