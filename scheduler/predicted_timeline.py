@@ -96,7 +96,9 @@ def _by_storage(plan: Plan, ledger: _Ledger) -> Iterator[None]:
     names = {value: stage.name for stage in reversed(plan.chain.stages) for value in _named(stage)}
     there: dict[Any, tuple[str, int, str]] = {}
     for moment, action in zip(follow(plan.chain, plan.schedule.actions), plan.schedule, strict=True):
-        now = {copy: (_HELD[how], size, names.get(copy[0], "")) for copy, how, size in moment.storages.held()}
+        now: dict[Any, tuple[str, int, str]] = {
+            copy: (_HELD[how], size, names.get(copy[0], "")) for copy, how, size in moment.storages.held()
+        }
         now["gradients"] = ("gradients", moment.grads, "")
         now["state"] = (STATE, moment.state, "for runs again")
         now["carried gradients"] = ("gradient at hand", moment.carried_grads, "of carried values")

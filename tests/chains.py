@@ -8,11 +8,16 @@ from scheduler.chain import Chain, Option, Stage
 
 
 @st.composite
-def chains(draw: st.DrawFn, stages: int, options: int = 2, largest: int = 6) -> Chain:
+def chains(
+    draw: st.DrawFn, stages: int, options: int = 2, largest: int = 6, *, signed: bool = False
+) -> Chain:
     """Chains of up to ``stages`` stages; integer seconds, so that sums are exact.
 
     Boundaries are at most ``largest`` bytes, saved tensors twice as large. Transients, gradients and what stays after a
     backward are each absent, alike, or up to five times as large, so that each is at times what decides.
+
+    Args:
+        signed: stages may let go of a part of their input, and take less for a backward, or a run just before it.
     """
     scale = st.sampled_from([largest, 0, 5 * largest])
     gradient, lasting = draw(scale), draw(scale)
@@ -21,15 +26,30 @@ def chains(draw: st.DrawFn, stages: int, options: int = 2, largest: int = 6) -> 
     def size(most: int) -> int:
         return draw(st.integers(0, most))
 
+    def option(name: str, entering: int) -> Option:
+        saved, transient, backward = size(2 * largest), size(keeping), size(reversing)
+        if not signed:
+            return Option(saved, float(size(5)), transient, backward, name)
+        released = size(entering)
+        again = draw(st.none() | st.integers(-saved, transient))
+        return Option(
+            saved - released,
+            float(size(5)),
+            transient + released,
+            backward - size(saved),
+            name,
+            rerun_overhead=None if again is None else again + released,
+        )
+
     def stage(name: str) -> Stage:
-        carried = size(lasting)
+        carried, entering = size(lasting), size(largest)
         return Stage(
             name,
             forward=float(size(9)),
             backward=float(size(9)),
-            input=size(largest),
+            input=entering,
             options=tuple(
-                Option(size(2 * largest), float(size(5)), size(keeping), size(reversing), f"option {k}")
+                option(f"option {k}", entering if name != "0" else 0)
                 for k in range(draw(st.integers(1, options)))
             ),
             forward_overhead=size(passing),

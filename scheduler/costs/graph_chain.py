@@ -174,6 +174,7 @@ def graph_chain(
     ]
 
     values = _Values(size)
+    order = {key: place for place, key in enumerate(graph.groups)}
 
     def kept_values(k: int, dropped: frozenset[int]) -> set[int]:
         """The storages that stay for the backward of stage k; the executor holds the boundary of one kept in part."""
@@ -245,7 +246,7 @@ def graph_chain(
             # What the last stage hands out and saves is among the carried values; other stages may run again.
             shared = total(kept & set(linear.carried[k])) if k == count - 1 else 0
             reversing = each.backward_peak - saved - shared - gradients + summed[k]
-            keeps = (*map(values.number, sorted(kept)), *values.unseen(k, unseen))
+            keeps = (*map(values.number, sorted(kept, key=order.__getitem__)), *values.unseen(k, unseen))
             again = None if each.rebuild_peak is None else each.rebuild_peak - saved + released
             options.append(
                 Option(saved - released, each.recompute, keeping, reversing, each.name, keeps, again)
