@@ -226,7 +226,7 @@ def _later_frees(chain: Chain, schedule: Schedule, budget: int, host: HostMemory
                 if copy in actions:
                     actions.remove(copy)
                 continue
-        make_room(line.during[index])
+        make_room(max(line.during[index], line.live[index]))
         actions.append(action)
     return Schedule(tuple(actions))
 
