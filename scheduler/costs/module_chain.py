@@ -52,6 +52,8 @@ class _BlockCost:
         input_grad: bytes of the gradients of its boundary.
         saved_arguments, saved_outputs: leaves whose storages its backward needs.
         private: bytes that it saves besides.
+        casts: bytes of weights that it casts and that autocast's cache holds until the forward is over: those that it
+            saves, and others.
     """
 
     cost: StageCost
@@ -59,6 +61,7 @@ class _BlockCost:
     saved_arguments: frozenset[int]
     saved_outputs: frozenset[int]
     private: int
+    casts: tuple[int, int]
     box: Box
 
 
@@ -124,7 +127,7 @@ def module_chain(
         traffic,
         lifetimes,
         [(block.saved_arguments, block.saved_outputs) for block in blocks],
-        [block.private for block in blocks],
+        [(block.private, *block.casts) for block in blocks],
         returned,
         _live(capture, traffic, counted.marks),
     )
@@ -199,7 +202,11 @@ def _measure_block(
         return forward(*positional, **named)
 
     def run(enter: Enter) -> list[Tensor]:
-        return [t for _, t in tensor_leaves(run_all(enter))]
+        torch.clear_autocast_cache()  # a run casts its weights anew
+        try:
+            return [t for _, t in tensor_leaves(run_all(enter))]
+        finally:  # it may be stopped half-way
+            torch.clear_autocast_cache()
 
     lasting = frozenset(
         t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers(), *external)
@@ -211,6 +218,7 @@ def _measure_block(
         cost = replace(cost, forward=forward_seconds, backward=backward_seconds)
     kept: set[int | None] = set()
     sizes: dict[int | None, int] = {}
+    holding: list[Tensor] = []  # no address is used again
 
     def pack(tensor: Tensor) -> Tensor:
         key = storage_key(tensor)
@@ -220,24 +228,52 @@ def _measure_block(
             sizes[key] = allocated(tensor.untyped_storage().nbytes(), capture.place)
         return tensor
 
-    holding: list[Tensor] = []  # no address is used again
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        results = run_all(as_leaf)
-    outputs = tensor_leaves(results)
+    def saving() -> list[tuple[int, Tensor]]:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            return tensor_leaves(run_all(as_leaf))
+
+    cached = _cached_casts(capture, run_all)
+    outputs = saving()
     given = {storage_key(t) for t in (*module.parameters(), *module.buffers(), *(t for _, t in tensors))}
-    saved_outputs = frozenset(i for i, t in outputs if storage_key(t) in kept - given)
+    first = kept - given
+    saved_outputs = frozenset(i for i, t in outputs if storage_key(t) in first)
     fresh = {storage_key(t) for i, t in outputs if i in saved_outputs}
+    saved_arguments = frozenset(i for i, t in tensors if storage_key(t) in kept)
+    casts = 0
+    if cached:  # what a second run saves too it has from autocast's cache
+        kept.clear()
+        saving()
+        casts = sum(sizes[key] for key in kept & (first - fresh))
+    torch.clear_autocast_cache()
     # Kernels may keep what no hook sees.
-    own = sum(sizes[key] for key in kept - given)
-    private = max(own, cost.kept) - sum(sizes[key] for key in fresh)
+    own = max(cost.kept, sum(sizes[key] for key in first))
     return _BlockCost(
         cost,
         sum(allocated(t.numel() * t.element_size(), capture.place) for t in own_inputs if t.requires_grad),
-        frozenset(i for i, t in tensors if storage_key(t) in kept),
+        saved_arguments,
         saved_outputs,
-        private,
+        own - sum(sizes[key] for key in fresh) - casts,
+        (casts, max(0, cached - casts)),
         Box({i: t.requires_grad for i, t in outputs}, cost.input_grads),
     )
+
+
+def _cached_casts(capture: ModuleCapture, run: Callable[[Enter], Any]) -> int:
+    """Bytes of cast weights that autocast's cache holds once a block has run."""
+    if not torch.is_autocast_enabled(capture.device.type):
+        return 0
+
+    def step(_: Callable[[], None]) -> None:
+        with (
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: torch.empty(0)),
+        ):
+            run(as_leaf)
+
+    torch.clear_autocast_cache()
+    cached = count_bytes(step, capture.place).end
+    torch.clear_autocast_cache()
+    return cached
 
 
 def _readers(

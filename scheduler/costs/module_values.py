@@ -23,7 +23,8 @@ class ModuleValues:
         traffic: of a step without the blocks.
         lifetimes: of one in which nothing else holds on to what enters and leaves them.
         saved: (blocks,) leaves of the arguments, and of the outputs, that the backward of each block needs.
-        private: (blocks,) bytes that it saves besides.
+        private: (blocks,) bytes that it saves besides; of weights that are cast until the forward is over, bytes that it
+            saves and bytes that it does not.
         returned: storages of the model's outputs.
         live: (L,) bytes live in that step when the stage after each begins, or when the forward is over.
 
@@ -41,7 +42,7 @@ class ModuleValues:
         traffic: Traffic,
         lifetimes: Lifetimes,
         saved: Sequence[tuple[Collection[int], Collection[int]]],
-        private: Sequence[int],
+        private: Sequence[tuple[int, int, int]],
         returned: Collection[int],
         live: Sequence[int],
     ) -> None:
@@ -105,9 +106,15 @@ class ModuleValues:
             )
         self.enters = [tuple(number[key] for key in keys) for keys in enters]
         self.keeps = [{number[key] for key in keys} for keys in keeps]
-        for block, size in zip(capture.blocks, private, strict=True):
+        for block, (size, cast, other) in zip(capture.blocks, private, strict=True):
+            k = block.stage
             if size:
-                self.keeps[block.stage].add(self._new(size))
+                self.keeps[k].add(self._new(size))
+            if cast:
+                self.carried.append(Carried(self._new(cast), k, freed=k))
+                self.keeps[k].add(self.carried[-1].value)
+            if other:
+                self.carried.append(Carried(self._new(other), k, freed=count - 1))
         alone = traffic.private() - outlive
         self.glue_saved = [
             sum(traffic.size[key] for key in alone if made[key] == stage) for stage in range(count)

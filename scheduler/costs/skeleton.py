@@ -8,7 +8,8 @@ own order: what it saves, what it holds on to, which gradients wait meanwhile.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,6 +139,17 @@ def _closed(node: _Node, args: Any, kwargs: Any, produced: Any) -> Any:
     return pytree.tree_unflatten(leaves, spec)
 
 
+@contextmanager
+def _uncached() -> Iterator[None]:
+    """Within it autocast's cache is left alone: casts made without grad are not for the user's code."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
 def run_skeleton(
     capture: ModuleCapture,
     model: nn.Module,
@@ -163,7 +175,7 @@ def run_skeleton(
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
             def loose(*args: Any, **kwargs: Any) -> Any:
                 visitor.enter(index, forward, args, kwargs)
-                with torch.no_grad():
+                with torch.no_grad(), _uncached():
                     produced = forward(*args, **kwargs)
                 produced = _closed(
                     _Node(index, boxes[index], visitor, capture.device), args, kwargs, produced
@@ -176,9 +188,11 @@ def run_skeleton(
         return wrap
 
     args, kwargs = call
+    torch.clear_autocast_cache()
     with torch.enable_grad():
         with intercepted([(m, wrapper(i)) for i, m in enumerate(modules)]):
             output = model(*args, **kwargs)
+        torch.clear_autocast_cache()  # as when the context ends, which the forward alone is in
         visitor.note("over")
         if own_loss is None:
             return output
