@@ -132,7 +132,8 @@ def module_chain(
         _live(capture, traffic, counted.marks),
     )
     forward, backward = pieces(traffic.events, len(blocks), counted.marks, counted.peaks)
-    parts = _Parts(capture, blocks, values, forward, backward, seconds, output_grad)
+    shared = [traffic.shared(index, counted.marks) for index in range(len(blocks))]
+    parts = _Parts(capture, blocks, values, forward, backward, seconds, output_grad, shared)
     return _assemble(parts, model, readers, existing, own_loss, resident, name)
 
 
@@ -193,11 +194,12 @@ def _measure_block(
     own_inputs = [t for i, t in tensors if i in fed]
     external = [t for i, t in tensors if i not in fed]
 
+    grad = {i for i, t in tensors if t.requires_grad}
+
     def run_all(enter: Enter) -> Any:
-        fresh = [
-            enter(i, leaf) if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
-            for i, leaf in enumerate(leaves)
-        ]
+        fresh = [enter(i, leaf) if i in grad else leaf for i, leaf in enumerate(leaves)]
+        # As in a step, no leaf: autocast would put casts of a leaf into its cache.
+        fresh = [t.view_as(t) if i in grad and t.is_leaf else t for i, t in enumerate(fresh)]
         positional, named = pytree.tree_unflatten(fresh, spec)
         return forward(*positional, **named)
 
@@ -306,6 +308,7 @@ class _Parts:
     Attributes:
         forward, backward: (blocks + 1,) the user's code before each block and after the last.
         seconds: of these.
+        shared: (blocks,) bytes of the gradients of its outputs that others, which wait, are views of too.
         output_grad: bytes of the gradients of the model's outputs, if it has no loss of its own.
     """
 
@@ -316,6 +319,7 @@ class _Parts:
     backward: list[Piece]
     seconds: tuple[list[float], list[float]]
     output_grad: int
+    shared: list[int]
 
     def __len__(self) -> int:
         return len(self.capture)
@@ -409,7 +413,9 @@ def _assemble(
             keeping = max(cost.keeping_peak, made + ahead if ahead else 0)
             dropping = max(cost.dropping_peak, fresh, fresh + ahead if ahead else 0)
             ended = parts.blocks[index].input_grad + created[k]
-            reversing = max(cost.backward_peak, ended + behind if behind else 0) - made - cost.output_grads
+            # The gradients of its outputs go as it is reversed, unless others wait in the same storages.
+            going = cost.output_grads - min(cost.output_grads, max(0, parts.shared[index]))
+            reversing = max(cost.backward_peak, ended + behind if behind else 0) - made - going
             seconds = cost.forward, cost.backward
             block = capture.blocks[index].name
             assert cost.rebuild_peak is not None

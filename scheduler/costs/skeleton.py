@@ -39,7 +39,9 @@ __all__ = [
 ]
 
 Place = tuple[int, bool, int]  # block, whether it is an output, leaf
-Event = tuple[str, int]  # "enter", "leave", "reverse", "reversed" and a block; "over" (the forward), "done"
+Event = tuple[
+    str, int
+]  # "enter", "leave", "reverse", "cleared", "reversed" and a block; "over" (the forward), "done"
 
 
 @dataclass(slots=True)
@@ -64,6 +66,9 @@ class Visitor:
     def leave(self, block: int, produced: Any) -> None:
         """A block has run."""
 
+    def arrived(self, block: int, grads: Sequence[Tensor]) -> None:
+        """The gradients of a block's outputs are there."""
+
     def note(self, what: str, block: int = -1) -> None:
         """An event of the backward, or the end of the forward or of the step."""
 
@@ -80,7 +85,9 @@ class _Edge(torch.autograd.Function):
     def backward(ctx: Any, *_: Tensor) -> Any:
         node: _Node = ctx.node
         node.visitor.note("reverse", node.block)
+        node.visitor.arrived(node.block, node.arrived)
         node.arrived.clear()
+        node.visitor.note("cleared", node.block)
         sizes = {position: (storage, size) for position, storage, size in node.box.input_grads}
         buffers: dict[int, Tensor] = {}
         grads: list[Tensor | None] = []
@@ -351,6 +358,7 @@ class Traffic(Visitor):
         made: storage -> the stage that makes it, so far as is seen.
         arguments, outputs: (blocks,) leaf -> storage; tensors that live on anyway are left out.
         packed: storage -> the stages of glue that save it. A piece between blocks that is no stage counts as stage -1.
+        incoming: block -> bytes of the storages of its outputs' gradients.
     """
 
     def __init__(self, capture: ModuleCapture, resident: Iterable[Tensor], mark: Callable[[], None]) -> None:
@@ -361,6 +369,7 @@ class Traffic(Visitor):
         self.arguments: list[dict[int, int]] = []
         self.outputs: list[dict[int, int]] = []
         self.packed: dict[int, set[int]] = {}
+        self.incoming: dict[int, int] = {}
         self._resident = {storage_key(t) for t in resident}
         self._refs: dict[int, StorageWeakRef] = {}
         self._held: list[Tensor] = []
@@ -389,6 +398,17 @@ class Traffic(Visitor):
                 del self.packed[key], self.size[key], self.made[key]
         self.events.append((what, block))
         self.mark()
+
+    def arrived(self, block: int, grads: Sequence[Tensor]) -> None:  # noqa: D102
+        sizes = {storage_key(t): t.untyped_storage().nbytes() for t in grads}
+        self.incoming[block] = sum(allocated(size, self.device) for size in sizes.values())
+
+    def shared(self, block: int, marks: Sequence[int]) -> int:
+        """Bytes of the incoming gradients that stay when the block is done with them: others are views of the same."""
+        if block not in self.incoming:
+            return 0
+        at = dict(zip(self.events, marks, strict=True))
+        return self.incoming[block] - (at["reverse", block] - at["cleared", block])
 
     def _hold(self, tensors: list[tuple[int, Tensor]], made: int) -> dict[int, int]:
         places: dict[int, int] = {}
