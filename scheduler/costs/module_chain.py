@@ -428,7 +428,9 @@ def _assemble(
             kept = values.total(keeps - enters[k] - (making[k] if last else set()))
             reversing = parts.taken(parts.backward[piece]) - (output_grad if last else 0) + kept - made
             seconds = parts.seconds[0][piece], parts.seconds[1][piece]
-            block = f"glue {piece}" if k and not last else ("after" if k else "before")
+            block = (
+                f"glue {capture.stages[:k].count(None)}" if k and not last else ("after" if k else "before")
+            )
             overhead = 0
         option = Option(
             made - released,
