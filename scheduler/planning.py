@@ -375,8 +375,10 @@ def _chain(request: Request, captured: Captured, resident: int, own_loss: bool, 
     name = type(model).__name__
     clock = request.costs == "measure"
     if isinstance(captured, ModuleCapture):
-        with preserved(model):
-            return module_chain(captured, model, call, resident=resident, clock=clock, name=name)
+        with preserved(model) as existing:
+            return module_chain(
+                captured, model, call, existing=existing, resident=resident, clock=clock, name=name
+            )
     with preserved(model) as existing:
         costs = measure_graph(
             captured, model, call, existing=existing, loss_is_output=own_loss, clock=clock, options=options

@@ -128,8 +128,12 @@ class Storages:
         self._first = {each.value: frozenset(((each.value, 1),)) for each in chain.carried}
         self._making: dict[int, list[int]] = {}
         self._readers: dict[int, list[Carried]] = {}
+        self._leaving: dict[int, list[int]] = {}
         for each in chain.carried:
             self._making.setdefault(each.made, []).append(each.value)
+            if each.freed is not None:
+                last = len(chain) - 1 if each.last is None else each.last
+                self._leaving.setdefault(last, []).append(each.value)
             for stage in each.readers:
                 self._readers.setdefault(stage, []).append(each)
         self._hold(self._held, 0, frozenset((value, 0) for value in chain.stages[0].enters))
@@ -175,18 +179,16 @@ class Storages:
     def first(self, stage: int, *, whole: bool) -> None:
         """The stage has run for the first time.
 
-        Carried values stay until every stage has: the executor's sweep hands them on. From then on they stay for stages
-        whose backward needs them, or that may have to run again: those that are not kept ``whole``.
+        Carried values stay until every stage has (the executor's sweep hands them on), or until the user's own code lets
+        go of them. From then on they stay for stages whose backward needs them, or that may have to run again: those that are not kept ``whole``.
         """
         for value in self._making.get(stage, ()):
             self._add(self._first[value])
         read = self._readers.get(stage, ())
         waiting = {each.value for each in read if not whole or stage in each.savers}
         self._hold(self._reading, stage, frozenset(copy for value in waiting for copy in self._first[value]))
-        if stage == len(self.chain) - 1:
-            for each in self.chain.carried:
-                if each.freed is not None:
-                    self._drop(self._first[each.value])
+        for value in self._leaving.get(stage, ()):
+            self._drop(self._first[value])
 
     def reversing(self, stage: int) -> int:
         """Bytes that stay while the stage is reversed, but for what it made itself and its backward needs."""

@@ -95,7 +95,9 @@ def planned_tiny(capture: str) -> tuple[Case, nn.Module]:
 @EACH_CAPTURE
 def test_the_smallest_budget_makes_the_tiny_model_recompute(capture: str) -> None:
     plan = tightest(plan_for("tiny", capture))
-    assert max(plan.timeline.runs) > 3
+    assert (
+        max(plan.timeline.runs) > 2
+    )  # each of whose re-runs takes a random-number state, as dear as a boundary
 
 
 @EACH_CAPTURE

@@ -20,7 +20,15 @@ from scheduler.capture.state import reverse
 from scheduler.capture.target import Device, Target
 from scheduler.costs.peak import allocated, count_bytes
 
-__all__ = ["OptionCost", "StageCost", "StageRun", "fresh_grads", "measure_stage", "rebuild_peak"]
+__all__ = [
+    "OptionCost",
+    "StageCost",
+    "StageRun",
+    "fresh_grads",
+    "measure_stage",
+    "rebuild_peak",
+    "seed_gradients",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +160,7 @@ class _Seed(torch.autograd.Function):
         return tuple(torch.ones(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.shapes)
 
 
-def _seed(outputs: Sequence[Tensor]) -> tuple[Tensor | None, int]:
+def seed_gradients(outputs: Sequence[Tensor]) -> tuple[Tensor | None, int]:
     """Something to reverse that reaches all outputs, and the bytes of their gradients."""
     grad = [t for t in outputs if t.requires_grad]
     if not grad:
@@ -166,7 +174,7 @@ def _root(stage: StageRun, outputs: Sequence[Tensor]) -> tuple[Tensor | None, in
     root = stage.loss(outputs) if stage.loss is not None else None
     if root is not None:
         return root, 4
-    return _seed([output for i, output in enumerate(outputs) if i not in stage.unread])
+    return seed_gradients([output for i, output in enumerate(outputs) if i not in stage.unread])
 
 
 def _unowned(tensor: Tensor) -> Tensor:
