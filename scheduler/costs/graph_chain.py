@@ -192,15 +192,13 @@ def graph_chain(
         fresh = (key for key in linear.boundaries[k] if graph.groups[key].producer >= linear.cuts[k - 1])
         return total(key for key in fresh if key not in needed)
 
-    def unseen_bytes(k: int) -> int:
+    def unseen_bytes(k: int, cost: OptionCost) -> int:
         """What autograd keeps on real tensors and not on fake ones: kernels that are chosen by their data type."""
         if k == count - 1 and not loss_is_output:  # the loss that stood in keeps the outputs
             return 0
-        first = linear.cuts[k]
-        own = {
-            pack.group for pack in packs_of(graph, linear, k) if graph.groups[pack.group].producer >= first
-        }
-        return max(0, costs[k].kept - total(own))
+        packs = enumerate(packs_of(graph, linear, k))
+        kept = {pack.group for number, pack in packs if number not in cost.dropped}
+        return max(0, cost.kept - total(key for key in kept if graph.groups[key].producer >= linear.cuts[k]))
 
     flows = _GradFlows(capture, costs, size)
 
@@ -234,19 +232,25 @@ def graph_chain(
         gradients = input_grad + _own_output_grads(cost, k, count, output_grad) + led
         # Keeping all is the first option.
         whole = OptionCost(
-            frozenset(), 0.0, cost.keeping_peak, cost.backward_peak, "all", rebuild_peak=cost.rebuild_peak
+            frozenset(),
+            0.0,
+            cost.keeping_peak,
+            cost.backward_peak,
+            "all",
+            rebuild_peak=cost.rebuild_peak,
+            kept=cost.kept,
         )
         options = []
-        unseen = unseen_bytes(k)
         for each in (whole, *cost.options):
             kept = kept_values(k, each.dropped)
+            unseen = unseen_bytes(k, each)
             saved = saved_bytes(k, kept) + unseen
             released = released_bytes(k) if k and not each.dropped else 0
             keeping = max(0, each.keeping_peak - saved - new) + released
             # What the last stage hands out and saves is among the carried values; other stages may run again.
             shared = total(kept & set(linear.carried[k])) if k == count - 1 else 0
             reversing = each.backward_peak - saved - shared - gradients + summed[k]
-            keeps = (*map(values.number, sorted(kept, key=order.__getitem__)), *values.unseen(k, unseen))
+            keeps = (*map(values.number, sorted(kept, key=order.__getitem__)), *values.unseen(unseen))
             again = None if each.rebuild_peak is None else each.rebuild_peak - saved + released
             options.append(
                 Option(saved - released, each.recompute, keeping, reversing, each.name, keeps, again)
@@ -301,13 +305,12 @@ class _Values:
             self.sizes.append(self.size[key])
         return self._numbers[key]
 
-    def unseen(self, stage: int, size: int) -> tuple[int, ...]:
-        """Of the bytes that a stage keeps beyond the storages of the graph; nothing if there are none."""
+    def unseen(self, size: int) -> tuple[int, ...]:
+        """Of the bytes that an option keeps beyond the storages of the graph; nothing if there are none."""
         if not size:
             return ()
-        key = -1 - stage
-        self.size = {**self.size, key: size}
-        return (self.number(key),)
+        self.sizes.append(size)
+        return (len(self.sizes) - 1,)
 
 
 def gradients_at_hand(boundary: list[int], lead: list[int | None], made: list[int]) -> list[int]:

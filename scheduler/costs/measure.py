@@ -43,6 +43,7 @@ class OptionCost:
         name: what is kept, in words.
         rerun: the ops of the stage that run again, by their places in it.
         rebuild_peak: most bytes above the inputs while the stage is run again to its last kept tensor.
+        kept: bytes that are live once the stage has run forward, and nobody holds its outputs.
     """
 
     dropped: frozenset[int]
@@ -52,6 +53,7 @@ class OptionCost:
     name: str
     rerun: tuple[int, ...] = ()
     rebuild_peak: int | None = None
+    kept: int = 0
 
 
 @dataclass(frozen=True, slots=True)
