@@ -229,7 +229,9 @@ def graph_chain(
         prefix = k == 0 and linear.frozen_prefix
         # The gradient at hand is what a replay meets; what the stage makes until then is part of its own backward too.
         led = at_hand[k + 1] - flows.boundary(k + 1) if k < count - 1 else 0
-        gradients = input_grad + _own_output_grads(cost, k, count, output_grad) + led
+        # A gradient that is a part of another one does not go when the stage is done with it, as it did in isolation.
+        lasting = flows.shared(k + 1) if k < count - 1 else 0
+        gradients = input_grad + _own_output_grads(cost, k, count, output_grad) + led - lasting
         # Keeping all is the first option.
         whole = OptionCost(
             frozenset(),
@@ -369,15 +371,26 @@ class _GradFlows:
             return self.left[readers[0]][key]
         return {(-1, key): self.size[key]} if readers else {}
 
-    def boundary(self, stage: int) -> int:
-        """Bytes of the gradient of boundary ``stage``; what carried gradients hold anyway is not counted."""
-        elsewhere = {
+    def _elsewhere(self, stage: int) -> set[tuple[int, int]]:
+        """Storages that gradients of carried values hold once ``stage`` and all after it are reversed."""
+        return {
             s for k in self.left[stage:] for key in k if key in self.carried for s in self._held(key, stage)
         }
+
+    def boundary(self, stage: int) -> int:
+        """Bytes of the gradient of boundary ``stage``; what carried gradients hold anyway is not counted."""
+        elsewhere = self._elsewhere(stage)
         held: dict[tuple[int, int], int] = {}
         for key in self.capture.linear.boundaries[stage]:
             held.update(self._held(key, stage))
         return sum(amount for storage, amount in held.items() if storage not in elsewhere)
+
+    def shared(self, stage: int) -> int:
+        """Bytes of gradients of boundary ``stage`` that are there as parts of what carried gradients hold anyway."""
+        elsewhere = self._elsewhere(stage)
+        keys = self.capture.linear.boundaries[stage]
+        held = {key: self._held(key, stage) for key in keys}
+        return sum(self.size[key] for key in keys if held[key] and elsewhere.issuperset(held[key]))
 
     def carried_bytes(self, key: int, stage: int) -> int:
         """Bytes of a carried value's gradient once ``stage`` and all after it are reversed."""
