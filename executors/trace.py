@@ -55,15 +55,15 @@ class Trace:
         """The step, one event a line."""
         stages = self.plan.chain.stages
         lines = [f"{self.name}: {len(stages)} stages, budget {format_bytes(self.plan.memory_budget)}"]
-        reversed_ = -1
+        latest = {"first": -1, "backward": -1}  # both are told more than once
         for what, where, size in self.events:
-            if what == "first" and where < len(stages):
-                lines.append(self._line("run", where, f"kept: {self.plan.kept(where)}"))
+            if what in latest:
+                if where != latest[what] and where < len(stages):
+                    kept = f"kept: {self.plan.kept(where)}" if what == "first" else ""
+                    lines.append(self._line("run" if what == "first" else what, where, kept))
+                latest[what] = where
             elif what in ("held", "freed"):
                 lines.append(f"  {what:<10} boundary {where}" + (f", {format_bytes(size)}" if size else ""))
-            elif what == "backward" and where != reversed_:
-                reversed_ = where
-                lines.append(self._line("backward", where))
             elif what in AGAIN:
                 lines.append(self._line("run again", where, AGAIN[what]))
         return "\n".join(lines)
