@@ -82,9 +82,8 @@ class Plans:
         self.first, *rest = (self._runner(plan, model, source) for plan in plans)
         self.others: OrderedDict[CallSignature, Runner] = OrderedDict((r.want, r) for r in rest)
         self.plain: set[CallSignature] = set()  # of calls that are known to run plainly
-        self.seen: tuple[Any, list[Any], Runner | None] | None = (
-            None  # spec, leaf kinds, runner of the last call
-        )
+        # The last call's spec, leaf kinds and runner.
+        self.seen: tuple[Any, list[Any], Runner | None] | None = None
         self.evicted = False
         self.last: Runner | None = None
         self.watched: tuple[Runner, Watch] | None = None
@@ -101,11 +100,13 @@ class Plans:
         """One training forward, by the plan for its shapes."""
         call = canonical_call(self.signature, args, kwargs)
         flat, spec = pytree.tree_flatten(call)
+        self._judge(model)
         runner = self.last = self._find(model, call, flat, spec)
         if runner is None:
             return plain_forward(model, *args, **kwargs)
         executor = runner.prepare(model, call, flat)
         if (runner.ran_out or executor.ran_out) and self.changes is not None:
+            runner.ran_out = executor.ran_out = False
             self.tighten(model, runner, "in the last step", "run_step() would have run that step again")
         self._watch(model, runner)
         output = self._run(model, runner, call, flat)
@@ -132,7 +133,8 @@ class Plans:
             self.others.move_to_end(signature)
         elif signature not in self.plain:
             runner = self._new(model, call, signature)
-        self.seen = (spec, kinds, runner)
+        if runner is not None or signature in self.plain:
+            self.seen = (spec, kinds, runner)
         return runner
 
     def _new(self, model: nn.Module, call: Call, signature: CallSignature) -> Runner | None:
@@ -145,14 +147,14 @@ class Plans:
             logger.warning("%s: %s; such calls run without a plan", where, differs)
             self.plain.add(signature)
             return None
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        hindrance = self._hindrance()
+        if hindrance is not None:
             warnings.warn(
-                f"{where}: {differs}; such calls run without a plan, for a trial step would get in the way of "
-                "torch.distributed: pass plans for all shapes, execute([plan, ...], model)",
+                f"{where}: {differs}; such calls run without a plan, for {hindrance}: pass plans for all shapes, "
+                "execute([plan, ...], model)",
                 NewShapeWarning,
                 stacklevel=6,
             )
-            self.plain.add(signature)
             return None
         while len(self.others) >= settings.max_plans - 1:
             self.others.popitem(last=False)
@@ -168,6 +170,14 @@ class Plans:
         runner = self._runner(self._plan(plain, call, where, differs), model, plain)
         self.others[signature] = runner
         return runner
+
+    def _hindrance(self) -> str | None:
+        """Why no plan can be made now; None if one can."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return "a trial step would get in the way of torch.distributed"
+        if self.device.type == "cpu" and torch._C._autograd._profiler_enabled():
+            return "a profiler is running, and it takes one to count bytes on the CPU"
+        return None
 
     def _plan(self, model: nn.Module, call: Call, where: str, differs: str) -> Plan:
         """A plan for another call, in the middle of training: nothing that training goes by is changed.
@@ -265,8 +275,8 @@ class Plans:
         runner.follow(tighter, model)
         return True
 
-    def _watch(self, model: nn.Module, runner: Runner) -> None:
-        """Judge the step that was watched, if there is one; watch the one that begins, if it is as planned."""
+    def _judge(self, model: nn.Module) -> None:
+        """Judge the step that was watched, if there is one."""
         if self.watched is not None:
             (watched, watch), self.watched = self.watched, None
             measured = watch.stop()
@@ -275,6 +285,9 @@ class Plans:
                 tighter = tightened(watched.plan, measured, type(model).__name__, watch.requested)
                 if tighter is not None:
                     watched.follow(tighter, model)
+
+    def _watch(self, model: nn.Module, runner: Runner) -> None:
+        """Watch the step that begins, if nothing has been measured of this plan and the step is as planned."""
         if not runner.watching:
             return
         existing = storage_bytes((p.grad for p in model.parameters() if p.grad is not None), self.device)

@@ -85,7 +85,7 @@ class Runner:
 
     def _try(self, model: nn.Module, call: Call, planned: Callable[[], Any]) -> None:
         """One step by the plan against one plain step, bit for bit; a warning where that would be too dear."""
-        hindrance = _hindrance(self.plan, model)
+        hindrance = _hindrance(self.plan)
         if hindrance:
             warnings.warn(
                 f"planned {type(model).__name__}: the plan was made without data, and it is not tried now whether it "
@@ -142,12 +142,10 @@ def forward_of(executor: GraphExecutor | ModuleExecutor, flat: list[Any], call: 
     return executor.forward(*call)
 
 
-def _hindrance(plan: Plan, model: nn.Module) -> str | None:
+def _hindrance(plan: Plan) -> str | None:
     """Why a plain step beside a planned one cannot be had for little; None if it can."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return "a backward of its own would get in the way of torch.distributed"
-    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters()):
-        return "its parameters have hooks, which would see gradients of a trial"
     if plan.plain.peak > machine_bytes() / 2:
         return f"the plain step takes {format_bytes(plan.plain.peak)}, more than half of the host's memory"
     return None

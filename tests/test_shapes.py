@@ -88,7 +88,7 @@ def test_a_larger_batch_is_within_the_same_budget(capture: str) -> None:
         step()
         model.zero_grad()
         assert measure_peak(step, resident=[model, larger]).peak <= plan_of_three(capture).memory_budget
-    assert plans_of(planned)[1].predicted_overhead > plans_of(planned)[0].predicted_overhead
+    assert plans_of(planned)[1].plain.peak > plan_of_three(capture).memory_budget
 
 
 def test_buckets_of_sequences_train_bit_equal() -> None:
@@ -156,6 +156,26 @@ def test_where_the_first_plan_counts_gradients_that_exist_a_new_one_does_so_befo
         assert all(p.grad is None for p in model.parameters())
     first, second = plans_of(planned)
     assert second.resident["existing gradients"] == first.resident["existing gradients"] > 0
+
+
+@EITHER_CAPTURE
+def test_a_shape_is_planned_for_while_another_step_waits_for_its_backward(capture: str) -> None:
+    model, planned = three(), planned_three(capture)
+
+    def procedure(model: nn.Module) -> Record:
+        first = loss_of(model(batch(64)))
+        second = loss_of(model(batch(40)))
+        (first + 2 * second).backward()
+        return {}
+
+    assert_same(model, planned, procedure)
+    assert len(plans_of(planned)) == 2
+
+
+def test_the_first_step_of_each_plan_is_watched() -> None:
+    model, planned = three(), planned_three(watch=True)
+    assert_same(model, planned, lambda m: epochs(m, (64, 40, 40, 64, 64)))
+    measure_peak(lambda: None, device="cpu")  # the profiler is free again
 
 
 @EITHER_CAPTURE
@@ -396,6 +416,17 @@ def test_under_torch_distributed_no_trial_is_run_and_the_shape_runs_plainly() ->
     model, planned = three(), planned_three()
     with pytest.warns(NewShapeWarning, match=r"torch\.distributed: pass plans for all shapes"):
         assert_same(model, planned, lambda m: epochs(m, (40, 64)))
+    assert len(plans_of(planned)) == 1
+
+
+def test_while_a_profiler_counts_the_shape_runs_plainly() -> None:
+    model, planned = three(), planned_three()
+    with (
+        restored(model),
+        torch.profiler.profile(profile_memory=True),
+        pytest.warns(NewShapeWarning, match="a profiler is running"),
+    ):
+        planned(batch(40))
     assert len(plans_of(planned)) == 1
 
 
