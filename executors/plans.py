@@ -189,7 +189,7 @@ class Plans:
         budget = format_bytes(first.memory_budget)
         logger.warning("%s: %s; planning for it under %s", where, differs, budget)
         began, random = time.perf_counter(), HostRandomState()
-        # Casts that a trial leaves in autocast's cache would be taken for those of the step.
+        # Casts in autocast's cache would not be counted; those of a trial would stay until the user's context ends.
         torch.clear_autocast_cache()
         try:
             with _accumulating(model, bool(first.resident.get("existing gradients"))):
@@ -219,7 +219,8 @@ class Plans:
 
     def _run(self, model: nn.Module, runner: Runner, call: Call, flat: list[Any]) -> Any:
         """The forward; once more, by a tighter plan, if it runs out of memory."""
-        if self.changes is None:
+        recording = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self.changes is None or recording:  # a CUDA graph has no place for copies of generators
             return self._once(model, runner, call, flat)
         state = self.changes.before(model)
         try:
