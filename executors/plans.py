@@ -266,14 +266,15 @@ class Plans:
         tighter = lowered(runner.plan, self.device)
         if tighter is None:
             return False
+        before = runner.plan.predicted_peak
+        runner.follow(tighter, model)
         warnings.warn(
             f"planned {type(model).__name__}: out of memory {where}; its schedule of "
-            f"{format_bytes(runner.plan.predicted_peak)} gives way to one of {format_bytes(tighter.predicted_peak)} "
+            f"{format_bytes(before)} gives way to one of {format_bytes(tighter.predicted_peak)} "
             f"({tighter.predicted_overhead:.1%} slower than the plain step); {what}",
             PeakWarning,
             stacklevel=6,
         )
-        runner.follow(tighter, model)
         return True
 
     def _judge(self, model: nn.Module) -> None:

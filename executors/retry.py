@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from executors.oom import State
 from executors.plans import Plans
 from executors.runner import RUNNER
 
@@ -17,7 +16,9 @@ __all__ = ["run_step"]
 Result = TypeVar("Result")
 
 
-def run_step(model: nn.Module, step: Callable[[], Result], *, copies: bool = False) -> Result:
+def run_step(
+    model: nn.Module, step: Callable[[], Result], *, also: Iterable[Tensor] = (), copies: bool = False
+) -> Result:
     """Run forward, loss and backward; if memory runs out, put everything back and run them once more by a tighter plan.
 
     ::
@@ -31,13 +32,14 @@ def run_step(model: nn.Module, step: Callable[[], Result], *, copies: bool = Fal
         loss = run_step(planned, step)
         optimizer.step()
 
-    What is put back: gradients of the model's parameters, its buffers, generators. What a failed backward has added to a
+    What is put back: gradients of the model's parameters and of ``also``, the model's buffers, generators. What a failed backward has added to a
     gradient that existed before (accumulation) cannot be taken away again; then the error is raised and says so, unless there
     are copies. The same if parameters have changed (an optimizer in a hook).
 
     Args:
         model: a planned model, with ``on_oom="replan"`` (the default on CUDA).
         step: the forward, the loss and the backward, no more: what else it changes is not put back.
+        also: further leaves that the step gives gradients to, such as the parameters of other modules.
         copies: whether gradients that exist are copied to host memory before each step.
 
     Returns:
@@ -55,7 +57,7 @@ def run_step(model: nn.Module, step: Callable[[], Result], *, copies: bool = Fal
     if plans.changes is None:
         return step()
     name, plans.last = type(model).__name__, None
-    state, gradients = plans.changes.before(model), _Gradients(model, copies)
+    state, gradients = plans.changes.before(model), _Gradients([*model.parameters(), *also], copies)
     try:
         return step()
     except torch.OutOfMemoryError as error:
@@ -70,23 +72,23 @@ def run_step(model: nn.Module, step: Callable[[], Result], *, copies: bool = Fal
             raise
         reason = str(error)
     # The exception is gone, and with it the frames that held the graph.
-    _put_back(state, gradients)
-    if not plans.tighten(model, runner, "in a step", "the step is run again"):
-        raise torch.OutOfMemoryError(f"run_step: no schedule of {name} takes less than this one: {reason}")
-    return step()
-
-
-def _put_back(state: State, gradients: _Gradients) -> None:
     gradients.restore()
     state.restore()
+    if not plans.tighten(model, runner, "in a step", "the step is run again"):
+        raise torch.OutOfMemoryError(f"run_step: no schedule of {name} takes less than this one: {reason}")
+    try:
+        return step()
+    except torch.OutOfMemoryError:
+        runner.ran_out = True
+        raise
 
 
 class _Gradients:
-    """The gradients of a model's parameters as they are before a step."""
+    """The gradients of parameters as they are before a step."""
 
-    def __init__(self, model: nn.Module, copies: bool) -> None:
-        self.parameters = [(p, p._version) for p in model.parameters()]
-        self.before: list[tuple[nn.Parameter, Tensor | None, int, Tensor | None]] = []
+    def __init__(self, parameters: Iterable[Tensor], copies: bool) -> None:
+        self.parameters = [(p, p._version) for p in parameters]
+        self.before: list[tuple[Tensor, Tensor | None, int, Tensor | None]] = []
         for parameter, _ in self.parameters:
             grad = parameter.grad
             copy = grad.detach().to("cpu", copy=True) if copies and grad is not None else None

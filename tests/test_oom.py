@@ -335,6 +335,27 @@ def test_gradients_that_exist_and_were_not_reached_need_no_copies() -> None:
     assert_equal(outcome(planned, procedure), outcome(four(), procedure))
 
 
+def test_gradients_of_other_modules_are_put_back_if_they_are_named() -> None:
+    planned, batch, mode = planned_four("graph"), torch.randn(ROWS, WIDTH), RunsOut("mm", 7)
+    torch.manual_seed(2)
+    head = nn.Linear(4, 4)
+
+    def procedure(model: nn.Module) -> Record:
+        head.zero_grad()
+
+        def step() -> None:
+            loss_of(head(model(batch))).backward()
+
+        if model is planned:
+            with pytest.warns(PeakWarning, match="in a step"), mode:
+                run_step(model, step, also=head.parameters())
+        else:
+            step()
+        return {"head": head.weight.grad}
+
+    assert_equal(outcome(planned, procedure), outcome(four(), procedure))
+
+
 def test_a_step_that_has_changed_parameters_is_not_run_again() -> None:
     planned, batch = planned_four("graph"), torch.randn(ROWS, WIDTH)
 
