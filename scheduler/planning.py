@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +39,9 @@ from scheduler.costs.roofline import roofline_graph
 from scheduler.device import DeviceSpec
 from scheduler.errors import CaptureError, InfeasibleBudget
 from scheduler.plan import CaptureRecord, Plan
-from scheduler.solvers import checked_solver, solve_chain
+from scheduler.solvers import SOLVERS, checked_solver, solve_chain
 
-__all__ = ["Priced", "Request", "checked", "priced", "solve"]
+__all__ = ["Priced", "Request", "checked", "priced", "solve", "solve_again"]
 
 COSTS = ("measure", "roofline")
 CAPTURES = ("auto", "graph", "modules")
@@ -136,6 +137,36 @@ def solve(
     return _plan(request, parameters or {})
 
 
+def solve_again(plan: Plan, model: nn.Module, call: Call, progress: Progress) -> Plan:
+    """The plan for another call of the plan's model: same budget, solver, costs and optimizer, captured likewise.
+
+    Gradients that exist now count as existing. A plan that was made without its device is made anew on the one at hand.
+
+    Args:
+        model: plain, in train mode.
+        call: canonical; nothing outside may need its tensors, which have no history.
+
+    Raises:
+        CaptureError, InfeasibleBudget, ValueError: as ``solve`` does.
+    """
+    record, solver = plan.capture, plan.solver
+    if SOLVERS[solver].parameters and not plan.parameters:
+        solver = "optimal"  # a plan that was loaded does not know what its solver was given
+    request = Request(
+        model,
+        plan.memory_budget,
+        call,
+        model_device(model),
+        solver,
+        "auto" if record.kind == "graph" else tuple(map(model.get_submodule, record.stages)),
+        plan.costs,
+        plan.resident.get("optimizer state", 0),
+        plan.optimizer_step,
+        progress,
+    )
+    return _plan(request, plan.parameters)
+
+
 def priced(request: Request, *, options: bool = True) -> Priced:
     """The model captured and its chain.
 
@@ -196,6 +227,7 @@ def _plan(request: Request, parameters: Mapping[str, Any]) -> Plan:
         torch.__version__,
         request.optimizer_step,
         live=None if isinstance(request.device, Target) else (model, captured),
+        parameters=dict(parameters),
     )
 
 
@@ -300,9 +332,14 @@ def _free_bytes(
 def _plain_step(request: Request) -> StepResult:
     """One plain step on the sample, saved tensors offloaded where the device is not the host."""
     model, (args, kwargs) = request.model, request.call
+    offloaded: AbstractContextManager[Any] = (
+        nullcontext() if request.device.type == "cpu" else torch.autograd.graph.save_on_cpu()
+    )
     try:
-        with preserved(model), torch.enable_grad():
+        with preserved(model), torch.enable_grad(), offloaded:
             model(*args, **kwargs)  # warm-up; and a rejected sample shows before a step is taken
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever the model's code raises on a sample that does not suit it
         raise ValueError(
             f"solve: {type(model).__name__} rejects the sample: {type(error).__name__}: {error}"

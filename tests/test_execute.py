@@ -300,7 +300,8 @@ BATCHES: dict[str, Any] = {
 @pytest.mark.parametrize("batch", BATCHES)
 @EACH_CAPTURE
 def test_another_kind_of_batch_is_refused_before_anything_runs(capture: str, batch: str) -> None:
-    case, planned = planned_tiny(capture)
+    case = case_of("tiny")
+    planned = execute(tightest(plan_for("tiny", capture)), case.model, on_new_shape="error")
     args, kwargs = BATCHES[batch]()
     before = state(case.model)
     with pytest.raises(PlanMismatch, match=r"the plan was made for a tensor of shape .*got.*solve\(\)"):
@@ -311,7 +312,7 @@ def test_another_kind_of_batch_is_refused_before_anything_runs(capture: str, bat
 @EACH_CAPTURE
 def test_a_call_of_another_structure_is_refused(capture: str) -> None:
     case = case_of("residual")
-    planned = execute(plan_for("residual", capture), case.model)
+    planned = execute(plan_for("residual", capture), case.model, on_new_shape="error")
     with pytest.raises(PlanMismatch, match=r"(?s)plan was made for arguments .*solve\(\)"):
         planned(case.args[0])
 
@@ -403,7 +404,7 @@ def test_outputs_come_in_the_structure_of_the_model_s_own(capture: str) -> None:
     torch.manual_seed(0)
     model, x = Echo().train(), torch.randn(64, 16)
     plan = solve(model, "1GiB", sample=(x,), capture=capture)
-    planned = execute(tightest(plan), model)
+    planned = execute(tightest(plan), model, on_new_shape="error")
     with restored(model):
         output = planned(x)
     assert list(output) == ["result", "input", "mask", "scale", "none"]

@@ -128,19 +128,29 @@ class CallSignature:
         other = CallSignature.of(call)
         if other == self:
             return
-        if other.structure != self.structure:
+        leaf, want, got = self._first_difference(other)
+        if leaf is None:
             raise PlanMismatch(
-                f"{where}: the plan was made for arguments {self.structure}, got {other.structure}; "
+                f"{where}: the plan was made for arguments {want}, got {got}; "
                 "call solve() with a sample of this structure"
             )
-        for index, (want, got) in enumerate(
-            zip(json.loads(self.leaves), json.loads(other.leaves), strict=True)
-        ):
-            if want != got:
-                raise PlanMismatch(
-                    f"{where}: argument leaf {index}: the plan was made for {_words(want)}, got {_words(got)}; "
-                    "call solve() with a sample like this one and execute that plan for such batches"
-                )
+        raise PlanMismatch(
+            f"{where}: argument leaf {leaf}: the plan was made for {want}, got {got}; "
+            "call solve() with a sample like this one and execute that plan for such batches"
+        )
+
+    def difference(self, other: CallSignature) -> str:
+        """The first thing in which another signature differs from this one, in words."""
+        leaf, want, got = self._first_difference(other)
+        return f"{'arguments' if leaf is None else f'argument leaf {leaf}'}: {got} instead of {want}"
+
+    def _first_difference(self, other: CallSignature) -> tuple[int | None, str, str]:
+        """(leaf, here, there) of the first difference, in words; no leaf where the structures differ."""
+        if other.structure != self.structure:
+            return None, self.structure, other.structure
+        pairs = enumerate(zip(json.loads(self.leaves), json.loads(other.leaves), strict=True))
+        leaf, (want, got) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        return leaf, _words(want), _words(got)
 
 
 def _words(leaf: list[Any]) -> str:
