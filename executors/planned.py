@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,13 @@ from executors.watch import Watch, tightened
 from scheduler.budget import format_bytes, machine_bytes
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
 from scheduler.capture.module_capture import ModuleCapture, capture_modules
-from scheduler.capture.sample import Call, CallSignature, canonical_call, model_fingerprint
+from scheduler.capture.sample import (
+    Call,
+    CallSignature,
+    canonical_call,
+    forward_signature,
+    model_fingerprint,
+)
 from scheduler.capture.state import model_device, preserved
 from scheduler.capture.verify import difference, run_step
 from scheduler.costs.resident import storage_bytes
@@ -43,7 +48,7 @@ class _Runner:
         self.plan = plan
         self.watching = watching  # whether the next step is to be the first that is measured
         self.watch: Watch | None = None
-        self.signature = inspect.signature(source.forward)
+        self.signature = forward_signature(source)
         self.want = CallSignature(plan.capture.structure, plan.capture.leaves)
         self.evaluating = frozenset(plan.capture.evaluating)
         self.executor: GraphExecutor | ModuleExecutor | None = None

@@ -23,6 +23,7 @@ from scheduler.capture.fake import Watch
 from scheduler.capture.sample import Call
 from scheduler.capture.state import RandomState, model_device
 from scheduler.capture.target import Device, Target
+from scheduler.capture.verify import equal_bits
 from scheduler.errors import CaptureError
 
 __all__ = ["Block", "ModuleCapture", "capture_blocks", "capture_modules", "intercepted"]
@@ -217,6 +218,7 @@ def capture_modules(
     Raises:
         CaptureError: there are no such blocks, or they cannot be replayed; says why.
     """
+    _refuse_layer_drop(model)
     modules = _candidates(model) if blocks is None else _given(model, blocks)
     device = model_device(model)
     root = _profile(model, call, modules, device, data=target is None)
@@ -230,6 +232,8 @@ def capture_modules(
             f"the modules given do not each run once, in the order given; seen: {[e.name for e in chosen]}"
         )
     usable = [entry for entry in usable if not entry.changes_input]
+    if target is None:
+        usable = _repeatable(model, call, usable, device)
     if not usable:
         raise CaptureError(
             "no member of a ModuleList or Sequential runs exactly once with tensors in and out"
@@ -252,6 +256,82 @@ def capture_modules(
     changed = [() if b is None else by_name[found[b].name].changed for b in stages]
     reason = f"{len(found)} blocks that run in order ({found[0].name} .. {found[-1].name})"
     return ModuleCapture(found, stages, device, reason, random, changed, target)
+
+
+def _refuse_layer_drop(model: nn.Module) -> None:
+    """Refuse a model that leaves out layers at random: a plan is for all of them."""
+    for name, module in model.named_modules():
+        for owner in (module, getattr(module, "config", None)):
+            for kind in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+                share = getattr(owner, kind, 0.0)
+                if isinstance(share, float) and share > 0:
+                    where = ".".join(filter(None, (name, "" if owner is module else "config", kind)))
+                    raise CaptureError(
+                        f"layers are left out at random ({where} is {share}), and a plan is for all of them; set that to "
+                        "0 in the configuration, before the model is made"
+                    )
+
+
+def _repeatable(model: nn.Module, call: Call, entries: list[_Call], device: torch.device) -> list[_Call]:
+    """Those of the blocks that give the same results when they are run again.
+
+    Others draw random numbers from elsewhere, or change one of their arguments: a cache.
+
+    Raises:
+        CaptureError: none does; or the model cannot go on when they have run twice.
+    """
+    failed: dict[str, str] = {}
+
+    def wrapper(name: str, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+            def twice(*args: Any, **kwargs: Any) -> Any:
+                random = RandomState(device)
+                buffers = [(b, b.clone()) for b in module.buffers()]
+                first = forward(*args, **kwargs)
+                random.restore()
+                for buffer, value in buffers:
+                    buffer.data.copy_(value)
+                try:
+                    again = forward(*args, **kwargs)
+                except Exception as error:  # noqa: BLE001 # of whatever kind the model's code raises
+                    failed[name] = f"it raises {type(error).__name__}: {error}"
+                    return first
+                pairs = zip(tensor_leaves(first), tensor_leaves(again), strict=False)
+                if any(not _alike(a, b) for (_, a), (_, b) in pairs):
+                    failed[name] = "its results differ"
+                return first
+
+            return twice
+
+        return wrap
+
+    args, kwargs = call
+    error: Exception | None = None
+    watched = [(entry.name, model.get_submodule(entry.name)) for entry in entries]
+    with torch.no_grad(), intercepted([(m, wrapper(n, m)) for n, m in watched]):
+        try:
+            model(*args, **kwargs)
+        except Exception as other:  # noqa: BLE001 # what the second runs left behind may stop the model
+            error = other
+    steady = [entry for entry in entries if entry.name not in failed]
+    if error is not None or (failed and not steady):
+        name, why = next(iter(failed.items()), (watched[0][0], f"the model stops with {error}"))
+        raise CaptureError(
+            f"{name} does not do the same when it is run again on the same arguments: {why}. If it fills a cache, pass "
+            "use_cache=False; random numbers must be torch's"
+        ) from error
+    return steady
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two results are one, up to what sums of CUDA kernels in no fixed order may make of it."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    if a.device.type == "cpu" or not a.is_floating_point():
+        return equal_bits(a, b)
+    return torch.allclose(
+        a, b, rtol=1e-2, atol=1e-2 * float(a.abs().max()) if a.numel() else 0.0, equal_nan=True
+    )
 
 
 def _profile(

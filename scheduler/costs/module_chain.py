@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -154,6 +155,8 @@ def _run(
                 mark()
                 if measure is not None:
                     measure(index, forward, args, kwargs)
+                    if index + 1 == len(modules):
+                        raise _Measured
                 with torch.no_grad():
                     produced = forward(*args, **kwargs)
                 produced = pytree.tree_map_only(Tensor, _loosened, produced)
@@ -175,9 +178,12 @@ def _run(
         return wrap
 
     args, kwargs = call
-    with torch.enable_grad(), intercepted([(m, wrapper(i)) for i, m in enumerate(modules)]):
+    wrappers = [(m, wrapper(i)) for i, m in enumerate(modules)]
+    with suppress(_Measured), torch.enable_grad(), intercepted(wrappers):
         output = model(*args, **kwargs)
         loss, result.own_loss = find_loss(output)
+    if measure is not None:
+        return result
     result.forward.append(now() - since)
     result.held.append(sum(map(_alive, made)))
     # The output of the last block is the boundary of the glue that follows.
@@ -203,6 +209,10 @@ def _run(
         mark()
     result.backward.reverse()
     return result
+
+
+class _Measured(Exception):
+    """Every block has been measured. The step ends here: hooks may have collected what the measured runs made."""
 
 
 def _alive(storages: dict[int, tuple[StorageWeakRef, int]]) -> int:
