@@ -2,8 +2,8 @@
 
 The user's code between the blocks (*glue*) is left alone: it runs once, in plain autograd, and what it
 saves stays. A block is *fed* by the one before if at least one of its tensor arguments is, by identity,
-an output of that block; all its other tensor arguments (masks, rotary tables, an encoder's output) are
-*external*: held while the step lasts.
+an output of that block, and glue has made none for it since; all its other tensor
+arguments (masks, rotary tables, an encoder's output) are *external*: held while the step lasts.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ class _Call:
         self.random = False
         self.changed: tuple[str, ...] = ()
         self.changes_input = False
+        self.new_input = False  # an input that no call before had: glue has made it
 
     def fed_by(self, other: _Call) -> tuple[tuple[int, int], ...]:
         """(argument leaf, output leaf) pairs of one tensor."""
@@ -244,7 +245,8 @@ def capture_modules(
     for entry in usable:
         position = chosen.index(entry)
         follows = before is not None and position > 0 and chosen[position - 1] is before
-        fed = entry.fed_by(before) if before is not None and follows else ()
+        # What glue made for this block (a decoder's embeddings, beside the encoder's output) is glue's to be counted.
+        fed = entry.fed_by(before) if before is not None and follows and not entry.new_input else ()
         if before is not None and not fed:
             stages.append(None)
         found.append(Block(entry.name, len(stages), fed))
@@ -353,7 +355,9 @@ def _profile(
                 entry = _Call(name, current)
                 given = tensor_leaves((args, kwargs))
                 current.children.append(entry)
+                known = tokens.count
                 entry.inputs = [(leaf, tokens.of(t)) for leaf, t in given]
+                entry.new_input = tokens.count > known
                 versions = [t._version for _, t in given]
                 buffers = {n: (b, b.clone()) for n, b in module.named_buffers()}
                 random = RandomState(device)
