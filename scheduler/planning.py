@@ -368,7 +368,7 @@ def _exact_graph(request: Request, plain: StepResult) -> GraphCapture:
     for graph in op_graphs(model, call):
         try:
             captured = capture_graph(graph, model)
-            trial = functools.partial(captured.sweep, model, call)
+            trial = functools.partial(captured.trial, model, call)
             captured.clearing = torch.is_autocast_enabled(request.device.type)
             differs = difference(plain, run_step(model, trial, offload=True))
             if differs is not None and captured.clearing:

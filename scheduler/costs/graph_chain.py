@@ -71,7 +71,8 @@ def measure_graph(
         stage = capture.stages[k]
         adding = [i for i, a in enumerate(arguments) if isinstance(a, nn.Parameter) and a in added]
         unread = _unread(capture, k) if loss_is_output else frozenset()
-        how = (clock, options, *surroundings, sorted(stage.carried_from), k == last, adding, sorted(unread))
+        carried, layouts = sorted(stage.carried_from), sorted(capture.result_layouts(k).items())
+        how = (clock, options, *surroundings, carried, k == last, adding, sorted(unread), layouts)
         key = keys[k] = f"{capture.place}|{how}|{stage.signature}"
         if key not in costs:
             run = _isolated(capture, k, arguments, added, unread)
@@ -140,7 +141,8 @@ def _isolated(
         if source.kind != "boundary" and isinstance(argument, Tensor)
     )
     reset = fresh_grads(parameters, existing)
-    return StageRun(run, reset, loss if k == len(capture) - 1 else None, lasting, unread)
+    of_loss = loss if k == len(capture) - 1 else None
+    return StageRun(run, reset, of_loss, lasting, unread, capture.result_layouts(k))
 
 
 def graph_chain(
