@@ -238,6 +238,15 @@ WINDOWS = {
     "num_labels": 10,
 }  # fmt: skip # one table
 
+NLLB_MOE = {
+    **SEQUENCES, "num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2, "expert_capacity": 32,
+}  # fmt: skip # one table
+JAMBA = {
+    **GROUPED, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+    "expert_layer_offset": 1, "num_experts": 4, "use_mamba_kernels": False, "mamba_d_state": 8,
+}  # fmt: skip # one table
+NO_LAYER_DROP = {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+
 FAMILIES: Mapping[str, Mapping[str, Make]] = {
     "Text, decoder": {
         "GPT-2": text("GPT2LMHeadModel", TEXT),
@@ -498,12 +507,8 @@ FAMILIES: Mapping[str, Mapping[str, Make]] = {
         "RecurrentGemma": text(
             "RecurrentGemmaForCausalLM", {**GROUPED, "lru_width": 64, "attention_window_size": 16}
         ),
-        "Jamba": text(
-            "JambaForCausalLM",
-            {**GROUPED, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1,
-             "expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 4, "use_mamba_kernels": False,
-             "mamba_d_state": 8},
-        ),
+        "Jamba": text("JambaForCausalLM", JAMBA),
+        "Jamba, no cache": text("JambaForCausalLM", {**JAMBA, "use_cache": False}),
     },
     "Mixture of experts": {
         "Mixtral": text("MixtralForCausalLM", {**EXPERTS, "num_local_experts": 4}),
@@ -527,10 +532,9 @@ FAMILIES: Mapping[str, Mapping[str, Make]] = {
             {**T5, "num_decoder_layers": 2, "num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
              "expert_capacity": 32},
         ),
-        "NLLB-MoE": translation(
-            "NllbMoeForConditionalGeneration",
-            {**SEQUENCES, "num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2,
-             "expert_capacity": 32},
+        "NLLB-MoE": translation("NllbMoeForConditionalGeneration", NLLB_MOE),
+        "NLLB-MoE, no layer drop": translation(
+            "NllbMoeForConditionalGeneration", {**NLLB_MOE, **NO_LAYER_DROP}
         ),
     },
 }  # fmt: skip # one table
