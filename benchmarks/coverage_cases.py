@@ -5,233 +5,42 @@ Dropout, drop path and layer drop are what the configuration of the library says
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
-from tests.models import Case, keywords
+from benchmarks.coverage_makers import (
+    BATCH,
+    EXPERTS,
+    GROUPED,
+    HEADS_OF_16,
+    LATENT,
+    MAPS,
+    PIXELS,
+    SEQUENCES,
+    SPEECH,
+    T5,
+    TEXT,
+    VISION,
+    VOCABULARY,
+    Make,
+    detection,
+    detr_config,
+    diffusion,
+    images,
+    llava,
+    noise,
+    pairs,
+    sound,
+    spectrogram,
+    text,
+    timesteps,
+    token_ids,
+    translation,
+)
 
 __all__ = ["FAMILIES"]
 
-BATCH, TOKENS, VOCABULARY, PIXELS = 4, 32, 128, 32
-Make = Callable[[], Case]
-
-# What most configurations call their sizes. transformers maps the names that an older configuration has for them.
-TEXT: Mapping[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GROUPED = {**TEXT, "num_key_value_heads": 2}
-HEADS_OF_16 = {**GROUPED, "head_dim": 16}
-SEQUENCES: Mapping[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "d_model": 64,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 128,
-    "decoder_ffn_dim": 128,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 2,
-}
-T5 = {
-    "vocab_size": VOCABULARY,
-    "d_model": 64,
-    "d_kv": 16,
-    "d_ff": 128,
-    "num_layers": 2,
-    "num_heads": 4,
-    "pad_token_id": 0,
-    "decoder_start_token_id": 0,
-}
-VISION: Mapping[str, Any] = {
-    "image_size": PIXELS,
-    "patch_size": 8,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_labels": 10,
-}
-SPEECH = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "conv_dim": (32, 32, 32),
-    "conv_kernel": (10, 3, 3),
-    "conv_stride": (5, 2, 2),
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 4,
-    "pad_token_id": 0,
-}
-EXPERTS = {**HEADS_OF_16, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "output_router_logits": True}
-
-
-def _ids(tokens: int = TOKENS) -> Tensor:
-    return torch.randint(3, VOCABULARY, (BATCH, tokens))
-
-
-def _model(name: str, config: Any) -> Any:
-    import transformers
-
-    cls = getattr(transformers, name)
-    return cls(cls.config_class(**config) if isinstance(config, Mapping) else config)
-
-
-def text(name: str, config: Mapping[str, Any], *, masked: bool = True, tokens: int = TOKENS) -> Make:
-    """A language model, causal or not; the first row is padded unless the model takes no mask."""
-
-    def make() -> Case:
-        ids = _ids(tokens)
-        batch = {"input_ids": ids, "labels": ids.clone()}
-        if masked:
-            batch["attention_mask"] = torch.ones_like(ids)
-            batch["attention_mask"][0, -5:] = 0
-            batch["labels"][0, -5:] = -100
-        return keywords(_model(name, config), **batch)
-
-    return make
-
-
-def translation(name: str, config: Mapping[str, Any], tokens: int = TOKENS) -> Make:
-    """An encoder and a decoder of text."""
-
-    def make() -> Case:
-        ids = _ids(tokens)
-        mask = torch.ones_like(ids)
-        mask[0, -5:] = 0
-        return keywords(_model(name, config), input_ids=ids, attention_mask=mask, labels=_ids(24))
-
-    return make
-
-
-def images(name: str, config: Mapping[str, Any], pixels: int = PIXELS, **batch: Callable[[], Any]) -> Make:
-    """A model of images; labels of classes unless ``batch`` has others."""
-
-    def make() -> Case:
-        more = {key: value() for key, value in batch.items()} or {"labels": torch.randint(0, 10, (BATCH,))}
-        return keywords(_model(name, config), pixel_values=torch.randn(BATCH, 3, pixels, pixels), **more)
-
-    return make
-
-
-def sound(name: str, config: Mapping[str, Any]) -> Make:
-    """A model of raw sound with a CTC loss."""
-
-    def make() -> Case:
-        return keywords(
-            _model(name, config),
-            input_values=torch.randn(BATCH, 3200),
-            attention_mask=torch.ones(BATCH, 3200, dtype=torch.long),
-            labels=torch.randint(1, VOCABULARY, (BATCH, 8)),
-        )
-
-    return make
-
-
-def spectrogram(
-    name: str, config: Mapping[str, Any], key: str, *shape: int, labels: Callable[[], Tensor]
-) -> Make:
-    """A model of spectrograms."""
-    return lambda: keywords(_model(name, config), **{key: torch.randn(BATCH, *shape)}, labels=labels())
-
-
-def pairs(name: str, **config: Any) -> Make:
-    """Images with texts, by a contrastive loss."""
-
-    def make() -> Case:
-        import transformers
-
-        cls = getattr(transformers, name)
-        text_config = {**TEXT, "num_hidden_layers": 2, "projection_dim": 32}
-        vision = {**VISION, "num_hidden_layers": 2, "projection_dim": 32}
-        settings = cls.config_class(text_config=text_config, vision_config=vision, **config)
-        pixels = torch.randn(BATCH, 3, PIXELS, PIXELS)
-        return keywords(cls(settings), input_ids=_ids(16), pixel_values=pixels, return_loss=True)
-
-    return make
-
-
-def diffusion(name: str, config: Mapping[str, Any], **batch: Callable[[], Any]) -> Make:
-    """A model of diffusers."""
-
-    def make() -> Case:
-        import diffusers
-
-        return keywords(getattr(diffusers, name)(**config), **{key: value() for key, value in batch.items()})
-
-    return make
-
-
-def detection(name: str, config: Callable[[], Any]) -> Make:
-    """A detector that matches its boxes to those of the labels, on the CPU, step by step."""
-
-    def make() -> Case:
-        labels = [
-            {"class_labels": torch.randint(0, 10, (2,)), "boxes": torch.rand(2, 4) * 0.5 + 0.2}
-            for _ in range(BATCH)
-        ]
-        pixels = torch.randn(BATCH, 3, 64, 64)
-        return keywords(_model(name, config()), pixel_values=pixels, labels=labels)
-
-    return make
-
-
-def _detr() -> Any:
-    import transformers
-
-    configs: Any = transformers  # whose dataclasses do not tell mypy all that they take
-    backbone = configs.ResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 32, 32, 64], depths=[1, 1, 1, 1], out_features=["stage4"]
-    )
-    sizes = {k: v for k, v in SEQUENCES.items() if k not in ("vocab_size", "max_position_embeddings")}
-    return configs.DetrConfig(
-        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone,
-        num_queries=8, num_labels=10, **sizes,
-    )  # fmt: skip # one table
-
-
-def llava() -> Case:
-    """Images as tokens of a Llama."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**VISION, projection_dim=32),
-        text_config=LlamaConfig(**HEADS_OF_16),
-        image_token_index=3,
-    )
-    ids = _ids() % (VOCABULARY - 4) + 4
-    ids[:, :16] = 3
-    model = LlavaForConditionalGeneration(config)
-    pixels = torch.randn(BATCH, 3, PIXELS, PIXELS)
-    return keywords(model, input_ids=ids, pixel_values=pixels, labels=ids.clone())
-
-
-def _steps(high: int = 1000) -> Tensor:
-    return torch.randint(0, high, (BATCH,))
-
-
-def _noise(*shape: int) -> Callable[[], Tensor]:
-    return lambda: torch.randn(BATCH, *shape)
-
-
-LATENT = _noise(4, 16, 16)
-MAPS = lambda: torch.randint(0, 10, (BATCH, 64, 64))  # noqa: E731 # a table's entry
 SMALL_CONV = {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 2, 2, 1], "num_labels": 10}
 WINDOWS = {
     "image_size": PIXELS, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4],
@@ -379,7 +188,7 @@ FAMILIES: Mapping[str, Mapping[str, Make]] = {
              "num_attention_heads": 4, "num_labels": 10},
             64,
         ),
-        "DETR": detection("DetrForObjectDetection", _detr),
+        "DETR": detection("DetrForObjectDetection", detr_config),
         "YOLOS": detection(
             "YolosForObjectDetection",
             lambda: {**VISION, "image_size": (64, 64), "num_detection_tokens": 8},
@@ -398,14 +207,14 @@ FAMILIES: Mapping[str, Mapping[str, Make]] = {
             {**SEQUENCES, "num_mel_bins": 16, "max_source_positions": 32, "max_target_positions": 32,
              "suppress_tokens": None, "begin_suppress_tokens": None},
             "input_features", 16, 64,
-            labels=lambda: _ids(24),
+            labels=lambda: token_ids(24),
         ),
         "Speech2Text": spectrogram(
             "Speech2TextForConditionalGeneration",
             {**SEQUENCES, "input_feat_per_channel": 16, "max_source_positions": 64, "max_target_positions": 32,
              "conv_channels": 32},
             "input_features", 64, 16,
-            labels=lambda: _ids(24),
+            labels=lambda: token_ids(24),
         ),
         "AST": spectrogram(
             "ASTForAudioClassification",
@@ -421,7 +230,7 @@ FAMILIES: Mapping[str, Mapping[str, Make]] = {
              "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
              "norm_num_groups": 8, "attention_head_dim": 8, "layers_per_block": 1},
             sample=LATENT,
-            timestep=_steps,
+            timestep=timesteps,
         ),
         "UNet2DConditionModel": diffusion(
             "UNet2DConditionModel",
@@ -429,14 +238,14 @@ FAMILIES: Mapping[str, Mapping[str, Make]] = {
              "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
              "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "norm_num_groups": 8, "layers_per_block": 1},
             sample=LATENT,
-            timestep=_steps,
-            encoder_hidden_states=_noise(8, 16),
+            timestep=timesteps,
+            encoder_hidden_states=noise(8, 16),
         ),
         "AutoencoderKL": diffusion(
             "AutoencoderKL",
             {"block_out_channels": (16, 32), "norm_num_groups": 8, "layers_per_block": 1,
              "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2},
-            sample=_noise(3, 32, 32),
+            sample=noise(3, 32, 32),
             sample_posterior=lambda: True,
         ),
         "VQModel": diffusion(
@@ -444,7 +253,7 @@ FAMILIES: Mapping[str, Mapping[str, Make]] = {
             {"block_out_channels": (16, 32), "norm_num_groups": 8, "layers_per_block": 1,
              "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
              "num_vq_embeddings": 32},
-            sample=_noise(3, 32, 32),
+            sample=noise(3, 32, 32),
         ),
         "Transformer2DModel": diffusion(
             "Transformer2DModel",
@@ -452,16 +261,16 @@ FAMILIES: Mapping[str, Mapping[str, Make]] = {
              "sample_size": 16, "patch_size": 2, "norm_type": "ada_norm_zero", "num_embeds_ada_norm": 10,
              "norm_elementwise_affine": False},
             hidden_states=LATENT,
-            timestep=_steps,
-            class_labels=lambda: _steps(10),
+            timestep=timesteps,
+            class_labels=lambda: timesteps(10),
         ),
         "DiT": diffusion(
             "DiTTransformer2DModel",
             {"num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 2, "sample_size": 16,
              "num_embeds_ada_norm": 10},
             hidden_states=LATENT,
-            timestep=_steps,
-            class_labels=lambda: _steps(10),
+            timestep=timesteps,
+            class_labels=lambda: timesteps(10),
         ),
         "Stable Diffusion 3": diffusion(
             "SD3Transformer2DModel",
@@ -469,19 +278,19 @@ FAMILIES: Mapping[str, Mapping[str, Make]] = {
              "attention_head_dim": 16, "num_attention_heads": 4, "joint_attention_dim": 32,
              "caption_projection_dim": 64, "pooled_projection_dim": 32, "pos_embed_max_size": 16},
             hidden_states=LATENT,
-            timestep=_steps,
-            encoder_hidden_states=_noise(8, 32),
-            pooled_projections=_noise(32),
+            timestep=timesteps,
+            encoder_hidden_states=noise(8, 32),
+            pooled_projections=noise(32),
         ),
         "Flux": diffusion(
             "FluxTransformer2DModel",
             {"patch_size": 1, "in_channels": 4, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16,
              "num_attention_heads": 4, "joint_attention_dim": 32, "pooled_projection_dim": 32,
              "axes_dims_rope": (4, 6, 6)},
-            hidden_states=_noise(64, 4),
+            hidden_states=noise(64, 4),
             timestep=lambda: torch.rand(BATCH),
-            encoder_hidden_states=_noise(8, 32),
-            pooled_projections=_noise(32),
+            encoder_hidden_states=noise(8, 32),
+            pooled_projections=noise(32),
             img_ids=lambda: torch.randint(0, 8, (64, 3)),
             txt_ids=lambda: torch.zeros(8, 3),
         ),
@@ -491,8 +300,8 @@ FAMILIES: Mapping[str, Mapping[str, Make]] = {
              "cross_attention_dim": 64, "caption_channels": 32, "out_channels": 8, "num_embeds_ada_norm": 1000,
              "use_additional_conditions": False},
             hidden_states=LATENT,
-            timestep=_steps,
-            encoder_hidden_states=_noise(8, 32),
+            timestep=timesteps,
+            encoder_hidden_states=noise(8, 32),
             added_cond_kwargs=lambda: {"resolution": None, "aspect_ratio": None},
         ),
     },
