@@ -70,9 +70,20 @@ def measure_graph(
     def visit(k: int, arguments: list[Any]) -> None:
         stage = capture.stages[k]
         adding = [i for i, a in enumerate(arguments) if isinstance(a, nn.Parameter) and a in added]
-        unread = _unread(capture, k) if loss_is_output else frozenset()
-        carried, layouts = sorted(stage.carried_from), sorted(capture.result_layouts(k).items())
-        how = (clock, options, *surroundings, carried, k == last, adding, sorted(unread), layouts)
+        layouts, unread = capture.result_layouts(k)
+        if loss_is_output:
+            unread |= _unread(capture, k)
+        carried = sorted(stage.carried_from)
+        how = (
+            clock,
+            options,
+            *surroundings,
+            carried,
+            k == last,
+            adding,
+            sorted(unread),
+            sorted(layouts.items()),
+        )
         key = keys[k] = f"{capture.place}|{how}|{stage.signature}"
         if key not in costs:
             run = _isolated(capture, k, arguments, added, unread)
@@ -142,7 +153,7 @@ def _isolated(
     )
     reset = fresh_grads(parameters, existing)
     of_loss = loss if k == len(capture) - 1 else None
-    return StageRun(run, reset, of_loss, lasting, unread, capture.result_layouts(k))
+    return StageRun(run, reset, of_loss, lasting, unread, capture.result_layouts(k)[0])
 
 
 def graph_chain(
