@@ -219,6 +219,21 @@ def graph_chain(
         state = CPU_RANDOM_STATE if capture.random[k] and capture.place.type == "cpu" else 0
         return state + storage_bytes((model.get_buffer(n) for n in capture.changed[k]), capture.place)
 
+    def arriving(k: int) -> int:
+        """Bytes of gradients that are counted when stage k is reversed, as far as they stood in its isolation.
+
+        Two results may be one storage, whose gradients have become one; a gradient may be a part of one that lasts.
+        """
+        if k == count - 1:
+            return output_grad
+        counted = flows.boundary(k + 1)
+        for key in linear.carried[k]:
+            if graph.groups[key].requires_grad:
+                there = flows.carried_bytes(key, linear.readers[key][0]) if linear.readers[key] else 0
+                counted += max(there, size[key] if key in outputs and not loss_is_output else 0)
+        return min(costs[k].output_grads, counted)
+
+    outputs = _outputs(graph)
     freed = _freed(capture, saved_by)
     change, output_grad = _carried_changes(capture, size, freed, flows, loss_is_output)
     existing = {p for p in model.parameters() if p.grad is not None}
@@ -242,9 +257,7 @@ def graph_chain(
         prefix = k == 0 and linear.frozen_prefix
         # The gradient at hand is what a replay meets; what the stage makes until then is part of its own backward too.
         led = at_hand[k + 1] - flows.boundary(k + 1) if k < count - 1 else 0
-        # A gradient that is a part of another one does not go when the stage is done with it, as it did in isolation.
-        lasting = flows.shared(k + 1) if k < count - 1 else 0
-        gradients = input_grad + _own_output_grads(cost, k, count, output_grad) + led - lasting
+        gradients = input_grad + arriving(k) + led
         # Keeping all is the first option.
         whole = OptionCost(
             frozenset(),
@@ -350,11 +363,6 @@ def gradients_at_hand(boundary: list[int], lead: list[int | None], made: list[in
     return result
 
 
-def _own_output_grads(cost: StageCost, k: int, count: int, output_grad: int) -> int:
-    """Bytes of the gradients that stood for the incoming one while the stage was measured."""
-    return output_grad if k == count - 1 else cost.output_grads
-
-
 class _GradFlows:
     """Bytes that hold the gradients of boundary and carried values while they wait.
 
@@ -397,13 +405,6 @@ class _GradFlows:
         for key in self.capture.linear.boundaries[stage]:
             held.update(self._held(key, stage))
         return sum(amount for storage, amount in held.items() if storage not in elsewhere)
-
-    def shared(self, stage: int) -> int:
-        """Bytes of gradients of boundary ``stage`` that are there as parts of what carried gradients hold anyway."""
-        elsewhere = self._elsewhere(stage)
-        keys = self.capture.linear.boundaries[stage]
-        held = {key: self._held(key, stage) for key in keys}
-        return sum(self.size[key] for key in keys if held[key] and elsewhere.issuperset(held[key]))
 
     def carried_bytes(self, key: int, stage: int) -> int:
         """Bytes of a carried value's gradient once ``stage`` and all after it are reversed."""
