@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
 import warnings
@@ -22,7 +21,7 @@ from executors.runner import Runner, forward_of, plain_copy, plain_forward
 from executors.trace import Trace
 from executors.watch import Watch, tightened
 from scheduler.budget import format_bytes
-from scheduler.capture.sample import Call, CallSignature, canonical_call
+from scheduler.capture.sample import Call, CallSignature, canonical_call, forward_signature
 from scheduler.capture.state import HostRandomState, model_device
 from scheduler.costs.resident import storage_bytes
 from scheduler.errors import CaptureError, InfeasibleBudget, NewShapeWarning, PeakWarning
@@ -78,7 +77,7 @@ class Plans:
     ) -> None:
         self.settings = settings
         self.device = model_device(model)
-        self.signature = inspect.signature(source.forward)
+        self.signature = forward_signature(source)
         self.first, *rest = (self._runner(plan, model, source) for plan in plans)
         self.others: OrderedDict[CallSignature, Runner] = OrderedDict((r.want, r) for r in rest)
         self.plain: set[CallSignature] = set()  # of calls that are known to run plainly

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from scheduler.capture.fake import fake_call, fake_model
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.loss import find_loss
 from scheduler.capture.module_capture import ModuleCapture
-from scheduler.capture.sample import Call, canonical_call, read_sample, unplanned
+from scheduler.capture.sample import Call, canonical_call, forward_signature, read_sample, unplanned
 from scheduler.capture.state import preserved
 from scheduler.capture.target import Device, Target
 from scheduler.costs.live import LiveBytes
@@ -75,7 +74,7 @@ def rehearse(
         raise TypeError(f"rehearse: model is a {type(model).__name__}, expected a torch.nn.Module")
     model = unplanned(model)
     args, kwargs = read_sample(sample)
-    call = canonical_call(inspect.signature(model.forward), args, kwargs)
+    call = canonical_call(forward_signature(model), args, kwargs)
     notes = _Notes(plan)
     torch.clear_autocast_cache()
     collecting = gc.isenabled()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from scheduler.capture.sample import (
     Call,
     CallSignature,
     canonical_call,
+    forward_signature,
     model_fingerprint,
     read_sample,
     reject_unusable,
@@ -56,6 +56,7 @@ class Request:
     model: nn.Module
     budget: int
     call: Call
+    cacheless: bool  # use_cache=False was added to the call
     device: Device
     solver: str
     capture: str | tuple[nn.Module, ...]
@@ -156,6 +157,7 @@ def solve_again(plan: Plan, model: nn.Module, call: Call, progress: Progress) ->
         model,
         plan.memory_budget,
         call,
+        False,
         model_device(model),
         solver,
         "auto" if record.kind == "graph" else tuple(map(model.get_submodule, record.stages)),
@@ -274,7 +276,7 @@ def checked(
     if target is None:
         _refuse_without_data("the model", model.parameters())
     try:
-        call = canonical_call(inspect.signature(model.forward), args, kwargs)
+        call = canonical_call(forward_signature(model), args, kwargs)
     except TypeError as error:
         raise ValueError(f"solve: the sample does not fit {type(model).__name__}.forward: {error}") from error
     for leaf in pytree.tree_leaves(call):
@@ -288,6 +290,7 @@ def checked(
         model,
         budget,
         call,
+        "use_cache" in call[1] and "use_cache" not in kwargs,
         device,
         solver,
         capture if isinstance(capture, str) else tuple(capture),
@@ -344,7 +347,22 @@ def _plain_step(request: Request) -> StepResult:
         raise ValueError(
             f"solve: {type(model).__name__} rejects the sample: {type(error).__name__}: {error}"
         ) from error
-    return run_step(model, lambda: model(*args, **kwargs), offload=True)
+    plain = run_step(model, lambda: model(*args, **kwargs), offload=True)
+    if request.cacheless:
+        more = {name: value for name, value in kwargs.items() if name != "use_cache"}
+        with suppress(
+            torch.OutOfMemoryError
+        ):  # the caches may not fit: nobody trains that step, plain or planned
+            caching = run_step(model, lambda: model(*args, **more), offload=True)
+            # Of the outputs the caches are no part of training.
+            differs = difference(replace(plain, outputs=[]), replace(caching, outputs=[]))
+            if differs is not None:
+                raise ValueError(
+                    f"solve: {type(model).__name__} trains otherwise when it fills the caches of generation, which a plan "
+                    f"leaves out: {differs}. Pass use_cache=False in the sample and in training, or set "
+                    "model.config.use_cache = False"
+                )
+    return plain
 
 
 def _captured(request: Request) -> tuple[Captured, str, bool]:
@@ -387,7 +405,7 @@ def _exact_graph(request: Request, plain: StepResult) -> GraphCapture:
     for graph in op_graphs(model, call):
         try:
             captured = capture_graph(graph, model)
-            trial = functools.partial(captured.sweep, model, call)
+            trial = functools.partial(captured.trial, model, call)
             captured.clearing = torch.is_autocast_enabled(request.device.type)
             differs = difference(plain, run_step(model, trial, offload=True))
             if differs is not None and captured.clearing:

@@ -23,6 +23,7 @@ from scheduler.errors import PlanMismatch
 __all__ = [
     "CallSignature",
     "canonical_call",
+    "forward_signature",
     "model_fingerprint",
     "read_sample",
     "reject_unusable",
@@ -54,6 +55,22 @@ def read_sample(sample: Any) -> Call:
         f"solve: sample is a {type(sample).__name__}; pass a tensor, a tuple of positional arguments, "
         "a dict of keyword arguments, or (args, kwargs)"
     )
+
+
+def forward_signature(model: nn.Module) -> inspect.Signature:
+    """The signature of the model's forward, with ``use_cache`` by name.
+
+    Where transformers hands it on among ``**kwargs``, its default is in the model's configuration.
+    """
+    signature = inspect.signature(model.forward)
+    names = signature.parameters
+    rest = [p for p in names.values() if p.kind is p.VAR_KEYWORD]
+    config = getattr(model, "config", None)
+    configs = (config, *getattr(config, "__dict__", {}).values())  # a model of several has several
+    if not rest or "use_cache" in names or not any(getattr(c, "use_cache", None) is True for c in configs):
+        return signature
+    cache = inspect.Parameter("use_cache", inspect.Parameter.KEYWORD_ONLY, default=None)
+    return signature.replace(parameters=[*(p for p in names.values() if p not in rest), cache, *rest])
 
 
 def canonical_call(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:

@@ -70,8 +70,20 @@ def measure_graph(
     def visit(k: int, arguments: list[Any]) -> None:
         stage = capture.stages[k]
         adding = [i for i, a in enumerate(arguments) if isinstance(a, nn.Parameter) and a in added]
-        unread = _unread(capture, k) if loss_is_output else frozenset()
-        how = (clock, options, *surroundings, sorted(stage.carried_from), k == last, adding, sorted(unread))
+        layouts, unread = capture.result_layouts(k)
+        if loss_is_output:
+            unread |= _unread(capture, k)
+        carried = sorted(stage.carried_from)
+        how = (
+            clock,
+            options,
+            *surroundings,
+            carried,
+            k == last,
+            adding,
+            sorted(unread),
+            sorted(layouts.items()),
+        )
         key = keys[k] = f"{capture.place}|{how}|{stage.signature}"
         if key not in costs:
             run = _isolated(capture, k, arguments, added, unread)
@@ -140,7 +152,8 @@ def _isolated(
         if source.kind != "boundary" and isinstance(argument, Tensor)
     )
     reset = fresh_grads(parameters, existing)
-    return StageRun(run, reset, loss if k == len(capture) - 1 else None, lasting, unread)
+    of_loss = loss if k == len(capture) - 1 else None
+    return StageRun(run, reset, of_loss, lasting, unread, capture.result_layouts(k)[0])
 
 
 def graph_chain(

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
@@ -390,6 +390,8 @@ def _assemble(
         making[each.made].add(each.value)
         if each.freed is not None:
             change[each.freed] -= values.sizes[each.value]
+    # The blocks that need no gradient: they save nothing, and run once.
+    frozen = len(list(takewhile(lambda each: not any(each.box.requires_grad.values()), parts.blocks)))
     enters = [*map(set, values.enters), set()]
     lasting = {each.value for each in values.carried}
     stages = []
@@ -452,7 +454,7 @@ def _assemble(
                 grad=created[k] + by_glue[k],
                 carried=values.total(making[k]),
                 carried_change=change[k],
-                recomputable=index is not None,
+                recomputable=index is not None and index >= frozen,
                 enters=values.enters[k],
                 rerun_state=_rerun_state(capture, model, k),
             )

@@ -207,7 +207,7 @@ def run_skeleton(
             root: Tensor | None = find_loss(output)[0]
         else:
             tensors = (t for t in output_tensors(output) if t.is_floating_point() or t.is_complex())
-            root = seed_gradients(list(tensors))[0]
+            root = seed_gradients(dict(enumerate(tensors)), {})[0]
     if root is not None and root.requires_grad:
         with torch.autocast(root.device.type, enabled=False):
             root.backward()

@@ -1,0 +1,274 @@
+"""What training scripts do around a model, with a planned model as with the plain one, bit for bit."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from executors import execute
+from scheduler import solve
+from tests.models import Case
+from tests.steps import Record, assert_equal, assert_same, planned, restored, state, tightest, train, within
+
+BOTH = pytest.mark.parametrize("capture", ["graph", "modules"])
+
+
+class Block(nn.Module):
+    """A residual block with dropout."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.drop = nn.Dropout(0.1)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.drop(self.down(nn.functional.gelu(self.up(self.norm(x)))))
+        return out
+
+
+class Stack(nn.Module):
+    """Blocks and a head."""
+
+    def __init__(self, width: int = 16, depth: int = 6) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.head = nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        loss: Tensor = self.head(x).square().mean()
+        return loss
+
+
+def stack(seed: int = 0) -> Case:
+    torch.manual_seed(seed)
+    batch = torch.randn(64, 16)
+    return Case(Stack().train(), batch, (batch,))
+
+
+# ---- several models, several threads -----------------------------------------------------------------
+
+
+@BOTH
+def test_two_models_train_in_two_threads(capture: str) -> None:
+    cases = [stack(seed) for seed in (1, 2)]
+    # Random numbers are the process's own: dropout would depend on how the threads take turns.
+    for module in (module for case in cases for module in case.model.modules()):
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    expected = []
+    for case in cases:
+        with restored(case.model):
+            expected.append(train(case, case.model, steps=4))
+    models = [planned(case, capture) for case in cases]
+    found: dict[int, list[Record]] = {}
+
+    def run(number: int) -> None:
+        found[number] = train(cases[number], models[number], steps=4)
+
+    with restored(cases[0].model), restored(cases[1].model):
+        threads = [threading.Thread(target=run, args=(number,)) for number in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+    for number in (0, 1):
+        without_generators(found[number])
+        without_generators(expected[number])
+        assert_equal(found[number], expected[number])
+
+
+def without_generators(records: list[Record]) -> None:
+    for record in records:
+        record.pop("rng")
+
+
+@BOTH
+def test_a_planned_model_inside_a_plain_one(capture: str) -> None:
+    case = stack()
+    inner = planned(case, capture)
+
+    class Outer(nn.Module):
+        def __init__(self, inside: nn.Module) -> None:
+            super().__init__()
+            self.first = nn.Linear(16, 16)
+            self.inside = inside
+
+        def forward(self, x: Tensor) -> Tensor:
+            loss: Tensor = self.inside(self.first(x).tanh())
+            return loss
+
+    torch.manual_seed(5)
+    plain = Outer(case.model).train()
+    outer = Outer(inner).train()
+    outer.first = plain.first
+    around = Case(plain, case.sample, case.args)
+    # The batch that comes requires grad now, which the inner plan was not made for.
+    inner_plan = solve(case.model, "1GiB", sample=case.args[0].clone().requires_grad_(), capture=capture)
+    outer.inside = execute(tightest(inner_plan), case.model)
+    with restored(plain):
+        expected = train(around, plain)
+    with restored(plain):
+        assert_equal(train(around, outer), expected)
+
+
+@BOTH
+def test_a_planned_model_inside_a_planned_one(capture: str) -> None:
+    class Outer(nn.Module):
+        def __init__(self, inside: nn.Module) -> None:
+            super().__init__()
+            self.first = nn.Linear(16, 16)
+            self.inside = inside
+
+        def forward(self, x: Tensor) -> Tensor:
+            loss: Tensor = self.inside(self.first(x).tanh())
+            return loss
+
+    case = stack()
+    inner_plan = solve(case.model, "1GiB", sample=case.args[0].clone().requires_grad_(), capture=capture)
+    torch.manual_seed(5)
+    plain = Outer(case.model).train()
+    nested = Outer(execute(tightest(inner_plan), case.model)).train()
+    nested.first = plain.first
+    around = Case(nested, case.sample, case.args)
+    outer_plan = solve(nested, "1GiB", sample=case.sample)
+    outer = execute(tightest(outer_plan), nested)
+    with restored(plain):
+        expected = train(Case(plain, case.sample, case.args), plain)
+    with restored(plain):
+        found = train(around, outer)
+    assert_equal(found, expected)
+
+
+# ---- frozen, adapted, normalised ---------------------------------------------------------------------
+
+
+class Lora(nn.Module):
+    """A frozen linear layer with a trainable low-rank change."""
+
+    def __init__(self, base: nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base.out_features, bias=False)
+        self.up.weight.data.normal_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base(x) + self.up(self.down(x))
+        return out
+
+
+def adapted() -> Case:
+    case = stack()
+    case.model.requires_grad_(False)
+    for block in list(case.model.blocks)[3:]:  # type: ignore[arg-type] # a ModuleList
+        block.up = Lora(block.up)
+    return case
+
+
+@BOTH
+def test_adapters_get_gradients_and_the_frozen_prefix_runs_once(capture: str) -> None:
+    case = adapted()
+    plan = tightest(solve(case.model, "1GiB", sample=case.sample, capture=capture))
+    model = execute(plan, case.model)
+    with restored(case.model):
+        expected = train(case, case.model)
+    with restored(case.model):
+        assert_equal(train(case, model), expected)
+    runs = {"0": 0, "3": 0}
+
+    def count(name: str, *_: object) -> None:
+        runs[name] += 1
+
+    if capture == "modules":  # hooks inside of blocks see every run; as a graph the prefix is one stage
+        hooks = [
+            within(case.model, f"blocks.{n}.norm").register_forward_pre_hook(partial(count, n)) for n in runs
+        ]
+        case(model).backward()
+        for hook in hooks:
+            hook.remove()
+        case.model.zero_grad()
+        assert runs["0"] == 1 < runs["3"]
+    else:
+        assert plan.chain.stages[0].recomputable is False
+        assert plan.timeline.runs[0] == 1
+
+
+@BOTH
+def test_spectral_norm_s_vectors_move_once_a_step(capture: str) -> None:
+    torch.manual_seed(0)
+    layers = [
+        nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16)), nn.Tanh()) for _ in range(5)
+    ]
+    model = nn.Sequential(*layers, nn.Linear(16, 1)).train()
+    batch = torch.randn(512, 16)  # a random-number state of a block weighs as much as 79 rows
+    case = Case(model, batch, (batch,))
+    trained = planned(case, capture)
+    with restored(model):
+        expected = train(case, model)
+    with restored(model):
+        assert_equal(train(case, trained), expected)
+
+
+@BOTH
+def test_a_grad_scaler_scales_unscales_and_skips_as_with_the_plain_model(capture: str) -> None:
+    case = stack()
+    trained = planned(case, capture)
+
+    def procedure(model: nn.Module) -> Record:
+        torch.manual_seed(3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scales = []
+        for step in range(5):
+            loss = case(model) * (float("inf") if step == 2 else 1.0)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            scales.append(scaler.get_scale())
+        return {"scales": torch.tensor(scales), **state(model)}
+
+    assert_same(case.model, trained, procedure)
+
+
+@BOTH
+def test_two_losses_one_after_the_other_and_an_output_that_the_user_keeps(capture: str) -> None:
+    @dataclass
+    class Result:
+        loss: Tensor
+        hidden: Tensor
+        note: str
+        nothing: None = None
+
+    class Two(Stack):
+        def forward(self, x: Tensor) -> Result:  # type: ignore[override] # another model
+            for block in self.blocks:
+                x = block(x)
+            return Result(self.head(x).square().mean(), x, "two losses")
+
+    torch.manual_seed(0)
+    batch = torch.randn(64, 16)
+    model = Two().train()
+    torch.utils._pytree.register_dataclass(Result)
+    case = Case(model, batch, (batch,))
+    trained = planned(case, capture)
+
+    def procedure(one: nn.Module) -> Record:
+        result = one(batch)
+        assert (result.note, result.nothing) == ("two losses", None)
+        result.loss.backward(retain_graph=True)
+        result.hidden.sum().backward()
+        return {"hidden": result.hidden.detach().clone(), "loss": result.loss.detach()}
+
+    assert_same(model, trained, procedure)
