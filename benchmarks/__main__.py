@@ -28,6 +28,7 @@ NAMES = (
     "op_level",
     "plan_without_hardware",
     "roofline_check",
+    "training_run",
 )
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

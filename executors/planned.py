@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from executors.plans import Plans, Settings
-from executors.runner import RUNNER, plain_copy, shallow
+from executors.runner import RUNNER, plain_copy, shallow, wrappers
 from scheduler.capture.sample import model_fingerprint
 from scheduler.capture.state import model_device
 from scheduler.errors import PlanMismatch
@@ -67,7 +68,7 @@ def execute(
 
     Raises:
         TypeError: not a Plan, or not a module.
-        ValueError: an option that is unknown.
+        ValueError: an option that is unknown; a model whose ``forward`` was replaced on the object.
         PlanMismatch: the plan was made for another model. Raised by the planned model's forward if the
             inputs (with ``on_new_shape="error"``), or the modes of its submodules, are not those of the plan.
         InfeasibleBudget, CaptureError: raised by the planned model's forward if a new shape cannot be planned for.
@@ -79,6 +80,11 @@ def execute(
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"execute: model is a {type(model).__name__}, expected a torch.nn.Module")
+    if "forward" in model.__dict__:
+        raise ValueError(
+            f"execute: the forward of this {type(model).__name__} was replaced on the object, as accelerate's prepare() does "
+            "under mixed precision, and would go around the plan; call execute() first, then what wraps the forward"
+        )
     settings = Settings(watch, on_new_shape, max_plans, on_oom, check, debug)
     if RUNNER in model.__dict__:
         model = plain_copy(model)
@@ -139,14 +145,19 @@ def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
             return cls.forward(self, *args, **kwargs)
         return self.__dict__[RUNNER].forward(self, args, kwargs)
 
+    # A signature, but no way past the plan: accelerate unwraps a forward as far as ``__wrapped__`` goes.
+    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    del forward.__wrapped__
+
     def reduce(self: nn.Module, _protocol: Any) -> Any:
         # The derived class has no importable name: pickle and deepcopy take the plain model and the plans.
         plans = self.__dict__[RUNNER]
-        return _restore, (
+        arguments = (
             [plan.to_json() for plan in plans_of(self)],
             copy.copy(plain_copy(self)),
             asdict(plans.settings),
         )
+        return _restore, arguments, wrappers(self) or None
 
     return type(
         cls.__name__,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from scheduler.capture.verify import difference, run_step
 from scheduler.errors import CaptureError, PlanMismatch
 from scheduler.plan import Plan
 
-__all__ = ["RUNNER", "Runner", "forward_of", "plain_copy", "plain_forward", "shallow"]
+__all__ = ["RUNNER", "Runner", "forward_of", "plain_copy", "plain_forward", "shallow", "wrappers"]
 
 RUNNER = "_rematplan"  # where a planned model keeps its plans
 
@@ -161,8 +162,18 @@ def plain_copy(model: nn.Module) -> nn.Module:
     """The same model, sharing everything, of its original class."""
     plain = shallow(model)
     plain.__class__ = type(model).__mro__[1]
-    plain.__dict__.pop(RUNNER, None)
+    for name in (RUNNER, *wrappers(model)):
+        plain.__dict__.pop(name, None)
     return plain
+
+
+def wrappers(model: nn.Module) -> dict[str, Any]:
+    """What was put around a planned model's methods since (accelerate wraps ``forward`` in autocast): it leads to the plan."""
+    return {
+        name: value
+        for name, value in model.__dict__.items()
+        if name == "forward" or (isinstance(value, MethodType) and value.__self__ is model)
+    }
 
 
 def shallow(model: nn.Module) -> nn.Module:
