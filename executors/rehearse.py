@@ -181,7 +181,7 @@ def _faked(plan: Plan, model: nn.Module, call: Call, notes: _Notes, scratch: boo
     notes.now, notes.number = lambda: len(live.events), live.number
     # The user's code, which a capture of modules runs, must not take another way for fake tensors.
     with as_eager(twin), mode:
-        capture = _capture_of(plan, model, twin, call)
+        capture = _capture_of(plan, model, planned, call)
     with as_eager(planned), mode, torch.enable_grad():
         if isinstance(capture, GraphCapture):
             capture = replace(capture, constants=fake_call(capture.constants, mode, device))
@@ -197,12 +197,13 @@ def _faked(plan: Plan, model: nn.Module, call: Call, notes: _Notes, scratch: boo
     return _told(plan, False, resident, changes, notes, grads, uncounted)
 
 
-def _capture_of(plan: Plan, model: nn.Module, twin: nn.Module, call: Call) -> GraphCapture | ModuleCapture:
+def _capture_of(
+    plan: Plan, model: nn.Module, planned: nn.Module, call: Call
+) -> GraphCapture | ModuleCapture:
     """The plan's capture; made again, without data, for a plan that was loaded or another model."""
     live = plan.live[0] if plan.live is not None else None
     if live is not None and live._modules is model._modules and live._parameters is model._parameters:
         return plan.live[1]
-    planned = execute(plan, twin)
     return _runner(planned).capture_again(planned, call)
 
 
