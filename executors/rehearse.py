@@ -31,7 +31,7 @@ from scheduler.costs.scratch import Scratch
 from scheduler.device import DeviceSpec
 from scheduler.memory_timeline import Block, MemoryTimeline, Point, category_of, in_words
 from scheduler.plan import Plan
-from scheduler.schedule import Backward, Forward, Free
+from scheduler.schedule import Backward, Checkpoint, Forward, Keep
 
 __all__ = ["Difference", "Rehearsal", "rehearse"]
 
@@ -110,8 +110,8 @@ class _Notes:
         self.split = len(self.plan.schedule) - len(self.plan.program.replay)
         self.first: dict[int, int] = {}
         for index, action in enumerate(self.plan.schedule.actions[: self.split]):
-            if not isinstance(action, Free):
-                self.first.setdefault(action.stage, index)  # type: ignore[union-attr] # no copies in a plan
+            if isinstance(action, (Forward, Checkpoint, Keep)):
+                self.first.setdefault(action.stage, index)
 
     def action(self, what: str, where: int) -> int:
         """The index in the schedule of what the executor says."""

@@ -38,7 +38,7 @@ from scheduler.costs.roofline import roofline_graph
 from scheduler.device import DeviceSpec
 from scheduler.errors import CaptureError, InfeasibleBudget
 from scheduler.plan import CaptureRecord, Plan
-from scheduler.solvers import checked_solver, solve_chain
+from scheduler.solvers import SOLVERS, checked_solver, solve_chain
 
 __all__ = ["Priced", "Request", "checked", "priced", "solve"]
 
@@ -161,6 +161,11 @@ def _plan(request: Request, parameters: Mapping[str, Any]) -> Plan:
     model, solver = request.model, request.solver
     found = priced(request)
     captured, chain, resident = found.captured, found.chain, found.resident
+    if SOLVERS[solver].two_level and captured.kind == "modules":
+        raise CaptureError(
+            f"solve: solver={solver!r} copies what autograd saves to the host, which takes a graph capture, and the model "
+            f"was captured by its modules ({found.reason}); choose another solver"
+        )
     request.progress(f"solving for {format_bytes(request.budget)}")
     try:
         schedule = solve_chain(chain, request.budget, solver, **parameters)
@@ -195,6 +200,7 @@ def _plan(request: Request, parameters: Mapping[str, Any]) -> Plan:
         resident,
         torch.__version__,
         request.optimizer_step,
+        parameters.get("host"),
         live=None if isinstance(request.device, Target) else (model, captured),
     )
 

@@ -60,7 +60,7 @@ from scheduler.actions import (
     Schedule,
 )
 from scheduler.chain import Chain
-from scheduler.host import Copies, HostMemory, Item
+from scheduler.host import Copies, HostMemory, Item, apart
 from scheduler.storages import bytes_of
 
 __all__ = [
@@ -126,6 +126,11 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemo
             something left over at the end.
         ValueError: the schedule copies to a host, and there is none.
     """
+    actions = tuple(schedule)
+    if any(
+        isinstance(action, COPY_ACTIONS) for action in actions
+    ):  # copies are of whole boundaries and of all that a stage keeps
+        chain = apart(chain)
     stages = chain.stages
     count = len(stages)
     held: dict[int, int] = {0: stages[0].input}
@@ -141,7 +146,6 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemo
     live: list[int] = []
     during: list[int] = []
 
-    actions = tuple(schedule)
     for index, action in enumerate(actions):
         working_bytes = chain.input_bytes(working) if working is not None else 0
         if isinstance(action, Backward):
@@ -260,7 +264,7 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemo
         raise IllegalAction(
             end, None, f"left over: held {sorted(held)}, kept {sorted(kept)}, working {working}"
         )
-    if chain.values and copies is None:  # copies are of whole boundaries and all that a stage keeps
+    if chain.values:
         during, live = bytes_of(chain, actions)
     peak_action = max(range(end), key=during.__getitem__)
     used = (copies.peak, copies.stall) if copies else (0, 0.0)
