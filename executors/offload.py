@@ -118,12 +118,11 @@ class Block:
         self.holders: set[Item] = set()
         self.hosts: set[Item] = set()
         self.pinned = False
-        self._versions: dict[
-            Place, int
-        ] = {}  # what tensors that came back had more, when they left, than now
+        self._versions: dict[Place, int] = {}  # of the tensors, when they left the device
         self._flat: Tensor | None = None  # all of the storage, once it has come back
         self._host: Tensor | bool | None = None  # the copy on the host; True if tensors have no data
-        self._written = 0  # version of what was copied to the host
+        self._written = 0  # version of what is on the host, as tensors on the device count
+        self._began = 0  # where they began to count: at what wrote the bytes that came back
         self._copied: Any = None  # the event at the end of the copy under way
 
     def tensor(self, place: Place, version: int) -> Tensor:
@@ -151,7 +150,7 @@ class Block:
 
     def version(self, tensor: Tensor, place: Place) -> int:
         """The version of a tensor of this storage; that of a copy goes on from what was copied."""
-        return tensor._version + self._versions.get(place, 0)
+        return tensor._version - self._began + self._versions.get(place, 0)
 
     def write(self) -> None:
         """Start to copy it to the host, if it is not there."""
@@ -176,9 +175,7 @@ class Block:
         if isinstance(self._host, Tensor):
             with torch.no_grad():
                 self._copied = self.side.copy(flat, self._host, self.device, reading=True)
-        for place in self._versions:
-            self._versions[place] -= flat._version
-        self._written = flat._version
+        self._written = self._began = flat._version
         self.on_device = {Place.of(flat): flat}
         self.key = flat.untyped_storage()._cdata
         self.side.blocks[self.key] = self
@@ -187,15 +184,14 @@ class Block:
         """Let go of the copies that no item asks for; never of the last one."""
         if self._host is None or self.on_device is None:
             return
-        self._wait()
-        if next(iter(self.on_device.values()))._version != self._written:
-            self._drop_host()  # of what it was before it was changed in place
-        elif not self.holders:
-            for place, tensor in self.on_device.items():
-                self._versions[place] = self.version(tensor, place)
+        tensor = next(iter(self.on_device.values()))  # all of them have one version
+        if not self.holders and tensor._version == self._written:
+            self._wait()
+            places = (*self._versions, *self.on_device)
+            self._versions = {place: self.version(tensor, place) for place in places}
             self.on_device = self._flat = None
             self.side.blocks.pop(self.key, None)
-        elif not self.hosts:
+        elif not self.hosts or tensor._version != self._written:  # or it was changed in place since it was copied
             self._drop_host()
 
     def _wait(self) -> None:
@@ -205,6 +201,7 @@ class Block:
             self._copied = None
 
     def _drop_host(self) -> None:
+        self._wait()
         if isinstance(self._host, Tensor):
             self.side.bytes -= self.bytes
         self._host = None
@@ -212,6 +209,7 @@ class Block:
     def __del__(self) -> None:
         if self._copied is not None:
             self._copied.synchronize()  # or what is being copied would be given to others
+            self._copied = None
         self._drop_host()
 
 
