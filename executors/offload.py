@@ -191,7 +191,9 @@ class Block:
             self._versions = {place: self.version(tensor, place) for place in places}
             self.on_device = self._flat = None
             self.side.blocks.pop(self.key, None)
-        elif not self.hosts or tensor._version != self._written:  # or it was changed in place since it was copied
+        elif (
+            not self.hosts or tensor._version != self._written
+        ):  # or it was changed in place since it was copied
             self._drop_host()
 
     def _wait(self) -> None:

@@ -80,8 +80,10 @@ class ReplayProgram:
                     f"ReplayProgram: {action} in the first sweep, expected a run of stage {len(kept)}; an executor "
                     "runs every stage once, in order, before anything else"
                 )
+            # The input of stage 0 is there, and that of a stage after a kept one lies in what that one saved.
+            there = not kept or kept[-1] is not None
             kept.append(action.option if isinstance(action, Keep) else None)
-            if isinstance(action, Checkpoint) or (action.stage == 0 and isinstance(action, Forward)):
+            if isinstance(action, Checkpoint) or (isinstance(action, Forward) and there):
                 held.add(action.stage)
         if len(kept) != stages:
             raise ValueError(f"ReplayProgram: the first sweep runs {len(kept)} stages of {stages}")
