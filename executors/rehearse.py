@@ -59,6 +59,8 @@ def rehearse(
             table names them), and the seconds of each distinct op once or twice in a process. False: nothing is
             computed. No effect on a plan for a described device, or for one that is not there.
 
+    Copies to the host are made ``real``, and cost nothing without; they count with the action before them.
+
     Returns:
         the Rehearsal: the peak in the terms of ``plan.predicted_peak``, and each action's bytes beside the referee's.
 

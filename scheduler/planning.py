@@ -107,7 +107,8 @@ def solve(
         sample: what the model is trained on, in shape: a tensor, a tuple of positional arguments, a dict of
             keyword arguments, or ``(args, kwargs)``.
         solver: a name in ``scheduler.solvers.SOLVERS``; one that is ``executable``.
-        parameters: what else the solver takes, by name: ``{"keep": "attn"}`` for "selective".
+        parameters: what else the solver takes, by name: ``{"keep": "attn"}`` for "selective", ``{"host":
+            HostMemory(...)}`` for "two_level", which takes a graph capture.
         capture: "graph" (torch.export), "modules" (blocks that run in order), "auto" (graph where it is
             exact, else modules), or the blocks themselves: a list of modules or an nn.Sequential.
         costs: "measure" (seconds by the clock) or "roofline" (from FLOPs and bytes); bytes are counted either way.

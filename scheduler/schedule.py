@@ -32,7 +32,8 @@ With a second memory, the host (``HostMemory``), there are words for copies betw
 The device bytes of a copy being written stay until it is freed; those of a copy being read count from its
 prefetch on. ``Backward(i)`` lets go of what the host has of x_i and of the saved tensors of stage i. Copies
 of each direction are served in order. An action that needs what is being read waits for it; a read waits
-for the write of what it reads; and what lets go of a copy, on either side, waits for the copying of it.
+for the write of what it reads; and what lets go of a copy, on either side, waits for the copying of it. Bytes
+of a schedule that copies are counted by sums, those of ``host.apart``, even if the chain knows its values.
 """
 
 from __future__ import annotations
