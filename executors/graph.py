@@ -98,10 +98,11 @@ class GraphExecutor:
             if step.observe is not None:
                 step.observe("first", k)
             option = self.program.kept[k]
-            if option != 0:
-                step.before_first_run(k, boundary)
+            if option != 0 or self.program.copies:
+                if option != 0:
+                    step.before_first_run(k, boundary)
                 arguments = step.first_arguments(k, boundary, carried)
-                with step.dropping(k, None if option is None else self.rebuilds[k, option]):
+                with step.dropping(k, self.rebuilds[k, option] if option else None if option is None else ()):
                     results = stage.function(*arguments)
             else:
                 arguments = step.first_arguments(k, boundary, carried)
@@ -114,6 +115,7 @@ class GraphExecutor:
             for name, index in zip(stage.carried, stage.carried_from, strict=True):
                 carried[name] = results[index]
                 step.carry(name, results[index])
+            step.after_first_run(k, results, boundary)
             del results
         output = [self._output(leaf, flat_inputs, carried) for leaf in self.capture.outputs]
         step.sweep_is_over()
@@ -167,9 +169,10 @@ class GraphStep(Step):
         executor = self.executor
         own: list[Tensor] = [values[key] for _, values, key in executor.lookups[k]]
         arguments = self._arguments(k, boundary, carried, own)
-        if executor.program.kept[k] != 0:
+        if executor.program.kept[k] != 0 or executor.program.copies:
             # Views of parameters are packed by reference too: they share the storage.
             self.last(own)
+        if executor.program.kept[k] != 0:
             self.parameters[k] = own
             if executor.changed[k]:
                 self.snapshots[k] = [arguments[i].clone() for i in executor.changed[k]]

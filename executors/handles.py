@@ -10,6 +10,7 @@ from torch import Tensor
 from scheduler.capture.recompute import Rebuild
 
 if TYPE_CHECKING:
+    from executors.offload import Moved
     from executors.replay import Step
 
 __all__ = ["Handle", "Held", "Thinned"]
@@ -32,7 +33,7 @@ class Handle:
 
 
 class Held:
-    """A saved tensor that lives on anyway, with the version that autograd saw (rule 8)."""
+    """A saved tensor that lives on anyway, with the version that autograd saw (rule 9)."""
 
     __slots__ = ("tensor", "version")
 
@@ -53,9 +54,9 @@ class Thinned:
 
     __slots__ = ("boundary", "parts", "sources")
 
-    def __init__(self, parts: Sequence[Rebuild], boundary: tuple[Tensor, ...]) -> None:
+    def __init__(self, parts: Sequence[Rebuild], boundary: tuple[Tensor | Moved, ...]) -> None:
         self.parts = {index: part for part in parts for index in part.dropped}
-        self.sources: dict[int, Held] = {}
+        self.sources: dict[int, Held | Moved] = {}
         self.boundary = boundary
 
     def reads(self) -> set[int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from scheduler.budget import format_bytes
 from scheduler.memory_timeline import MemoryTimeline
 from scheduler.plan import Plan
-from scheduler.schedule import Free, Timeline
+from scheduler.schedule import Timeline
 
 __all__ = ["Difference", "Rehearsal"]
 
@@ -125,7 +125,7 @@ class Rehearsal:
     def _told(self, row: Difference) -> str:
         assert row.observed is not None
         action = self.plan.schedule.actions[row.action]
-        stage = action.boundary if isinstance(action, Free) else action.stage  # type: ignore[union-attr] # no copies
+        stage = getattr(action, action.__slots__[0])  # or boundary
         more = "more" if row.observed > row.predicted else "less"
         name = self.plan.chain.stages[stage].name
         return (

@@ -32,7 +32,7 @@ from scheduler.costs.scratch import Scratch
 from scheduler.device import DeviceSpec
 from scheduler.memory_timeline import Block, MemoryTimeline, Point, category_of, in_words
 from scheduler.plan import Plan
-from scheduler.schedule import Backward, Forward, Free
+from scheduler.schedule import Backward, Checkpoint, Forward, Keep
 
 __all__ = ["Difference", "Rehearsal", "rehearse"]
 
@@ -59,6 +59,8 @@ def rehearse(
             op's tensors at a time (ops that would take more than a quarter of the free memory are left out, and the
             table names them), and the seconds of each distinct op once or twice in a process. False: nothing is
             computed. No effect on a plan for a described device, or for one that is not there.
+
+    Copies to the host are made ``real``, and cost nothing without; they count with the action before them.
 
     Returns:
         the Rehearsal: the peak in the terms of ``plan.predicted_peak``, and each action's bytes beside the referee's.
@@ -111,8 +113,8 @@ class _Notes:
         self.split = len(self.plan.schedule) - len(self.plan.program.replay)
         self.first: dict[int, int] = {}
         for index, action in enumerate(self.plan.schedule.actions[: self.split]):
-            if not isinstance(action, Free):
-                self.first.setdefault(action.stage, index)  # type: ignore[union-attr] # no copies in a plan
+            if isinstance(action, (Forward, Checkpoint, Keep)):
+                self.first.setdefault(action.stage, index)
 
     def action(self, what: str, where: int) -> int:
         """The index in the schedule of what the executor says."""
@@ -197,9 +199,7 @@ def _faked(plan: Plan, model: nn.Module, call: Call, notes: _Notes, scratch: boo
     return _told(plan, False, resident, changes, notes, grads, uncounted)
 
 
-def _capture_of(
-    plan: Plan, model: nn.Module, planned: nn.Module, call: Call
-) -> GraphCapture | ModuleCapture:
+def _capture_of(plan: Plan, model: nn.Module, planned: nn.Module, call: Call) -> GraphCapture | ModuleCapture:
     """The plan's capture; made again, without data, for a plan that was loaded or another model."""
     live = plan.live[0] if plan.live is not None else None
     if live is not None and live._modules is model._modules and live._parameters is model._parameters:

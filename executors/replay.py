@@ -22,7 +22,9 @@ The rules, referred to by number below:
 7. Once the program has kept a stage again whole, no run of it starts from that stage's input any more. The input is let
    go of, and autograd holds what it saved of it; not so where it may be asked for again: the graph is retained, or
    saved tensors of stages that are reversed already are still wanted.
-8. Autograd checks versions only of tensors that it holds itself. Whatever is kept by reference, and
+8. Where the program copies between device and host, whatever a kept stage saved, and every boundary that is held, is a
+   ``Moved`` (offload.py); its unpack runs the program up to the backward of its stage, like that of a handle.
+9. Autograd checks versions only of tensors that it holds itself. Whatever is kept by reference, and
    whatever a re-run reads, is checked here: a change in place between forward and backward raises.
 """
 
@@ -37,11 +39,13 @@ from torch import Tensor
 
 from executors.check import CHECKS, Fingerprint, difference
 from executors.handles import Handle, Held, Thinned
+from executors.offload import Moved, Store
 from executors.trace import Observer
+from scheduler.actions import CopyAction
 from scheduler.capture.recompute import Rebuild
 from scheduler.capture.state import RandomState, autocast_contexts, autocast_state
 from scheduler.program import ReplayProgram
-from scheduler.schedule import Backward, Checkpoint, Forward, Free, Keep
+from scheduler.schedule import COPY_ACTIONS, Backward, Checkpoint, Forward, Free, FreeHost, Keep
 
 __all__ = ["ReplayError", "Step"]
 
@@ -59,7 +63,8 @@ class Step:
 
     Attributes:
         program: what to run.
-        boundaries: boundary -> its tensors, detached, while held.
+        boundaries: boundary -> its tensors, detached, while held; or what stands for them (rule 8).
+        store: what is on the device and on the host, if the program copies between the two.
         flags: boundary -> requires_grad of each tensor.
         filled: stage -> index -> rebuilt saved tensor.
         handles: stage -> handles alive.
@@ -84,7 +89,8 @@ class Step:
         self.random = random
         self.observe = observe
         self.draws = any(random)
-        self.boundaries: dict[int, tuple[Tensor, ...]] = {}
+        self.boundaries: dict[int, tuple[Tensor | Moved, ...]] = {}
+        self.store = Store() if program.copies else None
         self.versions: dict[int, tuple[int, ...]] = {}
         self.flags: dict[int, tuple[bool, ...]] = {}
         self.filled: list[dict[int, Tensor]] = [{} for _ in range(stages)]
@@ -140,8 +146,11 @@ class Step:
 
     def hold(self, boundary: int, tensors: tuple[Tensor, ...]) -> None:
         """Hold on to a boundary."""
-        self.boundaries[boundary] = tuple(t.detach() for t in tensors)
-        self.versions[boundary] = tuple(t._version for t in tensors)
+        if self.store is not None:
+            self.boundaries[boundary] = self.store.hold(boundary, tensors, own=not self.sweeping)
+        else:
+            self.boundaries[boundary] = tuple(t.detach() for t in tensors)
+            self.versions[boundary] = tuple(t._version for t in tensors)
         if self.observe is not None:
             self.observe("held", boundary, tensors)
 
@@ -165,22 +174,29 @@ class Step:
     def dropping(
         self, stage: int, parts: Sequence[Rebuild] | None = None
     ) -> torch.autograd.graph.saved_tensors_hooks:
-        """The context of a first run whose saved tensors are dropped (rule 1), or those that an option drops (rule 5)."""
-        prints, lasting, fingerprint = self.prints[stage], self.lasting, self.fingerprint
+        """The context of a first run whose saved tensors are dropped (rule 1), or those that an option drops (rule 5).
+
+        With ``parts`` of () nothing is dropped (rule 8).
+        """
+        prints, lasting, store = self.prints[stage], self.lasting, self.store
+        fingerprint = self.fingerprint
         dropped: frozenset[int] | None = None
         wanted: set[int] = set()
-        sources: dict[int, Held] = {}
-        if parts is not None:
+        sources: dict[int, Held | Moved] = {}
+        if parts is not None and not parts:
+            dropped = frozenset()
+        elif parts is not None:
             thinned = self.thinned[stage] = Thinned(parts, self.boundaries[stage])
             dropped, wanted, sources = frozenset(thinned.parts), thinned.reads(), thinned.sources
 
-        def pack(tensor: Tensor) -> Handle | Held:
+        def pack(tensor: Tensor) -> Handle | Held | Moved:
             index = len(prints)
-            if (dropped is None or index in dropped) and tensor.untyped_storage()._cdata not in lasting:
+            lasts = tensor.untyped_storage()._cdata in lasting
+            if (dropped is None or index in dropped) and not lasts:
                 prints.append(fingerprint(tensor))
                 return Handle(self, stage, index)
             prints.append(None)
-            held = Held(tensor)
+            held = Held(tensor) if store is None or lasts else store.pack(stage, tensor)
             if index in wanted:
                 sources[index] = held
             return held
@@ -191,9 +207,33 @@ class Step:
         """These storages live on through the step: saved tensors among them are packed by reference."""
         self.lasting.update(t.untyped_storage()._cdata for t in tensors)
 
+    def after_first_run(self, stage: int, results: Sequence[Tensor], following: tuple[Tensor, ...]) -> None:
+        """Copy what the program copies once the stage has run; ``following`` is the next boundary (rule 8)."""
+        store = self.store
+        if store is None:
+            return
+        packed = store.ran(stage, following, self.lasting, kept=self.program.kept[stage] is not None)
+        for action in self.program.moves[stage]:
+            self._move(action)
+        if (
+            not packed and not self.handles[stage]
+        ):  # the program goes on where this stage is reversed all the same
+            for tensor in results:
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda _: self.replay_until(stage))
+
+    def _move(self, action: CopyAction | Free) -> None:
+        """Carry out a copy, or let go of one (rule 8)."""
+        assert self.store is not None
+        self.store.move(action)
+        if isinstance(action, (Free, FreeHost)) and not self.store.wanted(action.boundary):
+            self.boundaries.pop(action.boundary, None)
+
     def sweep_is_over(self) -> None:
         """The forward is done; from here on handles that die release what was held for them."""
         self.sweeping = False
+        if self.store is not None:
+            self.store.sweep_is_over()
         for stage, alive in enumerate(self.handles):
             if not alive and self.rerunnable[stage]:
                 self.stage_is_done(stage)
@@ -223,12 +263,15 @@ class Step:
         """Hold a boundary no longer."""
         held = self.boundaries.pop(boundary, None)
         if self.observe is not None and held is not None:
-            self.observe("freed", boundary, held)
+            self.observe("freed", boundary, _tensors(held) if self.store is None else ())
 
     # ---- backward ------------------------------------------------------------------------------------
 
-    def unpack(self, packed: Handle | Held) -> Tensor:
+    def unpack(self, packed: Handle | Held | Moved) -> Tensor:
         """The saved tensor that ``packed`` stands for."""
+        if isinstance(packed, Moved):
+            self.replay_until(packed.stage)
+            return packed.tensor()
         if isinstance(packed, Held):
             if packed.tensor._version != packed.version:
                 raise RuntimeError(
@@ -248,8 +291,11 @@ class Step:
                 )
         return filled.pop(packed.index)
 
-    def replay_until(self, stage: int, index: int) -> None:
-        """Run the program up to the backward of ``stage``, so that this handle of it is filled (rules 2, 4, 5)."""
+    def replay_until(self, stage: int, index: int | None = None) -> None:
+        """Run the program up to the backward of ``stage``, so that this handle of it, if any, is filled (rules 2, 4, 5)."""
+        there = self.position >= self.program.backward_at[stage]
+        if index is None and there and torch._C._current_graph_task_id() == self.task:
+            return
         generators = RandomState(self.device) if self.draws else None
         try:
             with ExitStack() as contexts:
@@ -260,7 +306,10 @@ class Step:
                     self.task = task
                     if self.position >= self.program.backward_at[stage]:
                         self.position, self.working = 0, None
-                if self.position <= self.program.backward_at[stage] and self._follow(stage):
+                done = self.position <= self.program.backward_at[stage] and self._follow(stage)
+                if index is None:
+                    return
+                if done:
                     if self.observe is not None:
                         self.observe("backward", stage)
                     if index not in self.filled[stage] and stage in self.thinned:
@@ -289,6 +338,10 @@ class Step:
                 self.thinned.pop(action.stage, None)
                 if self.working is not None and self.working[0] > action.stage:
                     self.working = None
+                if self.store is not None:
+                    self.store.reversed(action.stage)
+            elif self.store is not None and isinstance(action, (Free, *COPY_ACTIONS)):
+                self._move(action)
             elif isinstance(action, Free):
                 self.free(action.boundary)
             elif isinstance(action, (Forward, Checkpoint, Keep)) and not self.rerunnable[action.stage]:
@@ -325,8 +378,10 @@ class Step:
     def _boundary(self, boundary: int) -> tuple[Tensor, ...] | None:
         if self.working is not None and self.working[0] == boundary:
             return self.working[1]
-        held = self.boundaries.get(boundary)
-        if held is not None and tuple(t._version for t in held) != self.versions[boundary]:
+        if boundary not in self.boundaries:
+            return None
+        held = _tensors(self.boundaries[boundary])
+        if self.store is None and tuple(t._version for t in held) != self.versions[boundary]:
             raise RuntimeError(
                 f"boundary {boundary} has been modified by an inplace operation since the forward, so that the "
                 "stages after it cannot be replayed"
@@ -465,7 +520,7 @@ class Step:
         prints, filled = self.prints[stage], self.filled[stage]
         inputs = tuple(
             t.detach().requires_grad_(flag)
-            for t, flag in zip(thinned.boundary, self.flags[stage], strict=True)
+            for t, flag in zip(_tensors(thinned.boundary), self.flags[stage], strict=True)
         )
         if not thinned.parts:
             del self.thinned[stage]
@@ -492,6 +547,10 @@ class Step:
             )
         for number, tensor in zip(part.gives, made, strict=True):
             fill(number, tensor)
+
+
+def _tensors(held: tuple[Tensor | Moved, ...]) -> tuple[Tensor, ...]:
+    return tuple(t.tensor() if isinstance(t, Moved) else t for t in held)
 
 
 def _never(_: Any) -> Tensor:

@@ -16,6 +16,7 @@ from scheduler.device import DeviceSpec as DeviceSpec
 from scheduler.errors import CaptureError as CaptureError
 from scheduler.errors import InfeasibleBudget as InfeasibleBudget
 from scheduler.errors import PlanMismatch as PlanMismatch
+from scheduler.host import HostMemory as HostMemory
 from scheduler.plan import Plan as Plan
 from scheduler.schedule import Schedule as Schedule
 from scheduler.schedule import simulate as simulate
@@ -29,6 +30,7 @@ __all__ = [
     "CaptureError",
     "Chain",
     "DeviceSpec",
+    "HostMemory",
     "InfeasibleBudget",
     "Option",
     "Plan",

@@ -16,7 +16,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scheduler.schedule import Backward, Checkpoint, Forward, Free, Keep
+from scheduler.schedule import (
+    Backward,
+    Checkpoint,
+    Forward,
+    Free,
+    FreeHost,
+    FreeSaved,
+    Keep,
+    Offload,
+    OffloadSaved,
+    Prefetch,
+    PrefetchSaved,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,6 +59,12 @@ _WORDS = {
     Keep: "run stage {} and keep it",
     Backward: "backward of stage {}",
     Free: "free boundary {}",
+    Offload: "copy boundary {} to the host",
+    Prefetch: "fetch boundary {} from the host",
+    FreeHost: "free boundary {} on the host",
+    OffloadSaved: "copy what stage {} saved to the host",
+    PrefetchSaved: "fetch what stage {} saved from the host",
+    FreeSaved: "free what stage {} saved",
 }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from scheduler.budget import format_bytes, parse_budget
 from scheduler.chain import Chain
 from scheduler.cuts import Cut, explain_cut, summary
+from scheduler.host import HostMemory
 from scheduler.program import ReplayProgram
 from scheduler.schedule import Backward, Checkpoint, Forward, Keep, Schedule, Timeline, simulate
 from scheduler.solvers import SOLVERS, checked_solver, solve_chain
@@ -98,6 +99,7 @@ class Plan:
         torch_version: of the torch that captured the model.
         optimizer_step: the most bytes that a step of the optimizer takes above parameters, gradients and its state; None if
             not known, 0 without an optimizer. Activations are gone by then.
+        host: the second memory that the schedule copies to; None if it keeps to the device.
         live: the capture itself, as long as the plan stays in its process; never saved.
         parameters: what the solver was given besides chain and budget, likewise (it may be a function).
     """
@@ -111,6 +113,7 @@ class Plan:
     resident: Mapping[str, int]
     torch_version: str
     optimizer_step: int | None = 0
+    host: HostMemory | None = None
     live: Any = field(default=None, compare=False, repr=False)
     parameters: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -119,7 +122,12 @@ class Plan:
             raise ValueError(
                 f"Plan: the schedule's peak of {self.timeline.peak} bytes is over memory_budget={self.memory_budget}"
             )
-        _ = self.program  # refuses a schedule that no executor can follow
+        # The program refuses a schedule that no executor can follow.
+        if self.program.copies and self.capture.kind == "modules":
+            raise ValueError(
+                "Plan: the schedule copies between device and host, which takes a graph capture: of modules, nobody has hold "
+                "of what the code between them saves. Choose another solver, or capture='graph'"
+            )
         if self.capture.kind == "graph":
             options = [len(stage.options) for stage in self.chain.stages]
             for name in ("dropped", "rerun"):
@@ -132,7 +140,7 @@ class Plan:
     @cached_property
     def timeline(self) -> Timeline:
         """What the referee says of the schedule."""
-        return simulate(self.chain, self.schedule)
+        return simulate(self.chain, self.schedule, self.host)
 
     @cached_property
     def program(self) -> ReplayProgram:
@@ -168,7 +176,7 @@ class Plan:
 
         Args:
             memory_budget: as for ``solve``; a percentage is of this machine's memory.
-            solver: default: the plan's own, or "optimal" where that takes parameters.
+            solver: default: the plan's own with its ``host``, or "optimal" where that takes other parameters.
             parameters: what else the solver takes.
 
         Raises:
@@ -176,15 +184,24 @@ class Plan:
             InfeasibleBudget: no schedule fits; carries the smallest budget that one fits.
         """
         budget = parse_budget(memory_budget)
-        if solver is None:
+        parameters = parameters or {}
+        if solver is None and SOLVERS[self.solver].two_level:
+            solver, parameters = self.solver, {"host": self.host, **parameters}
+        elif solver is None:
             solver = "optimal" if SOLVERS[self.solver].parameters else self.solver
-        if not checked_solver("Plan.within", solver, parameters or {}).executable:
+        if not checked_solver("Plan.within", solver, parameters).executable:
             raise ValueError(
                 f"Plan.within: solver={solver!r} makes schedules that executors cannot follow; choose another solver"
             )
-        schedule = solve_chain(self.chain, budget, solver, **(parameters or {}))
+        schedule = solve_chain(self.chain, budget, solver, **parameters)
+        host = parameters.get("host")
         return replace(
-            self, memory_budget=budget, schedule=schedule, solver=solver, parameters=dict(parameters or {})
+            self,
+            memory_budget=budget,
+            schedule=schedule,
+            solver=solver,
+            host=host,
+            parameters=dict(parameters),
         )
 
     def kept(self, stage: int) -> str:
@@ -301,11 +318,21 @@ class Plan:
                 f"solver {self.solver}, costs {self.costs}"
                 + (f" of {self.capture.target}, which is not there" if self.capture.target else "")
             ),
+            *([self._host_line()] if self.program.copies else []),
             f"live all step: {parts}",
             *([self._optimizer_line()] if self.optimizer_step else []),
             f"captured as {self.capture.kind}: {self.capture.reason}",
         ]
         return "\n".join(lines)
+
+    def _host_line(self) -> str:
+        """What is copied to the host, in words."""
+        assert self.host
+        line = self.timeline
+        return (
+            f"on the host: at most {format_bytes(line.host_peak)} of {format_bytes(self.host.capacity)}; the device waits "
+            f"{line.stall * 1e3:.1f} ms for copies"
+        )
 
     def _optimizer_line(self) -> str:
         """What the optimizer's own step takes, in words."""
@@ -327,6 +354,7 @@ class Plan:
             "torch_version": self.torch_version,
             "resident": dict(self.resident),
             "optimizer_step": self.optimizer_step,
+            "host": None if self.host is None else asdict(self.host),
             "capture": asdict(self.capture),
             "chain": self.chain.to_json(),
             "schedule": self.schedule.to_json(),
@@ -352,6 +380,7 @@ class Plan:
                 capture=CaptureRecord(**data["capture"]),
                 resident=dict(data["resident"]),
                 optimizer_step=data.get("optimizer_step", 0),
+                host=None if data.get("host") is None else HostMemory(**data["host"]),
                 torch_version=data["torch_version"],
             )
         except (KeyError, TypeError) as error:

@@ -109,7 +109,8 @@ def solve(
         sample: what the model is trained on, in shape: a tensor, a tuple of positional arguments, a dict of
             keyword arguments, or ``(args, kwargs)``.
         solver: a name in ``scheduler.solvers.SOLVERS``; one that is ``executable``.
-        parameters: what else the solver takes, by name: ``{"keep": "attn"}`` for "selective".
+        parameters: what else the solver takes, by name: ``{"keep": "attn"}`` for "selective", ``{"host":
+            HostMemory(...)}`` for "two_level", which takes a graph capture.
         capture: "graph" (torch.export), "modules" (blocks that run in order), "auto" (graph where it is
             exact, else modules), or the blocks themselves: a list of modules or an nn.Sequential.
         costs: "measure" (seconds by the clock) or "roofline" (from FLOPs and bytes); bytes are counted either way.
@@ -194,6 +195,11 @@ def _plan(request: Request, parameters: Mapping[str, Any]) -> Plan:
     model, solver = request.model, request.solver
     found = priced(request)
     captured, chain, resident = found.captured, found.chain, found.resident
+    if SOLVERS[solver].two_level and captured.kind == "modules":
+        raise CaptureError(
+            f"solve: solver={solver!r} copies what autograd saves to the host, which takes a graph capture, and the model "
+            f"was captured by its modules ({found.reason}); choose another solver"
+        )
     request.progress(f"solving for {format_bytes(request.budget)}")
     try:
         schedule = solve_chain(chain, request.budget, solver, **parameters)
@@ -228,6 +234,7 @@ def _plan(request: Request, parameters: Mapping[str, Any]) -> Plan:
         resident,
         torch.__version__,
         request.optimizer_step,
+        parameters.get("host"),
         live=None if isinstance(request.device, Target) else (model, captured),
         parameters=dict(parameters),
     )

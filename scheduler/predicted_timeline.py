@@ -5,11 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from scheduler.host import apart
 from scheduler.memory_timeline import Block, MemoryTimeline, Point, category_of, in_words
-from scheduler.schedule import Backward, Checkpoint, Forward, Free, Keep
+from scheduler.schedule import (
+    COPY_ACTIONS,
+    Backward,
+    Checkpoint,
+    Forward,
+    Free,
+    FreeSaved,
+    Keep,
+    Prefetch,
+    PrefetchSaved,
+)
 from scheduler.storages import follow
 
 if TYPE_CHECKING:
+    from scheduler.chain import Chain
     from scheduler.plan import Plan
 
 __all__ = ["predicted"]
@@ -56,6 +68,10 @@ def predicted(plan: Plan) -> MemoryTimeline:
     Two points an action: while it runs, and after it.
     """
     chain, judged = plan.chain, plan.timeline
+    if any(
+        isinstance(action, COPY_ACTIONS) for action in plan.schedule
+    ):  # then the referee goes by these sums
+        chain = apart(chain)
     ledger = _Ledger()
     parts = dict(plan.resident)
     parts[STATE] = parts.get(STATE, 0) + chain.fixed - sum(parts.values())
@@ -63,7 +79,7 @@ def predicted(plan: Plan) -> MemoryTimeline:
         parts[STATE] -= sum(stage.rerun_state for stage in chain.stages)
     for part, size in parts.items():
         ledger.put(part, category_of(part), size, part)
-    account = (_by_storage if chain.values else _by_sums)(plan, ledger)
+    account = _by_storage(plan, ledger) if chain.values else _by_sums(plan, chain, ledger)
     points: list[Point] = []
     for index, action in enumerate(plan.schedule):
         words = in_words(action)
@@ -122,11 +138,12 @@ def _named(stage: Any) -> set[int]:
     return {*stage.enters, *(value for option in stage.options for value in option.keeps)}
 
 
-def _by_sums(plan: Plan, ledger: _Ledger) -> Iterator[None]:
+def _by_sums(plan: Plan, chain: Chain, ledger: _Ledger) -> Iterator[None]:
     """The same by the chain's sums."""
-    stages = plan.chain.stages
+    stages = chain.stages
     count = len(stages)
     grads = carried = 0
+    left = count  # stages that are not reversed
     working: int | None = None
     seen: set[int] = set()
     kept: dict[int, int] = {}
@@ -144,7 +161,7 @@ def _by_sums(plan: Plan, ledger: _Ledger) -> Iterator[None]:
         ledger.put("carried", "carried values", carried)
 
     for index, action in enumerate(plan.schedule):
-        i = action.boundary if isinstance(action, Free) else action.stage  # type: ignore[union-attr] # no copies here
+        i: int = getattr(action, action.__slots__[0])  # its stage or boundary
         if isinstance(action, (Forward, Checkpoint, Keep)):
             if working != i:
                 ledger.drop("working")
@@ -156,6 +173,14 @@ def _by_sums(plan: Plan, ledger: _Ledger) -> Iterator[None]:
                 hold(i)
         if isinstance(action, Free):
             ledger.drop(("held", i))
+        elif isinstance(action, Prefetch):
+            ledger.put(("held", i), "boundaries held", stages[i].input, f"boundary {i}")
+        elif isinstance(action, PrefetchSaved):
+            ledger.put(("kept", i), "kept saved tensors", stages[i].options[kept[i]].saved, stages[i].name)
+        elif isinstance(action, FreeSaved):
+            ledger.drop(("kept", i))
+            if i + 1 < left and ("held", i + 1) not in ledger.open:
+                ledger.put(("held", i + 1), "boundaries held", stages[i + 1].input, f"boundary {i + 1}")
         elif isinstance(action, Keep):
             kept[i] = action.option
             ledger.put(
@@ -163,6 +188,7 @@ def _by_sums(plan: Plan, ledger: _Ledger) -> Iterator[None]:
             )
         yield
         if isinstance(action, Backward):
+            left = i
             ledger.drop(("kept", i))
             ledger.drop(("held", i))
             carry(stages[i].carried_change)
@@ -174,11 +200,11 @@ def _by_sums(plan: Plan, ledger: _Ledger) -> Iterator[None]:
             working = None
             if ("held", i + 1) not in ledger.open:
                 working = i + 1
-                ledger.put("working", "transient", plan.chain.input_bytes(i + 1), f"boundary {i + 1}")
+                ledger.put("working", "transient", chain.input_bytes(i + 1), f"boundary {i + 1}")
         elif isinstance(action, Keep):
             working = None
         if isinstance(action, (Forward, Checkpoint, Keep)) and i == count - 1:
-            ledger.put("at hand", "gradient at hand", plan.chain.output_grad)
+            ledger.put("at hand", "gradient at hand", chain.output_grad)
         # Of what a run just before its backward leaves, or a backward, the referee may know that it is less.
         over = ledger.total - plan.timeline.live[index]
         newest = ("kept", i - 1 if isinstance(action, Backward) else i)

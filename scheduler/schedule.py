@@ -32,7 +32,8 @@ With a second memory, the host (``HostMemory``), there are words for copies betw
 The device bytes of a copy being written stay until it is freed; those of a copy being read count from its
 prefetch on. ``Backward(i)`` lets go of what the host has of x_i and of the saved tensors of stage i. Copies
 of each direction are served in order. An action that needs what is being read waits for it; a read waits
-for the write of what it reads; and what lets go of a copy, on either side, waits for the copying of it.
+for the write of what it reads; and what lets go of a copy, on either side, waits for the copying of it. Bytes
+of a schedule that copies are counted by sums, those of ``host.apart``, even if the chain knows its values.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ from scheduler.actions import (
     Schedule,
 )
 from scheduler.chain import Chain
-from scheduler.host import Copies, HostMemory, Item
+from scheduler.host import Copies, HostMemory, Item, apart
 from scheduler.storages import bytes_of
 
 __all__ = [
@@ -126,6 +127,11 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemo
             something left over at the end.
         ValueError: the schedule copies to a host, and there is none.
     """
+    actions = tuple(schedule)
+    if any(
+        isinstance(action, COPY_ACTIONS) for action in actions
+    ):  # copies are of whole boundaries and of all that a stage keeps
+        chain = apart(chain)
     stages = chain.stages
     count = len(stages)
     held: dict[int, int] = {0: stages[0].input}
@@ -141,7 +147,6 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemo
     live: list[int] = []
     during: list[int] = []
 
-    actions = tuple(schedule)
     for index, action in enumerate(actions):
         working_bytes = chain.input_bytes(working) if working is not None else 0
         if isinstance(action, Backward):
@@ -260,7 +265,7 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemo
         raise IllegalAction(
             end, None, f"left over: held {sorted(held)}, kept {sorted(kept)}, working {working}"
         )
-    if chain.values and copies is None:  # copies are of whole boundaries and all that a stage keeps
+    if chain.values:
         during, live = bytes_of(chain, actions)
     peak_action = max(range(end), key=during.__getitem__)
     used = (copies.peak, copies.stall) if copies else (0, 0.0)

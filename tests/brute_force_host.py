@@ -156,8 +156,12 @@ def _next(chain: Chain, state: HostState, rng: random.Random) -> Action:
     raise AssertionError("x_0 is nowhere")
 
 
-def legal_walk(chain: Chain, host: HostMemory, seed: int) -> tuple[Action, ...]:
-    """A random legal schedule: up to twenty actions of any kind among those that lead to the end."""
+def legal_walk(chain: Chain, host: HostMemory, seed: int, *, in_order: bool = False) -> tuple[Action, ...]:
+    """A random legal schedule: up to twenty actions of any kind among those that lead to the end.
+
+    Args:
+        in_order: the detours run no stage again before all have run, as executors have it.
+    """
     rng = random.Random(seed)
     state = start_of(chain)
     actions: list[Action] = []
@@ -172,6 +176,12 @@ def legal_walk(chain: Chain, host: HostMemory, seed: int) -> tuple[Action, ...]:
                 if host_step(chain, host, state, other)
                 and not (other == Free(0) and ("boundary", 0) not in state[2])
                 and not (other == FreeHost(0) and 0 not in state[0][1])
+                and not (
+                    in_order
+                    and isinstance(other, (Forward, Checkpoint, Keep, Backward))
+                    and state[0][4] < len(chain)
+                    and other.stage != state[0][4]
+                )
                 # What may run only once is kept when it runs.
                 and not (
                     isinstance(other, (Forward, Checkpoint)) and not chain.stages[other.stage].recomputable

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from scheduler import Chain, InfeasibleBudget, Plan, solve_chain
-from scheduler.host import HostMemory
 from scheduler.plan import CaptureRecord
 from scheduler.schedule import Backward, Checkpoint, Free, Keep, Schedule, simulate
 
@@ -66,7 +65,7 @@ def test_a_plan_gives_plans_for_other_budgets_from_the_same_costs() -> None:
         plan.within(1)
     assert plan.within(caught.value.smallest).predicted_peak == caught.value.smallest
     with pytest.raises(ValueError, match="executors cannot follow"):
-        plan.within(150, solver="two_level", parameters={"host": HostMemory(100, 1.0, 1.0)})
+        plan.within(150, solver="exhaustive")
     with pytest.raises(ValueError, match=r"Plan\.within"):
         plan.within(150, solver="none such")
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch.utils import _pytree as pytree
 
 from scheduler.capture.fake import Watch
@@ -233,7 +234,7 @@ def capture_modules(
             f"the modules given do not each run once, in the order given; seen: {[e.name for e in chosen]}"
         )
     usable = [entry for entry in usable if not entry.changes_input]
-    if target is None:
+    if target is None and detect_fake_mode() is None:
         usable = _repeatable(model, call, usable, device)
     if not usable:
         raise CaptureError(
