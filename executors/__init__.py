@@ -2,9 +2,10 @@
 
 ``execute(plan, model)`` gives a model that shares the given model's parameters and trains by the plan.
 ``measure_peak(fn)`` counts the bytes that a step really takes; ``rehearse(plan, model, sample)`` shows where in the
-step they are taken, on tensors without data or for real.
+step they are taken, on tensors without data or for real. ``broadcast_plan(plan)`` gives all ranks one plan.
 """
 
+from executors.distributed import broadcast_plan as broadcast_plan
 from executors.memory import MeasuredPeak as MeasuredPeak
 from executors.memory import measure_peak as measure_peak
 from executors.planned import execute as execute
@@ -13,4 +14,13 @@ from executors.rehearsal import Rehearsal as Rehearsal
 from executors.rehearse import rehearse as rehearse
 from executors.replay import ReplayError as ReplayError
 
-__all__ = ["MeasuredPeak", "Rehearsal", "ReplayError", "execute", "measure_peak", "plan_of", "rehearse"]
+__all__ = [
+    "MeasuredPeak",
+    "Rehearsal",
+    "ReplayError",
+    "broadcast_plan",
+    "execute",
+    "measure_peak",
+    "plan_of",
+    "rehearse",
+]

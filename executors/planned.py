@@ -18,8 +18,9 @@ from executors.modules import ModuleExecutor
 from executors.watch import Watch, tightened
 from scheduler.budget import format_bytes, machine_bytes
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
-from scheduler.capture.module_capture import ModuleCapture, capture_modules
+from scheduler.capture.module_capture import ModuleCapture, capture_modules, recorded_modules
 from scheduler.capture.sample import Call, CallSignature, canonical_call, model_fingerprint
+from scheduler.capture.sharded import reject_wrapped, share_sharding
 from scheduler.capture.state import model_device, preserved
 from scheduler.capture.verify import difference, run_step
 from scheduler.costs.resident import storage_bytes
@@ -134,6 +135,11 @@ class _Runner:
     def _capture_again(self, model: nn.Module, call: Call) -> GraphCapture | ModuleCapture:
         record = self.plan.capture
         plain = _plain_copy(model)
+        if record.kind == "modules" and record.fed and torch.distributed.is_initialized():
+            # A forward of this rank alone could wait for the others in a collective for ever.
+            return recorded_modules(
+                record.stages, record.fed, record.random, record.changed, model_device(model)
+            )
         if record.kind == "modules":
             blocks = [model.get_submodule(name) for name in record.stages]
             with preserved(plain):
@@ -182,21 +188,28 @@ def _hindrance(plan: Plan, model: nn.Module) -> str | None:
 
 def _plain_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The forward of the class that ``execute`` derived from."""
-    original: Any = type(model).__mro__[1]
+    original: Any = _original(model)
     return original.forward(model, *args, **kwargs)
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:
     """The same model, sharing everything, of its original class."""
     plain = _shallow(model)
-    plain.__class__ = type(model).__mro__[1]
-    plain.__dict__.pop(_RUNNER, None)
+    plain.__class__ = _original(model)
+    for name in (_RUNNER, "_compiled_call_impl"):
+        plain.__dict__.pop(name, None)
     return plain
 
 
+def _original(model: nn.Module) -> Any:
+    """The class that the planned model's class was derived from."""
+    return type(model).__mro__[1]
+
+
 def _shallow(model: nn.Module) -> nn.Module:
-    twin = model.__class__.__new__(model.__class__)
+    twin: nn.Module = object.__new__(model.__class__)
     twin.__dict__.update(model.__dict__)
+    share_sharding(model, twin)
     return twin
 
 
@@ -231,6 +244,7 @@ def execute(plan: Plan, model: nn.Module, *, watch: bool | None = None) -> nn.Mo
         raise TypeError(f"execute: model is a {type(model).__name__}, expected a torch.nn.Module")
     if _RUNNER in model.__dict__:
         model = _plain_copy(model)
+    reject_wrapped("execute", model)
     device = model_device(model)
     if device.type != plan.capture.device:
         raise PlanMismatch(
@@ -254,6 +268,21 @@ def plan_of(model: nn.Module) -> Plan | None:
     return runner.plan if isinstance(runner, _Runner) else None
 
 
+def _eagerly(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The training forward of a planned model that was compiled: by its plan, and not compiled."""
+    warnings.warn(
+        f"planned {type(model).__name__}: torch.compile of a planned model is left out, for it would lose the schedule; compile "
+        "its blocks instead (block.compile()), before solve(..., capture=[blocks])",
+        stacklevel=2,
+    )
+    return torch.compiler.disable(model.__dict__[_RUNNER].forward)(model, args, kwargs)
+
+
+# What torch.compiler.disable sets; itself it would load the compiler, which takes seconds, for everyone.
+_eagerly._torchdynamo_disable = True  # type: ignore[attr-defined]
+_eagerly._torchdynamo_disable_msg = "a planned model is not compiled as a whole; compile its blocks"  # type: ignore[attr-defined]
+
+
 @functools.cache
 def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
     """A subclass of ``cls``, of the same name, whose training forward follows the model's plan."""
@@ -262,6 +291,8 @@ def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.training or not torch.is_grad_enabled():
             return cls.forward(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return _eagerly(self, args, kwargs)
         return self.__dict__[_RUNNER].forward(self, args, kwargs)
 
     def reduce(self: nn.Module, _protocol: Any) -> Any:

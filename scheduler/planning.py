@@ -16,7 +16,7 @@ from scheduler.budget import format_bytes, free_machine_bytes, machine_bytes, pa
 from scheduler.capture.dry import capture_dry, without_hardware
 from scheduler.capture.fake import has_data
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
-from scheduler.capture.module_capture import ModuleCapture, capture_blocks
+from scheduler.capture.module_capture import ModuleCapture, capture_blocks, intercepted, is_compiled
 from scheduler.capture.sample import (
     Call,
     CallSignature,
@@ -26,6 +26,7 @@ from scheduler.capture.sample import (
     reject_unusable,
     unplanned,
 )
+from scheduler.capture.sharded import sharded_within
 from scheduler.capture.state import model_device, preserved
 from scheduler.capture.target import Device, Target
 from scheduler.capture.verify import StepResult, difference, run_step
@@ -62,6 +63,7 @@ class Request:
     optimizer_state: int
     optimizer_step: int | None
     progress: Progress
+    arrives: CallSignature | None = None  # of the call that reaches the model's forward, behind its own hooks
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,8 @@ def priced(request: Request, *, options: bool = True) -> Priced:
     )
     request.progress(f"pricing {len(captured)} stages")
     chain = _chain(request, captured, sum(resident.values()), own_loss, options)
+    if isinstance(captured, ModuleCapture) and captured.gathering:
+        resident["gathered parameters"] = captured.gathering
     extra = chain.fixed - sum(resident.values())
     if extra:
         resident["constants and replay state"] = extra
@@ -174,6 +178,8 @@ def _plan(request: Request, parameters: Mapping[str, Any]) -> Plan:
             "appear in backward. Raise the budget, shorten the batch, or use an optimizer with less state.",
         ) from error
     signature = CallSignature.of(request.call)
+    if isinstance(captured, ModuleCapture) and request.arrives is not None:
+        signature = request.arrives  # fully_shard's hook may have cast the inputs
     record = CaptureRecord(
         kind=captured.kind,
         reason=found.reason,
@@ -300,8 +306,17 @@ def _free_bytes(
 def _plain_step(request: Request) -> StepResult:
     """One plain step on the sample, saved tensors offloaded where the device is not the host."""
     model, (args, kwargs) = request.model, request.call
+    signature = inspect.signature(model.forward)
+
+    def note(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            request.arrives = CallSignature.of(canonical_call(signature, args, kwargs))
+            return forward(*args, **kwargs)
+
+        return noted
+
     try:
-        with preserved(model), torch.enable_grad():
+        with preserved(model), torch.enable_grad(), intercepted([(model, note)]):
             model(*args, **kwargs)  # warm-up; and a rejected sample shows before a step is taken
     except Exception as error:  # whatever the model's code raises on a sample that does not suit it
         raise ValueError(
@@ -342,6 +357,11 @@ def _exact_graph(request: Request, plain: StepResult) -> GraphCapture:
         CaptureError: it cannot be captured, or one step of it differs.
     """
     model, call = request.model, request.call
+    if sharded_within(model):
+        raise CaptureError("fully_shard's hooks gather its parameters, and an exported graph has no hooks")
+    compiled = next((name for name, module in model.named_modules() if is_compiled(module)), None)
+    if compiled is not None:
+        raise CaptureError(f"submodule {compiled!r} is compiled, and an exported graph runs op by op")
     if plain.custom:
         raise CaptureError(
             f"the custom autograd.Function {plain.custom[0]} is used, whose backward torch.export drops"

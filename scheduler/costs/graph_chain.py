@@ -19,6 +19,7 @@ from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.loss import find_loss
 from scheduler.capture.recompute import packs_of
 from scheduler.capture.sample import Call
+from scheduler.capture.sharded import local
 from scheduler.capture.state import CPU_RANDOM_STATE
 from scheduler.capture.target import Device
 from scheduler.chain import Carried, Chain, Option, Stage
@@ -475,7 +476,8 @@ def parameter_grads(
     for parameter, stages in readers.items():
         if not parameter.requires_grad:
             continue
-        size = allocated(parameter.numel() * parameter.element_size(), device)
+        shard = local(parameter)
+        size = allocated(shard.numel() * shard.element_size(), device)
         for k in stages[:-1]:
             summed[k] += size
         if parameter not in existing:

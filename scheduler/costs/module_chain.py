@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,8 +21,10 @@ from torch.utils import _pytree as pytree
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.module_capture import ModuleCapture, intercepted, tensor_leaves
 from scheduler.capture.sample import Call
-from scheduler.capture.state import CPU_RANDOM_STATE, preserved
+from scheduler.capture.sharded import holders, unshard
+from scheduler.capture.state import CPU_RANDOM_STATE, preserved, shielded
 from scheduler.chain import Chain, Option, Stage
+from scheduler.costs.gather import Gather, measure_gather, resharding, standing_bytes, with_gather
 from scheduler.costs.graph_chain import SMALL_TENSORS, gradients_at_hand, parameter_grads
 from scheduler.costs.measure import Enter, StageCost, StageRun, as_leaf, fresh_grads, measure_stage
 from scheduler.costs.peak import allocated, count_bytes
@@ -86,13 +88,28 @@ def module_chain(
     modules = [model.get_submodule(block.name) for block in capture.blocks]
     readers = _readers(capture, model, modules)
     added = {p for p in existing if len(readers[p]) == 1}
+    gathering: dict[int, list[Any]] = {}
     with preserved(model):
 
         def measure(index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
-            costs[index] = _measure_block(capture, index, modules[index], forward, args, kwargs, added, clock)
+            outer = holders(model, capture.blocks[index].name)
+            gathering[index] = resharding(outer)
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                unshard(
+                    outer
+                )  # shards within the block have their hooks, which shard all when a backward ends
+                return forward(*args, **kwargs)
+
+            costs[index] = _measure_block(capture, index, modules[index], run, args, kwargs, added, clock)
             model.zero_grad(set_to_none=True)
 
         _run(capture, model, call, modules, measure)
+    with preserved(model):
+        gathers = [measure_gather(gathering[index], capture.device) for index in range(len(modules))]
+    for index, gather in enumerate(gathers):
+        costs[index].cost = with_gather(costs[index].cost, gather)
+    capture.gathering = standing_bytes(gathers)
     times: list[_Pass] = []
     for _ in range(3 if clock else 0):
         with preserved(model):
@@ -108,7 +125,7 @@ def module_chain(
 
         def step(mark: Callable[[], None]) -> None:
             marks.append(mark)
-            _run(capture, model, call, modules, mark=mark)
+            _run(capture, model, call, modules, mark=mark, gathers=gathers)
 
         counted = count_bytes(step, capture.place)
     change = [0] * len(capture)
@@ -126,6 +143,7 @@ def _run(
     measure: Callable[[int, Callable[..., Any], Any, Any], None] | None = None,
     mark: Callable[[], None] = lambda: None,
     now: Callable[[], float] = time.perf_counter,
+    gathers: Sequence[Gather] = (),
 ) -> _Pass:
     """One step with the blocks cut loose.
 
@@ -146,7 +164,8 @@ def _run(
                 if capture.blocks[index].stage in starts_glue:
                     result.forward.append(now() - since)
                     result.entered.append([t for _, t in tensor_leaves((args, kwargs)) if t.requires_grad])
-                    result.held.append(sum(map(_alive, made)))
+                    there = gathers[index].peak if gathers else 0  # of the block, which gathered them already
+                    result.held.append(sum(map(_alive, made)) + there)
                 if measure is None:
                     # The executor holds the arguments that come from elsewhere until the step is over.
                     fed = {argument for argument, _ in capture.blocks[index].fed}
@@ -272,7 +291,7 @@ def _measure_block(
         kept.append(tensor.detach())
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(pack), lambda t: t):
         outputs = run(as_leaf)
     saved = _storages([*kept, *outputs])
     for key in _storages([*module.parameters(), *module.buffers(), *(t for _, t in tensors)]):
@@ -424,7 +443,7 @@ def _assemble(
                 recomputable=False,
             )
         )
-    fixed = resident + SMALL_TENSORS
+    fixed = resident + SMALL_TENSORS + capture.gathering
     if capture.place.type == "cpu":
         # Noted before each block, drawn from or not; and what a replay puts back when it is done.
         fixed += CPU_RANDOM_STATE * (len(capture.blocks) + 1)
