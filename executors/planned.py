@@ -20,7 +20,7 @@ from scheduler.budget import format_bytes, machine_bytes
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
 from scheduler.capture.module_capture import ModuleCapture, capture_modules, recorded_modules
 from scheduler.capture.sample import Call, CallSignature, canonical_call, model_fingerprint
-from scheduler.capture.sharded import reject_wrapped, share_sharding
+from scheduler.capture.sharded import reject_wrapped, sharded_within, share_sharding
 from scheduler.capture.state import model_device, preserved
 from scheduler.capture.verify import difference, run_step
 from scheduler.costs.resident import storage_bytes
@@ -47,6 +47,7 @@ class _Runner:
         self.signature = inspect.signature(source.forward)
         self.want = CallSignature(plan.capture.structure, plan.capture.leaves)
         self.evaluating = frozenset(plan.capture.evaluating)
+        self.sharded = len(sharded_within(model))
         self.executor: GraphExecutor | ModuleExecutor | None = None
         self.seen: tuple[Any, list[Any]] | None = None  # spec and leaf kinds of a call that was checked
         # Shallow copies of one model share these dicts, so that a capture of one is a capture of the other.
@@ -124,6 +125,11 @@ class _Runner:
         if self.seen is None or self.seen[0] != spec or self.seen[1] != kinds:
             self.want.check(call, f"planned {type(model).__name__}")
             self.seen = (spec, kinds)
+        if len(sharded_within(model)) != self.sharded:
+            raise PlanMismatch(
+                f"planned {type(model).__name__}: fully_shard was called after execute(); call it first, then solve() and "
+                "execute() on the sharded model"
+            )
         for name, module in model.named_modules():
             if module.training == (name in self.evaluating):
                 mode = "train" if module.training else "eval"

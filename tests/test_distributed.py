@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from executors import broadcast_plan, execute, plan_of
-from scheduler import Plan, PlanMismatch, solve
+from scheduler import CaptureError, Plan, PlanMismatch, solve
 from scheduler.capture.sharded import local
 from scheduler.costs.peak import count_bytes
 from tests.models import tiny
 from tests.ranks import running
-from tests.steps import CPU, EITHER_CAPTURE, Record, assert_equal, plan_for, tightest
+from tests.steps import CPU, EITHER_CAPTURE, Record, assert_equal, plan_for, restored, tightest
 
 Run = Callable[..., list[Any]]
 
@@ -188,11 +188,11 @@ def ddp_in_all_its_ways(capture: str, device: str = "cpu") -> int:
             own = tightest(solve(model, "1GiB", sample=batch().to(device), capture=capture))
         plan = broadcast_plan(own, model)
         assert max(plan.timeline.runs) > 1 or any(plan.program.kept), "nothing is recomputed"
+        planned = execute(plan, model)
         for settings, accumulate in ways:
-            expected = in_ddp(built(build).to(device), batch, accumulate, **settings)
-            assert_equal(
-                in_ddp(execute(plan, built(build).to(device)), batch, accumulate, **settings), expected
-            )
+            with restored(planned):
+                got = in_ddp(planned, batch, accumulate, **settings)
+            assert_equal(got, in_ddp(built(build).to(device), batch, accumulate, **settings))
             compared += 1
     return compared
 
@@ -295,12 +295,18 @@ def test_broadcasting_without_a_process_group_says_what_to_do() -> None:
 
 
 def sharded(how: str) -> nn.Module:
-    """The net, sharded: "blocks", each and the root; "nested", deeper within them too; "root", at once; "mixed" precision."""
+    """The net, sharded: "blocks", each and the root; "nested", deeper within them too; "root", at once; "mixed" precision;
+    "hybrid", over one rank and copied to the other."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     model = built(Net)
-    settings = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
-    shard = functools.partial(fully_shard, **(settings if how == "mixed" else {}))
+    settings: dict[str, Any] = {}
+    if how == "mixed":
+        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    elif how == "hybrid":
+        settings["mesh"] = init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "shards"))
+    shard = functools.partial(fully_shard, **settings)
     assert isinstance(model, Net)
     for block in model.blocks if how != "root" else ():
         if how == "nested":
@@ -338,7 +344,7 @@ def fsdp(how: str) -> list[int]:
     return runs
 
 
-@pytest.mark.parametrize("how", ["blocks", "nested", "root", "mixed"])
+@pytest.mark.parametrize("how", ["blocks", "nested", "root", "mixed", "hybrid"])
 def test_fully_sharded_blocks_are_gathered_for_their_re_runs_and_train_bit_equal(
     ranks: Run, how: str
 ) -> None:
@@ -382,13 +388,22 @@ def test_gathers_are_priced_in_bytes_and_seconds(ranks: Run) -> None:
 
 def sharding_that_is_refused() -> None:
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     model = built(Net)
     plan = solve(model, "1GiB", sample=labelled(), capture="modules")
     with pytest.raises(PlanMismatch, match=r"another FSDPNet.*call solve\(\) on this model"):
         execute(plan, sharded("blocks"))
-    with pytest.raises(Exception, match=r"capture='graph': fully_shard's hooks .*capture='modules'"):
+    late = execute(plan, model)
+    for block in late.get_submodule("blocks").children():
+        fully_shard(block)
+    fully_shard(late)
+    with pytest.raises(PlanMismatch, match=r"fully_shard was called after execute\(\); call it first"):
+        late(*labelled())
+    with pytest.raises(CaptureError, match=r"sharded by fully_shard .*without device="):
+        solve(sharded("blocks"), "1GiB", sample=labelled(), device="H100")
+    with pytest.raises(CaptureError, match=r"capture='graph': fully_shard's hooks .*capture='modules'"):
         solve(sharded("blocks"), "1GiB", sample=labelled(), capture="graph")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     parallel = parallelize_module(built(Net), mesh, {"blocks.0.wide": ColwiseParallel()})

@@ -92,7 +92,7 @@ def placement(tensor: Tensor) -> str:
 def sharded_within(module: nn.Module) -> list[Any]:
     """The modules, itself among them, that fully_shard was called on."""
     kind = _kind("torch.distributed.fsdp", "FSDPModule")
-    return [inner for inner in module.modules() if isinstance(inner, kind)]
+    return [inner for inner in module.modules() if isinstance(inner, kind)] if kind else []
 
 
 def holders(model: nn.Module, name: str) -> list[Any]:
