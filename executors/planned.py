@@ -64,6 +64,11 @@ class _Runner:
 
     def forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One training forward by the plan."""
+        if "_is_replica" in model.__dict__:  # its parameters are not those that the executor reads
+            raise RuntimeError(
+                f"planned {type(model).__name__}: DataParallel copies a model to every device in each step, which a planned "
+                "model cannot follow; use DistributedDataParallel(execute(plan, model)), one process per device"
+            )
         call = canonical_call(self.signature, args, kwargs)
         flat, spec = pytree.tree_flatten(call)
         self._check(model, call, flat, spec)
