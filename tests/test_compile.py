@@ -108,6 +108,21 @@ def test_compiled_blocks_train_by_their_plan_bit_equal_and_are_not_compiled_agai
     assert compiler["stats"]["unique_graphs"] == graphs, "the executor, or blocks again, were compiled"
 
 
+def test_the_compiler_does_not_see_the_executor_within_blocks_that_it_skips(compiler: Any) -> None:
+    torch.manual_seed(0)
+    batch = torch.randn(128, 16)
+    blocks = [nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)) for _ in range(4)]
+    case = Case(nn.Sequential(*blocks).train(), batch, (batch,))
+    for block in blocks:
+        block.compile(
+            backend="eager"
+        )  # the code of torch's own containers is skipped, so its ops run eagerly
+    plan = tightest(solve(case.model, "1GiB", sample=case.sample, capture=blocks))
+    train(case, execute(plan, case.model))
+    assert max(plan.timeline.runs) > 1
+    assert not compiler["stats"], "hooks for saved tensors were compiled"
+
+
 def test_blocks_that_are_compiled_are_the_stages_where_nothing_is_asked_for() -> None:
     case = compiled("in place", "eager")
     plan = solve(case.model, "1GiB", sample=case.sample)
