@@ -100,7 +100,7 @@ def solve(
     as long as it lives: to plan it again, for another budget, takes less time and meets the same figures.
 
     Args:
-        model: in train mode, on one device. One that trains by a plan already is planned anew. With ``device`` it may
+        model: in train mode, on one device, or sharded by fully_shard; then every rank makes this call. One that trains by a plan already is planned anew. With ``device`` it may
             be without data: on meta, or made under FakeTensorMode.
         memory_budget: peak device bytes of a whole training step: parameters, buffers, gradients, optimizer
             state if an optimizer is given, inputs, activations. An int, or text: "6GiB", "800MB", "75%" of the
