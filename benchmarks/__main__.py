@@ -2,6 +2,7 @@
 
 python -m benchmarks [solver_speed] [step_peaks] [...] [--write]
 python -m benchmarks op_level --only ViT [--write]
+python -m benchmarks coverage --only Whisper
 python -m benchmarks peak_accuracy --device cuda [--write]
 """
 
@@ -18,6 +19,7 @@ NAMES = (
     "overheads",
     "step_peaks",
     "peak_accuracy",
+    "coverage",
     "timeline",
     "persistence",
     "cuts",
@@ -36,13 +38,15 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="*", choices=[*NAMES, []], help="default: all")
     parser.add_argument("--write", action="store_true", help="write docs/NAME.md, and NAME.svg if it draws")
-    parser.add_argument("--only", help="of op_level: the models whose titles have this in them")
+    parser.add_argument("--only", help="of op_level, coverage: the models whose titles have this in them")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="of peak_accuracy; cuda writes NAME_cuda.md"
     )
     arguments = parser.parse_args()
-    if arguments.only is not None and arguments.names != ["op_level"]:
-        parser.error(f"--only is for op_level alone, got {arguments.names}")
+    if arguments.only is not None and arguments.names not in (["op_level"], ["coverage"]):
+        parser.error(f"--only is for op_level or coverage alone, got {arguments.names}")
+    if arguments.only is not None and arguments.names == ["coverage"] and arguments.write:
+        parser.error("coverage --only prints rows; --write is for all of them")
     if arguments.device is not None and arguments.names != ["peak_accuracy"]:
         parser.error(f"--device is for peak_accuracy alone, got {arguments.names}")
     part = {name: value for name in ("only", "device") if (value := getattr(arguments, name)) is not None}

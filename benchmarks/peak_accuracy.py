@@ -1,7 +1,8 @@
 """Claim: the peak of a planned step is predicted within 1 %, and no step is over its budget.
 
 Six models in float32 and under bfloat16 autocast, with AdamW and SGD, with gradients that exist before the step and
-without, and random models; six budgets each, between the smallest and keeping all. On the CPU, or on a GPU:
+without, and random models; five models whose stages are whole modules. Six budgets each, between the smallest and
+keeping all. On the CPU, or on a GPU:
 python -m benchmarks peak_accuracy --device cuda --write
 """
 
@@ -52,6 +53,16 @@ def lstm() -> Case:
     torch.manual_seed(8)
     ids = torch.randint(0, 256, (32, 64))
     return Case(Lstm().train(), ids, (ids,))
+
+
+def single_layers(layers: int = 6, width: int = 64, rows: int = 1024) -> Case:
+    """A Sequential of Linear, BatchNorm, GELU and Dropout, each a stage of its own if stages are modules."""
+    torch.manual_seed(1)
+    kinds: list[nn.Module] = []
+    for _ in range(layers):
+        kinds += [nn.Linear(width, width), nn.BatchNorm1d(width), nn.GELU(), nn.Dropout(0.1)]
+    batch = torch.randn(rows, width)
+    return Case(nn.Sequential(*kinds, nn.Linear(width, 16)).train(), batch, (batch,))
 
 
 def random_case(seed: int) -> Case:
@@ -167,6 +178,13 @@ def report(device: str = "cpu") -> str:
             every += found
             kind = "" if plan.capture.kind == "graph" else " (modules)"
             lines.append(_row(name + kind, setting.words, found, device))
+    blocks = {**{name: SEVEN[name] for name in ("gpt2", "llama", "resnet", "vit")}, "layers": single_layers}
+    for name, build in blocks.items():
+        for setting in SETTINGS:
+            torch.manual_seed(0)
+            found, _ = errors(on_device(build(), device), setting, "modules")
+            every += found
+            lines.append(_row(f"{name} (modules)", setting.words, found, device))
     drawn_errors: list[Error] = []
     refused = RANDOM
     for seed in range(RANDOM):

@@ -2,7 +2,8 @@
 
 ``execute(plan, model)`` gives a model that shares the given model's parameters and trains by the plan.
 ``measure_peak(fn)`` counts the bytes that a step really takes; ``rehearse(plan, model, sample)`` shows where in the
-step they are taken, on tensors without data or for real. ``broadcast_plan(plan)`` gives all ranks one plan.
+step they are taken, on tensors without data or for real; ``trace_of(model)`` tells what the latest step did, and
+``run_step(model, step)`` runs a step again that ran out of memory. ``broadcast_plan(plan)`` gives all ranks one plan.
 """
 
 from executors.distributed import broadcast_plan as broadcast_plan
@@ -10,9 +11,12 @@ from executors.memory import MeasuredPeak as MeasuredPeak
 from executors.memory import measure_peak as measure_peak
 from executors.planned import execute as execute
 from executors.planned import plan_of as plan_of
+from executors.planned import plans_of as plans_of
+from executors.planned import trace_of as trace_of
 from executors.rehearsal import Rehearsal as Rehearsal
 from executors.rehearse import rehearse as rehearse
 from executors.replay import ReplayError as ReplayError
+from executors.retry import run_step as run_step
 
 __all__ = [
     "MeasuredPeak",
@@ -22,5 +26,8 @@ __all__ = [
     "execute",
     "measure_peak",
     "plan_of",
+    "plans_of",
     "rehearse",
+    "run_step",
+    "trace_of",
 ]

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from executors.replay import Observer, Step
+from executors.replay import Step
+from executors.trace import Observer
 from scheduler.capture.graph_capture import GraphCapture
-from scheduler.capture.recompute import Rebuild, compile_rebuilds
+from scheduler.capture.recompute import Rebuild, compile_rebuilds, origin_of_pack
 from scheduler.capture.stages import GraphStage, Source
 from scheduler.program import ReplayProgram
 from scheduler.schedule import Keep
@@ -26,6 +27,7 @@ class GraphExecutor:
         program: the replay program, for as many stages as the capture has.
         model: whose parameters and buffers are read at every step.
         observe: is told where each step is.
+        check: what a replayed tensor is compared by; a key of ``executors.check.CHECKS``.
     """
 
     def __init__(
@@ -34,11 +36,14 @@ class GraphExecutor:
         program: ReplayProgram,
         model: nn.Module,
         observe: Observer | None = None,
+        check: str = "metadata",
     ) -> None:
         self.capture = capture
+        self.check = check
         self.program = program
         self.device = capture.device
         self.observe = observe
+        self.ran_out = False  # whether a replay of a step ran out of memory
         self.stages = capture.stages
         self.random = capture.random
         self.constants = capture.constants
@@ -138,7 +143,7 @@ class GraphStep(Step):
     """One step of a GraphExecutor."""
 
     def __init__(self, executor: GraphExecutor, flat_inputs: list[Any]) -> None:
-        super().__init__(executor.program, executor.device, executor.random, executor.observe)
+        super().__init__(executor.program, executor.device, executor.random, executor.observe, executor.check)
         self.executor = executor
         self.inputs = flat_inputs
         self.carried: dict[str, Tensor] = {}
@@ -203,6 +208,19 @@ class GraphStep(Step):
         stage = self.executor.stages[k]
         results = stage.function(*self._arguments_again(k, boundary, grad))
         return next_boundary(stage, boundary, results)
+
+    def ran_out(self) -> None:
+        """See Step."""
+        self.executor.ran_out = True
+
+    def name_of(self, stage: int) -> str:
+        """See Step."""
+        return self.executor.stages[stage].name
+
+    def saved_tensor(self, stage: int, index: int) -> str:
+        """See Step."""
+        capture = self.executor.capture
+        return f"saved tensor {index}{origin_of_pack(capture.graph, capture.linear, stage, index)}"
 
     def rebuilds_of(self, stage: int, option: int) -> tuple[Rebuild, ...]:
         """See Step."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from executors.graph import locate
-from executors.replay import Observer, ReplayError, Step
+from executors.replay import ReplayError, Step
+from executors.trace import Observer
 from scheduler.capture.module_capture import ModuleCapture, intercepted, is_compiled, tensor_leaves
 from scheduler.capture.sharded import gathered, holders, sharded_within
 from scheduler.program import ReplayProgram
@@ -28,6 +29,7 @@ class ModuleExecutor:
         model: whose submodules are run.
         plain: the plain forward.
         observe: is told where each step is.
+        check: what a replayed tensor is compared by; a key of ``executors.check.CHECKS``.
     """
 
     def __init__(
@@ -37,11 +39,14 @@ class ModuleExecutor:
         model: nn.Module,
         plain: Callable[..., Any],
         observe: Observer | None = None,
+        check: str = "metadata",
     ) -> None:
         self.capture = capture
+        self.check = check
         self.program = program
         self.device = capture.device
         self.observe = observe
+        self.ran_out = False  # whether a replay of a step ran out of memory
         self.plain = plain
         self.modules = [model.get_submodule(block.name) for block in capture.blocks]
         # Those that fully_shard gathers deeper within a block are there only while their module runs.
@@ -89,7 +94,7 @@ class ModuleStep(Step):
         capture = executor.capture
         # Which blocks draw random numbers may depend on data: note the state before each.
         random = [index is not None for index in capture.stages]
-        super().__init__(executor.program, executor.device, random, executor.observe)
+        super().__init__(executor.program, executor.device, random, executor.observe, executor.check)
         self.executor = executor
         self.compiled = executor.compiled
         self.ran = 0
@@ -232,6 +237,19 @@ class ModuleStep(Step):
         next_index = capture.stages[following]
         assert next_index is not None
         return tuple(made[output].detach() for _, output in capture.blocks[next_index].fed)
+
+    def ran_out(self) -> None:
+        """See Step."""
+        self.executor.ran_out = True
+
+    def name_of(self, stage: int) -> str:
+        """See Step."""
+        index = self.executor.capture.stages[stage]
+        return "code between blocks" if index is None else self.executor.capture.blocks[index].name
+
+    def saved_tensor(self, stage: int, index: int) -> str:
+        """See Step."""
+        return f"saved tensor {index} of block {self.name_of(stage)}"
 
     def _buffers_as_before(self, stage: int, index: int) -> _Swapped:
         places = self.executor.changed[index]

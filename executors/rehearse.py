@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,14 +13,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from executors.planned import _RUNNER, execute
+from executors.planned import execute
+from executors.plans import Plans
 from executors.rehearsal import Difference, Rehearsal
+from executors.runner import RUNNER, Runner
 from scheduler.capture.eager import as_eager
 from scheduler.capture.fake import fake_call, fake_model
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.loss import find_loss
 from scheduler.capture.module_capture import ModuleCapture
-from scheduler.capture.sample import Call, canonical_call, read_sample, unplanned
+from scheduler.capture.sample import Call, canonical_call, forward_signature, read_sample, unplanned
 from scheduler.capture.state import preserved
 from scheduler.capture.target import Device, Target
 from scheduler.costs.live import LiveBytes
@@ -73,7 +74,7 @@ def rehearse(
         raise TypeError(f"rehearse: model is a {type(model).__name__}, expected a torch.nn.Module")
     model = unplanned(model)
     args, kwargs = read_sample(sample)
-    call = canonical_call(inspect.signature(model.forward), args, kwargs)
+    call = canonical_call(forward_signature(model), args, kwargs)
     notes = _Notes(plan)
     torch.clear_autocast_cache()
     collecting = gc.isenabled()
@@ -124,7 +125,7 @@ class _Notes:
         if what == "held":
             numbers = (self.number(tensor) for tensor in tensors)
             self.held.update(number for number in numbers if number is not None)
-        else:
+        elif what in ("first", "replay", "again", "backward"):
             self.begins.append((self.now(), self.action(what, where)))
 
 
@@ -147,9 +148,15 @@ def _step(planned: nn.Module, call: Call, notes: _Notes) -> Any:
     return output, loss
 
 
+def _runner(planned: nn.Module) -> Runner:
+    plans: Plans = planned.__dict__[RUNNER]
+    return plans.first
+
+
 @contextmanager
 def _observed(planned: nn.Module, notes: _Notes) -> Iterator[None]:
-    executor = planned.__dict__[_RUNNER].executor
+    executor = _runner(planned).executor
+    assert executor is not None
     executor.observe = notes
     try:
         yield
@@ -166,9 +173,9 @@ def _faked(plan: Plan, model: nn.Module, call: Call, notes: _Notes, scratch: boo
     kernels = Scratch(torch.device(device)) if scratch and at_hand else None
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     twin = fake_model(model, mode, device)
-    planned = execute(plan, twin)
+    planned = execute(plan, twin, on_oom="raise")
     call = fake_call(call, mode, device)
-    runner = planned.__dict__[_RUNNER]
+    runner = _runner(planned)
     runner.want.check(call, f"rehearse: {type(model).__name__}")
     live = LiveBytes(_rules(plan).type, only=device, record=True, scratch=kernels)
     notes.now, notes.number = lambda: len(live.events), live.number
@@ -179,7 +186,7 @@ def _faked(plan: Plan, model: nn.Module, call: Call, notes: _Notes, scratch: boo
         if isinstance(capture, GraphCapture):
             capture = replace(capture, constants=fake_call(capture.constants, mode, device))
         capture = replace(capture, device=torch.device(_rules(plan).type))
-        runner.executor = runner._executor(capture, planned)
+        runner.executor = runner.executor_for(capture, planned)
         resident = _resident(plan, twin, call, capture)
         with live, _observed(planned, notes):
             held = _step(planned, call, notes)
@@ -196,7 +203,7 @@ def _capture_of(plan: Plan, model: nn.Module, twin: nn.Module, call: Call) -> Gr
     if live is not None and live._modules is model._modules and live._parameters is model._parameters:
         return plan.live[1]
     planned = execute(plan, twin)
-    return planned.__dict__[_RUNNER]._capture_again(planned, call)
+    return _runner(planned).capture_again(planned, call)
 
 
 def _rules(plan: Plan) -> Device:
@@ -219,8 +226,8 @@ def _op(label: str) -> str:
 
 def _real(plan: Plan, model: nn.Module, call: Call, notes: _Notes) -> Rehearsal:
     device = torch.device(plan.capture.device)
-    planned = execute(plan, model)
-    planned.__dict__[_RUNNER].want.check(call, f"rehearse: {type(model).__name__}")
+    planned = execute(plan, model, on_oom="raise")
+    _runner(planned).want.check(call, f"rehearse: {type(model).__name__}")
 
     def step() -> Any:
         with torch.enable_grad():
@@ -236,7 +243,9 @@ def _real(plan: Plan, model: nn.Module, call: Call, notes: _Notes) -> Rehearsal:
         fresh(existing)
         notes.begins.clear()
         torch.clear_autocast_cache()  # inside the caller's autocast the warm-up's casts would be there already
-        resident = _resident(plan, model, call, planned.__dict__[_RUNNER].executor.capture)
+        executor = _runner(planned).executor
+        assert executor is not None  # a step has run
+        resident = _resident(plan, model, call, executor.capture)
         with _observed(planned, notes):
             if device.type == "cuda":
                 changes, requested = _measured_cuda(step, notes)

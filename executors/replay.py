@@ -30,32 +30,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from executors.check import CHECKS, Fingerprint, difference
 from executors.handles import Handle, Held, Thinned
+from executors.trace import Observer
 from scheduler.capture.recompute import Rebuild
 from scheduler.capture.state import RandomState, autocast_contexts, autocast_state, shielded
 from scheduler.program import ReplayProgram
 from scheduler.schedule import Backward, Checkpoint, Forward, Free, Keep
 
-__all__ = ["Observer", "ReplayError", "Step"]
-
-
-class Observer(Protocol):
-    """Is told where a step is; see ``Step.observe``."""
-
-    def __call__(self, what: str, where: int, tensors: Sequence[Tensor] = ()) -> None:
-        """Something begins.
-
-        Args:
-            what: "first", the first run of stage ``where``; "replay", the action ``where`` of the replay program;
-                "again", a rebuild of stage ``where`` that the program does not have; "backward", the reversal of
-                stage ``where``, or what is left of it after a replay; "held", boundary ``where`` is held from here on.
-            tensors: of the boundary that is held.
-        """
+__all__ = ["ReplayError", "Step"]
 
 
 class ReplayError(RuntimeError):
@@ -77,7 +65,8 @@ class Step:
         handles: stage -> handles alive.
         thinned: stage kept with an option -> how to rebuild what it dropped.
         rerunnable: stage -> whether what its re-run needs is still held.
-        shapes: stage -> index -> (shape, dtype) of a dropped saved tensor, or None if packed by reference.
+        prints: stage -> index -> what a replay of a dropped saved tensor is compared by; None if packed by reference.
+        entries: boundary -> likewise, of each of its tensors.
         observe: is told where the step is; None, as in training, costs nothing.
         compiled: whether stages have code that torch.compile has compiled.
     """
@@ -90,6 +79,7 @@ class Step:
         device: torch.device,
         random: Sequence[bool],
         observe: Observer | None = None,
+        check: str = "metadata",
     ) -> None:
         stages = len(program.kept)
         self.program = program
@@ -104,7 +94,9 @@ class Step:
         self.handles = [0] * stages
         self.rerunnable = [kept != 0 for kept in program.kept]
         self.thinned: dict[int, Thinned] = {}
-        self.shapes: list[list[tuple[torch.Size, torch.dtype] | None]] = [[] for _ in range(stages)]
+        self.fingerprint = CHECKS[check]
+        self.prints: list[list[Fingerprint | None]] = [[] for _ in range(stages)]
+        self.entries: dict[int, tuple[Fingerprint, ...]] = {}
         self.states: dict[int, RandomState] = {}
         self.lasting: set[int] = set()  # identities of storages that are packed by reference
         self.sweeping = True
@@ -136,6 +128,17 @@ class Step:
         """Run a part of an option's program on the tensors of the stage's boundary and on kept packs."""
         raise NotImplementedError
 
+    def name_of(self, stage: int) -> str:
+        """The stage's name."""
+        raise NotImplementedError
+
+    def ran_out(self) -> None:
+        """A replay ran out of memory."""
+
+    def saved_tensor(self, stage: int, index: int) -> str:
+        """A saved tensor of the stage, and where it comes from, in words."""
+        raise NotImplementedError
+
     # ---- the first sweep -----------------------------------------------------------------------------
 
     def hold(self, boundary: int, tensors: tuple[Tensor, ...]) -> None:
@@ -148,6 +151,7 @@ class Step:
     def before_first_run(self, stage: int, boundary: tuple[Tensor, ...]) -> None:
         """Note what a later re-run of the stage needs: its boundary, its random numbers."""
         self.flags[stage] = tuple(t.requires_grad for t in boundary)
+        self.entries[stage] = tuple(map(self.fingerprint, boundary))
         if stage in self.program.held or self.program.kept[stage]:
             self.hold(stage, boundary)
         if self.random[stage]:
@@ -165,7 +169,7 @@ class Step:
         self, stage: int, parts: Sequence[Rebuild] | None = None
     ) -> torch.autograd.graph.saved_tensors_hooks:
         """The context of a first run whose saved tensors are dropped (rule 1), or those that an option drops (rule 5)."""
-        shapes, lasting = self.shapes[stage], self.lasting
+        prints, lasting, fingerprint = self.prints[stage], self.lasting, self.fingerprint
         dropped: frozenset[int] | None = None
         wanted: set[int] = set()
         sources: dict[int, Held] = {}
@@ -174,11 +178,11 @@ class Step:
             dropped, wanted, sources = frozenset(thinned.parts), thinned.reads(), thinned.sources
 
         def pack(tensor: Tensor) -> Handle | Held:
-            index = len(shapes)
+            index = len(prints)
             if (dropped is None or index in dropped) and tensor.untyped_storage()._cdata not in lasting:
-                shapes.append((tensor.shape, tensor.dtype))
+                prints.append(fingerprint(tensor))
                 return Handle(self, stage, index)
-            shapes.append(None)
+            prints.append(None)
             held = Held(tensor)
             if index in wanted:
                 sources[index] = held
@@ -219,7 +223,13 @@ class Step:
                 self.rerunnable[served] = False
                 self.states.pop(served, None)
                 self.release_inputs(served)
-        self.boundaries.pop(holder, None)
+        self.free(holder)
+
+    def free(self, boundary: int) -> None:
+        """Hold a boundary no longer."""
+        held = self.boundaries.pop(boundary, None)
+        if self.observe is not None and held is not None:
+            self.observe("freed", boundary, held)
 
     # ---- backward ------------------------------------------------------------------------------------
 
@@ -239,7 +249,7 @@ class Step:
             filled = self.filled[packed.stage]
             if packed.index not in filled:
                 raise ReplayError(
-                    f"stage {packed.stage}: its re-run did not save tensor {packed.index} again, so the model "
+                    f"stage {packed.stage} ({self.name_of(packed.stage)}): its re-run did not save tensor {packed.index} again, so the model "
                     "does not run the same ops twice on the same input; make it deterministic or keep this stage"
                 )
         return filled.pop(packed.index)
@@ -264,6 +274,9 @@ class Step:
                     if index in self.filled[stage]:
                         return
                 self._rebuild_from_nearest(stage)
+        except torch.OutOfMemoryError:
+            self.ran_out()
+            raise
         finally:
             if generators is not None:
                 generators.restore()
@@ -283,7 +296,7 @@ class Step:
                 if self.working is not None and self.working[0] > action.stage:
                     self.working = None
             elif isinstance(action, Free):
-                self.boundaries.pop(action.boundary, None)
+                self.free(action.boundary)
             elif isinstance(action, (Forward, Checkpoint, Keep)) and not self.rerunnable[action.stage]:
                 # Neither it nor a stage that it could lead to has a handle left: its run would serve nobody.
                 self.working = None
@@ -299,9 +312,8 @@ class Step:
                     wanted = not (isinstance(following, Backward) and following.stage == action.stage)
                     parts = self.rebuilds_of(action.stage, action.option) if action.option else ()
                     produced = self._rebuild(action.stage, current, wanted, parts)
-                    if action.stage and not action.option and not any(self.handles[stage + 1 :]):
-                        if not torch._C._autograd._get_current_graph_task_keep_graph():
-                            self.boundaries.pop(action.stage, None)  # rule 7
+                    if action.stage and not action.option and self._reversed_for_good(stage):
+                        self.free(action.stage)  # rule 7
                 else:
                     produced = self._advance(action.stage, current)
                 if produced is not None:
@@ -309,6 +321,12 @@ class Step:
                 del current, produced  # or they would outlive the next run
             self.position += 1
         return True
+
+    def _reversed_for_good(self, stage: int) -> bool:
+        """Whether nothing of the stages after this one can be asked for again (rule 7)."""
+        return (
+            not any(self.handles[stage + 1 :]) and not torch._C._autograd._get_current_graph_task_keep_graph()
+        )
 
     def _boundary(self, boundary: int) -> tuple[Tensor, ...] | None:
         if self.working is not None and self.working[0] == boundary:
@@ -349,8 +367,37 @@ class Step:
     def _advance(self, stage: int, boundary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Run a stage without grad."""
         self._ready(stage)
+        if self.observe is not None:
+            self.observe("advance", stage)
         with torch.no_grad():
-            return self.run_stage(stage, boundary, grad=False)
+            produced = self.run_stage(stage, boundary, grad=False)
+        self._compare_output(stage, produced)
+        return produced
+
+    def _compare_output(self, stage: int, produced: tuple[Tensor, ...]) -> None:
+        """Refuse a re-run that gives the next stage something else than the first run did."""
+        for number, (expected, tensor) in enumerate(
+            zip(self.entries.get(stage + 1, ()), produced, strict=False)
+        ):
+            found = self.fingerprint(tensor)
+            if found != expected:
+                self._refuse(stage, f"its output {number}", expected, found)
+
+    def _compare(self, stage: int, index: int, tensor: Tensor) -> None:
+        """Refuse a re-run that saves something else than the first run did."""
+        expected = self.prints[stage][index]
+        if expected is not None:
+            found = self.fingerprint(tensor)
+            if found != expected:
+                self._refuse(stage, self.saved_tensor(stage, index), expected, found)
+
+    def _refuse(self, stage: int, what: str, expected: Fingerprint, found: Fingerprint) -> None:
+        how = difference(expected, found)
+        if how is not None:
+            raise ReplayError(
+                f"stage {stage} ({self.name_of(stage)}): {what} {how}; the model does not run the same ops twice on the "
+                "same input: make it deterministic, or keep this stage"
+            )
 
     def _rebuild(
         self, stage: int, boundary: tuple[Tensor, ...], wanted: bool, parts: Sequence[Rebuild] = ()
@@ -360,10 +407,10 @@ class Step:
         Returns:
             its output, if wanted.
         """
-        shapes = self.shapes[stage]
+        prints = self.prints[stage]
         thinned = Thinned(parts, boundary)
         sources, read = thinned.sources, thinned.reads()
-        needed = {i for i, shape in enumerate(shapes) if shape is not None and i not in thinned.parts}
+        needed = {i for i, known in enumerate(prints) if known is not None and i not in thinned.parts}
         last = max(needed | read, default=-1)
         if not self.handles[stage]:
             return self._advance(stage, boundary) if wanted else None
@@ -378,17 +425,12 @@ class Step:
             nonlocal count
             index = count
             count += 1
-            if index >= len(shapes):
+            if index >= len(prints):
                 raise ReplayError(
-                    f"stage {stage}: its re-run saves more tensors than its first run ({len(shapes)}); the model "
-                    "must run the same ops on the same input"
+                    f"stage {stage} ({self.name_of(stage)}): its re-run saves more tensors than its first run "
+                    f"({len(prints)}); the model must run the same ops on the same input"
                 )
-            expected = shapes[index]
-            if expected is not None and expected != (tensor.shape, tensor.dtype):
-                raise ReplayError(
-                    f"stage {stage}: saved tensor {index} was {tuple(expected[0])} {expected[1]} in the first "
-                    f"run and is {tuple(tensor.shape)} {tensor.dtype} in the re-run"
-                )
+            self._compare(stage, index, tensor)
             if index in needed:
                 filled[index] = tensor.detach()
             if index in read:
@@ -397,6 +439,8 @@ class Step:
                 raise _Stop
 
         self._ready(stage)
+        if self.observe is not None:
+            self.observe("rebuild", stage)
         inputs = tuple(
             t.detach().requires_grad_(flag) for t, flag in zip(boundary, self.flags[stage], strict=True)
         )
@@ -406,9 +450,11 @@ class Step:
             produced = tuple(t.detach() for t in self.run_stage(stage, inputs, grad=True))
         if count <= last:
             raise ReplayError(
-                f"stage {stage}: its re-run saves {count} tensors, its first run {len(shapes)}; the model must run "
-                "the same ops on the same input"
+                f"stage {stage} ({self.name_of(stage)}): its re-run saves {count} tensors, its first run {len(prints)}; "
+                "the model must run the same ops on the same input"
             )
+        if produced is not None:
+            self._compare_output(stage, produced)
         self.filled[stage] = filled
         return produced
 
@@ -419,9 +465,11 @@ class Step:
         if part is None or any(source not in thinned.sources for source, _ in part.sources):
             return
         self._ready(stage)
+        if self.observe is not None:
+            self.observe("part", stage)
         kept = [self.unpack(thinned.sources[i]).detach().requires_grad_(flag) for i, flag in part.sources]
         thinned.ran(part)
-        shapes, filled = self.shapes[stage], self.filled[stage]
+        prints, filled = self.prints[stage], self.filled[stage]
         inputs = tuple(
             t.detach().requires_grad_(flag)
             for t, flag in zip(thinned.boundary, self.flags[stage], strict=True)
@@ -432,13 +480,8 @@ class Step:
         count = 0
 
         def fill(number: int, tensor: Tensor) -> None:
-            expected = shapes[number]
-            if number in part.dropped and expected is not None:
-                if expected != (tensor.shape, tensor.dtype):
-                    raise ReplayError(
-                        f"stage {stage}: saved tensor {number} was {tuple(expected[0])} {expected[1]} in the first run "
-                        f"and is {tuple(tensor.shape)} {tensor.dtype} when it is made again"
-                    )
+            if number in part.dropped and prints[number] is not None:
+                self._compare(stage, number, tensor)
                 filled[number] = tensor.detach()
 
         def pack(tensor: Tensor) -> None:
@@ -451,7 +494,7 @@ class Step:
             made = self.run_rebuild(stage, part, inputs, kept)
         if count != len(part.saves):
             raise ReplayError(
-                f"stage {stage}: the ops run again save {count} tensors, {len(part.saves)} in the first run; the "
+                f"stage {stage} ({self.name_of(stage)}): the ops run again save {count} tensors, {len(part.saves)} in the first run; the "
                 "model must run the same ops on the same input"
             )
         for number, tensor in zip(part.gives, made, strict=True):

@@ -155,7 +155,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """A long-lived value: a U-Net skip, a mask, an output. It is part of no boundary.
+    """A long-lived value: a U-Net skip, a mask, an output. A boundary may hold a copy of it besides.
 
     Attributes:
         value: its number in ``Chain.values``.
@@ -163,6 +163,7 @@ class Carried:
         readers: stages after it that read it.
         savers: those of them whose backward needs it.
         freed: the stage whose ``carried_change`` takes it off; None if it outlives the step, for the user holds it.
+        last: the stage with whose first run the code that made it lets go of it; None: it is there until all have run.
     """
 
     value: int
@@ -170,14 +171,16 @@ class Carried:
     readers: tuple[int, ...] = ()
     savers: tuple[int, ...] = ()
     freed: int | None = None
+    last: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("value", "made"):
             object.__setattr__(self, field, _bytes("Carried", field, getattr(self, field)))
         for field in ("readers", "savers"):
             object.__setattr__(self, field, _values("Carried", field, getattr(self, field)))
-        if self.freed is not None:
-            object.__setattr__(self, "freed", _bytes("Carried", "freed", self.freed))
+        for field in ("freed", "last"):
+            if getattr(self, field) is not None:
+                object.__setattr__(self, field, _bytes("Carried", field, getattr(self, field)))
 
 
 @dataclass(frozen=True, slots=True)

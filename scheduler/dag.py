@@ -255,7 +255,17 @@ def chain_dag(chain: Chain) -> Dag:
     x_i can be read as itself, or inside what stage i-1 keeps. The Dag prices every action as the chain's
     referee does. It differs in what it allows: it may hold a boundary without running the stage that reads
     it, which the chain's actions cannot say, and it may let go of a working boundary at any time.
+
+    Raises:
+        ValueError: the chain knows its values, or has negative sums: a Dag cannot say what goes early.
     """
+    options = [option for stage in chain.stages for option in stage.options]
+    if chain.values or any(
+        o.saved < 0 or o.backward_overhead < 0 or o.rerun_overhead is not None for o in options
+    ):
+        raise ValueError(
+            "chain_dag: the chain says of single values when they go, which a Dag of its stages cannot; pass a chain of sums"
+        )
     length = len(chain)
     sizes = [chain.input_bytes(i) for i in range(length)]  # x_i, as value i
     ops: list[Op] = []

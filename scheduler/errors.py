@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["CaptureError", "InfeasibleBudget", "PeakWarning", "PlanMismatch", "SearchLimit"]
+__all__ = [
+    "CaptureError",
+    "InfeasibleBudget",
+    "NewShapeWarning",
+    "PeakWarning",
+    "PlanMismatch",
+    "SearchLimit",
+]
 
 
 class InfeasibleBudget(ValueError):
@@ -43,3 +50,7 @@ class PlanMismatch(ValueError):
 
 class PeakWarning(UserWarning):
     """A planned step took more bytes than its plan predicted."""
+
+
+class NewShapeWarning(UserWarning):
+    """Calls of new shapes run without a plan, or are planned for over and over again."""

@@ -130,7 +130,9 @@ class MemoryTimeline:
     @classmethod
     def of(cls, plan: Plan) -> MemoryTimeline:
         """What the plan predicts: two points an action, while it runs and after it; totals are the referee's."""
-        return _predicted(plan)
+        from scheduler.predicted_timeline import predicted
+
+        return predicted(plan)
 
     # ---- written down --------------------------------------------------------------------------------
 
@@ -205,121 +207,6 @@ def category_of(part: str) -> str:
     if part in CATEGORIES:
         return part
     return "gradients" if part == "existing gradients" else "constants and replay state"
-
-
-# ---- predicted ---------------------------------------------------------------------------------------
-
-
-class _Ledger:
-    """Blocks as they come and go, by a key of one's own."""
-
-    def __init__(self) -> None:
-        self.open: dict[Any, tuple[str, str, int, int]] = {}
-        self.blocks: list[Block] = []
-        self.now = 0
-        self.total = 0
-
-    def put(self, key: Any, category: str, size: int, name: str = "") -> None:
-        """From now on the key stands for this many bytes; what it stood for before goes."""
-        self.drop(key)
-        if size:
-            self.open[key] = (name or category, category, size, self.now)
-            self.total += size
-
-    def drop(self, key: Any) -> int:
-        """The key's bytes go; gives their number."""
-        if key not in self.open:
-            return 0
-        name, category, size, begin = self.open.pop(key)
-        self.total -= size
-        if begin < self.now:
-            self.blocks.append(Block(name, category, size, begin, self.now))
-        return size
-
-
-def _predicted(plan: Plan) -> MemoryTimeline:
-    """The referee's account of a plan, split by category by its own rules; every total is compared with its own."""
-    chain, judged = plan.chain, plan.timeline
-    stages = chain.stages
-    count = len(stages)
-    ledger = _Ledger()
-    for part, size in plan.resident.items():
-        ledger.put(part, category_of(part), size, part)
-    ledger.put("fixed", "constants and replay state", chain.fixed - ledger.total)
-    grads = carried = 0
-    working: int | None = None
-    seen: set[int] = set()
-    kept: dict[int, int] = {}
-    ledger.put(("held", 0), "boundaries held", stages[0].input, "boundary 0")
-    points: list[Point] = []
-
-    def hold(boundary: int) -> None:
-        nonlocal working
-        if working == boundary:
-            ledger.put(("held", boundary), "boundaries held", ledger.drop("working"), f"boundary {boundary}")
-            working = None
-
-    def carry(change: int) -> None:
-        nonlocal carried
-        carried += change
-        ledger.put("carried", "carried values", carried)
-
-    for index, action in enumerate(plan.schedule):
-        words = in_words(action)
-        i = action.boundary if isinstance(action, Free) else action.stage  # type: ignore[union-attr] # no copies here
-        if isinstance(action, (Forward, Checkpoint, Keep)):
-            if working != i:
-                ledger.drop("working")
-                working = None
-            if i not in seen:
-                seen.add(i)
-                carry(stages[i].carried)
-            if not isinstance(action, Forward):
-                hold(i)
-        if isinstance(action, Free):
-            ledger.drop(("held", i))
-        elif isinstance(action, Keep):
-            kept[i] = action.option
-            ledger.put(
-                ("kept", i), "kept saved tensors", stages[i].options[action.option].saved, stages[i].name
-            )
-        ledger.put("transient", "transient", judged.during[index] - ledger.total, words)
-        points.append(Point(index, words))
-        ledger.now += 1
-        ledger.drop("transient")
-        if isinstance(action, Backward):
-            ledger.drop(("kept", i))
-            ledger.drop(("held", i))
-            carry(stages[i].carried_change)
-            grads += stages[i].grad
-            ledger.put("gradients", "gradients", grads)
-            ledger.put("at hand", "gradient at hand", stages[i].input_grad if i else 0)
-        elif isinstance(action, (Forward, Checkpoint)):
-            ledger.drop("working")
-            working = None
-            if ("held", i + 1) not in ledger.open:
-                working = i + 1
-                ledger.put("working", "transient", chain.input_bytes(i + 1), f"boundary {i + 1}")
-        elif isinstance(action, Keep):
-            working = None
-        if isinstance(action, (Forward, Checkpoint, Keep)) and i == count - 1:
-            ledger.put("at hand", "gradient at hand", chain.output_grad)
-        if ledger.total != judged.live[index]:
-            raise RuntimeError(
-                f"MemoryTimeline: action {index}, {action}, leaves {ledger.total} bytes by category and "
-                f"{judged.live[index]} by the referee; please report this"
-            )
-        points.append(Point(index, f"after: {words}"))
-        ledger.now += 1
-    for key in list(ledger.open):
-        ledger.drop(key)
-    return MemoryTimeline(
-        "predicted",
-        plan.memory_budget,
-        tuple(map(in_words, plan.schedule)),
-        tuple(points),
-        tuple(ledger.blocks),
-    )
 
 
 # ---- drawn and written -------------------------------------------------------------------------------

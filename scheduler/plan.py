@@ -101,6 +101,7 @@ class Plan:
         optimizer_step: the most bytes that a step of the optimizer takes above parameters, gradients and its state; None if
             not known, 0 without an optimizer. Activations are gone by then.
         live: the capture itself, as long as the plan stays in its process; never saved.
+        parameters: what the solver was given besides chain and budget, likewise (it may be a function).
     """
 
     chain: Chain
@@ -113,6 +114,7 @@ class Plan:
     torch_version: str
     optimizer_step: int | None = 0
     live: Any = field(default=None, compare=False, repr=False)
+    parameters: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.timeline.peak > self.memory_budget:
@@ -183,7 +185,9 @@ class Plan:
                 f"Plan.within: solver={solver!r} makes schedules that executors cannot follow; choose another solver"
             )
         schedule = solve_chain(self.chain, budget, solver, **(parameters or {}))
-        return replace(self, memory_budget=budget, schedule=schedule, solver=solver)
+        return replace(
+            self, memory_budget=budget, schedule=schedule, solver=solver, parameters=dict(parameters or {})
+        )
 
     def kept(self, stage: int) -> str:
         """What stays of a stage when the forward is over, in words."""

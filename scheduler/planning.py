@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from scheduler.capture.sample import (
     Call,
     CallSignature,
     canonical_call,
+    forward_signature,
     model_fingerprint,
     read_sample,
     reject_unusable,
@@ -39,9 +40,9 @@ from scheduler.costs.roofline import roofline_graph
 from scheduler.device import DeviceSpec
 from scheduler.errors import CaptureError, InfeasibleBudget
 from scheduler.plan import CaptureRecord, Plan
-from scheduler.solvers import checked_solver, solve_chain
+from scheduler.solvers import SOLVERS, checked_solver, solve_chain
 
-__all__ = ["Priced", "Request", "checked", "priced", "solve"]
+__all__ = ["Priced", "Request", "checked", "priced", "solve", "solve_again"]
 
 COSTS = ("measure", "roofline")
 CAPTURES = ("auto", "graph", "modules")
@@ -56,6 +57,7 @@ class Request:
     model: nn.Module
     budget: int
     call: Call
+    cacheless: bool  # use_cache=False was added to the call
     device: Device
     solver: str
     capture: str | tuple[nn.Module, ...]
@@ -138,6 +140,37 @@ def solve(
     return _plan(request, parameters or {})
 
 
+def solve_again(plan: Plan, model: nn.Module, call: Call, progress: Progress) -> Plan:
+    """The plan for another call of the plan's model: same budget, solver, costs and optimizer, captured likewise.
+
+    Gradients that exist now count as existing. A plan that was made without its device is made anew on the one at hand.
+
+    Args:
+        model: plain, in train mode.
+        call: canonical; nothing outside may need its tensors, which have no history.
+
+    Raises:
+        CaptureError, InfeasibleBudget, ValueError: as ``solve`` does.
+    """
+    record, solver = plan.capture, plan.solver
+    if SOLVERS[solver].parameters and not plan.parameters:
+        solver = "optimal"  # a plan that was loaded does not know what its solver was given
+    request = Request(
+        model,
+        plan.memory_budget,
+        call,
+        False,
+        model_device(model),
+        solver,
+        "auto" if record.kind == "graph" else tuple(map(model.get_submodule, record.stages)),
+        plan.costs,
+        plan.resident.get("optimizer state", 0),
+        plan.optimizer_step,
+        progress,
+    )
+    return _plan(request, plan.parameters)
+
+
 def priced(request: Request, *, options: bool = True) -> Priced:
     """The model captured and its chain.
 
@@ -202,6 +235,7 @@ def _plan(request: Request, parameters: Mapping[str, Any]) -> Plan:
         torch.__version__,
         request.optimizer_step,
         live=None if isinstance(request.device, Target) else (model, captured),
+        parameters=dict(parameters),
     )
 
 
@@ -248,7 +282,7 @@ def checked(
     if target is None:
         _refuse_without_data("the model", model.parameters())
     try:
-        call = canonical_call(inspect.signature(model.forward), args, kwargs)
+        call = canonical_call(forward_signature(model), args, kwargs)
     except TypeError as error:
         raise ValueError(f"solve: the sample does not fit {type(model).__name__}.forward: {error}") from error
     for leaf in pytree.tree_leaves(call):
@@ -262,6 +296,7 @@ def checked(
         model,
         budget,
         call,
+        "use_cache" in call[1] and "use_cache" not in kwargs,
         device,
         solver,
         capture if isinstance(capture, str) else tuple(capture),
@@ -306,7 +341,7 @@ def _free_bytes(
 def _plain_step(request: Request) -> StepResult:
     """One plain step on the sample, saved tensors offloaded where the device is not the host."""
     model, (args, kwargs) = request.model, request.call
-    signature = inspect.signature(model.forward)
+    signature = forward_signature(model)
 
     def note(forward: Callable[..., Any]) -> Callable[..., Any]:
         def noted(*args: Any, **kwargs: Any) -> Any:
@@ -315,14 +350,34 @@ def _plain_step(request: Request) -> StepResult:
 
         return noted
 
+    offloaded: AbstractContextManager[Any] = (
+        nullcontext() if request.device.type == "cpu" else torch.autograd.graph.save_on_cpu()
+    )
     try:
-        with preserved(model), torch.enable_grad(), intercepted([(model, note)]):
+        with preserved(model), torch.enable_grad(), offloaded, intercepted([(model, note)]):
             model(*args, **kwargs)  # warm-up; and a rejected sample shows before a step is taken
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever the model's code raises on a sample that does not suit it
         raise ValueError(
             f"solve: {type(model).__name__} rejects the sample: {type(error).__name__}: {error}"
         ) from error
-    return run_step(model, lambda: model(*args, **kwargs), offload=True)
+    plain = run_step(model, lambda: model(*args, **kwargs), offload=True)
+    if request.cacheless:
+        more = {name: value for name, value in kwargs.items() if name != "use_cache"}
+        with suppress(
+            torch.OutOfMemoryError
+        ):  # the caches may not fit: nobody trains that step, plain or planned
+            caching = run_step(model, lambda: model(*args, **more), offload=True)
+            # Of the outputs the caches are no part of training.
+            differs = difference(replace(plain, outputs=[]), replace(caching, outputs=[]))
+            if differs is not None:
+                raise ValueError(
+                    f"solve: {type(model).__name__} trains otherwise when it fills the caches of generation, which a plan "
+                    f"leaves out: {differs}. Pass use_cache=False in the sample and in training, or set "
+                    "model.config.use_cache = False"
+                )
+    return plain
 
 
 def _captured(request: Request) -> tuple[Captured, str, bool]:
@@ -370,7 +425,7 @@ def _exact_graph(request: Request, plain: StepResult) -> GraphCapture:
     for graph in op_graphs(model, call):
         try:
             captured = capture_graph(graph, model)
-            trial = functools.partial(captured.sweep, model, call)
+            trial = functools.partial(captured.trial, model, call)
             captured.clearing = torch.is_autocast_enabled(request.device.type)
             differs = difference(plain, run_step(model, trial, offload=True))
             if differs is not None and captured.clearing:
@@ -395,8 +450,10 @@ def _chain(request: Request, captured: Captured, resident: int, own_loss: bool, 
     name = type(model).__name__
     clock = request.costs == "measure"
     if isinstance(captured, ModuleCapture):
-        with preserved(model):
-            return module_chain(captured, model, call, resident=resident, clock=clock, name=name)
+        with preserved(model) as existing:
+            return module_chain(
+                captured, model, call, existing=existing, resident=resident, clock=clock, name=name
+            )
     with preserved(model) as existing:
         costs = measure_graph(
             captured, model, call, existing=existing, loss_is_output=own_loss, clock=clock, options=options

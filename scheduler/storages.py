@@ -9,65 +9,84 @@ being another one. What is live is the union of what boundaries and kept stages 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from scheduler.actions import Action, Backward, Checkpoint, Forward, Free, Keep
 from scheduler.chain import Carried, Chain
 
-__all__ = ["bytes_of"]
+__all__ = ["Moment", "Storages", "bytes_of", "follow"]
 
 Copy = tuple[int, int]  # a value, and the run of its stage that made this copy of it
 
 
+@dataclass(slots=True)
+class Moment:
+    """An action of a schedule has been carried out; sizes in bytes.
+
+    Attributes:
+        during: the most bytes live while it ran. live: bytes live after it. Both with all that is the chain's.
+        state: what is there only for stages that may run again.
+        grads: parameter gradients that exist by now. carried_grads: gradients of carried values. at_hand: of a boundary.
+        storages: what is held; it goes on with the next action.
+    """
+
+    storages: Storages
+    during: int = 0
+    live: int = 0
+    state: int = 0
+    grads: int = 0
+    carried_grads: int = 0
+    at_hand: int = 0
+
+
 def bytes_of(chain: Chain, actions: Sequence[Action]) -> tuple[list[int], list[int]]:
     """The most bytes live during each action of a legal schedule, and those live after it, all of the chain's included."""
+    moments = [(moment.during, moment.live) for moment in follow(chain, actions)]
+    return [during for during, _ in moments], [live for _, live in moments]
+
+
+def follow(chain: Chain, actions: Sequence[Action]) -> Iterator[Moment]:
+    """Carry out a legal schedule; the one Moment is given after each action, brought up to date."""
     stages = chain.stages
     storages = Storages(chain)
+    now = Moment(storages)
+    fixed = chain.fixed - sum(stage.rerun_state for stage in stages)
     chosen: dict[int, int] = {}
-    seen: set[int] = set()
-    # Fixed and long-lived bytes; gradients at hand.
-    lasting, gradient = chain.fixed - sum(stage.rerun_state for stage in stages), 0
     states: dict[int, int] = {}
+    seen: set[int] = set()
     off = [0] * len(stages)  # what the sums take off with each backward, and storages do by themselves
     for each in chain.carried:
         if each.freed is not None:
             off[each.freed] += chain.values[each.value]
-    during: list[int] = []
-    live: list[int] = []
     for index, action in enumerate(actions):
+        peak = fixed + now.state + now.grads + now.carried_grads + now.at_hand
         if isinstance(action, Backward):
             i = action.stage
             stage, option = stages[i], stages[i].options[chosen.pop(i)]
             made = storages.made_bytes(i, option.keeps)
-            peak = (
-                lasting
-                + storages.reversing(i)
-                + made
-                + gradient
-                + stage.input_grad
-                + option.backward_overhead
-            )
+            peak += storages.reversing(i) + made + stage.input_grad + option.backward_overhead
             storages.reversed(i)
-            lasting += stage.retained + off[i] - states.pop(i, 0)
-            gradient = stage.input_grad if i else 0
+            now.grads += stage.grad
+            now.carried_grads += stage.carried_change + off[i]
+            now.state -= states.pop(i, 0)
+            now.at_hand = stage.input_grad if i else 0
         elif isinstance(action, Free):
             storages.free(action.boundary)
-            peak = 0
         else:
             assert isinstance(action, (Forward, Checkpoint, Keep))  # the caller has seen to it
             i = action.stage
             stage = stages[i]
             storages.before(i)
-            again = i in seen and actions[index + 1] == Backward(i)
-            peak = lasting + storages.live + gradient
-            first = i not in seen
+            first, whole = i not in seen, isinstance(action, Keep) and not action.option
+            again = not first and actions[index + 1] == Backward(i)
             seen.add(i)
-            whole = isinstance(action, Keep) and not action.option
-            if first and not whole and stage.rerun_state:
+            if first and not whole:
                 states[i] = stage.rerun_state
-                lasting += stage.rerun_state
+                now.state += stage.rerun_state
                 peak += stage.rerun_state
-            peak += stage.carried if i == len(stages) - 1 else 0
+            # The last stage's transients do not have what it hands out.
+            peak += storages.live + (stage.carried if i == len(stages) - 1 else 0)
             if isinstance(action, Keep):
                 chosen[i] = action.option
                 option = stage.options[action.option]
@@ -79,10 +98,10 @@ def bytes_of(chain: Chain, actions: Sequence[Action]) -> tuple[list[int], list[i
             if first:
                 storages.first(i, whole=whole)
             if i == len(stages) - 1:
-                gradient = chain.output_grad
-        live.append(lasting + storages.live + gradient)
-        during.append(max(peak, live[-1]))
-    return during, live
+                now.at_hand = chain.output_grad
+        now.live = fixed + now.state + now.grads + now.carried_grads + now.at_hand + storages.live
+        now.during = max(peak, now.live)
+        yield now
 
 
 class Storages:
@@ -109,8 +128,12 @@ class Storages:
         self._first = {each.value: frozenset(((each.value, 1),)) for each in chain.carried}
         self._making: dict[int, list[int]] = {}
         self._readers: dict[int, list[Carried]] = {}
+        self._leaving: dict[int, list[int]] = {}
         for each in chain.carried:
             self._making.setdefault(each.made, []).append(each.value)
+            if each.freed is not None:
+                last = len(chain) - 1 if each.last is None else each.last
+                self._leaving.setdefault(last, []).append(each.value)
             for stage in each.readers:
                 self._readers.setdefault(stage, []).append(each)
         self._hold(self._held, 0, frozenset((value, 0) for value in chain.stages[0].enters))
@@ -156,18 +179,16 @@ class Storages:
     def first(self, stage: int, *, whole: bool) -> None:
         """The stage has run for the first time.
 
-        Carried values stay until every stage has: the executor's sweep hands them on. From then on they stay for stages
-        whose backward needs them, or that may have to run again: those that are not kept ``whole``.
+        Carried values stay until every stage has (the executor's sweep hands them on), or until the user's own code lets
+        go of them. From then on they stay for stages whose backward needs them, or that may have to run again: those that are not kept ``whole``.
         """
         for value in self._making.get(stage, ()):
             self._add(self._first[value])
         read = self._readers.get(stage, ())
         waiting = {each.value for each in read if not whole or stage in each.savers}
         self._hold(self._reading, stage, frozenset(copy for value in waiting for copy in self._first[value]))
-        if stage == len(self.chain) - 1:
-            for each in self.chain.carried:
-                if each.freed is not None:
-                    self._drop(self._first[each.value])
+        for value in self._leaving.get(stage, ()):
+            self._drop(self._first[value])
 
     def reversing(self, stage: int) -> int:
         """Bytes that stay while the stage is reversed, but for what it made itself and its backward needs."""
@@ -193,6 +214,15 @@ class Storages:
     def free(self, boundary: int) -> None:
         """A held boundary is let go of."""
         self._release(self._held, boundary)
+
+    def held(self) -> Iterator[tuple[Copy, str, int]]:
+        """Every storage that is there, what holds it ("carried", "kept", "held" or "passing"), and its bytes."""
+        carried = set(self._first)
+        kept = {copy for copies in self._kept.values() for copy in copies}
+        held = {copy for copies in self._held.values() for copy in copies}
+        for copy in self._holders:
+            how = "kept" if copy in kept else "held" if copy in held else "passing"
+            yield copy, "carried" if copy[0] in carried else how, self._size(copy)
 
     # ---- copies ----------------------------------------------------------------------------------------
 

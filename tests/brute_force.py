@@ -6,7 +6,7 @@ import heapq
 import math
 from collections.abc import Iterator
 from functools import cache
-from itertools import count
+from itertools import count, zip_longest
 
 from scheduler.chain import Chain
 from scheduler.schedule import COPY_ACTIONS, Action, Backward, Checkpoint, Forward, Free, Keep, Schedule
@@ -85,13 +85,19 @@ def replay(chain: Chain, actions: Schedule) -> tuple[float, tuple[int, ...], tup
     state: State = (len(chain), frozenset([0]), frozenset(), None, 0)
     seconds = 0.0
     during, after = [], []
-    for action in actions:
+    for action, following in zip_longest(actions, tuple(actions)[1:]):
+        ahead = isinstance(action, Keep) and action.stage < state[4] and following == Backward(action.stage)
         outcome = step(chain, state, action)
         if outcome is None:
             return None
         seconds, state = seconds + outcome[0], outcome[2]
-        during.append(outcome[1])
-        after.append((left_over if isinstance(action, Backward) else live)(chain, state))
+        taken, left = outcome[1], (left_over if isinstance(action, Backward) else live)(chain, state)
+        if isinstance(action, Keep) and ahead:  # it stops when all that is kept is there
+            option = chain.stages[action.stage].options[action.option]
+            taken += option.transient(again=True) - option.forward_overhead
+            left = min(left, taken)
+        during.append(taken)
+        after.append(left)
     return (seconds, tuple(during), tuple(after)) if state[0] == 0 else None
 
 

@@ -364,7 +364,7 @@ def test_code_between_blocks_may_change_their_outputs_in_place() -> None:
             return x
 
     torch.manual_seed(0)
-    model, batch = Between().train(), torch.randn(64, 16)
+    model, batch = Between().train(), torch.randn(512, 16)
     plan = _tight(model, batch, capture="modules")
     assert [s.name for s in plan.chain.stages if not s.recomputable] == [
         "before",
@@ -407,7 +407,7 @@ def test_code_between_blocks_that_takes_another_path_than_when_planned_is_refuse
 def test_in_place_modules_in_a_sequential_are_glue_and_train_bit_equal() -> None:
     torch.manual_seed(0)
     layers = [m for _ in range(4) for m in (nn.Linear(16, 16), nn.ReLU(inplace=True), nn.Linear(16, 16))]
-    model, batch = nn.Sequential(*layers).train(), torch.randn(64, 16)
+    model, batch = nn.Sequential(*layers).train(), torch.randn(512, 16)
     plan = _tight(model, batch, capture="modules")
     assert sum(plan.timeline.runs) > len(plan.chain)
     _trains_equally(model, batch, plan)

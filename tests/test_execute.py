@@ -95,7 +95,9 @@ def planned_tiny(capture: str) -> tuple[Case, nn.Module]:
 @EACH_CAPTURE
 def test_the_smallest_budget_makes_the_tiny_model_recompute(capture: str) -> None:
     plan = tightest(plan_for("tiny", capture))
-    assert max(plan.timeline.runs) > 3
+    assert (
+        max(plan.timeline.runs) > 2
+    )  # each of whose re-runs takes a random-number state, as dear as a boundary
 
 
 @EACH_CAPTURE
@@ -298,7 +300,8 @@ BATCHES: dict[str, Any] = {
 @pytest.mark.parametrize("batch", BATCHES)
 @EACH_CAPTURE
 def test_another_kind_of_batch_is_refused_before_anything_runs(capture: str, batch: str) -> None:
-    case, planned = planned_tiny(capture)
+    case = case_of("tiny")
+    planned = execute(tightest(plan_for("tiny", capture)), case.model, on_new_shape="error")
     args, kwargs = BATCHES[batch]()
     before = state(case.model)
     with pytest.raises(PlanMismatch, match=r"the plan was made for a tensor of shape .*got.*solve\(\)"):
@@ -309,7 +312,7 @@ def test_another_kind_of_batch_is_refused_before_anything_runs(capture: str, bat
 @EACH_CAPTURE
 def test_a_call_of_another_structure_is_refused(capture: str) -> None:
     case = case_of("residual")
-    planned = execute(plan_for("residual", capture), case.model)
+    planned = execute(plan_for("residual", capture), case.model, on_new_shape="error")
     with pytest.raises(PlanMismatch, match=r"(?s)plan was made for arguments .*solve\(\)"):
         planned(case.args[0])
 
@@ -401,7 +404,7 @@ def test_outputs_come_in_the_structure_of_the_model_s_own(capture: str) -> None:
     torch.manual_seed(0)
     model, x = Echo().train(), torch.randn(64, 16)
     plan = solve(model, "1GiB", sample=(x,), capture=capture)
-    planned = execute(tightest(plan), model)
+    planned = execute(tightest(plan), model, on_new_shape="error")
     with restored(model):
         output = planned(x)
     assert list(output) == ["result", "input", "mask", "scale", "none"]

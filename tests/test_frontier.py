@@ -19,7 +19,7 @@ from tests.helpers import oracle, oracle_chain
 
 
 @settings(max_examples=200)
-@given(chains(4))
+@given(chains(4, signed=True))
 def test_the_frontier_is_that_of_all_persistent_schedules(chain):
     lines = sorted(
         (line.peak, line.seconds) for line in (simulate(chain, s) for s in persistent_schedules(chain))
@@ -33,7 +33,7 @@ def test_the_frontier_is_that_of_all_persistent_schedules(chain):
 
 
 @settings(max_examples=100)
-@given(chains(9, options=3, largest=1000))
+@given(chains(9, options=3, largest=1000, signed=True))
 def test_every_point_is_what_its_schedule_takes_and_none_beats_its_bound(chain):
     frontier = pareto(chain)
     for point in frontier:
@@ -74,7 +74,7 @@ def test_a_step_that_is_no_positive_int_is_refused(step):
 
 
 @settings(max_examples=100)
-@given(chains(7, options=3))
+@given(chains(7, options=3, signed=True))
 def test_many_budgets_at_once_are_each_solved_as_if_alone(chain):
     low = pareto(chain).points[0].peak
     budgets = [max(low, 1) + extra for extra in (17, 0, 5, 0, 1000)]

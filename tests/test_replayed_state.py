@@ -147,7 +147,7 @@ class Stateful(nn.Module):
 @EITHER_CAPTURE
 def test_a_buffer_that_a_stage_reads_and_changes_is_for_a_re_run_what_it_was(capture: str) -> None:
     torch.manual_seed(0)
-    batch = torch.randn(64, 16)
+    batch = torch.randn(256, 16)  # a random-number state weighs as much as 79 rows
     case = Case(nn.Sequential(*(Stateful() for _ in range(6))).train(), batch, (batch,))
     model = planned(case, capture)
     with restored(case.model):

@@ -182,7 +182,7 @@ def a_schedule(chain: Chain, data: st.DataObject) -> tuple[Action, ...]:
 
 
 @settings(max_examples=300)
-@given(chains(6), st.integers(0, 2**32), st.sampled_from([0, 0, 0, 1, 2]), st.data())
+@given(chains(6, signed=True), st.integers(0, 2**32), st.sampled_from([0, 0, 0, 1, 2]), st.data())
 def test_the_referee_is_the_literal_definition(chain, seed, changes, data):
     actions = legal_walk(chain, HostMemory(0, 1.0, 1.0), seed)
     actions = tuple(action for action in actions if not isinstance(action, COPY_ACTIONS))

@@ -96,7 +96,7 @@ def random_chain(length: int, options: int = 1, seed: int = 0) -> Chain:
 
 
 @settings(max_examples=300)
-@given(chains(4))
+@given(chains(4, signed=True))
 def test_optimal_traces_the_frontier_of_all_persistent_schedules(chain):
     lines = (simulate(chain, schedule) for schedule in persistent_schedules(chain))
     fastest = math.inf
@@ -108,7 +108,7 @@ def test_optimal_traces_the_frontier_of_all_persistent_schedules(chain):
             assert seconds(chain, max(peak, 1)) == fastest
 
 
-@given(chains(4), st.data())
+@given(chains(4, signed=True), st.data())
 def test_the_literal_recurrence_finds_the_fastest_of_all_persistent_schedules(chain, data):
     budget = data.draw(budgets(chain))
     lines = [simulate(chain, schedule) for schedule in persistent_schedules(chain)]
@@ -117,14 +117,14 @@ def test_the_literal_recurrence_finds_the_fastest_of_all_persistent_schedules(ch
 
 
 @settings(max_examples=300)
-@given(chains(7, options=3), st.data())
+@given(chains(7, options=3, signed=True), st.data())
 def test_optimal_is_the_literal_recurrence(chain, data):
     budget = data.draw(budgets(chain))
     assert seconds(chain, budget) == fastest_persistent(chain, budget)
 
 
 @settings(max_examples=300)
-@given(chains(7, largest=1000), st.data())
+@given(chains(7, largest=1000, signed=True), st.data())
 def test_optimal_is_the_literal_recurrence_when_sizes_have_no_common_divisor(chain, data):
     budget = data.draw(budgets(chain))
     assert seconds(chain, budget) == fastest_persistent(chain, budget)
@@ -148,7 +148,7 @@ def test_optimal_is_the_literal_recurrence_when_stages_repeat(chain, data):
 
 
 @settings(max_examples=30)
-@given(chains(17), st.data())
+@given(chains(17, signed=True), st.data())
 def test_optimal_is_the_literal_recurrence_on_longer_chains(chain, data):
     budget = data.draw(budgets(chain))
     assert seconds(chain, budget) == fastest_persistent(chain, budget)
@@ -168,7 +168,7 @@ def coarse(slots: int, window: int = 1):
 
 
 @settings(max_examples=300)
-@given(chains(7, largest=1000, options=3), st.data())
+@given(chains(7, largest=1000, options=3, signed=True), st.data())
 def test_on_a_grid_too_coarse_optimal_fits_and_its_bound_holds(chain, data):
     budget = data.draw(budgets(chain))
     truth = fastest_persistent(chain, budget)
@@ -203,13 +203,13 @@ def test_the_gradient_at_the_end_of_a_segment_counts_while_its_first_stage_is_ke
     assert seconds(chain, line.peak - 1) == line.seconds + 1
 
 
-@given(chains(4), st.data())
+@given(chains(4, signed=True), st.data())
 def test_no_sequence_of_actions_at_all_is_slower_than_optimal(chain, data):
     budget = data.draw(budgets(chain))
     assert fastest_of_all(chain, budget) <= seconds(chain, budget)
 
 
-@given(chains(7))
+@given(chains(7, signed=True))
 def test_a_grid_of_the_common_divisor_is_exact(chain):
     scaled = Chain.from_json(scale(chain.to_json(), 1000))
     low, high = smallest_budget(scaled, "optimal"), smallest_budget(scaled, "keep_all")

@@ -19,13 +19,18 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
 from scheduler.capture.sample import Call
+from scheduler.capture.verify import of_an_op
 from scheduler.errors import CaptureError
 
 __all__ = ["Group", "Layout", "Op", "OpGraph", "export_graph"]
 
+# Hooks by which transformers collects what a call asked for (output_hidden_states, output_router_logits), and which stay
+# on the submodules ever after. They run while the model is exported: what they collected is in the graph.
+_COLLECTING = "transformers.utils.output_capturing"
 # Checks of metadata that export adds; shapes and dtypes are checked once per call by the plan's signature.
 _CHECKS = ("aten._assert_tensor_metadata.default", "aten.sym_constrain_range_for_size.default")
 
@@ -153,7 +158,8 @@ def _custom_functions_refused() -> Iterator[list[str]]:
     original = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(f"{cls.__module__}.{cls.__qualname__}")
+        if not of_an_op(cls):
+            seen.append(f"{cls.__module__}.{cls.__qualname__}")
         return original.__get__(None, cls)(*args, **kwargs)
 
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign] # until the block ends
@@ -188,6 +194,8 @@ def _hooks(model: nn.Module) -> str | None:
             continue  # the planned model is a module itself: its own hooks fire
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             for hook in getattr(module, kind).values():
+                if getattr(hook, "__module__", "") == _COLLECTING:
+                    continue
                 what = f"submodule {name!r} has hooks, which an exported graph does not fire"
                 if kind != "_forward_hooks" or not _only_requires_grad(hook):
                     return what
@@ -303,8 +311,11 @@ def analyse(module: fx.GraphModule, call: Call) -> OpGraph:
                 saved_now.clear()
                 given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
                 versions = [t._version for t in given]
-                with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-                    result = node.target(*args, **kwargs)
+                try:
+                    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                        result = node.target(*args, **kwargs)
+                except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                    raise CaptureError(f"what {node.name} gives depends on the data: {error.func}") from error
                 env[node] = result
                 reads = tuple(dict.fromkeys(g for a in node.all_input_nodes for g in group_of[a]))
                 writes = note(result, index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ class GraphCapture:
         clearing: whether what autocast has cached is let go of after each stage, or the casts of all weights would stay until
             the forward is over. Gradients of a weight that several stages read are then summed in another order, so that
             it is to be tried.
+        layouts: of values that cross a cut, strides of their gradients in the trial step where they are a permutation, ()
+            where not; None if no gradient arrived. Empty without a trial.
         gaps: (L,) share by which the seconds of an option may exceed the least for its bytes; 0 if proven.
         target: the device that costs are for, if it is not there: then nothing has data.
     """
@@ -57,6 +60,7 @@ class GraphCapture:
     rerun: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     clearing: bool = False
+    layouts: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
     target: Target | None = None
 
     kind = "graph"
@@ -127,6 +131,32 @@ class GraphCapture:
             else:
                 output.append(leaf)
         return pytree.tree_unflatten(output, self.output_spec)
+
+    def trial(self, model: nn.Module, call: Call) -> Any:
+        """A sweep in grad mode; the backward that follows notes how gradients lie in memory when they cross a cut."""
+
+        def visit(k: int, arguments: list[Any]) -> None:
+            stage = self.stages[k]
+            for name, source, argument in zip(stage.argument_names, stage.sources, arguments, strict=True):
+                if source.kind in ("boundary", "carried") and argument.requires_grad:
+                    self.layouts.setdefault(name, None)
+                    argument.register_hook(functools.partial(self._arrived, name))
+
+        return self.sweep(model, call, visit)
+
+    def _arrived(self, name: str, grad: Tensor) -> None:
+        order = sorted(range(grad.ndim), key=grad.stride, reverse=True)
+        permuted = not grad.is_contiguous() and grad.permute(order).is_contiguous()
+        self.layouts[name] = grad.stride() if permuted else ()
+
+    def result_layouts(self, k: int) -> tuple[dict[int, tuple[int, ...]], frozenset[int]]:
+        """Strides of the gradients that results of stage k get, where not contiguous; the results that get none."""
+        stage = self.stages[k]
+        names = zip(
+            (*stage.boundary, *stage.carried), (*stage.boundary_from, *stage.carried_from), strict=True
+        )
+        found = {i: self.layouts[name] for name, i in names if i >= 0 and name in self.layouts}
+        return {i: s for i, s in found.items() if s}, frozenset(i for i, s in found.items() if s is None)
 
     def own_output(self, stage: GraphStage, results: tuple[Tensor, ...]) -> Any:
         """The part of the model's output that ``stage`` makes, None in the place of the rest."""

@@ -2,14 +2,14 @@
 
 The user's code between the blocks (*glue*) is left alone: it runs once, in plain autograd, and what it
 saves stays. A block is *fed* by the one before if at least one of its tensor arguments is, by identity,
-an output of that block; all its other tensor arguments (masks, rotary tables, an encoder's output) are
-*external*: held while the step lasts.
+an output of that block, and glue has made none for it since; all its other tensor
+arguments (masks, rotary tables, an encoder's output) are *external*: held while the step lasts.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -23,6 +23,7 @@ from scheduler.capture.fake import Watch
 from scheduler.capture.sample import Call
 from scheduler.capture.state import RandomState, model_device
 from scheduler.capture.target import Device, Target
+from scheduler.capture.verify import equal_bits
 from scheduler.errors import CaptureError
 
 __all__ = [
@@ -103,6 +104,7 @@ class _Call:
         self.random = False
         self.changed: tuple[str, ...] = ()
         self.changes_input = False
+        self.new_input = False  # an input that no call before had: glue has made it
 
     def fed_by(self, other: _Call) -> tuple[tuple[int, int], ...]:
         """(argument leaf, output leaf) pairs of one tensor."""
@@ -149,17 +151,27 @@ def tensor_leaves(value: Any) -> list[tuple[int, Tensor]]:
 @contextmanager
 def intercepted(
     modules: Sequence[tuple[nn.Module, Callable[[Callable[..., Any]], Callable[..., Any]]]],
+    whole: Collection[nn.Module] = (),
 ) -> Iterator[None]:
     """Within it each module's ``forward`` is ``wrap(forward)``; its hooks fire around that as ever.
 
     Of a module that ``module.compile()`` has compiled it is the compiled call, hooks included: what wraps it stays eager.
+
+    Args:
+        whole: of these, too, it is the whole call, hooks included.
     """
     originals = []
     try:
         for module, wrap in modules:
             name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
+            call = getattr(module, name)
+            if name == "forward" and module in whole:
+                name, call = (
+                    "_compiled_call_impl",
+                    module._call_impl,
+                )  # torch calls the former instead of the latter
             originals.append((module, name, module.__dict__.get(name)))
-            module.__dict__[name] = wrap(getattr(module, name))
+            module.__dict__[name] = wrap(call)
         yield
     finally:
         for module, name, original in reversed(originals):
@@ -238,6 +250,7 @@ def capture_modules(
     Raises:
         CaptureError: there are no such blocks, or they cannot be replayed; says why.
     """
+    _refuse_layer_drop(model)
     modules = _candidates(model) if blocks is None else _given(model, blocks)
     device = model_device(model)
     root = _profile(model, call, modules, device, data=target is None)
@@ -251,6 +264,8 @@ def capture_modules(
             f"the modules given do not each run once, in the order given; seen: {[e.name for e in chosen]}"
         )
     usable = [entry for entry in usable if not entry.changes_input]
+    if target is None:
+        usable = _repeatable(model, call, usable, device)
     if not usable:
         raise CaptureError(
             "no member of a ModuleList or Sequential runs exactly once with tensors in and out"
@@ -260,7 +275,8 @@ def capture_modules(
     for entry in usable:
         position = chosen.index(entry)
         follows = before is not None and position > 0 and chosen[position - 1] is before
-        fed = entry.fed_by(before) if before is not None and follows else ()
+        # What glue made for this block (a decoder's embeddings, beside the encoder's output) is glue's to be counted.
+        fed = entry.fed_by(before) if before is not None and follows and not entry.new_input else ()
         feeds.append(fed)
         before = entry
     found, stages = _laid_out([entry.name for entry in usable], feeds)
@@ -297,6 +313,82 @@ def _laid_out(
     return blocks, [*stages, None]
 
 
+def _refuse_layer_drop(model: nn.Module) -> None:
+    """Refuse a model that leaves out layers at random: a plan is for all of them."""
+    for name, module in model.named_modules():
+        for owner in (module, getattr(module, "config", None)):
+            for kind in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+                share = getattr(owner, kind, 0.0)
+                if isinstance(share, float) and share > 0:
+                    where = ".".join(filter(None, (name, "" if owner is module else "config", kind)))
+                    raise CaptureError(
+                        f"layers are left out at random ({where} is {share}), and a plan is for all of them; set that to "
+                        "0 in the configuration, before the model is made"
+                    )
+
+
+def _repeatable(model: nn.Module, call: Call, entries: list[_Call], device: torch.device) -> list[_Call]:
+    """Those of the blocks that give the same results when they are run again.
+
+    Others draw random numbers from elsewhere, or change one of their arguments: a cache.
+
+    Raises:
+        CaptureError: none does; or the model cannot go on when they have run twice.
+    """
+    failed: dict[str, str] = {}
+
+    def wrapper(name: str, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+            def twice(*args: Any, **kwargs: Any) -> Any:
+                random = RandomState(device)
+                buffers = [(b, b.clone()) for b in module.buffers()]
+                first = forward(*args, **kwargs)
+                random.restore()
+                for buffer, value in buffers:
+                    buffer.data.copy_(value)
+                try:
+                    again = forward(*args, **kwargs)
+                except Exception as error:  # noqa: BLE001 # of whatever kind the model's code raises
+                    failed[name] = f"it raises {type(error).__name__}: {error}"
+                    return first
+                pairs = zip(tensor_leaves(first), tensor_leaves(again), strict=False)
+                if any(not _alike(a, b) for (_, a), (_, b) in pairs):
+                    failed[name] = "its results differ"
+                return first
+
+            return twice
+
+        return wrap
+
+    args, kwargs = call
+    error: Exception | None = None
+    watched = [(entry.name, model.get_submodule(entry.name)) for entry in entries]
+    with torch.no_grad(), intercepted([(m, wrapper(n, m)) for n, m in watched]):
+        try:
+            model(*args, **kwargs)
+        except Exception as other:  # noqa: BLE001 # what the second runs left behind may stop the model
+            error = other
+    steady = [entry for entry in entries if entry.name not in failed]
+    if error is not None or (failed and not steady):
+        name, why = next(iter(failed.items()), (watched[0][0], f"the model stops with {error}"))
+        raise CaptureError(
+            f"{name} does not do the same when it is run again on the same arguments: {why}. If it fills a cache, pass "
+            "use_cache=False; random numbers must be torch's"
+        ) from error
+    return steady
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two results are one, up to what sums of CUDA kernels in no fixed order may make of it."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    if a.device.type == "cpu" or not a.is_floating_point():
+        return equal_bits(a, b)
+    return torch.allclose(
+        a, b, rtol=1e-2, atol=1e-2 * float(a.abs().max()) if a.numel() else 0.0, equal_nan=True
+    )
+
+
 def _profile(
     model: nn.Module, call: Call, modules: dict[str, nn.Module], device: torch.device, data: bool
 ) -> _Call:
@@ -316,7 +408,9 @@ def _profile(
                 entry = _Call(name, current)
                 given = tensor_leaves((args, kwargs))
                 current.children.append(entry)
+                known = tokens.count
                 entry.inputs = [(leaf, tokens.of(t)) for leaf, t in given]
+                entry.new_input = tokens.count > known
                 versions = [t._version for _, t in given]
                 buffers = {n: (b, b.clone()) for n, b in module.named_buffers()}
                 random = RandomState(device)

@@ -23,7 +23,16 @@ from scheduler.capture.graph import Layout, Op, OpGraph
 from scheduler.capture.linearize import Linear
 from scheduler.options import StageOp, StageValue
 
-__all__ = ["Rebuild", "StageValues", "compile_rebuilds", "divisible", "op_rows", "packs_of", "stage_values"]
+__all__ = [
+    "Rebuild",
+    "StageValues",
+    "compile_rebuilds",
+    "divisible",
+    "op_rows",
+    "origin_of_pack",
+    "packs_of",
+    "stage_values",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +172,24 @@ def op_rows(
 def packs_of(graph: OpGraph, linear: Linear, k: int) -> list[Layout]:
     """The packs of stage k, in order."""
     return [pack for op in _slice(graph, linear, k) for pack in op.packs]
+
+
+def origin_of_pack(graph: OpGraph, linear: Linear, k: int, number: int) -> str:
+    """The ops that make and save a pack of stage k, in words; "" if the graph does not know it."""
+    packs = [(op, pack) for op in _slice(graph, linear, k) for pack in op.packs]
+    if number >= len(packs):
+        return ""
+    op, pack = packs[number]
+    producer = graph.groups[pack.group].producer
+    saved = f"saved by {op.node.target} ({op.node.name})"
+    if producer < 0:
+        return f", {saved}"
+    maker = graph.ops[producer]
+    return (
+        f", made and {saved}"
+        if maker is op
+        else f", made by {maker.node.target} ({maker.node.name}) and {saved}"
+    )
 
 
 def compile_rebuilds(

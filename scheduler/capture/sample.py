@@ -24,6 +24,7 @@ from scheduler.errors import PlanMismatch
 __all__ = [
     "CallSignature",
     "canonical_call",
+    "forward_signature",
     "model_fingerprint",
     "read_sample",
     "reject_unusable",
@@ -55,6 +56,22 @@ def read_sample(sample: Any) -> Call:
         f"solve: sample is a {type(sample).__name__}; pass a tensor, a tuple of positional arguments, "
         "a dict of keyword arguments, or (args, kwargs)"
     )
+
+
+def forward_signature(model: nn.Module) -> inspect.Signature:
+    """The signature of the model's forward, with ``use_cache`` by name.
+
+    Where transformers hands it on among ``**kwargs``, its default is in the model's configuration.
+    """
+    signature = inspect.signature(model.forward)
+    names = signature.parameters
+    rest = [p for p in names.values() if p.kind is p.VAR_KEYWORD]
+    config = getattr(model, "config", None)
+    configs = (config, *getattr(config, "__dict__", {}).values())  # a model of several has several
+    if not rest or "use_cache" in names or not any(getattr(c, "use_cache", None) is True for c in configs):
+        return signature
+    cache = inspect.Parameter("use_cache", inspect.Parameter.KEYWORD_ONLY, default=None)
+    return signature.replace(parameters=[*(p for p in names.values() if p not in rest), cache, *rest])
 
 
 def canonical_call(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
@@ -129,19 +146,29 @@ class CallSignature:
         other = CallSignature.of(call)
         if other == self:
             return
-        if other.structure != self.structure:
+        leaf, want, got = self._first_difference(other)
+        if leaf is None:
             raise PlanMismatch(
-                f"{where}: the plan was made for arguments {self.structure}, got {other.structure}; "
+                f"{where}: the plan was made for arguments {want}, got {got}; "
                 "call solve() with a sample of this structure"
             )
-        for index, (want, got) in enumerate(
-            zip(json.loads(self.leaves), json.loads(other.leaves), strict=True)
-        ):
-            if want != got:
-                raise PlanMismatch(
-                    f"{where}: argument leaf {index}: the plan was made for {_words(want)}, got {_words(got)}; "
-                    "call solve() with a sample like this one and execute that plan for such batches"
-                )
+        raise PlanMismatch(
+            f"{where}: argument leaf {leaf}: the plan was made for {want}, got {got}; "
+            "call solve() with a sample like this one and execute that plan for such batches"
+        )
+
+    def difference(self, other: CallSignature) -> str:
+        """The first thing in which another signature differs from this one, in words."""
+        leaf, want, got = self._first_difference(other)
+        return f"{'arguments' if leaf is None else f'argument leaf {leaf}'}: {got} instead of {want}"
+
+    def _first_difference(self, other: CallSignature) -> tuple[int | None, str, str]:
+        """(leaf, here, there) of the first difference, in words; no leaf where the structures differ."""
+        if other.structure != self.structure:
+            return None, self.structure, other.structure
+        pairs = enumerate(zip(json.loads(self.leaves), json.loads(other.leaves), strict=True))
+        leaf, (want, got) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        return leaf, _words(want), _words(got)
 
 
 def _words(leaf: list[Any]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 __all__ = [
     "gathered",
     "holders",
+    "is_distributed",
     "local",
     "own_parameters",
     "placement",
@@ -67,6 +68,11 @@ def reject_tensor_parallel(call: str, model: nn.Module) -> None:
                 "of models whose parameters are DTensors only those sharded by fully_shard over data-parallel ranks "
                 "can be planned, without tensor parallelism"
             )
+
+
+def is_distributed() -> bool:
+    """Whether torch.distributed is initialised."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _kind(module: str, name: str) -> Any:

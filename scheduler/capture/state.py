@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from scheduler.capture.sharded import take_gathered_grads
 __all__ = [
     "CPU_RANDOM_STATE",
     "AutocastState",
+    "HostRandomState",
     "RandomState",
     "autocast_contexts",
     "autocast_state",
@@ -64,6 +66,23 @@ class RandomState:
         return self.on_device is not None and not torch.equal(
             self.on_device, torch.cuda.get_rng_state(self.device)
         )
+
+
+class HostRandomState:
+    """The state of Python's own generator and of NumPy's, which a model's code may draw from."""
+
+    __slots__ = ("numpy", "python")
+
+    def __init__(self) -> None:
+        self.python = random.getstate()
+        numpy = sys.modules.get("numpy")  # nothing draws from what nobody imported
+        self.numpy = None if numpy is None else numpy.random.get_state()
+
+    def restore(self) -> None:
+        """Set the generators back."""
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
 
 
 def model_device(model: nn.Module) -> torch.device:
@@ -119,18 +138,27 @@ def reverse(root: torch.Tensor) -> None:
 def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:
     """Within it gradients are fresh; on leaving, gradients, buffers and random numbers are as before.
 
+    Hooks of parameters are silent meanwhile: one may step an optimizer, and none of these gradients is for it.
+
     Yields:
         the parameters that have a gradient.
     """
     gathered = take_gathered_grads(model)
-    random = RandomState(model_device(model))
+    generators = RandomState(model_device(model))
     grads = {p: p.grad for p in model.parameters()}
     buffers = {b: b.detach().clone() for b in model.buffers()}
+    # Autograd calls what is in these dicts when a gradient arrives.
+    hooks = [d for p in grads for d in (p._backward_hooks, p._post_accumulate_grad_hooks) if d]
+    silent = [dict(each) for each in hooks]
     for parameter in grads:
         parameter.grad = None
+    for each in hooks:
+        each.clear()
     try:
         yield frozenset(p for p, grad in grads.items() if grad is not None)
     finally:
+        for each, before in zip(hooks, silent, strict=True):
+            each.update(before)
         take_gathered_grads(model)
         grads.update(gathered)
         for parameter, grad in grads.items():
@@ -138,4 +166,4 @@ def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:
         for buffer, value in buffers.items():
             # .data leaves the version counter alone: nothing that autograd saved is invalidated.
             buffer.data.copy_(value)
-        random.restore()
+        generators.restore()

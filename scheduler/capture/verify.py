@@ -14,7 +14,7 @@ from torch.nn.modules._functions import BackwardHookFunction
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.state import RandomState, model_device, preserved, reverse
 
-__all__ = ["StepResult", "custom_functions", "difference", "run_step"]
+__all__ = ["StepResult", "custom_functions", "difference", "equal_bits", "of_an_op", "run_step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,11 @@ def run_step(model: nn.Module, forward: Callable[[], Any], *, offload: bool = Fa
         )
 
 
+def of_an_op(function: type) -> bool:
+    """Whether an autograd.Function is how torch.library runs an op's registered backward: the op is in the graph."""
+    return function.__module__ == "torch._library.autograd"
+
+
 def custom_functions(tensors: list[Tensor]) -> tuple[str, ...]:
     """Names of the custom autograd.Functions that a backward from these tensors would run."""
     waiting: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
@@ -73,7 +78,8 @@ def custom_functions(tensors: list[Tensor]) -> tuple[str, ...]:
         node = waiting.pop()
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             function = node._forward_cls  # type: ignore[attr-defined] # set by autograd for each Function
-            if function is not BackwardHookFunction:  # of module hooks, which are looked for elsewhere
+            # Those of module hooks are looked for elsewhere.
+            if function is not BackwardHookFunction and not of_an_op(function):
                 found[f"{function.__module__}.{function.__qualname__}"] = None
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
@@ -87,16 +93,16 @@ def difference(plain: StepResult, other: StepResult) -> str | None:
     if len(plain.outputs) != len(other.outputs):
         return f"{len(other.outputs)} output tensors instead of {len(plain.outputs)}"
     for index, (a, b) in enumerate(zip(plain.outputs, other.outputs, strict=True)):
-        if not _equal(a, b):
+        if not equal_bits(a, b):
             return f"output {index} differs{_amount(a, b)}"
     for name, grad in plain.grads.items():
         found = other.grads[name]
         if (grad is None) != (found is None):
             return f"the gradient of {name} is {'missing' if found is None else 'there, but not in the plain model'}"
-        if grad is not None and found is not None and not _equal(grad, found):
+        if grad is not None and found is not None and not equal_bits(grad, found):
             return f"the gradient of {name} differs{_amount(grad, found)}"
     for name, buffer in plain.buffers.items():
-        if not _equal(buffer, other.buffers[name]):
+        if not equal_bits(buffer, other.buffers[name]):
             return f"buffer {name} differs{_amount(buffer, other.buffers[name])}"
     if not torch.equal(plain.generators.cpu, other.generators.cpu):
         return "the state of the CPU's random-number generator differs after the step"
@@ -106,7 +112,7 @@ def difference(plain: StepResult, other: StepResult) -> str | None:
     return None
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def equal_bits(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit, NaNs included."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False

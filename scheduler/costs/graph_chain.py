@@ -71,8 +71,20 @@ def measure_graph(
     def visit(k: int, arguments: list[Any]) -> None:
         stage = capture.stages[k]
         adding = [i for i, a in enumerate(arguments) if isinstance(a, nn.Parameter) and a in added]
-        unread = _unread(capture, k) if loss_is_output else frozenset()
-        how = (clock, options, *surroundings, sorted(stage.carried_from), k == last, adding, sorted(unread))
+        layouts, unread = capture.result_layouts(k)
+        if loss_is_output:
+            unread |= _unread(capture, k)
+        carried = sorted(stage.carried_from)
+        how = (
+            clock,
+            options,
+            *surroundings,
+            carried,
+            k == last,
+            adding,
+            sorted(unread),
+            sorted(layouts.items()),
+        )
         key = keys[k] = f"{capture.place}|{how}|{stage.signature}"
         if key not in costs:
             run = _isolated(capture, k, arguments, added, unread)
@@ -141,7 +153,8 @@ def _isolated(
         if source.kind != "boundary" and isinstance(argument, Tensor)
     )
     reset = fresh_grads(parameters, existing)
-    return StageRun(run, reset, loss if k == len(capture) - 1 else None, lasting, unread)
+    of_loss = loss if k == len(capture) - 1 else None
+    return StageRun(run, reset, of_loss, lasting, unread, capture.result_layouts(k)[0])
 
 
 def graph_chain(
@@ -175,6 +188,7 @@ def graph_chain(
     ]
 
     values = _Values(size)
+    order = {key: place for place, key in enumerate(graph.groups)}
 
     def kept_values(k: int, dropped: frozenset[int]) -> set[int]:
         """The storages that stay for the backward of stage k; the executor holds the boundary of one kept in part."""
@@ -192,15 +206,13 @@ def graph_chain(
         fresh = (key for key in linear.boundaries[k] if graph.groups[key].producer >= linear.cuts[k - 1])
         return total(key for key in fresh if key not in needed)
 
-    def unseen_bytes(k: int) -> int:
+    def unseen_bytes(k: int, cost: OptionCost) -> int:
         """What autograd keeps on real tensors and not on fake ones: kernels that are chosen by their data type."""
         if k == count - 1 and not loss_is_output:  # the loss that stood in keeps the outputs
             return 0
-        first = linear.cuts[k]
-        own = {
-            pack.group for pack in packs_of(graph, linear, k) if graph.groups[pack.group].producer >= first
-        }
-        return max(0, costs[k].kept - total(own))
+        packs = enumerate(packs_of(graph, linear, k))
+        kept = {pack.group for number, pack in packs if number not in cost.dropped}
+        return max(0, cost.kept - total(key for key in kept if graph.groups[key].producer >= linear.cuts[k]))
 
     flows = _GradFlows(capture, costs, size)
 
@@ -231,22 +243,30 @@ def graph_chain(
         prefix = k == 0 and linear.frozen_prefix
         # The gradient at hand is what a replay meets; what the stage makes until then is part of its own backward too.
         led = at_hand[k + 1] - flows.boundary(k + 1) if k < count - 1 else 0
-        gradients = input_grad + _own_output_grads(cost, k, count, output_grad) + led
+        # A gradient that is a part of another one does not go when the stage is done with it, as it did in isolation.
+        lasting = flows.shared(k + 1) if k < count - 1 else 0
+        gradients = input_grad + _own_output_grads(cost, k, count, output_grad) + led - lasting
         # Keeping all is the first option.
         whole = OptionCost(
-            frozenset(), 0.0, cost.keeping_peak, cost.backward_peak, "all", rebuild_peak=cost.rebuild_peak
+            frozenset(),
+            0.0,
+            cost.keeping_peak,
+            cost.backward_peak,
+            "all",
+            rebuild_peak=cost.rebuild_peak,
+            kept=cost.kept,
         )
         options = []
-        unseen = unseen_bytes(k)
         for each in (whole, *cost.options):
             kept = kept_values(k, each.dropped)
+            unseen = unseen_bytes(k, each)
             saved = saved_bytes(k, kept) + unseen
             released = released_bytes(k) if k and not each.dropped else 0
             keeping = max(0, each.keeping_peak - saved - new) + released
             # What the last stage hands out and saves is among the carried values; other stages may run again.
             shared = total(kept & set(linear.carried[k])) if k == count - 1 else 0
             reversing = each.backward_peak - saved - shared - gradients + summed[k]
-            keeps = (*map(values.number, sorted(kept)), *values.unseen(k, unseen))
+            keeps = (*map(values.number, sorted(kept, key=order.__getitem__)), *values.unseen(unseen))
             again = None if each.rebuild_peak is None else each.rebuild_peak - saved + released
             options.append(
                 Option(saved - released, each.recompute, keeping, reversing, each.name, keeps, again)
@@ -301,13 +321,12 @@ class _Values:
             self.sizes.append(self.size[key])
         return self._numbers[key]
 
-    def unseen(self, stage: int, size: int) -> tuple[int, ...]:
-        """Of the bytes that a stage keeps beyond the storages of the graph; nothing if there are none."""
+    def unseen(self, size: int) -> tuple[int, ...]:
+        """Of the bytes that an option keeps beyond the storages of the graph; nothing if there are none."""
         if not size:
             return ()
-        key = -1 - stage
-        self.size = {**self.size, key: size}
-        return (self.number(key),)
+        self.sizes.append(size)
+        return (len(self.sizes) - 1,)
 
 
 def gradients_at_hand(boundary: list[int], lead: list[int | None], made: list[int]) -> list[int]:
@@ -366,15 +385,26 @@ class _GradFlows:
             return self.left[readers[0]][key]
         return {(-1, key): self.size[key]} if readers else {}
 
-    def boundary(self, stage: int) -> int:
-        """Bytes of the gradient of boundary ``stage``; what carried gradients hold anyway is not counted."""
-        elsewhere = {
+    def _elsewhere(self, stage: int) -> set[tuple[int, int]]:
+        """Storages that gradients of carried values hold once ``stage`` and all after it are reversed."""
+        return {
             s for k in self.left[stage:] for key in k if key in self.carried for s in self._held(key, stage)
         }
+
+    def boundary(self, stage: int) -> int:
+        """Bytes of the gradient of boundary ``stage``; what carried gradients hold anyway is not counted."""
+        elsewhere = self._elsewhere(stage)
         held: dict[tuple[int, int], int] = {}
         for key in self.capture.linear.boundaries[stage]:
             held.update(self._held(key, stage))
         return sum(amount for storage, amount in held.items() if storage not in elsewhere)
+
+    def shared(self, stage: int) -> int:
+        """Bytes of gradients of boundary ``stage`` that are there as parts of what carried gradients hold anyway."""
+        elsewhere = self._elsewhere(stage)
+        keys = self.capture.linear.boundaries[stage]
+        held = {key: self._held(key, stage) for key in keys}
+        return sum(self.size[key] for key in keys if held[key] and elsewhere.issuperset(held[key]))
 
     def carried_bytes(self, key: int, stage: int) -> int:
         """Bytes of a carried value's gradient once ``stage`` and all after it are reversed."""
@@ -456,6 +486,7 @@ def parameter_grads(
     existing: Collection[nn.Parameter],
     change: list[int],
     device: Device,
+    whole: Collection[nn.Parameter] = (),
 ) -> tuple[list[int], list[int]]:
     """Bytes of the gradients of parameters.
 
@@ -467,6 +498,7 @@ def parameter_grads(
         readers: the stages that read each parameter, ascending.
         existing: parameters that have a gradient before the step.
         change: (L,) by how much each backward changes the bytes of long-lived values.
+        whole: sharded parameters whose gradients stay whole, beside those that exist.
 
     Returns:
         (L,) bytes of gradients that the backward of each stage creates; (L,) bytes that it takes besides to add its
@@ -476,11 +508,11 @@ def parameter_grads(
     for parameter, stages in readers.items():
         if not parameter.requires_grad:
             continue
-        shard = local(parameter)
+        shard = parameter if parameter in whole else local(parameter)
         size = allocated(shard.numel() * shard.element_size(), device)
         for k in stages[:-1]:
             summed[k] += size
-        if parameter not in existing:
+        if parameter not in existing or parameter in whole:
             created[stages[-1]] += size
         elif len(stages) > 1:
             change[stages[-1]] += size

@@ -8,19 +8,28 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from scheduler.capture.sharded import is_distributed
 from scheduler.capture.state import reverse, shielded
 from scheduler.capture.target import Device, Target
 from scheduler.costs.peak import allocated, count_bytes
 
-__all__ = ["OptionCost", "StageCost", "StageRun", "fresh_grads", "measure_stage", "rebuild_peak"]
+__all__ = [
+    "OptionCost",
+    "StageCost",
+    "StageRun",
+    "fresh_grads",
+    "measure_stage",
+    "rebuild_peak",
+    "seed_gradients",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +44,7 @@ class OptionCost:
         name: what is kept, in words.
         rerun: the ops of the stage that run again, by their places in it.
         rebuild_peak: most bytes above the inputs while the stage is run again to its last kept tensor.
+        kept: bytes that are live once the stage has run forward, and nobody holds its outputs.
     """
 
     dropped: frozenset[int]
@@ -44,6 +54,7 @@ class OptionCost:
     name: str
     rerun: tuple[int, ...] = ()
     rebuild_peak: int | None = None
+    kept: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +107,8 @@ class StageRun:
         loss: for the last stage, how to find among the outputs what is reversed (None if it is not there).
         lasting: identities of storages that live on anyway, so that saved tensors on them need no replay.
         unread: the outputs that get no gradient.
+        layouts: strides of the gradient that each output gets, where they are known. A kernel that wants another
+            layout makes a copy.
     """
 
     run: Callable[[Enter], Sequence[Tensor]]
@@ -103,6 +116,7 @@ class StageRun:
     loss: Callable[[Sequence[Tensor]], Tensor | None] | None = None
     lasting: frozenset[int] = frozenset()
     unread: frozenset[int] = frozenset()
+    layouts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 def fresh_grads(parameters: Iterable[nn.Parameter], existing: Collection[nn.Parameter]) -> Callable[[], None]:
@@ -143,22 +157,30 @@ class _Seed(torch.autograd.Function):
     """Holds nothing forward; backward makes the gradients of the outputs, owned by the engine alone."""
 
     @staticmethod
-    def forward(ctx: Any, *outputs: Tensor) -> Tensor:
-        ctx.shapes = [(t.shape, t.dtype, t.device) for t in outputs]
+    def forward(ctx: Any, strides: Sequence[tuple[int, ...] | None], *outputs: Tensor) -> Tensor:
+        ctx.shapes = [(t.shape, s, t.dtype, t.device) for t, s in zip(outputs, strides, strict=True)]
         return outputs[0].new_zeros((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
-        return tuple(torch.ones(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.shapes)
+        return None, *(
+            torch.ones(shape, dtype=dtype, device=device)
+            if stride is None
+            else torch.empty_strided(shape, stride, dtype=dtype, device=device).fill_(1)
+            for shape, stride, dtype, device in ctx.shapes
+        )
 
 
-def _seed(outputs: Sequence[Tensor]) -> tuple[Tensor | None, int]:
+def seed_gradients(
+    outputs: Mapping[int, Tensor], layouts: Mapping[int, tuple[int, ...]]
+) -> tuple[Tensor | None, int]:
     """Something to reverse that reaches all outputs, and the bytes of their gradients."""
-    grad = [t for t in outputs if t.requires_grad]
+    grad = {i: t for i, t in outputs.items() if t.requires_grad}
     if not grad:
         return None, 0
-    seed: Tensor = _Seed.apply(*grad)
-    return seed, sum(t.numel() * t.element_size() for t in grad)
+    strides = [layouts.get(i) for i in grad]
+    seed: Tensor = _Seed.apply(strides, *grad.values())
+    return seed, sum(t.numel() * t.element_size() for t in grad.values())
 
 
 def _root(stage: StageRun, outputs: Sequence[Tensor]) -> tuple[Tensor | None, int]:
@@ -166,7 +188,7 @@ def _root(stage: StageRun, outputs: Sequence[Tensor]) -> tuple[Tensor | None, in
     root = stage.loss(outputs) if stage.loss is not None else None
     if root is not None:
         return root, 4
-    return _seed([output for i, output in enumerate(outputs) if i not in stage.unread])
+    return seed_gradients({i: t for i, t in enumerate(outputs) if i not in stage.unread}, stage.layouts)
 
 
 def _unowned(tensor: Tensor) -> Tensor:
@@ -310,7 +332,7 @@ def _time(stage: StageRun, device: Device, repeats: int) -> tuple[float, float]:
     backwards: list[float] = []
     started = time.perf_counter()
     # On many ranks the clock must not decide how often: a stage may have collectives within.
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    together = is_distributed()
     for done in range(repeats if together else 10 * repeats):
         if done >= repeats and time.perf_counter() - started > 0.05:
             break

@@ -1,255 +1,199 @@
 """Captured blocks -> chain.
 
-Blocks are measured in isolation, like stages of a graph. Glue is measured where it stands: one step is run
-in which every block's outputs are cut loose from its inputs, so that the glue's own graphs can be reversed
-one by one.
+Blocks are measured in isolation, like stages of a graph. What the user's code around them takes (*glue*) is measured
+where it stands, in a step without the blocks (``skeleton.py``). Every storage that enters or leaves a block, and every
+one that glue saves, is a value of the chain, so that the referee holds each of them once, from its making to its end.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from scheduler.capture.loss import find_loss, output_tensors
-from scheduler.capture.module_capture import ModuleCapture, intercepted, tensor_leaves
+from scheduler.capture.module_capture import ModuleCapture, tensor_leaves
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import holders, unshard
 from scheduler.capture.state import CPU_RANDOM_STATE, preserved, shielded
 from scheduler.chain import Chain, Option, Stage
-from scheduler.costs.gather import Gather, measure_gather, resharding, standing_bytes, with_gather
+from scheduler.costs.gather import measure_gather, resharding, standing_bytes, with_gather
 from scheduler.costs.graph_chain import SMALL_TENSORS, gradients_at_hand, parameter_grads
 from scheduler.costs.measure import Enter, StageCost, StageRun, as_leaf, fresh_grads, measure_stage
+from scheduler.costs.module_values import ModuleValues
 from scheduler.costs.peak import allocated, count_bytes
 from scheduler.costs.resident import storage_bytes
 from scheduler.costs.roofline import Tally, device_rates, estimate_run
+from scheduler.costs.skeleton import (
+    Box,
+    Lifetimes,
+    Piece,
+    Timed,
+    Traffic,
+    Visitor,
+    pieces,
+    run_skeleton,
+    storage_key,
+)
 
 __all__ = ["module_chain"]
 
 
 @dataclass(slots=True)
 class _BlockCost:
-    """Bytes and seconds of one block."""
-
-    cost: StageCost
-    input: int
-    input_grad: int
-    saved: int
-    external: list[tuple[int, int]]  # (identity, bytes) of external tensors that require grad
-
-
-@dataclass(slots=True)
-class _Pass:
-    """One step in which the blocks are cut loose: what its glue took.
+    """Bytes and seconds of one block.
 
     Attributes:
-        entered: the tensors that glue gave to blocks.
-        forward, backward: seconds of glue.
-        produced: (blocks,) bytes of each block's outputs.
-        lingering: (blocks,) bytes of those outputs that are there when the block after the next begins: in the
-            frame that called a container of blocks, for instance, or in a list.
-        lasting: (blocks,) bytes of those that are there when the forward is over: skips, hidden states that the
-            user's code collects or that glue saves.
-        returned: (blocks,) bytes of those that are outputs of the model.
-        outputs: bytes of the model's other outputs.
-        held: (glue,) bytes of all blocks' outputs that are there when each piece of glue ends.
+        input_grad: bytes of the gradients of its boundary.
+        saved_arguments, saved_outputs: leaves whose storages its backward needs.
+        private: bytes that it saves besides.
+        casts: bytes of weights that it casts and that autocast's cache holds until the forward is over: those that it
+            saves, and others.
     """
 
-    entered: list[list[Tensor]] = field(default_factory=list)
-    forward: list[float] = field(default_factory=list)
-    backward: list[float] = field(default_factory=list)
-    produced: list[int] = field(default_factory=list)
-    lingering: list[int] = field(default_factory=list)
-    lasting: list[int] = field(default_factory=list)
-    returned: list[int] = field(default_factory=list)
-    outputs: int = 0
-    held: list[int] = field(default_factory=list)
-    own_loss: bool = True
+    cost: StageCost
+    input_grad: int
+    saved_arguments: frozenset[int]
+    saved_outputs: frozenset[int]
+    private: int
+    casts: tuple[int, int]
+    box: Box
 
 
 def module_chain(
-    capture: ModuleCapture, model: nn.Module, call: Call, *, resident: int, clock: bool, name: str
+    capture: ModuleCapture,
+    model: nn.Module,
+    call: Call,
+    *,
+    existing: Collection[nn.Parameter],
+    resident: int,
+    clock: bool,
+    name: str,
 ) -> Chain:
     """The chain of captured blocks. Leaves the model's state as it is.
 
     Args:
+        existing: parameters that have a gradient before the step.
         resident: bytes live during the whole step.
         clock: False to estimate the seconds by the roofline.
     """
-    existing = {p for p in model.parameters() if p.grad is not None}
-    costs: dict[int, _BlockCost] = {}
     modules = [model.get_submodule(block.name) for block in capture.blocks]
     readers = _readers(capture, model, modules)
+    costs: dict[int, _BlockCost] = {}
     added = {p for p in existing if len(readers[p]) == 1}
     gathering: dict[int, list[Any]] = {}
-    with preserved(model):
 
-        def measure(index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
-            outer = holders(model, capture.blocks[index].name)
-            gathering[index] = resharding(outer)
+    class Measuring(Visitor):
+        def enter(self, block: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
+            outer = holders(model, capture.blocks[block].name)
+            gathering[block] = resharding(outer)
 
             def run(*args: Any, **kwargs: Any) -> Any:
-                unshard(
-                    outer
-                )  # shards within the block have their hooks, which shard all when a backward ends
+                unshard(outer)  # shards within the block have hooks, which shard all when a backward ends
                 return forward(*args, **kwargs)
 
-            costs[index] = _measure_block(capture, index, modules[index], run, args, kwargs, added, clock)
+            costs[block] = _measure_block(capture, block, modules[block], run, args, kwargs, added, clock)
+            boxes[block] = costs[block].box
             model.zero_grad(set_to_none=True)
+            unshard(outer)  # the block runs once more
 
-        _run(capture, model, call, modules, measure)
+    boxes: dict[int, Box] = {}
+    with preserved(model):
+        output = run_skeleton(capture, model, call, modules, boxes, Measuring(), inside=True)
+        own_loss = find_loss(output)[1]
+        del output
     with preserved(model):
         gathers = [measure_gather(gathering[index], capture.device) for index in range(len(modules))]
     for index, gather in enumerate(gathers):
         costs[index].cost = with_gather(costs[index].cost, gather)
     capture.gathering = standing_bytes(gathers)
-    times: list[_Pass] = []
-    for _ in range(3 if clock else 0):
-        with preserved(model):
-            times.append(_run(capture, model, call, modules))
-    if not clock:
-        tally = Tally(device_rates(capture.place))
-        with preserved(model), tally:
-            times.append(_run(capture, model, call, modules, now=lambda: tally.seconds))
-    glue = [k for k, block in enumerate(capture.stages) if block is None]
+    lifetimes = Lifetimes(capture)
+    with preserved(model), lifetimes.watching():
+        output = run_skeleton(capture, model, call, modules, boxes, lifetimes)
+        lifetimes.check(len(capture))
+    del output  # until here, as the user holds it
+    seconds = _seconds(capture, model, call, modules, boxes, own_loss, clock)
+
+    traffic: Traffic | None = None
+    returned: set[int] = set()
+    output_grad = 0
+
+    def step(mark: Callable[[], None]) -> None:
+        nonlocal traffic, output_grad
+        traffic = Traffic(capture, [*model.parameters(), *model.buffers(), *_tensors(call)], mark)
+        with torch.autograd.graph.saved_tensors_hooks(shielded(traffic.pack), lambda tensor: tensor):
+            output = run_skeleton(capture, model, call, modules, boxes, traffic, own_loss=own_loss)
+        tensors = output_tensors(output)
+        returned.update(key for key in map(storage_key, tensors) if key in traffic.size)
+        output_grad = sum(t.numel() * t.element_size() for t in tensors if t.requires_grad)
+
+    glue = {k for k, block in enumerate(capture.stages) if block is None}
     with preserved(model):
-        fresh_grads((p for p in added if readers[p][0] in glue), added)
-        marks: list[Callable[[], None]] = []
-
-        def step(mark: Callable[[], None]) -> None:
-            marks.append(mark)
-            _run(capture, model, call, modules, mark=mark, gathers=gathers)
-
+        fresh_grads((p for p in existing if glue.intersection(readers[p])), existing)
         counted = count_bytes(step, capture.place)
-    change = [0] * len(capture)
-    grads = parameter_grads(readers, existing, change, capture.place)
-    return _assemble(
-        capture, model, costs, times, counted.peaks, counted.marks, glue, grads, change, resident, name
+    assert traffic is not None
+    blocks = [costs[index] for index in range(len(modules))]
+    values = ModuleValues(
+        capture,
+        traffic,
+        lifetimes,
+        [(block.saved_arguments, block.saved_outputs) for block in blocks],
+        [(block.private, *block.casts) for block in blocks],
+        returned,
+        _live(capture, traffic, counted.marks),
     )
+    forward, backward = pieces(traffic.events, len(blocks), counted.marks, counted.peaks)
+    shared = [traffic.shared(index, counted.marks) for index in range(len(blocks))]
+    whole = _whole(capture, model)
+    parts = _Parts(capture, blocks, values, forward, backward, seconds, output_grad, shared, whole)
+    return _assemble(parts, model, readers, existing, own_loss, resident, name)
 
 
-def _run(
+def _tensors(call: Call) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
+
+
+def _seconds(
     capture: ModuleCapture,
     model: nn.Module,
     call: Call,
     modules: list[nn.Module],
-    measure: Callable[[int, Callable[..., Any], Any, Any], None] | None = None,
-    mark: Callable[[], None] = lambda: None,
-    now: Callable[[], float] = time.perf_counter,
-    gathers: Sequence[Gather] = (),
-) -> _Pass:
-    """One step with the blocks cut loose.
-
-    Marks: where each block begins and ends; then, in backward, where the reversal of each piece of glue does.
-    """
-    result = _Pass()
-    external: list[Tensor] = []
-    made: list[dict[int, tuple[StorageWeakRef, int]]] = []  # block -> storage -> (reference, bytes)
-    since = now()
-    starts_glue = {block.stage for block in capture.blocks if capture.stages[block.stage - 1] is None}
-
-    def wrapper(index: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
-            def loose(*args: Any, **kwargs: Any) -> Any:
-                nonlocal since
-                if index > 1:
-                    result.lingering.append(_alive(made[index - 2]))
-                if capture.blocks[index].stage in starts_glue:
-                    result.forward.append(now() - since)
-                    result.entered.append([t for _, t in tensor_leaves((args, kwargs)) if t.requires_grad])
-                    there = gathers[index].peak if gathers else 0  # of the block, which gathered them already
-                    result.held.append(sum(map(_alive, made)) + there)
-                if measure is None:
-                    # The executor holds the arguments that come from elsewhere until the step is over.
-                    fed = {argument for argument, _ in capture.blocks[index].fed}
-                    external.extend(t for i, t in tensor_leaves((args, kwargs)) if i not in fed)
-                mark()
-                if measure is not None:
-                    measure(index, forward, args, kwargs)
-                with torch.no_grad():
-                    produced = forward(*args, **kwargs)
-                produced = pytree.tree_map_only(Tensor, _loosened, produced)
-                given = _storages(t for _, t in tensor_leaves((args, kwargs)))
-                made.append(
-                    {
-                        storage._cdata: (StorageWeakRef(storage), allocated(storage.nbytes(), capture.place))
-                        for storage in (t.untyped_storage() for _, t in tensor_leaves(produced))
-                        if storage._cdata not in given
-                    }
-                )
-                result.produced.append(sum(size for _, size in made[-1].values()))
-                mark()
-                since = now()
-                return produced
-
-            return loose
-
-        return wrap
-
-    args, kwargs = call
-    with torch.enable_grad(), intercepted([(m, wrapper(i)) for i, m in enumerate(modules)]):
-        output = model(*args, **kwargs)
-        loss, result.own_loss = find_loss(output)
-    result.forward.append(now() - since)
-    result.held.append(sum(map(_alive, made)))
-    # The output of the last block is the boundary of the glue that follows.
-    result.lasting = [*(_alive(storages) for storages in made[:-1]), 0]
-    result.lingering += [0] * (len(made) - len(result.lingering))
-    ends = _storages(output_tensors(output))
-    result.returned = [
-        sum(size for key, (_, size) in storages.items() if key in ends) if lasting else 0
-        for storages, lasting in zip(made, result.lasting, strict=True)
-    ]
-    result.outputs = storage_bytes(output_tensors(output), capture.place) - sum(result.returned)
-    for position in range(len(result.entered), -1, -1):
-        roots = (
-            [loss] if position == len(result.entered) else [t for t in result.entered[position] if t.grad_fn]
-        )
-        seeds = [torch.ones_like(t) for t in roots]
-        mark()
-        began = now()
-        if roots:
-            with torch.autocast(roots[0].device.type, enabled=False):
-                torch.autograd.backward(roots, seeds, retain_graph=position > 0)
-        result.backward.append(now() - began)
-        mark()
-    result.backward.reverse()
-    return result
+    boxes: dict[int, Box],
+    own_loss: bool,
+    clock: bool,
+) -> tuple[list[float], list[float]]:
+    """Seconds of each piece of the user's code, forward and backward."""
+    runs: list[tuple[list[Piece], list[Piece]]] = []
+    for _ in range(3 if clock else 1):
+        tally = Tally(device_rates(capture.place))
+        timed = Timed() if clock else Timed(lambda: tally.seconds)  # noqa: B023 # is used before the next
+        with preserved(model), nullcontext() if clock else tally:
+            run_skeleton(capture, model, call, modules, boxes, timed, own_loss=own_loss)
+        runs.append(pieces(timed.events, len(modules), times=timed.times))
+    forward, backward = (
+        [statistics.median(each.seconds for each in same) for same in zip(*way, strict=True)]
+        for way in zip(*runs, strict=True)
+    )
+    return forward, backward
 
 
-def _alive(storages: dict[int, tuple[StorageWeakRef, int]]) -> int:
-    """Bytes of the storages that are still there."""
-    return sum(size for reference, size in storages.values() if not reference.expired())
-
-
-class _Cut(torch.autograd.Function):
-    """A tensor with a history of its own: requires grad, is no leaf, and may be changed in place like any other."""
-
-    @staticmethod
-    def forward(ctx: Any, leaf: Tensor, held: list[Tensor]) -> Tensor:  # noqa: ARG004 # autograd's signature
-        return held.pop().detach()
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:  # noqa: ARG004 # autograd's signature
-        return None, None
-
-
-def _loosened(tensor: Tensor) -> Tensor:
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return tensor.detach()
-    loose: Tensor = _Cut.apply(torch.empty(0, requires_grad=True), [tensor])
-    return loose
-
-
-def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+def _live(capture: ModuleCapture, traffic: Traffic, marks: Sequence[int]) -> list[int]:
+    """(L,) bytes live in the forward when the stage after each begins, or when the forward is over."""
+    at = dict(zip(traffic.events, marks, strict=True))
+    live = []
+    for index, following in pairwise((*capture.stages, None)):
+        if following is not None:
+            live.append(at["enter", following])
+        else:
+            live.append(at["over", -1] if index is None else at["leave", index])
+    return live
 
 
 def _measure_block(
@@ -266,48 +210,90 @@ def _measure_block(
     block = capture.blocks[index]
     tensors = tensor_leaves((args, kwargs))
     fed = {argument for argument, _ in block.fed} or {i for i, _ in tensors}
-    own = [t for i, t in tensors if i in fed]
+    own_inputs = [t for i, t in tensors if i in fed]
     external = [t for i, t in tensors if i not in fed]
 
-    def run(enter: Enter) -> list[Tensor]:
-        fresh = [
-            enter(i, leaf) if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
-            for i, leaf in enumerate(leaves)
-        ]
-        positional, named = pytree.tree_unflatten(fresh, spec)
-        return [t for _, t in tensor_leaves(forward(*positional, **named))]
+    weights = [*module.parameters(), *module.buffers()]  # gathered now, if they are sharded
+    grad = {i for i, t in tensors if t.requires_grad}
 
-    lasting = frozenset(
-        t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers(), *external)
-    )
+    def run_all(enter: Enter) -> Any:
+        fresh = [enter(i, leaf) if i in grad else leaf for i, leaf in enumerate(leaves)]
+        # As in a step, no leaf: autocast would put casts of a leaf into its cache.
+        fresh = [t.view_as(t) if i in grad and t.is_leaf else t for i, t in enumerate(fresh)]
+        positional, named = pytree.tree_unflatten(fresh, spec)
+        return forward(*positional, **named)
+
+    def run(enter: Enter) -> list[Tensor]:
+        torch.clear_autocast_cache()  # a run casts its weights anew
+        try:
+            return [t for _, t in tensor_leaves(run_all(enter))]
+        finally:  # it may be stopped half-way
+            torch.clear_autocast_cache()
+
+    lasting = frozenset(t.untyped_storage()._cdata for t in (*weights, *external))
     stage = StageRun(run, fresh_grads(module.parameters(), existing), lasting=lasting)
     cost = measure_stage(stage, capture.place, clock=clock)
     if not clock:
         forward_seconds, backward_seconds = estimate_run(stage, capture.place)
         cost = replace(cost, forward=forward_seconds, backward=backward_seconds)
-    kept: list[Tensor] = []
+    kept: set[int | None] = set()
+    sizes: dict[int | None, int] = {}
+    holding: list[Tensor] = []  # no address is used again
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor.detach())
+        key = storage_key(tensor)
+        kept.add(key)
+        if key is not None:
+            holding.append(tensor.detach())
+            sizes[key] = allocated(tensor.untyped_storage().nbytes(), capture.place)
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(pack), lambda t: t):
-        outputs = run(as_leaf)
-    saved = _storages([*kept, *outputs])
-    for key in _storages([*module.parameters(), *module.buffers(), *(t for _, t in tensors)]):
-        saved.pop(key, None)
-    device = capture.place
+    def saving() -> list[tuple[int, Tensor]]:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(pack), lambda t: t):
+            return tensor_leaves(run_all(as_leaf))
+
+    cached = _cached_casts(capture, run_all)
+    outputs = saving()
+    given = {storage_key(t) for t in (*weights, *(t for _, t in tensors))}
+    first = kept - given
+    saved_outputs = frozenset(i for i, t in outputs if storage_key(t) in first)
+    fresh = {storage_key(t) for i, t in outputs if i in saved_outputs}
+    saved_arguments = frozenset(i for i, t in tensors if storage_key(t) in kept)
+    casts = 0
+    if cached:  # what a second run saves too it has from autocast's cache
+        kept.clear()
+        saving()
+        casts = sum(sizes[key] for key in kept & (first - fresh))
+    torch.clear_autocast_cache()
+    # Kernels may keep what no hook sees.
+    own = max(cost.kept, sum(sizes[key] for key in first))
     return _BlockCost(
         cost,
-        sum(allocated(size, device) for size in _storages(own).values()),
-        sum(allocated(t.numel() * t.element_size(), device) for t in own if t.requires_grad),
-        sum(allocated(size, device) for size in saved.values()),
-        [
-            (t.untyped_storage()._cdata, allocated(t.numel() * t.element_size(), device))
-            for t in external
-            if t.requires_grad
-        ],
+        sum(allocated(t.numel() * t.element_size(), capture.place) for t in own_inputs if t.requires_grad),
+        saved_arguments,
+        saved_outputs,
+        own - sum(sizes[key] for key in fresh) - casts,
+        (casts, max(0, cached - casts)),
+        Box({i: t.requires_grad for i, t in outputs}, cost.input_grads),
     )
+
+
+def _cached_casts(capture: ModuleCapture, run: Callable[[Enter], Any]) -> int:
+    """Bytes of cast weights that autocast's cache holds once a block has run."""
+    if not torch.is_autocast_enabled(capture.device.type):
+        return 0
+
+    def step(_: Callable[[], None]) -> None:
+        with (
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(shielded(lambda _: None), lambda _: torch.empty(0)),
+        ):
+            run(as_leaf)
+
+    torch.clear_autocast_cache()
+    cached = count_bytes(step, capture.place).end
+    torch.clear_autocast_cache()
+    return cached
 
 
 def _readers(
@@ -333,126 +319,200 @@ def _readers(
     return {parameter: sorted(stages) for parameter, stages in readers.items()}
 
 
+def _whole(capture: ModuleCapture, model: nn.Module) -> dict[nn.Parameter, int]:
+    """Sharded parameters whose gradients wait whole for the end of a module around several stages.
+
+    Returns:
+        for each, the stage at whose end fully_shard copies its gradient and reduces that.
+    """
+    ends: dict[Any, int] = {}
+    for block in capture.blocks:
+        own = model.get_submodule(block.name)
+        for holder in holders(model, block.name):
+            if holder is not own:
+                ends.setdefault(holder, 0 if holder is model else block.stage)
+    found = {}
+    for name, parameter in model.named_parameters() if ends else ():
+        around = holders(model, name.rpartition(".")[0])
+        if around and around[-1] in ends:
+            found[parameter] = ends[around[-1]]
+    return found
+
+
+@dataclass(slots=True)
+class _Parts:
+    """What a chain is made of.
+
+    Attributes:
+        forward, backward: (blocks + 1,) the user's code before each block and after the last.
+        seconds: of these.
+        shared: (blocks,) bytes of the gradients of its outputs that others, which wait, are views of too.
+        output_grad: bytes of the gradients of the model's outputs, if it has no loss of its own.
+        whole: sharded parameters whose gradients wait whole, and the stage at whose end they are reduced.
+    """
+
+    capture: ModuleCapture
+    blocks: list[_BlockCost]
+    values: ModuleValues
+    forward: list[Piece]
+    backward: list[Piece]
+    seconds: tuple[list[float], list[float]]
+    output_grad: int
+    shared: list[int]
+    whole: dict[nn.Parameter, int]
+
+    def __len__(self) -> int:
+        return len(self.capture)
+
+    def piece(self, k: int) -> int:
+        """The piece of the user's code before stage ``k``, or which that stage is."""
+        return sum(1 for index in self.capture.stages[:k] if index is not None)
+
+    def taken(self, piece: Piece) -> int:
+        """The most bytes that a piece takes above those live when it starts."""
+        return piece.peak - piece.start
+
+    def own_code(self, k: int) -> tuple[int, int]:
+        """Bytes that the user's code takes between block k and the next, forward and backward, where it is no stage."""
+        if self.capture.stages[k] is None or self.capture.stages[k + 1] is None:
+            return 0, 0
+        piece = self.piece(k + 1)
+        return self.taken(self.forward[piece]), self.taken(self.backward[piece])
+
+    def gradients(self) -> list[int]:
+        """(L,) bytes of gradients that are live when stages k..L-1 are reversed, those of blocks' parameters left out."""
+        left = []
+        for k, index in enumerate(self.capture.stages):
+            piece = self.backward[self.piece(k)]
+            ended = piece.end if index is None or self.capture.stages[k - 1] is not None else piece.start
+            left.append(ended - self.backward[-1].start + sum(self.values.glue_saved[k:]))
+        return left
+
+
 def _assemble(
-    capture: ModuleCapture,
+    parts: _Parts,
     model: nn.Module,
-    costs: dict[int, _BlockCost],
-    times: list[_Pass],
-    peaks: tuple[int, ...],
-    marks: tuple[int, ...],
-    glue: list[int],
-    grads: tuple[list[int], list[int]],
-    change: list[int],
+    readers: dict[nn.Parameter, list[int]],
+    existing: Collection[nn.Parameter],
+    own_loss: bool,
     resident: int,
     name: str,
 ) -> Chain:
-    count = len(capture)
-    blocks = len(capture.blocks)
-    trial = times[0]
-    output_grad = 4 if trial.own_loss else trial.outputs + sum(trial.returned)
-    created, summed = grads
-    readers: dict[int, list[int]] = {}
-    for number, priced in costs.items():
-        for key, _ in priced.external:
-            readers.setdefault(key, []).append(capture.blocks[number].stage)
-    sizes = {key: size for cost in costs.values() for key, size in cost.external}
-    for key, stages in readers.items():
-        change[max(stages)] += sizes[key]
-        change[max(g for g in glue if g < min(stages))] -= sizes[key]
-    for block, lingering, lasting, returned in zip(
-        capture.blocks, trial.lingering, trial.lasting, trial.returned, strict=True
-    ):
-        change[block.stage] -= lasting - returned  # the user holds what is returned
-        change[count - 1] -= max(0, lingering - lasting)
-    produced = [0 if b is None else trial.produced[b] - trial.lasting[b] for b in (None, *capture.stages)]
-    at_hand = gradients_at_hand(
-        [produced[k] if b is None else costs[b].input_grad for k, b in enumerate(capture.stages)],
-        [0 if b is None else costs[b].cost.lead for b in capture.stages],
-        [made + max(0, more) for made, more in zip(created, change, strict=True)],
-    )
-    carried = [max(a, b) for a, b in zip(trial.lingering, trial.lasting, strict=True)]
-    glue_saved = 0  # by the glue so far
-    stages_made = []
-    for k, index in enumerate(capture.stages):
-        after_it = capture.stages[k + 1] if k + 1 < count else None
-        before = capture.stages[k - 1] if k else None
-        # A value that lasts is carried: held once, whatever boundary it is part of as well.
-        handed = trial.lasting[before] if before is not None else 0
+    capture, values = parts.capture, parts.values
+    count = len(parts)
+    device = capture.place
+    change = [0] * count
+    alone = {p: ks for p, ks in readers.items() if all(capture.stages[k] is None for k in ks)}
+    shared = {p: ks for p, ks in readers.items() if p not in alone}
+    created, summed = parameter_grads(shared, existing, change, device, parts.whole)
+    by_glue = parameter_grads(alone, existing, [0] * count, device, parts.whole)[0]
+    reduced = [0] * count  # copies of gradients of blocks' parameters
+    for parameter, end in parts.whole.items():
+        if parameter in shared and parameter.requires_grad:
+            reduced[end] += allocated(parameter.numel() * parameter.element_size(), device)
+    output_grad = 4 if own_loss else parts.output_grad
+    # Gradients of boundaries; what waits besides is long-lived.
+    left, boundary, waiting = parts.gradients(), [0] * count, 0
+    for k in reversed(range(count)):
+        index, before = capture.stages[k], capture.stages[k - 1] if k else None
+        size = 0
         if index is not None:
-            cost = costs[index]
-            measured = cost.cost
-            lasting = trial.lasting[index]
-            saved = max(0, cost.saved - lasting)
-            following = max(0, costs[after_it].input - lasting) if after_it is not None else 0
-            stages_made.append(
-                Stage(
-                    name=capture.blocks[index].name,
-                    forward=measured.forward,
-                    backward=measured.backward,
-                    input=max(0, cost.input - handed),
-                    options=(
-                        Option(
-                            saved,
-                            forward_overhead=max(0, measured.keeping_peak - saved - lasting),
-                            backward_overhead=max(
-                                0,
-                                measured.backward_peak - saved - at_hand[k] - measured.output_grads,
-                            )
-                            + summed[k],
-                        ),
-                    ),
-                    forward_overhead=max(0, measured.dropping_peak - following - lasting),
-                    input_grad=at_hand[k],
-                    grad=created[k],
-                    carried=carried[index],
-                    carried_change=change[k],
-                )
+            size = parts.blocks[index].input_grad
+        elif before is not None:
+            size = parts.blocks[before].cost.output_grads
+        other = max(0, left[k] - sum(by_glue[k:]))
+        boundary[k] = min(size, other) if k else 0
+        change[k] += other - boundary[k] - waiting
+        waiting = other - boundary[k]
+    at_hand = gradients_at_hand(
+        boundary,
+        [0 if index is None else parts.blocks[index].cost.lead for index in capture.stages],
+        [a + b + max(0, more) for a, b, more in zip(created, by_glue, change, strict=True)],
+    )
+    making: list[set[int]] = [set() for _ in range(count)]
+    for each in values.carried:
+        making[each.made].add(each.value)
+        if each.freed is not None:
+            change[each.freed] -= values.sizes[each.value]
+    enters = [*map(set, values.enters), set()]
+    lasting = {each.value for each in values.carried}
+    stages = []
+    for k, index in enumerate(capture.stages):
+        keeps = values.keeps[k]
+        following = values.total(enters[k + 1])
+        made = values.total((keeps | enters[k + 1]) - enters[k] - making[k])
+        fresh = values.total(enters[k + 1] - enters[k])
+        # What stage k - 1 made and nobody saves, where it goes no further: gone once stage k has been kept.
+        released = 0
+        if k:
+            needed = enters[k + 1] | enters[k - 1] | keeps | values.keeps[k - 1] | lasting
+            released = values.total(enters[k] - needed)
+        led = at_hand[k + 1] - boundary[k + 1] if k < count - 1 else 0
+        gradients = at_hand[k] + led - summed[k]
+        again = None
+        if index is not None:
+            cost = parts.blocks[index].cost
+            ahead, behind = parts.own_code(k)
+            # Code of the user's that is no stage runs when the block is done.
+            keeping = max(cost.keeping_peak, made + ahead if ahead else 0)
+            dropping = max(cost.dropping_peak, fresh, fresh + ahead if ahead else 0)
+            ended = parts.blocks[index].input_grad + created[k]
+            # The gradients of its outputs go as it is reversed, unless others wait in the same storages.
+            going = cost.output_grads - min(cost.output_grads, max(0, parts.shared[index]))
+            reversing = max(cost.backward_peak, ended + behind if behind else 0) - made - going
+            seconds = cost.forward, cost.backward
+            block = capture.blocks[index].name
+            assert cost.rebuild_peak is not None
+            again = cost.rebuild_peak - made + released
+            overhead = dropping - following
+        else:
+            piece = parts.piece(k)
+            last = k == count - 1
+            keeping = parts.taken(parts.forward[piece]) - (values.total(making[k]) if last else 0)
+            kept = values.total(keeps - enters[k] - (making[k] if last else set()))
+            reversing = parts.taken(parts.backward[piece]) - (output_grad if last else 0) + kept - made
+            seconds = parts.seconds[0][piece], parts.seconds[1][piece]
+            block = (
+                f"glue {capture.stages[:k].count(None)}" if k and not last else ("after" if k else "before")
             )
-            continue
-        position = glue.index(k)
-        # Phases of the counted step: glue, block, glue, block, ...; every block has a mark at both ends.
-        begins, ends = _glue_phase(capture, k)
-        # Outputs of blocks are no business of the glue: they are boundaries, or carried.
-        returned_now = trial.outputs if k == count - 1 else 0
-        saved = max(0, marks[ends] - trial.held[position] - glue_saved - returned_now)
-        glue_saved += saved
-        charged = glue_saved + returned_now + produced[k] + sum(carried[: before or 0])
-        reversal = 2 * blocks + 1 + 2 * (len(glue) - 1 - position)
-        entering = produced[k]
-        backward_peak = peaks[reversal] - marks[reversal - 1]
-        stages_made.append(
+            overhead = 0
+        reversing += reduced[k]
+        option = Option(
+            made - released,
+            forward_overhead=max(0, keeping - made) + released,
+            backward_overhead=reversing - gradients,
+            name="all" if index is not None else "all (glue)",
+            keeps=tuple(sorted(keeps)),
+            rerun_overhead=again,
+        )
+        stages.append(
             Stage(
-                name=f"glue {position}"
-                if 0 < position < len(glue) - 1
-                else ("before" if not position else "after"),
-                forward=statistics.median(t.forward[position] for t in times),
-                backward=statistics.median(t.backward[position] for t in times),
-                input=entering,
-                options=(
-                    Option(
-                        saved,
-                        forward_overhead=max(0, peaks[begins + 1] - charged),
-                        backward_overhead=max(0, backward_peak - (entering if position else 0)) + summed[k],
-                        name="all (glue)",
-                    ),
-                ),
+                name=block,
+                forward=seconds[0],
+                backward=seconds[1],
+                input=values.total(enters[k]),
+                options=(option,),
+                forward_overhead=overhead,
                 input_grad=at_hand[k],
-                grad=created[k],
-                carried=trial.outputs if k == count - 1 else 0,
+                grad=created[k] + by_glue[k],
+                carried=values.total(making[k]),
                 carried_change=change[k],
-                recomputable=False,
+                recomputable=index is not None,
+                enters=values.enters[k],
+                rerun_state=_rerun_state(capture, model, k),
             )
         )
-    fixed = resident + SMALL_TENSORS + capture.gathering
-    if capture.place.type == "cpu":
-        # Noted before each block, drawn from or not; and what a replay puts back when it is done.
-        fixed += CPU_RANDOM_STATE * (len(capture.blocks) + 1)
-    for names in capture.changed:
-        fixed += 2 * storage_bytes((model.get_buffer(n) for n in names), capture.place)
-    return Chain(tuple(stages_made), 0, output_grad, fixed, name)
+    fixed = resident + SMALL_TENSORS + capture.gathering + sum(stage.rerun_state for stage in stages)
+    # Copies of the buffers that a block changes, while it runs again.
+    fixed += max(storage_bytes(map(model.get_buffer, names), device) for names in capture.changed)
+    if device.type == "cpu":
+        fixed += CPU_RANDOM_STATE  # what a replay puts back when it is done
+    return Chain(tuple(stages), 0, output_grad, fixed, name, tuple(values.sizes), tuple(values.carried))
 
 
-def _glue_phase(capture: ModuleCapture, k: int) -> tuple[int, int]:
-    """Marks at which glue stage k begins (-1: at the start) and ends, in the forward."""
-    done = sum(1 for index in capture.stages[:k] if index is not None)
-    return 2 * done - 1, 2 * done
+def _rerun_state(capture: ModuleCapture, model: nn.Module, k: int) -> int:
+    """Bytes that are held while a block may run again, besides values: the executor notes them before each first run."""
+    if capture.stages[k] is None:
+        return 0
+    state = CPU_RANDOM_STATE if capture.place.type == "cpu" else 0
+    return state + storage_bytes(map(model.get_buffer, capture.changed[k]), capture.place)

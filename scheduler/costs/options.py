@@ -120,7 +120,7 @@ def measure_options(
         took = _tried(parts, lambda: _fresh(capture, k, arguments), saved, random, data)
         if not dropped or took is None:
             continue
-        keeping, backward = _peaks(capture, k, run, parts, arguments)
+        keeping, backward, kept = _peaks(capture, k, run, parts, arguments)
         needed = {n for part in parts for n, _ in part.sources} | (set(range(len(packs))) - dropped)
         rebuild = rebuild_peak(
             run.run,
@@ -133,7 +133,7 @@ def measure_options(
         rerun = tuple(sorted(i for part in parts for i in part.rerun))
         name = _name([names[i] for i in rerun])
         recompute = took if clock else choice.seconds
-        found.append(OptionCost(dropped, recompute, keeping, backward, name, rerun, rebuild))
+        found.append(OptionCost(dropped, recompute, keeping, backward, name, rerun, rebuild, kept))
     return tuple(found), chosen.gap
 
 
@@ -226,8 +226,8 @@ def _equal(a: Tensor, b: Tensor, data: bool) -> bool:
 
 def _peaks(
     capture: GraphCapture, k: int, run: StageRun, parts: Sequence[Rebuild], arguments: list[Any]
-) -> tuple[int, int]:
-    """Most bytes above the inputs while the stage runs forward, and from there to its backward's end."""
+) -> tuple[int, int, int]:
+    """Most bytes above the inputs while the stage runs forward, and from there to its backward's end; those it keeps."""
     arrived: dict[int, Tensor] = {}
     autocast = autocast_state(capture.device)
 
@@ -278,4 +278,4 @@ def _peaks(
 
     counted = count_bytes(step, capture.place)
     run.reset()
-    return counted.peaks[0], max(0, *counted.peaks[1:])
+    return counted.peaks[0], max(0, *counted.peaks[1:]), counted.marks[0]

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import flop_registry
 
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.target import Device, Target
-from scheduler.costs.measure import StageCost, StageRun, _Seed, as_leaf
+from scheduler.costs.measure import StageCost, StageRun, as_leaf, seed_gradients
 from scheduler.device import DeviceSpec
 
 __all__ = ["Rates", "Tally", "device_rates", "estimate_run", "roofline_graph"]
@@ -247,8 +247,7 @@ def estimate_run(stage: StageRun, device: Device) -> tuple[float, float]:
     with torch.enable_grad():
         with Tally(rates) as forward:
             outputs = stage.run(as_leaf)
-        grad = [t for t in outputs if t.requires_grad]
-        seed = _Seed.apply(*grad) if grad else None
+        seed, _ = seed_gradients(dict(enumerate(outputs)), {})
     backward = Tally(rates)
     if seed is not None:
         with backward:
@@ -278,10 +277,9 @@ def _estimate(capture: GraphCapture, k: int, nodes: dict[str, fx.Node], rates: R
         with forward, torch.enable_grad():
             results = stage.function(*arguments)
         backward = Tally(rates)
-        grad = [t for t in results if t.requires_grad]
-        if grad:
-            with torch.enable_grad():
-                seed = _Seed.apply(*grad)
+        with torch.enable_grad():
+            seed, _ = seed_gradients(dict(enumerate(results)), {})
+        if seed is not None:
             with backward:
                 seed.backward()
     return forward.seconds, backward.seconds

@@ -45,6 +45,16 @@ def _hull(stage: Stage, sizes: list[int]) -> list[tuple[int, float]]:
     return hull
 
 
+def _top(chain: Chain) -> int:
+    """The least bytes above what is kept while the last stage is kept and reversed."""
+    last = chain.stages[-1]
+    gradients = chain.output_grad + last.input_grad
+    return min(
+        max(min(o.forward_overhead, o.transient(again=True)), gradients + o.backward_overhead)
+        for o in last.options
+    )
+
+
 def _own(chain: Chain) -> list[list[int]]:
     """(L, options) bytes that no other stage can have a part in: values that it makes and keeps, and that do not leave it."""
     shared = {value for stage in chain.stages for value in stage.enters} | {c.value for c in chain.carried}
@@ -62,13 +72,13 @@ class Knapsack:
     """
 
     def __init__(self, chain: Chain) -> None:
-        held = chain.fixed + chain.input_bytes(0) + chain.output_grad
+        held = chain.fixed + chain.input_bytes(0)
         if chain.values:
-            held += sum(chain.values[c.value] for c in chain.carried if c.freed is None)
+            held += chain.output_grad + sum(chain.values[c.value] for c in chain.carried if c.freed is None)
             held -= sum(stage.rerun_state for stage in chain.stages)
             sizes = _own(chain)
         else:
-            held += sum(stage.carried for stage in chain.stages) + chain.stages[-1].input_grad
+            held += sum(stage.carried for stage in chain.stages) + _top(chain)
             sizes = [[option.saved for option in stage.options] for stage in chain.stages]
         hulls = [_hull(*each) for each in zip(chain.stages, sizes, strict=True)]
         steps = [(b[0] - a[0], b[1] - a[1]) for hull in hulls for a, b in pairwise(hull)]

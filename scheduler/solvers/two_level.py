@@ -70,7 +70,7 @@ from scheduler.schedule import (
     simulate,
 )
 from scheduler.solvers import optimal
-from scheduler.solvers.checks import MOST_SECONDS, checked_budget, checked_chain
+from scheduler.solvers.checks import MOST_SECONDS, by_sums, checked_budget, checked_chain
 from scheduler.solvers.tables import Floats, Ints, quickest
 from scheduler.solvers.two_level_tables import (
     EARLY,
@@ -226,7 +226,7 @@ def _later_frees(chain: Chain, schedule: Schedule, budget: int, host: HostMemory
                 if copy in actions:
                     actions.remove(copy)
                 continue
-        make_room(line.during[index])
+        make_room(max(line.during[index], line.live[index]))
         actions.append(action)
     return Schedule(tuple(actions))
 
@@ -262,7 +262,7 @@ def solve_two_level(chain: Chain, memory_budget: int, host: HostMemory) -> TwoLe
         TypeError, ValueError: an argument of the wrong kind, a budget not in 1 .. 2**63 - 1; sizes of the chain,
             its seconds or those of its copies whose sums overflow.
     """
-    checked_chain("solve_two_level", chain)
+    chain = by_sums(checked_chain("solve_two_level", chain))
     memory_budget = checked_budget("solve_two_level", memory_budget)
     if not isinstance(host, HostMemory):
         raise TypeError(f"solve_two_level: host={host!r} must be a HostMemory")

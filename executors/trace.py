@@ -1,0 +1,73 @@
+"""Who is told what a planned step runs, replays and frees; and the account of it as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from scheduler.budget import format_bytes
+from scheduler.plan import Plan
+
+__all__ = ["Observer", "Trace"]
+
+AGAIN = {
+    "advance": "for its output",
+    "rebuild": "for what autograd saves",
+    "part": "the ops that make what was not kept",
+}
+
+
+class Observer(Protocol):
+    """Is told where a step is; see ``executors.replay.Step.observe``."""
+
+    def __call__(self, what: str, where: int, tensors: Sequence[Tensor] = ()) -> None:
+        """Something begins.
+
+        Args:
+            what: "first", the first run of stage ``where``; "replay", the action ``where`` of the replay program;
+                "again", a rebuild of stage ``where`` that the program does not have; "backward", the reversal of
+                stage ``where``, or what is left of it after a replay; "held", boundary ``where`` is held from here on;
+                "freed", it is not any more. And what a replay really does: "advance", stage ``where`` runs without
+                grad; "rebuild", it runs in grad mode; "part", some of its ops do.
+            tensors: of the boundary that is held or freed.
+        """
+
+
+class Trace:
+    """The observer of one step.
+
+    Attributes:
+        events: (what, where, bytes of the tensors), in the order in which they came.
+    """
+
+    def __init__(self, plan: Plan, name: str) -> None:
+        self.plan, self.name = plan, name
+        self.events: list[tuple[str, int, int]] = []
+
+    def __call__(self, what: str, where: int, tensors: Sequence[Tensor] = ()) -> None:
+        """Note an event."""
+        sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+        self.events.append((what, where, sum(sizes.values())))
+
+    def text(self) -> str:
+        """The step, one event a line."""
+        stages = self.plan.chain.stages
+        lines = [f"{self.name}: {len(stages)} stages, budget {format_bytes(self.plan.memory_budget)}"]
+        latest = {"first": -1, "backward": -1}  # both are told more than once
+        for what, where, size in self.events:
+            if what in latest:
+                if where != latest[what] and where < len(stages):
+                    kept = f"kept: {self.plan.kept(where)}" if what == "first" else ""
+                    lines.append(self._line("run" if what == "first" else what, where, kept))
+                latest[what] = where
+            elif what in ("held", "freed"):
+                lines.append(f"  {what:<10} boundary {where}" + (f", {format_bytes(size)}" if size else ""))
+            elif what in AGAIN:
+                lines.append(self._line("run again", where, AGAIN[what]))
+        return "\n".join(lines)
+
+    def _line(self, what: str, stage: int, rest: str = "") -> str:
+        text = f"  {what:<10} stage {stage} {self.plan.chain.stages[stage].name}"
+        return f"{text}; {rest}" if rest else text

@@ -1,0 +1,451 @@
+"""One step of a captured model with its blocks taken out: what the user's own code around them takes.
+
+Each block runs without autograd, and one node of the graph stands for it, which saves nothing and hands on gradients
+of the sizes that the block's do have. The rest of the step, forward and backward, is the user's own, in autograd's
+own order: what it saves, what it holds on to, which gradients wait meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from scheduler.capture.loss import find_loss, output_tensors
+from scheduler.capture.module_capture import ModuleCapture, intercepted, tensor_leaves
+from scheduler.capture.sample import Call
+from scheduler.capture.sharded import sharded_within
+from scheduler.capture.target import Device
+from scheduler.costs.measure import seed_gradients
+from scheduler.costs.peak import allocated
+
+__all__ = [
+    "Box",
+    "Lifetimes",
+    "Piece",
+    "Timed",
+    "Traffic",
+    "Visitor",
+    "pieces",
+    "run_skeleton",
+    "storage_key",
+]
+
+Place = tuple[int, bool, int]  # block, whether it is an output, leaf
+Event = tuple[
+    str, int
+]  # "enter", "leave", "reverse", "cleared", "reversed" and a block; "over" (the forward), "done"
+
+
+@dataclass(slots=True)
+class Box:
+    """What is known of a block that stands in the skeleton as one node.
+
+    Attributes:
+        requires_grad: output leaf -> whether it requires grad.
+        input_grads: (argument leaf, storage, bytes) of the gradients that its backward leaves; see ``StageCost``.
+    """
+
+    requires_grad: dict[int, bool]
+    input_grads: tuple[tuple[int, int, int], ...] = ()
+
+
+class Visitor:
+    """Is told where a skeleton step is. Does nothing."""
+
+    def enter(self, block: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """A block begins."""
+
+    def leave(self, block: int, produced: Any) -> None:
+        """A block has run."""
+
+    def arrived(self, block: int, grads: Sequence[Tensor]) -> None:
+        """The gradients of a block's outputs are there."""
+
+    def note(self, what: str, block: int = -1) -> None:
+        """An event of the backward, or the end of the forward or of the step."""
+
+
+class _Edge(torch.autograd.Function):
+    """A tensor without elements that depends on the arguments of a block; backward makes their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, node: _Node, _: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.node, ctx.likes = node, [(t.shape, t.dtype, t.device) for t in tensors]
+        return torch.empty(0, device=node.device)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        node: _Node = ctx.node
+        node.visitor.note("reverse", node.block)
+        node.visitor.arrived(node.block, node.arrived)
+        node.arrived.clear()
+        node.visitor.note("cleared", node.block)
+        sizes = {position: (storage, size) for position, storage, size in node.box.input_grads}
+        buffers: dict[int, Tensor] = {}
+        grads: list[Tensor | None] = []
+        for position, (shape, dtype, device) in zip(node.positions, ctx.likes, strict=True):
+            if position not in sizes:
+                grads.append(None)
+                continue
+            storage, size = sizes[position]
+            if storage not in buffers:
+                buffers[storage] = torch.zeros(size, dtype=torch.uint8, device=device)
+            flat = buffers[storage].view(dtype)
+            count = shape.numel()
+            # A gradient may be an expanded view of fewer numbers.
+            grads.append(flat[:count].view(shape) if flat.numel() >= count else flat[:1].expand(shape))
+        buffers.clear()
+        node.visitor.note("reversed", node.block)
+        return None, None, *grads
+
+
+class _Cut(torch.autograd.Function):
+    """An output of a block: depends on its edge, is no leaf, and may be changed in place like any other tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, edge: Tensor, node: _Node, held: list[Tensor]) -> Tensor:  # noqa: ARG004 # autograd's signature
+        ctx.node = node
+        return held.pop().detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.node.arrived.extend(grads)  # they stay until all are there, and the block is reversed
+        return torch.empty(0, device=ctx.node.device), None, None
+
+
+@dataclass(slots=True)
+class _Node:
+    """One use of a box in a step."""
+
+    block: int
+    box: Box
+    visitor: Visitor
+    device: torch.device
+    positions: list[int] = field(default_factory=list)
+    arrived: list[Tensor] = field(default_factory=list)
+
+
+def _closed(node: _Node, args: Any, kwargs: Any, produced: Any) -> Any:
+    """The outputs of a block as those of one node that depends on its arguments."""
+    given = [(i, t) for i, t in tensor_leaves((args, kwargs)) if t.requires_grad]
+    node.positions = [i for i, _ in given]
+    edge = _Edge.apply(node, torch.empty(0, device=node.device, requires_grad=True), *(t for _, t in given))
+    leaves, spec = pytree.tree_flatten(produced)
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            grad = node.box.requires_grad.get(i, False)
+            leaves[i] = _Cut.apply(edge, node, [leaf]) if grad else leaf.detach()
+    return pytree.tree_unflatten(leaves, spec)
+
+
+@contextmanager
+def _uncached() -> Iterator[None]:
+    """Within it autocast's cache is left alone: casts made without grad are not for the user's code."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+def run_skeleton(
+    capture: ModuleCapture,
+    model: nn.Module,
+    call: Call,
+    modules: Sequence[nn.Module],
+    boxes: Sequence[Box] | dict[int, Box],
+    visitor: Visitor,
+    *,
+    own_loss: bool | None = None,
+    inside: bool = False,
+) -> Any:
+    """Run one step with the blocks taken out; the caller preserves the model's state.
+
+    Args:
+        boxes: one for each block; it is read when the block has run.
+        own_loss: whether the loss is among the model's outputs; else the outputs themselves get gradients. None: there is
+            no backward.
+        inside: whether the visitor is inside of the hooks by which fully_shard gathers a block. Else they are part of the
+            block, and nothing is gathered while the user's code runs that this does not need.
+
+    Returns:
+        the output of the model.
+    """
+
+    def wrapper(index: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+            def loose(*args: Any, **kwargs: Any) -> Any:
+                visitor.enter(index, forward, args, kwargs)
+                with torch.no_grad(), _uncached():
+                    produced = forward(*args, **kwargs)
+                produced = _closed(
+                    _Node(index, boxes[index], visitor, capture.device), args, kwargs, produced
+                )
+                visitor.leave(index, produced)
+                return produced
+
+            return loose
+
+        return wrap
+
+    args, kwargs = call
+    torch.clear_autocast_cache()
+    with torch.enable_grad():
+        whole = () if inside else frozenset(sharded_within(model))
+        with intercepted([(m, wrapper(i)) for i, m in enumerate(modules)], whole):
+            output = model(*args, **kwargs)
+        torch.clear_autocast_cache()  # as when the context ends, which the forward alone is in
+        visitor.note("over")
+        if own_loss is None:
+            return output
+        if own_loss:
+            root: Tensor | None = find_loss(output)[0]
+        else:
+            tensors = (t for t in output_tensors(output) if t.is_floating_point() or t.is_complex())
+            root = seed_gradients(dict(enumerate(tensors)), {})[0]
+    if root is not None and root.requires_grad:
+        with torch.autocast(root.device.type, enabled=False):
+            root.backward()
+    del root
+    visitor.note("done")
+    return output
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The user's code before a block, or after the last one; or its backward.
+
+    Attributes:
+        start, end: bytes live at its start and its end.
+        peak: the most bytes live meanwhile.
+        seconds: that it took.
+    """
+
+    start: int
+    end: int
+    peak: int
+    seconds: float = 0.0
+
+
+def pieces(
+    events: Sequence[Event],
+    blocks: int,
+    marks: Sequence[int] = (),
+    peaks: Sequence[int] = (),
+    times: Sequence[float] = (),
+) -> tuple[list[Piece], list[Piece]]:
+    """Of a step's events: its pieces forward, and those backward, in the order of the forward: (blocks + 1,) each.
+
+    A block that is not reversed, or out of order, leaves its piece to the one before.
+
+    Args:
+        marks, peaks: as ``count_bytes`` gives them, for a mark at each event.
+        times: (events + 1,) the clock at the start and at each event.
+    """
+    index = {event: i for i, event in enumerate(events)}
+
+    def piece(start: int, end: int) -> Piece:
+        seconds = times[end + 1] - times[start + 1] if times else 0.0
+        if not marks:
+            return Piece(0, 0, 0, seconds)
+        at_start = marks[start] if start >= 0 else 0
+        return Piece(at_start, marks[end], max(at_start, *peaks[start + 1 : end + 1], 0), seconds)
+
+    over = index["over", -1]
+    forward = [
+        piece(index.get(("leave", p - 1), -1), index["enter", p] if p < blocks else over)
+        for p in range(blocks + 1)
+    ]
+    backward: list[Piece] = []
+    cursor = over
+    for p in range(blocks, -1, -1):
+        ended = index.get(("reverse", p - 1), -1) if p else index["done", -1]
+        if ended < cursor:
+            backward.append(piece(cursor, cursor))
+            continue
+        backward.append(piece(cursor, ended))
+        cursor = index["reversed", p - 1] if p else ended
+    return forward, backward[::-1]
+
+
+def storage_key(tensor: Tensor) -> int | None:
+    """What tells a tensor's storage from others while it lives; None if it has none (sparse tensors)."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+class Timed(Visitor):
+    """Notes when each event is."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now = now
+        self.events: list[Event] = []
+        self.times = [now()]
+
+    def enter(self, block: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:  # noqa: ARG002, D102
+        self.note("enter", block)
+
+    def leave(self, block: int, produced: Any) -> None:  # noqa: ARG002, D102
+        self.note("leave", block)
+
+    def note(self, what: str, block: int = -1) -> None:  # noqa: D102
+        self.events.append((what, block))
+        self.times.append(self.now())
+
+
+class Lifetimes(Visitor):
+    """How long the user's code and its graph hold on to what enters and leaves blocks.
+
+    Attributes:
+        last: place -> the last stage at whose start its storage is there; L at the end of the forward.
+    """
+
+    def __init__(self, capture: ModuleCapture) -> None:
+        self.capture = capture
+        self.last: dict[Place, int] = {}
+        self._alive: dict[Place, StorageWeakRef] = {}
+        self._due: int | None = None  # a stage of glue that has not run an op yet
+
+    def enter(self, block: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:  # noqa: ARG002, D102
+        for leaf, tensor in tensor_leaves((args, kwargs)):
+            self._follow((block, False, leaf), tensor)
+        self._due = None
+        self.check(self.capture.blocks[block].stage)
+
+    def leave(self, block: int, produced: Any) -> None:  # noqa: D102
+        for leaf, tensor in tensor_leaves(produced):
+            self._follow((block, True, leaf), tensor)
+        following = self.capture.blocks[block].stage + 1
+        self._due = following if self.capture.stages[following] is None else None
+
+    def _follow(self, place: Place, tensor: Tensor) -> None:
+        if storage_key(tensor) is not None:
+            self._alive[place] = StorageWeakRef(tensor.untyped_storage())
+
+    def check(self, stage: int) -> None:
+        """The stage is about to start."""
+        self._alive = {place: ref for place, ref in self._alive.items() if not ref.expired()}
+        self.last.update(dict.fromkeys(self._alive, stage))
+
+    def watching(self) -> TorchDispatchMode:
+        """A mode in which glue is seen to start: callers of a block hold its arguments until they run on."""
+        lifetimes = self
+
+        class FirstOp(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if lifetimes._due is not None:
+                    due, lifetimes._due = lifetimes._due, None
+                    lifetimes.check(due)
+                return func(*args, **(kwargs or {}))
+
+        return FirstOp()
+
+
+class Traffic(Visitor):
+    """Which storages enter and leave blocks, and which the user's code saves; holds on to the former.
+
+    What is live beyond them is the user's code's alone then, and the same whatever is kept of the blocks.
+
+    Attributes:
+        size: storage -> bytes.
+        made: storage -> the stage that makes it, so far as is seen.
+        arguments, outputs: (blocks,) leaf -> storage; tensors that live on anyway are left out.
+        packed: storage -> the stages of glue that save it. A piece between blocks that is no stage counts as stage -1.
+        incoming: block -> bytes of the storages of its outputs' gradients.
+    """
+
+    def __init__(self, capture: ModuleCapture, resident: Iterable[Tensor], mark: Callable[[], None]) -> None:
+        self.capture, self.mark = capture, mark
+        self.events: list[Event] = []
+        self.size: dict[int, int] = {}
+        self.made: dict[int, int] = {}
+        self.arguments: list[dict[int, int]] = []
+        self.outputs: list[dict[int, int]] = []
+        self.packed: dict[int, set[int]] = {}
+        self.incoming: dict[int, int] = {}
+        self._resident = {storage_key(t) for t in resident}
+        self._refs: dict[int, StorageWeakRef] = {}
+        self._held: list[Tensor] = []
+        self._seen: set[int] = set()
+        self._stage = 0
+
+    @property
+    def device(self) -> Device:
+        """Whose allocator rounds sizes."""
+        return self.capture.place
+
+    def enter(self, block: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:  # noqa: ARG002, D102
+        self.arguments.append(self._hold(tensor_leaves((args, kwargs)), self.capture.blocks[block].stage - 1))
+        self.note("enter", block)
+
+    def leave(self, block: int, produced: Any) -> None:  # noqa: D102
+        stage = self.capture.blocks[block].stage
+        self.outputs.append(self._hold(tensor_leaves(produced), stage))
+        self._stage = stage + 1 if self.capture.stages[stage + 1] is None else -1
+        self.note("leave", block)
+
+    def note(self, what: str, block: int = -1) -> None:  # noqa: D102
+        if what == "over":
+            gone = {key for key, ref in self._refs.items() if key not in self._seen and ref.expired()}
+            for key in gone:  # its graph was given up
+                del self.packed[key], self.size[key], self.made[key]
+        self.events.append((what, block))
+        self.mark()
+
+    def arrived(self, block: int, grads: Sequence[Tensor]) -> None:  # noqa: D102
+        sizes = {storage_key(t): t.untyped_storage().nbytes() for t in grads}
+        self.incoming[block] = sum(allocated(size, self.device) for size in sizes.values())
+
+    def shared(self, block: int, marks: Sequence[int]) -> int:
+        """Bytes of the incoming gradients that stay when the block is done with them: others are views of the same."""
+        if block not in self.incoming:
+            return 0
+        at = dict(zip(self.events, marks, strict=True))
+        return self.incoming[block] - (at["reverse", block] - at["cleared", block])
+
+    def _hold(self, tensors: list[tuple[int, Tensor]], made: int) -> dict[int, int]:
+        places: dict[int, int] = {}
+        for leaf, tensor in tensors:
+            key = self._know(tensor, made)
+            if key is not None:
+                places[leaf] = key
+                if key not in self._seen:
+                    self._seen.add(key)
+                    self._held.append(tensor.detach())
+        return places
+
+    def _know(self, tensor: Tensor, made: int) -> int | None:
+        key = storage_key(tensor)
+        if key is None or key in self._resident:
+            return None
+        if key not in self.size:
+            self.size[key] = allocated(tensor.untyped_storage().nbytes(), self.device)
+            self.made[key] = made
+        return key
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """The hook for what the user's code saves."""
+        there = storage_key(tensor) in self.size
+        if there or self._stage >= 0:
+            key = self._know(tensor, self._stage)
+            if key is not None:
+                self.packed.setdefault(key, set()).add(self._stage)
+                # A weak reference keeps the address from being used again.
+                self._refs.setdefault(key, StorageWeakRef(tensor.untyped_storage()))
+        return tensor if tensor.is_leaf else tensor.detach()
+
+    def private(self) -> set[int]:
+        """The storages that the user's code saves and no block sees."""
+        return self.size.keys() - self._seen
