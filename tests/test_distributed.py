@@ -419,7 +419,7 @@ def sharding_that_is_refused() -> None:
     own = solve(followed, "1GiB", sample=labelled())
     for option in ({"watch": True}, {"on_oom": "replan"}):
         with pytest.raises(ValueError, match=r"sharded by fully_shard, and a rank .*leave \w+ out"):
-            execute(own, followed, **option)  # type: ignore[arg-type]
+            execute(own, followed, **option)
     late = execute(plan, model)
     for block in late.get_submodule("blocks").children():
         fully_shard(block)
