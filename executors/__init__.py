@@ -3,9 +3,10 @@
 ``execute(plan, model)`` gives a model that shares the given model's parameters and trains by the plan.
 ``measure_peak(fn)`` counts the bytes that a step really takes; ``rehearse(plan, model, sample)`` shows where in the
 step they are taken, on tensors without data or for real; ``trace_of(model)`` tells what the latest step did, and
-``run_step(model, step)`` runs a step again that ran out of memory.
+``run_step(model, step)`` runs a step again that ran out of memory. ``broadcast_plan(plan)`` gives all ranks one plan.
 """
 
+from executors.distributed import broadcast_plan as broadcast_plan
 from executors.memory import MeasuredPeak as MeasuredPeak
 from executors.memory import measure_peak as measure_peak
 from executors.planned import execute as execute
@@ -21,6 +22,7 @@ __all__ = [
     "MeasuredPeak",
     "Rehearsal",
     "ReplayError",
+    "broadcast_plan",
     "execute",
     "measure_peak",
     "plan_of",

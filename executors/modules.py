@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 from executors.graph import locate
 from executors.replay import ReplayError, Step
 from executors.trace import Observer
-from scheduler.capture.module_capture import ModuleCapture, intercepted, tensor_leaves
+from scheduler.capture.module_capture import ModuleCapture, intercepted, is_compiled, tensor_leaves
+from scheduler.capture.sharded import gathered, holders, sharded_within
 from scheduler.program import ReplayProgram
 
 __all__ = ["ModuleExecutor"]
@@ -48,15 +49,25 @@ class ModuleExecutor:
         self.ran_out = False  # whether a replay of a step ran out of memory
         self.plain = plain
         self.modules = [model.get_submodule(block.name) for block in capture.blocks]
+        # Those that fully_shard gathers deeper within a block are there only while their module runs.
         self.parameters = [
-            [locate(model, f"{block.name}.{n}") for n, _ in module.named_parameters()]
+            [
+                locate(model, f"{block.name}.{n}")
+                for n, _ in module.named_parameters()
+                if all(holder is module for holder in holders(module, n.rpartition(".")[0]))
+            ]
             for block, module in zip(capture.blocks, self.modules, strict=True)
         ]
         self.buffers = [
             [locate(model, f"{block.name}.{n}") for n, _ in module.named_buffers()]
             for block, module in zip(capture.blocks, self.modules, strict=True)
         ]
+        self.sharded = [
+            (holders(model, block.name), [inner for inner in sharded_within(module) if inner is not module])
+            for block, module in zip(capture.blocks, self.modules, strict=True)
+        ]
         self.changed = [[locate(model, n) for n in capture.changed[block.stage]] for block in capture.blocks]
+        self.compiled = any(is_compiled(inner) for module in self.modules for inner in module.modules())
         # forward is intercepted while a step runs: one step at a time may do that to these modules.
         self.lock = threading.Lock()
 
@@ -85,11 +96,12 @@ class ModuleStep(Step):
         random = [index is not None for index in capture.stages]
         super().__init__(executor.program, executor.device, random, executor.observe, executor.check)
         self.executor = executor
+        self.compiled = executor.compiled
         self.ran = 0
         # (output leaf, tensor, version) of the block before, while the next is awaited
         self.outputs: list[tuple[int, Tensor, int]] = []
         self.calls: dict[int, tuple[Callable[..., Any], list[Any], Any]] = {}
-        self.versions_read: dict[int, tuple[int, ...]] = {}
+        self.versions_read: dict[int, dict[int, int]] = {}
         self.places: dict[int, list[int]] = {}  # stage -> argument leaves that are its boundary
         self.snapshots: dict[int, list[Tensor]] = {}
 
@@ -168,18 +180,30 @@ class ModuleStep(Step):
         with self.dropping(stage):
             return forward(*args, **kwargs)
 
-    def _versions(self, index: int, stage: int) -> tuple[int, ...]:
-        """Versions of the parameters and external tensors that a re-run reads."""
-        read = [values[key]._version for values, key in self.executor.parameters[index]]
-        read += [leaf._version for leaf in self.calls[stage][1] if isinstance(leaf, Tensor)]
-        return tuple(read)
+    def _versions(self, index: int, stage: int) -> dict[int, int]:
+        """Versions of the parameters and external tensors that a re-run reads, by identity.
+
+        Where fully_shard's hooks are inside of what is intercepted, the parameters were not gathered yet when the first
+        run began: others than the re-run finds.
+        """
+        read = [values[key] for values, key in self.executor.parameters[index]]
+        read += [leaf for leaf in self.calls[stage][1] if isinstance(leaf, Tensor)]
+        return {id(tensor): tensor._version for tensor in read}
 
     def run_stage(self, stage: int, boundary: tuple[Tensor, ...], grad: bool) -> tuple[Tensor, ...]:
-        """Re-run a block; see Step. Always in grad mode, for its code may ask for the mode."""
-        capture = self.executor.capture
-        index = capture.stages[stage]
+        """Re-run a block; see Step. Parameters that fully_shard has sharded are gathered for it."""
+        index = self.executor.capture.stages[stage]
         assert index is not None  # glue runs once: the referee refuses a schedule that re-runs it
-        if self._versions(index, stage) != self.versions_read[stage]:
+        with gathered(*self.executor.sharded[index]):
+            return self._run_block(stage, index, boundary, grad)
+
+    def _run_block(
+        self, stage: int, index: int, boundary: tuple[Tensor, ...], grad: bool
+    ) -> tuple[Tensor, ...]:
+        """Re-run a block. Always in grad mode, for its code may ask for the mode."""
+        capture = self.executor.capture
+        now = self._versions(index, stage)
+        if any(now.get(key, version) != version for key, version in self.versions_read[stage].items()):
             raise RuntimeError(
                 f"a parameter or argument of block {capture.blocks[index].name} has been modified by an inplace "
                 "operation between forward and backward, so that the block cannot be replayed; step the optimizer "
@@ -203,7 +227,8 @@ class ModuleStep(Step):
             if grad:
                 result = forward(*args, **kwargs)
             else:
-                with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_discard, _never):
+                hooks = torch.autograd.graph.saved_tensors_hooks(self._shielded(_discard), _never)
+                with torch.enable_grad(), hooks:
                     result = forward(*args, **kwargs)
         following = stage + 1
         if following >= len(capture.stages) or capture.stages[following] is None:

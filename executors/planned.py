@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -14,7 +15,9 @@ from torch import nn
 
 from executors.plans import Plans, Settings
 from executors.runner import RUNNER, plain_copy, shallow, wrappers
+from scheduler.capture.eager import wrapped_forward
 from scheduler.capture.sample import model_fingerprint
+from scheduler.capture.sharded import reject_wrapped
 from scheduler.capture.state import model_device
 from scheduler.errors import PlanMismatch
 from scheduler.plan import Plan
@@ -46,7 +49,8 @@ def execute(
         watch: whether the peak of the first step is measured, and judged when the next begins. If it is above the
             predicted one, a PeakWarning says by how much; if it is over the budget, later steps follow a schedule that is
             tighter by the difference. Default: on CUDA, where it costs nothing (the allocator's peak statistics are
-            reset once). On the CPU it takes the autograd profiler from that step's forward to the next one's.
+            reset once). On the CPU it takes the autograd profiler from that step's forward to the next one's. Not of a model
+            sharded by fully_shard, whose ranks must not leave their common schedule one by one.
         on_new_shape: what happens when a training call has other shapes, dtypes, plain values or arguments than any plan's.
             "plan": the forward makes a plan first, which takes as long as ``solve`` and leaves gradients, buffers and
             random numbers as they are; a line to the logger ``rematplan`` says so. Gradients that exist then count as
@@ -57,7 +61,8 @@ def execute(
         on_oom: what happens when a forward runs out of memory (torch.OutOfMemoryError). "replan": buffers and generators are
             put back, a plan that takes less takes over (a PeakWarning says which), and the forward runs once more. After a
             replay that ran out of memory in a backward, the next forward follows such a plan; ``run_step`` runs the
-            whole step again. "raise": the error is all. Default: "replan" on CUDA, "raise" elsewhere, where nothing raises it.
+            whole step again. "raise": the error is all. Default: "replan" on CUDA, "raise" elsewhere, where nothing raises it, and
+            for a model sharded by fully_shard.
         check: what every replayed tensor is compared by with that of the first run: "metadata" (shape, dtype, strides,
             device), "values" (a checksum too, which names the op that does not do the same twice; it waits for the device at
             each tensor) or "none".
@@ -68,7 +73,8 @@ def execute(
 
     Raises:
         TypeError: not a Plan, or not a module.
-        ValueError: an option that is unknown; a model whose ``forward`` was replaced on the object.
+        ValueError: an option that is unknown, or not for sharded models; a model whose ``forward`` was replaced on the object,
+            or a wrapper that goes around a planned model.
         PlanMismatch: the plan was made for another model. Raised by the planned model's forward if the
             inputs (with ``on_new_shape="error"``), or the modes of its submodules, are not those of the plan.
         InfeasibleBudget, CaptureError: raised by the planned model's forward if a new shape cannot be planned for.
@@ -80,7 +86,7 @@ def execute(
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"execute: model is a {type(model).__name__}, expected a torch.nn.Module")
-    if "forward" in model.__dict__:
+    if wrapped_forward(model) is not None:
         raise ValueError(
             f"execute: the forward of this {type(model).__name__} was replaced on the object, as accelerate's prepare() does "
             "under mixed precision, and would go around the plan; call execute() first, then what wraps the forward"
@@ -88,6 +94,7 @@ def execute(
     settings = Settings(watch, on_new_shape, max_plans, on_oom, check, debug)
     if RUNNER in model.__dict__:
         model = plain_copy(model)
+    reject_wrapped("execute", model)
     device, fingerprint = model_device(model), model_fingerprint(model)
     for each in plans:
         if device.type != each.capture.device:
@@ -135,6 +142,21 @@ def trace_of(model: nn.Module) -> str:
     return plans.trace.text()
 
 
+def _eagerly(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The training forward of a planned model that was compiled: by its plan, and not compiled."""
+    warnings.warn(
+        f"planned {type(model).__name__}: torch.compile of a planned model is left out, for it would lose the schedule; compile "
+        "its blocks instead (block.compile()), before solve(..., capture=[blocks])",
+        stacklevel=2,
+    )
+    return torch.compiler.disable(model.__dict__[RUNNER].forward)(model, args, kwargs)
+
+
+# What torch.compiler.disable sets; itself it would load the compiler, which takes seconds, for everyone.
+_eagerly._torchdynamo_disable = True  # type: ignore[attr-defined]
+_eagerly._torchdynamo_disable_msg = "a planned model is not compiled as a whole; compile its blocks"  # type: ignore[attr-defined]
+
+
 @functools.cache
 def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
     """A subclass of ``cls``, of the same name, whose training forward follows the model's plan."""
@@ -143,6 +165,8 @@ def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.training or not torch.is_grad_enabled():
             return cls.forward(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return _eagerly(self, args, kwargs)
         return self.__dict__[RUNNER].forward(self, args, kwargs)
 
     # A signature, but no way past the plan: accelerate unwraps a forward as far as ``__wrapped__`` goes.

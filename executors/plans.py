@@ -22,6 +22,7 @@ from executors.trace import Trace
 from executors.watch import Watch, tightened
 from scheduler.budget import format_bytes
 from scheduler.capture.sample import Call, CallSignature, canonical_call, forward_signature
+from scheduler.capture.sharded import is_distributed, sharded_within
 from scheduler.capture.state import HostRandomState, model_device
 from scheduler.costs.resident import storage_bytes
 from scheduler.errors import CaptureError, InfeasibleBudget, NewShapeWarning, PeakWarning
@@ -77,6 +78,14 @@ class Plans:
     ) -> None:
         self.settings = settings
         self.device = model_device(model)
+        # Ranks of a sharded model follow one schedule: none may take another one, or run a forward again, by itself.
+        self.alone = not sharded_within(model)
+        for name, asked in (("watch", settings.watch), ("on_oom", settings.on_oom == "replan")):
+            if asked and not self.alone:
+                raise ValueError(
+                    f"execute: {name}={getattr(settings, name)!r}: {type(model).__name__} is sharded by fully_shard, and a rank "
+                    f"that followed a tighter schedule by itself would wait for the others for ever; leave {name} out"
+                )
         self.signature = forward_signature(source)
         self.first, *rest = (self._runner(plan, model, source) for plan in plans)
         self.others: OrderedDict[CallSignature, Runner] = OrderedDict((r.want, r) for r in rest)
@@ -87,16 +96,23 @@ class Plans:
         self.last: Runner | None = None
         self.watched: tuple[Runner, Watch] | None = None
         self.trace: Trace | None = None
-        replan = self.device.type == "cuda" if settings.on_oom is None else settings.on_oom == "replan"
+        replan = self.alone and self.device.type == "cuda"
+        if settings.on_oom is not None:
+            replan = settings.on_oom == "replan"
         self.changes = Changes(self.device) if replan else None
 
     def _runner(self, plan: Plan, model: nn.Module, source: nn.Module) -> Runner:
         watch = self.settings.watch
-        watching = self.device.type == "cuda" if watch is None else watch
+        watching = self.alone and self.device.type == "cuda" if watch is None else watch
         return Runner(plan, model, source, watching, self.settings.check)
 
     def forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One training forward, by the plan for its shapes."""
+        if "_is_replica" in model.__dict__:  # its parameters are not those that the executor reads
+            raise RuntimeError(
+                f"planned {type(model).__name__}: DataParallel copies a model to every device in each step, which a planned "
+                "model cannot follow; use DistributedDataParallel(execute(plan, model)), one process per device"
+            )
         call = canonical_call(self.signature, args, kwargs)
         flat, spec = pytree.tree_flatten(call)
         self._judge(model)
@@ -172,7 +188,7 @@ class Plans:
 
     def _hindrance(self) -> str | None:
         """Why no plan can be made now; None if one can."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if is_distributed():
             return "a trial step would get in the way of torch.distributed"
         if self.device.type == "cpu" and torch._C._autograd._profiler_enabled():
             return "a profiler is running, and it takes one to count bytes on the CPU"

@@ -183,7 +183,7 @@ def _faked(plan: Plan, model: nn.Module, call: Call, notes: _Notes, scratch: boo
     notes.now, notes.number = lambda: len(live.events), live.number
     # The user's code, which a capture of modules runs, must not take another way for fake tensors.
     with as_eager(twin), mode:
-        capture = _capture_of(plan, model, planned, call)
+        capture = _capture_of(plan, model, twin, call)
     with as_eager(planned), mode, torch.enable_grad():
         if isinstance(capture, GraphCapture):
             capture = replace(capture, constants=fake_call(capture.constants, mode, device))
@@ -204,6 +204,7 @@ def _capture_of(plan: Plan, model: nn.Module, planned: nn.Module, call: Call) ->
     live = plan.live[0] if plan.live is not None else None
     if live is not None and live._modules is model._modules and live._parameters is model._parameters:
         return plan.live[1]
+    planned = execute(plan, twin)
     return _runner(planned).capture_again(planned, call)
 
 

@@ -30,7 +30,7 @@ The rules, referred to by number below:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -43,7 +43,7 @@ from executors.offload import Moved, Store
 from executors.trace import Observer
 from scheduler.actions import CopyAction
 from scheduler.capture.recompute import Rebuild
-from scheduler.capture.state import RandomState, autocast_contexts, autocast_state
+from scheduler.capture.state import RandomState, autocast_contexts, autocast_state, shielded
 from scheduler.program import ReplayProgram
 from scheduler.schedule import COPY_ACTIONS, Backward, Checkpoint, Forward, Free, FreeHost, Keep
 
@@ -73,7 +73,10 @@ class Step:
         prints: stage -> index -> what a replay of a dropped saved tensor is compared by; None if packed by reference.
         entries: boundary -> likewise, of each of its tensors.
         observe: is told where the step is; None, as in training, costs nothing.
+        compiled: whether stages have code that torch.compile has compiled.
     """
+
+    compiled = False
 
     def __init__(
         self,
@@ -201,7 +204,10 @@ class Step:
                 sources[index] = held
             return held
 
-        return torch.autograd.graph.saved_tensors_hooks(pack, self.unpack)
+        return torch.autograd.graph.saved_tensors_hooks(self._shielded(pack), self.unpack)
+
+    def _shielded(self, hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        return shielded(hook) if self.compiled else hook
 
     def last(self, tensors: Sequence[Tensor]) -> None:
         """These storages live on through the step: saved tensors among them are packed by reference."""
@@ -494,7 +500,8 @@ class Step:
             t.detach().requires_grad_(flag) for t, flag in zip(boundary, self.flags[stage], strict=True)
         )
         produced: tuple[Tensor, ...] | None = None
-        with suppress(_Stop), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _never):
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._shielded(pack), _never)
+        with suppress(_Stop), torch.enable_grad(), hooks:
             produced = tuple(t.detach() for t in self.run_stage(stage, inputs, grad=True))
         if count <= last:
             raise ReplayError(

@@ -14,10 +14,12 @@ from torch import nn
 from executors.graph import GraphExecutor
 from executors.modules import ModuleExecutor
 from scheduler.budget import format_bytes, machine_bytes
+from scheduler.capture.eager import wrapped_forward
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
-from scheduler.capture.module_capture import ModuleCapture, capture_modules
+from scheduler.capture.module_capture import ModuleCapture, capture_modules, recorded_modules
 from scheduler.capture.sample import Call, CallSignature
-from scheduler.capture.state import preserved
+from scheduler.capture.sharded import is_distributed, sharded_within, share_sharding
+from scheduler.capture.state import model_device, preserved
 from scheduler.capture.verify import difference, run_step
 from scheduler.errors import CaptureError, PlanMismatch
 from scheduler.plan import Plan
@@ -47,6 +49,7 @@ class Runner:
         self.check = check
         self.ran_out = False
         self.evaluating = frozenset(plan.capture.evaluating)
+        self.sharded = len(sharded_within(model))
         self.executor: GraphExecutor | ModuleExecutor | None = None
         # Shallow copies of one model share these dicts, so that a capture of one is a capture of the other.
         live = plan.live[0] if plan.live is not None else None
@@ -70,6 +73,11 @@ class Runner:
 
     def prepare(self, model: nn.Module, call: Call, flat: list[Any]) -> GraphExecutor | ModuleExecutor:
         """The executor, once the model is found to be in the plan's modes and captured."""
+        if len(sharded_within(model)) != self.sharded:
+            raise PlanMismatch(
+                f"planned {type(model).__name__}: fully_shard was called after execute(); call it first, then solve() and "
+                "execute() on the sharded model"
+            )
         for name, module in model.named_modules():
             if module.training == (name in self.evaluating):
                 mode = "train" if module.training else "eval"
@@ -107,6 +115,11 @@ class Runner:
         """The capture of the plan, made on this model; refused if it comes out otherwise."""
         record = self.plan.capture
         plain = plain_copy(model)
+        if record.kind == "modules" and record.fed and is_distributed():
+            # A forward of this rank alone could wait for the others in a collective for ever.
+            return recorded_modules(
+                record.stages, record.fed, record.random, record.changed, model_device(model)
+            )
         if record.kind == "modules":
             blocks = [model.get_submodule(name) for name in record.stages]
             with preserved(plain):
@@ -145,7 +158,7 @@ def forward_of(executor: GraphExecutor | ModuleExecutor, flat: list[Any], call: 
 
 def _hindrance(plan: Plan) -> str | None:
     """Why a plain step beside a planned one cannot be had for little; None if it can."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if is_distributed():
         return "a backward of its own would get in the way of torch.distributed"
     if plan.plain.peak > machine_bytes() / 2:
         return f"the plain step takes {format_bytes(plan.plain.peak)}, more than half of the host's memory"
@@ -154,15 +167,15 @@ def _hindrance(plan: Plan) -> str | None:
 
 def plain_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The forward of the class that ``execute`` derived from."""
-    original: Any = type(model).__mro__[1]
+    original: Any = _original(model)
     return original.forward(model, *args, **kwargs)
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
     """The same model, sharing everything, of its original class."""
     plain = shallow(model)
-    plain.__class__ = type(model).__mro__[1]
-    for name in (RUNNER, *wrappers(model)):
+    plain.__class__ = _original(model)
+    for name in (RUNNER, "_compiled_call_impl", *wrappers(model)):
         plain.__dict__.pop(name, None)
     return plain
 
@@ -172,12 +185,19 @@ def wrappers(model: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in model.__dict__.items()
-        if name == "forward" or (isinstance(value, MethodType) and value.__self__ is model)
+        if (name == "forward" and wrapped_forward(model) is not None)
+        or (isinstance(value, MethodType) and value.__self__ is model)
     }
+
+
+def _original(model: nn.Module) -> Any:
+    """The class that the planned model's class was derived from."""
+    return type(model).__mro__[1]
 
 
 def shallow(model: nn.Module) -> nn.Module:
     """Another object that shares everything."""
-    twin = model.__class__.__new__(model.__class__)
+    twin: nn.Module = object.__new__(model.__class__)
     twin.__dict__.update(model.__dict__)
+    share_sharding(model, twin)
     return twin

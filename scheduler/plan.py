@@ -37,6 +37,7 @@ class CaptureRecord:
         graph: fingerprint of the op graph ("" for modules).
         cuts: inner cuts of the op graph (empty for modules).
         stages: names of the modules that are stages (empty for graph).
+        fed: for each of them, which outputs of the one before are among its arguments: (argument, output) leaves.
         random: (L,) whether a stage draws random numbers.
         changed: (L,) names of the buffers that a stage changes.
         dropped: (L,) for each option of a stage, the numbers of the saved tensors that it drops (empty for modules).
@@ -59,6 +60,7 @@ class CaptureRecord:
     graph: str = ""
     cuts: tuple[int, ...] = ()
     stages: tuple[str, ...] = ()
+    fed: tuple[tuple[tuple[int, int], ...], ...] = ()
     random: tuple[bool, ...] = ()
     changed: tuple[tuple[str, ...], ...] = ()
     dropped: tuple[tuple[tuple[int, ...], ...], ...] = ()
@@ -75,7 +77,7 @@ class CaptureRecord:
         for name in ("cuts", "stages", "random", "gaps", "evaluating"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "changed", tuple(tuple(names) for names in self.changed))
-        for name in ("dropped", "rerun", "ops"):
+        for name in ("fed", "dropped", "rerun", "ops"):
             rows = tuple(tuple(tuple(row) for row in rows) for rows in getattr(self, name))
             object.__setattr__(self, name, rows)
         object.__setattr__(self, "begins", tuple(Cut(*row) for row in self.begins))

@@ -16,7 +16,7 @@ from scheduler.budget import format_bytes, free_machine_bytes, machine_bytes, pa
 from scheduler.capture.dry import capture_dry, without_hardware
 from scheduler.capture.fake import has_data
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
-from scheduler.capture.module_capture import ModuleCapture, capture_blocks
+from scheduler.capture.module_capture import ModuleCapture, capture_blocks, intercepted, is_compiled
 from scheduler.capture.sample import (
     Call,
     CallSignature,
@@ -27,6 +27,7 @@ from scheduler.capture.sample import (
     reject_unusable,
     unplanned,
 )
+from scheduler.capture.sharded import sharded_within
 from scheduler.capture.state import model_device, preserved
 from scheduler.capture.target import Device, Target
 from scheduler.capture.verify import StepResult, difference, run_step
@@ -64,6 +65,7 @@ class Request:
     optimizer_state: int
     optimizer_step: int | None
     progress: Progress
+    arrives: CallSignature | None = None  # of the call that reaches the model's forward, behind its own hooks
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ def solve(
     as long as it lives: to plan it again, for another budget, takes less time and meets the same figures.
 
     Args:
-        model: in train mode, on one device. One that trains by a plan already is planned anew. With ``device`` it may
+        model: in train mode, on one device, or sharded by fully_shard; then every rank makes this call. One that trains by a plan already is planned anew. With ``device`` it may
             be without data: on meta, or made under FakeTensorMode.
         memory_budget: peak device bytes of a whole training step: parameters, buffers, gradients, optimizer
             state if an optimizer is given, inputs, activations. An int, or text: "6GiB", "800MB", "75%" of the
@@ -184,6 +186,8 @@ def priced(request: Request, *, options: bool = True) -> Priced:
     )
     request.progress(f"pricing {len(captured)} stages")
     chain = _chain(request, captured, sum(resident.values()), own_loss, options)
+    if isinstance(captured, ModuleCapture) and captured.gathering:
+        resident["gathered parameters"] = captured.gathering
     extra = chain.fixed - sum(resident.values())
     if extra:
         resident["constants and replay state"] = extra
@@ -213,6 +217,8 @@ def _plan(request: Request, parameters: Mapping[str, Any]) -> Plan:
             "appear in backward. Raise the budget, shorten the batch, or use an optimizer with less state.",
         ) from error
     signature = CallSignature.of(request.call)
+    if isinstance(captured, ModuleCapture) and request.arrives is not None:
+        signature = request.arrives  # fully_shard's hook may have cast the inputs
     record = CaptureRecord(
         kind=captured.kind,
         reason=found.reason,
@@ -342,11 +348,20 @@ def _free_bytes(
 def _plain_step(request: Request) -> StepResult:
     """One plain step on the sample, saved tensors offloaded where the device is not the host."""
     model, (args, kwargs) = request.model, request.call
+    signature = forward_signature(model)
+
+    def note(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            request.arrives = CallSignature.of(canonical_call(signature, args, kwargs))
+            return forward(*args, **kwargs)
+
+        return noted
+
     offloaded: AbstractContextManager[Any] = (
         nullcontext() if request.device.type == "cpu" else torch.autograd.graph.save_on_cpu()
     )
     try:
-        with preserved(model), torch.enable_grad(), offloaded:
+        with preserved(model), torch.enable_grad(), offloaded, intercepted([(model, note)]):
             model(*args, **kwargs)  # warm-up; and a rejected sample shows before a step is taken
     except torch.OutOfMemoryError:
         raise
@@ -404,6 +419,11 @@ def _exact_graph(request: Request, plain: StepResult) -> GraphCapture:
         CaptureError: it cannot be captured, or one step of it differs.
     """
     model, call = request.model, request.call
+    if sharded_within(model):
+        raise CaptureError("fully_shard's hooks gather its parameters, and an exported graph has no hooks")
+    compiled = next((name for name, module in model.named_modules() if is_compiled(module)), None)
+    if compiled is not None:
+        raise CaptureError(f"submodule {compiled!r} is compiled, and an exported graph runs op by op")
     if plain.custom:
         raise CaptureError(
             f"the custom autograd.Function {plain.custom[0]} is used, whose backward torch.export drops"

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-__all__ = ["as_eager"]
+__all__ = ["as_eager", "wrapped_forward"]
 
 _MAKERS = (torch.arange, torch.full, torch.ones, torch.tensor, torch.zeros)
 _READERS = (Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.item, Tensor.tolist)
@@ -44,12 +44,19 @@ def as_eager(model: nn.Module) -> Iterator[None]:
         ):
             return original(*args, **kwargs)
 
+    forward.eager = True  # type: ignore[attr-defined] # ``wrapped_forward`` knows it by that
     transformers = sys.modules.get("transformers.utils.import_utils")
     with (
         _replaced(vars(model), forward=forward),
         _replaced(vars(transformers) if transformers else {}, is_fake_tensor=lambda x: False),
     ):
         yield
+
+
+def wrapped_forward(model: nn.Module) -> Any:
+    """The ``forward`` that somebody put on the object, around that of its class; None if nobody but ``as_eager`` did."""
+    found = vars(model).get("forward")
+    return None if getattr(found, "eager", False) else found
 
 
 @contextmanager

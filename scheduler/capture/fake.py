@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from scheduler.capture.sharded import sharded_within
 from scheduler.errors import CaptureError
 
 __all__ = ["Watch", "fake_call", "fake_model", "has_data"]
@@ -48,6 +49,11 @@ def fake_model(model: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> n
     Raises:
         CaptureError: the model cannot be copied; says why.
     """
+    if sharded_within(model):
+        raise CaptureError(
+            f"solve: {type(model).__name__} is sharded by fully_shard and cannot be copied without its data: plan it on the "
+            "devices that hold it, without device=; rehearse it with real=True"
+        )
     memo: dict[int, Any] = {}
     for module in model.modules():
         for tensor in pytree.tree_leaves(vars(module)):

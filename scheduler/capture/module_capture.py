@@ -9,7 +9,7 @@ arguments (masks, rotary tables, an encoder's output) are *external*: held while
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -27,7 +27,15 @@ from scheduler.capture.target import Device, Target
 from scheduler.capture.verify import equal_bits
 from scheduler.errors import CaptureError
 
-__all__ = ["Block", "ModuleCapture", "capture_blocks", "capture_modules", "intercepted"]
+__all__ = [
+    "Block",
+    "ModuleCapture",
+    "capture_blocks",
+    "capture_modules",
+    "intercepted",
+    "is_compiled",
+    "recorded_modules",
+]
 
 
 @dataclass(slots=True)
@@ -53,6 +61,7 @@ class ModuleCapture:
     Attributes:
         stages: (L,) index of the block that is this stage, or None for glue.
         target: the device that costs are for, if it is not there: then nothing has data.
+        gathering: bytes that stand by for fully_shard's collectives while a step runs, once that is priced.
     """
 
     blocks: list[Block]
@@ -62,6 +71,7 @@ class ModuleCapture:
     random: list[bool] = field(default_factory=list)
     changed: list[tuple[str, ...]] = field(default_factory=list)
     target: Target | None = None
+    gathering: int = 0
 
     kind = "modules"
 
@@ -77,6 +87,7 @@ class ModuleCapture:
         """What a plan keeps of this capture, to make it again."""
         return {
             "stages": tuple(block.name for block in self.blocks),
+            "fed": tuple(block.fed for block in self.blocks),
             "random": tuple(self.random),
             "changed": tuple(self.changed),
         }
@@ -141,20 +152,40 @@ def tensor_leaves(value: Any) -> list[tuple[int, Tensor]]:
 @contextmanager
 def intercepted(
     modules: Sequence[tuple[nn.Module, Callable[[Callable[..., Any]], Callable[..., Any]]]],
+    whole: Collection[nn.Module] = (),
 ) -> Iterator[None]:
-    """Within it each module's ``forward`` is ``wrap(forward)``; its hooks fire around that as ever."""
+    """Within it each module's ``forward`` is ``wrap(forward)``; its hooks fire around that as ever.
+
+    Of a module that ``module.compile()`` has compiled it is the compiled call, hooks included: what wraps it stays eager.
+
+    Args:
+        whole: of these, too, it is the whole call, hooks included.
+    """
     originals = []
     try:
         for module, wrap in modules:
-            originals.append((module, module.__dict__.get("forward")))
-            module.__dict__["forward"] = wrap(module.forward)
+            name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
+            call = getattr(module, name)
+            if name == "forward" and module in whole:
+                name, call = (
+                    "_compiled_call_impl",
+                    module._call_impl,
+                )  # torch calls the former instead of the latter
+            originals.append((module, name, module.__dict__.get(name)))
+            module.__dict__[name] = wrap(call)
         yield
     finally:
-        for module, original in reversed(originals):
+        for module, name, original in reversed(originals):
             if original is None:
-                module.__dict__.pop("forward", None)
+                module.__dict__.pop(name, None)
             else:
-                module.__dict__["forward"] = original
+                module.__dict__[name] = original
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has compiled a module, by itself or in place."""
+    wrapped = any(kind.__name__ == "OptimizedModule" for kind in type(module).__mro__)
+    return wrapped or module._compiled_call_impl is not None
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
@@ -240,25 +271,47 @@ def capture_modules(
         raise CaptureError(
             "no member of a ModuleList or Sequential runs exactly once with tensors in and out"
         )
-    stages: list[int | None] = [None]
-    found: list[Block] = []
+    feeds: list[tuple[tuple[int, int], ...]] = []
     before: _Call | None = None
     for entry in usable:
         position = chosen.index(entry)
         follows = before is not None and position > 0 and chosen[position - 1] is before
         # What glue made for this block (a decoder's embeddings, beside the encoder's output) is glue's to be counted.
         fed = entry.fed_by(before) if before is not None and follows and not entry.new_input else ()
-        if before is not None and not fed:
-            stages.append(None)
-        found.append(Block(entry.name, len(stages), fed))
-        stages.append(len(found) - 1)
+        feeds.append(fed)
         before = entry
-    stages.append(None)
+    found, stages = _laid_out([entry.name for entry in usable], feeds)
     by_name = {entry.name: entry for entry in usable}
     random = [False if b is None else by_name[found[b].name].random for b in stages]
     changed = [() if b is None else by_name[found[b].name].changed for b in stages]
     reason = f"{len(found)} blocks that run in order ({found[0].name} .. {found[-1].name})"
     return ModuleCapture(found, stages, device, reason, random, changed, target)
+
+
+def recorded_modules(
+    names: Sequence[str],
+    feeds: Sequence[tuple[tuple[int, int], ...]],
+    random: Sequence[bool],
+    changed: Sequence[tuple[str, ...]],
+    device: torch.device,
+) -> ModuleCapture:
+    """The capture that a plan's record tells of, without running the model."""
+    blocks, stages = _laid_out(names, feeds)
+    return ModuleCapture(blocks, stages, device, "as recorded", list(random), list(changed))
+
+
+def _laid_out(
+    names: Sequence[str], feeds: Sequence[tuple[tuple[int, int], ...]]
+) -> tuple[list[Block], list[int | None]]:
+    """Blocks and stages: glue comes first, last, and before each block that the one before does not feed."""
+    blocks: list[Block] = []
+    stages: list[int | None] = [None]
+    for index, (name, fed) in enumerate(zip(names, feeds, strict=True)):
+        if index and not fed:
+            stages.append(None)
+        blocks.append(Block(name, len(stages), fed))
+        stages.append(index)
+    return blocks, [*stages, None]
 
 
 def _refuse_layer_drop(model: nn.Module) -> None:

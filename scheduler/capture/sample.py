@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from scheduler.capture.sharded import placement, reject_tensor_parallel, reject_wrapped, reshard
 from scheduler.errors import PlanMismatch
 
 __all__ = [
@@ -180,15 +181,18 @@ def _words(leaf: list[Any]) -> str:
 def model_fingerprint(model: nn.Module) -> str:
     """SHA-256 over the model's class and the names, shapes, dtypes and requires_grad of its tensors.
 
+    Of sharded tensors also how they lie on their mesh of devices: the same on every rank.
+
     Values do not count: the plan stays good while the model trains.
     """
+    reshard(model)
     digest = hashlib.sha256(f"{type(model).__module__}.{type(model).__qualname__}".encode())
     for kind, tensors in (
         ("parameter", model.named_parameters(remove_duplicate=False)),
         ("buffer", model.named_buffers(remove_duplicate=False)),
     ):
         for name, tensor in tensors:
-            row = (
+            row: tuple[Any, ...] = (
                 kind,
                 name,
                 tuple(tensor.shape),
@@ -196,6 +200,8 @@ def model_fingerprint(model: nn.Module) -> str:
                 tensor.device.type,
                 tensor.requires_grad,
             )
+            if placement(tensor):
+                row += (placement(tensor),)
             digest.update(repr(row).encode())
     return digest.hexdigest()
 
@@ -211,10 +217,13 @@ def reject_unusable(model: Any) -> None:
 
     Raises:
         TypeError: not an nn.Module.
-        ValueError: in eval mode, or without a parameter that requires grad.
+        ValueError: in eval mode, without a parameter that requires grad, or a wrapper that goes around a planned model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"solve: model is a {type(model).__name__}, expected a torch.nn.Module")
+    reject_wrapped("solve", model)
+    reject_tensor_parallel("solve", model)
+    reshard(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             "solve: no parameter of the model requires grad, so there is no backward to plan; "

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch._guards import detect_fake_mode
+
+from scheduler.capture.sharded import take_gathered_grads
 
 __all__ = [
     "CPU_RANDOM_STATE",
@@ -21,6 +24,7 @@ __all__ = [
     "model_device",
     "preserved",
     "reverse",
+    "shielded",
 ]
 
 CPU_RANDOM_STATE = 5056  # bytes of torch's CPU generator state, an allocation of its own
@@ -96,6 +100,11 @@ def model_device(model: nn.Module) -> torch.device:
     return devices.pop()
 
 
+def shielded(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook for saved tensors that torch.compile leaves alone, as it is called from compiled blocks."""
+    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
+
+
 AutocastState = tuple[tuple[str, bool, torch.dtype], ...]  # (device type, enabled, dtype)
 
 
@@ -134,6 +143,7 @@ def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:
     Yields:
         the parameters that have a gradient.
     """
+    gathered = take_gathered_grads(model)
     generators = RandomState(model_device(model))
     grads = {p: p.grad for p in model.parameters()}
     buffers = {b: b.detach().clone() for b in model.buffers()}
@@ -149,6 +159,8 @@ def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:
     finally:
         for each, before in zip(hooks, silent, strict=True):
             each.update(before)
+        take_gathered_grads(model)
+        grads.update(gathered)
         for parameter, grad in grads.items():
             parameter.grad = grad
         for buffer, value in buffers.items():

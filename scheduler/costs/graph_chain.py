@@ -19,6 +19,7 @@ from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.loss import find_loss
 from scheduler.capture.recompute import packs_of
 from scheduler.capture.sample import Call
+from scheduler.capture.sharded import local
 from scheduler.capture.state import CPU_RANDOM_STATE
 from scheduler.capture.target import Device
 from scheduler.chain import Carried, Chain, Option, Stage
@@ -486,6 +487,7 @@ def parameter_grads(
     existing: Collection[nn.Parameter],
     change: list[int],
     device: Device,
+    whole: Collection[nn.Parameter] = (),
 ) -> tuple[list[int], list[int]]:
     """Bytes of the gradients of parameters.
 
@@ -497,6 +499,7 @@ def parameter_grads(
         readers: the stages that read each parameter, ascending.
         existing: parameters that have a gradient before the step.
         change: (L,) by how much each backward changes the bytes of long-lived values.
+        whole: sharded parameters whose gradients stay whole, beside those that exist.
 
     Returns:
         (L,) bytes of gradients that the backward of each stage creates; (L,) bytes that it takes besides to add its
@@ -506,10 +509,11 @@ def parameter_grads(
     for parameter, stages in readers.items():
         if not parameter.requires_grad:
             continue
-        size = allocated(parameter.numel() * parameter.element_size(), device)
+        shard = parameter if parameter in whole else local(parameter)
+        size = allocated(shard.numel() * shard.element_size(), device)
         for k in stages[:-1]:
             summed[k] += size
-        if parameter not in existing:
+        if parameter not in existing or parameter in whole:
             created[stages[-1]] += size
         elif len(stages) > 1:
             change[stages[-1]] += size

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scheduler.capture.state import reverse
+from scheduler.capture.sharded import is_distributed
+from scheduler.capture.state import reverse, shielded
 from scheduler.capture.target import Device, Target
 from scheduler.costs.peak import allocated, count_bytes
 
@@ -224,7 +225,7 @@ def rebuild_peak(
         if wanted(count - 1, tensor):
             last = count
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(look, _never):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(look), _never):
         run(as_leaf)
     if not last:
         return 0
@@ -241,7 +242,11 @@ def rebuild_peak(
             if passed == last:
                 raise _Stop
 
-        with suppress(_Stop), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(fill, _never):
+        with (
+            suppress(_Stop),
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(shielded(fill), _never),
+        ):
             run(as_leaf)
 
     return count_bytes(again, device).peak
@@ -252,7 +257,7 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
 
     Args:
         repeats: timed runs, after a warm-up; up to ten times as many while they take under 50 ms in all, and
-            as few as three if those take over 3 s.
+            as few as three if those take over 3 s. Just as many where torch.distributed is initialised.
         clock: False to count bytes only; then the seconds are 0.
     """
     output_grads = 0
@@ -263,7 +268,7 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
         return result
 
     def dropping(_: Callable[[], None]) -> None:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_drop, _never):
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(_drop), _never):
             outputs = stage.run(as_leaf)
             root = stage.loss(outputs) if stage.loss is not None else None
             del outputs, root
@@ -279,7 +284,7 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
                 mark()
             return tensor
 
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_unowned, unpack):
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(_unowned), unpack):
             outputs = stage.run(sink)
             seed, output_grads = _root(stage, outputs)
             del outputs
@@ -326,7 +331,9 @@ def _time(stage: StageRun, device: Device, repeats: int) -> tuple[float, float]:
     forwards: list[float] = []
     backwards: list[float] = []
     started = time.perf_counter()
-    for done in range(10 * repeats):
+    # On many ranks the clock must not decide how often: a stage may have collectives within.
+    together = is_distributed()
+    for done in range(repeats if together else 10 * repeats):
         if done >= repeats and time.perf_counter() - started > 0.05:
             break
         with torch.enable_grad():
@@ -346,7 +353,7 @@ def _time(stage: StageRun, device: Device, repeats: int) -> tuple[float, float]:
         forwards.append(middle - begin)
         del seed
         stage.reset()
-        if done >= 2 and time.perf_counter() - started > 3.0:
+        if done >= 2 and not together and time.perf_counter() - started > 3.0:
             break
     return statistics.median(forwards), statistics.median(backwards)
 

@@ -21,8 +21,10 @@ from torch.utils import _pytree as pytree
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.module_capture import ModuleCapture, tensor_leaves
 from scheduler.capture.sample import Call
-from scheduler.capture.state import CPU_RANDOM_STATE, preserved
+from scheduler.capture.sharded import holders, unshard
+from scheduler.capture.state import CPU_RANDOM_STATE, preserved, shielded
 from scheduler.chain import Chain, Option, Stage
+from scheduler.costs.gather import measure_gather, resharding, standing_bytes, with_gather
 from scheduler.costs.graph_chain import SMALL_TENSORS, gradients_at_hand, parameter_grads
 from scheduler.costs.measure import Enter, StageCost, StageRun, as_leaf, fresh_grads, measure_stage
 from scheduler.costs.module_values import ModuleValues
@@ -86,16 +88,32 @@ def module_chain(
     readers = _readers(capture, model, modules)
     costs: dict[int, _BlockCost] = {}
     added = {p for p in existing if len(readers[p]) == 1}
+    gathering: dict[int, list[Any]] = {}
 
     class Measuring(Visitor):
         def enter(self, block: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
-            costs[block] = _measure_block(capture, block, modules[block], forward, args, kwargs, added, clock)
+            outer = holders(model, capture.blocks[block].name)
+            gathering[block] = resharding(outer)
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                unshard(outer)  # shards within the block have hooks, which shard all when a backward ends
+                return forward(*args, **kwargs)
+
+            costs[block] = _measure_block(capture, block, modules[block], run, args, kwargs, added, clock)
             boxes[block] = costs[block].box
             model.zero_grad(set_to_none=True)
+            unshard(outer)  # the block runs once more
 
     boxes: dict[int, Box] = {}
     with preserved(model):
-        own_loss = find_loss(run_skeleton(capture, model, call, modules, boxes, Measuring()))[1]
+        output = run_skeleton(capture, model, call, modules, boxes, Measuring(), inside=True)
+        own_loss = find_loss(output)[1]
+        del output
+    with preserved(model):
+        gathers = [measure_gather(gathering[index], capture.device) for index in range(len(modules))]
+    for index, gather in enumerate(gathers):
+        costs[index].cost = with_gather(costs[index].cost, gather)
+    capture.gathering = standing_bytes(gathers)
     lifetimes = Lifetimes(capture)
     with preserved(model), lifetimes.watching():
         output = run_skeleton(capture, model, call, modules, boxes, lifetimes)
@@ -110,7 +128,7 @@ def module_chain(
     def step(mark: Callable[[], None]) -> None:
         nonlocal traffic, output_grad
         traffic = Traffic(capture, [*model.parameters(), *model.buffers(), *_tensors(call)], mark)
-        with torch.autograd.graph.saved_tensors_hooks(traffic.pack, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(shielded(traffic.pack), lambda tensor: tensor):
             output = run_skeleton(capture, model, call, modules, boxes, traffic, own_loss=own_loss)
         tensors = output_tensors(output)
         returned.update(key for key in map(storage_key, tensors) if key in traffic.size)
@@ -133,7 +151,8 @@ def module_chain(
     )
     forward, backward = pieces(traffic.events, len(blocks), counted.marks, counted.peaks)
     shared = [traffic.shared(index, counted.marks) for index in range(len(blocks))]
-    parts = _Parts(capture, blocks, values, forward, backward, seconds, output_grad, shared)
+    whole = _whole(capture, model)
+    parts = _Parts(capture, blocks, values, forward, backward, seconds, output_grad, shared, whole)
     return _assemble(parts, model, readers, existing, own_loss, resident, name)
 
 
@@ -194,6 +213,7 @@ def _measure_block(
     own_inputs = [t for i, t in tensors if i in fed]
     external = [t for i, t in tensors if i not in fed]
 
+    weights = [*module.parameters(), *module.buffers()]  # gathered now, if they are sharded
     grad = {i for i, t in tensors if t.requires_grad}
 
     def run_all(enter: Enter) -> Any:
@@ -210,9 +230,7 @@ def _measure_block(
         finally:  # it may be stopped half-way
             torch.clear_autocast_cache()
 
-    lasting = frozenset(
-        t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers(), *external)
-    )
+    lasting = frozenset(t.untyped_storage()._cdata for t in (*weights, *external))
     stage = StageRun(run, fresh_grads(module.parameters(), existing), lasting=lasting)
     cost = measure_stage(stage, capture.place, clock=clock)
     if not clock:
@@ -231,12 +249,12 @@ def _measure_block(
         return tensor
 
     def saving() -> list[tuple[int, Tensor]]:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(pack), lambda t: t):
             return tensor_leaves(run_all(as_leaf))
 
     cached = _cached_casts(capture, run_all)
     outputs = saving()
-    given = {storage_key(t) for t in (*module.parameters(), *module.buffers(), *(t for _, t in tensors))}
+    given = {storage_key(t) for t in (*weights, *(t for _, t in tensors))}
     first = kept - given
     saved_outputs = frozenset(i for i, t in outputs if storage_key(t) in first)
     fresh = {storage_key(t) for i, t in outputs if i in saved_outputs}
@@ -268,7 +286,7 @@ def _cached_casts(capture: ModuleCapture, run: Callable[[Enter], Any]) -> int:
     def step(_: Callable[[], None]) -> None:
         with (
             torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: torch.empty(0)),
+            torch.autograd.graph.saved_tensors_hooks(shielded(lambda _: None), lambda _: torch.empty(0)),
         ):
             run(as_leaf)
 
@@ -301,6 +319,26 @@ def _readers(
     return {parameter: sorted(stages) for parameter, stages in readers.items()}
 
 
+def _whole(capture: ModuleCapture, model: nn.Module) -> dict[nn.Parameter, int]:
+    """Sharded parameters whose gradients wait whole for the end of a module around several stages.
+
+    Returns:
+        for each, the stage at whose end fully_shard copies its gradient and reduces that.
+    """
+    ends: dict[Any, int] = {}
+    for block in capture.blocks:
+        own = model.get_submodule(block.name)
+        for holder in holders(model, block.name):
+            if holder is not own:
+                ends.setdefault(holder, 0 if holder is model else block.stage)
+    found = {}
+    for name, parameter in model.named_parameters() if ends else ():
+        around = holders(model, name.rpartition(".")[0])
+        if around and around[-1] in ends:
+            found[parameter] = ends[around[-1]]
+    return found
+
+
 @dataclass(slots=True)
 class _Parts:
     """What a chain is made of.
@@ -310,6 +348,7 @@ class _Parts:
         seconds: of these.
         shared: (blocks,) bytes of the gradients of its outputs that others, which wait, are views of too.
         output_grad: bytes of the gradients of the model's outputs, if it has no loss of its own.
+        whole: sharded parameters whose gradients wait whole, and the stage at whose end they are reduced.
     """
 
     capture: ModuleCapture
@@ -320,6 +359,7 @@ class _Parts:
     seconds: tuple[list[float], list[float]]
     output_grad: int
     shared: list[int]
+    whole: dict[nn.Parameter, int]
 
     def __len__(self) -> int:
         return len(self.capture)
@@ -364,8 +404,12 @@ def _assemble(
     change = [0] * count
     alone = {p: ks for p, ks in readers.items() if all(capture.stages[k] is None for k in ks)}
     shared = {p: ks for p, ks in readers.items() if p not in alone}
-    created, summed = parameter_grads(shared, existing, change, device)
-    by_glue = parameter_grads(alone, existing, [0] * count, device)[0]
+    created, summed = parameter_grads(shared, existing, change, device, parts.whole)
+    by_glue = parameter_grads(alone, existing, [0] * count, device, parts.whole)[0]
+    reduced = [0] * count  # copies of gradients of blocks' parameters
+    for parameter, end in parts.whole.items():
+        if parameter in shared and parameter.requires_grad:
+            reduced[end] += allocated(parameter.numel() * parameter.element_size(), device)
     output_grad = 4 if own_loss else parts.output_grad
     # Gradients of boundaries; what waits besides is long-lived.
     left, boundary, waiting = parts.gradients(), [0] * count, 0
@@ -434,6 +478,7 @@ def _assemble(
                 f"glue {capture.stages[:k].count(None)}" if k and not last else ("after" if k else "before")
             )
             overhead = 0
+        reversing += reduced[k]
         option = Option(
             made - released,
             forward_overhead=max(0, keeping - made) + released,
@@ -459,7 +504,7 @@ def _assemble(
                 rerun_state=_rerun_state(capture, model, k),
             )
         )
-    fixed = resident + SMALL_TENSORS + sum(stage.rerun_state for stage in stages)
+    fixed = resident + SMALL_TENSORS + capture.gathering + sum(stage.rerun_state for stage in stages)
     # Copies of the buffers that a block changes, while it runs again.
     fixed += max(storage_bytes(map(model.get_buffer, names), device) for names in capture.changed)
     if device.type == "cpu":

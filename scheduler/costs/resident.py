@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from scheduler.capture.sharded import local
 from scheduler.capture.target import Device, Target, lies_on
 from scheduler.costs.cuda_memory import workspace_bytes
 from scheduler.costs.live import LiveBytes
@@ -28,7 +29,7 @@ def storage_bytes(tensors: Iterable[Tensor], device: Device) -> int:
     """
     seen: set[Tensor] = set()
     parts: dict[int, tuple[int, int]] = {}  # storage -> (its bytes, bytes of the tensors on it)
-    for tensor in tensors:
+    for tensor in map(local, tensors):
         if lies_on(tensor, device) and tensor not in seen:
             seen.add(tensor)
             storage = tensor.untyped_storage()
@@ -111,14 +112,15 @@ def _stepped(
     groups = []
     for group in optimizer.param_groups:
         parameters = []
-        for parameter in group["params"]:
+        for whole in group["params"]:
+            parameter, trained = local(whole), whole.requires_grad
             with fake:
                 place = "cpu" if isinstance(device, Target) else parameter.device
                 like = torch.empty_strided(
                     parameter.shape, parameter.stride(), dtype=parameter.dtype, device=place
                 )
-            double = nn.Parameter(like, requires_grad=parameter.requires_grad)
-            if parameter.requires_grad:
+            double = nn.Parameter(like, requires_grad=trained)
+            if trained:
                 with fake:
                     double.grad = torch.empty_like(double)
             parameters.append(double)

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.module_capture import ModuleCapture, intercepted, tensor_leaves
 from scheduler.capture.sample import Call
+from scheduler.capture.sharded import sharded_within
 from scheduler.capture.target import Device
 from scheduler.costs.measure import seed_gradients
 from scheduler.costs.peak import allocated
@@ -166,6 +167,7 @@ def run_skeleton(
     visitor: Visitor,
     *,
     own_loss: bool | None = None,
+    inside: bool = False,
 ) -> Any:
     """Run one step with the blocks taken out; the caller preserves the model's state.
 
@@ -173,6 +175,8 @@ def run_skeleton(
         boxes: one for each block; it is read when the block has run.
         own_loss: whether the loss is among the model's outputs; else the outputs themselves get gradients. None: there is
             no backward.
+        inside: whether the visitor is inside of the hooks by which fully_shard gathers a block. Else they are part of the
+            block, and nothing is gathered while the user's code runs that this does not need.
 
     Returns:
         the output of the model.
@@ -197,7 +201,8 @@ def run_skeleton(
     args, kwargs = call
     torch.clear_autocast_cache()
     with torch.enable_grad():
-        with intercepted([(m, wrapper(i)) for i, m in enumerate(modules)]):
+        whole = () if inside else frozenset(sharded_within(model))
+        with intercepted([(m, wrapper(i)) for i, m in enumerate(modules)], whole):
             output = model(*args, **kwargs)
         torch.clear_autocast_cache()  # as when the context ends, which the forward alone is in
         visitor.note("over")

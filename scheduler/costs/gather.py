@@ -1,0 +1,92 @@
+"""What it costs to gather the parameters of a block that fully_shard (FSDP2) has sharded."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from scheduler.capture.sharded import own_parameters, unshard
+from scheduler.costs.measure import StageCost
+from scheduler.costs.peak import count_bytes
+from scheduler.costs.resident import storage_bytes
+
+__all__ = ["Gather", "measure_gather", "resharding", "standing_bytes", "with_gather"]
+
+REPEATS = 3  # fixed: every rank must take part in the same collectives
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """One all-gather of the parameters that a block needs.
+
+    Attributes:
+        seconds: median.
+        peak: most bytes while it runs: the buffer that is gathered into, and the parameters copied out of it.
+        kept: bytes of the parameters.
+    """
+
+    seconds: float = 0.0
+    peak: int = 0
+    kept: int = 0
+
+
+def resharding(outer: Sequence[Any]) -> list[Any]:
+    """Those modules that let go of their parameters when their forward is over. To be asked within that forward."""
+    for module in outer:
+        module.reshard()  # fully_shard's: does nothing within the forward of one that keeps its parameters
+    return unshard(outer)
+
+
+def measure_gather(modules: Sequence[Any], device: torch.device) -> Gather:
+    """Gather the parameters of ``modules`` a few times; they are sharded before and after. A collective call."""
+    if not modules:
+        return Gather()
+
+    def shard() -> None:
+        for module in modules:
+            module.reshard()
+
+    unshard(modules)  # a warm-up
+    kept = storage_bytes((p for module in modules for p in own_parameters(module)), device)
+    shard()
+    counted = count_bytes(lambda _: unshard(modules), device)
+    shard()
+    seconds = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        unshard(modules)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+        shard()
+    return Gather(statistics.median(seconds), counted.peak, kept)
+
+
+def with_gather(cost: StageCost, gather: Gather) -> StageCost:
+    """The cost of a block whose every run gathers its parameters, and its backward too.
+
+    Bytes that are gathered for its backward are in ``standing_bytes``. That the next gather runs beside the compute is
+    not assumed.
+    """
+    return replace(
+        cost,
+        forward=cost.forward + gather.seconds,
+        backward=cost.backward + gather.seconds,
+        dropping_peak=max(gather.peak, gather.kept + cost.dropping_peak),
+        keeping_peak=max(gather.peak, gather.kept + cost.keeping_peak),
+    )
+
+
+def standing_bytes(gathers: Sequence[Gather]) -> int:
+    """Bytes that stand by while a block is reversed, and what is before it run again: the most over the blocks.
+
+    Its own parameters; those of the block before, which fully_shard gathers ahead; the gradients of the block
+    after, which are being reduced.
+    """
+    padded = [Gather(), *gathers, Gather()]
+    return max(sum(g.kept for g in padded[k : k + 3]) for k in range(len(gathers)))
