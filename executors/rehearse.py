@@ -199,7 +199,7 @@ def _faked(plan: Plan, model: nn.Module, call: Call, notes: _Notes, scratch: boo
     return _told(plan, False, resident, changes, notes, grads, uncounted)
 
 
-def _capture_of(plan: Plan, model: nn.Module, planned: nn.Module, call: Call) -> GraphCapture | ModuleCapture:
+def _capture_of(plan: Plan, model: nn.Module, twin: nn.Module, call: Call) -> GraphCapture | ModuleCapture:
     """The plan's capture; made again, without data, for a plan that was loaded or another model."""
     live = plan.live[0] if plan.live is not None else None
     if live is not None and live._modules is model._modules and live._parameters is model._parameters:
