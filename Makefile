@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # More arguments for pytest (make test PYTEST_ARGS='-k referee') and for the demo.
 PYTEST_ARGS ?=
+# How many processes share the tests; each needs a core and a gigabyte.
+WORKERS ?= 2
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -38,7 +40,7 @@ demo: $(VENV)/.examples
 # PYTHONPATH is dropped and pytest imports by importlib (pyproject.toml), so that the tests see the installed
 # wheel and not the checkout; tests/test_packaging.py checks that it is so.
 test: $(VENV)/.test
-	env -u PYTHONPATH REMATPLAN_WHEEL=1 $(BIN)/pytest $(PYTEST_ARGS)
+	env -u PYTHONPATH REMATPLAN_WHEEL=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
