@@ -25,7 +25,8 @@ from scheduler.capture.sharded import holders, unshard
 from scheduler.capture.state import CPU_RANDOM_STATE, preserved, shielded
 from scheduler.chain import Chain, Option, Stage
 from scheduler.costs.gather import measure_gather, resharding, standing_bytes, with_gather
-from scheduler.costs.graph_chain import SMALL_TENSORS, gradients_at_hand, parameter_grads
+from scheduler.costs.gradients import gradients_at_hand, parameter_grads
+from scheduler.costs.graph_chain import SMALL_TENSORS
 from scheduler.costs.measure import Enter, StageCost, StageRun, as_leaf, fresh_grads, measure_stage
 from scheduler.costs.module_values import ModuleValues
 from scheduler.costs.peak import allocated, count_bytes

@@ -1,0 +1,123 @@
+"""Bytes of gradients between the backwards of stages, and of those of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import nn
+
+from scheduler.capture.graph_capture import GraphCapture
+from scheduler.capture.target import Device
+from scheduler.costs.measure import StageCost
+from scheduler.costs.peak import allocated
+
+__all__ = ["GradFlows", "gradients_at_hand", "parameter_grads"]
+
+
+def gradients_at_hand(boundary: list[int], lead: list[int | None], made: list[int]) -> list[int]:
+    """(L,) bytes of gradients that are live while a replay runs between the backwards of stages k and k - 1.
+
+    They are those of boundary k and what stage k - 1, about to be reversed, has made of them when it asks for
+    its first saved tensor. A stage that asks for none is reversed already when the replay for it runs: autograd
+    comes to an earlier stage before anything is asked for.
+
+    Args:
+        boundary: bytes of the gradient of each boundary.
+        lead: what each stage has made when it first asks; None if it never does.
+        made: bytes of parameter gradients and of carried gradients that appear with each stage.
+    """
+    result: list[int] = []
+    for k, size in enumerate(boundary):
+        if not k:
+            result.append(size)
+            continue
+        asked = lead[k - 1]
+        result.append(size + asked if asked is not None else max(size, result[k - 1] + made[k - 1]))
+    return result
+
+
+class GradFlows:
+    """Bytes that hold the gradients of boundary and carried values while they wait.
+
+    The gradient that a stage leaves of a value may be a view: of a concatenation's gradient, which it keeps
+    alive whole. It stays so until a second reader's share is added, which makes a tensor of its own.
+    """
+
+    def __init__(self, capture: GraphCapture, costs: list[StageCost], size: dict[int, int]) -> None:
+        self.capture, self.size = capture, size
+        graph, linear = capture.graph, capture.linear
+        carried = {key for keys in linear.carried for key in keys}
+        nodes = {node.name: node for node in graph.group_of}
+        # left[k][value] = {(k, storage): bytes} that stage k's backward leaves as the value's gradient
+        self.left: list[dict[int, dict[tuple[int, int], int]]] = []
+        for k, (stage, cost) in enumerate(zip(capture.stages, costs, strict=True)):
+            left: dict[int, dict[tuple[int, int], int]] = {}
+            for position, storage, held in cost.input_grads:
+                for key in graph.group_of[nodes[stage.argument_names[position]]]:
+                    left.setdefault(key, {})[k, storage] = held
+            self.left.append(left)
+        self.carried = carried
+
+    def _held(self, key: int, stage: int) -> dict[tuple[int, int], int]:
+        """Storages of the gradient of a value once ``stage`` and all after it are reversed."""
+        readers = [k for k in range(stage, len(self.left)) if key in self.left[k]]
+        if len(readers) == 1:
+            return self.left[readers[0]][key]
+        return {(-1, key): self.size[key]} if readers else {}
+
+    def _elsewhere(self, stage: int) -> set[tuple[int, int]]:
+        """Storages that gradients of carried values hold once ``stage`` and all after it are reversed."""
+        return {
+            s for k in self.left[stage:] for key in k if key in self.carried for s in self._held(key, stage)
+        }
+
+    def boundary(self, stage: int) -> int:
+        """Bytes of the gradient of boundary ``stage``; what carried gradients hold anyway is not counted."""
+        elsewhere = self._elsewhere(stage)
+        held: dict[tuple[int, int], int] = {}
+        for key in self.capture.linear.boundaries[stage]:
+            held.update(self._held(key, stage))
+        return sum(amount for storage, amount in held.items() if storage not in elsewhere)
+
+    def carried_bytes(self, key: int, stage: int) -> int:
+        """Bytes of a carried value's gradient once ``stage`` and all after it are reversed."""
+        return sum(self._held(key, stage).values())
+
+
+def parameter_grads(
+    readers: Mapping[nn.Parameter, list[int]],
+    existing: Collection[nn.Parameter],
+    change: list[int],
+    device: Device,
+    whole: Collection[nn.Parameter] = (),
+) -> tuple[list[int], list[int]]:
+    """Bytes of the gradients of parameters.
+
+    A parameter that several stages read gets its gradient from the last of them, which is reversed first. Autograd
+    sums the shares in a tensor of their own before it touches ``.grad``. Where a gradient exists already, that tensor
+    waits beside it from the latest reader to the earliest: ``change`` is amended.
+
+    Args:
+        readers: the stages that read each parameter, ascending.
+        existing: parameters that have a gradient before the step.
+        change: (L,) by how much each backward changes the bytes of long-lived values.
+        whole: sharded parameters whose gradients stay whole, beside those that exist.
+
+    Returns:
+        (L,) bytes of gradients that the backward of each stage creates; (L,) bytes that it takes besides to add its
+        share to the gradient of a parameter that a later stage reads too.
+    """
+    created, summed = [0] * len(change), [0] * len(change)
+    for parameter, stages in readers.items():
+        if not parameter.requires_grad:
+            continue
+        shard = parameter if parameter in whole else local(parameter)
+        size = allocated(shard.numel() * shard.element_size(), device)
+        for k in stages[:-1]:
+            summed[k] += size
+        if parameter not in existing or parameter in whole:
+            created[stages[-1]] += size
+        elif len(stages) > 1:
+            change[stages[-1]] += size
+            change[stages[0]] -= size
+    return created, summed
