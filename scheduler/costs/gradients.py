@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from torch import nn
 
 from scheduler.capture.graph_capture import GraphCapture
+from scheduler.capture.sharded import local
 from scheduler.capture.target import Device
 from scheduler.costs.measure import StageCost
 from scheduler.costs.peak import allocated
