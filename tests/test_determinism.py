@@ -167,8 +167,8 @@ def test_another_shape_or_layout_is_refused_by_default(change: Any, message: str
     model = nn.Sequential(*blocks)
     batch = torch.randn(512, WIDTH)  # a random-number state of a block weighs as much as 79 rows
     plan = solve(model, "1GiB", sample=batch, capture=[*model])
-    again = [Forward(1), Keep(2), Backward(2), Keep(1), Backward(1), Backward(0)]
-    first = [Keep(0), Checkpoint(1), Forward(2), Keep(3), Keep(4), Backward(4), Backward(3)]
+    again: list[Any] = [Forward(1), Keep(2), Backward(2), Keep(1), Backward(1), Backward(0)]
+    first: list[Any] = [Keep(0), Checkpoint(1), Forward(2), Keep(3), Keep(4), Backward(4), Backward(3)]
     planned = execute(scheduled(plan, Schedule((*first, *again))), model, check=check)
     unsteady(model)
     with pytest.raises(ReplayError, match=message):
