@@ -29,6 +29,7 @@ NAMES = (
     "plan_without_hardware",
     "roofline_check",
     "training_run",
+    "host_overhead",
 )
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
