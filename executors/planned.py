@@ -86,15 +86,17 @@ def execute(
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"execute: model is a {type(model).__name__}, expected a torch.nn.Module")
+    settings = Settings(watch, on_new_shape, max_plans, on_oom, check, debug)
+    if RUNNER not in model.__dict__:
+        reject_wrapped("execute", model)
     if wrapped_forward(model) is not None:
         raise ValueError(
             f"execute: the forward of this {type(model).__name__} was replaced on the object, as accelerate's prepare() does "
             "under mixed precision, and would go around the plan; call execute() first, then what wraps the forward"
         )
-    settings = Settings(watch, on_new_shape, max_plans, on_oom, check, debug)
     if RUNNER in model.__dict__:
         model = plain_copy(model)
-    reject_wrapped("execute", model)
+        reject_wrapped("execute", model)
     device, fingerprint = model_device(model), model_fingerprint(model)
     for each in plans:
         if device.type != each.capture.device:
