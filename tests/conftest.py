@@ -1,9 +1,19 @@
 """Settings of all tests."""
 
 import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# Tests may import from ``benchmarks``, which is in no wheel, without the checkout on the path.
+_FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+_SPEC = importlib.util.spec_from_file_location(
+    "benchmarks", _FOLDER / "__init__.py", submodule_search_locations=[str(_FOLDER)]
+)
+assert _SPEC is not None
+sys.modules.setdefault("benchmarks", importlib.util.module_from_spec(_SPEC))
 
 # Seeded, so that a failure repeats; compiled code makes a first example slow, hence no deadline.
 settings.register_profile("seeded", derandomize=True, deadline=None, max_examples=100)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,22 +14,8 @@ from torch import nn
 from tests.models import Case
 from tests.steps import Record, assert_equal, case_of, loss_of, plan_for, restored
 
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-def benchmark(name: str) -> ModuleType:
-    """A module of ``benchmarks``, which is in no wheel, without the checkout on the path."""
-    if "benchmarks" not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            "benchmarks", FOLDER / "__init__.py", submodule_search_locations=[str(FOLDER)]
-        )
-        assert spec is not None
-        sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
-    return importlib.import_module(f"benchmarks.{name}")
-
-
-baselines: Any = benchmark("baselines")
-op_level: Any = benchmark("op_level")
+baselines: Any = importlib.import_module("benchmarks.baselines")
+op_level: Any = importlib.import_module("benchmarks.op_level")
 
 
 @pytest.fixture(params=["residual", "gpt2", "unet"])
