@@ -73,7 +73,8 @@ class Runner:
 
     def prepare(self, model: nn.Module, call: Call, flat: list[Any]) -> GraphExecutor | ModuleExecutor:
         """The executor, once the model is found to be in the plan's modes and captured."""
-        if len(sharded_within(model)) != self.sharded:
+        # Nothing is sharded where torch.distributed is not initialised: every forward is spared the search.
+        if is_distributed() and len(sharded_within(model)) != self.sharded:
             raise PlanMismatch(
                 f"planned {type(model).__name__}: fully_shard was called after execute(); call it first, then solve() and "
                 "execute() on the sharded model"

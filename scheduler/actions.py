@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -24,6 +24,7 @@ __all__ = [
     "Prefetch",
     "PrefetchSaved",
     "Schedule",
+    "has_copies",
 ]
 
 SCHEDULE_FORMAT = 1
@@ -111,6 +112,12 @@ CopyAction: TypeAlias = Offload | Prefetch | FreeHost | OffloadSaved | PrefetchS
 DeviceAction: TypeAlias = Forward | Checkpoint | Keep | Backward | Free
 Action: TypeAlias = DeviceAction | CopyAction
 COPY_ACTIONS = (Offload, Prefetch, FreeHost, OffloadSaved, PrefetchSaved, FreeSaved)
+
+
+def has_copies(actions: Iterable[Action]) -> bool:
+    """Whether any of the actions copies between device and host."""
+    return any(isinstance(action, COPY_ACTIONS) for action in actions)
+
 
 _KINDS: dict[str, type] = {
     "forward": Forward,

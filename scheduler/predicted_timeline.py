@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from scheduler.actions import has_copies
 from scheduler.host import apart
 from scheduler.memory_timeline import Block, MemoryTimeline, Point, category_of, in_words
 from scheduler.schedule import (
-    COPY_ACTIONS,
     Backward,
     Checkpoint,
     Forward,
@@ -68,9 +68,7 @@ def predicted(plan: Plan) -> MemoryTimeline:
     Two points an action: while it runs, and after it.
     """
     chain, judged = plan.chain, plan.timeline
-    if any(
-        isinstance(action, COPY_ACTIONS) for action in plan.schedule
-    ):  # then the referee goes by these sums
+    if has_copies(plan.schedule):  # then the referee goes by these sums
         chain = apart(chain)
     ledger = _Ledger()
     parts = dict(plan.resident)

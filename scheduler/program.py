@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scheduler.actions import CopyAction
-from scheduler.schedule import (
+from scheduler.actions import (
     COPY_ACTIONS,
     Action,
     Backward,
     Checkpoint,
+    CopyAction,
     Forward,
     Free,
     FreeHost,
@@ -26,6 +26,7 @@ from scheduler.schedule import (
     Prefetch,
     PrefetchSaved,
     Schedule,
+    has_copies,
 )
 
 __all__ = ["ReplayProgram"]
@@ -94,7 +95,7 @@ class ReplayProgram:
                 backward_at[action.stage] = index
         if min(backward_at) < 0:
             raise ValueError(f"ReplayProgram: stage {backward_at.index(-1)} is never reversed")
-        copies = any(isinstance(action, COPY_ACTIONS) for action in actions)
+        copies = has_copies(actions)
         return cls(tuple(kept), frozenset(held), replay, tuple(backward_at), tuple(map(tuple, moves)), copies)
 
 

@@ -59,6 +59,7 @@ from scheduler.actions import (
     Prefetch,
     PrefetchSaved,
     Schedule,
+    has_copies,
 )
 from scheduler.chain import Chain
 from scheduler.host import Copies, HostMemory, Item, apart
@@ -128,9 +129,7 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemo
         ValueError: the schedule copies to a host, and there is none.
     """
     actions = tuple(schedule)
-    if any(
-        isinstance(action, COPY_ACTIONS) for action in actions
-    ):  # copies are of whole boundaries and of all that a stage keeps
+    if has_copies(actions):  # of whole boundaries, and of all that a stage keeps
         chain = apart(chain)
     stages = chain.stages
     count = len(stages)

@@ -91,29 +91,29 @@ def without_generators(records: list[Record]) -> None:
         record.pop("rng")
 
 
+class Outer(nn.Module):
+    """A layer, and another model after it."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        loss: Tensor = self.inside(self.first(x).tanh())
+        return loss
+
+
 @BOTH
 def test_a_planned_model_inside_a_plain_one(capture: str) -> None:
     case = stack()
-    inner = planned(case, capture)
-
-    class Outer(nn.Module):
-        def __init__(self, inside: nn.Module) -> None:
-            super().__init__()
-            self.first = nn.Linear(16, 16)
-            self.inside = inside
-
-        def forward(self, x: Tensor) -> Tensor:
-            loss: Tensor = self.inside(self.first(x).tanh())
-            return loss
-
+    # What comes out of the layer before requires grad.
+    inner_plan = solve(case.model, "1GiB", sample=case.args[0].clone().requires_grad_(), capture=capture)
     torch.manual_seed(5)
     plain = Outer(case.model).train()
-    outer = Outer(inner).train()
+    outer = Outer(execute(tightest(inner_plan), case.model)).train()
     outer.first = plain.first
     around = Case(plain, case.sample, case.args)
-    # The batch that comes requires grad now, which the inner plan was not made for.
-    inner_plan = solve(case.model, "1GiB", sample=case.args[0].clone().requires_grad_(), capture=capture)
-    outer.inside = execute(tightest(inner_plan), case.model)
     with restored(plain):
         expected = train(around, plain)
     with restored(plain):
@@ -122,16 +122,6 @@ def test_a_planned_model_inside_a_plain_one(capture: str) -> None:
 
 @BOTH
 def test_a_planned_model_inside_a_planned_one(capture: str) -> None:
-    class Outer(nn.Module):
-        def __init__(self, inside: nn.Module) -> None:
-            super().__init__()
-            self.first = nn.Linear(16, 16)
-            self.inside = inside
-
-        def forward(self, x: Tensor) -> Tensor:
-            loss: Tensor = self.inside(self.first(x).tanh())
-            return loss
-
     case = stack()
     inner_plan = solve(case.model, "1GiB", sample=case.args[0].clone().requires_grad_(), capture=capture)
     torch.manual_seed(5)

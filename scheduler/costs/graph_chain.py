@@ -86,7 +86,7 @@ def measure_graph(
         )
         key = keys[k] = f"{capture.place}|{how}|{stage.signature}"
         if key not in costs:
-            run = _isolated(capture, k, arguments, added, unread)
+            run = _isolated(capture, k, arguments, added, unread, layouts)
             cost = measure_stage(run, capture.place, clock=clock)
             if capture.target is not None:
                 forward, backward = estimate_run(run, capture.place)
@@ -124,7 +124,8 @@ def _isolated(
     k: int,
     arguments: list[Any],
     existing: Collection[nn.Parameter],
-    unread: frozenset[int] = frozenset(),
+    unread: frozenset[int],
+    layouts: Mapping[int, tuple[int, ...]],
 ) -> StageRun:
     stage = capture.stages[k]
     parameters = [a for a in arguments if isinstance(a, nn.Parameter)]
@@ -153,7 +154,7 @@ def _isolated(
     )
     reset = fresh_grads(parameters, existing)
     of_loss = loss if k == len(capture) - 1 else None
-    return StageRun(run, reset, of_loss, lasting, unread, capture.result_layouts(k)[0])
+    return StageRun(run, reset, of_loss, lasting, unread, layouts)
 
 
 def graph_chain(
@@ -247,9 +248,8 @@ def graph_chain(
     for k, stage in enumerate(capture.stages):
         cost = costs[k]
         carried = total(linear.carried[k])
-        new = (
-            carried if k == count - 1 else 0
-        )  # the last stage is not run again, which would make them once more
+        # The last stage is not run again, which would make them once more.
+        new = carried if k == count - 1 else 0
         entering = [key for key in linear.boundaries[k] if graph.groups[key].producer >= 0]
         following = total(linear.boundaries[k + 1])
         made = total(set(linear.boundaries[k + 1]) - set(linear.boundaries[k]))
