@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -86,9 +88,16 @@ class GraphExecutor:
         self.carried_by = [
             tuple(dict.fromkeys(s.key for s in stage.sources if s.kind == "carried")) for stage in self.stages
         ]
+        self.given = [[s.key for s in stage.sources if s.kind == "input"] for stage in self.stages]
+        self.gather = [_gathering(stage) for stage in self.stages]
+        self.follow = [_following(stage) for stage in self.stages]
+        # Nothing is run again, so that a step needs no Step.
+        self.keeps_all = not any(program.kept) and None not in program.kept and not program.copies
 
     def forward(self, flat_inputs: list[Any]) -> Any:
         """Run the first sweep in grad mode; gives the model's output."""
+        if self.keeps_all and self.observe is None:
+            return self._keeping_all(flat_inputs)
         step = GraphStep(self, flat_inputs)
         step.last([t for t in flat_inputs if isinstance(t, Tensor)])
         step.last(list(self.constants.values()))
@@ -98,20 +107,19 @@ class GraphExecutor:
             if step.observe is not None:
                 step.observe("first", k)
             option = self.program.kept[k]
+            if option != 0:
+                step.before_first_run(k, boundary)
+            arguments = step.first_arguments(k, boundary, carried)
             if option != 0 or self.program.copies:
-                if option != 0:
-                    step.before_first_run(k, boundary)
-                arguments = step.first_arguments(k, boundary, carried)
                 with step.dropping(k, self.rebuilds[k, option] if option else None if option is None else ()):
                     results = stage.function(*arguments)
             else:
-                arguments = step.first_arguments(k, boundary, carried)
                 results = stage.function(*arguments)
             del arguments
             if self.capture.clearing:
                 torch.clear_autocast_cache()
             step.watch(k, results)
-            boundary = next_boundary(stage, boundary, results)
+            boundary = self.follow[k](results, boundary)
             for name, index in zip(stage.carried, stage.carried_from, strict=True):
                 carried[name] = results[index]
                 step.carry(name, results[index])
@@ -119,6 +127,22 @@ class GraphExecutor:
             del results
         output = [self._output(leaf, flat_inputs, carried) for leaf in self.capture.outputs]
         step.sweep_is_over()
+        return pytree.tree_unflatten(output, self.capture.output_spec)
+
+    def _keeping_all(self, flat_inputs: list[Any]) -> Any:
+        """The forward of a plan that runs nothing again."""
+        carried: dict[str, Tensor] = {}
+        boundary: tuple[Tensor, ...] = ()
+        for k, stage in enumerate(self.stages):
+            own = [values[key] for _, values, key in self.lookups[k]]
+            results = stage.function(*self.gather[k](own, boundary, carried, flat_inputs, self.constants))
+            if self.capture.clearing:
+                torch.clear_autocast_cache()
+            boundary = self.follow[k](results, boundary)
+            for name, index in zip(stage.carried, stage.carried_from, strict=True):
+                carried[name] = results[index]
+            del results
+        output = [self._output(leaf, flat_inputs, carried) for leaf in self.capture.outputs]
         return pytree.tree_unflatten(output, self.capture.output_spec)
 
     def _output(self, leaf: Any, flat_inputs: list[Any], carried: dict[str, Tensor]) -> Any:
@@ -134,11 +158,30 @@ class GraphExecutor:
         return values[key]
 
 
-def next_boundary(
-    stage: GraphStage, boundary: tuple[Tensor, ...], results: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """The tensors that cross into the next stage: results, or values that pass through."""
-    return tuple(results[i] if i >= 0 else boundary[-1 - i] for i in stage.boundary_from)
+def _gathering(stage: GraphStage) -> Callable[..., list[Any]]:
+    """A function that gathers the stage's arguments.
+
+    Of (its parameters and buffers, the boundary, carried values, the flat inputs of the call, constants).
+    """
+    own = itertools.count()
+    where = {"boundary": "boundary", "carried": "carried", "input": "inputs", "constant": "constants"}
+    terms = [
+        f"own[{next(own)}]" if s.kind in ("parameter", "buffer") else f"{where[s.kind]}[{s.key!r}]"
+        for s in stage.sources
+    ]
+    gathering: Callable[..., list[Any]] = eval(  # of indices and of names as literals
+        f"lambda own, boundary, carried, inputs, constants: [{', '.join(terms)}]", {}
+    )
+    return gathering
+
+
+def _following(stage: GraphStage) -> Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """A function that gives the next boundary, of the stage's results and values of its own boundary that pass through."""
+    terms = [f"results[{i}]" if i >= 0 else f"boundary[{-1 - i}]" for i in stage.boundary_from]
+    following: Callable[..., tuple[Tensor, ...]] = eval(  # of indices
+        f"lambda results, boundary: ({''.join(term + ', ' for term in terms)})", {}
+    )
+    return following
 
 
 class GraphStep(Step):
@@ -150,7 +193,7 @@ class GraphStep(Step):
         self.inputs = flat_inputs
         self.carried: dict[str, Tensor] = {}
         self.carried_flags: dict[str, bool] = {}
-        self.read_versions: list[tuple[int, ...]] = [()] * len(executor.stages)
+        self.read_versions: dict[int, list[int]] = {}
         self.snapshots: dict[int, list[Tensor]] = {}
         self.parameters: dict[int, list[Tensor]] = {}
         # Boundary 0 is empty (the inputs are read where they are needed), so holding it costs nothing.
@@ -168,7 +211,7 @@ class GraphStep(Step):
         """Arguments of the first run of stage k."""
         executor = self.executor
         own: list[Tensor] = [values[key] for _, values, key in executor.lookups[k]]
-        arguments = self._arguments(k, boundary, carried, own)
+        arguments = executor.gather[k](own, boundary, carried, self.inputs, executor.constants)
         if executor.program.kept[k] != 0 or executor.program.copies:
             # Views of parameters are packed by reference too: they share the storage.
             self.last(own)
@@ -179,38 +222,21 @@ class GraphStep(Step):
             self.read_versions[k] = self._versions(k, own)
         return arguments
 
-    def _arguments(
-        self, k: int, boundary: tuple[Tensor, ...], carried: dict[str, Tensor], own: list[Tensor]
-    ) -> list[Any]:
-        arguments: list[Any] = []
-        position = 0
-        for source in self.executor.stages[k].sources:
-            kind = source.kind
-            if kind in ("parameter", "buffer"):
-                arguments.append(own[position])
-                position += 1
-            elif kind == "boundary":
-                arguments.append(boundary[source.key])
-            elif kind == "carried":
-                arguments.append(carried[source.key])
-            elif kind == "input":
-                arguments.append(self.inputs[source.key])
-            else:
-                arguments.append(self.executor.constants[source.key])
-        return arguments
-
-    def _versions(self, k: int, own: list[Tensor]) -> tuple[int, ...]:
+    def _versions(self, k: int, own: list[Tensor]) -> list[int]:
         """Versions of everything that stage k reads and that a user could change."""
         read = [own[j]._version for j in self.executor.constant[k]]
-        given = [self.inputs[s.key] for s in self.executor.stages[k].sources if s.kind == "input"]
-        read += [value._version for value in given if isinstance(value, Tensor)]
-        return tuple(read)
+        if self.executor.given[k]:
+            given = [self.inputs[key] for key in self.executor.given[k]]
+            read += [value._version for value in given if isinstance(value, Tensor)]
+        return read
 
     def run_stage(self, k: int, boundary: tuple[Tensor, ...], grad: bool) -> tuple[Tensor, ...]:
         """Re-run stage k; see Step."""
-        stage = self.executor.stages[k]
-        results = stage.function(*self._arguments_again(k, boundary, grad))
-        return next_boundary(stage, boundary, results)
+        function, follow = self.executor.stages[k].function, self.executor.follow[k]
+        if grad:
+            return follow(function(*self._arguments_again(k, boundary, grad)), boundary)
+        with torch.no_grad():
+            return follow(function(*self._arguments_again(k, boundary, grad)), boundary)
 
     def ran_out(self) -> None:
         """See Step."""
@@ -238,24 +264,21 @@ class GraphStep(Step):
 
     def _arguments_again(self, k: int, boundary: tuple[Tensor, ...], grad: bool) -> list[Any]:
         """The arguments of stage k as its first run found them."""
-        executor, stage = self.executor, self.executor.stages[k]
-        own = self.parameters[k]
-        changed = executor.changed[k]
+        executor, own = self.executor, self.parameters[k]
         if self._versions(k, own) != self.read_versions[k]:
             raise RuntimeError(
-                f"a parameter or input of stage {k} ({stage.name}) has been modified by an inplace operation "
+                f"a parameter or input of stage {k} ({self.name_of(k)}) has been modified by an inplace operation "
                 "between forward and backward, so that the stage cannot be replayed; step the optimizer after "
                 "backward"
             )
         carried = self.carried
-        if grad:
+        if grad and executor.carried_by[k]:
             carried = {
-                s.key: carried[s.key].detach().requires_grad_(self.carried_flags[s.key])
-                for s in stage.sources
-                if s.kind == "carried"
+                name: carried[name].detach().requires_grad_(self.carried_flags[name])
+                for name in executor.carried_by[k]
             }
-        arguments = self._arguments(k, boundary, carried, own)
-        for position, snapshot in zip(changed, self.snapshots.get(k, ()), strict=True):
+        arguments = executor.gather[k](own, boundary, carried, self.inputs, executor.constants)
+        for position, snapshot in zip(executor.changed[k], self.snapshots.get(k, ()), strict=True):
             arguments[position] = snapshot.clone()
         return arguments
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from scheduler.capture.recompute import Rebuild
 
 if TYPE_CHECKING:
+    from executors.first_sweep import FirstSweep
     from executors.offload import Moved
-    from executors.replay import Step
 
 __all__ = ["Handle", "Held", "Thinned"]
 
@@ -21,7 +21,7 @@ class Handle:
 
     __slots__ = ("index", "stage", "step")
 
-    def __init__(self, step: Step, stage: int, index: int) -> None:
+    def __init__(self, step: FirstSweep, stage: int, index: int) -> None:
         self.step, self.stage, self.index = step, stage, index
         step.handles[stage] += 1
 

@@ -2,22 +2,48 @@
 
 from __future__ import annotations
 
+import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from executors.graph import locate
 from executors.replay import ReplayError, Step
 from executors.trace import Observer
-from scheduler.capture.module_capture import ModuleCapture, intercepted, is_compiled, tensor_leaves
+from scheduler.capture.flat import flatten, tensor_leaves, unflatten
+from scheduler.capture.module_capture import Block, ModuleCapture, intercepted, is_compiled
 from scheduler.capture.sharded import gathered, holders, sharded_within
+from scheduler.capture.state import Draws
 from scheduler.program import ReplayProgram
 
 __all__ = ["ModuleExecutor"]
+
+
+class _Own:
+    """What a block reads of the model, and where that lies.
+
+    Attributes:
+        constant: (dict, key) of its parameters, and of its buffers that a run of it does not change.
+        changed: of its other buffers.
+        outer, inner: modules around it and within it that fully_shard has sharded.
+    """
+
+    def __init__(self, model: nn.Module, name: str, module: nn.Module, changed: tuple[str, ...]) -> None:
+        # Those that fully_shard gathers deeper within a block are there only while their module runs.
+        names = [
+            n
+            for n, _ in module.named_parameters()
+            if all(holder is module for holder in holders(module, n.rpartition(".")[0]))
+        ]
+        names += [n for n, _ in module.named_buffers() if f"{name}.{n}" not in changed]
+        self.constant = [locate(model, f"{name}.{n}") for n in names]
+        self.changed = [locate(model, n) for n in changed]
+        self.outer = holders(model, name)
+        self.inner = [inner for inner in sharded_within(module) if inner is not module]
 
 
 class ModuleExecutor:
@@ -49,30 +75,19 @@ class ModuleExecutor:
         self.ran_out = False  # whether a replay of a step ran out of memory
         self.plain = plain
         self.modules = [model.get_submodule(block.name) for block in capture.blocks]
-        # Those that fully_shard gathers deeper within a block are there only while their module runs.
-        self.parameters = [
-            [
-                locate(model, f"{block.name}.{n}")
-                for n, _ in module.named_parameters()
-                if all(holder is module for holder in holders(module, n.rpartition(".")[0]))
-            ]
+        self.own = [
+            _Own(model, block.name, module, capture.changed[block.stage])
             for block, module in zip(capture.blocks, self.modules, strict=True)
         ]
-        self.buffers = [
-            [locate(model, f"{block.name}.{n}") for n, _ in module.named_buffers()]
-            for block, module in zip(capture.blocks, self.modules, strict=True)
-        ]
-        self.sharded = [
-            (holders(model, block.name), [inner for inner in sharded_within(module) if inner is not module])
-            for block, module in zip(capture.blocks, self.modules, strict=True)
-        ]
-        self.changed = [[locate(model, n) for n in capture.changed[block.stage]] for block in capture.blocks]
         self.compiled = any(is_compiled(inner) for module in self.modules for inner in module.modules())
+        self.replays = any(program.kept[block.stage] is None for block in capture.blocks)
         # forward is intercepted while a step runs: one step at a time may do that to these modules.
         self.lock = threading.Lock()
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model's own forward with the blocks intercepted; gives its output."""
+        if not self.replays and self.observe is None:
+            return self.plain(*args, **kwargs)
         step = ModuleStep(self)
         if self.observe is not None:
             self.observe("first", 0)
@@ -87,23 +102,68 @@ class ModuleExecutor:
         return output
 
 
+class _Run:
+    """The first run of a block that may run again.
+
+    Attributes:
+        forward: its plain forward.
+        leaves: of its arguments; None in the places of its boundary.
+        spec: how they are put together.
+        places: of the boundary among the leaves.
+        external: places of all other tensors.
+        read: the parameters and steady buffers, then the external tensors, that it read.
+        versions: of these, as it began.
+        buffers: copies of those that it changes.
+    """
+
+    __slots__ = ("buffers", "external", "forward", "leaves", "places", "read", "spec", "versions")
+
+    def __init__(
+        self, forward: Callable[..., Any], leaves: list[Any], spec: Any, places: list[int], own: _Own
+    ) -> None:
+        self.forward, self.leaves, self.spec, self.places = forward, leaves, spec, places
+        for i in places:
+            leaves[i] = None
+        self.external = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self.read = [values[key] for values, key in own.constant] + [leaves[i] for i in self.external]
+        self.versions = [tensor._version for tensor in self.read]
+        self.buffers = [values[key].clone() for values, key in own.changed]
+
+    def has_changed(self, own: _Own) -> bool:
+        """Whether one of the tensors that a re-run reads was changed in place since."""
+        if own.outer or own.inner:
+            # Where fully_shard's hooks are inside of what is intercepted, the parameters were not gathered yet when the
+            # first run began: others than the re-run finds.
+            then = dict(zip(map(id, self.read), self.versions, strict=True))
+            now = [values[key] for values, key in own.constant] + self.read[len(own.constant) :]
+            return any(then.get(id(tensor), tensor._version) != tensor._version for tensor in now)
+        return self.versions != [tensor._version for tensor in self.read]
+
+    def is_as_then(self, own: _Own) -> bool:
+        """Whether a re-run finds its parameters and buffers as the first run did."""
+        if self.buffers:
+            return False
+        if own.outer or own.inner:  # gathered parameters are others each time
+            return True
+        return all(map(operator.is_, [values[key] for values, key in own.constant], self.read))
+
+
 class ModuleStep(Step):
     """One step of a ModuleExecutor."""
 
     def __init__(self, executor: ModuleExecutor) -> None:
         capture = executor.capture
-        # Which blocks draw random numbers may depend on data: note the state before each.
-        random = [index is not None for index in capture.stages]
-        super().__init__(executor.program, executor.device, random, executor.observe, executor.check)
+        # Which blocks draw random numbers may depend on data, so that it is seen at each run, where there is data.
+        super().__init__(executor.program, executor.device, capture.random, executor.observe, executor.check)
+        if not self.faked:
+            self.random = [False] * len(capture)
         self.executor = executor
         self.compiled = executor.compiled
         self.ran = 0
         # (output leaf, tensor, version) of the block before, while the next is awaited
         self.outputs: list[tuple[int, Tensor, int]] = []
-        self.calls: dict[int, tuple[Callable[..., Any], list[Any], Any]] = {}
-        self.versions_read: dict[int, dict[int, int]] = {}
-        self.places: dict[int, list[int]] = {}  # stage -> argument leaves that are its boundary
-        self.snapshots: dict[int, list[Tensor]] = {}
+        self.runs: dict[int, _Run] = {}
+        self.discarding = torch.autograd.graph.saved_tensors_hooks(self._shielded(_discard), _never)
 
     def finish(self) -> None:
         """The forward is over."""
@@ -122,121 +182,116 @@ class ModuleStep(Step):
                         "make a plan for this call, or pass other blocks to solve(capture=...)"
                     )
                 self.ran += 1
-                boundary = self._enter(index, args, kwargs)
-                if self.observe is not None:
-                    self.watch(block.stage - 1, boundary)
-                    self.observe("first", block.stage)
-                if self.program.kept[block.stage] is not None:
-                    result = forward(*args, **kwargs)
-                else:
-                    result = self._drop(index, forward, boundary, args, kwargs)
-                self.outputs = [(output, t, t._version) for output, t in tensor_leaves(result)]
-                if self.observe is not None:
-                    self.watch(block.stage, [t for _, t, _ in self.outputs])
-                    self.observe("first", block.stage + 1)
-                return result
+                return self._first_run(index, forward, args, kwargs)
 
             return intercept
 
         return wrap
 
-    def _enter(self, index: int, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
-        """The boundary into a block, checked against the plan."""
+    def _first_run(self, index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         block = self.executor.capture.blocks[index]
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        leaves, spec = flatten(args, kwargs)
+        places, boundary = self._boundary_into(block, leaves)
+        self.outputs = []
+        if self.observe is not None:
+            self.watch(block.stage - 1, boundary)
+            self.observe("first", block.stage)
+        if self.program.kept[block.stage] is None:
+            own = self.executor.own[index]
+            self.last([values[key] for values, key in own.changed])
+            run = _Run(forward, leaves, spec, places, own)
+            result = self._drop(block.stage, run, boundary, args, kwargs)
+        else:
+            result = forward(*args, **kwargs)
+        self.outputs = [(output, t, t._version) for output, t in tensor_leaves(result)]
+        if self.observe is not None:
+            self.watch(block.stage, [t for _, t, _ in self.outputs])
+            self.observe("first", block.stage + 1)
+        return result
+
+    def _boundary_into(self, block: Block, leaves: list[Any]) -> tuple[list[int], tuple[Tensor, ...]]:
+        """The boundary into a block, checked against the plan: its places among the leaves, and its tensors."""
+        if not block.fed:
+            places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+            return places, tuple([leaves[i] for i in places])
         made = {output: (tensor, version) for output, tensor, version in self.outputs}
         for argument, output in block.fed:
-            if argument not in tensors or not _same_value(tensors[argument], *made.get(output, (None, 0))):
+            given = leaves[argument] if argument < len(leaves) else None
+            if not isinstance(given, Tensor) or not _same_value(given, *made.get(output, (None, 0))):
                 raise ReplayError(
                     f"argument {argument} of block {block.name} is not output {output} of the block before, as it "
                     "was when the plan was made; make a plan for this call"
                 )
-        self.outputs = []
-        places = [argument for argument, _ in block.fed] or sorted(tensors)
-        boundary = tuple(tensors[i] for i in places)
-        if self.program.kept[block.stage] is None:
-            self.places[block.stage] = places
-            external = [leaf for i, leaf in tensors.items() if i not in places]
-            self.last(external)
-            for i in places:
-                leaves[i] = None
-            self.calls[block.stage] = (lambda: None, leaves, spec)
-            self.versions_read[block.stage] = self._versions(index, block.stage)
-        return boundary
+        places = [argument for argument, _ in block.fed]
+        return places, tuple([leaves[i] for i in places])
 
-    def _drop(
-        self, index: int, forward: Callable[..., Any], boundary: tuple[Tensor, ...], args: Any, kwargs: Any
-    ) -> Any:
+    def _drop(self, stage: int, run: _Run, boundary: tuple[Tensor, ...], args: Any, kwargs: Any) -> Any:
         """The first run of a block whose saved tensors are dropped."""
-        stage = self.executor.capture.blocks[index].stage
-        _, leaves, spec = self.calls[stage]
-        self.calls[stage] = (forward, leaves, spec)
+        self.runs[stage] = run
+        self.last(run.read)
         self.before_first_run(stage, boundary)
-        own = [*self.executor.parameters[index], *self.executor.buffers[index]]
-        self.last([values[key] for values, key in own])
-        if self.executor.changed[index]:
-            self.snapshots[stage] = [values[key].clone() for values, key in self.executor.changed[index]]
+        draws = None if self.faked else Draws(self.device)
         with self.dropping(stage):
-            return forward(*args, **kwargs)
-
-    def _versions(self, index: int, stage: int) -> dict[int, int]:
-        """Versions of the parameters and external tensors that a re-run reads, by identity.
-
-        Where fully_shard's hooks are inside of what is intercepted, the parameters were not gathered yet when the first
-        run began: others than the re-run finds.
-        """
-        read = [values[key] for values, key in self.executor.parameters[index]]
-        read += [leaf for leaf in self.calls[stage][1] if isinstance(leaf, Tensor)]
-        return {id(tensor): tensor._version for tensor in read}
+            result = run.forward(*args, **kwargs)
+        if draws is not None:
+            state = draws.state()
+            if state is not None:
+                self.states[stage] = state
+        return result
 
     def run_stage(self, stage: int, boundary: tuple[Tensor, ...], grad: bool) -> tuple[Tensor, ...]:
         """Re-run a block; see Step. Parameters that fully_shard has sharded are gathered for it."""
         index = self.executor.capture.stages[stage]
         assert index is not None  # glue runs once: the referee refuses a schedule that re-runs it
-        with gathered(*self.executor.sharded[index]):
-            return self._run_block(stage, index, boundary, grad)
+        own = self.executor.own[index]
+        if own.outer or own.inner:
+            with gathered(own.outer, own.inner):
+                return self._run_block(stage, index, boundary, grad)
+        return self._run_block(stage, index, boundary, grad)
 
     def _run_block(
         self, stage: int, index: int, boundary: tuple[Tensor, ...], grad: bool
     ) -> tuple[Tensor, ...]:
         """Re-run a block. Always in grad mode, for its code may ask for the mode."""
-        capture = self.executor.capture
-        now = self._versions(index, stage)
-        if any(now.get(key, version) != version for key, version in self.versions_read[stage].items()):
+        capture, own, run = self.executor.capture, self.executor.own[index], self.runs[stage]
+        if run.has_changed(own):
             raise RuntimeError(
-                f"a parameter or argument of block {capture.blocks[index].name} has been modified by an inplace "
+                f"a parameter, buffer or argument of block {capture.blocks[index].name} has been modified by an inplace "
                 "operation between forward and backward, so that the block cannot be replayed; step the optimizer "
                 "after backward"
             )
-        forward, template, spec = self.calls[stage]
-        leaves = [
-            leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
-            for leaf in template
-        ]
-        if not grad:
-            boundary = tuple(
-                t.detach().requires_grad_(flag) for t, flag in zip(boundary, self.flags[stage], strict=True)
-            )
-        for place, tensor in zip(self.places[stage], boundary, strict=True):
-            leaves[place] = tensor
+        leaves = run.leaves.copy()
+        for i in run.external:
+            leaves[i] = leaves[i].detach().requires_grad_(leaves[i].requires_grad)
+        if grad:
+            for place, tensor in zip(run.places, boundary, strict=True):
+                leaves[place] = tensor
+        else:
+            for place, tensor, flag in zip(run.places, boundary, self.flags[stage], strict=True):
+                leaves[place] = tensor.detach().requires_grad_(flag)
         del boundary
-        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        args, kwargs = unflatten(leaves, run.spec)
         del leaves
-        with self._buffers_as_before(stage, index):
-            if grad:
-                result = forward(*args, **kwargs)
-            else:
-                hooks = torch.autograd.graph.saved_tensors_hooks(self._shielded(_discard), _never)
-                with torch.enable_grad(), hooks:
-                    result = forward(*args, **kwargs)
-        following = stage + 1
-        if following >= len(capture.stages) or capture.stages[following] is None:
+        if run.is_as_then(own):
+            result = self._call(run, args, kwargs, grad)
+        else:
+            with _as_then(run, own):
+                result = self._call(run, args, kwargs, grad)
+        del args, kwargs
+        following = capture.stages[stage + 1] if stage + 1 < len(capture) else None
+        if following is None:
             return ()
+        fed = capture.blocks[following].fed
+        if type(result) is Tensor:
+            return (result.detach(),) * len(fed)
         made = dict(tensor_leaves(result))
-        next_index = capture.stages[following]
-        assert next_index is not None
-        return tuple(made[output].detach() for _, output in capture.blocks[next_index].fed)
+        return tuple([made[output].detach() for _, output in fed])
+
+    def _call(self, run: _Run, args: Any, kwargs: Any, grad: bool) -> Any:
+        if grad:
+            return run.forward(*args, **kwargs)
+        with torch.enable_grad(), self.discarding:
+            return run.forward(*args, **kwargs)
 
     def ran_out(self) -> None:
         """See Step."""
@@ -251,14 +306,9 @@ class ModuleStep(Step):
         """See Step."""
         return f"saved tensor {index} of block {self.name_of(stage)}"
 
-    def _buffers_as_before(self, stage: int, index: int) -> _Swapped:
-        places = self.executor.changed[index]
-        return _Swapped([values[key] for values, key in places], self.snapshots.get(stage, []))
-
     def release_inputs(self, stage: int) -> None:
         """Drop the arguments that only re-runs of this stage still needed."""
-        self.calls.pop(stage, None)
-        self.snapshots.pop(stage, None)
+        self.runs.pop(stage, None)
 
 
 def _same_value(tensor: Tensor, made: Tensor | None, version: int) -> bool:
@@ -272,20 +322,26 @@ def _same_value(tensor: Tensor, made: Tensor | None, version: int) -> bool:
     )
 
 
-class _Swapped:
-    """Within it, buffers have the values that they had before the first run."""
+@contextmanager
+def _as_then(run: _Run, own: _Own) -> Iterator[None]:
+    """Within it, buffers that a run changes have the values of before the first run; all else that it reads is what it was.
 
-    def __init__(self, buffers: list[Tensor], values: list[Tensor]) -> None:
-        self.buffers, self.values = buffers, values
-        self.current: list[Tensor] = []
-
-    def __enter__(self) -> None:
-        self.current = [b.clone() for b in self.buffers]
-        for buffer, value in zip(self.buffers, self.values, strict=True):
-            buffer.data.copy_(value)  # .data: the version that autograd saw stays
-
-    def __exit__(self, *_: object) -> None:
-        for buffer, value in zip(self.buffers, self.current, strict=True):
+    Others may have taken the places of parameters and buffers meanwhile (functional_call).
+    """
+    buffers = [values[key] for values, key in own.changed]
+    current = [buffer.clone() for buffer in buffers]
+    places = [] if own.outer or own.inner else own.constant
+    now = [values[key] for values, key in places]
+    for buffer, value in zip(buffers, run.buffers, strict=True):
+        buffer.data.copy_(value)  # .data: the version that autograd saw stays
+    for (values, key), tensor in zip(places, run.read, strict=False):
+        values[key] = tensor
+    try:
+        yield
+    finally:
+        for (values, key), tensor in zip(places, now, strict=True):
+            values[key] = tensor
+        for buffer, value in zip(buffers, current, strict=True):
             buffer.data.copy_(value)
 
 

@@ -21,7 +21,8 @@ from executors.runner import Runner, forward_of, plain_copy, plain_forward
 from executors.trace import Trace
 from executors.watch import Watch, tightened
 from scheduler.budget import format_bytes
-from scheduler.capture.sample import Call, CallSignature, canonical_call, forward_signature
+from scheduler.capture.flat import flatten
+from scheduler.capture.sample import Call, CallReader, CallSignature, forward_signature
 from scheduler.capture.sharded import is_distributed, sharded_within
 from scheduler.capture.state import HostRandomState, model_device
 from scheduler.costs.resident import storage_bytes
@@ -86,7 +87,7 @@ class Plans:
                     f"execute: {name}={getattr(settings, name)!r}: {type(model).__name__} is sharded by fully_shard, and a rank "
                     f"that followed a tighter schedule by itself would wait for the others for ever; leave {name} out"
                 )
-        self.signature = forward_signature(source)
+        self.read = CallReader(forward_signature(source))
         self.first, *rest = (self._runner(plan, model, source) for plan in plans)
         self.others: OrderedDict[CallSignature, Runner] = OrderedDict((r.want, r) for r in rest)
         self.plain: set[CallSignature] = set()  # of calls that are known to run plainly
@@ -113,8 +114,8 @@ class Plans:
                 f"planned {type(model).__name__}: DataParallel copies a model to every device in each step, which a planned "
                 "model cannot follow; use DistributedDataParallel(execute(plan, model)), one process per device"
             )
-        call = canonical_call(self.signature, args, kwargs)
-        flat, spec = pytree.tree_flatten(call)
+        call = self.read(args, kwargs)
+        flat, spec = flatten(*call)
         self._judge(model)
         runner = self.last = self._find(model, call, flat, spec)
         if runner is None:

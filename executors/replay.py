@@ -30,22 +30,20 @@ The rules, referred to by number below:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from executors.check import CHECKS, Fingerprint, difference
+from executors.check import Fingerprint, difference
+from executors.first_sweep import FirstSweep, tensors_of
 from executors.handles import Handle, Held, Thinned
-from executors.offload import Moved, Store
-from executors.trace import Observer
-from scheduler.actions import CopyAction
+from executors.offload import Moved
 from scheduler.capture.recompute import Rebuild
-from scheduler.capture.state import RandomState, autocast_contexts, autocast_state, shielded
-from scheduler.program import ReplayProgram
-from scheduler.schedule import COPY_ACTIONS, Backward, Checkpoint, Forward, Free, FreeHost, Keep
+from scheduler.capture.state import RandomState, autocast_contexts
+from scheduler.schedule import COPY_ACTIONS, Backward, Checkpoint, Free, Keep
 
 __all__ = ["ReplayError", "Step"]
 
@@ -58,271 +56,52 @@ class _Stop(Exception):
     """Raised by the pack hook when the last handle is filled (rule 2)."""
 
 
-class Step:
-    """The state of one step, from its forward until its graph is gone.
-
-    Attributes:
-        program: what to run.
-        boundaries: boundary -> its tensors, detached, while held; or what stands for them (rule 8).
-        store: what is on the device and on the host, if the program copies between the two.
-        flags: boundary -> requires_grad of each tensor.
-        filled: stage -> index -> rebuilt saved tensor.
-        handles: stage -> handles alive.
-        thinned: stage kept with an option -> how to rebuild what it dropped.
-        rerunnable: stage -> whether what its re-run needs is still held.
-        prints: stage -> index -> what a replay of a dropped saved tensor is compared by; None if packed by reference.
-        entries: boundary -> likewise, of each of its tensors.
-        observe: is told where the step is; None, as in training, costs nothing.
-        compiled: whether stages have code that torch.compile has compiled.
-    """
-
-    compiled = False
-
-    def __init__(
-        self,
-        program: ReplayProgram,
-        device: torch.device,
-        random: Sequence[bool],
-        observe: Observer | None = None,
-        check: str = "metadata",
-    ) -> None:
-        stages = len(program.kept)
-        self.program = program
-        self.device = device
-        self.random = random
-        self.observe = observe
-        self.draws = any(random)
-        self.boundaries: dict[int, tuple[Tensor | Moved, ...]] = {}
-        self.store = Store() if program.copies else None
-        self.versions: dict[int, tuple[int, ...]] = {}
-        self.flags: dict[int, tuple[bool, ...]] = {}
-        self.filled: list[dict[int, Tensor]] = [{} for _ in range(stages)]
-        self.handles = [0] * stages
-        self.rerunnable = [kept != 0 for kept in program.kept]
-        self.thinned: dict[int, Thinned] = {}
-        self.fingerprint = CHECKS[check]
-        self.prints: list[list[Fingerprint | None]] = [[] for _ in range(stages)]
-        self.entries: dict[int, tuple[Fingerprint, ...]] = {}
-        self.states: dict[int, RandomState] = {}
-        self.lasting: set[int] = set()  # identities of storages that are packed by reference
-        self.sweeping = True
-        self.position = 0  # in program.replay
-        self.working: tuple[int, tuple[Tensor, ...]] | None = None
-        self.task = -1  # autograd's id of the backward pass that the position belongs to
-        self.autocast = autocast_state(device)
-
-    # ---- what a kind of capture supplies -------------------------------------------------------------
-
-    def run_stage(self, stage: int, boundary: tuple[Tensor, ...], grad: bool) -> tuple[Tensor, ...]:
-        """Re-run a stage on the tensors of its boundary; gives those of the next boundary.
-
-        Args:
-            grad: whether autograd records it; then everything that required grad in the first run must.
-        """
-        raise NotImplementedError
-
-    def release_inputs(self, stage: int) -> None:
-        """Let go of what is held only for re-runs of this stage."""
-
-    def rebuilds_of(self, stage: int, option: int) -> tuple[Rebuild, ...]:
-        """How what an option (not the first) of the stage drops is made again."""
-        raise NotImplementedError
-
-    def run_rebuild(
-        self, stage: int, rebuild: Rebuild, boundary: tuple[Tensor, ...], sources: list[Tensor]
-    ) -> tuple[Tensor, ...]:
-        """Run a part of an option's program on the tensors of the stage's boundary and on kept packs."""
-        raise NotImplementedError
-
-    def name_of(self, stage: int) -> str:
-        """The stage's name."""
-        raise NotImplementedError
-
-    def ran_out(self) -> None:
-        """A replay ran out of memory."""
-
-    def saved_tensor(self, stage: int, index: int) -> str:
-        """A saved tensor of the stage, and where it comes from, in words."""
-        raise NotImplementedError
-
-    # ---- the first sweep -----------------------------------------------------------------------------
-
-    def hold(self, boundary: int, tensors: tuple[Tensor, ...]) -> None:
-        """Hold on to a boundary."""
-        if self.store is not None:
-            self.boundaries[boundary] = self.store.hold(boundary, tensors, own=not self.sweeping)
-        else:
-            self.boundaries[boundary] = tuple(t.detach() for t in tensors)
-            self.versions[boundary] = tuple(t._version for t in tensors)
-        if self.observe is not None:
-            self.observe("held", boundary, tensors)
-
-    def before_first_run(self, stage: int, boundary: tuple[Tensor, ...]) -> None:
-        """Note what a later re-run of the stage needs: its boundary, its random numbers."""
-        self.flags[stage] = tuple(t.requires_grad for t in boundary)
-        self.entries[stage] = tuple(map(self.fingerprint, boundary))
-        if stage in self.program.held or self.program.kept[stage]:
-            self.hold(stage, boundary)
-        if self.random[stage]:
-            self.states[stage] = RandomState(self.device)
-
-    def watch(self, stage: int, results: Sequence[Tensor]) -> None:
-        """Tell the observer that the backward of the stage begins, when the gradients of its results arrive."""
-        observe = self.observe
-        if observe is not None:
-            for tensor in results:
-                if tensor.requires_grad:
-                    tensor.register_hook(lambda _: observe("backward", stage))
-
-    def dropping(
-        self, stage: int, parts: Sequence[Rebuild] | None = None
-    ) -> torch.autograd.graph.saved_tensors_hooks:
-        """The context of a first run whose saved tensors are dropped (rule 1), or those that an option drops (rule 5).
-
-        With ``parts`` of () nothing is dropped (rule 8).
-        """
-        prints, lasting, store = self.prints[stage], self.lasting, self.store
-        fingerprint = self.fingerprint
-        dropped: frozenset[int] | None = None
-        wanted: set[int] = set()
-        sources: dict[int, Held | Moved] = {}
-        if parts is not None and not parts:
-            dropped = frozenset()
-        elif parts is not None:
-            thinned = self.thinned[stage] = Thinned(parts, self.boundaries[stage])
-            dropped, wanted, sources = frozenset(thinned.parts), thinned.reads(), thinned.sources
-
-        def pack(tensor: Tensor) -> Handle | Held | Moved:
-            index = len(prints)
-            lasts = tensor.untyped_storage()._cdata in lasting
-            if (dropped is None or index in dropped) and not lasts:
-                prints.append(fingerprint(tensor))
-                return Handle(self, stage, index)
-            prints.append(None)
-            held = Held(tensor) if store is None or lasts else store.pack(stage, tensor)
-            if index in wanted:
-                sources[index] = held
-            return held
-
-        return torch.autograd.graph.saved_tensors_hooks(self._shielded(pack), self.unpack)
-
-    def _shielded(self, hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        return shielded(hook) if self.compiled else hook
-
-    def last(self, tensors: Sequence[Tensor]) -> None:
-        """These storages live on through the step: saved tensors among them are packed by reference."""
-        self.lasting.update(t.untyped_storage()._cdata for t in tensors)
-
-    def after_first_run(self, stage: int, results: Sequence[Tensor], following: tuple[Tensor, ...]) -> None:
-        """Copy what the program copies once the stage has run; ``following`` is the next boundary (rule 8)."""
-        store = self.store
-        if store is None:
-            return
-        packed = store.ran(stage, following, self.lasting, kept=self.program.kept[stage] is not None)
-        for action in self.program.moves[stage]:
-            self._move(action)
-        if (
-            not packed and not self.handles[stage]
-        ):  # the program goes on where this stage is reversed all the same
-            for tensor in results:
-                if tensor.requires_grad:
-                    tensor.register_hook(lambda _: self.replay_until(stage))
-
-    def _move(self, action: CopyAction | Free) -> None:
-        """Carry out a copy, or let go of one (rule 8)."""
-        assert self.store is not None
-        self.store.move(action)
-        if isinstance(action, (Free, FreeHost)) and not self.store.wanted(action.boundary):
-            self.boundaries.pop(action.boundary, None)
-
-    def sweep_is_over(self) -> None:
-        """The forward is done; from here on handles that die release what was held for them."""
-        self.sweeping = False
-        if self.store is not None:
-            self.store.sweep_is_over()
-        for stage, alive in enumerate(self.handles):
-            if not alive and self.rerunnable[stage]:
-                self.stage_is_done(stage)
-
-    # ---- release -------------------------------------------------------------------------------------
-
-    def stage_is_done(self, stage: int) -> None:
-        """The last handle of the stage is gone: nobody will ask for its saved tensors again (rule 3).
-
-        What is held for re-runs goes with the last stage that such a re-run could serve: a boundary serves
-        the stages up to the next held one, and each of these is run over by those after it.
-        """
-        self.filled[stage].clear()
-        self.thinned.pop(stage, None)
-        holder = max((b for b in self.boundaries if b <= stage), default=0)
-        following = min((b for b in self.boundaries if b > holder), default=len(self.handles))
-        for served in range(following - 1, holder - 1, -1):
-            if self.handles[served]:
-                return
-            if self.rerunnable[served]:
-                self.rerunnable[served] = False
-                self.states.pop(served, None)
-                self.release_inputs(served)
-        self.free(holder)
-
-    def free(self, boundary: int) -> None:
-        """Hold a boundary no longer."""
-        held = self.boundaries.pop(boundary, None)
-        if self.observe is not None and held is not None:
-            self.observe("freed", boundary, _tensors(held) if self.store is None else ())
+class Step(FirstSweep):
+    """The state of one step; its backward."""
 
     # ---- backward ------------------------------------------------------------------------------------
 
     def unpack(self, packed: Handle | Held | Moved) -> Tensor:
         """The saved tensor that ``packed`` stands for."""
+        if type(packed) is Handle:
+            stage, index = packed.stage, packed.index
+            tensor = self.filled[stage].pop(index, None)
+            if tensor is None:
+                self.replay_until(stage, index)
+                tensor = self.filled[stage].pop(index, None)
+            if tensor is None:
+                raise ReplayError(
+                    f"stage {stage} ({self.name_of(stage)}): its re-run did not save tensor {index} again, so the model "
+                    "does not run the same ops twice on the same input; make it deterministic or keep this stage"
+                )
+            return tensor
         if isinstance(packed, Moved):
             self.replay_until(packed.stage)
             return packed.tensor()
-        if isinstance(packed, Held):
-            if packed.tensor._version != packed.version:
-                raise RuntimeError(
-                    "one of the variables needed for gradient computation has been modified by an inplace "
-                    f"operation: a tensor of shape {tuple(packed.tensor.shape)} is at version "
-                    f"{packed.tensor._version}, expected version {packed.version}"
-                )
-            return packed.tensor
-        filled = self.filled[packed.stage]
-        if packed.index not in filled:
-            self.replay_until(packed.stage, packed.index)
-            filled = self.filled[packed.stage]
-            if packed.index not in filled:
-                raise ReplayError(
-                    f"stage {packed.stage} ({self.name_of(packed.stage)}): its re-run did not save tensor {packed.index} again, so the model "
-                    "does not run the same ops twice on the same input; make it deterministic or keep this stage"
-                )
-        return filled.pop(packed.index)
+        assert isinstance(packed, Held)
+        if packed.tensor._version != packed.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace "
+                f"operation: a tensor of shape {tuple(packed.tensor.shape)} is at version "
+                f"{packed.tensor._version}, expected version {packed.version}"
+            )
+        return packed.tensor
 
     def replay_until(self, stage: int, index: int | None = None) -> None:
         """Run the program up to the backward of ``stage``, so that this handle of it, if any, is filled (rules 2, 4, 5)."""
-        there = self.position >= self.program.backward_at[stage]
-        if index is None and there and torch._C._current_graph_task_id() == self.task:
+        task = torch._C._current_graph_task_id()
+        if index is None and task == self.task and self.position >= self.program.backward_at[stage]:
             return
-        generators = RandomState(self.device) if self.draws else None
+        generators = RandomState(self.device, self.faked) if self.states else None
+        contexts = autocast_contexts(self.autocast)
         try:
-            with ExitStack() as contexts:
-                for context in autocast_contexts(self.autocast):
-                    contexts.enter_context(context)
-                task = torch._C._current_graph_task_id()
-                if task != self.task:
-                    self.task = task
-                    if self.position >= self.program.backward_at[stage]:
-                        self.position, self.working = 0, None
-                done = self.position <= self.program.backward_at[stage] and self._follow(stage)
-                if index is None:
-                    return
-                if done:
-                    if self.observe is not None:
-                        self.observe("backward", stage)
-                    if index not in self.filled[stage] and stage in self.thinned:
-                        self._recompute(stage, index)
-                    if index in self.filled[stage]:
-                        return
-                self._rebuild_from_nearest(stage)
+            if contexts:
+                with ExitStack() as stack:
+                    for context in contexts:
+                        stack.enter_context(context)
+                    self._replay(task, stage, index)
+            else:
+                self._replay(task, stage, index)
         except torch.OutOfMemoryError:
             self.ran_out()
             raise
@@ -332,9 +111,26 @@ class Step:
             if self.observe is not None:
                 self.observe("backward", stage)
 
+    def _replay(self, task: int, stage: int, index: int | None) -> None:
+        if task != self.task:
+            self.task = task
+            if self.position >= self.program.backward_at[stage]:
+                self.position, self.working = 0, None
+        done = self.position <= self.program.backward_at[stage] and self._follow(stage)
+        if index is None:
+            return
+        if done:
+            if self.observe is not None:
+                self.observe("backward", stage)
+            if index not in self.filled[stage] and stage in self.thinned:
+                self._recompute(stage, index)
+            if index in self.filled[stage]:
+                return
+        self._rebuild_from_nearest(stage)
+
     def _follow(self, stage: int) -> bool:
         """Run the program's actions up to the backward of ``stage``; False if something it needs is gone."""
-        replay, target = self.program.replay, self.program.backward_at[stage]
+        replay, target, store = self.program.replay, self.program.backward_at[stage], self.store
         while self.position < target:
             action = replay[self.position]
             if self.observe is not None:
@@ -344,16 +140,20 @@ class Step:
                 self.thinned.pop(action.stage, None)
                 if self.working is not None and self.working[0] > action.stage:
                     self.working = None
-                if self.store is not None:
-                    self.store.reversed(action.stage)
-            elif self.store is not None and isinstance(action, (Free, *COPY_ACTIONS)):
-                self._move(action)
+                if store is not None:
+                    store.reversed(action.stage)
             elif isinstance(action, Free):
-                self.free(action.boundary)
-            elif isinstance(action, (Forward, Checkpoint, Keep)) and not self.rerunnable[action.stage]:
+                if store is not None:
+                    self._move(action)
+                else:
+                    self.free(action.boundary)
+            elif isinstance(action, COPY_ACTIONS):
+                if store is not None:
+                    self._move(action)
+            elif not self.rerunnable[action.stage]:
                 # Neither it nor a stage that it could lead to has a handle left: its run would serve nobody.
                 self.working = None
-            elif isinstance(action, (Forward, Checkpoint, Keep)):
+            else:
                 current = self._boundary(action.stage)
                 if current is None:
                     return False
@@ -377,17 +177,17 @@ class Step:
 
     def _reversed_for_good(self, stage: int) -> bool:
         """Whether nothing of the stages after this one can be asked for again (rule 7)."""
-        return (
-            not any(self.handles[stage + 1 :]) and not torch._C._autograd._get_current_graph_task_keep_graph()
-        )
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            return False
+        return not any(self.handles[stage + 1 : self.top() + 1])
 
     def _boundary(self, boundary: int) -> tuple[Tensor, ...] | None:
         if self.working is not None and self.working[0] == boundary:
             return self.working[1]
         if boundary not in self.boundaries:
             return None
-        held = _tensors(self.boundaries[boundary])
-        if self.store is None and tuple(t._version for t in held) != self.versions[boundary]:
+        held = tensors_of(self.boundaries[boundary])
+        if self.store is None and [t._version for t in held] != self.versions[boundary]:
             raise RuntimeError(
                 f"boundary {boundary} has been modified by an inplace operation since the forward, so that the "
                 "stages after it cannot be replayed"
@@ -424,19 +224,17 @@ class Step:
         self._ready(stage)
         if self.observe is not None:
             self.observe("advance", stage)
-        with torch.no_grad():
-            produced = self.run_stage(stage, boundary, grad=False)
+        produced = self.run_stage(stage, boundary, grad=False)
         self._compare_output(stage, produced)
         return produced
 
     def _compare_output(self, stage: int, produced: tuple[Tensor, ...]) -> None:
         """Refuse a re-run that gives the next stage something else than the first run did."""
-        for number, (expected, tensor) in enumerate(
-            zip(self.entries.get(stage + 1, ()), produced, strict=False)
-        ):
-            found = self.fingerprint(tensor)
-            if found != expected:
-                self._refuse(stage, f"its output {number}", expected, found)
+        expected = self.entries.get(stage + 1, ())
+        found = tuple(map(self.fingerprint, produced))
+        if found != expected:
+            for number, (one, other) in enumerate(zip(expected, found, strict=False)):
+                self._refuse(stage, f"its output {number}", one, other)
 
     def _compare(self, stage: int, index: int, tensor: Tensor) -> None:
         """Refuse a re-run that saves something else than the first run did."""
@@ -463,18 +261,19 @@ class Step:
             its output, if wanted.
         """
         prints = self.prints[stage]
-        thinned = Thinned(parts, boundary)
-        sources, read = thinned.sources, thinned.reads()
-        needed = {i for i, known in enumerate(prints) if known is not None and i not in thinned.parts}
-        last = max(needed | read, default=-1)
-        if not self.handles[stage]:
+        needed = prints
+        read: set[int] = set()
+        sources: dict[int, Held | Moved] = {}
+        if parts and self.handles[stage]:
+            thinned = self.thinned[stage] = Thinned(parts, boundary)
+            sources, read = thinned.sources, thinned.reads()
+            needed = [None if i in thinned.parts else known for i, known in enumerate(prints)]
+        last = max(read, default=-1)
+        last = next((i for i in range(len(needed) - 1, last, -1) if needed[i] is not None), last)
+        if last < 0 or not self.handles[stage]:
             return self._advance(stage, boundary) if wanted else None
         filled: dict[int, Tensor] = {}
-        if parts:
-            self.thinned[stage] = thinned
-        if last < 0:
-            return self._advance(stage, boundary) if wanted else None
-        count = 0
+        fingerprint, count, stop = self.fingerprint, 0, -1 if wanted else last
 
         def pack(tensor: Tensor) -> None:
             nonlocal count
@@ -485,24 +284,30 @@ class Step:
                     f"stage {stage} ({self.name_of(stage)}): its re-run saves more tensors than its first run "
                     f"({len(prints)}); the model must run the same ops on the same input"
                 )
-            self._compare(stage, index, tensor)
-            if index in needed:
+            expected = prints[index]
+            if expected is not None:
+                found = fingerprint(tensor)
+                if found != expected:
+                    self._refuse(stage, self.saved_tensor(stage, index), expected, found)
+            if needed[index] is not None:
                 filled[index] = tensor.detach()
             if index in read:
                 sources[index] = Held(tensor)
-            if index == last and not wanted:
+            if index == stop:
                 raise _Stop
 
         self._ready(stage)
         if self.observe is not None:
             self.observe("rebuild", stage)
         inputs = tuple(
-            t.detach().requires_grad_(flag) for t, flag in zip(boundary, self.flags[stage], strict=True)
+            [t.detach().requires_grad_(flag) for t, flag in zip(boundary, self.flags[stage], strict=True)]
         )
         produced: tuple[Tensor, ...] | None = None
-        hooks = torch.autograd.graph.saved_tensors_hooks(self._shielded(pack), _never)
-        with suppress(_Stop), torch.enable_grad(), hooks:
-            produced = tuple(t.detach() for t in self.run_stage(stage, inputs, grad=True))
+        try:
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._shielded(pack), _never):
+                produced = tuple([t.detach() for t in self.run_stage(stage, inputs, grad=True)])
+        except _Stop:
+            pass
         if count <= last:
             raise ReplayError(
                 f"stage {stage} ({self.name_of(stage)}): its re-run saves {count} tensors, its first run {len(prints)}; "
@@ -527,7 +332,7 @@ class Step:
         prints, filled = self.prints[stage], self.filled[stage]
         inputs = tuple(
             t.detach().requires_grad_(flag)
-            for t, flag in zip(_tensors(thinned.boundary), self.flags[stage], strict=True)
+            for t, flag in zip(tensors_of(thinned.boundary), self.flags[stage], strict=True)
         )
         if not thinned.parts:
             del self.thinned[stage]
@@ -554,10 +359,6 @@ class Step:
             )
         for number, tensor in zip(part.gives, made, strict=True):
             fill(number, tensor)
-
-
-def _tensors(held: tuple[Tensor | Moved, ...]) -> tuple[Tensor, ...]:
-    return tuple(t.tensor() if isinstance(t, Moved) else t for t in held)
 
 
 def _never(_: Any) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from executors.graph import GraphExecutor
+from executors.guard import Guard
 from executors.modules import ModuleExecutor
 from scheduler.budget import format_bytes, machine_bytes
 from scheduler.capture.eager import wrapped_forward
@@ -48,7 +49,7 @@ class Runner:
         self.watching = watching
         self.check = check
         self.ran_out = False
-        self.evaluating = frozenset(plan.capture.evaluating)
+        self.guard = Guard(model, frozenset(plan.capture.evaluating))
         self.sharded = len(sharded_within(model))
         self.executor: GraphExecutor | ModuleExecutor | None = None
         # Shallow copies of one model share these dicts, so that a capture of one is a capture of the other.
@@ -79,13 +80,7 @@ class Runner:
                 f"planned {type(model).__name__}: fully_shard was called after execute(); call it first, then solve() and "
                 "execute() on the sharded model"
             )
-        for name, module in model.named_modules():
-            if module.training == (name in self.evaluating):
-                mode = "train" if module.training else "eval"
-                raise PlanMismatch(
-                    f"planned {type(model).__name__}: submodule {name!r} is in {mode} mode, and was not when the plan "
-                    f"was made; put it back, or call solve() again in this mode"
-                )
+        self.guard.check(model, fires_hooks=self.plan.capture.kind == "modules")
         if self.executor is None:
             executor = self.executor_for(self.capture_again(model, call), model)
             if self.plan.capture.target:  # made without data: nothing of it was tried

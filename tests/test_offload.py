@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-import executors.replay
+import executors.first_sweep
 from executors import execute, rehearse
 from executors.offload import Store
 from scheduler import HostMemory, Plan, Schedule, solve
@@ -93,7 +93,7 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             super().__init__()
             sides.append(self.side)
 
-    monkeypatch.setattr(executors.replay, "Store", Noted)
+    monkeypatch.setattr(executors.first_sweep, "Store", Noted)
     return sides
 
 

@@ -26,7 +26,7 @@ from scheduler.capture.sample import Call
 from scheduler.capture.verify import of_an_op
 from scheduler.errors import CaptureError
 
-__all__ = ["Group", "Layout", "Op", "OpGraph", "export_graph"]
+__all__ = ["Group", "Layout", "Op", "OpGraph", "export_graph", "unfired_hook"]
 
 # Hooks by which transformers collects what a call asked for (output_hidden_states, output_router_logits), and which stay
 # on the submodules ever after. They run while the model is exported: what they collected is in the graph.
@@ -187,7 +187,7 @@ def _quiet() -> Iterator[None]:
             log.setLevel(level)
 
 
-def _hooks(model: nn.Module) -> str | None:
+def unfired_hook(model: nn.Module) -> str | None:
     """Which hook would not fire in the exported graph, in words."""
     for name, module in model.named_modules():
         if module is model:
@@ -227,7 +227,7 @@ def export_graph(model: nn.Module, call: Call) -> OpGraph:
     Raises:
         CaptureError: torch.export fails, or the graph would not train like the model; says why.
     """
-    hooked = _hooks(model)
+    hooked = unfired_hook(model)
     if hooked is not None:
         raise CaptureError(hooked)
     args, kwargs = call

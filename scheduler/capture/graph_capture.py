@@ -198,10 +198,13 @@ class GraphCapture:
             buffers = before["buffers"].items()
             if self.target is None:
                 self.random.append(before["random"].differs())
-                changed = [name for name, (buffer, value) in buffers if not _same(buffer, value)]
+                # Kernels of batch norm change statistics without a new version; a fill may put the same values in again.
+                changed = [
+                    n for n, (b, value, version) in buffers if b._version != version or not _same(b, value)
+                ]
             else:
                 self.random.append(watch.random)
-                changed = [name for name, (buffer, _) in buffers if watch.has_changed(buffer)]
+                changed = [name for name, (buffer, _, _) in buffers if watch.has_changed(buffer)]
             self.changed.append(tuple(changed))
 
         def visit(k: int, arguments: list[Any]) -> None:
@@ -209,7 +212,7 @@ class GraphCapture:
             before["random"] = RandomState(self.device)
             watch.restart()
             before["buffers"] = {
-                source.key: (arguments[i], arguments[i].clone())
+                source.key: (arguments[i], arguments[i].clone(), arguments[i]._version)
                 for i, source in enumerate(self.stages[k].sources)
                 if source.kind == "buffer"
             }

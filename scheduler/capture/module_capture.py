@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
-from torch.utils import _pytree as pytree
 
 from scheduler.capture.fake import Watch
+from scheduler.capture.flat import tensor_leaves
 from scheduler.capture.sample import Call
 from scheduler.capture.state import RandomState, model_device
 from scheduler.capture.target import Device, Target
@@ -142,11 +142,6 @@ class _Tokens:
             self.known[id(tensor)] = entry
             self.count += 1
         return entry[2]
-
-
-def tensor_leaves(value: Any) -> list[tuple[int, Tensor]]:
-    """(index, tensor) for every tensor among the leaves of ``value``."""
-    return [(i, leaf) for i, leaf in enumerate(pytree.tree_leaves(value)) if isinstance(leaf, Tensor)]
 
 
 @contextmanager
@@ -413,7 +408,7 @@ def _profile(
                 entry.inputs = [(leaf, tokens.of(t)) for leaf, t in given]
                 entry.new_input = tokens.count > known
                 versions = [t._version for _, t in given]
-                buffers = {n: (b, b.clone()) for n, b in module.named_buffers()}
+                buffers = {n: (b, b.clone(), b._version) for n, b in module.named_buffers()}
                 random = RandomState(device)
                 current = entry
                 ops = Watch()
@@ -426,8 +421,9 @@ def _profile(
                 entry.random = random.differs() if data else ops.random
                 entry.changed = tuple(
                     f"{name}.{n}"
-                    for n, (b, v) in buffers.items()
-                    if (not torch.equal(b, v) if data else ops.has_changed(b))
+                    for n, (b, value, version) in buffers.items()
+                    # Kernels of batch norm change statistics without a new version; a fill may put the same values in again.
+                    if (b._version != version or not torch.equal(b, value) if data else ops.has_changed(b))
                 )
                 entry.changes_input = any(t._version != v for (_, t), v in zip(given, versions, strict=True))
                 return result

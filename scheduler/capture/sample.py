@@ -22,6 +22,7 @@ from scheduler.capture.sharded import placement, reject_tensor_parallel, reject_
 from scheduler.errors import PlanMismatch
 
 __all__ = [
+    "CallReader",
     "CallSignature",
     "canonical_call",
     "forward_signature",
@@ -108,6 +109,37 @@ def canonical_call(signature: inspect.Signature, args: tuple[Any, ...], kwargs: 
     if "use_cache" in signature.parameters and "use_cache" not in named:
         named["use_cache"] = False
     return tuple(positional), named
+
+
+class CallReader:
+    """``canonical_call`` for one signature, by a short way for calls that are written like one before."""
+
+    def __init__(self, signature: inspect.Signature) -> None:
+        self.signature = signature
+        # How a call is written -> where each argument goes: its place in it, or (None, a value that none of them is).
+        self._known: dict[Any, tuple[list[tuple[int | None, Any]], list[tuple[str, int | None, Any]]]] = {}
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """See ``canonical_call``."""
+        given = [*args, *kwargs.values()]
+        written = (len(args), *kwargs, *[value is None for value in given])
+        if written not in self._known:
+            marks = [None if value is None else object() for value in given]
+            call = canonical_call(
+                self.signature,
+                tuple(marks[: len(args)]),
+                dict(zip(kwargs, marks[len(args) :], strict=True)),
+            )
+            places = {id(mark): i for i, mark in enumerate(marks) if mark is not None}
+            self._known[written] = (
+                [(places.get(id(value)), value) for value in call[0]],
+                [(name, places.get(id(value)), value) for name, value in call[1].items()],
+            )
+        positional, named = self._known[written]
+        return (
+            tuple([value if place is None else given[place] for place, value in positional]),
+            {name: value if place is None else given[place] for name, place, value in named},
+        )
 
 
 def _describe(leaf: Any) -> list[Any]:

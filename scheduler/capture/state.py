@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch._guards import detect_fake_mode
@@ -17,6 +18,7 @@ from scheduler.capture.sharded import take_gathered_grads
 __all__ = [
     "CPU_RANDOM_STATE",
     "AutocastState",
+    "Draws",
     "HostRandomState",
     "RandomState",
     "autocast_contexts",
@@ -35,14 +37,17 @@ class RandomState:
 
     Under FakeTensorMode no random numbers are drawn and the generators are left alone; a tensor without data stands
     in for what their state takes.
+
+    Args:
+        faked: whether that is so, where it is known.
     """
 
     __slots__ = ("cpu", "device", "faked", "on_device")
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, faked: bool | None = None) -> None:
         self.device = device
         self.on_device: torch.Tensor | None = None
-        self.faked = detect_fake_mode() is not None
+        self.faked = detect_fake_mode() is not None if faked is None else faked
         if self.faked:  # the CPU's state takes nothing of another device
             self.cpu = torch.empty(CPU_RANDOM_STATE if device.type == "cpu" else 0, dtype=torch.uint8)
             return
@@ -66,6 +71,33 @@ class RandomState:
         return self.on_device is not None and not torch.equal(
             self.on_device, torch.cuda.get_rng_state(self.device)
         )
+
+
+class Draws:
+    """Whether random numbers have been drawn since this was made, and how the generators stood then.
+
+    The CPU's generator has no counter, so its state is compared; it is kept outside of torch's allocator meanwhile.
+    """
+
+    __slots__ = ("cpu", "device", "on_device")
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cpu = torch.default_generator.get_state().numpy().tobytes()
+        self.on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def state(self) -> RandomState | None:
+        """How the generators stood when this was made; None if they stand there still."""
+        now = torch.default_generator.get_state()
+        moved = now.numpy().tobytes() != self.cpu
+        if self.on_device is not None and not moved:
+            moved = not torch.equal(self.on_device, torch.cuda.get_rng_state(self.device))
+        if not moved:
+            return None
+        state = object.__new__(RandomState)
+        now.numpy()[:] = np.frombuffer(self.cpu, dtype=np.uint8)
+        state.cpu, state.device, state.on_device, state.faked = now, self.device, self.on_device, False
+        return state
 
 
 class HostRandomState:
@@ -121,11 +153,11 @@ def autocast_contexts(state: AutocastState) -> list[torch.autocast]:
 
     The cache of casts is off: what it holds may come from a no-grad run.
     """
-    return [
-        torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
-        for kind, enabled, dtype in state
-        if enabled or torch.is_autocast_enabled(kind)
-    ]
+    contexts = []
+    for kind, enabled, dtype in state:
+        if enabled or torch.is_autocast_enabled(kind):
+            contexts.append(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+    return contexts
 
 
 def reverse(root: torch.Tensor) -> None:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from scheduler.capture.flat import tensor_leaves
 from scheduler.capture.loss import find_loss, output_tensors
-from scheduler.capture.module_capture import ModuleCapture, tensor_leaves
+from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import holders, unshard
 from scheduler.capture.state import CPU_RANDOM_STATE, preserved, shielded
@@ -509,7 +510,7 @@ def _assemble(
     # Copies of the buffers that a block changes, while it runs again.
     fixed += max(storage_bytes(map(model.get_buffer, names), device) for names in capture.changed)
     if device.type == "cpu":
-        fixed += CPU_RANDOM_STATE  # what a replay puts back when it is done
+        fixed += CPU_RANDOM_STATE  # what a replay puts back when it is done, or a block that drew nothing is known by
     return Chain(tuple(stages), 0, output_grad, fixed, name, tuple(values.sizes), tuple(values.carried))
 
 
@@ -517,5 +518,5 @@ def _rerun_state(capture: ModuleCapture, model: nn.Module, k: int) -> int:
     """Bytes that are held while a block may run again, besides values: the executor notes them before each first run."""
     if capture.stages[k] is None:
         return 0
-    state = CPU_RANDOM_STATE if capture.place.type == "cpu" else 0
+    state = CPU_RANDOM_STATE if capture.random[k] and capture.place.type == "cpu" else 0
     return state + storage_bytes(map(model.get_buffer, capture.changed[k]), capture.place)

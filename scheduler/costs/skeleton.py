@@ -19,8 +19,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from scheduler.capture.flat import tensor_leaves
 from scheduler.capture.loss import find_loss, output_tensors
-from scheduler.capture.module_capture import ModuleCapture, intercepted, tensor_leaves
+from scheduler.capture.module_capture import ModuleCapture, intercepted
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import sharded_within
 from scheduler.capture.target import Device
