@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch._guards import detect_fake_mode
+from torch.utils import _pytree as pytree
 
+from scheduler.capture.sample import Call
 from scheduler.capture.sharded import take_gathered_grads
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "model_device",
     "preserved",
     "reverse",
+    "set_apart",
     "shielded",
 ]
 
@@ -167,3 +170,20 @@ def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:
             # .data leaves the version counter alone: nothing that autograd saved is invalidated.
             buffer.data.copy_(value)
         generators.restore()
+
+
+@contextmanager
+def set_apart(call: Call) -> Iterator[Call]:
+    """A call for trials: none of its tensors has a history or keeps a gradient; on leaving, the given ones have their values.
+
+    Storages are those of the given tensors.
+    """
+    given = {id(t): t for t in pytree.tree_leaves(call) if isinstance(t, torch.Tensor)}
+    before = {name: (t._version, t.detach().to("cpu", copy=True)) for name, t in given.items()}
+    apart = {name: t.detach().requires_grad_() if t.requires_grad else t for name, t in given.items()}
+    try:
+        yield pytree.tree_map_only(torch.Tensor, lambda t: apart[id(t)], call)
+    finally:
+        for name, (version, value) in before.items():
+            if given[name]._version != version:  # the model changes its input in place
+                given[name].data.copy_(value)
