@@ -207,10 +207,16 @@ class GraphStep(Step):
         return tuple(read)
 
     def run_stage(self, k: int, boundary: tuple[Tensor, ...], grad: bool) -> tuple[Tensor, ...]:
-        """Re-run stage k; see Step."""
+        """Re-run stage k; see Step. Always in grad mode, for ops choose their kernels by it (LSTMs, attention)."""
         stage = self.executor.stages[k]
-        results = stage.function(*self._arguments_again(k, boundary, grad))
-        return next_boundary(stage, boundary, results)
+        if grad:
+            return next_boundary(stage, boundary, stage.function(*self._arguments_again(k, boundary)))
+        boundary = tuple(
+            t.detach().requires_grad_(flag) for t, flag in zip(boundary, self.flags[k], strict=True)
+        )
+        with torch.enable_grad(), self.discarding():
+            results = stage.function(*self._arguments_again(k, boundary))
+        return next_boundary(stage, boundary, tuple(t.detach() for t in results))
 
     def ran_out(self) -> None:
         """See Step."""
@@ -233,10 +239,10 @@ class GraphStep(Step):
         self, stage: int, rebuild: Rebuild, boundary: tuple[Tensor, ...], sources: list[Tensor]
     ) -> tuple[Tensor, ...]:
         """See Step."""
-        arguments = self._arguments_again(stage, boundary, grad=True)
+        arguments = self._arguments_again(stage, boundary)
         return rebuild.function(*(arguments[i] for i in rebuild.arguments), *sources)
 
-    def _arguments_again(self, k: int, boundary: tuple[Tensor, ...], grad: bool) -> list[Any]:
+    def _arguments_again(self, k: int, boundary: tuple[Tensor, ...]) -> list[Any]:
         """The arguments of stage k as its first run found them."""
         executor, stage = self.executor, self.executor.stages[k]
         own = self.parameters[k]
@@ -247,13 +253,11 @@ class GraphStep(Step):
                 "between forward and backward, so that the stage cannot be replayed; step the optimizer after "
                 "backward"
             )
-        carried = self.carried
-        if grad:
-            carried = {
-                s.key: carried[s.key].detach().requires_grad_(self.carried_flags[s.key])
-                for s in stage.sources
-                if s.kind == "carried"
-            }
+        carried = {
+            s.key: self.carried[s.key].detach().requires_grad_(self.carried_flags[s.key])
+            for s in stage.sources
+            if s.kind == "carried"
+        }
         arguments = self._arguments(k, boundary, carried, own)
         for position, snapshot in zip(changed, self.snapshots.get(k, ()), strict=True):
             arguments[position] = snapshot.clone()

@@ -227,8 +227,7 @@ class ModuleStep(Step):
             if grad:
                 result = forward(*args, **kwargs)
             else:
-                hooks = torch.autograd.graph.saved_tensors_hooks(self._shielded(_discard), _never)
-                with torch.enable_grad(), hooks:
+                with torch.enable_grad(), self.discarding():
                     result = forward(*args, **kwargs)
         following = stage + 1
         if following >= len(capture.stages) or capture.stages[following] is None:
@@ -287,11 +286,3 @@ class _Swapped:
     def __exit__(self, *_: object) -> None:
         for buffer, value in zip(self.buffers, self.current, strict=True):
             buffer.data.copy_(value)
-
-
-def _discard(_: Tensor) -> None:
-    return None
-
-
-def _never(_: Any) -> Tensor:
-    raise ReplayError("the graph of a re-run must not be reversed")

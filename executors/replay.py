@@ -206,6 +206,10 @@ class Step:
 
         return torch.autograd.graph.saved_tensors_hooks(self._shielded(pack), self.unpack)
 
+    def discarding(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """The context of a run in grad mode that nothing is saved of."""
+        return torch.autograd.graph.saved_tensors_hooks(self._shielded(_discard), _never)
+
     def _shielded(self, hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
         return shielded(hook) if self.compiled else hook
 
@@ -558,6 +562,10 @@ class Step:
 
 def _tensors(held: tuple[Tensor | Moved, ...]) -> tuple[Tensor, ...]:
     return tuple(t.tensor() if isinstance(t, Moved) else t for t in held)
+
+
+def _discard(_: Tensor) -> None:
+    return None
 
 
 def _never(_: Any) -> Tensor:
