@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from executors.replay import ReplayError, Step
 from executors.trace import Observer
 from scheduler.capture.module_capture import ModuleCapture, intercepted, is_compiled, tensor_leaves
 from scheduler.capture.sharded import gathered, holders, sharded_within
+from scheduler.capture.state import AutocastState, autocast_contexts, autocast_state
 from scheduler.program import ReplayProgram
 
 __all__ = ["ModuleExecutor"]
@@ -104,6 +106,7 @@ class ModuleStep(Step):
         self.versions_read: dict[int, dict[int, int]] = {}
         self.places: dict[int, list[int]] = {}  # stage -> argument leaves that are its boundary
         self.snapshots: dict[int, list[Tensor]] = {}
+        self.autocasts: dict[int, AutocastState] = {}  # where it is not that of the step: the model's code sets it
 
     def finish(self) -> None:
         """The forward is over."""
@@ -173,6 +176,8 @@ class ModuleStep(Step):
         _, leaves, spec = self.calls[stage]
         self.calls[stage] = (forward, leaves, spec)
         self.before_first_run(stage, boundary)
+        if (autocast := autocast_state(self.device)) != self.autocast:
+            self.autocasts[stage] = autocast
         own = [*self.executor.parameters[index], *self.executor.buffers[index]]
         self.last([values[key] for values, key in own])
         if self.executor.changed[index]:
@@ -223,7 +228,9 @@ class ModuleStep(Step):
         del boundary
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         del leaves
-        with self._buffers_as_before(stage, index):
+        with self._buffers_as_before(stage, index), ExitStack() as contexts:
+            for context in autocast_contexts(self.autocasts.get(stage, ())):
+                contexts.enter_context(context)
             if grad:
                 result = forward(*args, **kwargs)
             else:
