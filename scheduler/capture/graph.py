@@ -316,7 +316,9 @@ def analyse(module: fx.GraphModule, call: Call) -> OpGraph:
                         result = node.target(*args, **kwargs)
                 except (DataDependentOutputException, DynamicOutputShapeException) as error:
                     raise CaptureError(f"what {node.name} gives depends on the data: {error.func}") from error
-                except RuntimeError as error:  # of code without grad within autocast an export forgets that there is none
+                except (
+                    RuntimeError
+                ) as error:  # of code without grad within autocast an export forgets that there is none
                     raise CaptureError(f"{node.name} of the exported graph raises: {error}") from error
                 env[node] = result
                 reads = tuple(dict.fromkeys(g for a in node.all_input_nodes for g in group_of[a]))

@@ -109,6 +109,7 @@ class StageRun:
         unread: the outputs that get no gradient.
         layouts: strides of the gradient that each output gets, where they are known. A kernel that wants another
             layout makes a copy.
+        held: the outputs that are there while the stage is reversed: the user holds them.
     """
 
     run: Callable[[Enter], Sequence[Tensor]]
@@ -117,6 +118,7 @@ class StageRun:
     lasting: frozenset[int] = frozenset()
     unread: frozenset[int] = frozenset()
     layouts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    held: frozenset[int] = frozenset()
 
 
 def fresh_grads(parameters: Iterable[nn.Parameter], existing: Collection[nn.Parameter]) -> Callable[[], None]:
@@ -287,11 +289,12 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(_unowned), unpack):
             outputs = stage.run(sink)
             seed, output_grads = _root(stage, outputs)
+            held = [outputs[i] for i in stage.held]
             del outputs
         mark()
         if seed is not None and seed.requires_grad:
             reverse(seed)
-        del seed
+        del seed, held
 
     if not isinstance(device, Target):
         keeping(lambda: None)  # warm-up: lazy initialisation, workspaces
