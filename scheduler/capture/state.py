@@ -28,6 +28,7 @@ __all__ = [
     "reverse",
     "set_apart",
     "shielded",
+    "uncached",
 ]
 
 CPU_RANDOM_STATE = 5056  # bytes of torch's CPU generator state, an allocation of its own
@@ -129,6 +130,17 @@ def autocast_contexts(state: AutocastState) -> list[torch.autocast]:
         for kind, enabled, dtype in state
         if enabled or torch.is_autocast_enabled(kind)
     ]
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Within it autocast's cache of casts is left alone."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def reverse(root: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from scheduler.capture.sharded import is_distributed
-from scheduler.capture.state import reverse, shielded
+from scheduler.capture.state import reverse, shielded, uncached
 from scheduler.capture.target import Device, Target
 from scheduler.costs.peak import allocated, count_bytes
 
@@ -215,6 +215,8 @@ def rebuild_peak(
 ) -> int:
     """Most bytes above the inputs while a stage is run again, to the last of its saved tensors that is wanted.
 
+    Without autocast's cache, as executors do it: a weight that is used twice is cast twice.
+
     Args:
         run: see ``StageRun``.
         wanted: told the number of a saved tensor and the tensor.
@@ -227,7 +229,7 @@ def rebuild_peak(
         if wanted(count - 1, tensor):
             last = count
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(look), _never):
+    with uncached(), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(look), _never):
         run(as_leaf)
     if not last:
         return 0
@@ -251,7 +253,8 @@ def rebuild_peak(
         ):
             run(as_leaf)
 
-    return count_bytes(again, device).peak
+    with uncached():
+        return count_bytes(again, device).peak
 
 
 def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: bool = True) -> StageCost:
