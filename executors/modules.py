@@ -106,7 +106,9 @@ class ModuleStep(Step):
         self.versions_read: dict[int, dict[int, int]] = {}
         self.places: dict[int, list[int]] = {}  # stage -> argument leaves that are its boundary
         self.snapshots: dict[int, list[Tensor]] = {}
-        self.autocasts: dict[int, AutocastState] = {}  # where it is not that of the step: the model's code sets it
+        self.autocasts: dict[
+            int, AutocastState
+        ] = {}  # where it is not that of the step: the model's code sets it
 
     def finish(self) -> None:
         """The forward is over."""

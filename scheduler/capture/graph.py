@@ -152,21 +152,31 @@ def resolve(root: nn.Module, target: str) -> Any:
 
 
 @contextmanager
-def _custom_functions_refused() -> Iterator[list[str]]:
-    """Note every custom autograd.Function that is applied: export would drop its backward."""
+def _noted() -> Iterator[list[str]]:
+    """Note what the model's code does that an export would drop: custom autograd.Functions, hooks on tensors."""
     seen: list[str] = []
     original = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if not of_an_op(cls):
-            seen.append(f"{cls.__module__}.{cls.__qualname__}")
+            seen.append(
+                f"the custom autograd.Function {cls.__module__}.{cls.__qualname__} is used, whose backward torch.export drops"
+            )
         return original.__get__(None, cls)(*args, **kwargs)
 
+    register_hook = torch.Tensor.register_hook
+
+    def hooked(tensor: torch.Tensor, hook: Any) -> Any:
+        seen.append("the forward sets a hook on a tensor, which an exported graph does not fire")
+        return register_hook(tensor, hook)
+
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign] # until the block ends
+    torch.Tensor.register_hook = hooked  # type: ignore[method-assign] # likewise
     try:
         yield seen
     finally:
         torch.autograd.Function.apply = original  # type: ignore[method-assign] # as it was
+        torch.Tensor.register_hook = register_hook  # type: ignore[method-assign] # likewise
 
 
 @contextmanager
@@ -230,18 +240,21 @@ def export_graph(model: nn.Module, call: Call) -> OpGraph:
     hooked = _hooks(model)
     if hooked is not None:
         raise CaptureError(hooked)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) and module.training:
+            raise CaptureError(
+                f"submodule {name!r} is a SyncBatchNorm, whose ops depend on torch.distributed"
+            )
     args, kwargs = call
-    with _custom_functions_refused() as functions, _quiet():
+    with _noted() as dropped, _quiet():
         try:
             program = torch.export.export(model, args, kwargs, strict=False)
             module = program.module()
         except Exception as error:  # export raises whatever the model's code or its own passes raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CaptureError(f"torch.export failed: {reason[:300]}") from error
-    if functions:
-        raise CaptureError(
-            f"the custom autograd.Function {functions[0]} is used, whose backward torch.export drops"
-        )
+    if dropped:
+        raise CaptureError(dropped[0])
     assert isinstance(module, fx.GraphModule)
     return analyse(module, call)
 

@@ -443,7 +443,12 @@ def _profile(
 
     args, kwargs = call
     with torch.no_grad(), intercepted([(m, watch(n, m)) for n, m in modules.items()]):
-        model(*args, **kwargs)
+        try:
+            model(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # of the model's code, as it does run with grad
+            raise CaptureError(f"it does not run under torch.no_grad(): {error}") from error
     return root
 
 
