@@ -40,7 +40,14 @@ class Levels(Hidden):
         return self.head(x.tanh()).square().mean(), level
 
 
-@pytest.mark.parametrize("build", [Hidden, Levels])
+class Unused(Levels):
+    """Makes a level that it does not return."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return super().forward(x)[:1]
+
+
+@pytest.mark.parametrize("build", [Hidden, Levels, Unused])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_what_a_loss_does_not_reach_is_within_the_budget(build: type[nn.Module], share: float) -> None:
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import operator
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -269,6 +270,9 @@ def analyse(module: fx.GraphModule, call: Call) -> OpGraph:
         check = node.op == "call_module" or (node.op == "call_function" and str(node.target) in _CHECKS)
         if check and not node.users:
             module.graph.erase_node(node)
+    for node in reversed(module.graph.nodes):
+        if not node.users and _idle(node):
+            module.graph.erase_node(node)
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     flat, _ = pytree.tree_flatten(call)
     if len(flat) != len(placeholders):
@@ -369,6 +373,21 @@ def analyse(module: fx.GraphModule, call: Call) -> OpGraph:
     layout_of = {node: Layout.of(value) for node, value in env.items() if isinstance(value, torch.Tensor)}
     return OpGraph(
         module, ops, groups, placeholders, attributes, group_of, grad_of, outputs, output_spec, layout_of
+    )
+
+
+def _idle(node: fx.Node) -> bool:
+    """Whether an op does nothing beside its result: it draws no random numbers and changes nothing in place."""
+    target = node.target
+    if target is operator.getitem:
+        return True
+    # Norms with running statistics change them, whatever their schemas say.
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and target.namespace == "aten"
+        and not target._schema.is_mutable
+        and torch.Tag.nondeterministic_seeded not in target.tags
+        and not any(name in str(target) for name in ("batch_norm", "instance_norm", "fake_quant"))
     )
 
 
