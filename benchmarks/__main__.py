@@ -16,6 +16,7 @@ NAMES = (
     "solver_speed",
     "revolve_speed",
     "random_chains",
+    "random_module_graphs",
     "overheads",
     "step_peaks",
     "peak_accuracy",

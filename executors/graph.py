@@ -231,12 +231,16 @@ class GraphStep(Step):
         return read
 
     def run_stage(self, k: int, boundary: tuple[Tensor, ...], grad: bool) -> tuple[Tensor, ...]:
-        """Re-run stage k; see Step."""
+        """Re-run stage k; see Step. Always in grad mode, for ops choose their kernels by it (LSTMs, attention)."""
         function, follow = self.executor.stages[k].function, self.executor.follow[k]
         if grad:
-            return follow(function(*self._arguments_again(k, boundary, grad)), boundary)
-        with torch.no_grad():
-            return follow(function(*self._arguments_again(k, boundary, grad)), boundary)
+            return follow(function(*self._arguments_again(k, boundary)), boundary)
+        boundary = tuple(
+            [t.detach().requires_grad_(flag) for t, flag in zip(boundary, self.flags[k], strict=True)]
+        )
+        with torch.enable_grad(), self.discarding:
+            results = function(*self._arguments_again(k, boundary))
+        return follow(tuple([t.detach() for t in results]), boundary)
 
     def ran_out(self) -> None:
         """See Step."""
@@ -259,10 +263,10 @@ class GraphStep(Step):
         self, stage: int, rebuild: Rebuild, boundary: tuple[Tensor, ...], sources: list[Tensor]
     ) -> tuple[Tensor, ...]:
         """See Step."""
-        arguments = self._arguments_again(stage, boundary, grad=True)
+        arguments = self._arguments_again(stage, boundary)
         return rebuild.function(*(arguments[i] for i in rebuild.arguments), *sources)
 
-    def _arguments_again(self, k: int, boundary: tuple[Tensor, ...], grad: bool) -> list[Any]:
+    def _arguments_again(self, k: int, boundary: tuple[Tensor, ...]) -> list[Any]:
         """The arguments of stage k as its first run found them."""
         executor, own = self.executor, self.parameters[k]
         if self._versions(k, own) != self.read_versions[k]:
@@ -271,12 +275,10 @@ class GraphStep(Step):
                 "between forward and backward, so that the stage cannot be replayed; step the optimizer after "
                 "backward"
             )
-        carried = self.carried
-        if grad and executor.carried_by[k]:
-            carried = {
-                name: carried[name].detach().requires_grad_(self.carried_flags[name])
-                for name in executor.carried_by[k]
-            }
+        carried = {
+            name: self.carried[name].detach().requires_grad_(self.carried_flags[name])
+            for name in executor.carried_by[k]
+        }
         arguments = executor.gather[k](own, boundary, carried, self.inputs, executor.constants)
         for position, snapshot in zip(executor.changed[k], self.snapshots.get(k, ()), strict=True):
             arguments[position] = snapshot.clone()

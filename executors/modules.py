@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from executors.trace import Observer
 from scheduler.capture.flat import flatten, tensor_leaves, unflatten
 from scheduler.capture.module_capture import Block, ModuleCapture, intercepted, is_compiled
 from scheduler.capture.sharded import gathered, holders, sharded_within
-from scheduler.capture.state import Draws
+from scheduler.capture.state import AutocastState, Draws, autocast_contexts, autocast_state
 from scheduler.program import ReplayProgram
 
 __all__ = ["ModuleExecutor"]
@@ -163,7 +163,9 @@ class ModuleStep(Step):
         # (output leaf, tensor, version) of the block before, while the next is awaited
         self.outputs: list[tuple[int, Tensor, int]] = []
         self.runs: dict[int, _Run] = {}
-        self.discarding = torch.autograd.graph.saved_tensors_hooks(self._shielded(_discard), _never)
+        self.autocasts: dict[
+            int, AutocastState
+        ] = {}  # where it is not that of the step: the model's code sets it
 
     def finish(self) -> None:
         """The forward is over."""
@@ -230,6 +232,8 @@ class ModuleStep(Step):
         self.runs[stage] = run
         self.last(run.read)
         self.before_first_run(stage, boundary)
+        if (autocast := autocast_state(self.device)) != self.autocast:
+            self.autocasts[stage] = autocast
         draws = None if self.faked else Draws(self.device)
         with self.dropping(stage):
             result = run.forward(*args, **kwargs)
@@ -272,10 +276,13 @@ class ModuleStep(Step):
         del boundary
         args, kwargs = unflatten(leaves, run.spec)
         del leaves
-        if run.is_as_then(own):
+        if stage not in self.autocasts and run.is_as_then(own):
             result = self._call(run, args, kwargs, grad)
         else:
-            with _as_then(run, own):
+            with ExitStack() as contexts:
+                contexts.enter_context(_as_then(run, own))
+                for context in autocast_contexts(self.autocasts.get(stage, ())):
+                    contexts.enter_context(context)
                 result = self._call(run, args, kwargs, grad)
         del args, kwargs
         following = capture.stages[stage + 1] if stage + 1 < len(capture) else None
@@ -343,11 +350,3 @@ def _as_then(run: _Run, own: _Own) -> Iterator[None]:
             values[key] = tensor
         for buffer, value in zip(buffers, current, strict=True):
             buffer.data.copy_(value)
-
-
-def _discard(_: Tensor) -> None:
-    return None
-
-
-def _never(_: Any) -> Tensor:
-    raise ReplayError("the graph of a re-run must not be reversed")

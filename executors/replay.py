@@ -30,6 +30,7 @@ The rules, referred to by number below:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -58,6 +59,11 @@ class _Stop(Exception):
 
 class Step(FirstSweep):
     """The state of one step; its backward."""
+
+    @functools.cached_property
+    def discarding(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """The context of a run in grad mode that nothing is saved of."""
+        return torch.autograd.graph.saved_tensors_hooks(self._shielded(_discard), _never)
 
     # ---- backward ------------------------------------------------------------------------------------
 
@@ -359,6 +365,10 @@ class Step(FirstSweep):
             )
         for number, tensor in zip(part.gives, made, strict=True):
             fill(number, tensor)
+
+
+def _discard(_: Tensor) -> None:
+    return None
 
 
 def _never(_: Any) -> Tensor:

@@ -28,7 +28,7 @@ from scheduler.capture.sample import (
     unplanned,
 )
 from scheduler.capture.sharded import sharded_within
-from scheduler.capture.state import model_device, preserved
+from scheduler.capture.state import model_device, preserved, set_apart
 from scheduler.capture.target import Device, Target
 from scheduler.capture.verify import StepResult, difference, run_step
 from scheduler.chain import Chain
@@ -98,8 +98,8 @@ def solve(
 ) -> Plan:
     """Plan the training step of ``model`` so that it fits ``memory_budget``, at the least extra time.
 
-    The model is left as it is: parameters, gradients, buffers, random-number state. What its stages cost is remembered
-    as long as it lives: to plan it again, for another budget, takes less time and meets the same figures.
+    The model is left as it is: parameters, gradients, buffers, random-number state; so is the sample. What its stages cost
+    is remembered as long as it lives: to plan it again, for another budget, takes less time and meets the same figures.
 
     Args:
         model: in train mode, on one device, or sharded by fully_shard; then every rank makes this call. One that trains by a plan already is planned anew. With ``device`` it may
@@ -138,7 +138,8 @@ def solve(
     if isinstance(request.device, Target):
         with without_hardware(request.model, request.call) as (request.model, request.call):
             return _plan(request, parameters or {})
-    return _plan(request, parameters or {})
+    with set_apart(request.call) as request.call:
+        return _plan(request, parameters or {})
 
 
 def solve_again(plan: Plan, model: nn.Module, call: Call, progress: Progress) -> Plan:

@@ -14,7 +14,7 @@ from executors import execute, measure_peak
 from scheduler import Schedule, solve
 from scheduler.schedule import Action, Backward, Checkpoint, Keep
 from tests.helpers import smallest
-from tests.models import SEVEN, Case, tiny
+from tests.models import SEVEN, Block, Case, tiny
 from tests.steps import (
     EACH_CAPTURE,
     EITHER_CAPTURE,
@@ -223,6 +223,38 @@ def test_forward_outside_autocast_and_backward_inside(capture: str) -> None:
         return {}
 
     assert_same(case.model, planned, procedure)
+
+
+class Narrowing(nn.Module):
+    """Sets autocast itself, and sets it off for a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(16) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, block in enumerate(self.blocks):
+            with torch.autocast("cpu", torch.bfloat16, enabled=number % 3 > 0):
+                x = block(x.float())
+        return x
+
+
+@EITHER_CAPTURE
+@pytest.mark.parametrize("outside", [False, True])
+def test_autocast_that_the_model_s_own_code_sets_around_blocks(capture: str, outside: bool) -> None:
+    torch.manual_seed(0)
+    batch = torch.randn(256, 16)
+    case = Case(Narrowing().train(), batch, (batch,))
+
+    def autocast() -> Any:
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=outside)
+
+    with autocast():
+        model = planned(case, capture)
+    with restored(case.model):
+        got = train(case, model, context=autocast)
+    with restored(case.model):
+        assert_equal(got, train(case, case.model, context=autocast))
 
 
 @EACH_CAPTURE

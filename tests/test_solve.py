@@ -198,6 +198,36 @@ def test_solving_leaves_gradients_buffers_random_numbers_and_modes_as_they_were(
     assert pointers == [p.grad.data_ptr() for p in model.parameters() if p.grad is not None]
 
 
+class _Scaling(nn.Module):
+    """Scales its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = _model()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inside(x.mul_(0.5))
+        return out
+
+
+@pytest.mark.parametrize("capture", ["graph", "modules"])
+def test_solving_leaves_no_gradient_on_the_sample_and_reverses_none_of_its_history(capture: str) -> None:
+    leaf = _batch().requires_grad_()
+    solve(_model(), "1GiB", sample=leaf, capture=capture)
+    assert leaf.grad is None
+    made = leaf * 2
+    solve(_model(), "1GiB", sample=made, capture=capture)
+    made.sum().backward()
+    assert leaf.grad is not None
+    assert torch.equal(leaf.grad, torch.full_like(leaf, 2.0))
+
+
+def test_a_sample_that_the_model_changes_in_place_is_as_it_was() -> None:
+    batch = _batch()
+    assert solve(_Scaling(), "1GiB", sample=batch).capture.kind == "modules"
+    assert torch.equal(batch, _batch())
+
+
 @pytest.mark.parametrize("solver", [s.name for s in SOLVERS.values() if s.executable and not s.required])
 def test_the_smallest_budget_that_the_error_names_is_met_by_a_real_step(solver: str) -> None:
     model, batch = _model(), _batch()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import operator
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -152,21 +153,31 @@ def resolve(root: nn.Module, target: str) -> Any:
 
 
 @contextmanager
-def _custom_functions_refused() -> Iterator[list[str]]:
-    """Note every custom autograd.Function that is applied: export would drop its backward."""
+def _noted() -> Iterator[list[str]]:
+    """Note what the model's code does that an export would drop: custom autograd.Functions, hooks on tensors."""
     seen: list[str] = []
     original = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if not of_an_op(cls):
-            seen.append(f"{cls.__module__}.{cls.__qualname__}")
+            seen.append(
+                f"the custom autograd.Function {cls.__module__}.{cls.__qualname__} is used, whose backward torch.export drops"
+            )
         return original.__get__(None, cls)(*args, **kwargs)
 
+    register_hook = torch.Tensor.register_hook
+
+    def hooked(tensor: torch.Tensor, hook: Any) -> Any:
+        seen.append("the forward sets a hook on a tensor, which an exported graph does not fire")
+        return register_hook(tensor, hook)
+
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign] # until the block ends
+    torch.Tensor.register_hook = hooked  # type: ignore[method-assign] # likewise
     try:
         yield seen
     finally:
         torch.autograd.Function.apply = original  # type: ignore[method-assign] # as it was
+        torch.Tensor.register_hook = register_hook  # type: ignore[method-assign] # likewise
 
 
 @contextmanager
@@ -230,18 +241,21 @@ def export_graph(model: nn.Module, call: Call) -> OpGraph:
     hooked = unfired_hook(model)
     if hooked is not None:
         raise CaptureError(hooked)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) and module.training:
+            raise CaptureError(
+                f"submodule {name!r} is a SyncBatchNorm, whose ops depend on torch.distributed"
+            )
     args, kwargs = call
-    with _custom_functions_refused() as functions, _quiet():
+    with _noted() as dropped, _quiet():
         try:
             program = torch.export.export(model, args, kwargs, strict=False)
             module = program.module()
         except Exception as error:  # export raises whatever the model's code or its own passes raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CaptureError(f"torch.export failed: {reason[:300]}") from error
-    if functions:
-        raise CaptureError(
-            f"the custom autograd.Function {functions[0]} is used, whose backward torch.export drops"
-        )
+    if dropped:
+        raise CaptureError(dropped[0])
     assert isinstance(module, fx.GraphModule)
     return analyse(module, call)
 
@@ -255,6 +269,9 @@ def analyse(module: fx.GraphModule, call: Call) -> OpGraph:
     for node in list(module.graph.nodes):
         check = node.op == "call_module" or (node.op == "call_function" and str(node.target) in _CHECKS)
         if check and not node.users:
+            module.graph.erase_node(node)
+    for node in reversed(module.graph.nodes):
+        if not node.users and _idle(node):
             module.graph.erase_node(node)
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     flat, _ = pytree.tree_flatten(call)
@@ -316,6 +333,10 @@ def analyse(module: fx.GraphModule, call: Call) -> OpGraph:
                         result = node.target(*args, **kwargs)
                 except (DataDependentOutputException, DynamicOutputShapeException) as error:
                     raise CaptureError(f"what {node.name} gives depends on the data: {error.func}") from error
+                except (
+                    RuntimeError
+                ) as error:  # of code without grad within autocast an export forgets that there is none
+                    raise CaptureError(f"{node.name} of the exported graph raises: {error}") from error
                 env[node] = result
                 reads = tuple(dict.fromkeys(g for a in node.all_input_nodes for g in group_of[a]))
                 writes = note(result, index)
@@ -352,6 +373,21 @@ def analyse(module: fx.GraphModule, call: Call) -> OpGraph:
     layout_of = {node: Layout.of(value) for node, value in env.items() if isinstance(value, torch.Tensor)}
     return OpGraph(
         module, ops, groups, placeholders, attributes, group_of, grad_of, outputs, output_spec, layout_of
+    )
+
+
+def _idle(node: fx.Node) -> bool:
+    """Whether an op does nothing beside its result: it draws no random numbers and changes nothing in place."""
+    target = node.target
+    if target is operator.getitem:
+        return True
+    # Norms with running statistics change them, whatever their schemas say.
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and target.namespace == "aten"
+        and not target._schema.is_mutable
+        and torch.Tag.nondeterministic_seeded not in target.tags
+        and not any(name in str(target) for name in ("batch_norm", "instance_norm", "fake_quant"))
     )
 
 

@@ -9,6 +9,7 @@ arguments (masks, rotary tables, an encoder's output) are *external*: held while
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -106,6 +107,12 @@ class _Call:
         self.changed: tuple[str, ...] = ()
         self.changes_input = False
         self.new_input = False  # an input that no call before had: glue has made it
+
+    def calls(self) -> Iterator[_Call]:
+        """All calls within this one."""
+        for child in self.children:
+            yield child
+            yield from child.calls()
 
     def fed_by(self, other: _Call) -> tuple[tuple[int, int], ...]:
         """(argument leaf, output leaf) pairs of one tensor."""
@@ -251,9 +258,7 @@ def capture_modules(
     device = model_device(model)
     root = _profile(model, call, modules, device, data=target is None)
     chosen = root.children if blocks is not None else _expanded(root)
-    counts: dict[str, int] = {}
-    for entry in chosen:
-        counts[entry.name] = counts.get(entry.name, 0) + 1
+    counts = Counter(entry.name for entry in root.calls())  # within another block, too
     usable = [entry for entry in chosen if counts[entry.name] == 1 and entry.inputs and entry.outputs]
     if blocks is not None and [e.name for e in usable] != list(modules):
         raise CaptureError(
@@ -434,7 +439,12 @@ def _profile(
 
     args, kwargs = call
     with torch.no_grad(), intercepted([(m, watch(n, m)) for n, m in modules.items()]):
-        model(*args, **kwargs)
+        try:
+            model(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # of the model's code, as it does run with grad
+            raise CaptureError(f"it does not run under torch.no_grad(): {error}") from error
     return root
 
 

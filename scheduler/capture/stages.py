@@ -137,7 +137,7 @@ def compile_stages(graph: OpGraph, linear: Linear, model: nn.Module) -> list[Gra
                 tuple(carried),
                 tuple(carried_from),
                 tuple(boundary),
-                _signature(ops, sources, originals, results, subgraph),
+                _signature(graph, linear.cuts[k], ops, sources, originals, results, subgraph),
             )
         )
         entering = tuple(boundary)
@@ -201,10 +201,13 @@ def _stage_name(ops: list[Any]) -> str:
 
 
 def _signature(
-    ops: list[Any], sources: list[Source], originals: list[fx.Node],
+    graph: OpGraph, first: int, ops: list[Any], sources: list[Source], originals: list[fx.Node],
     results: list[fx.Node], subgraph: fx.Graph,
 ) -> str:  # fmt: skip # one line per kind of thing
-    """Text that is equal for stages that run the same ops on arguments of the same kinds and shapes."""
+    """Text that is equal for stages that run the same ops on arguments of the same kinds and shapes.
+
+    And save storages of their own alike: under autocast a weight that an earlier stage has cast may come from the cache.
+    """
     number = {node: index for index, node in enumerate(subgraph.nodes)}
     rows = []
     for source, node in zip(sources, originals, strict=True):
@@ -213,6 +216,7 @@ def _signature(
     for op, node in zip(ops, made, strict=True):
         args = fx.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
         rows.append(f"{node.target} {args} {_shape(op.node)} {op.requires_grad}")
+        rows.append(str([graph.groups[pack.group].producer >= first for pack in op.packs]))
     return "\n".join(rows) + f"\n{[number[r] for r in results]}"
 
 

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 from torch._guards import detect_fake_mode
+from torch.utils import _pytree as pytree
 
+from scheduler.capture.sample import Call
 from scheduler.capture.sharded import take_gathered_grads
 
 __all__ = [
@@ -26,7 +28,9 @@ __all__ = [
     "model_device",
     "preserved",
     "reverse",
+    "set_apart",
     "shielded",
+    "uncached",
 ]
 
 CPU_RANDOM_STATE = 5056  # bytes of torch's CPU generator state, an allocation of its own
@@ -160,6 +164,17 @@ def autocast_contexts(state: AutocastState) -> list[torch.autocast]:
     return contexts
 
 
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Within it autocast's cache of casts is left alone."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
 def reverse(root: torch.Tensor) -> None:
     """``root.backward()``, outside of autocast, as it is in training; only the forward belongs inside."""
     with torch.autocast(root.device.type, enabled=False):
@@ -199,3 +214,20 @@ def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:
             # .data leaves the version counter alone: nothing that autograd saved is invalidated.
             buffer.data.copy_(value)
         generators.restore()
+
+
+@contextmanager
+def set_apart(call: Call) -> Iterator[Call]:
+    """A call for trials: none of its tensors has a history or keeps a gradient; on leaving, the given ones have their values.
+
+    Storages are those of the given tensors.
+    """
+    given = {id(t): t for t in pytree.tree_leaves(call) if isinstance(t, torch.Tensor)}
+    before = {name: (t._version, t.detach().to("cpu", copy=True)) for name, t in given.items()}
+    apart = {name: t.detach().requires_grad_() if t.requires_grad else t for name, t in given.items()}
+    try:
+        yield pytree.tree_map_only(torch.Tensor, lambda t: apart[id(t)], call)
+    finally:
+        for name, (version, value) in before.items():
+            if given[name]._version != version:  # the model changes its input in place
+                given[name].data.copy_(value)

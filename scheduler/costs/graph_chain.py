@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from scheduler.capture.graph import OpGraph
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.loss import find_loss
 from scheduler.capture.recompute import packs_of
@@ -27,6 +26,7 @@ from scheduler.costs.options import measure_options
 from scheduler.costs.peak import allocated
 from scheduler.costs.resident import storage_bytes
 from scheduler.costs.roofline import estimate_run
+from scheduler.costs.unreversed import held_by_user, held_results, unreversed, unreversed_bytes
 
 __all__ = ["graph_chain", "measure_graph"]
 
@@ -66,6 +66,7 @@ def measure_graph(
     surroundings = (autocast, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
     keys: dict[int, str] = {}
     last = len(capture) - 1
+    waiting = unreversed(capture) if loss_is_output else set()
 
     def visit(k: int, arguments: list[Any]) -> None:
         stage = capture.stages[k]
@@ -74,6 +75,7 @@ def measure_graph(
         if loss_is_output:
             unread |= _unread(capture, k)
         carried = sorted(stage.carried_from)
+        held = held_results(capture, k, waiting)
         how = (
             clock,
             options,
@@ -82,11 +84,12 @@ def measure_graph(
             k == last,
             adding,
             sorted(unread),
+            sorted(held),
             sorted(layouts.items()),
         )
         key = keys[k] = f"{capture.place}|{how}|{stage.signature}"
         if key not in costs:
-            run = _isolated(capture, k, arguments, added, unread, layouts)
+            run = _isolated(capture, k, arguments, added, unread, layouts, held)
             cost = measure_stage(run, capture.place, clock=clock)
             if capture.target is not None:
                 forward, backward = estimate_run(run, capture.place)
@@ -126,6 +129,7 @@ def _isolated(
     existing: Collection[nn.Parameter],
     unread: frozenset[int],
     layouts: Mapping[int, tuple[int, ...]],
+    held: frozenset[int],
 ) -> StageRun:
     stage = capture.stages[k]
     parameters = [a for a in arguments if isinstance(a, nn.Parameter)]
@@ -154,7 +158,7 @@ def _isolated(
     )
     reset = fresh_grads(parameters, existing)
     of_loss = loss if k == len(capture) - 1 else None
-    return StageRun(run, reset, of_loss, lasting, unread, layouts)
+    return StageRun(run, reset, of_loss, lasting, unread, layouts, held)
 
 
 def graph_chain(
@@ -234,8 +238,10 @@ def graph_chain(
                 counted += max(there, size[key] if key in outputs and not loss_is_output else 0)
         return min(costs[k].output_grads, counted)
 
-    outputs = _outputs(graph)
-    freed = _freed(capture, saved_by)
+    outputs = held_by_user(graph)
+    waiting = unreversed(capture) if loss_is_output else set()
+    lasting = [unreversed_bytes(capture, k, waiting, total) for k in range(count)]
+    freed = _freed(capture, saved_by, {k for k, size in enumerate(lasting) if size})
     change, output_grad = _carried_changes(capture, size, freed, flows, loss_is_output)
     existing = {p for p in model.parameters() if p.grad is not None}
     created, summed = parameter_grads(_readers(capture, model), existing, change, capture.place)
@@ -292,7 +298,7 @@ def graph_chain(
                 options=tuple(options),
                 forward_overhead=max(cost.dropping_peak - new, made) - following,
                 input_grad=input_grad,
-                grad=created[k],
+                grad=created[k] + lasting[k],
                 carried=carried,
                 carried_change=change[k],
                 recomputable=not prefix,
@@ -341,22 +347,17 @@ class _Values:
         return (len(self.sizes) - 1,)
 
 
-def _outputs(graph: OpGraph) -> set[int]:
-    """The storages that the user holds."""
-    return {key for leaf in graph.outputs if leaf in graph.group_of for key in graph.group_of[leaf]}
-
-
-def _freed(capture: GraphCapture, saved_by: list[set[int]]) -> dict[int, int]:
+def _freed(capture: GraphCapture, saved_by: list[set[int]], waiting: Collection[int]) -> dict[int, int]:
     """The stage with whose backward each carried value goes: its earliest reader, or its producer if that saves it.
 
-    An output is not among them, for the user holds it.
+    An output is not among them, for the user holds it, nor what stages read that are not reversed whole (``waiting``).
     """
-    linear, outputs = capture.linear, _outputs(capture.graph)
+    linear, outputs = capture.linear, held_by_user(capture.graph)
     return {
         key: made if key in saved_by[made] else linear.readers[key][0]
         for made, keys in enumerate(linear.carried)
         for key in keys
-        if key not in outputs
+        if key not in outputs and not {made, *linear.readers[key]}.intersection(waiting)
     }
 
 
@@ -374,7 +375,7 @@ def _carried_changes(
     graph, linear = capture.graph, capture.linear
     count = len(linear)
     change = [0] * count
-    outputs = _outputs(graph)
+    outputs = held_by_user(graph)
     output_grad = 4
     if not loss_is_output:
         output_grad = sum(

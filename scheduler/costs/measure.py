@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from scheduler.capture.sharded import is_distributed
-from scheduler.capture.state import reverse, shielded
+from scheduler.capture.state import reverse, shielded, uncached
 from scheduler.capture.target import Device, Target
 from scheduler.costs.peak import allocated, count_bytes
 
@@ -109,6 +109,7 @@ class StageRun:
         unread: the outputs that get no gradient.
         layouts: strides of the gradient that each output gets, where they are known. A kernel that wants another
             layout makes a copy.
+        held: the outputs that are there while the stage is reversed: the user holds them.
     """
 
     run: Callable[[Enter], Sequence[Tensor]]
@@ -117,6 +118,7 @@ class StageRun:
     lasting: frozenset[int] = frozenset()
     unread: frozenset[int] = frozenset()
     layouts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    held: frozenset[int] = frozenset()
 
 
 def fresh_grads(parameters: Iterable[nn.Parameter], existing: Collection[nn.Parameter]) -> Callable[[], None]:
@@ -213,6 +215,8 @@ def rebuild_peak(
 ) -> int:
     """Most bytes above the inputs while a stage is run again, to the last of its saved tensors that is wanted.
 
+    Without autocast's cache, as executors do it: a weight that is used twice is cast twice.
+
     Args:
         run: see ``StageRun``.
         wanted: told the number of a saved tensor and the tensor.
@@ -225,7 +229,7 @@ def rebuild_peak(
         if wanted(count - 1, tensor):
             last = count
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(look), _never):
+    with uncached(), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(look), _never):
         run(as_leaf)
     if not last:
         return 0
@@ -249,7 +253,8 @@ def rebuild_peak(
         ):
             run(as_leaf)
 
-    return count_bytes(again, device).peak
+    with uncached():
+        return count_bytes(again, device).peak
 
 
 def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: bool = True) -> StageCost:
@@ -287,11 +292,12 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(_unowned), unpack):
             outputs = stage.run(sink)
             seed, output_grads = _root(stage, outputs)
+            held = [outputs[i] for i in stage.held]
             del outputs
         mark()
         if seed is not None and seed.requires_grad:
             reverse(seed)
-        del seed
+        del seed, held
 
     if not isinstance(device, Target):
         keeping(lambda: None)  # warm-up: lazy initialisation, workspaces

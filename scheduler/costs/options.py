@@ -271,10 +271,12 @@ def _peaks(
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             outputs = run.run(sink)
             seed, _ = _root(run, outputs)
+            held = [outputs[i] for i in run.held]
             del outputs
         mark()
         if seed is not None and seed.requires_grad:
             reverse(seed)
+        del held
 
     counted = count_bytes(step, capture.place)
     run.reset()

@@ -8,8 +8,7 @@ own order: what it saves, what it holds on to, which gradients wait meanwhile.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +23,7 @@ from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.module_capture import ModuleCapture, intercepted
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import sharded_within
+from scheduler.capture.state import uncached
 from scheduler.capture.target import Device
 from scheduler.costs.measure import seed_gradients
 from scheduler.costs.peak import allocated
@@ -148,17 +148,6 @@ def _closed(node: _Node, args: Any, kwargs: Any, produced: Any) -> Any:
     return pytree.tree_unflatten(leaves, spec)
 
 
-@contextmanager
-def _uncached() -> Iterator[None]:
-    """Within it autocast's cache is left alone: casts made without grad are not for the user's code."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
-
-
 def run_skeleton(
     capture: ModuleCapture,
     model: nn.Module,
@@ -187,7 +176,7 @@ def run_skeleton(
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
             def loose(*args: Any, **kwargs: Any) -> Any:
                 visitor.enter(index, forward, args, kwargs)
-                with torch.no_grad(), _uncached():
+                with torch.no_grad(), uncached():
                     produced = forward(*args, **kwargs)
                 produced = _closed(
                     _Node(index, boxes[index], visitor, capture.device), args, kwargs, produced

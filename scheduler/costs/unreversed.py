@@ -1,0 +1,90 @@
+"""What a backward from the model's own loss does not reach: it stays as long as the user holds the other outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import chain
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from scheduler.capture.graph import OpGraph
+from scheduler.capture.graph_capture import GraphCapture
+from scheduler.capture.loss import find_loss
+
+__all__ = ["held_by_user", "held_results", "unreversed", "unreversed_bytes"]
+
+
+def unreversed(capture: GraphCapture) -> set[fx.Node]:
+    """The nodes that lead to outputs that require grad, and not to the loss.
+
+    Autograd lets go of what an op saved when that op is reversed, and else with the last tensor that depends on it.
+    """
+    graph = capture.graph
+    held = [leaf for leaf in graph.outputs if isinstance(leaf, fx.Node) and graph.grad_of.get(leaf)]
+    return {n for n in _leading_to(graph, held) - _leading_to(graph, [_loss(capture)]) if graph.grad_of[n]}
+
+
+def held_results(capture: GraphCapture, k: int, waiting: set[fx.Node]) -> frozenset[int]:
+    """The results of stage k that are there while it is reversed: the user's that it saves; what is not reversed."""
+    graph, linear, stage = capture.graph, capture.linear, capture.stages[k]
+    ops = graph.ops[linear.cuts[k] : linear.cuts[k + 1]]
+    saved = {key for op in ops for key in op.saved}
+    both = saved & held_by_user(graph)
+    nodes = {op.node.name: op.node for op in ops}
+    results = chain(
+        zip(stage.carried, stage.carried_from, strict=True),
+        zip(stage.boundary, stage.boundary_from, strict=True),
+    )
+    return frozenset(
+        i
+        for name, i in results
+        if i >= 0 and (nodes[name] in waiting or both.intersection(graph.group_of[nodes[name]]))
+    )
+
+
+def unreversed_bytes(
+    capture: GraphCapture, k: int, waiting: set[fx.Node], total: Callable[[Iterable[int]], int]
+) -> int:
+    """At most what stays when stage k is reversed: its saved tensors, or the boundary that it would run again from."""
+    graph, linear = capture.graph, capture.linear
+    ops = graph.ops[linear.cuts[k] : linear.cuts[k + 1]]
+    saved = {key for op in ops if op.node in waiting for key in op.saved}
+    if not saved:
+        return 0
+    return max(total(saved), *(total(keys) for keys in linear.boundaries[: k + 1]))
+
+
+def held_by_user(graph: OpGraph) -> set[int]:
+    """The storages of the outputs."""
+    return {key for leaf in graph.outputs if leaf in graph.group_of for key in graph.group_of[leaf]}
+
+
+def _leading_to(graph: OpGraph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes that these were made from, changes in place included."""
+    place = {op.node: i for i, op in enumerate(graph.ops)}
+    found, waiting = set[fx.Node](), list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+            changes = (i for key in graph.group_of.get(node, ()) for i in graph.groups[key].mutated)
+            waiting += [graph.ops[i].node for i in changes if i <= place.get(node, -1)]
+    return found
+
+
+def _loss(capture: GraphCapture) -> fx.Node:
+    """The output that is the model's own loss."""
+    graph = capture.graph
+    leaves = {}
+    for leaf in graph.outputs:
+        if leaf in graph.layout_of:
+            layout = graph.layout_of[leaf]
+            leaves[leaf] = torch.empty(layout.shape, dtype=layout.dtype, device="meta").requires_grad_(
+                graph.grad_of[leaf]
+            )
+    output = pytree.tree_unflatten([leaves.get(leaf, leaf) for leaf in graph.outputs], capture.output_spec)
+    loss = find_loss(output)[0]
+    return next(node for node, tensor in leaves.items() if tensor is loss)
