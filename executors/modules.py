@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 from executors.graph import locate
 from executors.replay import ReplayError, Step
 from executors.trace import Observer
-from scheduler.capture.module_capture import ModuleCapture, intercepted, is_compiled, tensor_leaves
+from scheduler.capture.module_calls import intercepted, tensor_leaves
+from scheduler.capture.module_capture import ModuleCapture, is_compiled
 from scheduler.capture.sharded import gathered, holders, sharded_within
 from scheduler.program import ReplayProgram
 
@@ -48,26 +49,28 @@ class ModuleExecutor:
         self.observe = observe
         self.ran_out = False  # whether a replay of a step ran out of memory
         self.plain = plain
-        self.modules = [model.get_submodule(block.name) for block in capture.blocks]
+        self.modules = {block.name: model.get_submodule(block.name) for block in capture.blocks}
         # Those that fully_shard gathers deeper within a block are there only while their module runs.
-        self.parameters = [
-            [
-                locate(model, f"{block.name}.{n}")
+        self.parameters = {
+            name: [
+                locate(model, f"{name}.{n}")
                 for n, _ in module.named_parameters()
                 if all(holder is module for holder in holders(module, n.rpartition(".")[0]))
             ]
-            for block, module in zip(capture.blocks, self.modules, strict=True)
-        ]
-        self.buffers = [
-            [locate(model, f"{block.name}.{n}") for n, _ in module.named_buffers()]
-            for block, module in zip(capture.blocks, self.modules, strict=True)
-        ]
-        self.sharded = [
-            (holders(model, block.name), [inner for inner in sharded_within(module) if inner is not module])
-            for block, module in zip(capture.blocks, self.modules, strict=True)
-        ]
+            for name, module in self.modules.items()
+        }
+        self.buffers = {
+            name: [locate(model, f"{name}.{n}") for n, _ in module.named_buffers()]
+            for name, module in self.modules.items()
+        }
+        self.sharded = {
+            name: (holders(model, name), [inner for inner in sharded_within(module) if inner is not module])
+            for name, module in self.modules.items()
+        }
         self.changed = [[locate(model, n) for n in capture.changed[block.stage]] for block in capture.blocks]
-        self.compiled = any(is_compiled(inner) for module in self.modules for inner in module.modules())
+        self.compiled = any(
+            is_compiled(inner) for module in self.modules.values() for inner in module.modules()
+        )
         # forward is intercepted while a step runs: one step at a time may do that to these modules.
         self.lock = threading.Lock()
 
@@ -76,11 +79,11 @@ class ModuleExecutor:
         step = ModuleStep(self)
         if self.observe is not None:
             self.observe("first", 0)
-        with self.lock, intercepted([(m, step.wrapper(i)) for i, m in enumerate(self.modules)]):
+        with self.lock, intercepted([(m, step.wrapper(name)) for name, m in self.modules.items()]):
             output = self.plain(*args, **kwargs)
-        if step.ran != len(self.modules):
+        if step.ran != len(self.capture.blocks):
             raise ReplayError(
-                f"the plan was made for {len(self.modules)} blocks, of which this forward ran {step.ran}; the model "
+                f"the plan was made for {len(self.capture.blocks)} blocks, of which this forward ran {step.ran}; the model "
                 "took another path, so make a plan for this call"
             )
         step.finish()
@@ -98,68 +101,107 @@ class ModuleStep(Step):
         self.executor = executor
         self.compiled = executor.compiled
         self.ran = 0
-        # (output leaf, tensor, version) of the block before, while the next is awaited
-        self.outputs: list[tuple[int, Tensor, int]] = []
+        # (block, output leaf) -> (tensor, version): what crosses into the next block, while that is awaited
+        self.crossing: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self.calls: dict[int, tuple[Callable[..., Any], list[Any], Any]] = {}
         self.versions_read: dict[int, dict[int, int]] = {}
-        self.places: dict[int, list[int]] = {}  # stage -> argument leaves that are its boundary
+        # stage -> (argument leaf, position in its boundary)
+        self.places: dict[int, list[tuple[int, int]]] = {}
         self.snapshots: dict[int, list[Tensor]] = {}
 
     def finish(self) -> None:
         """The forward is over."""
-        self.outputs = []
+        self.crossing = {}
         self.sweep_is_over()
 
-    def wrapper(self, index: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """How block ``index`` is intercepted."""
-        block = self.executor.capture.blocks[index]
+    def wrapper(self, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """How the module of that name, one block or several, is intercepted."""
+        blocks, kept = self.executor.capture.blocks, self.program.kept
 
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
             def intercept(*args: Any, **kwargs: Any) -> Any:
-                if self.ran != index or not self.sweeping:
+                index = self.ran
+                expected = blocks[index].name if index < len(blocks) else "no more"
+                if expected != name or not self.sweeping:
                     raise ReplayError(
-                        f"block {block.name} ran out of the order of the plan (position {self.ran} instead of {index}); "
+                        f"block {name} ran out of the order of the plan (at position {index}, where that has {expected}); "
                         "make a plan for this call, or pass other blocks to solve(capture=...)"
                     )
                 self.ran += 1
+                stage = blocks[index].stage
                 boundary = self._enter(index, args, kwargs)
                 if self.observe is not None:
-                    self.watch(block.stage - 1, boundary)
-                    self.observe("first", block.stage)
-                if self.program.kept[block.stage] is not None:
+                    self._watch_boundary(index, boundary)
+                    self.observe("first", stage)
+                if kept[stage] is not None:
                     result = forward(*args, **kwargs)
                 else:
                     result = self._drop(index, forward, boundary, args, kwargs)
-                self.outputs = [(output, t, t._version) for output, t in tensor_leaves(result)]
+                made = tensor_leaves(result)
+                following = self._following(index)
+                self.crossing |= {
+                    (index, output): (tensor, tensor._version)
+                    for output, tensor in made
+                    if (index, output) in following
+                }
                 if self.observe is not None:
-                    self.watch(block.stage, [t for _, t, _ in self.outputs])
-                    self.observe("first", block.stage + 1)
+                    self.watch(stage, [t for _, t in made])
+                    self.observe("first", stage + 1)
                 return result
 
             return intercept
 
         return wrap
 
+    def _following(self, index: int) -> tuple[tuple[int, int], ...]:
+        """What crosses into the block after; see ``Block.boundary``."""
+        blocks = self.executor.capture.blocks
+        return blocks[index + 1].boundary if index + 1 < len(blocks) else ()
+
+    def _watch_boundary(self, index: int, boundary: tuple[Tensor, ...]) -> None:
+        """Tell the observer when the gradients of what the block before has made arrive."""
+        block = self.executor.capture.blocks[index]
+        values = block.boundary or [(index - 1, 0)] * len(boundary)
+        self.watch(
+            block.stage - 1,
+            [t for (made, _), t in zip(values, boundary, strict=True) if made == index - 1],
+        )
+
     def _enter(self, index: int, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
         """The boundary into a block, checked against the plan."""
         block = self.executor.capture.blocks[index]
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-        made = {output: (tensor, version) for output, tensor, version in self.outputs}
-        for argument, output in block.fed:
-            if argument not in tensors or not _same_value(tensors[argument], *made.get(output, (None, 0))):
+        crossing = {value: tensor for value, (tensor, _) in self.crossing.items()}
+        position = {value: at for at, value in enumerate(block.boundary)}
+        places = [(argument, position[index - back, output]) for argument, output, back in block.fed]
+        for argument, output, back in block.fed:
+            value = index - back, output
+            if argument not in tensors or not _same_value(
+                tensors[argument], *self.crossing.get(value, (None, 0))
+            ):
+                before = "the block before" if back == 1 else self.executor.capture.blocks[index - back].label
                 raise ReplayError(
-                    f"argument {argument} of block {block.name} is not output {output} of the block before, as it "
+                    f"argument {argument} of block {block.label} is not output {output} of {before}, as it "
                     "was when the plan was made; make a plan for this call"
                 )
-        self.outputs = []
-        places = [argument for argument, _ in block.fed] or sorted(tensors)
-        boundary = tuple(tensors[i] for i in places)
+            crossing[value] = tensors[argument]
+        if any(value not in crossing for value in block.boundary):
+            raise ReplayError(
+                f"what passes by block {block.label} is not what passed when the plan was made; make a plan for this call"
+            )
+        if block.fed:
+            boundary = tuple(crossing[value] for value in block.boundary)
+        else:
+            places = [(argument, at) for at, argument in enumerate(sorted(tensors))]
+            boundary = tuple(tensors[argument] for argument, _ in places)
+        following = self._following(index)
+        self.crossing = {value: each for value, each in self.crossing.items() if value in following}
         if self.program.kept[block.stage] is None:
             self.places[block.stage] = places
-            external = [leaf for i, leaf in tensors.items() if i not in places]
-            self.last(external)
-            for i in places:
+            held = {argument for argument, _ in places}
+            self.last([leaf for i, leaf in tensors.items() if i not in held])
+            for i in held:
                 leaves[i] = None
             self.calls[block.stage] = (lambda: None, leaves, spec)
             self.versions_read[block.stage] = self._versions(index, block.stage)
@@ -169,11 +211,11 @@ class ModuleStep(Step):
         self, index: int, forward: Callable[..., Any], boundary: tuple[Tensor, ...], args: Any, kwargs: Any
     ) -> Any:
         """The first run of a block whose saved tensors are dropped."""
-        stage = self.executor.capture.blocks[index].stage
+        name, stage = self.executor.capture.blocks[index].name, self.executor.capture.blocks[index].stage
         _, leaves, spec = self.calls[stage]
         self.calls[stage] = (forward, leaves, spec)
         self.before_first_run(stage, boundary)
-        own = [*self.executor.parameters[index], *self.executor.buffers[index]]
+        own = [*self.executor.parameters[name], *self.executor.buffers[name]]
         self.last([values[key] for values, key in own])
         if self.executor.changed[index]:
             self.snapshots[stage] = [values[key].clone() for values, key in self.executor.changed[index]]
@@ -186,7 +228,8 @@ class ModuleStep(Step):
         Where fully_shard's hooks are inside of what is intercepted, the parameters were not gathered yet when the first
         run began: others than the re-run finds.
         """
-        read = [values[key] for values, key in self.executor.parameters[index]]
+        name = self.executor.capture.blocks[index].name
+        read = [values[key] for values, key in self.executor.parameters[name]]
         read += [leaf for leaf in self.calls[stage][1] if isinstance(leaf, Tensor)]
         return {id(tensor): tensor._version for tensor in read}
 
@@ -194,7 +237,7 @@ class ModuleStep(Step):
         """Re-run a block; see Step. Parameters that fully_shard has sharded are gathered for it."""
         index = self.executor.capture.stages[stage]
         assert index is not None  # glue runs once: the referee refuses a schedule that re-runs it
-        with gathered(*self.executor.sharded[index]):
+        with gathered(*self.executor.sharded[self.executor.capture.blocks[index].name]):
             return self._run_block(stage, index, boundary, grad)
 
     def _run_block(
@@ -205,7 +248,7 @@ class ModuleStep(Step):
         now = self._versions(index, stage)
         if any(now.get(key, version) != version for key, version in self.versions_read[stage].items()):
             raise RuntimeError(
-                f"a parameter or argument of block {capture.blocks[index].name} has been modified by an inplace "
+                f"a parameter or argument of block {capture.blocks[index].label} has been modified by an inplace "
                 "operation between forward and backward, so that the block cannot be replayed; step the optimizer "
                 "after backward"
             )
@@ -218,8 +261,11 @@ class ModuleStep(Step):
             boundary = tuple(
                 t.detach().requires_grad_(flag) for t, flag in zip(boundary, self.flags[stage], strict=True)
             )
-        for place, tensor in zip(self.places[stage], boundary, strict=True):
-            leaves[place] = tensor
+        for place, position in self.places[stage]:
+            leaves[place] = boundary[position]
+        after = self._following(index)
+        passing = zip(capture.blocks[index].boundary, boundary, strict=False)
+        there = {value: tensor for value, tensor in passing if value in after}
         del boundary
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         del leaves
@@ -230,13 +276,8 @@ class ModuleStep(Step):
                 hooks = torch.autograd.graph.saved_tensors_hooks(self._shielded(_discard), _never)
                 with torch.enable_grad(), hooks:
                     result = forward(*args, **kwargs)
-        following = stage + 1
-        if following >= len(capture.stages) or capture.stages[following] is None:
-            return ()
-        made = dict(tensor_leaves(result))
-        next_index = capture.stages[following]
-        assert next_index is not None
-        return tuple(made[output].detach() for _, output in capture.blocks[next_index].fed)
+        there |= {(index, output): tensor for output, tensor in tensor_leaves(result)}
+        return tuple(there[value].detach() for value in after)
 
     def ran_out(self) -> None:
         """See Step."""
@@ -245,7 +286,7 @@ class ModuleStep(Step):
     def name_of(self, stage: int) -> str:
         """See Step."""
         index = self.executor.capture.stages[stage]
-        return "code between blocks" if index is None else self.executor.capture.blocks[index].name
+        return "code between blocks" if index is None else self.executor.capture.blocks[index].label
 
     def saved_tensor(self, stage: int, index: int) -> str:
         """See Step."""

@@ -36,8 +36,9 @@ class CaptureRecord:
         model: fingerprint of the model.
         graph: fingerprint of the op graph ("" for modules).
         cuts: inner cuts of the op graph (empty for modules).
-        stages: names of the modules that are stages (empty for graph).
-        fed: for each of them, which outputs of the one before are among its arguments: (argument, output) leaves.
+        stages: names of the modules that are stages, as often as they run (empty for graph).
+        fed: for each of them, which outputs of those before are among its arguments: (argument leaf, output leaf, how many
+            blocks back).
         random: (L,) whether a stage draws random numbers.
         changed: (L,) names of the buffers that a stage changes.
         dropped: (L,) for each option of a stage, the numbers of the saved tensors that it drops (empty for modules).
@@ -60,7 +61,7 @@ class CaptureRecord:
     graph: str = ""
     cuts: tuple[int, ...] = ()
     stages: tuple[str, ...] = ()
-    fed: tuple[tuple[tuple[int, int], ...], ...] = ()
+    fed: tuple[tuple[tuple[int, ...], ...], ...] = ()
     random: tuple[bool, ...] = ()
     changed: tuple[tuple[str, ...], ...] = ()
     dropped: tuple[tuple[tuple[int, ...], ...], ...] = ()

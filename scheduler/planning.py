@@ -16,7 +16,8 @@ from scheduler.budget import format_bytes, free_machine_bytes, machine_bytes, pa
 from scheduler.capture.dry import capture_dry, without_hardware
 from scheduler.capture.fake import has_data
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
-from scheduler.capture.module_capture import ModuleCapture, capture_blocks, intercepted, is_compiled
+from scheduler.capture.module_calls import intercepted
+from scheduler.capture.module_capture import ModuleCapture, capture_blocks, is_compiled
 from scheduler.capture.sample import (
     Call,
     CallSignature,
@@ -163,7 +164,7 @@ def solve_again(plan: Plan, model: nn.Module, call: Call, progress: Progress) ->
         False,
         model_device(model),
         solver,
-        "auto" if record.kind == "graph" else tuple(map(model.get_submodule, record.stages)),
+        "auto" if record.kind == "graph" else tuple(map(model.get_submodule, dict.fromkeys(record.stages))),
         plan.costs,
         plan.resident.get("optimizer state", 0),
         plan.optimizer_step,

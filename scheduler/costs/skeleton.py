@@ -20,12 +20,15 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scheduler.capture.loss import find_loss, output_tensors
-from scheduler.capture.module_capture import ModuleCapture, intercepted, tensor_leaves
+from scheduler.capture.module_calls import intercepted, tensor_leaves
+from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import sharded_within
 from scheduler.capture.target import Device
 from scheduler.costs.measure import seed_gradients
+from scheduler.costs.op_trace import storage_key
 from scheduler.costs.peak import allocated
+from scheduler.errors import CaptureError
 
 __all__ = [
     "Box",
@@ -36,7 +39,6 @@ __all__ = [
     "Visitor",
     "pieces",
     "run_skeleton",
-    "storage_key",
 ]
 
 Place = tuple[int, bool, int]  # block, whether it is an output, leaf
@@ -61,8 +63,8 @@ class Box:
 class Visitor:
     """Is told where a skeleton step is. Does nothing."""
 
-    def enter(self, block: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        """A block begins."""
+    def enter(self, block: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A block begins; gives its output, if it has been made here."""
 
     def leave(self, block: int, produced: Any) -> None:
         """A block has run."""
@@ -162,7 +164,6 @@ def run_skeleton(
     capture: ModuleCapture,
     model: nn.Module,
     call: Call,
-    modules: Sequence[nn.Module],
     boxes: Sequence[Box] | dict[int, Box],
     visitor: Visitor,
     *,
@@ -180,14 +181,23 @@ def run_skeleton(
 
     Returns:
         the output of the model.
-    """
 
-    def wrapper(index: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    Raises:
+        CaptureError: the blocks do not run in the order of the capture.
+    """
+    ran = 0
+
+    def wrapper(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
             def loose(*args: Any, **kwargs: Any) -> Any:
-                visitor.enter(index, forward, args, kwargs)
-                with torch.no_grad(), _uncached():
-                    produced = forward(*args, **kwargs)
+                nonlocal ran
+                index, ran = ran, ran + 1
+                if index >= len(capture.blocks) or capture.blocks[index].name != name:
+                    raise CaptureError(f"{name} does not run at the same place in every forward")
+                produced = visitor.enter(index, forward, args, kwargs)
+                if produced is None:
+                    with torch.no_grad(), _uncached():
+                        produced = forward(*args, **kwargs)
                 produced = _closed(
                     _Node(index, boxes[index], visitor, capture.device), args, kwargs, produced
                 )
@@ -202,8 +212,11 @@ def run_skeleton(
     torch.clear_autocast_cache()
     with torch.enable_grad():
         whole = () if inside else frozenset(sharded_within(model))
-        with intercepted([(m, wrapper(i)) for i, m in enumerate(modules)], whole):
+        blocks = {block.name: model.get_submodule(block.name) for block in capture.blocks}
+        with intercepted([(module, wrapper(name)) for name, module in blocks.items()], whole):
             output = model(*args, **kwargs)
+        if ran != len(capture.blocks):
+            raise CaptureError(f"of {len(capture.blocks)} blocks {ran} run in another forward")
         torch.clear_autocast_cache()  # as when the context ends, which the forward alone is in
         visitor.note("over")
         if own_loss is None:
@@ -276,14 +289,6 @@ def pieces(
         backward.append(piece(cursor, ended))
         cursor = index["reversed", p - 1] if p else ended
     return forward, backward[::-1]
-
-
-def storage_key(tensor: Tensor) -> int | None:
-    """What tells a tensor's storage from others while it lives; None if it has none (sparse tensors)."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return None
 
 
 class Timed(Visitor):
@@ -408,12 +413,15 @@ class Traffic(Visitor):
         sizes = {storage_key(t): t.untyped_storage().nbytes() for t in grads}
         self.incoming[block] = sum(allocated(size, self.device) for size in sizes.values())
 
-    def shared(self, block: int, marks: Sequence[int]) -> int:
-        """Bytes of the incoming gradients that stay when the block is done with them: others are views of the same."""
-        if block not in self.incoming:
-            return 0
+    def shared(self, marks: Sequence[int]) -> list[int]:
+        """(blocks,) bytes of the incoming gradients that stay when it is done with them: others are views of the same."""
         at = dict(zip(self.events, marks, strict=True))
-        return self.incoming[block] - (at["reverse", block] - at["cleared", block])
+        return [
+            self.incoming[block] - (at["reverse", block] - at["cleared", block])
+            if block in self.incoming
+            else 0
+            for block in range(len(self.capture.blocks))
+        ]
 
     def _hold(self, tensors: list[tuple[int, Tensor]], made: int) -> dict[int, int]:
         places: dict[int, int] = {}
