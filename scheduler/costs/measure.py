@@ -109,6 +109,8 @@ class StageRun:
         unread: the outputs that get no gradient.
         layouts: strides of the gradient that each output gets, where they are known. A kernel that wants another
             layout makes a copy.
+        waiting: parameters of which shares of the gradient, from stages reversed before, wait in the engine. Those of
+            this stage are added to them one by one; what waits is not counted.
     """
 
     run: Callable[[Enter], Sequence[Tensor]]
@@ -117,6 +119,7 @@ class StageRun:
     lasting: frozenset[int] = frozenset()
     unread: frozenset[int] = frozenset()
     layouts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    waiting: Sequence[nn.Parameter] = ()
 
 
 def fresh_grads(parameters: Iterable[nn.Parameter], existing: Collection[nn.Parameter]) -> Callable[[], None]:
@@ -169,6 +172,20 @@ class _Seed(torch.autograd.Function):
             else torch.empty_strided(shape, stride, dtype=dtype, device=device).fill_(1)
             for shape, stride, dtype, device in ctx.shapes
         )
+
+
+class _Waiting(torch.autograd.Function):
+    """Identity; backward also makes gradients of parameters, which the engine alone owns until others are added."""
+
+    @staticmethod
+    def forward(ctx: Any, seed: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = [(p.shape, p.dtype, p.device) for p in parameters]
+        return seed.view_as(seed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        made = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.parameters)
+        return grads[0], *made
 
 
 def seed_gradients(
@@ -288,6 +305,8 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
             outputs = stage.run(sink)
             seed, output_grads = _root(stage, outputs)
             del outputs
+            if stage.waiting and seed is not None and seed.requires_grad:
+                seed = _Waiting.apply(seed, *stage.waiting)
         mark()
         if seed is not None and seed.requires_grad:
             reverse(seed)
@@ -303,7 +322,8 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
     again = rebuild_peak(
         stage.run, lambda _, tensor: tensor.untyped_storage()._cdata not in stage.lasting, device
     )
-    lead = max(0, kept.marks[1] - kept.marks[0] - output_grads) if len(kept.marks) > 1 else None
+    waiting = sum(allocated(p.numel() * p.element_size(), device) for p in stage.waiting)
+    lead = max(0, kept.marks[1] - kept.marks[0] - output_grads - waiting) if len(kept.marks) > 1 else None
     input_grads = tuple(
         (position, grad.untyped_storage()._cdata, allocated(grad.untyped_storage().nbytes(), device))
         for position, grad in arrived.items()
@@ -318,7 +338,7 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
         backward,
         dropped.peak,
         kept.peaks[0],
-        max(0, *kept.peaks[1:]),
+        max(0, *(peak - waiting for peak in kept.peaks[1:])),
         output_grads,
         lead,
         input_grads,

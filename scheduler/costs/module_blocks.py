@@ -54,6 +54,7 @@ class BlockRun:
     Args:
         forward: of the block.
         existing: the parameters that have a gradient before a stage's backward adds to it.
+        waiting: those of which a later block makes a share of the gradient.
     """
 
     def __init__(
@@ -65,7 +66,9 @@ class BlockRun:
         args: Any,
         kwargs: Any,
         existing: Collection[nn.Parameter],
+        waiting: Collection[nn.Parameter],
     ) -> None:
+        self.waiting = [p for p in module.parameters() if p in waiting and p.requires_grad]
         self.capture, self.module, self.forward, self.existing = capture, module, forward, existing
         self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
         self.tensors = tensor_leaves((args, kwargs))
@@ -89,7 +92,7 @@ class BlockRun:
         given = [*self.weights, *(tensor for _, tensor in self.tensors)]
         ops, produced = trace_of_ops(lambda: self(as_leaf), given)
         torch.clear_autocast_cache()
-        states = tuple(parameter in self.existing for parameter in self.module.parameters())
+        states = tuple(p in self.existing for p in self.module.parameters()), len(self.waiting)
         places = tuple(i for i, _ in self.tensors)
         return (ops, states, places, self.fed), pytree.tree_map_only(Tensor, Tensor.detach, produced)
 
@@ -110,7 +113,9 @@ class BlockRun:
 
         external = [t for i, t in tensors if i not in self.fed]
         lasting = frozenset(t.untyped_storage()._cdata for t in (*self.weights, *external))
-        stage = StageRun(run, fresh_grads(self.module.parameters(), self.existing), lasting=lasting)
+        stage = StageRun(
+            run, fresh_grads(self.module.parameters(), self.existing), lasting=lasting, waiting=self.waiting
+        )
         cost = measure_stage(stage, capture.place, clock=clock)
         if not clock:
             forward_seconds, backward_seconds = estimate_run(stage, capture.place)

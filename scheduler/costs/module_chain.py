@@ -81,7 +81,9 @@ def module_chain(
                 unshard(outer)  # shards within the block have hooks, which shard all when a backward ends
                 return forward(*args, **kwargs)
 
-            here = BlockRun(capture, block, modules[block], run, args, kwargs, added)
+            stage = capture.blocks[block].stage
+            later = {p for p in modules[block].parameters() if readers.get(p, [stage])[-1] > stage}
+            here = BlockRun(capture, block, modules[block], run, args, kwargs, added, later)
             trace, produced = (block, None) if opaque else here.trace()
             if trace not in known:
                 known[trace] = here.measure(clock)

@@ -11,6 +11,7 @@ from torch import nn
 
 from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.state import CPU_RANDOM_STATE
+from scheduler.capture.target import Device
 from scheduler.chain import Chain, Option, Stage
 from scheduler.costs.gradients import gradients_at_hand, parameter_grads
 from scheduler.costs.graph_chain import SMALL_TENSORS
@@ -98,7 +99,8 @@ def assemble(
     change = [0] * count
     alone = {p: ks for p, ks in readers.items() if all(capture.stages[k] is None for k in ks)}
     shared = {p: ks for p, ks in readers.items() if p not in alone}
-    created, summed = parameter_grads(shared, existing, change, device, parts.whole)
+    created, _ = parameter_grads(shared, existing, change, device, parts.whole)
+    summed = _second_shares(shared, count, device)
     by_glue = parameter_grads(alone, existing, [0] * count, device, parts.whole)[0]
     reduced = [0] * count  # copies of gradients of blocks' parameters
     for parameter, end in parts.whole.items():
@@ -203,6 +205,19 @@ def assemble(
     if device.type == "cpu":
         fixed += CPU_RANDOM_STATE  # what a replay puts back when it is done
     return Chain(tuple(stages), 0, output_grad, fixed, name, tuple(values.sizes), tuple(values.carried))
+
+
+def _second_shares(readers: dict[nn.Parameter, list[int]], count: int, device: Device) -> list[int]:
+    """(L,) the most bytes that a backward takes to add a second share of a parameter's gradient to the first.
+
+    That makes a tensor of its own, one parameter at a time; later shares are added in place.
+    """
+    result = [0] * count
+    for parameter, stages in readers.items():
+        if parameter.requires_grad and len(stages) > 1:
+            size = allocated(parameter.numel() * parameter.element_size(), device)
+            result[stages[-2]] = max(result[stages[-2]], size)
+    return result
 
 
 def _sums_from(sizes: list[int]) -> list[int]:
