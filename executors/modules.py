@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 from executors.graph import locate
 from executors.replay import ReplayError, Step
 from executors.trace import Observer
-from scheduler.capture.module_calls import intercepted, tensor_leaves
-from scheduler.capture.module_capture import ModuleCapture, is_compiled
+from scheduler.capture.module_calls import intercepted, is_compiled, tensor_leaves
+from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.sharded import gathered, holders, sharded_within
 from scheduler.program import ReplayProgram
 

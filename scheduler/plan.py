@@ -212,14 +212,24 @@ class Plan:
         option = self.program.kept[stage]
         if option is not None:
             return self.chain.stages[stage].options[option].name
-        first = next(
-            a for a in self.schedule if isinstance(a, (Forward, Checkpoint, Keep)) and a.stage == stage
-        )
-        return "input" if isinstance(first, Checkpoint) else "nothing"
+        return "input" if stage in self._held_first else "nothing"
+
+    @cached_property
+    def _held_first(self) -> frozenset[int]:
+        """The stages whose first run holds on to its input."""
+        first: dict[int, bool] = {}
+        for action in self.schedule:
+            if isinstance(action, (Forward, Checkpoint, Keep)):
+                first.setdefault(action.stage, isinstance(action, Checkpoint))
+        return frozenset(stage for stage, held in first.items() if held)
+
+    @cached_property
+    def _options(self) -> dict[int, int]:
+        return {action.stage: action.option for action in self.schedule if isinstance(action, Keep)}
 
     def option(self, stage: int) -> int:
         """The option with which a stage is kept when it is reversed."""
-        return [a.option for a in self.schedule if isinstance(a, Keep) and a.stage == stage][-1]
+        return self._options[stage]
 
     def explain(self, stage: int) -> str:
         """The ops of a stage, one a line: K, what autograd saves of it is kept; R, it runs again before the backward.

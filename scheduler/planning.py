@@ -16,8 +16,9 @@ from scheduler.budget import format_bytes, free_machine_bytes, machine_bytes, pa
 from scheduler.capture.dry import capture_dry, without_hardware
 from scheduler.capture.fake import has_data
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
-from scheduler.capture.module_calls import intercepted
-from scheduler.capture.module_capture import ModuleCapture, capture_blocks, is_compiled
+from scheduler.capture.loss import find_loss
+from scheduler.capture.module_calls import Recurrence, intercepted, is_compiled
+from scheduler.capture.module_capture import ModuleCapture, capture_blocks
 from scheduler.capture.sample import (
     Call,
     CallSignature,
@@ -346,8 +347,12 @@ def _free_bytes(
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) + there
 
 
-def _plain_step(request: Request) -> StepResult:
-    """One plain step on the sample, saved tensors offloaded where the device is not the host."""
+def _warm_up(request: Request) -> tuple[str, bool]:
+    """A first forward, from which a rejected sample shows before a step is taken.
+
+    Returns:
+        why no graph is to be tried, "" if it is; whether the model returns its own loss.
+    """
     model, (args, kwargs) = request.model, request.call
     signature = forward_signature(model)
 
@@ -361,15 +366,28 @@ def _plain_step(request: Request) -> StepResult:
     offloaded: AbstractContextManager[Any] = (
         nullcontext() if request.device.type == "cpu" else torch.autograd.graph.save_on_cpu()
     )
+    seen = Recurrence()
     try:
-        with preserved(model), torch.enable_grad(), offloaded, intercepted([(model, note)]):
-            model(*args, **kwargs)  # warm-up; and a rejected sample shows before a step is taken
+        with (
+            preserved(model),
+            torch.enable_grad(),
+            offloaded,
+            intercepted([(model, note)]),
+            seen.watching(model) if request.capture == "auto" else nullcontext(),
+        ):
+            output = model(*args, **kwargs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the model's code raises on a sample that does not suit it
         raise ValueError(
             f"solve: {type(model).__name__} rejects the sample: {type(error).__name__}: {error}"
         ) from error
+    return seen.unrolled(), find_loss(output)[1]
+
+
+def _plain_step(request: Request) -> StepResult:
+    """One plain step on the sample, saved tensors offloaded where the device is not the host."""
+    model, (args, kwargs) = request.model, request.call
     plain = run_step(model, lambda: model(*args, **kwargs), offload=True)
     if request.cacheless:
         more = {name: value for name, value in kwargs.items() if name != "use_cache"}
@@ -393,14 +411,14 @@ def _captured(request: Request) -> tuple[Captured, str, bool]:
     if isinstance(request.device, Target):
         return capture_dry(request.model, request.call, request.capture, request.device, request.progress)
     request.progress("running one plain step")
-    plain = _plain_step(request)
+    refused, own_loss = _warm_up(request)
     how = request.capture
-    refused = ""
-    if how in ("auto", "graph"):
+    plain = None if refused else _plain_step(request)
+    if plain is not None and how in ("auto", "graph"):
         request.progress("capturing the op graph")
         try:
             captured = _exact_graph(request, plain)
-            return captured, "torch.export; one step is bit-equal to the plain model", plain.own_loss
+            return captured, "torch.export; one step is bit-equal to the plain model", own_loss
         except CaptureError as error:
             if how == "graph":
                 raise CaptureError(
@@ -410,7 +428,7 @@ def _captured(request: Request) -> tuple[Captured, str, bool]:
     request.progress("capturing the blocks")
     with preserved(request.model):
         blocks, reason = capture_blocks(request.model, request.call, how, refused)
-    return blocks, reason + (f"; not as a graph, since {refused}" if refused else ""), plain.own_loss
+    return blocks, reason + (f"; not as a graph, since {refused}" if refused else ""), own_loss
 
 
 def _exact_graph(request: Request, plain: StepResult) -> GraphCapture:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from scheduler.capture.eager import as_eager
 from scheduler.capture.fake import fake_call, fake_model
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
 from scheduler.capture.loss import find_loss, output_tensors
+from scheduler.capture.module_calls import Recurrence
 from scheduler.capture.module_capture import ModuleCapture, capture_blocks
 from scheduler.capture.sample import Call
 from scheduler.capture.target import Target
@@ -59,9 +60,11 @@ def capture_dry(
         ValueError: it rejects the call.
     """
     progress("running one step without data")
-    own_loss, custom = _dry_step(model, call)
-    refused = ""
-    if how in ("auto", "graph"):
+    seen = Recurrence()
+    with seen.watching(model) if how == "auto" else nullcontext():
+        own_loss, custom = _dry_step(model, call)
+    refused = seen.unrolled()
+    if not refused and how in ("auto", "graph"):
         progress("capturing the op graph")
         try:
             if custom:

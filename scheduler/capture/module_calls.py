@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from scheduler.capture.fake import Watch
 from scheduler.capture.sample import Call
+from scheduler.capture.sharded import sharded_within
 from scheduler.capture.state import RandomState
 from scheduler.capture.verify import equal_bits
 from scheduler.errors import CaptureError
@@ -30,6 +31,7 @@ __all__ = [
     "Recurrence",
     "expanded",
     "intercepted",
+    "is_compiled",
     "profile",
     "recurrent",
     "repeatable",
@@ -44,6 +46,12 @@ CALLS_TRIED = 3  # of one module, whether they repeat themselves
 def tensor_leaves(value: Any) -> list[tuple[int, Tensor]]:
     """(index, tensor) for every tensor among the leaves of ``value``."""
     return [(i, leaf) for i, leaf in enumerate(pytree.tree_leaves(value)) if isinstance(leaf, Tensor)]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has compiled a module, by itself or in place."""
+    wrapped = any(kind.__name__ == "OptimizedModule" for kind in type(module).__mro__)
+    return wrapped or module._compiled_call_impl is not None
 
 
 @contextmanager
@@ -169,7 +177,10 @@ class Recurrence:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Within it the forwards of a model's submodules are noted."""
+        """Within it the forwards of a model's submodules are noted; not where fully_shard or the compiler look at them."""
+        if sharded_within(model) or any(map(is_compiled, model.modules())):
+            yield
+            return
         named = [(n, m) for n, m in model.named_modules() if n and not isinstance(m, CONTAINERS)]
         with intercepted([(module, self._wrapper(name)) for name, module in named]):
             yield
@@ -194,10 +205,14 @@ class Recurrence:
 
         return wrap
 
-    def unrolled(self) -> str | None:
-        """The module that is called most often in a row, if that is so often that a graph of all calls is hopeless."""
+    def unrolled(self) -> str:
+        """Why a graph of all calls is hopeless, in words; "" if no module is called so often in a row."""
         name, row = max(self.row.items(), key=lambda each: each[1], default=("", 0))
-        return name if row >= MANY_CALLS else None
+        if row < MANY_CALLS:
+            return ""
+        return (
+            f"{name} is called {row} times in a row, each call fed by the one before, so that each is a stage"
+        )
 
 
 class _Enough(BaseException):

@@ -43,7 +43,6 @@ __all__ = [
     "ModuleCapture",
     "capture_blocks",
     "capture_modules",
-    "is_compiled",
     "recorded_modules",
 ]
 
@@ -115,12 +114,6 @@ class ModuleCapture:
         }
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile has compiled a module, by itself or in place."""
-    wrapped = any(kind.__name__ == "OptimizedModule" for kind in type(module).__mro__)
-    return wrapped or module._compiled_call_impl is not None
-
-
 def _candidates(model: nn.Module, call: Call) -> dict[str, nn.Module]:
     """Members of every ModuleList and Sequential, by name, shared ones once; and recurrent modules."""
     found: dict[nn.Module, str] = {}
@@ -129,13 +122,12 @@ def _candidates(model: nn.Module, call: Call) -> dict[str, nn.Module]:
             for key, member in container.named_children():
                 if not isinstance(member, CONTAINERS):
                     found.setdefault(member, f"{path}.{key}" if path else key)
-    if not sharded_within(model) and not any(map(is_compiled, model.modules())):
-        seen = Recurrence()
-        args, kwargs = call
-        with torch.no_grad(), seen.watching(model):
-            model(*args, **kwargs)
-        for name in (name for name, row in seen.row.items() if row > 1):
-            found.setdefault(model.get_submodule(name), name)
+    seen = Recurrence()
+    args, kwargs = call
+    with torch.no_grad(), seen.watching(model):
+        model(*args, **kwargs)
+    for name in (name for name, row in seen.row.items() if row > 1):
+        found.setdefault(model.get_submodule(name), name)
     return {name: module for module, name in found.items()}
 
 
