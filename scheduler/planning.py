@@ -347,11 +347,11 @@ def _free_bytes(
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) + there
 
 
-def _warm_up(request: Request) -> tuple[str, bool]:
+def _warm_up(request: Request) -> tuple[Recurrence, bool]:
     """A first forward, from which a rejected sample shows before a step is taken.
 
     Returns:
-        why no graph is to be tried, "" if it is; whether the model returns its own loss.
+        what it calls again and again; whether the model returns its own loss.
     """
     model, (args, kwargs) = request.model, request.call
     signature = forward_signature(model)
@@ -373,7 +373,7 @@ def _warm_up(request: Request) -> tuple[str, bool]:
             torch.enable_grad(),
             offloaded,
             intercepted([(model, note)]),
-            seen.watching(model) if request.capture == "auto" else nullcontext(),
+            seen.watching(model),
         ):
             output = model(*args, **kwargs)
     except torch.OutOfMemoryError:
@@ -382,7 +382,7 @@ def _warm_up(request: Request) -> tuple[str, bool]:
         raise ValueError(
             f"solve: {type(model).__name__} rejects the sample: {type(error).__name__}: {error}"
         ) from error
-    return seen.unrolled(), find_loss(output)[1]
+    return seen, find_loss(output)[1]
 
 
 def _plain_step(request: Request) -> StepResult:
@@ -411,8 +411,9 @@ def _captured(request: Request) -> tuple[Captured, str, bool]:
     if isinstance(request.device, Target):
         return capture_dry(request.model, request.call, request.capture, request.device, request.progress)
     request.progress("running one plain step")
-    refused, own_loss = _warm_up(request)
+    seen, own_loss = _warm_up(request)
     how = request.capture
+    refused = seen.unrolled() if how == "auto" else ""
     plain = None if refused else _plain_step(request)
     if plain is not None and how in ("auto", "graph"):
         request.progress("capturing the op graph")
@@ -427,7 +428,7 @@ def _captured(request: Request) -> tuple[Captured, str, bool]:
             refused = str(error)
     request.progress("capturing the blocks")
     with preserved(request.model):
-        blocks, reason = capture_blocks(request.model, request.call, how, refused)
+        blocks, reason = capture_blocks(request.model, request.call, how, refused, seen=seen)
     return blocks, reason + (f"; not as a graph, since {refused}" if refused else ""), own_loss
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,9 +61,9 @@ def capture_dry(
     """
     progress("running one step without data")
     seen = Recurrence()
-    with seen.watching(model) if how == "auto" else nullcontext():
+    with seen.watching(model):
         own_loss, custom = _dry_step(model, call)
-    refused = seen.unrolled()
+    refused = seen.unrolled() if how == "auto" else ""
     if not refused and how in ("auto", "graph"):
         progress("capturing the op graph")
         try:
@@ -82,7 +82,7 @@ def capture_dry(
                 raise CaptureError(f"solve: capture='graph': {error}; try capture='modules'") from error
             refused = str(error)
     progress("capturing the blocks")
-    blocks, reason = capture_blocks(model, call, how, refused, target)
+    blocks, reason = capture_blocks(model, call, how, refused, target, seen)
     return (
         blocks,
         f"{reason}; {UNTRIED}" + (f"; not as a graph, since {refused}" if refused else ""),

@@ -114,7 +114,7 @@ class ModuleCapture:
         }
 
 
-def _candidates(model: nn.Module, call: Call) -> dict[str, nn.Module]:
+def _candidates(model: nn.Module, call: Call, seen: Recurrence | None) -> dict[str, nn.Module]:
     """Members of every ModuleList and Sequential, by name, shared ones once; and recurrent modules."""
     found: dict[nn.Module, str] = {}
     for path, container in model.named_modules():
@@ -122,10 +122,11 @@ def _candidates(model: nn.Module, call: Call) -> dict[str, nn.Module]:
             for key, member in container.named_children():
                 if not isinstance(member, CONTAINERS):
                     found.setdefault(member, f"{path}.{key}" if path else key)
-    seen = Recurrence()
-    args, kwargs = call
-    with torch.no_grad(), seen.watching(model):
-        model(*args, **kwargs)
+    if seen is None:
+        seen = Recurrence()
+        args, kwargs = call
+        with torch.no_grad(), seen.watching(model):
+            model(*args, **kwargs)
     for name in (name for name, row in seen.row.items() if row > 1):
         found.setdefault(model.get_submodule(name), name)
     return {name: module for module, name in found.items()}
@@ -149,19 +150,21 @@ def capture_blocks(
     how: str | tuple[nn.Module, ...],
     refused: str,
     target: Target | None = None,
+    seen: Recurrence | None = None,
 ) -> tuple[ModuleCapture, str]:
     """The blocks of a model that is not captured as a graph, and why these.
 
     Args:
         how: what was asked for: a kind of capture, or the blocks.
         refused: why there is no graph, "" if none was asked for.
+        seen: what a forward called again and again, if that is known.
 
     Raises:
         CaptureError: the model cannot be captured; says why.
     """
     given = None if isinstance(how, str) else how
     try:
-        blocks = capture_modules(model, call, given, target)
+        blocks = capture_modules(model, call, given, target, seen)
     except CaptureError as error:
         why = f" (graph capture: {refused})" if refused else ""
         raise CaptureError(
@@ -172,19 +175,24 @@ def capture_blocks(
 
 
 def capture_modules(
-    model: nn.Module, call: Call, blocks: Sequence[nn.Module] | None = None, target: Target | None = None
+    model: nn.Module,
+    call: Call,
+    blocks: Sequence[nn.Module] | None = None,
+    target: Target | None = None,
+    seen: Recurrence | None = None,
 ) -> ModuleCapture:
     """Find the blocks by one forward without grad; the caller restores the model's state.
 
     Args:
         blocks: the blocks, if the user names them.
         target: the device that is planned for, if it is not there: nothing has data.
+        seen: what a forward called again and again, if that is known.
 
     Raises:
         CaptureError: there are no such blocks, or they cannot be replayed; says why.
     """
     _refuse_layer_drop(model)
-    modules = _candidates(model, call) if blocks is None else _given(model, blocks)
+    modules = _candidates(model, call, seen) if blocks is None else _given(model, blocks)
     device = model_device(model)
     root = profile(model, call, modules, device, data=target is None)
     again = recurrent(root)

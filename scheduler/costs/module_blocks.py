@@ -76,6 +76,7 @@ class BlockRun:
             i for i, _ in self.tensors
         )
         self.weights = [*module.parameters(), *module.buffers()]  # gathered now, if they are sharded
+        self.given = [*self.weights, *(tensor for _, tensor in self.tensors)]
         self.grad = {i for i, t in self.tensors if t.requires_grad}
 
     def __call__(self, enter: Enter) -> Any:
@@ -89,8 +90,7 @@ class BlockRun:
     def trace(self) -> tuple[Hashable, Any]:
         """What tells blocks that cost the same from others; and the output."""
         torch.clear_autocast_cache()
-        given = [*self.weights, *(tensor for _, tensor in self.tensors)]
-        ops, produced = trace_of_ops(lambda: self(as_leaf), given)
+        ops, produced = trace_of_ops(lambda: self(as_leaf), self.given)
         torch.clear_autocast_cache()
         states = tuple(p in self.existing for p in self.module.parameters()), len(self.waiting)
         places = tuple(i for i, _ in self.tensors)
@@ -138,7 +138,7 @@ class BlockRun:
 
         cached = _cached_casts(capture, self)
         outputs = saving()
-        given = {storage_key(t) for t in (*self.weights, *(t for _, t in tensors))}
+        given = {storage_key(t) for t in self.given}
         first = kept - given
         saved_outputs = frozenset(i for i, t in outputs if storage_key(t) in first)
         fresh = {storage_key(t) for i, t in outputs if i in saved_outputs}

@@ -42,9 +42,12 @@ from scheduler.costs.skeleton import (
     Visitor,
     pieces,
     run_skeleton,
+    stand_in,
 )
 
 __all__ = ["module_chain"]
+
+MANY_STAGES = 200  # the code around each is timed once
 
 
 def module_chain(
@@ -88,6 +91,8 @@ def module_chain(
             trace, produced = (block, None) if opaque else here.trace()
             if trace not in known:
                 known[trace] = here.measure(clock)
+                if produced is not None and capture.blocks[block].label != capture.blocks[block].name:
+                    known[trace].box.stand_in = stand_in(produced, here.given)
                 model.zero_grad(set_to_none=True)
                 unshard(outer)  # the block runs once more
             costs[block], boxes[block] = known[trace], known[trace].box
@@ -103,11 +108,14 @@ def module_chain(
     for index, gather in enumerate(gathers):
         costs[index] = replace(costs[index], cost=with_gather(costs[index].cost, gather))
     capture.gathering = standing_bytes(gathers)
-    lifetimes = Lifetimes(capture)
-    with preserved(model), lifetimes.watching():
-        output = run_skeleton(capture, model, call, boxes, lifetimes)
-        lifetimes.check(len(capture))
-    del output  # until here, as the user holds it
+    try:
+        lifetimes = _lifetimes(capture, model, call, boxes)
+    except Exception:
+        if not any(box.stand_in for box in boxes.values()):
+            raise
+        for box in boxes.values():  # the user's code goes by values, and these led it another way
+            box.stand_in = None
+        lifetimes = _lifetimes(capture, model, call, boxes)
     seconds = _seconds(capture, model, call, boxes, own_loss, clock)
 
     traffic: Traffic | None = None
@@ -145,6 +153,16 @@ def module_chain(
     return assemble(parts, model, readers, existing, own_loss, resident, name)
 
 
+def _lifetimes(capture: ModuleCapture, model: nn.Module, call: Call, boxes: dict[int, Box]) -> Lifetimes:
+    """How long the user's code holds on to what enters and leaves blocks."""
+    lifetimes = Lifetimes(capture)
+    with preserved(model), lifetimes.watching():
+        output = run_skeleton(capture, model, call, boxes, lifetimes)
+        lifetimes.check(len(capture))
+    del output  # until here, as the user holds it
+    return lifetimes
+
+
 def _tensors(call: Call) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
 
@@ -159,7 +177,7 @@ def _seconds(
 ) -> tuple[list[float], list[float]]:
     """Seconds of each piece of the user's code, forward and backward."""
     runs: list[tuple[list[Piece], list[Piece]]] = []
-    for _ in range(3 if clock else 1):
+    for _ in range(3 if clock and len(capture) < MANY_STAGES else 1):
         tally = Tally(device_rates(capture.place))
         timed = Timed() if clock else Timed(lambda: tally.seconds)  # noqa: B023 # is used before the next
         with preserved(model), nullcontext() if clock else tally:

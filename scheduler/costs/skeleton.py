@@ -39,6 +39,7 @@ __all__ = [
     "Visitor",
     "pieces",
     "run_skeleton",
+    "stand_in",
 ]
 
 Place = tuple[int, bool, int]  # block, whether it is an output, leaf
@@ -54,10 +55,42 @@ class Box:
     Attributes:
         requires_grad: output leaf -> whether it requires grad.
         input_grads: (argument leaf, storage, bytes) of the gradients that its backward leaves; see ``StageCost``.
+        stand_in: makes an output like the block's, so that it need not run; see ``stand_in``.
     """
 
     requires_grad: dict[int, bool]
     input_grads: tuple[tuple[int, int, int], ...] = ()
+    stand_in: Callable[[], Any] | None = None
+
+
+def stand_in(produced: Any, given: Iterable[Tensor]) -> Callable[[], Any] | None:
+    """Makes copies of an output, value by value; None where that would not be like running the block again.
+
+    It is not if the output has more in it than tensors, or if these share storages, or have more in them.
+
+    Args:
+        given: the block's arguments and weights.
+    """
+    leaves, spec = pytree.tree_flatten(produced)
+    seen = {storage_key(tensor) for tensor in given}
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            return None
+        key = storage_key(leaf)
+        if (
+            key is None
+            or key in seen
+            or leaf.untyped_storage().nbytes() != leaf.numel() * leaf.element_size()
+        ):
+            return None
+        seen.add(key)
+    kept = [leaf.detach().clone() for leaf in leaves]
+
+    def make() -> Any:
+        copies = [torch.empty_like(leaf).copy_(leaf) for leaf in kept]
+        return pytree.tree_unflatten(copies, spec)
+
+    return make
 
 
 class Visitor:
@@ -164,7 +197,7 @@ def run_skeleton(
     capture: ModuleCapture,
     model: nn.Module,
     call: Call,
-    boxes: Sequence[Box] | dict[int, Box],
+    boxes: dict[int, Box],
     visitor: Visitor,
     *,
     own_loss: bool | None = None,
@@ -173,7 +206,7 @@ def run_skeleton(
     """Run one step with the blocks taken out; the caller preserves the model's state.
 
     Args:
-        boxes: one for each block; it is read when the block has run.
+        boxes: one for each block, once it has run for the first time.
         own_loss: whether the loss is among the model's outputs; else the outputs themselves get gradients. None: there is
             no backward.
         inside: whether the visitor is inside of the hooks by which fully_shard gathers a block. Else they are part of the
@@ -196,8 +229,9 @@ def run_skeleton(
                     raise CaptureError(f"{name} does not run at the same place in every forward")
                 produced = visitor.enter(index, forward, args, kwargs)
                 if produced is None:
+                    made = boxes[index].stand_in if index in boxes else None
                     with torch.no_grad(), _uncached():
-                        produced = forward(*args, **kwargs)
+                        produced = forward(*args, **kwargs) if made is None else made()
                 produced = _closed(
                     _Node(index, boxes[index], visitor, capture.device), args, kwargs, produced
                 )
