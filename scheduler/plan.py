@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -22,6 +23,7 @@ from scheduler.solvers import SOLVERS, checked_solver, solve_chain
 __all__ = ["CaptureRecord", "Plan"]
 
 PLAN_FORMAT = 1
+MANY_ROWS = 64  # in the printed table, before the calls of one module share a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +273,10 @@ class Plan:
         return "\n".join(lines)
 
     def table(self) -> str:
-        """The cost table: per stage what is kept, runs, seconds, bytes; then totals and the budget."""
+        """The cost table: per stage what is kept, runs, seconds, bytes; then totals and the budget.
+
+        In a long one the calls of one module in a row share a row: sums, and the largest input.
+        """
         from rich import box
         from rich.console import Console
         from rich.table import Table
@@ -283,20 +288,8 @@ class Plan:
         table.add_column("kept", overflow="ellipsis", no_wrap=True, max_width=36)
         for heading in ("runs", "forward ms", "backward ms", "extra ms", "saved", "input"):
             table.add_column(heading, justify="right")
-        for i, stage in enumerate(chain.stages):
-            option = stage.options[self.option(i)]
-            extra = (runs[i] - 1) * stage.forward + option.recompute
-            table.add_row(
-                str(i),
-                stage.name,
-                self.kept(i),
-                str(runs[i]),
-                f"{stage.forward * 1e3:.2f}",
-                f"{stage.backward * 1e3:.2f}",
-                f"{extra * 1e3:.2f}" if extra else "",
-                format_bytes(option.saved),
-                format_bytes(stage.input),
-            )
+        for group in self._rows():
+            table.add_row(*(self._row(group[0]) if len(group) == 1 else self._row_of_calls(group)))
         table.add_section()
         table.add_row(
             "",
@@ -337,6 +330,53 @@ class Plan:
             f"captured as {self.capture.kind}: {self.capture.reason}",
         ]
         return "\n".join(lines)
+
+    def _rows(self) -> list[list[int]]:
+        """The stages that share a row: each has its own, but for the many calls of a module in a row."""
+        modules = [stage.name.partition("[")[0] for stage in self.chain.stages]
+        rows: list[list[int]] = []
+        for i, name in enumerate(modules):
+            if rows and "[" in self.chain.stages[i].name and modules[rows[-1][-1]] == name:
+                rows[-1].append(i)
+            else:
+                rows.append([i])
+        folded = len(modules) > MANY_ROWS and self.capture.kind == "modules"
+        return rows if folded else [[i] for i in range(len(modules))]
+
+    def _row(self, i: int) -> list[str]:
+        stage, runs = self.chain.stages[i], self.timeline.runs[i]
+        option = stage.options[self.option(i)]
+        extra = (runs - 1) * stage.forward + option.recompute
+        return [
+            str(i),
+            stage.name,
+            self.kept(i),
+            str(runs),
+            f"{stage.forward * 1e3:.2f}",
+            f"{stage.backward * 1e3:.2f}",
+            f"{extra * 1e3:.2f}" if extra else "",
+            format_bytes(option.saved),
+            format_bytes(stage.input),
+        ]
+
+    def _row_of_calls(self, group: list[int]) -> list[str]:
+        """Sums over the calls of a module; of inputs the largest."""
+        stages = [self.chain.stages[i] for i in group]
+        options = [self.chain.stages[i].options[self.option(i)] for i in group]
+        runs = [self.timeline.runs[i] for i in group]
+        extra = sum((n - 1) * s.forward + o.recompute for n, s, o in zip(runs, stages, options, strict=True))
+        kept = Counter(self.kept(i) for i in group)
+        return [
+            f"{group[0]}-{group[-1]}",
+            f"{stages[0].name} .. {stages[-1].name}",
+            ", ".join(f"{count} {what}" for what, count in kept.items()),
+            str(sum(runs)),
+            f"{sum(s.forward for s in stages) * 1e3:.2f}",
+            f"{sum(s.backward for s in stages) * 1e3:.2f}",
+            f"{extra * 1e3:.2f}" if extra else "",
+            format_bytes(sum(o.saved for o in options)),
+            format_bytes(max(s.input for s in stages)),
+        ]
 
     def _host_line(self) -> str:
         """What is copied to the host, in words."""

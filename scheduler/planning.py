@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from scheduler.budget import format_bytes, free_machine_bytes, machine_bytes, parse_budget
+from scheduler.capture.callables import CallableChain, as_model
 from scheduler.capture.dry import capture_dry, without_hardware
 from scheduler.capture.fake import has_data
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
@@ -86,7 +87,7 @@ class Priced:
 
 
 def solve(
-    model: nn.Module,
+    model: nn.Module | Sequence[Callable[..., Any]],
     memory_budget: int | str,
     *,
     sample: Any,
@@ -105,7 +106,8 @@ def solve(
 
     Args:
         model: in train mode, on one device, or sharded by fully_shard; then every rank makes this call. One that trains by a plan already is planned anew. With ``device`` it may
-            be without data: on meta, or made under FakeTensorMode.
+            be without data: on meta, or made under FakeTensorMode. Or a list of callables, the stages: each is called with
+            what the one before returned (``CallableChain``).
         memory_budget: peak device bytes of a whole training step: parameters, buffers, gradients, optimizer
             state if an optimizer is given, inputs, activations. An int, or text: "6GiB", "800MB", "75%" of the
             device's memory; "auto" is what is free (and what of the step is there already) less 5 % of the device's
@@ -116,7 +118,9 @@ def solve(
         parameters: what else the solver takes, by name: ``{"keep": "attn"}`` for "selective", ``{"host":
             HostMemory(...)}`` for "two_level", which takes a graph capture.
         capture: "graph" (torch.export), "modules" (blocks that run in order), "auto" (graph where it is
-            exact, else modules), or the blocks themselves: a list of modules or an nn.Sequential.
+            exact, else modules; of callables, these; modules where one module is called a hundred times in a row, each
+            call fed by the one before), or the blocks themselves: a list of modules or an nn.Sequential. A module that is
+            called so is a block at each call.
         costs: "measure" (seconds by the clock) or "roofline" (from FLOPs and bytes); bytes are counted either way.
             Default: "measure", and "roofline" with ``device``.
         optimizer: its state counts towards the budget.
@@ -133,9 +137,9 @@ def solve(
         CaptureError: the model cannot be captured exactly.
         InfeasibleBudget: no schedule fits; carries the smallest budget that one fits.
     """
-    model = unplanned(model)
+    plain: nn.Module = unplanned(as_model(model))
     request = checked(
-        model, memory_budget, sample, solver, parameters or {}, capture, costs, optimizer, device, progress
+        plain, memory_budget, sample, solver, parameters or {}, capture, costs, optimizer, device, progress
     )
     if isinstance(request.device, Target):
         with without_hardware(request.model, request.call) as (request.model, request.call):
@@ -262,6 +266,14 @@ def checked(
 ) -> Request:
     """Refuse what cannot be planned, before anything is changed."""
     reject_unusable(model)
+    if isinstance(model, CallableChain):
+        if target is not None:
+            raise ValueError(
+                "solve: device= plans a copy of the model, and plain callables cannot be copied with what they use; plan them "
+                "where their modules are, without device=, or make a module of each"
+            )
+        if isinstance(capture, str) and capture in ("auto", "modules"):
+            capture = [*model.stages]
     own = model_device(model)
     device: Device = own if target is None else Target(DeviceSpec.of(target))
     budget = parse_budget(
@@ -376,6 +388,9 @@ def _warm_up(request: Request) -> tuple[Recurrence, bool]:
             seen.watching(model),
         ):
             output = model(*args, **kwargs)
+        if isinstance(model, CallableChain):
+            with preserved(model):
+                model.check(args, kwargs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the model's code raises on a sample that does not suit it
@@ -414,8 +429,9 @@ def _captured(request: Request) -> tuple[Captured, str, bool]:
     seen, own_loss = _warm_up(request)
     how = request.capture
     refused = seen.unrolled() if how == "auto" else ""
-    plain = None if refused else _plain_step(request)
-    if plain is not None and how in ("auto", "graph"):
+    to_compare = how in ("auto", "graph") and not refused
+    plain = _plain_step(request) if to_compare or request.cacheless else None
+    if plain is not None and to_compare:
         request.progress("capturing the op graph")
         try:
             captured = _exact_graph(request, plain)

@@ -59,6 +59,7 @@ def module_chain(
     resident: int,
     clock: bool,
     name: str,
+    once: bool = True,
 ) -> Chain:
     """The chain of captured blocks. Leaves the model's state as it is.
 
@@ -66,6 +67,7 @@ def module_chain(
         existing: parameters that have a gradient before the step.
         resident: bytes live during the whole step.
         clock: False to estimate the seconds by the roofline.
+        once: whether blocks that run the same ops are measured once.
     """
     modules = capture.modules(model)
     readers = _readers(capture, model)
@@ -74,7 +76,7 @@ def module_chain(
     gathering: dict[int, list[Any]] = {}
     known: dict[Hashable, BlockCost] = {}
     # What is compiled runs no ops that can be seen, and collectives are every rank's.
-    opaque = bool(sharded_within(model)) or any(map(is_compiled, model.modules()))
+    opaque = not once or bool(sharded_within(model)) or any(map(is_compiled, model.modules()))
 
     class Measuring(Visitor):
         def enter(self, block: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -91,7 +93,7 @@ def module_chain(
             trace, produced = (block, None) if opaque else here.trace()
             if trace not in known:
                 known[trace] = here.measure(clock)
-                if produced is not None and capture.blocks[block].label != capture.blocks[block].name:
+                if produced is not None and len(capture) >= MANY_STAGES:
                     known[trace].box.stand_in = stand_in(produced, here.given)
                 model.zero_grad(set_to_none=True)
                 unshard(outer)  # the block runs once more

@@ -66,9 +66,11 @@ class _Ops(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one op and note it."""
         self.look()
-        asked = self.described(args), self.described(kwargs or {})
+        # Where a view lies in its storage makes no difference.
+        given = [leaf for _, leaf in tensor_leaves((args, kwargs))] if func.is_view else (args, kwargs or {})
+        asked = self.described(given)
         result = func(*args, **(kwargs or {}))
-        self.rows.append((func, *asked, self.described(result)))
+        self.rows.append((func, asked, self.described(result)))
         return result
 
     def look(self) -> None:
