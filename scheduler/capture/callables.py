@@ -22,7 +22,8 @@ class CallableChain(nn.Module):
 
     The modules that a callable uses are looked for in the callable itself: a module, the object of a bound method,
     what a ``functools.partial`` binds, the closure, and lists, tuples and dicts in these. Each is a submodule of its
-    stage, so that ``parameters()`` of the chain are those to be trained.
+    stage, so that ``parameters()`` of the chain are those to be trained. Other tensors in these (an input, in a closure)
+    are outside of a plan's account, as is all that was there before the step.
 
     Args:
         callables: at least one; it may be given several times.

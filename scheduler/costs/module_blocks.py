@@ -138,16 +138,19 @@ class BlockRun:
 
         cached = _cached_casts(capture, self)
         outputs = saving()
-        given = {storage_key(t) for t in self.given}
-        first = kept - given
+        everything = frozenset(kept)
+        kept.clear()
+        if cached:  # what a second run saves too it has from autocast's cache
+            saving()
+        again = frozenset(kept)
+        kept.clear()
+        torch.clear_autocast_cache()
+        saving()  # what this run saves too was there before, in a closure, say: nothing that is held is made again
+        first = everything - kept - {storage_key(t) for t in self.given}
         saved_outputs = frozenset(i for i, t in outputs if storage_key(t) in first)
         fresh = {storage_key(t) for i, t in outputs if i in saved_outputs}
-        saved_arguments = frozenset(i for i, t in tensors if storage_key(t) in kept)
-        casts = 0
-        if cached:  # what a second run saves too it has from autocast's cache
-            kept.clear()
-            saving()
-            casts = sum(sizes[key] for key in kept & (first - fresh))
+        saved_arguments = frozenset(i for i, t in tensors if storage_key(t) in everything)
+        casts = sum(sizes[key] for key in again & (first - fresh))
         torch.clear_autocast_cache()
         # Kernels may keep what no hook sees.
         own = max(cost.kept, sum(sizes[key] for key in first))

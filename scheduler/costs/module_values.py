@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from itertools import accumulate
 
@@ -107,13 +108,25 @@ class ModuleValues:
             )
         self.enters = [tuple(number[key] for key in keys) for keys in enters]
         self.keeps = [{number[key] for key in keys} for keys in keeps]
+        calls = Counter(block.name for block in capture.blocks)
+        there: dict[
+            str, tuple[int, int]
+        ] = {}  # module -> (bytes, value) of what autocast's cache holds for it
         for block, (size, cast, other) in zip(capture.blocks, private, strict=True):
             k = block.stage
             if size:
                 self.keeps[k].add(self._new(size))
+            shared, value = there.get(block.name, (0, 0))
+            if shared and shared == cast + other:
+                if cast:
+                    self.keeps[k].add(value)
+                continue
+            if calls[block.name] > 1:  # for later calls to find, all of it
+                cast, other = cast + other, 0  # noqa: PLW2901
             if cast:
                 self.carried.append(Carried(self._new(cast), k, freed=k))
                 self.keeps[k].add(self.carried[-1].value)
+                there.setdefault(block.name, (cast, self.carried[-1].value))
             if other:
                 self.carried.append(Carried(self._new(other), k, freed=count - 1))
         alone = traffic.private() - outlive
