@@ -31,6 +31,7 @@ NAMES = (
     "roofline_check",
     "training_run",
     "host_overhead",
+    "recurrent",
 )
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

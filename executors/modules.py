@@ -15,7 +15,8 @@ from executors.graph import locate
 from executors.replay import ReplayError, Step
 from executors.trace import Observer
 from scheduler.capture.flat import flatten, tensor_leaves, unflatten
-from scheduler.capture.module_capture import Block, ModuleCapture, intercepted, is_compiled
+from scheduler.capture.module_calls import intercepted, is_compiled
+from scheduler.capture.module_capture import Block, ModuleCapture
 from scheduler.capture.sharded import gathered, holders, sharded_within
 from scheduler.capture.state import AutocastState, Draws, autocast_contexts, autocast_state
 from scheduler.program import ReplayProgram
@@ -24,10 +25,10 @@ __all__ = ["ModuleExecutor"]
 
 
 class _Own:
-    """What a block reads of the model, and where that lies.
+    """What a module that is one block or several reads of the model, and where that lies.
 
     Attributes:
-        constant: (dict, key) of its parameters, and of its buffers that a run of it does not change.
+        constant: (dict, key) of its parameters, and of its buffers that it does not change.
         changed: of its other buffers.
         outer, inner: modules around it and within it that fully_shard has sharded.
     """
@@ -74,12 +75,12 @@ class ModuleExecutor:
         self.observe = observe
         self.ran_out = False  # whether a replay of a step ran out of memory
         self.plain = plain
-        self.modules = [model.get_submodule(block.name) for block in capture.blocks]
-        self.own = [
-            _Own(model, block.name, module, capture.changed[block.stage])
-            for block, module in zip(capture.blocks, self.modules, strict=True)
-        ]
-        self.compiled = any(is_compiled(inner) for module in self.modules for inner in module.modules())
+        self.modules = {block.name: model.get_submodule(block.name) for block in capture.blocks}
+        changed = {block.name: capture.changed[block.stage] for block in capture.blocks}
+        self.own = {name: _Own(model, name, module, changed[name]) for name, module in self.modules.items()}
+        self.compiled = any(
+            is_compiled(inner) for module in self.modules.values() for inner in module.modules()
+        )
         self.replays = any(program.kept[block.stage] is None for block in capture.blocks)
         # forward is intercepted while a step runs: one step at a time may do that to these modules.
         self.lock = threading.Lock()
@@ -91,11 +92,11 @@ class ModuleExecutor:
         step = ModuleStep(self)
         if self.observe is not None:
             self.observe("first", 0)
-        with self.lock, intercepted([(m, step.wrapper(i)) for i, m in enumerate(self.modules)]):
+        with self.lock, intercepted([(m, step.wrapper(name)) for name, m in self.modules.items()]):
             output = self.plain(*args, **kwargs)
-        if step.ran != len(self.modules):
+        if step.ran != len(self.capture.blocks):
             raise ReplayError(
-                f"the plan was made for {len(self.modules)} blocks, of which this forward ran {step.ran}; the model "
+                f"the plan was made for {len(self.capture.blocks)} blocks, of which this forward ran {step.ran}; the model "
                 "took another path, so make a plan for this call"
             )
         step.finish()
@@ -109,7 +110,7 @@ class _Run:
         forward: its plain forward.
         leaves: of its arguments; None in the places of its boundary.
         spec: how they are put together.
-        places: of the boundary among the leaves.
+        places: (leaf, position in the boundary) of the arguments that are fed.
         external: places of all other tensors.
         read: the parameters and steady buffers, then the external tensors, that it read.
         versions: of these, as it began.
@@ -119,10 +120,15 @@ class _Run:
     __slots__ = ("buffers", "external", "forward", "leaves", "places", "read", "spec", "versions")
 
     def __init__(
-        self, forward: Callable[..., Any], leaves: list[Any], spec: Any, places: list[int], own: _Own
+        self,
+        forward: Callable[..., Any],
+        leaves: list[Any],
+        spec: Any,
+        places: list[tuple[int, int]],
+        own: _Own,
     ) -> None:
         self.forward, self.leaves, self.spec, self.places = forward, leaves, spec, places
-        for i in places:
+        for i, _ in places:
             leaves[i] = None
         self.external = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.read = [values[key] for values, key in own.constant] + [leaves[i] for i in self.external]
@@ -160,8 +166,8 @@ class ModuleStep(Step):
         self.executor = executor
         self.compiled = executor.compiled
         self.ran = 0
-        # (output leaf, tensor, version) of the block before, while the next is awaited
-        self.outputs: list[tuple[int, Tensor, int]] = []
+        # (block, output leaf) -> (tensor, version): what crosses into the next block, while that is awaited
+        self.crossing: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self.runs: dict[int, _Run] = {}
         self.autocasts: dict[
             int, AutocastState
@@ -169,18 +175,20 @@ class ModuleStep(Step):
 
     def finish(self) -> None:
         """The forward is over."""
-        self.outputs = []
+        self.crossing = {}
         self.sweep_is_over()
 
-    def wrapper(self, index: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """How block ``index`` is intercepted."""
-        block = self.executor.capture.blocks[index]
+    def wrapper(self, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """How the module of that name, one block or several, is intercepted."""
+        blocks = self.executor.capture.blocks
 
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
             def intercept(*args: Any, **kwargs: Any) -> Any:
-                if self.ran != index or not self.sweeping:
+                index = self.ran
+                expected = blocks[index].name if index < len(blocks) else "no more"
+                if expected != name or not self.sweeping:
                     raise ReplayError(
-                        f"block {block.name} ran out of the order of the plan (position {self.ran} instead of {index}); "
+                        f"block {name} ran out of the order of the plan (at position {index}, where that has {expected}); "
                         "make a plan for this call, or pass other blocks to solve(capture=...)"
                     )
                 self.ran += 1
@@ -192,40 +200,61 @@ class ModuleStep(Step):
 
     def _first_run(self, index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         block = self.executor.capture.blocks[index]
+        stage, following = block.stage, self._following(index)
         leaves, spec = flatten(args, kwargs)
-        places, boundary = self._boundary_into(block, leaves)
-        self.outputs = []
+        places, boundary = self._boundary_into(index, block, leaves)
+        self.crossing = {value: each for value, each in self.crossing.items() if value in following}
         if self.observe is not None:
-            self.watch(block.stage - 1, boundary)
-            self.observe("first", block.stage)
-        if self.program.kept[block.stage] is None:
-            own = self.executor.own[index]
+            values = block.boundary or [(index - 1, 0)] * len(boundary)
+            made = [t for (maker, _), t in zip(values, boundary, strict=True) if maker == index - 1]
+            self.watch(stage - 1, made)
+            self.observe("first", stage)
+        if self.program.kept[stage] is None:
+            own = self.executor.own[block.name]
             self.last([values[key] for values, key in own.changed])
             run = _Run(forward, leaves, spec, places, own)
-            result = self._drop(block.stage, run, boundary, args, kwargs)
+            result = self._drop(stage, run, boundary, args, kwargs)
         else:
             result = forward(*args, **kwargs)
-        self.outputs = [(output, t, t._version) for output, t in tensor_leaves(result)]
+        outputs = tensor_leaves(result)
+        for output, tensor in outputs:
+            if (index, output) in following:
+                self.crossing[index, output] = tensor, tensor._version
         if self.observe is not None:
-            self.watch(block.stage, [t for _, t, _ in self.outputs])
-            self.observe("first", block.stage + 1)
+            self.watch(stage, [t for _, t in outputs])
+            self.observe("first", stage + 1)
         return result
 
-    def _boundary_into(self, block: Block, leaves: list[Any]) -> tuple[list[int], tuple[Tensor, ...]]:
-        """The boundary into a block, checked against the plan: its places among the leaves, and its tensors."""
+    def _following(self, index: int) -> tuple[tuple[int, int], ...]:
+        """What crosses into the block after; see ``Block.boundary``."""
+        blocks = self.executor.capture.blocks
+        return blocks[index + 1].boundary if index + 1 < len(blocks) else ()
+
+    def _boundary_into(
+        self, index: int, block: Block, leaves: list[Any]
+    ) -> tuple[list[tuple[int, int]], tuple[Tensor, ...]]:
+        """The boundary into a block, checked against the plan: (leaf, position in it) of what is fed, and its tensors."""
         if not block.fed:
-            places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-            return places, tuple([leaves[i] for i in places])
-        made = {output: (tensor, version) for output, tensor, version in self.outputs}
-        for argument, output in block.fed:
+            tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+            return [(i, at) for at, i in enumerate(tensors)], tuple([leaves[i] for i in tensors])
+        crossing = {value: tensor for value, (tensor, _) in self.crossing.items()}
+        places = []
+        for argument, output, back in block.fed:
+            value = index - back, output
             given = leaves[argument] if argument < len(leaves) else None
-            if not isinstance(given, Tensor) or not _same_value(given, *made.get(output, (None, 0))):
+            if not isinstance(given, Tensor) or not _same_value(given, *self.crossing.get(value, (None, 0))):
+                before = "the block before" if back == 1 else self.executor.capture.blocks[index - back].label
                 raise ReplayError(
-                    f"argument {argument} of block {block.name} is not output {output} of the block before, as it "
+                    f"argument {argument} of block {block.label} is not output {output} of {before}, as it "
                     "was when the plan was made; make a plan for this call"
                 )
-        places = [argument for argument, _ in block.fed]
-        return places, tuple([leaves[i] for i in places])
+            crossing[value] = given
+            places.append((argument, block.boundary.index(value)))
+        if any(value not in crossing for value in block.boundary):
+            raise ReplayError(
+                f"what passes by block {block.label} is not what passed when the plan was made; make a plan for this call"
+            )
+        return places, tuple([crossing[value] for value in block.boundary])
 
     def _drop(self, stage: int, run: _Run, boundary: tuple[Tensor, ...], args: Any, kwargs: Any) -> Any:
         """The first run of a block whose saved tensors are dropped."""
@@ -247,7 +276,7 @@ class ModuleStep(Step):
         """Re-run a block; see Step. Parameters that fully_shard has sharded are gathered for it."""
         index = self.executor.capture.stages[stage]
         assert index is not None  # glue runs once: the referee refuses a schedule that re-runs it
-        own = self.executor.own[index]
+        own = self.executor.own[self.executor.capture.blocks[index].name]
         if own.outer or own.inner:
             with gathered(own.outer, own.inner):
                 return self._run_block(stage, index, boundary, grad)
@@ -257,22 +286,25 @@ class ModuleStep(Step):
         self, stage: int, index: int, boundary: tuple[Tensor, ...], grad: bool
     ) -> tuple[Tensor, ...]:
         """Re-run a block. Always in grad mode, for its code may ask for the mode."""
-        capture, own, run = self.executor.capture, self.executor.own[index], self.runs[stage]
+        block, run = self.executor.capture.blocks[index], self.runs[stage]
+        own = self.executor.own[block.name]
         if run.has_changed(own):
             raise RuntimeError(
-                f"a parameter, buffer or argument of block {capture.blocks[index].name} has been modified by an inplace "
+                f"a parameter, buffer or argument of block {block.label} has been modified by an inplace "
                 "operation between forward and backward, so that the block cannot be replayed; step the optimizer "
                 "after backward"
             )
         leaves = run.leaves.copy()
         for i in run.external:
             leaves[i] = leaves[i].detach().requires_grad_(leaves[i].requires_grad)
-        if grad:
-            for place, tensor in zip(run.places, boundary, strict=True):
-                leaves[place] = tensor
-        else:
-            for place, tensor, flag in zip(run.places, boundary, self.flags[stage], strict=True):
-                leaves[place] = tensor.detach().requires_grad_(flag)
+        flags = self.flags[stage]
+        for place, position in run.places:
+            given = boundary[position]
+            leaves[place] = given if grad else given.detach().requires_grad_(flags[position])
+            del given
+        after = self._following(index)
+        passing = zip(block.boundary, boundary, strict=False)
+        there = {value: tensor for value, tensor in passing if value in after}
         del boundary
         args, kwargs = unflatten(leaves, run.spec)
         del leaves
@@ -285,14 +317,9 @@ class ModuleStep(Step):
                     contexts.enter_context(context)
                 result = self._call(run, args, kwargs, grad)
         del args, kwargs
-        following = capture.stages[stage + 1] if stage + 1 < len(capture) else None
-        if following is None:
-            return ()
-        fed = capture.blocks[following].fed
-        if type(result) is Tensor:
-            return (result.detach(),) * len(fed)
-        made = dict(tensor_leaves(result))
-        return tuple([made[output].detach() for _, output in fed])
+        for output, tensor in tensor_leaves(result):
+            there[index, output] = tensor
+        return tuple([there[value].detach() for value in after])
 
     def _call(self, run: _Run, args: Any, kwargs: Any, grad: bool) -> Any:
         if grad:
@@ -307,7 +334,7 @@ class ModuleStep(Step):
     def name_of(self, stage: int) -> str:
         """See Step."""
         index = self.executor.capture.stages[stage]
-        return "code between blocks" if index is None else self.executor.capture.blocks[index].name
+        return "code between blocks" if index is None else self.executor.capture.blocks[index].label
 
     def saved_tensor(self, stage: int, index: int) -> str:
         """See Step."""

@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 
 from executors.plans import Plans, Settings
 from executors.runner import RUNNER, plain_copy, shallow, wrappers
+from scheduler.capture.callables import as_model
 from scheduler.capture.eager import wrapped_forward
 from scheduler.capture.sample import model_fingerprint
 from scheduler.capture.sharded import reject_wrapped
@@ -27,7 +28,7 @@ __all__ = ["execute", "plan_of", "plans_of", "trace_of"]
 
 def execute(
     plan: Plan | Sequence[Plan],
-    model: nn.Module,
+    model: nn.Module | Sequence[Callable[..., Any]],
     *,
     watch: bool | None = None,
     on_new_shape: str = "plan",
@@ -45,7 +46,7 @@ def execute(
     Args:
         plan: from ``scheduler.solve`` or ``Plan.load``. Several, for calls of several shapes: a list, the one whose budget,
             solver and optimizer further plans are made with first.
-        model: the model that the plan was made for, or one like it.
+        model: the model that the plan was made for, or one like it; or a list of callables (``CallableChain``).
         watch: whether the peak of the first step is measured, and judged when the next begins. If it is above the
             predicted one, a PeakWarning says by how much; if it is over the budget, later steps follow a schedule that is
             tighter by the difference. Default: on CUDA, where it costs nothing (the allocator's peak statistics are
@@ -84,6 +85,7 @@ def execute(
         raise TypeError(
             f"execute: plan is a {type(plan).__name__}, expected a Plan or a list of them; the call is execute(plan, model)"
         )
+    model = as_model(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"execute: model is a {type(model).__name__}, expected a torch.nn.Module")
     settings = Settings(watch, on_new_shape, max_plans, on_oom, check, debug)

@@ -117,15 +117,19 @@ class Runner:
                 record.stages, record.fed, record.random, record.changed, model_device(model)
             )
         if record.kind == "modules":
-            blocks = [model.get_submodule(name) for name in record.stages]
+            blocks = [model.get_submodule(name) for name in dict.fromkeys(record.stages)]
             with preserved(plain):
-                capture: GraphCapture | ModuleCapture = capture_modules(plain, call, blocks)
-            if len(capture) != len(self.plan.chain):
+                found = capture_modules(plain, call, blocks)
+            if len(found) != len(self.plan.chain):
                 raise PlanMismatch(
-                    f"planned {type(model).__name__}: {len(capture)} stages are found where the plan has "
+                    f"planned {type(model).__name__}: {len(found)} stages are found where the plan has "
                     f"{len(self.plan.chain)}; make a new plan"
                 )
-            return capture
+            if tuple(block.name for block in found.blocks) != record.stages:
+                raise PlanMismatch(
+                    f"planned {type(model).__name__}: its blocks run in another order than in the plan; make a new plan"
+                )
+            return found
         try:
             graphs = op_graphs(plain, call)
             graph = next((graph for graph in graphs if graph.fingerprint() == record.graph), None)

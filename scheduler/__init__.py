@@ -1,8 +1,8 @@
 """Scheduler: decide what a training step keeps and what it recomputes.
 
 ``solve(model, memory_budget, sample=batch)`` gives a Plan. The torch-free core (``scheduler.chain``,
-``scheduler.schedule``, ``scheduler.solvers``) can be imported, and solves, without torch; hence ``solve``
-is imported when it is first asked for.
+``scheduler.schedule``, ``scheduler.solvers``) can be imported, and solves, without torch; hence ``solve``,
+``estimate`` and ``CallableChain`` are imported when they are first asked for.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from scheduler.schedule import simulate as simulate
 from scheduler.solvers import solve_chain as solve_chain
 
 if TYPE_CHECKING:
+    from scheduler.capture.callables import CallableChain as CallableChain
     from scheduler.estimating import estimate as estimate
     from scheduler.planning import solve as solve
 
 __all__ = [
+    "CallableChain",
     "CaptureError",
     "Chain",
     "DeviceSpec",
@@ -53,4 +55,8 @@ def __getattr__(name: str) -> Any:
         from scheduler.estimating import estimate
 
         return estimate
+    if name == "CallableChain":
+        from scheduler.capture.callables import CallableChain
+
+        return CallableChain
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -215,6 +215,10 @@ class Chain:
         for field in ("output", "output_grad", "fixed"):
             object.__setattr__(self, field, _bytes("Chain", field, getattr(self, field)))
         object.__setattr__(self, "values", _values("Chain", "values", self.values))
+        long_lived = [0] * len(self.stages)
+        for each in self.carried if self.values else ():
+            if each.made < len(self.stages):
+                long_lived[each.made] += self.values[each.value]
         for i, stage in enumerate(self.stages):
             if self.input_bytes(i + 1) + stage.forward_overhead < 0:
                 raise ValueError(
@@ -226,11 +230,10 @@ class Chain:
                 raise ValueError(
                     f"Chain: stage {stage.name!r} names value {max(named)}, and values holds {len(self.values)}"
                 )
-            long_lived = sum(self.values[each.value] for each in self.carried if each.made == i)
-            if self.values and long_lived != stage.carried:
+            if self.values and long_lived[i] != stage.carried:
                 raise ValueError(
                     f"Chain: stage {stage.name!r}: carried={stage.carried}, and the carried values that it makes have "
-                    f"{long_lived} bytes"
+                    f"{long_lived[i]} bytes"
                 )
             if self.values and sum(self.values[value] for value in stage.enters) != stage.input:
                 raise ValueError(

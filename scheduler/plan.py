@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -22,6 +23,7 @@ from scheduler.solvers import SOLVERS, checked_solver, solve_chain
 __all__ = ["CaptureRecord", "Plan"]
 
 PLAN_FORMAT = 1
+MANY_ROWS = 64  # in the printed table, before the calls of one module share a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +38,9 @@ class CaptureRecord:
         model: fingerprint of the model.
         graph: fingerprint of the op graph ("" for modules).
         cuts: inner cuts of the op graph (empty for modules).
-        stages: names of the modules that are stages (empty for graph).
-        fed: for each of them, which outputs of the one before are among its arguments: (argument, output) leaves.
+        stages: names of the modules that are stages, as often as they run (empty for graph).
+        fed: for each of them, which outputs of those before are among its arguments: (argument leaf, output leaf, how many
+            blocks back).
         random: (L,) whether a stage draws random numbers.
         changed: (L,) names of the buffers that a stage changes.
         dropped: (L,) for each option of a stage, the numbers of the saved tensors that it drops (empty for modules).
@@ -60,7 +63,7 @@ class CaptureRecord:
     graph: str = ""
     cuts: tuple[int, ...] = ()
     stages: tuple[str, ...] = ()
-    fed: tuple[tuple[tuple[int, int], ...], ...] = ()
+    fed: tuple[tuple[tuple[int, ...], ...], ...] = ()
     random: tuple[bool, ...] = ()
     changed: tuple[tuple[str, ...], ...] = ()
     dropped: tuple[tuple[tuple[int, ...], ...], ...] = ()
@@ -211,14 +214,24 @@ class Plan:
         option = self.program.kept[stage]
         if option is not None:
             return self.chain.stages[stage].options[option].name
-        first = next(
-            a for a in self.schedule if isinstance(a, (Forward, Checkpoint, Keep)) and a.stage == stage
-        )
-        return "input" if isinstance(first, Checkpoint) else "nothing"
+        return "input" if stage in self._held_first else "nothing"
+
+    @cached_property
+    def _held_first(self) -> frozenset[int]:
+        """The stages whose first run holds on to its input."""
+        first: dict[int, bool] = {}
+        for action in self.schedule:
+            if isinstance(action, (Forward, Checkpoint, Keep)):
+                first.setdefault(action.stage, isinstance(action, Checkpoint))
+        return frozenset(stage for stage, held in first.items() if held)
+
+    @cached_property
+    def _options(self) -> dict[int, int]:
+        return {action.stage: action.option for action in self.schedule if isinstance(action, Keep)}
 
     def option(self, stage: int) -> int:
         """The option with which a stage is kept when it is reversed."""
-        return [a.option for a in self.schedule if isinstance(a, Keep) and a.stage == stage][-1]
+        return self._options[stage]
 
     def explain(self, stage: int) -> str:
         """The ops of a stage, one a line: K, what autograd saves of it is kept; R, it runs again before the backward.
@@ -260,7 +273,10 @@ class Plan:
         return "\n".join(lines)
 
     def table(self) -> str:
-        """The cost table: per stage what is kept, runs, seconds, bytes; then totals and the budget."""
+        """The cost table: per stage what is kept, runs, seconds, bytes; then totals and the budget.
+
+        In a long one the calls of one module in a row share a row: sums, and the largest input.
+        """
         from rich import box
         from rich.console import Console
         from rich.table import Table
@@ -272,20 +288,8 @@ class Plan:
         table.add_column("kept", overflow="ellipsis", no_wrap=True, max_width=36)
         for heading in ("runs", "forward ms", "backward ms", "extra ms", "saved", "input"):
             table.add_column(heading, justify="right")
-        for i, stage in enumerate(chain.stages):
-            option = stage.options[self.option(i)]
-            extra = (runs[i] - 1) * stage.forward + option.recompute
-            table.add_row(
-                str(i),
-                stage.name,
-                self.kept(i),
-                str(runs[i]),
-                f"{stage.forward * 1e3:.2f}",
-                f"{stage.backward * 1e3:.2f}",
-                f"{extra * 1e3:.2f}" if extra else "",
-                format_bytes(option.saved),
-                format_bytes(stage.input),
-            )
+        for group in self._rows():
+            table.add_row(*(self._row(group[0]) if len(group) == 1 else self._row_of_calls(group)))
         table.add_section()
         table.add_row(
             "",
@@ -326,6 +330,53 @@ class Plan:
             f"captured as {self.capture.kind}: {self.capture.reason}",
         ]
         return "\n".join(lines)
+
+    def _rows(self) -> list[list[int]]:
+        """The stages that share a row: each has its own, but for the many calls of a module in a row."""
+        modules = [stage.name.partition("[")[0] for stage in self.chain.stages]
+        rows: list[list[int]] = []
+        for i, name in enumerate(modules):
+            if rows and "[" in self.chain.stages[i].name and modules[rows[-1][-1]] == name:
+                rows[-1].append(i)
+            else:
+                rows.append([i])
+        folded = len(modules) > MANY_ROWS and self.capture.kind == "modules"
+        return rows if folded else [[i] for i in range(len(modules))]
+
+    def _row(self, i: int) -> list[str]:
+        stage, runs = self.chain.stages[i], self.timeline.runs[i]
+        option = stage.options[self.option(i)]
+        extra = (runs - 1) * stage.forward + option.recompute
+        return [
+            str(i),
+            stage.name,
+            self.kept(i),
+            str(runs),
+            f"{stage.forward * 1e3:.2f}",
+            f"{stage.backward * 1e3:.2f}",
+            f"{extra * 1e3:.2f}" if extra else "",
+            format_bytes(option.saved),
+            format_bytes(stage.input),
+        ]
+
+    def _row_of_calls(self, group: list[int]) -> list[str]:
+        """Sums over the calls of a module; of inputs the largest."""
+        stages = [self.chain.stages[i] for i in group]
+        options = [self.chain.stages[i].options[self.option(i)] for i in group]
+        runs = [self.timeline.runs[i] for i in group]
+        extra = sum((n - 1) * s.forward + o.recompute for n, s, o in zip(runs, stages, options, strict=True))
+        kept = Counter(self.kept(i) for i in group)
+        return [
+            f"{group[0]}-{group[-1]}",
+            f"{stages[0].name} .. {stages[-1].name}",
+            ", ".join(f"{count} {what}" for what, count in kept.items()),
+            str(sum(runs)),
+            f"{sum(s.forward for s in stages) * 1e3:.2f}",
+            f"{sum(s.backward for s in stages) * 1e3:.2f}",
+            f"{extra * 1e3:.2f}" if extra else "",
+            format_bytes(sum(o.saved for o in options)),
+            format_bytes(max(s.input for s in stages)),
+        ]
 
     def _host_line(self) -> str:
         """What is copied to the host, in words."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,10 +13,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from scheduler.budget import format_bytes, free_machine_bytes, machine_bytes, parse_budget
+from scheduler.capture.callables import CallableChain, as_model
 from scheduler.capture.dry import capture_dry, without_hardware
 from scheduler.capture.fake import has_data
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
-from scheduler.capture.module_capture import ModuleCapture, capture_blocks, intercepted, is_compiled
+from scheduler.capture.loss import find_loss
+from scheduler.capture.module_calls import Recurrence, intercepted, is_compiled
+from scheduler.capture.module_capture import ModuleCapture, capture_blocks
 from scheduler.capture.sample import (
     Call,
     CallSignature,
@@ -84,7 +87,7 @@ class Priced:
 
 
 def solve(
-    model: nn.Module,
+    model: nn.Module | Sequence[Callable[..., Any]],
     memory_budget: int | str,
     *,
     sample: Any,
@@ -103,7 +106,8 @@ def solve(
 
     Args:
         model: in train mode, on one device, or sharded by fully_shard; then every rank makes this call. One that trains by a plan already is planned anew. With ``device`` it may
-            be without data: on meta, or made under FakeTensorMode.
+            be without data: on meta, or made under FakeTensorMode. Or a list of callables, the stages: each is called with
+            what the one before returned (``CallableChain``).
         memory_budget: peak device bytes of a whole training step: parameters, buffers, gradients, optimizer
             state if an optimizer is given, inputs, activations. An int, or text: "6GiB", "800MB", "75%" of the
             device's memory; "auto" is what is free (and what of the step is there already) less 5 % of the device's
@@ -114,7 +118,9 @@ def solve(
         parameters: what else the solver takes, by name: ``{"keep": "attn"}`` for "selective", ``{"host":
             HostMemory(...)}`` for "two_level", which takes a graph capture.
         capture: "graph" (torch.export), "modules" (blocks that run in order), "auto" (graph where it is
-            exact, else modules), or the blocks themselves: a list of modules or an nn.Sequential.
+            exact, else modules; of callables, these; modules where one module is called a hundred times in a row, each
+            call fed by the one before), or the blocks themselves: a list of modules or an nn.Sequential. A module that is
+            called so is a block at each call.
         costs: "measure" (seconds by the clock) or "roofline" (from FLOPs and bytes); bytes are counted either way.
             Default: "measure", and "roofline" with ``device``.
         optimizer: its state counts towards the budget.
@@ -131,9 +137,9 @@ def solve(
         CaptureError: the model cannot be captured exactly.
         InfeasibleBudget: no schedule fits; carries the smallest budget that one fits.
     """
-    model = unplanned(model)
+    plain: nn.Module = unplanned(as_model(model))
     request = checked(
-        model, memory_budget, sample, solver, parameters or {}, capture, costs, optimizer, device, progress
+        plain, memory_budget, sample, solver, parameters or {}, capture, costs, optimizer, device, progress
     )
     if isinstance(request.device, Target):
         with without_hardware(request.model, request.call) as (request.model, request.call):
@@ -164,7 +170,7 @@ def solve_again(plan: Plan, model: nn.Module, call: Call, progress: Progress) ->
         False,
         model_device(model),
         solver,
-        "auto" if record.kind == "graph" else tuple(map(model.get_submodule, record.stages)),
+        "auto" if record.kind == "graph" else tuple(map(model.get_submodule, dict.fromkeys(record.stages))),
         plan.costs,
         plan.resident.get("optimizer state", 0),
         plan.optimizer_step,
@@ -261,6 +267,14 @@ def checked(
 ) -> Request:
     """Refuse what cannot be planned, before anything is changed."""
     reject_unusable(model)
+    if isinstance(model, CallableChain):
+        if target is not None:
+            raise ValueError(
+                "solve: device= plans a copy of the model, and plain callables cannot be copied with what they use; plan them "
+                "where their modules are, without device=, or make a module of each"
+            )
+        if isinstance(capture, str) and capture in ("auto", "modules"):
+            capture = [*model.stages]
     own = model_device(model)
     device: Device = own if target is None else Target(DeviceSpec.of(target))
     budget = parse_budget(
@@ -346,8 +360,12 @@ def _free_bytes(
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) + there
 
 
-def _plain_step(request: Request) -> StepResult:
-    """One plain step on the sample, saved tensors offloaded where the device is not the host."""
+def _warm_up(request: Request) -> tuple[Recurrence, bool]:
+    """A first forward, from which a rejected sample shows before a step is taken.
+
+    Returns:
+        what it calls again and again; whether the model returns its own loss.
+    """
     model, (args, kwargs) = request.model, request.call
     signature = forward_signature(model)
 
@@ -361,15 +379,31 @@ def _plain_step(request: Request) -> StepResult:
     offloaded: AbstractContextManager[Any] = (
         nullcontext() if request.device.type == "cpu" else torch.autograd.graph.save_on_cpu()
     )
+    seen = Recurrence()
     try:
-        with preserved(model), torch.enable_grad(), offloaded, intercepted([(model, note)]):
-            model(*args, **kwargs)  # warm-up; and a rejected sample shows before a step is taken
+        with (
+            preserved(model),
+            torch.enable_grad(),
+            offloaded,
+            intercepted([(model, note)]),
+            seen.watching(model),
+        ):
+            output = model(*args, **kwargs)
+        if isinstance(model, CallableChain):
+            with preserved(model):
+                model.check(args, kwargs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the model's code raises on a sample that does not suit it
         raise ValueError(
             f"solve: {type(model).__name__} rejects the sample: {type(error).__name__}: {error}"
         ) from error
+    return seen, find_loss(output)[1]
+
+
+def _plain_step(request: Request) -> StepResult:
+    """One plain step on the sample, saved tensors offloaded where the device is not the host."""
+    model, (args, kwargs) = request.model, request.call
     plain = run_step(model, lambda: model(*args, **kwargs), offload=True)
     if request.cacheless:
         more = {name: value for name, value in kwargs.items() if name != "use_cache"}
@@ -393,14 +427,16 @@ def _captured(request: Request) -> tuple[Captured, str, bool]:
     if isinstance(request.device, Target):
         return capture_dry(request.model, request.call, request.capture, request.device, request.progress)
     request.progress("running one plain step")
-    plain = _plain_step(request)
+    seen, own_loss = _warm_up(request)
     how = request.capture
-    refused = ""
-    if how in ("auto", "graph"):
+    refused = seen.unrolled() if how == "auto" else ""
+    to_compare = how in ("auto", "graph") and not refused
+    plain = _plain_step(request) if to_compare or request.cacheless else None
+    if plain is not None and to_compare:
         request.progress("capturing the op graph")
         try:
             captured = _exact_graph(request, plain)
-            return captured, "torch.export; one step is bit-equal to the plain model", plain.own_loss
+            return captured, "torch.export; one step is bit-equal to the plain model", own_loss
         except CaptureError as error:
             if how == "graph":
                 raise CaptureError(
@@ -409,8 +445,8 @@ def _captured(request: Request) -> tuple[Captured, str, bool]:
             refused = str(error)
     request.progress("capturing the blocks")
     with preserved(request.model):
-        blocks, reason = capture_blocks(request.model, request.call, how, refused)
-    return blocks, reason + (f"; not as a graph, since {refused}" if refused else ""), plain.own_loss
+        blocks, reason = capture_blocks(request.model, request.call, how, refused, seen=seen)
+    return blocks, reason + (f"; not as a graph, since {refused}" if refused else ""), own_loss
 
 
 def _exact_graph(request: Request, plain: StepResult) -> GraphCapture:

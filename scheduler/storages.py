@@ -17,7 +17,7 @@ from scheduler.chain import Carried, Chain
 
 __all__ = ["Moment", "Storages", "bytes_of", "follow"]
 
-Copy = tuple[int, int]  # a value, and the run of its stage that made this copy of it
+Copy = tuple[int, int]  # a value, and which run made this copy of it: 1 for all first runs, then 2, 3, ...
 
 
 @dataclass(slots=True)
@@ -124,7 +124,8 @@ class Storages:
         ] = {}  # x_i as the kept stage i-1 made it, until stage i is kept
         self._working: tuple[int, frozenset[Copy]] | None = None
         self._reading: dict[int, frozenset[Copy]] = {}  # carried values that wait for the backward of a stage
-        self._runs = [0] * len(chain)
+        self._ran = [False] * len(chain)
+        self._runs = 1
         self._first = {each.value: frozenset(((each.value, 1),)) for each in chain.carried}
         self._making: dict[int, list[int]] = {}
         self._readers: dict[int, list[Carried]] = {}
@@ -236,10 +237,17 @@ class Storages:
         return self._held[stage] if stage in self._held else self._made[stage]
 
     def _copies(self, stage: int, inputs: frozenset[Copy], values: Iterable[int]) -> frozenset[Copy]:
-        """The values after a run of the stage: those that entered it as they are, the others anew."""
-        self._runs[stage] += 1
+        """The values after a run of the stage: those that entered it as they are, the others anew.
+
+        First runs make the first copies: calls of one module share what autocast has cast for it. Runs again share nothing.
+        """
+        run = 1
+        if self._ran[stage]:
+            self._runs += 1
+            run = self._runs
+        self._ran[stage] = True
         there = dict(inputs)
-        return frozenset((value, there.get(value, self._runs[stage])) for value in values)
+        return frozenset((value, there.get(value, run)) for value in values)
 
     def _size(self, copy: Copy) -> int:
         return self.chain.values[copy[0]]

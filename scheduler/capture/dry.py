@@ -16,6 +16,7 @@ from scheduler.capture.eager import as_eager
 from scheduler.capture.fake import fake_call, fake_model
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
 from scheduler.capture.loss import find_loss, output_tensors
+from scheduler.capture.module_calls import Recurrence
 from scheduler.capture.module_capture import ModuleCapture, capture_blocks
 from scheduler.capture.sample import Call
 from scheduler.capture.target import Target
@@ -59,9 +60,11 @@ def capture_dry(
         ValueError: it rejects the call.
     """
     progress("running one step without data")
-    own_loss, custom = _dry_step(model, call)
-    refused = ""
-    if how in ("auto", "graph"):
+    seen = Recurrence()
+    with seen.watching(model):
+        own_loss, custom = _dry_step(model, call)
+    refused = seen.unrolled() if how == "auto" else ""
+    if not refused and how in ("auto", "graph"):
         progress("capturing the op graph")
         try:
             if custom:
@@ -79,7 +82,7 @@ def capture_dry(
                 raise CaptureError(f"solve: capture='graph': {error}; try capture='modules'") from error
             refused = str(error)
     progress("capturing the blocks")
-    blocks, reason = capture_blocks(model, call, how, refused, target)
+    blocks, reason = capture_blocks(model, call, how, refused, target, seen)
     return (
         blocks,
         f"{reason}; {UNTRIED}" + (f"; not as a graph, since {refused}" if refused else ""),

@@ -4,28 +4,38 @@ The user's code between the blocks (*glue*) is left alone: it runs once, in plai
 saves stays. A block is *fed* by the one before if at least one of its tensor arguments is, by identity,
 an output of that block, and glue has made none for it since; all its other tensor
 arguments (masks, rotary tables, an encoder's output) are *external*: held while the step lasts.
+
+A *recurrent* module, which is called again and again, each call fed by the one before (a cell that the user's code
+unrolls over time), is a block at each call. What glue makes for one step, its input, is external and ends no chain;
+and it may be fed by a block further back, whose output passes by those between (the state of a layer of cells while
+the others run).
 """
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._guards import detect_fake_mode
 
-from scheduler.capture.fake import Watch
-from scheduler.capture.flat import tensor_leaves
+from scheduler.capture.module_calls import (
+    CONTAINERS,
+    ModuleCall,
+    Recurrence,
+    expanded,
+    profile,
+    recurrent,
+    repeatable,
+)
 from scheduler.capture.sample import Call
-from scheduler.capture.state import RandomState, model_device
+from scheduler.capture.sharded import sharded_within
+from scheduler.capture.state import model_device
 from scheduler.capture.target import Device, Target
-from scheduler.capture.verify import equal_bits
 from scheduler.errors import CaptureError
 
 __all__ = [
@@ -33,26 +43,31 @@ __all__ = [
     "ModuleCapture",
     "capture_blocks",
     "capture_modules",
-    "intercepted",
-    "is_compiled",
     "recorded_modules",
 ]
+
+MOST_PASSED = 16  # blocks that a value may pass by between its making and a block that is fed by it
 
 
 @dataclass(slots=True)
 class Block:
-    """One stage that is a module.
+    """One stage that is a call of a module.
 
     Attributes:
-        name: dotted name in the model.
+        name: dotted name of the module in the model.
+        label: the same, and which call of it, if there are several.
         stage: its index in the chain.
-        fed: which output leaves of the block before are among its arguments, as
-            (argument leaf, output leaf) pairs; empty if glue comes between.
+        fed: which outputs of blocks before are among its arguments, as (argument leaf, output leaf, how many blocks
+            back); empty if glue comes between.
+        boundary: what crosses into it, as (block, output leaf): what it is fed, then what passes by to later ones. Empty if
+            glue comes between; then all its tensor arguments do.
     """
 
     name: str
+    label: str
     stage: int
-    fed: tuple[tuple[int, int], ...] = ()
+    fed: tuple[tuple[int, int, int], ...] = ()
+    boundary: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(slots=True)
@@ -84,8 +99,13 @@ class ModuleCapture:
     def __len__(self) -> int:
         return len(self.stages)
 
+    def modules(self, model: nn.Module) -> list[nn.Module]:
+        """The module of each block."""
+        found = {name: model.get_submodule(name) for name in {block.name for block in self.blocks}}
+        return [found[block.name] for block in self.blocks]
+
     def record(self) -> dict[str, Any]:
-        """What a plan keeps of this capture, to make it again."""
+        """What a plan keeps of this capture, to make it again; names of blocks as often as they run."""
         return {
             "stages": tuple(block.name for block in self.blocks),
             "fed": tuple(block.fed for block in self.blocks),
@@ -94,110 +114,21 @@ class ModuleCapture:
         }
 
 
-class _Call:
-    """One call of a candidate module during the profiling forward. Tensors are named by tokens."""
-
-    def __init__(self, name: str, parent: _Call | None) -> None:
-        self.name = name
-        self.parent = parent
-        self.children: list[_Call] = []
-        self.inputs: list[tuple[int, int]] = []  # (leaf, token)
-        self.outputs: list[tuple[int, int]] = []
-        self.random = False
-        self.changed: tuple[str, ...] = ()
-        self.changes_input = False
-        self.new_input = False  # an input that no call before had: glue has made it
-
-    def calls(self) -> Iterator[_Call]:
-        """All calls within this one."""
-        for child in self.children:
-            yield child
-            yield from child.calls()
-
-    def fed_by(self, other: _Call) -> tuple[tuple[int, int], ...]:
-        """(argument leaf, output leaf) pairs of one tensor."""
-        made = {token: leaf for leaf, token in reversed(other.outputs)}
-        return tuple((leaf, made[token]) for leaf, token in self.inputs if token in made)
-
-    def is_its_children(self) -> bool:
-        """Whether the children, one after the other, are all that it does to what flows through it."""
-        if len(self.children) < 2:
-            return False
-        first, last = self.children[0], self.children[-1]
-        return (
-            bool({t for _, t in first.inputs} & {t for _, t in self.inputs})
-            and bool({t for _, t in last.outputs} & {t for _, t in self.outputs})
-            and all(b.fed_by(a) for a, b in pairwise(self.children))
-        )
-
-
-class _Tokens:
-    """A number for every tensor object ever seen; an address that is used again gets a new one.
-
-    A tensor that was changed in place gets a new one too: it is no longer what was made.
-    """
-
-    def __init__(self) -> None:
-        self.known: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}  # (tensor, version, number)
-        self.count = 0
-
-    def of(self, tensor: Tensor) -> int:
-        """The tensor's number."""
-        entry = self.known.get(id(tensor))
-        if entry is None or entry[0]() is not tensor or entry[1] != tensor._version:
-            entry = (weakref.ref(tensor), tensor._version, self.count)
-            self.known[id(tensor)] = entry
-            self.count += 1
-        return entry[2]
-
-
-@contextmanager
-def intercepted(
-    modules: Sequence[tuple[nn.Module, Callable[[Callable[..., Any]], Callable[..., Any]]]],
-    whole: Collection[nn.Module] = (),
-) -> Iterator[None]:
-    """Within it each module's ``forward`` is ``wrap(forward)``; its hooks fire around that as ever.
-
-    Of a module that ``module.compile()`` has compiled it is the compiled call, hooks included: what wraps it stays eager.
-
-    Args:
-        whole: of these, too, it is the whole call, hooks included.
-    """
-    originals = []
-    try:
-        for module, wrap in modules:
-            name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
-            call = getattr(module, name)
-            if name == "forward" and module in whole:
-                name, call = (
-                    "_compiled_call_impl",
-                    module._call_impl,
-                )  # torch calls the former instead of the latter
-            originals.append((module, name, module.__dict__.get(name)))
-            module.__dict__[name] = wrap(call)
-        yield
-    finally:
-        for module, name, original in reversed(originals):
-            if original is None:
-                module.__dict__.pop(name, None)
-            else:
-                module.__dict__[name] = original
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile has compiled a module, by itself or in place."""
-    wrapped = any(kind.__name__ == "OptimizedModule" for kind in type(module).__mro__)
-    return wrapped or module._compiled_call_impl is not None
-
-
-def _candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Members of every ModuleList and Sequential, by name, shared ones once."""
+def _candidates(model: nn.Module, call: Call, seen: Recurrence | None) -> dict[str, nn.Module]:
+    """Members of every ModuleList and Sequential, by name, shared ones once; and recurrent modules."""
     found: dict[nn.Module, str] = {}
     for path, container in model.named_modules():
         if isinstance(container, (nn.ModuleList, nn.Sequential)):
             for key, member in container.named_children():
-                if not isinstance(member, (nn.ModuleList, nn.ModuleDict)):
+                if not isinstance(member, CONTAINERS):
                     found.setdefault(member, f"{path}.{key}" if path else key)
+    if seen is None:
+        seen = Recurrence()
+        args, kwargs = call
+        with torch.no_grad(), seen.watching(model):
+            model(*args, **kwargs)
+    for name in (name for name, row in seen.row.items() if row > 1):
+        found.setdefault(model.get_submodule(name), name)
     return {name: module for module, name in found.items()}
 
 
@@ -219,19 +150,21 @@ def capture_blocks(
     how: str | tuple[nn.Module, ...],
     refused: str,
     target: Target | None = None,
+    seen: Recurrence | None = None,
 ) -> tuple[ModuleCapture, str]:
     """The blocks of a model that is not captured as a graph, and why these.
 
     Args:
         how: what was asked for: a kind of capture, or the blocks.
         refused: why there is no graph, "" if none was asked for.
+        seen: what a forward called again and again, if that is known.
 
     Raises:
         CaptureError: the model cannot be captured; says why.
     """
     given = None if isinstance(how, str) else how
     try:
-        blocks = capture_modules(model, call, given, target)
+        blocks = capture_modules(model, call, given, target, seen)
     except CaptureError as error:
         why = f" (graph capture: {refused})" if refused else ""
         raise CaptureError(
@@ -242,75 +175,156 @@ def capture_blocks(
 
 
 def capture_modules(
-    model: nn.Module, call: Call, blocks: Sequence[nn.Module] | None = None, target: Target | None = None
+    model: nn.Module,
+    call: Call,
+    blocks: Sequence[nn.Module] | None = None,
+    target: Target | None = None,
+    seen: Recurrence | None = None,
 ) -> ModuleCapture:
     """Find the blocks by one forward without grad; the caller restores the model's state.
 
     Args:
         blocks: the blocks, if the user names them.
         target: the device that is planned for, if it is not there: nothing has data.
+        seen: what a forward called again and again, if that is known.
 
     Raises:
         CaptureError: there are no such blocks, or they cannot be replayed; says why.
     """
     _refuse_layer_drop(model)
-    modules = _candidates(model) if blocks is None else _given(model, blocks)
+    modules = _candidates(model, call, seen) if blocks is None else _given(model, blocks)
     device = model_device(model)
-    root = _profile(model, call, modules, device, data=target is None)
-    chosen = root.children if blocks is not None else _expanded(root)
-    counts = Counter(entry.name for entry in root.calls())  # within another block, too
-    usable = [entry for entry in chosen if counts[entry.name] == 1 and entry.inputs and entry.outputs]
-    if blocks is not None and [e.name for e in usable] != list(modules):
+    root = profile(model, call, modules, device, data=target is None)
+    again = recurrent(root)
+    if again and sharded_within(model):
         raise CaptureError(
-            f"the modules given do not each run once, in the order given; seen: {[e.name for e in chosen]}"
+            f"{min(again)} is called again and again in one forward, and fully_shard gathers and reduces at every call; "
+            "shard the module that makes these calls, and plan modules that are called once"
         )
-    usable = [entry for entry in usable if not entry.changes_input]
+    calls = Counter(entry.name for entry in root.within())
+    chosen = root.children if blocks is not None else expanded(root, calls, again)
+    counts = Counter(entry.name for entry in chosen)
+    unusable = {
+        e.name
+        for e in chosen
+        if not (e.inputs and e.outputs)
+        or (counts[e.name] > 1 and e.name not in again)
+        or counts[e.name] != calls[e.name]  # it runs within another block, too
+    }
+    if blocks is not None and (unusable or list(counts) != list(modules)):
+        raise CaptureError(
+            "the modules given do not each run once, in the order given, or again and again, each call fed by the one "
+            f"before; seen: {_in_words([entry.name for entry in chosen])}"
+        )
+    unusable |= {entry.name for entry in chosen if entry.changes_input}
+    usable = [entry for entry in chosen if entry.name not in unusable]
     if target is None and detect_fake_mode() is None:
-        usable = _repeatable(model, call, usable, device)
+        usable = repeatable(model, call, usable, device)
     if not usable:
         raise CaptureError(
-            "no member of a ModuleList or Sequential runs exactly once with tensors in and out"
+            "no member of a ModuleList or Sequential runs exactly once with tensors in and out, and no module is called "
+            "again and again, each call fed by the one before"
         )
-    feeds: list[tuple[tuple[int, int], ...]] = []
-    before: _Call | None = None
+    found, stages = _laid_out([entry.name for entry in usable], _feeds(chosen, usable, again))
+    random = [False if b is None else usable[b].random for b in stages]
+    of: dict[str, set[str]] = {}  # in any of its calls: what one changes, all of them find
     for entry in usable:
-        position = chosen.index(entry)
-        follows = before is not None and position > 0 and chosen[position - 1] is before
-        # What glue made for this block (a decoder's embeddings, beside the encoder's output) is glue's to be counted.
-        fed = entry.fed_by(before) if before is not None and follows and not entry.new_input else ()
-        feeds.append(fed)
-        before = entry
-    found, stages = _laid_out([entry.name for entry in usable], feeds)
-    by_name = {entry.name: entry for entry in usable}
-    random = [False if b is None else by_name[found[b].name].random for b in stages]
-    changed = [() if b is None else by_name[found[b].name].changed for b in stages]
-    reason = f"{len(found)} blocks that run in order ({found[0].name} .. {found[-1].name})"
+        of.setdefault(entry.name, set()).update(entry.changed)
+    changed = [() if b is None else tuple(sorted(of[usable[b].name])) for b in stages]
+    reason = f"{len(found)} blocks that run in order ({found[0].label} .. {found[-1].label})"
     return ModuleCapture(found, stages, device, reason, random, changed, target)
+
+
+def _in_words(names: Sequence[str]) -> str:
+    """Names in order, repetitions counted."""
+    runs = [(name, len(list(same))) for name, same in groupby(names)]
+    shown = ", ".join(name if count == 1 else f"{name} ({count} times)" for name, count in runs[:20])
+    return shown + (", ..." if len(runs) > 20 else "")
+
+
+def _feeds(
+    chosen: Sequence[ModuleCall], usable: Sequence[ModuleCall], again: Collection[str]
+) -> list[tuple[tuple[int, int, int], ...]]:
+    """Which outputs of blocks before each block is fed; see ``Block.fed``."""
+    number = {id(entry): index for index, entry in enumerate(usable)}
+    made: dict[int, tuple[int, int]] = {}  # token -> (block, output leaf), since glue was last a stage
+    feeds: list[tuple[tuple[int, int, int], ...]] = []
+    before: ModuleCall | None = None
+    for entry in chosen:
+        index = number.get(id(entry))
+        if index is not None:
+            places = [(leaf, *made[token]) for leaf, token in entry.inputs if token in made]
+            if entry.name in again:
+                fed = tuple((leaf, output, index - block) for leaf, block, output in places)
+            elif before is not None and index and usable[index - 1] is before and not entry.new_input:
+                fed = tuple((leaf, output, 1) for leaf, block, output in places if block == index - 1)
+            else:  # what glue made for this block (a decoder's embeddings) is glue's to be counted
+                fed = ()
+            if not fed:
+                made = {}
+            feeds.append(fed)
+            made.update({token: (index, leaf) for leaf, token in reversed(entry.outputs)})
+        before = entry
+    return _within_reach(feeds)
+
+
+def _within_reach(
+    feeds: list[tuple[tuple[int, int, int], ...]],
+) -> list[tuple[tuple[int, int, int], ...]]:
+    """Without values that many blocks would pass by: they are external where the block before does not make them."""
+    furthest: dict[tuple[int, int], int] = {}
+    for index, fed in enumerate(feeds):
+        for _, output, back in fed:
+            value = index - back, output
+            furthest[value] = max(back, furthest.get(value, 0))
+    kept, begin = [], 0  # the first block since glue was last a stage
+    for index, fed in enumerate(feeds):
+        near = tuple(
+            (leaf, output, back)
+            for leaf, output, back in fed
+            if index - back >= begin and (back == 1 or furthest[index - back, output] <= MOST_PASSED)
+        )
+        begin = begin if near else index
+        kept.append(near)
+    return kept
 
 
 def recorded_modules(
     names: Sequence[str],
-    feeds: Sequence[tuple[tuple[int, int], ...]],
+    feeds: Sequence[tuple[tuple[int, ...], ...]],
     random: Sequence[bool],
     changed: Sequence[tuple[str, ...]],
     device: torch.device,
 ) -> ModuleCapture:
     """The capture that a plan's record tells of, without running the model."""
-    blocks, stages = _laid_out(names, feeds)
+    # A plan of an earlier version has feeds by the block before alone.
+    blocks, stages = _laid_out(
+        names, [tuple((a, o, *(back or (1,))) for a, o, *back in fed) for fed in feeds]
+    )
     return ModuleCapture(blocks, stages, device, "as recorded", list(random), list(changed))
 
 
 def _laid_out(
-    names: Sequence[str], feeds: Sequence[tuple[tuple[int, int], ...]]
+    names: Sequence[str], feeds: Sequence[tuple[tuple[int, int, int], ...]]
 ) -> tuple[list[Block], list[int | None]]:
-    """Blocks and stages: glue comes first, last, and before each block that the one before does not feed."""
+    """Blocks and stages: glue comes first, last, and before each block that none before feeds."""
     blocks: list[Block] = []
     stages: list[int | None] = [None]
+    total, seen = Counter(names), Counter[str]()
     for index, (name, fed) in enumerate(zip(names, feeds, strict=True)):
         if index and not fed:
             stages.append(None)
-        blocks.append(Block(name, len(stages), fed))
+        label = name if total[name] == 1 else f"{name}[{seen[name]}]"
+        seen[name] += 1
+        blocks.append(Block(name, label, len(stages), fed))
         stages.append(index)
+    needed: list[tuple[int, int]] = []  # by blocks after, and made before
+    for index, block in reversed([*enumerate(blocks)]):
+        own = [(index - back, output) for _, output, back in block.fed]
+        passing = sorted(value for value in needed if value[0] < index)
+        if block.fed:
+            block.boundary = tuple(dict.fromkeys((*own, *passing)))
+        needed = [*block.boundary]
     return blocks, [*stages, None]
 
 
@@ -326,131 +340,3 @@ def _refuse_layer_drop(model: nn.Module) -> None:
                         f"layers are left out at random ({where} is {share}), and a plan is for all of them; set that to "
                         "0 in the configuration, before the model is made"
                     )
-
-
-def _repeatable(model: nn.Module, call: Call, entries: list[_Call], device: torch.device) -> list[_Call]:
-    """Those of the blocks that give the same results when they are run again.
-
-    Others draw random numbers from elsewhere, or change one of their arguments: a cache.
-
-    Raises:
-        CaptureError: none does; or the model cannot go on when they have run twice.
-    """
-    failed: dict[str, str] = {}
-
-    def wrapper(name: str, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
-            def twice(*args: Any, **kwargs: Any) -> Any:
-                random = RandomState(device)
-                buffers = [(b, b.clone()) for b in module.buffers()]
-                first = forward(*args, **kwargs)
-                random.restore()
-                for buffer, value in buffers:
-                    buffer.data.copy_(value)
-                try:
-                    again = forward(*args, **kwargs)
-                except Exception as error:  # noqa: BLE001 # of whatever kind the model's code raises
-                    failed[name] = f"it raises {type(error).__name__}: {error}"
-                    return first
-                pairs = zip(tensor_leaves(first), tensor_leaves(again), strict=False)
-                if any(not _alike(a, b) for (_, a), (_, b) in pairs):
-                    failed[name] = "its results differ"
-                return first
-
-            return twice
-
-        return wrap
-
-    args, kwargs = call
-    error: Exception | None = None
-    watched = [(entry.name, model.get_submodule(entry.name)) for entry in entries]
-    with torch.no_grad(), intercepted([(m, wrapper(n, m)) for n, m in watched]):
-        try:
-            model(*args, **kwargs)
-        except Exception as other:  # noqa: BLE001 # what the second runs left behind may stop the model
-            error = other
-    steady = [entry for entry in entries if entry.name not in failed]
-    if error is not None or (failed and not steady):
-        name, why = next(iter(failed.items()), (watched[0][0], f"the model stops with {error}"))
-        raise CaptureError(
-            f"{name} does not do the same when it is run again on the same arguments: {why}. If it fills a cache, pass "
-            "use_cache=False; random numbers must be torch's"
-        ) from error
-    return steady
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two results are one, up to what sums of CUDA kernels in no fixed order may make of it."""
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    if a.device.type == "cpu" or not a.is_floating_point():
-        return equal_bits(a, b)
-    return torch.allclose(
-        a, b, rtol=1e-2, atol=1e-2 * float(a.abs().max()) if a.numel() else 0.0, equal_nan=True
-    )
-
-
-def _profile(
-    model: nn.Module, call: Call, modules: dict[str, nn.Module], device: torch.device, data: bool
-) -> _Call:
-    """Run the model once without grad and note the calls of the candidates, as a tree.
-
-    Args:
-        data: whether tensors have values; else ops' tags and schemas tell what is random and what changes.
-    """
-    root = _Call("", None)
-    current = root
-    tokens = _Tokens()
-
-    def watch(name: str, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
-            def watched(*args: Any, **kwargs: Any) -> Any:
-                nonlocal current
-                entry = _Call(name, current)
-                given = tensor_leaves((args, kwargs))
-                current.children.append(entry)
-                known = tokens.count
-                entry.inputs = [(leaf, tokens.of(t)) for leaf, t in given]
-                entry.new_input = tokens.count > known
-                versions = [t._version for _, t in given]
-                buffers = {n: (b, b.clone(), b._version) for n, b in module.named_buffers()}
-                random = RandomState(device)
-                current = entry
-                ops = Watch()
-                try:
-                    with nullcontext() if data else ops:
-                        result = forward(*args, **kwargs)
-                finally:
-                    current = entry.parent or root
-                entry.outputs = [(leaf, tokens.of(t)) for leaf, t in tensor_leaves(result)]
-                entry.random = random.differs() if data else ops.random
-                entry.changed = tuple(
-                    f"{name}.{n}"
-                    for n, (b, value, version) in buffers.items()
-                    # Kernels of batch norm change statistics without a new version; a fill may put the same values in again.
-                    if (b._version != version or not torch.equal(b, value) if data else ops.has_changed(b))
-                )
-                entry.changes_input = any(t._version != v for (_, t), v in zip(given, versions, strict=True))
-                return result
-
-            return watched
-
-        return wrap
-
-    args, kwargs = call
-    with torch.no_grad(), intercepted([(m, watch(n, m)) for n, m in modules.items()]):
-        try:
-            model(*args, **kwargs)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # of the model's code, as it does run with grad
-            raise CaptureError(f"it does not run under torch.no_grad(): {error}") from error
-    return root
-
-
-def _expanded(entry: _Call) -> list[_Call]:
-    """Blocks as fine as whole modules allow: a block gives way to its members if they are all it does."""
-    result: list[_Call] = []
-    for child in entry.children:
-        result.extend(_expanded(child) if child.is_its_children() else [child])
-    return result

@@ -110,6 +110,8 @@ class StageRun:
         layouts: strides of the gradient that each output gets, where they are known. A kernel that wants another
             layout makes a copy.
         held: the outputs that are there while the stage is reversed: the user holds them.
+        waiting: parameters of which shares of the gradient, from stages reversed before, wait in the engine. Those of
+            this stage are added to them one by one; what waits is not counted.
     """
 
     run: Callable[[Enter], Sequence[Tensor]]
@@ -119,6 +121,7 @@ class StageRun:
     unread: frozenset[int] = frozenset()
     layouts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     held: frozenset[int] = frozenset()
+    waiting: Sequence[nn.Parameter] = ()
 
 
 def fresh_grads(parameters: Iterable[nn.Parameter], existing: Collection[nn.Parameter]) -> Callable[[], None]:
@@ -171,6 +174,20 @@ class _Seed(torch.autograd.Function):
             else torch.empty_strided(shape, stride, dtype=dtype, device=device).fill_(1)
             for shape, stride, dtype, device in ctx.shapes
         )
+
+
+class _Waiting(torch.autograd.Function):
+    """Identity; backward also makes gradients of parameters, which the engine alone owns until others are added."""
+
+    @staticmethod
+    def forward(ctx: Any, seed: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = [(p.shape, p.dtype, p.device) for p in parameters]
+        return seed.view_as(seed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        made = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.parameters)
+        return grads[0], *made
 
 
 def seed_gradients(
@@ -294,6 +311,8 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
             seed, output_grads = _root(stage, outputs)
             held = [outputs[i] for i in stage.held]
             del outputs
+            if stage.waiting and seed is not None and seed.requires_grad:
+                seed = _Waiting.apply(seed, *stage.waiting)
         mark()
         if seed is not None and seed.requires_grad:
             reverse(seed)
@@ -309,7 +328,8 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
     again = rebuild_peak(
         stage.run, lambda _, tensor: tensor.untyped_storage()._cdata not in stage.lasting, device
     )
-    lead = max(0, kept.marks[1] - kept.marks[0] - output_grads) if len(kept.marks) > 1 else None
+    waiting = sum(allocated(p.numel() * p.element_size(), device) for p in stage.waiting)
+    lead = max(0, kept.marks[1] - kept.marks[0] - output_grads - waiting) if len(kept.marks) > 1 else None
     input_grads = tuple(
         (position, grad.untyped_storage()._cdata, allocated(grad.untyped_storage().nbytes(), device))
         for position, grad in arrived.items()
@@ -324,7 +344,7 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
         backward,
         dropped.peak,
         kept.peaks[0],
-        max(0, *kept.peaks[1:]),
+        max(0, *(peak - waiting for peak in kept.peaks[1:])),
         output_grads,
         lead,
         input_grads,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from itertools import accumulate
 
 from scheduler.capture.module_capture import ModuleCapture
 from scheduler.chain import Carried
@@ -106,20 +108,35 @@ class ModuleValues:
             )
         self.enters = [tuple(number[key] for key in keys) for keys in enters]
         self.keeps = [{number[key] for key in keys} for keys in keeps]
+        calls = Counter(block.name for block in capture.blocks)
+        there: dict[
+            str, tuple[int, int]
+        ] = {}  # module -> (bytes, value) of what autocast's cache holds for it
         for block, (size, cast, other) in zip(capture.blocks, private, strict=True):
             k = block.stage
             if size:
                 self.keeps[k].add(self._new(size))
+            shared, value = there.get(block.name, (0, 0))
+            if shared and shared == cast + other:
+                if cast:
+                    self.keeps[k].add(value)
+                continue
+            if calls[block.name] > 1:  # for later calls to find, all of it
+                cast, other = cast + other, 0  # noqa: PLW2901
             if cast:
                 self.carried.append(Carried(self._new(cast), k, freed=k))
                 self.keeps[k].add(self.carried[-1].value)
+                there.setdefault(block.name, (cast, self.carried[-1].value))
             if other:
                 self.carried.append(Carried(self._new(other), k, freed=count - 1))
         alone = traffic.private() - outlive
-        self.glue_saved = [
-            sum(traffic.size[key] for key in alone if made[key] == stage) for stage in range(count)
-        ]
-        seen = [sum(traffic.size[key] for key, m in made.items() if m <= stage) for stage in range(count)]
+        self.glue_saved = [0] * count
+        for key in alone:
+            self.glue_saved[made[key]] += traffic.size[key]
+        appear = [0] * count
+        for key, m in made.items():
+            appear[m] += traffic.size[key]
+        seen = accumulate(appear)
         self._others([now - known for now, known in zip(live, seen, strict=True)])
 
     def _new(self, size: int) -> int:
@@ -129,15 +146,15 @@ class ModuleValues:
     def _boundaries(self, made: dict[int, int]) -> list[list[int]]:
         """The storages of the boundary into each stage."""
         result: list[list[int]] = []
-        position = {block.stage: index for index, block in enumerate(self.capture.blocks)}
+        outputs = self.traffic.outputs
         for k in range(len(self.capture)):
-            index, before = position.get(k), position.get(k - 1)
+            index, before = self.capture.stages[k], self.capture.stages[k - 1] if k else None
             if index is not None:
-                fed = {argument for argument, _ in self.capture.blocks[index].fed}
-                arguments = self.traffic.arguments[index]
-                keys = [key for leaf, key in arguments.items() if not fed or leaf in fed]
+                crossing = self.capture.blocks[index].boundary
+                keys = [outputs[block][leaf] for block, leaf in crossing if leaf in outputs[block]]
+                keys = keys if crossing else list(self.traffic.arguments[index].values())
             else:
-                keys = [] if before is None else list(self.traffic.outputs[before].values())
+                keys = [] if before is None else list(outputs[before].values())
             there = result[-1] if result else []
             result.append([key for key in dict.fromkeys(keys) if made[key] == k - 1 or key in there])
         return result

@@ -20,13 +20,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scheduler.capture.flat import tensor_leaves
 from scheduler.capture.loss import find_loss, output_tensors
-from scheduler.capture.module_capture import ModuleCapture, intercepted
+from scheduler.capture.module_calls import intercepted
+from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import sharded_within
 from scheduler.capture.state import uncached
 from scheduler.capture.target import Device
 from scheduler.costs.measure import seed_gradients
+from scheduler.costs.op_trace import storage_key
 from scheduler.costs.peak import allocated
+from scheduler.errors import CaptureError
 
 __all__ = [
     "Box",
@@ -37,7 +40,7 @@ __all__ = [
     "Visitor",
     "pieces",
     "run_skeleton",
-    "storage_key",
+    "stand_in",
 ]
 
 Place = tuple[int, bool, int]  # block, whether it is an output, leaf
@@ -53,17 +56,49 @@ class Box:
     Attributes:
         requires_grad: output leaf -> whether it requires grad.
         input_grads: (argument leaf, storage, bytes) of the gradients that its backward leaves; see ``StageCost``.
+        stand_in: makes an output like the block's, so that it need not run; see ``stand_in``.
     """
 
     requires_grad: dict[int, bool]
     input_grads: tuple[tuple[int, int, int], ...] = ()
+    stand_in: Callable[[], Any] | None = None
+
+
+def stand_in(produced: Any, given: Iterable[Tensor]) -> Callable[[], Any] | None:
+    """Makes copies of an output, value by value; None where that would not be like running the block again.
+
+    It is not if the output has more in it than tensors, or if these share storages, or have more in them.
+
+    Args:
+        given: the block's arguments and weights.
+    """
+    leaves, spec = pytree.tree_flatten(produced)
+    seen = {storage_key(tensor) for tensor in given}
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            return None
+        key = storage_key(leaf)
+        if (
+            key is None
+            or key in seen
+            or leaf.untyped_storage().nbytes() != leaf.numel() * leaf.element_size()
+        ):
+            return None
+        seen.add(key)
+    kept = [leaf.detach().clone() for leaf in leaves]
+
+    def make() -> Any:
+        copies = [torch.empty_like(leaf).copy_(leaf) for leaf in kept]
+        return pytree.tree_unflatten(copies, spec)
+
+    return make
 
 
 class Visitor:
     """Is told where a skeleton step is. Does nothing."""
 
-    def enter(self, block: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        """A block begins."""
+    def enter(self, block: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A block begins; gives its output, if it has been made here."""
 
     def leave(self, block: int, produced: Any) -> None:
         """A block has run."""
@@ -152,8 +187,7 @@ def run_skeleton(
     capture: ModuleCapture,
     model: nn.Module,
     call: Call,
-    modules: Sequence[nn.Module],
-    boxes: Sequence[Box] | dict[int, Box],
+    boxes: dict[int, Box],
     visitor: Visitor,
     *,
     own_loss: bool | None = None,
@@ -162,7 +196,7 @@ def run_skeleton(
     """Run one step with the blocks taken out; the caller preserves the model's state.
 
     Args:
-        boxes: one for each block; it is read when the block has run.
+        boxes: one for each block, once it has run for the first time.
         own_loss: whether the loss is among the model's outputs; else the outputs themselves get gradients. None: there is
             no backward.
         inside: whether the visitor is inside of the hooks by which fully_shard gathers a block. Else they are part of the
@@ -170,14 +204,24 @@ def run_skeleton(
 
     Returns:
         the output of the model.
-    """
 
-    def wrapper(index: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    Raises:
+        CaptureError: the blocks do not run in the order of the capture.
+    """
+    ran = 0
+
+    def wrapper(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
             def loose(*args: Any, **kwargs: Any) -> Any:
-                visitor.enter(index, forward, args, kwargs)
-                with torch.no_grad(), uncached():
-                    produced = forward(*args, **kwargs)
+                nonlocal ran
+                index, ran = ran, ran + 1
+                if index >= len(capture.blocks) or capture.blocks[index].name != name:
+                    raise CaptureError(f"{name} does not run at the same place in every forward")
+                produced = visitor.enter(index, forward, args, kwargs)
+                if produced is None:
+                    made = boxes[index].stand_in if index in boxes else None
+                    with torch.no_grad(), uncached():
+                        produced = forward(*args, **kwargs) if made is None else made()
                 produced = _closed(
                     _Node(index, boxes[index], visitor, capture.device), args, kwargs, produced
                 )
@@ -192,8 +236,11 @@ def run_skeleton(
     torch.clear_autocast_cache()
     with torch.enable_grad():
         whole = () if inside else frozenset(sharded_within(model))
-        with intercepted([(m, wrapper(i)) for i, m in enumerate(modules)], whole):
+        blocks = {block.name: model.get_submodule(block.name) for block in capture.blocks}
+        with intercepted([(module, wrapper(name)) for name, module in blocks.items()], whole):
             output = model(*args, **kwargs)
+        if ran != len(capture.blocks):
+            raise CaptureError(f"of {len(capture.blocks)} blocks {ran} run in another forward")
         torch.clear_autocast_cache()  # as when the context ends, which the forward alone is in
         visitor.note("over")
         if own_loss is None:
@@ -266,14 +313,6 @@ def pieces(
         backward.append(piece(cursor, ended))
         cursor = index["reversed", p - 1] if p else ended
     return forward, backward[::-1]
-
-
-def storage_key(tensor: Tensor) -> int | None:
-    """What tells a tensor's storage from others while it lives; None if it has none (sparse tensors)."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return None
 
 
 class Timed(Visitor):
@@ -398,12 +437,15 @@ class Traffic(Visitor):
         sizes = {storage_key(t): t.untyped_storage().nbytes() for t in grads}
         self.incoming[block] = sum(allocated(size, self.device) for size in sizes.values())
 
-    def shared(self, block: int, marks: Sequence[int]) -> int:
-        """Bytes of the incoming gradients that stay when the block is done with them: others are views of the same."""
-        if block not in self.incoming:
-            return 0
+    def shared(self, marks: Sequence[int]) -> list[int]:
+        """(blocks,) bytes of the incoming gradients that stay when it is done with them: others are views of the same."""
         at = dict(zip(self.events, marks, strict=True))
-        return self.incoming[block] - (at["reverse", block] - at["cleared", block])
+        return [
+            self.incoming[block] - (at["reverse", block] - at["cleared", block])
+            if block in self.incoming
+            else 0
+            for block in range(len(self.capture.blocks))
+        ]
 
     def _hold(self, tensors: list[tuple[int, Tensor]], made: int) -> dict[int, int]:
         places: dict[int, int] = {}

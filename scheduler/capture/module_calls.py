@@ -1,0 +1,366 @@
+"""The calls of a model's submodules, as one forward makes them: what feeds what, what draws, what changes, what repeats.
+
+Which module is *recurrent*, called again and again, each call fed by the one before (a cell that the user's code
+unrolls over time), is seen here too.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scheduler.capture.fake import Watch
+from scheduler.capture.flat import tensor_leaves
+from scheduler.capture.sample import Call
+from scheduler.capture.sharded import sharded_within
+from scheduler.capture.state import RandomState
+from scheduler.capture.verify import equal_bits
+from scheduler.errors import CaptureError
+
+__all__ = [
+    "CONTAINERS",
+    "ModuleCall",
+    "Recurrence",
+    "expanded",
+    "intercepted",
+    "is_compiled",
+    "profile",
+    "recurrent",
+    "repeatable",
+]
+
+CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # they have no forward
+MANY_CALLS = 100  # of one module in a row: the export of them all takes minutes
+CALLS_TRIED = 3  # of one module, whether they repeat themselves
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has compiled a module, by itself or in place."""
+    wrapped = any(kind.__name__ == "OptimizedModule" for kind in type(module).__mro__)
+    return wrapped or module._compiled_call_impl is not None
+
+
+@contextmanager
+def intercepted(
+    modules: Sequence[tuple[nn.Module, Callable[[Callable[..., Any]], Callable[..., Any]]]],
+    whole: Collection[nn.Module] = (),
+) -> Iterator[None]:
+    """Within it each module's ``forward`` is ``wrap(forward)``; its hooks fire around that as ever.
+
+    Of a module that ``module.compile()`` has compiled it is the compiled call, hooks included: what wraps it stays eager.
+
+    Args:
+        whole: of these, too, it is the whole call, hooks included.
+    """
+    originals = []
+    try:
+        for module, wrap in modules:
+            name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
+            call = getattr(module, name)
+            if name == "forward" and module in whole:
+                name, call = (
+                    "_compiled_call_impl",
+                    module._call_impl,
+                )  # torch calls the former instead of the latter
+            originals.append((module, name, module.__dict__.get(name)))
+            module.__dict__[name] = wrap(call)
+        yield
+    finally:
+        for module, name, original in reversed(originals):
+            if original is None:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = original
+
+
+class ModuleCall:
+    """One call of a candidate module during the profiling forward. Tensors are named by tokens."""
+
+    def __init__(self, name: str, parent: ModuleCall | None) -> None:
+        self.name = name
+        self.parent = parent
+        self.children: list[ModuleCall] = []
+        self.inputs: list[tuple[int, int]] = []  # (leaf, token)
+        self.outputs: list[tuple[int, int]] = []
+        self.random = False
+        self.changed: tuple[str, ...] = ()
+        self.changes_input = False
+        self.new_input = False  # an input that no call before had: glue has made it
+
+    def within(self) -> Iterator[ModuleCall]:
+        """All calls in it, in the order in which they began."""
+        for child in self.children:
+            yield child
+            yield from child.within()
+
+    def fed_by(self, other: ModuleCall) -> tuple[tuple[int, int], ...]:
+        """(argument leaf, output leaf) pairs of one tensor."""
+        made = {token: leaf for leaf, token in reversed(other.outputs)}
+        return tuple((leaf, made[token]) for leaf, token in self.inputs if token in made)
+
+    def feeds_itself(self, following: ModuleCall) -> bool:
+        """Whether the next call of the same module takes something that this one made."""
+        made = {token for _, token in self.outputs} - {token for _, token in self.inputs}
+        return any(token in made for _, token in following.inputs)
+
+    def is_its_children(self) -> bool:
+        """Whether the children, one after the other, are all that it does to what flows through it."""
+        if len(self.children) < 2:
+            return False
+        first, last = self.children[0], self.children[-1]
+        return (
+            bool({t for _, t in first.inputs} & {t for _, t in self.inputs})
+            and bool({t for _, t in last.outputs} & {t for _, t in self.outputs})
+            and all(b.fed_by(a) for a, b in pairwise(self.children))
+        )
+
+
+class _Tokens:
+    """A number for every tensor object ever seen; an address that is used again gets a new one.
+
+    A tensor that was changed in place gets a new one too: it is no longer what was made.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}  # (tensor, version, number)
+        self.count = 0
+
+    def of(self, tensor: Tensor) -> int:
+        """The tensor's number."""
+        entry = self.known.get(id(tensor))
+        if entry is None or entry[0]() is not tensor or entry[1] != tensor._version:
+            entry = (weakref.ref(tensor), tensor._version, self.count)
+            self.known[id(tensor)] = entry
+            self.count += 1
+        return entry[2]
+
+
+def recurrent(root: ModuleCall) -> frozenset[str]:
+    """The modules that are called several times, most of the calls fed by the one before."""
+    calls: dict[str, list[ModuleCall]] = {}
+    for entry in root.within():
+        calls.setdefault(entry.name, []).append(entry)
+    return frozenset(
+        name
+        for name, of_it in calls.items()
+        if len(of_it) > 1 and 2 * sum(a.feeds_itself(b) for a, b in pairwise(of_it)) >= len(of_it)
+    )
+
+
+class Recurrence:
+    """Notes, at little cost, which submodules a forward calls again and again, each call fed by the one before.
+
+    Attributes:
+        calls: how often each was called.
+        row: the most calls of each in a row that the call before fed.
+    """
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.row: Counter[str] = Counter()
+        self._now: Counter[str] = Counter()
+        self._made: dict[str, dict[int, weakref.ref[Tensor]]] = {}
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Within it the forwards of a model's submodules are noted; not where fully_shard or the compiler look at them."""
+        if sharded_within(model) or any(map(is_compiled, model.modules())):
+            yield
+            return
+        named = [(n, m) for n, m in model.named_modules() if n and not isinstance(m, CONTAINERS)]
+        with intercepted([(module, self._wrapper(name)) for name, module in named]):
+            yield
+
+    def _wrapper(self, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(forward)
+            def noted(*args: Any, **kwargs: Any) -> Any:
+                self.calls[name] += 1
+                given = {id(t): t for _, t in tensor_leaves((args, kwargs))}
+                made = self._made.get(name, {})
+                fed = any(key in made and made[key]() is tensor for key, tensor in given.items())
+                self._now[name] = self._now[name] + 1 if fed else 1
+                self.row[name] = max(self.row[name], self._now[name])
+                result = forward(*args, **kwargs)
+                self._made[name] = {
+                    id(t): weakref.ref(t) for _, t in tensor_leaves(result) if id(t) not in given
+                }
+                return result
+
+            return noted
+
+        return wrap
+
+    def unrolled(self) -> str:
+        """Why a graph of all calls is hopeless, in words; "" if no module is called so often in a row."""
+        name, row = max(self.row.items(), key=lambda each: each[1], default=("", 0))
+        if row < MANY_CALLS:
+            return ""
+        return (
+            f"{name} is called {row} times in a row, each call fed by the one before, so that each is a stage"
+        )
+
+
+class _Enough(BaseException):
+    """Raised to end a forward that nothing more is wanted of; no ``except Exception`` of the model's stops it."""
+
+
+def repeatable(
+    model: nn.Module, call: Call, entries: list[ModuleCall], device: torch.device
+) -> list[ModuleCall]:
+    """Those of the blocks that give the same results when they are run again.
+
+    Others draw random numbers from elsewhere, or change one of their arguments: a cache. Of a module that is called many
+    times the first calls are tried; where there are no others, the forward ends with these.
+
+    Raises:
+        CaptureError: none does; or the model cannot go on when they have run twice.
+    """
+    failed: dict[str, str] = {}
+    calls = Counter(entry.name for entry in entries)
+    left = {name: min(count, CALLS_TRIED) for name, count in calls.items()}
+    short = all(count > CALLS_TRIED for count in calls.values())
+
+    def wrapper(name: str, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+            def twice(*args: Any, **kwargs: Any) -> Any:
+                if not left[name]:
+                    if short and not any(left.values()):
+                        raise _Enough
+                    return forward(*args, **kwargs)
+                left[name] -= 1
+                random = RandomState(device)
+                buffers = [(b, b.clone()) for b in module.buffers()]
+                first = forward(*args, **kwargs)
+                random.restore()
+                for buffer, value in buffers:
+                    buffer.data.copy_(value)
+                try:
+                    again = forward(*args, **kwargs)
+                except Exception as error:  # noqa: BLE001 # of whatever kind the model's code raises
+                    failed[name] = f"it raises {type(error).__name__}: {error}"
+                    return first
+                pairs = zip(tensor_leaves(first), tensor_leaves(again), strict=False)
+                if any(not _alike(a, b) for (_, a), (_, b) in pairs):
+                    failed[name] = "its results differ"
+                return first
+
+            return twice
+
+        return wrap
+
+    args, kwargs = call
+    error: Exception | None = None
+    watched = [(name, model.get_submodule(name)) for name in calls]
+    with torch.no_grad(), intercepted([(m, wrapper(n, m)) for n, m in watched]):
+        try:
+            model(*args, **kwargs)
+        except _Enough:
+            pass
+        except Exception as other:  # noqa: BLE001 # what the second runs left behind may stop the model
+            error = other
+    steady = [entry for entry in entries if entry.name not in failed]
+    if error is not None or (failed and not steady):
+        name, why = next(iter(failed.items()), (watched[0][0], f"the model stops with {error}"))
+        raise CaptureError(
+            f"{name} does not do the same when it is run again on the same arguments: {why}. If it fills a cache, pass "
+            "use_cache=False; random numbers must be torch's"
+        ) from error
+    return steady
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two results are one, up to what sums of CUDA kernels in no fixed order may make of it."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    if a.device.type == "cpu" or not a.is_floating_point():
+        return equal_bits(a, b)
+    return torch.allclose(
+        a, b, rtol=1e-2, atol=1e-2 * float(a.abs().max()) if a.numel() else 0.0, equal_nan=True
+    )
+
+
+def profile(
+    model: nn.Module, call: Call, modules: dict[str, nn.Module], device: torch.device, data: bool
+) -> ModuleCall:
+    """Run the model once without grad and note the calls of the candidates, as a tree.
+
+    Args:
+        data: whether tensors have values; else ops' tags and schemas tell what is random and what changes.
+    """
+    root = ModuleCall("", None)
+    current = root
+    tokens = _Tokens()
+
+    def watch(name: str, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                nonlocal current
+                entry = ModuleCall(name, current)
+                given = tensor_leaves((args, kwargs))
+                current.children.append(entry)
+                known = tokens.count
+                entry.inputs = [(leaf, tokens.of(t)) for leaf, t in given]
+                entry.new_input = tokens.count > known
+                versions = [t._version for _, t in given]
+                buffers = {n: (b, b.clone(), b._version) for n, b in module.named_buffers()}
+                random = RandomState(device)
+                current = entry
+                ops = Watch()
+                try:
+                    with nullcontext() if data else ops:
+                        result = forward(*args, **kwargs)
+                finally:
+                    current = entry.parent or root
+                entry.outputs = [(leaf, tokens.of(t)) for leaf, t in tensor_leaves(result)]
+                entry.random = random.differs() if data else ops.random
+                entry.changed = tuple(
+                    f"{name}.{n}"
+                    for n, (b, value, version) in buffers.items()
+                    # Kernels of batch norm change statistics without a new version; a fill may put the same values in again.
+                    if (b._version != version or not torch.equal(b, value) if data else ops.has_changed(b))
+                )
+                entry.changes_input = any(t._version != v for (_, t), v in zip(given, versions, strict=True))
+                return result
+
+            return watched
+
+        return wrap
+
+    args, kwargs = call
+    with torch.no_grad(), intercepted([(m, watch(n, m)) for n, m in modules.items()]):
+        try:
+            model(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # of the model's code, as it does run with grad
+            raise CaptureError(f"it does not run under torch.no_grad(): {error}") from error
+    return root
+
+
+def expanded(entry: ModuleCall, within: Counter[str], again: Collection[str]) -> list[ModuleCall]:
+    """Blocks as fine as whole modules allow: a block gives way to its members if they are all it does.
+
+    So does one that unrolls a recurrent module over many steps. One that is called several times is a block each time.
+
+    Args:
+        within: how often each module is called.
+        again: the recurrent ones.
+    """
+    result: list[ModuleCall] = []
+    for child in entry.children:
+        steps = Counter(inner.name for inner in child.children if inner.name in again)
+        finer = child.is_its_children() or max(steps.values(), default=0) >= MANY_CALLS
+        if finer and within[child.name] == 1:
+            result.extend(expanded(child, within, again))
+        else:
+            result.append(child)
+    return result

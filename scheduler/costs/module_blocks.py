@@ -1,0 +1,187 @@
+"""What one block costs: measured in isolation, once for all blocks that run the same ops.
+
+Blocks are equal if their forwards run the same sequence of ops, on tensors of the same layout that are wired alike, let
+go of what they made at the same places, and leave the same graph behind, and if gradients exist of the same parameters
+(``traced``). The calls of a cell over time are, and the layers of a transformer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from scheduler.capture.flat import tensor_leaves
+from scheduler.capture.module_capture import ModuleCapture
+from scheduler.capture.state import shielded
+from scheduler.costs.measure import Enter, StageCost, StageRun, as_leaf, fresh_grads, measure_stage
+from scheduler.costs.op_trace import storage_key, trace_of_ops
+from scheduler.costs.peak import allocated, count_bytes
+from scheduler.costs.roofline import estimate_run
+from scheduler.costs.skeleton import Box
+
+__all__ = ["BlockCost", "BlockRun"]
+
+
+@dataclass(slots=True)
+class BlockCost:
+    """Bytes and seconds of one block.
+
+    Attributes:
+        input_grad: bytes of the gradients of its boundary.
+        saved_arguments, saved_outputs: leaves whose storages its backward needs.
+        private: bytes that it saves besides.
+        casts: bytes of weights that it casts and that autocast's cache holds until the forward is over: those that it
+            saves, and others.
+    """
+
+    cost: StageCost
+    input_grad: int
+    saved_arguments: frozenset[int]
+    saved_outputs: frozenset[int]
+    private: int
+    casts: tuple[int, int]
+    box: Box
+
+
+class BlockRun:
+    """A block on the arguments that it meets in the step.
+
+    Args:
+        forward: of the block.
+        existing: the parameters that have a gradient before a stage's backward adds to it.
+        waiting: those of which a later block makes a share of the gradient.
+    """
+
+    def __init__(
+        self,
+        capture: ModuleCapture,
+        index: int,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        existing: Collection[nn.Parameter],
+        waiting: Collection[nn.Parameter],
+    ) -> None:
+        self.waiting = [p for p in module.parameters() if p in waiting and p.requires_grad]
+        self.capture, self.module, self.forward, self.existing = capture, module, forward, existing
+        self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
+        self.tensors = tensor_leaves((args, kwargs))
+        self.fed = frozenset(argument for argument, *_ in capture.blocks[index].fed) or frozenset(
+            i for i, _ in self.tensors
+        )
+        self.weights = [*module.parameters(), *module.buffers()]  # gathered now, if they are sharded
+        self.given = [*self.weights, *(tensor for _, tensor in self.tensors)]
+        self.grad = {i for i, t in self.tensors if t.requires_grad}
+
+    def __call__(self, enter: Enter) -> Any:
+        """Run the block; see ``StageRun.run``."""
+        fresh = [enter(i, leaf) if i in self.grad else leaf for i, leaf in enumerate(self.leaves)]
+        # As in a step, no leaf: autocast would put casts of a leaf into its cache.
+        fresh = [t.view_as(t) if i in self.grad and t.is_leaf else t for i, t in enumerate(fresh)]
+        positional, named = pytree.tree_unflatten(fresh, self.spec)
+        return self.forward(*positional, **named)
+
+    def trace(self) -> tuple[Hashable, Any]:
+        """What tells blocks that cost the same from others; and the output."""
+        torch.clear_autocast_cache()
+        ops, produced = trace_of_ops(lambda: self(as_leaf), self.given)
+        torch.clear_autocast_cache()
+        states = tuple(p in self.existing for p in self.module.parameters()), len(self.waiting)
+        places = tuple(i for i, _ in self.tensors)
+        return (ops, states, places, self.fed), pytree.tree_map_only(Tensor, Tensor.detach, produced)
+
+    def measure(self, clock: bool) -> BlockCost:
+        """Run the block a few times and count.
+
+        Args:
+            clock: False to estimate the seconds by the roofline.
+        """
+        capture, tensors = self.capture, self.tensors
+
+        def run(enter: Enter) -> list[Tensor]:
+            torch.clear_autocast_cache()  # a run casts its weights anew
+            try:
+                return [t for _, t in tensor_leaves(self(enter))]
+            finally:  # it may be stopped half-way
+                torch.clear_autocast_cache()
+
+        external = [t for i, t in tensors if i not in self.fed]
+        lasting = frozenset(t.untyped_storage()._cdata for t in (*self.weights, *external))
+        stage = StageRun(
+            run, fresh_grads(self.module.parameters(), self.existing), lasting=lasting, waiting=self.waiting
+        )
+        cost = measure_stage(stage, capture.place, clock=clock)
+        if not clock:
+            forward_seconds, backward_seconds = estimate_run(stage, capture.place)
+            cost = replace(cost, forward=forward_seconds, backward=backward_seconds)
+        kept: set[int | None] = set()
+        sizes: dict[int | None, int] = {}
+        holding: list[Tensor] = []  # no address is used again
+
+        def pack(tensor: Tensor) -> Tensor:
+            key = storage_key(tensor)
+            kept.add(key)
+            if key is not None:
+                holding.append(tensor.detach())
+                sizes[key] = allocated(tensor.untyped_storage().nbytes(), capture.place)
+            return tensor
+
+        def saving() -> list[tuple[int, Tensor]]:
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(pack), lambda t: t):
+                return tensor_leaves(self(as_leaf))
+
+        cached = _cached_casts(capture, self)
+        outputs = saving()
+        everything = frozenset(kept)
+        kept.clear()
+        if cached:  # what a second run saves too it has from autocast's cache
+            saving()
+        again = frozenset(kept)
+        kept.clear()
+        torch.clear_autocast_cache()
+        saving()  # what this run saves too was there before, in a closure, say: nothing that is held is made again
+        first = everything - kept - {storage_key(t) for t in self.given}
+        saved_outputs = frozenset(i for i, t in outputs if storage_key(t) in first)
+        fresh = {storage_key(t) for i, t in outputs if i in saved_outputs}
+        saved_arguments = frozenset(i for i, t in tensors if storage_key(t) in everything)
+        casts = sum(sizes[key] for key in again & (first - fresh))
+        torch.clear_autocast_cache()
+        # Kernels may keep what no hook sees.
+        own = max(cost.kept, sum(sizes[key] for key in first))
+        return BlockCost(
+            cost,
+            sum(
+                allocated(t.numel() * t.element_size(), capture.place)
+                for i, t in tensors
+                if i in self.fed and t.requires_grad
+            ),
+            saved_arguments,
+            saved_outputs,
+            own - sum(sizes[key] for key in fresh) - casts,
+            (casts, max(0, cached - casts)),
+            Box({i: t.requires_grad for i, t in outputs}, cost.input_grads),
+        )
+
+
+def _cached_casts(capture: ModuleCapture, run: Callable[[Enter], Any]) -> int:
+    """Bytes of cast weights that autocast's cache holds once a block has run."""
+    if not torch.is_autocast_enabled(capture.device.type):
+        return 0
+
+    def step(_: Callable[[], None]) -> None:
+        with (
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(shielded(lambda _: None), lambda _: torch.empty(0)),
+        ):
+            run(as_leaf)
+
+    torch.clear_autocast_cache()
+    cached = count_bytes(step, capture.place).end
+    torch.clear_autocast_cache()
+    return cached

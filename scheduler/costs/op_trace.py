@@ -1,0 +1,135 @@
+"""What tells blocks that cost the same from others: the ops that a forward runs, and the graph that it leaves.
+
+Two traces are equal if the same ops run in the same order with the same plain arguments, on tensors of the same shapes,
+strides and dtypes, whose storages are wired alike and of the same sizes; if the same storages are let go of at the same
+places; and if the graph of the outputs has the same nodes, wired alike. Seconds and bytes are then the same, whatever the
+values; an op whose cost depends on values shows in the shapes of what it makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from scheduler.capture.flat import tensor_leaves
+
+__all__ = ["storage_key", "trace_of_ops"]
+
+PLAIN = (
+    bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format
+)  # fmt: skip # one row
+
+
+def storage_key(tensor: Tensor) -> int | None:
+    """What tells a tensor's storage from others while it lives; None if it has none (sparse tensors)."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def trace_of_ops(run: Callable[[], Any], given: Iterable[Tensor]) -> tuple[Hashable, Any]:
+    """Run a forward in grad mode and trace it.
+
+    Args:
+        given: tensors that are there before: parameters, buffers, arguments. They are part of the trace, in this order.
+
+    Returns:
+        the trace, equal to others where the cost is the same; and what the forward returned.
+    """
+    ops = _Ops()
+    there = tuple(ops.described(tensor) for tensor in given)
+    ops.new.clear()  # they stay
+    with torch.enable_grad(), ops:
+        result = run()
+    ops.look()
+    outputs = [tensor for _, tensor in tensor_leaves(result)]
+    graph = _graph(outputs, ops)
+    return (there, tuple(ops.rows), tuple(map(ops.described, outputs)), graph), result
+
+
+class _Ops(TorchDispatchMode):
+    """Notes each op: what it is given, what it makes, and which storages are gone by then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[Hashable] = []
+        self.number: dict[int, int] = {}
+        self.refs: list[StorageWeakRef] = []  # no address is used again
+        self.new: dict[int, StorageWeakRef] = {}  # those that the forward made and that are still there
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one op and note it."""
+        self.look()
+        # Where a view lies in its storage makes no difference.
+        given = [leaf for _, leaf in tensor_leaves((args, kwargs))] if func.is_view else (args, kwargs or {})
+        asked = self.described(given)
+        result = func(*args, **(kwargs or {}))
+        self.rows.append((func, asked, self.described(result)))
+        return result
+
+    def look(self) -> None:
+        """Note the storages that are gone."""
+        gone = tuple(number for number, ref in self.new.items() if ref.expired())
+        if gone:
+            self.rows.append(gone)
+            for number in gone:
+                del self.new[number]
+
+    def described(self, value: Any) -> Hashable:
+        """A value, of tensors their layout and the number of their storage."""
+        if isinstance(value, Tensor):
+            key = storage_key(value)
+            if key is None:
+                return type(value).__name__, tuple(value.shape), value.dtype
+            if key not in self.number:
+                number = self.number[key] = len(self.number)
+                ref = StorageWeakRef(value.untyped_storage())
+                self.refs.append(ref)
+                self.new[number] = ref
+            size = value.untyped_storage().nbytes()
+            layout = tuple(value.shape), value.stride(), value.dtype, value.device.type
+            return self.number[key], size, value.requires_grad, *layout
+        if isinstance(value, PLAIN):
+            return type(value), value
+        if isinstance(value, (tuple, list)):
+            return tuple(map(self.described, value))
+        if isinstance(value, dict):
+            return tuple((key, self.described(each)) for key, each in value.items())
+        return type(value).__name__
+
+
+def _graph(outputs: list[Tensor], ops: _Ops) -> Hashable:
+    """The nodes of autograd behind the outputs and their edges, numbered in the order in which they are met."""
+    number: dict[Any, int] = {}
+    rows: list[Hashable] = []
+    waiting = [tensor.grad_fn for tensor in reversed(outputs) if tensor.grad_fn is not None]
+    roots = tuple((tensor.requires_grad, tensor.output_nr, tensor.grad_fn is None) for tensor in outputs)
+    while waiting:
+        node = waiting.pop()
+        if node in number:
+            continue
+        number[node] = len(number)
+        edges = []
+        for following, place in node.next_functions:
+            if following is None:
+                edges.append((-1, place))
+                continue
+            edges.append((number.get(following, -2), place))
+            waiting.append(following)
+        rows.append((_kind(node), ops.described(getattr(node, "variable", None)), tuple(edges)))
+    return roots, tuple(rows)
+
+
+def _kind(node: Any) -> Hashable:
+    """What a node does: of a custom autograd.Function also the plain values that it keeps, any other is not compared."""
+    if not isinstance(node, torch.autograd.function.BackwardCFunction):
+        return node.name()
+    return type(node), tuple(
+        (name, value if isinstance(value, PLAIN) else id(value)) for name, value in vars(node).items()
+    )
