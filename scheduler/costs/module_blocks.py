@@ -2,7 +2,7 @@
 
 Blocks are equal if their forwards run the same sequence of ops, on tensors of the same layout that are wired alike, let
 go of what they made at the same places, and leave the same graph behind, and if gradients exist of the same parameters
-(``traced``). The calls of a cell over time are, and the layers of a transformer.
+(``op_trace.py``). The calls of a cell over time are, and the layers of a transformer.
 """
 
 from __future__ import annotations
