@@ -133,6 +133,7 @@ def assemble(
             change[each.freed] -= values.sizes[each.value]
     # The blocks that need no gradient: they save nothing, and run once.
     frozen = len(list(takewhile(lambda each: not any(each.box.requires_grad.values()), parts.blocks)))
+    drawn = CPU_RANDOM_STATE if device.type == "cpu" else 0  # by which a block's end knows whether it drew
     enters = [*map(set, values.enters), set()]
     lasting = {each.value for each in values.carried}
     stages = []
@@ -154,7 +155,7 @@ def assemble(
             ahead, behind = parts.own_code(k)
             # Code of the user's that is no stage runs when the block is done.
             keeping = max(cost.keeping_peak, made + ahead if ahead else 0)
-            dropping = max(cost.dropping_peak, fresh, fresh + ahead if ahead else 0)
+            dropping = max(cost.dropping_peak, fresh + drawn, fresh + ahead if ahead else 0)
             ended = parts.blocks[index].input_grad + created[k]
             # The gradients of its outputs go as it is reversed, unless others wait in the same storages.
             going = cost.output_grads - min(cost.output_grads, max(0, parts.shared[index]))
@@ -202,8 +203,7 @@ def assemble(
     fixed = resident + SMALL_TENSORS + capture.gathering + sum(stage.rerun_state for stage in stages)
     # Copies of the buffers that a block changes, while it runs again.
     fixed += max(storage_bytes(map(model.get_buffer, names), device) for names in capture.changed)
-    if device.type == "cpu":
-        fixed += CPU_RANDOM_STATE  # what a replay puts back when it is done, or a block that drew nothing is known by
+    fixed += drawn * any(capture.random)  # what a replay puts back when it is done
     return Chain(tuple(stages), 0, output_grad, fixed, name, tuple(values.sizes), tuple(values.carried))
 
 
