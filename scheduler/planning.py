@@ -494,14 +494,21 @@ def _chain(request: Request, captured: Captured, resident: int, own_loss: bool, 
     name = type(model).__name__
     clock = request.costs == "measure"
     if isinstance(captured, ModuleCapture):
-        with preserved(model) as existing:
-            return module_chain(
-                captured, model, call, existing=existing, resident=resident, clock=clock, name=name
-            )
+        try:
+            with preserved(model) as existing:
+                return module_chain(
+                    captured, model, call, existing=existing, resident=resident, clock=clock, name=name
+                )
+        except (torch.OutOfMemoryError, CaptureError):
+            raise
+        except RuntimeError as error:  # of what the loss does not reach, say
+            raise CaptureError(
+                f"solve: the blocks of {name} cannot be reversed one by one: {error}"
+            ) from error
     with preserved(model) as existing:
         costs = measure_graph(
             captured, model, call, existing=existing, loss_is_output=own_loss, clock=clock, options=options
         )
     if not clock and captured.target is None:
-        costs = roofline_graph(captured, costs)
+        costs = roofline_graph(captured, costs, own_loss)
     return graph_chain(captured, model, costs, resident=resident, loss_is_output=own_loss, name=name)

@@ -57,12 +57,12 @@ def test_hooks_on_outputs_fire_once_and_may_change_the_gradient(capture: str) ->
         last, half = case(model)
         fired: list[Tensor] = []
 
-        def double(grad: Tensor) -> Tensor:
+        def doubled(grad: Tensor) -> Tensor:
             fired.append(grad.clone())
             return 2 * grad
 
         last.register_hook(lambda grad: fired.append(grad.clone()))
-        half.register_hook(double)
+        half.register_hook(doubled)
         half.retain_grad()
         (loss_of(last) + loss_of(half)).backward()
         assert len(fired) == 2

@@ -10,7 +10,7 @@ from executors import execute
 from scheduler import solve
 from tests.helpers import smallest
 from tests.models import Case
-from tests.steps import peak_of_a_step, replan
+from tests.steps import assert_equal, peak_of_a_step, replan, restored, tightest, train
 
 
 class Hidden(nn.Module):
@@ -58,3 +58,27 @@ def test_what_a_loss_does_not_reach_is_within_the_budget(build: type[nn.Module],
     plan = replan(plan, low + int(share * (plan.plain.peak - low)))
     peak = peak_of_a_step(case, execute(plan, case.model)).peak
     assert peak <= plan.predicted_peak <= 1.5 * peak
+
+
+class Spoilt(Hidden):
+    """Returns a level whose backward would raise, for what it saved is changed in place."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        level = x.new_zeros(())
+        for layer in self.layers:
+            x = layer(x) + x
+            level = level + x.square().mean()
+            x.mul_(0.9)
+        return self.head(x.tanh()).square().mean(), level
+
+
+@pytest.mark.parametrize("costs", ["roofline", "measure"])
+def test_what_no_loss_reaches_is_not_reversed_by_planning(costs: str) -> None:
+    torch.manual_seed(0)
+    batch = torch.randn(64, 32)
+    case = Case(Spoilt().train(), batch, (batch,))
+    plan = solve(case.model, "1GiB", sample=batch, capture="graph", costs=costs)
+    with restored(case.model):
+        expected = train(case, case.model)
+    with restored(case.model):
+        assert_equal(train(case, execute(tightest(plan), case.model)), expected)

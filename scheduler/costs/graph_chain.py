@@ -26,7 +26,13 @@ from scheduler.costs.options import measure_options
 from scheduler.costs.peak import allocated
 from scheduler.costs.resident import storage_bytes
 from scheduler.costs.roofline import estimate_run
-from scheduler.costs.unreversed import held_by_user, held_results, unreversed, unreversed_bytes
+from scheduler.costs.unreversed import (
+    held_by_user,
+    held_results,
+    unread_results,
+    unreversed,
+    unreversed_bytes,
+)
 
 __all__ = ["graph_chain", "measure_graph"]
 
@@ -71,9 +77,8 @@ def measure_graph(
     def visit(k: int, arguments: list[Any]) -> None:
         stage = capture.stages[k]
         adding = [i for i, a in enumerate(arguments) if isinstance(a, nn.Parameter) and a in added]
-        layouts, unread = capture.result_layouts(k)
-        if loss_is_output:
-            unread |= _unread(capture, k)
+        layouts, _ = capture.result_layouts(k)
+        unread = unread_results(capture, k, loss_is_output)
         carried = sorted(stage.carried_from)
         held = held_results(capture, k, waiting)
         how = (
@@ -108,18 +113,6 @@ def measure_graph(
     capture.gaps = [cost.gap for cost in measured]
     capture.rerun = [((), *(option.rerun for option in cost.options)) for cost in measured]
     return measured
-
-
-def _unread(capture: GraphCapture, k: int) -> frozenset[int]:
-    """The results of a stage that the user gets and no stage reads: of these, the loss alone gets a gradient."""
-    stage, linear = capture.stages[k], capture.linear
-    nodes = {node.name: node for node in capture.graph.group_of}
-    read = {i for i in stage.boundary_from if i >= 0}
-    return frozenset(
-        i
-        for name, i in zip(stage.carried, stage.carried_from, strict=True)
-        if i not in read and not any(linear.readers.get(key) for key in capture.graph.group_of[nodes[name]])
-    )
 
 
 def _isolated(

@@ -13,6 +13,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -24,8 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from scheduler.capture.graph_capture import GraphCapture
+from scheduler.capture.loss import find_loss
 from scheduler.capture.target import Device, Target
 from scheduler.costs.measure import StageCost, StageRun, as_leaf, seed_gradients
+from scheduler.costs.unreversed import unread_results
 from scheduler.device import DeviceSpec
 
 __all__ = ["Rates", "Tally", "device_rates", "estimate_run", "roofline_graph"]
@@ -227,16 +230,21 @@ _FLOPS = {
 }
 
 
-def roofline_graph(capture: GraphCapture, costs: list[StageCost]) -> list[StageCost]:
+def roofline_graph(
+    capture: GraphCapture, costs: list[StageCost], loss_is_output: bool = True
+) -> list[StageCost]:
     """``costs`` with estimated seconds in place of measured ones; nothing is run on data."""
     rates = device_rates(capture.place)
-    known: dict[str, tuple[float, float]] = {}
+    known: dict[tuple[str, frozenset[int], bool], tuple[float, float]] = {}
     nodes = {node.name: node for node in capture.graph.module.graph.nodes}
     result = []
     for k, stage in enumerate(capture.stages):
-        if stage.signature not in known:
-            known[stage.signature] = _estimate(capture, k, nodes, rates)
-        forward, backward = known[stage.signature]
+        unread = unread_results(capture, k, loss_is_output)
+        last = loss_is_output and k == len(capture) - 1
+        key = stage.signature, unread, last
+        if key not in known:
+            known[key] = _estimate(capture, k, None if last else unread, nodes, rates)
+        forward, backward = known[key]
         result.append(replace(costs[k], forward=forward, backward=backward))
     return result
 
@@ -247,7 +255,7 @@ def estimate_run(stage: StageRun, device: Device) -> tuple[float, float]:
     with torch.enable_grad():
         with Tally(rates) as forward:
             outputs = stage.run(as_leaf)
-        seed, _ = seed_gradients(dict(enumerate(outputs)), {})
+        seed, _ = seed_gradients({i: t for i, t in enumerate(outputs) if i not in stage.unread}, {})
     backward = Tally(rates)
     if seed is not None:
         with backward:
@@ -256,8 +264,14 @@ def estimate_run(stage: StageRun, device: Device) -> tuple[float, float]:
     return forward.seconds, backward.seconds
 
 
-def _estimate(capture: GraphCapture, k: int, nodes: dict[str, fx.Node], rates: Rates) -> tuple[float, float]:
-    """Seconds of the forward and the backward of a stage, run on fake tensors."""
+def _estimate(
+    capture: GraphCapture, k: int, unread: frozenset[int] | None, nodes: dict[str, fx.Node], rates: Rates
+) -> tuple[float, float]:
+    """Seconds of the forward and the backward of a stage, run on fake tensors.
+
+    Args:
+        unread: the results that get no gradient; None: the loss alone gets one, if it is there.
+    """
     stage = capture.stages[k]
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     arguments: list[Any] = []
@@ -278,7 +292,11 @@ def _estimate(capture: GraphCapture, k: int, nodes: dict[str, fx.Node], rates: R
             results = stage.function(*arguments)
         backward = Tally(rates)
         with torch.enable_grad():
-            seed, _ = seed_gradients(dict(enumerate(results)), {})
+            reached = {i: t for i, t in enumerate(results) if unread is None or i not in unread}
+            seed, _ = seed_gradients(reached, {})
+            if unread is None:
+                with suppress(ValueError):  # an earlier stage makes it
+                    seed = find_loss(capture.own_output(stage, results))[0]
         if seed is not None:
             with backward:
                 seed.backward()

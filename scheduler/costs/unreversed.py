@@ -13,7 +13,7 @@ from scheduler.capture.graph import OpGraph
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.loss import find_loss
 
-__all__ = ["held_by_user", "held_results", "unreversed", "unreversed_bytes"]
+__all__ = ["held_by_user", "held_results", "unread_results", "unreversed", "unreversed_bytes"]
 
 
 def unreversed(capture: GraphCapture) -> set[fx.Node]:
@@ -23,7 +23,9 @@ def unreversed(capture: GraphCapture) -> set[fx.Node]:
     """
     graph = capture.graph
     held = [leaf for leaf in graph.outputs if isinstance(leaf, fx.Node) and graph.grad_of.get(leaf)]
-    return {n for n in _leading_to(graph, held) - _leading_to(graph, [_loss(capture)]) if graph.grad_of[n]}
+    loss = _loss(capture)
+    reversed_ = held if loss is None else [loss]
+    return {n for n in _leading_to(graph, held) - _leading_to(graph, reversed_) if graph.grad_of[n]}
 
 
 def held_results(capture: GraphCapture, k: int, waiting: set[fx.Node]) -> frozenset[int]:
@@ -42,6 +44,21 @@ def held_results(capture: GraphCapture, k: int, waiting: set[fx.Node]) -> frozen
         for name, i in results
         if i >= 0 and (nodes[name] in waiting or both.intersection(graph.group_of[nodes[name]]))
     )
+
+
+def unread_results(capture: GraphCapture, k: int, loss_is_output: bool) -> frozenset[int]:
+    """The results of stage k that get no gradient: of those that the user gets and no stage reads, the loss alone gets one."""
+    stage, linear = capture.stages[k], capture.linear
+    found = capture.result_layouts(k)[1]
+    if not loss_is_output:
+        return found
+    nodes = {node.name: node for node in capture.graph.group_of}
+    read = {i for i in stage.boundary_from if i >= 0}
+    return found | {
+        i
+        for name, i in zip(stage.carried, stage.carried_from, strict=True)
+        if i not in read and not any(linear.readers.get(key) for key in capture.graph.group_of[nodes[name]])
+    }
 
 
 def unreversed_bytes(
@@ -75,8 +92,8 @@ def _leading_to(graph: OpGraph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _loss(capture: GraphCapture) -> fx.Node:
-    """The output that is the model's own loss."""
+def _loss(capture: GraphCapture) -> fx.Node | None:
+    """The output that is the model's own loss, if it has one."""
     graph = capture.graph
     leaves = {}
     for leaf in graph.outputs:
@@ -86,5 +103,5 @@ def _loss(capture: GraphCapture) -> fx.Node:
                 graph.grad_of[leaf]
             )
     output = pytree.tree_unflatten([leaves.get(leaf, leaf) for leaf in graph.outputs], capture.output_spec)
-    loss = find_loss(output)[0]
-    return next(node for node, tensor in leaves.items() if tensor is loss)
+    loss, own = find_loss(output)
+    return next(node for node, tensor in leaves.items() if tensor is loss) if own else None
