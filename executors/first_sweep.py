@@ -70,6 +70,9 @@ class FirstSweep:
         self.entries: dict[int, tuple[Fingerprint, ...]] = {}
         self.states: dict[int, RandomState] = {}
         self.lasting: set[int] = set()  # identities of storages that are packed by reference
+        # One of each: Python's collector goes through all that a step of many stages leaves behind, again and again.
+        self.known: dict[Fingerprint, Fingerprint] = {}
+        self.leaves: dict[int, Held] = {}
         self.sweeping = True
         self._top = stages - 1  # no stage above it is rerunnable, or has handles
         self.position = 0  # in program.replay
@@ -127,7 +130,8 @@ class FirstSweep:
     def before_first_run(self, stage: int, boundary: tuple[Tensor, ...]) -> None:
         """Note what a later re-run of the stage needs: its boundary, its random numbers."""
         self.flags[stage] = tuple([t.requires_grad for t in boundary])
-        self.entries[stage] = tuple(map(self.fingerprint, boundary))
+        found = tuple(map(self.fingerprint, boundary))
+        self.entries[stage] = self.known.setdefault(found, found)
         if stage in self.program.held or self.program.kept[stage]:
             self.hold(stage, boundary)
         if self.random[stage]:
@@ -151,13 +155,15 @@ class FirstSweep:
         prints, lasting, store = self.prints[stage], self.lasting, self.store
         fingerprint = self.fingerprint
         if parts is None and store is None:
+            known = self.known
 
             def drop(tensor: Tensor) -> Handle | Held:
                 if tensor.untyped_storage()._cdata in lasting:
                     prints.append(None)
-                    return Held(tensor)
+                    return self.held(tensor)
                 handle = Handle(self, stage, len(prints))
-                prints.append(fingerprint(tensor))
+                found = fingerprint(tensor)
+                prints.append(known.setdefault(found, found))
                 return handle
 
             return torch.autograd.graph.saved_tensors_hooks(self._shielded(drop), self.unpack)
@@ -191,6 +197,15 @@ class FirstSweep:
     def replay_until(self, stage: int, index: int | None = None) -> None:
         """Run the program up to the backward of ``stage``, so that this handle of it, if any, is filled."""
         raise NotImplementedError
+
+    def held(self, tensor: Tensor) -> Held:
+        """What stands for a tensor that lives on anyway; of a leaf (a parameter) one does for all who saved it."""
+        if not tensor.is_leaf:
+            return Held(tensor)
+        found = self.leaves.get(id(tensor))
+        if found is None or found.version != tensor._version:
+            found = self.leaves[id(tensor)] = Held(tensor)
+        return found
 
     def _shielded(self, hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
         return shielded(hook) if self.compiled else hook
