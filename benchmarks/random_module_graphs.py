@@ -38,6 +38,7 @@ def report() -> str:
             ratios.append(verdict.ratio)
         if verdict.kind in ("refused", "over budget", "wrong"):
             reasons[f"{verdict.kind}: {_in_short(verdict.reason)}"] += 1
+    assert kinds["refused"] <= 0.15 * GRAPHS, "so many refusals prove nothing"
     ratios.sort()
     rows = (
         ("planned as a graph, bit-equal", kinds["graph"]),
