@@ -80,6 +80,15 @@ class GradFlows:
             held.update(self._held(key, stage))
         return sum(amount for storage, amount in held.items() if storage not in elsewhere)
 
+    def inputs(self) -> dict[int, list[int]]:
+        """Inputs of the model that get gradients -> the stages that these come from, ascending."""
+        found: dict[int, list[int]] = {}
+        for k, left in enumerate(self.left):
+            for key in left:
+                if self.capture.graph.groups[key].producer < 0:
+                    found.setdefault(key, []).append(k)
+        return found
+
     def carried_bytes(self, key: int, stage: int) -> int:
         """Bytes of a carried value's gradient once ``stage`` and all after it are reversed."""
         return sum(self._held(key, stage).values())

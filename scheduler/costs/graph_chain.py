@@ -361,7 +361,7 @@ def _carried_changes(
     flows: GradFlows,
     loss_is_output: bool,
 ) -> tuple[list[int], int]:
-    """(L,) by how much each backward changes the bytes of carried values and their gradients; output_grad.
+    """(L,) by how much each backward changes the bytes of carried values, of their gradients and those of inputs; output_grad.
 
     The gradient of a carried value comes with its latest reader and goes with its producer.
     """
@@ -392,6 +392,12 @@ def _carried_changes(
                 change[reader] += now - there
                 there = now
             change[made] -= there
+    for key, readers in flows.inputs().items():  # that of an input stays, or waits for what the input was made by
+        there = 0
+        for reader in reversed(readers):
+            now = flows.carried_bytes(key, reader)
+            change[reader] += now - there
+            there = now
     return change, output_grad
 
 
