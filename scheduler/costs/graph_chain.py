@@ -392,7 +392,10 @@ def _carried_changes(
                 change[reader] += now - there
                 there = now
             change[made] -= there
-    for key, readers in flows.inputs().items():  # that of an input stays, or waits for what the input was made by
+    for (
+        key,
+        readers,
+    ) in flows.inputs().items():  # that of an input stays, or waits for what the input was made by
         there = 0
         for reader in reversed(readers):
             now = flows.carried_bytes(key, reader)

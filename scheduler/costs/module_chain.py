@@ -151,7 +151,9 @@ def module_chain(
     forward, backward = pieces(traffic.events, len(blocks), counted.marks, counted.peaks)
     shared = traffic.shared(counted.marks)
     whole = _whole(capture, model)
-    parts = Parts(capture, blocks, values, forward, backward, seconds, output_grad, shared, whole)
+    parts = Parts(
+        capture, blocks, values, forward, backward, seconds, output_grad, shared, whole, traffic.waiting
+    )
     return assemble(parts, model, readers, existing, own_loss, resident, name)
 
 

@@ -34,6 +34,7 @@ class Parts:
         shared: (blocks,) bytes of the gradients of its outputs that others, which wait, are views of too.
         output_grad: bytes of the gradients of the model's outputs, if it has no loss of its own.
         whole: sharded parameters whose gradients wait whole, and the stage at whose end they are reduced.
+        waiting: blocks that are not reversed whole: the user holds what was made of an output that the loss does not reach.
     """
 
     capture: ModuleCapture
@@ -45,6 +46,7 @@ class Parts:
     output_grad: int
     shared: list[int]
     whole: dict[nn.Parameter, int]
+    waiting: set[int]
 
     def __len__(self) -> int:
         return len(self.capture)
@@ -54,6 +56,13 @@ class Parts:
         """(L,) the piece of the user's code before each stage, or which that stage is."""
         blocks = [int(index is not None) for index in self.capture.stages]
         return [0, *accumulate(blocks[:-1])]
+
+    def lasting(self, k: int) -> int:
+        """At most what stays when block k is reversed: its saved tensors, or the boundary that it would run again from."""
+        if self.capture.stages[k] not in self.waiting:
+            return 0
+        boundaries = (self.values.total(entering) for entering in self.values.enters[: k + 1])
+        return max(self.values.total(self.values.keeps[k]), *boundaries)
 
     def taken(self, piece: Piece) -> int:
         """The most bytes that a piece takes above those live when it starts."""
@@ -174,7 +183,8 @@ def assemble(
             seconds = parts.seconds[0][piece], parts.seconds[1][piece]
             block = f"glue {k - parts.pieces[k]}" if k and not last else ("after" if k else "before")
             overhead = 0
-        reversing += reduced[k]
+        stays = parts.lasting(k)
+        reversing += reduced[k] + stays  # by itself, the block lets go of it as it is reversed
         option = Option(
             made - released,
             forward_overhead=max(0, keeping - made) + released,
@@ -192,7 +202,7 @@ def assemble(
                 options=(option,),
                 forward_overhead=overhead,
                 input_grad=at_hand[k],
-                grad=created[k] + by_glue[k],
+                grad=created[k] + by_glue[k] + stays,
                 carried=values.total(making[k]),
                 carried_change=change[k],
                 recomputable=index is not None and index >= frozen,

@@ -8,6 +8,7 @@ own order: what it saves, what it holds on to, which gradients wait meanwhile.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,6 +110,9 @@ class Visitor:
     def note(self, what: str, block: int = -1) -> None:
         """An event of the backward, or the end of the forward or of the step."""
 
+    def unreversed(self, block: int) -> None:
+        """The step is over, and an output of a block, on which one of the model's depends, has got no gradient."""
+
 
 class _Edge(torch.autograd.Function):
     """A tensor without elements that depends on the arguments of a block; backward makes their gradients."""
@@ -150,10 +154,12 @@ class _Cut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, edge: Tensor, node: _Node, held: list[Tensor]) -> Tensor:  # noqa: ARG004 # autograd's signature
         ctx.node = node
+        node.cuts.add(ctx)
         return held.pop().detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.node.cuts.discard(ctx)
         ctx.node.arrived.extend(grads)  # they stay until all are there, and the block is reversed
         return torch.empty(0, device=ctx.node.device), None, None
 
@@ -168,6 +174,7 @@ class _Node:
     device: torch.device
     positions: list[int] = field(default_factory=list)
     arrived: list[Tensor] = field(default_factory=list)
+    cuts: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # those not reversed yet
 
 
 def _closed(node: _Node, args: Any, kwargs: Any, produced: Any) -> Any:
@@ -178,8 +185,12 @@ def _closed(node: _Node, args: Any, kwargs: Any, produced: Any) -> Any:
     leaves, spec = pytree.tree_flatten(produced)
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
-            grad = node.box.requires_grad.get(i, False)
-            leaves[i] = _Cut.apply(edge, node, [leaf]) if grad else leaf.detach()
+            if not node.box.requires_grad.get(i, False):
+                leaves[i] = leaf.detach()
+                continue
+            leaves[i] = _Cut.apply(edge, node, [leaf])
+            if leaf._is_view():  # of which a change in place is reversed on copies of the whole base
+                leaves[i] = leaves[i].view_as(leaves[i])
     return pytree.tree_unflatten(leaves, spec)
 
 
@@ -209,6 +220,7 @@ def run_skeleton(
         CaptureError: the blocks do not run in the order of the capture.
     """
     ran = 0
+    nodes: list[_Node] = []
 
     def wrapper(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -222,9 +234,8 @@ def run_skeleton(
                     made = boxes[index].stand_in if index in boxes else None
                     with torch.no_grad(), uncached():
                         produced = forward(*args, **kwargs) if made is None else made()
-                produced = _closed(
-                    _Node(index, boxes[index], visitor, capture.device), args, kwargs, produced
-                )
+                nodes.append(_Node(index, boxes[index], visitor, capture.device))
+                produced = _closed(nodes[-1], args, kwargs, produced)
                 visitor.leave(index, produced)
                 return produced
 
@@ -255,6 +266,9 @@ def run_skeleton(
             root.backward()
     del root
     visitor.note("done")
+    for node in nodes:
+        if node.cuts:
+            visitor.unreversed(node.block)
     return output
 
 
@@ -393,6 +407,7 @@ class Traffic(Visitor):
         arguments, outputs: (blocks,) leaf -> storage; tensors that live on anyway are left out.
         packed: storage -> the stages of glue that save it. A piece between blocks that is no stage counts as stage -1.
         incoming: block -> bytes of the storages of its outputs' gradients.
+        waiting: blocks of which an output got no gradient, though the user holds what was made of it.
     """
 
     def __init__(self, capture: ModuleCapture, resident: Iterable[Tensor], mark: Callable[[], None]) -> None:
@@ -404,6 +419,7 @@ class Traffic(Visitor):
         self.outputs: list[dict[int, int]] = []
         self.packed: dict[int, set[int]] = {}
         self.incoming: dict[int, int] = {}
+        self.waiting: set[int] = set()
         self._resident = {storage_key(t) for t in resident}
         self._refs: dict[int, StorageWeakRef] = {}
         self._held: list[Tensor] = []
@@ -436,6 +452,9 @@ class Traffic(Visitor):
     def arrived(self, block: int, grads: Sequence[Tensor]) -> None:  # noqa: D102
         sizes = {storage_key(t): t.untyped_storage().nbytes() for t in grads}
         self.incoming[block] = sum(allocated(size, self.device) for size in sizes.values())
+
+    def unreversed(self, block: int) -> None:  # noqa: D102
+        self.waiting.add(block)
 
     def shared(self, marks: Sequence[int]) -> list[int]:
         """(blocks,) bytes of the incoming gradients that stay when it is done with them: others are views of the same."""
