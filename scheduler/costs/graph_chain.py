@@ -392,12 +392,10 @@ def _carried_changes(
                 change[reader] += now - there
                 there = now
             change[made] -= there
-    for (
-        key,
-        readers,
-    ) in flows.inputs().items():  # that of an input stays, or waits for what the input was made by
+    # That of an input stays, or waits for what the input was made by.
+    for key, stages in flows.inputs().items():
         there = 0
-        for reader in reversed(readers):
+        for reader in reversed(stages):
             now = flows.carried_bytes(key, reader)
             change[reader] += now - there
             there = now

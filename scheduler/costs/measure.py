@@ -75,6 +75,7 @@ class StageCost:
             may be a view of a larger storage (of a concatenation's gradient), or share one with another.
         options: that keep less than all.
         kept: bytes that are live once it has run forward and keeps them, and nobody holds its outputs.
+        left: bytes that stay when it is reversed, besides gradients: its code holds on to what it made (a state).
         gap: share by which the seconds of an option may exceed the least for its bytes.
         rebuild_peak: most bytes above the inputs while it is run again to its last saved tensor.
     """
@@ -89,6 +90,7 @@ class StageCost:
     input_grads: tuple[tuple[int, int, int], ...] = ()
     options: tuple[OptionCost, ...] = ()
     kept: int = 0
+    left: int = 0
     gap: float = 0.0
     rebuild_peak: int | None = None
 
@@ -284,6 +286,7 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
     """
     output_grads = 0
     arrived: dict[int, Tensor] = {}
+    input_grads: list[tuple[int, int, int]] = []
 
     def sink(position: int, tensor: Tensor) -> Tensor:
         result: Tensor = _Sink.apply(as_leaf(position, tensor), position, arrived)
@@ -317,32 +320,29 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
         if seed is not None and seed.requires_grad:
             reverse(seed)
         del seed, held
+        input_grads[:] = [
+            (position, grad.untyped_storage()._cdata, allocated(grad.untyped_storage().nbytes(), device))
+            for position, grad in arrived.items()
+            if grad is not None
+        ]
+        arrived.clear()
+        stage.reset()
 
     if not isinstance(device, Target):
         keeping(lambda: None)  # warm-up: lazy initialisation, workspaces
-        stage.reset()
-    dropped = count_bytes(dropping, device)
-    arrived.clear()
+    # First of those that count: on the CPU a state of the run before, which this one lets go of, would hide what it leaves.
     kept = count_bytes(keeping, device)
-    stage.reset()
+    dropped = count_bytes(dropping, device)
     keeping_peak, stays = kept.peaks[0], kept.marks[0]
     if torch.is_autocast_enabled(device.type):
-        arrived.clear()
         with uncached():  # as in a re-run, which saves each cast of a weight that is used twice
             twice = count_bytes(keeping, device)
-        stage.reset()
         keeping_peak, stays = max(keeping_peak, twice.peaks[0]), max(stays, twice.marks[0])
     again = rebuild_peak(
         stage.run, lambda _, tensor: tensor.untyped_storage()._cdata not in stage.lasting, device
     )
     waiting = sum(allocated(p.numel() * p.element_size(), device) for p in stage.waiting)
     lead = max(0, kept.marks[1] - kept.marks[0] - output_grads - waiting) if len(kept.marks) > 1 else None
-    input_grads = tuple(
-        (position, grad.untyped_storage()._cdata, allocated(grad.untyped_storage().nbytes(), device))
-        for position, grad in arrived.items()
-        if grad is not None
-    )
-    arrived.clear()
     forward = backward = 0.0
     if clock:
         forward, backward = _time(stage, device, repeats)
@@ -354,8 +354,9 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
         max(0, *(peak - waiting for peak in kept.peaks[1:])),
         output_grads,
         lead,
-        input_grads,
+        tuple(input_grads),
         kept=stays,
+        left=max(0, kept.end),
         rebuild_peak=again,
     )
 

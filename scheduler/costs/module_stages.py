@@ -59,8 +59,12 @@ class Parts:
 
     def lasting(self, k: int) -> int:
         """At most what stays when block k is reversed: its saved tensors, or the boundary that it would run again from."""
-        if self.capture.stages[k] not in self.waiting:
-            return 0
+        index = self.capture.stages[k]
+        left = 0 if index is None else self.blocks[index].cost.left
+        if (
+            index not in self.waiting
+        ):  # a state holds on to the graph, and that to the boundary that a re-run began at
+            return left + self.values.total(self.values.enters[k]) if left else 0
         boundaries = (self.values.total(entering) for entering in self.values.enters[: k + 1])
         return max(self.values.total(self.values.keeps[k]), *boundaries)
 
