@@ -7,7 +7,7 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ from executors.watch import Watch, tightened
 from scheduler.budget import format_bytes
 from scheduler.capture.flat import flatten
 from scheduler.capture.sample import Call, CallReader, CallSignature, forward_signature
-from scheduler.capture.sharded import is_distributed, sharded_within
-from scheduler.capture.state import HostRandomState, model_device
+from scheduler.capture.sharded import CollectiveCall, NoCollectives, is_distributed, sharded_within
+from scheduler.capture.state import HostRandomState, aliased, model_device, preserved
 from scheduler.costs.resident import storage_bytes
 from scheduler.errors import CaptureError, InfeasibleBudget, NewShapeWarning, PeakWarning
 from scheduler.plan import Plan
@@ -163,7 +163,7 @@ class Plans:
             logger.warning("%s: %s; such calls run without a plan", where, differs)
             self.plain.add(signature)
             return None
-        hindrance = self._hindrance()
+        hindrance = self._hindrance(model, call)
         if hindrance is not None:
             warnings.warn(
                 f"{where}: {differs}; such calls run without a plan, for {hindrance}: pass plans for all shapes, "
@@ -187,10 +187,21 @@ class Plans:
         self.others[signature] = runner
         return runner
 
-    def _hindrance(self) -> str | None:
-        """Why no plan can be made now; None if one can."""
+    def _hindrance(self, model: nn.Module, call: Call) -> str | None:
+        """Why no plan can be made now; None if one can.
+
+        Of ranks that meet a new shape, others may not: a trial must not wait for them.
+        """
         if is_distributed():
-            return "a trial step would get in the way of torch.distributed"
+            if not self.alone:
+                return "ranks of a sharded model must not plan by themselves"
+            plain = plain_copy(model)
+            try:
+                with preserved(plain), torch.no_grad(), NoCollectives():
+                    args, kwargs = _cut_off(call)
+                    plain(*args, **kwargs)
+            except CollectiveCall as error:
+                return f"a trial would wait for other ranks of torch.distributed ({error})"
         if self.device.type == "cpu" and torch._C._autograd._profiler_enabled():
             return "a profiler is running, and it takes one to count bytes on the CPU"
         return None
@@ -208,7 +219,10 @@ class Plans:
         # Casts in autocast's cache would not be counted; those of a trial would stay until the user's context ends.
         torch.clear_autocast_cache()
         try:
-            with _accumulating(model, bool(first.resident.get("existing gradients"))):
+            with (
+                aliased(model) if is_distributed() else nullcontext(),
+                _accumulating(model, bool(first.resident.get("existing gradients"))),
+            ):
                 plan = solve_again(
                     first, model, _cut_off(call), lambda line: logger.info("%s: %s", where, line)
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from executors import broadcast_plan, execute, plan_of
+from executors import broadcast_plan, execute, plan_of, plans_of
 from scheduler import CaptureError, Plan, PlanMismatch, Schedule, solve
 from scheduler.capture.sharded import local
 from scheduler.costs.peak import count_bytes
+from scheduler.errors import NewShapeWarning
 from scheduler.schedule import Action, Backward, Checkpoint, Forward, Keep
 from tests.models import tiny
 from tests.ranks import running
@@ -202,6 +204,52 @@ def ddp_in_all_its_ways(capture: str, device: str = "cpu") -> int:
 @EITHER_CAPTURE
 def test_ddp_around_a_planned_model_trains_bit_equal(ranks: Run, capture: str) -> None:
     assert ranks(ddp_in_all_its_ways, capture) == [7, 7]
+
+
+ROWS = ((64, 64, 64, 64), (64, 40, 24, 64))  # of each rank's batches
+
+
+class Pair(nn.Module):
+    """Two forwards, one of which may meet a new shape while the other one waits for its backward."""
+
+    def __init__(self, wrapped: nn.Module) -> None:
+        super().__init__()
+        self.wrapped = wrapped
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return loss_of(self.wrapped(x)) + loss_of(self.wrapped(y))
+
+
+def ddp_on_new_shapes(capture: str, how: str) -> int:
+    """Trains under DDP on shapes that the ranks meet at different steps, planned and plain; gives how many plans there are."""
+
+    def epoch(model: nn.Module) -> list[Record]:
+        rows = iter(ROWS[dist.get_rank()])
+
+        def batch() -> Tensor:
+            return torch.randn(next(rows), 16)
+
+        if how == "two forwards":
+            pair = Pair(DistributedDataParallel(model, broadcast_buffers=False))
+            return train(pair, model, lambda: (batch(), batch()))
+        return in_ddp(model, batch, how == "accumulating")
+
+    model = built(lambda: tiny().model)
+    planned = execute(tightest(solve(model, "1GiB", sample=normal(), capture=capture)), model)
+    with restored(planned), warnings.catch_warnings():
+        warnings.simplefilter("error", NewShapeWarning)
+        got = epoch(planned)
+    assert_equal(got, epoch(built(lambda: tiny().model)))
+    return len(plans_of(planned))
+
+
+@EITHER_CAPTURE
+@pytest.mark.parametrize("how", ["one by one", "accumulating", "two forwards"])
+def test_a_rank_plans_for_its_new_shapes_while_the_others_train_on(
+    ranks: Run, capture: str, how: str
+) -> None:
+    """The trials are no part of what DDP reduces."""
+    assert ranks(ddp_on_new_shapes, capture, how) == ([1, 2] if how == "one by one" else [1, 3])
 
 
 @pytest.mark.cuda

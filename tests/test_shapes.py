@@ -421,12 +421,41 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+class Together(nn.Module):
+    """A mean over all ranks between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x).tanh()
+            mean = x.detach().mean(0)
+            torch.distributed.all_reduce(mean)
+            x = x - mean
+        return x
+
+
 @pytest.mark.usefixtures("process_group")
-def test_under_torch_distributed_no_trial_is_run_and_the_shape_runs_plainly() -> None:
-    model, planned = three(), planned_three()
-    with pytest.warns(NewShapeWarning, match=r"torch\.distributed: pass plans for all shapes"):
+def test_a_trial_that_would_wait_for_other_ranks_is_not_run_and_the_shape_runs_plainly() -> None:
+    torch.manual_seed(0)
+    model = Together().train()
+    planned = execute(solve(model, "1GiB", sample=torch.randn(64, 16), capture=[*model.blocks]), model)
+    with pytest.warns(
+        NewShapeWarning, match=r"all_?reduce.* waits for other ranks.*pass plans for all shapes"
+    ):
         assert_same(model, planned, lambda m: epochs(m, (40, 64)))
     assert len(plans_of(planned)) == 1
+
+
+@pytest.mark.usefixtures("process_group")
+def test_parameters_are_the_model_s_own_again_when_a_shape_was_planned_for() -> None:
+    model, planned = three(), planned_three()
+    before = [(p, p.grad) for p in planned.parameters()]
+    assert_same(model, planned, lambda m: epochs(m, (40, 64)))
+    assert len(plans_of(planned)) == 2
+    assert all(p is other for (p, _), other in zip(before, planned.parameters(), strict=True))
 
 
 def test_while_a_profiler_counts_the_shape_runs_plainly() -> None:

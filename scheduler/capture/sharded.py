@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
+    "CollectiveCall",
+    "NoCollectives",
     "gathered",
     "holders",
     "is_distributed",
@@ -73,6 +76,24 @@ def reject_tensor_parallel(call: str, model: nn.Module) -> None:
 def is_distributed() -> bool:
     """Whether torch.distributed is initialised."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+class CollectiveCall(RuntimeError):
+    """A collective was about to be called."""
+
+
+class NoCollectives(TorchDispatchMode):
+    """A mode in which a collective raises instead of waiting for the other ranks, which may never come."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one op.
+
+        Raises:
+            CollectiveCall: it is a collective.
+        """
+        if func.namespace in ("c10d", "_c10d_functional", "c10d_functional"):
+            raise CollectiveCall(f"{func} waits for other ranks")
+        return func(*args, **(kwargs or {}))
 
 
 def _kind(module: str, name: str) -> Any:

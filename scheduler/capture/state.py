@@ -23,6 +23,7 @@ __all__ = [
     "Draws",
     "HostRandomState",
     "RandomState",
+    "aliased",
     "autocast_contexts",
     "autocast_state",
     "model_device",
@@ -179,6 +180,32 @@ def reverse(root: torch.Tensor) -> None:
     """``root.backward()``, outside of autocast, as it is in training; only the forward belongs inside."""
     with torch.autocast(root.device.type, enabled=False):
         root.backward()
+
+
+@contextmanager
+def aliased(model: nn.Module) -> Iterator[None]:
+    """Within it the model's parameters are others, on the same storages and with the same gradients.
+
+    A backward then reaches nobody who waits for gradients of the real ones: DistributedDataParallel would take those of a
+    trial for those of the step, and reduce them.
+    """
+    places = [
+        (module._parameters, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    alias: dict[nn.Parameter, nn.Parameter] = {}
+    for values, name, parameter in places:
+        if parameter not in alias:
+            alias[parameter] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+            alias[parameter].grad = parameter.grad
+        values[name] = alias[parameter]
+    try:
+        yield
+    finally:
+        for values, name, parameter in places:
+            values[name] = parameter
 
 
 @contextmanager
