@@ -35,7 +35,8 @@ class FirstSweep:
         thinned: stage kept with an option -> how to rebuild what it dropped.
         rerunnable: stage -> whether what its re-run needs is still held.
         states: stage that draws random numbers -> the generators as its first run began.
-        prints: stage -> index -> what a replay of a dropped saved tensor is compared by; None if packed by reference.
+        prints: stage -> index -> what a replay of a dropped saved tensor is compared by; None if it is packed by reference, or
+            its handle is gone.
         entries: boundary -> likewise, of each of its tensors.
         observe: is told where the step is; None, as in training, costs nothing.
         compiled: whether stages have code that torch.compile has compiled.
@@ -161,10 +162,9 @@ class FirstSweep:
                 if tensor.untyped_storage()._cdata in lasting:
                     prints.append(None)
                     return self.held(tensor)
-                handle = Handle(self, stage, len(prints))
                 found = fingerprint(tensor)
                 prints.append(known.setdefault(found, found))
-                return handle
+                return Handle(self, stage, len(prints) - 1)
 
             return torch.autograd.graph.saved_tensors_hooks(self._shielded(drop), self.unpack)
         dropped: frozenset[int] | None = None

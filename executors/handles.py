@@ -26,10 +26,12 @@ class Handle:
         step.handles[stage] += 1
 
     def __del__(self) -> None:
-        step = self.step
-        step.handles[self.stage] -= 1
-        if not step.handles[self.stage] and not step.sweeping:
-            step.stage_is_done(self.stage)
+        step, stage = self.step, self.stage
+        step.prints[stage][self.index] = None  # nobody wants it again: an output that no loss is made of is gone
+        step.filled[stage].pop(self.index, None)
+        step.handles[stage] -= 1
+        if not step.handles[stage] and not step.sweeping:
+            step.stage_is_done(stage)
 
 
 class Held:
