@@ -65,7 +65,8 @@ def counted_stages(model: nn.Module) -> Iterator[list[int]]:
         return
     counts = [1 if index is None else 0 for index in executor.capture.stages]
     handles = []
-    for block, module in zip(executor.capture.blocks, executor.modules, strict=True):
+    for block in executor.capture.blocks:
+        module = executor.modules[block.name]
         inner = module.linear if isinstance(module, Block) else module
 
         def count(*_: Any, stage: int = block.stage) -> None:
@@ -81,7 +82,7 @@ def counted_stages(model: nn.Module) -> Iterator[list[int]]:
     finally:
         for handle in handles:
             handle.remove()
-        for module in executor.modules:
+        for module in executor.modules.values():
             module.__dict__.pop("forward", None)
 
 
