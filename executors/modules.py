@@ -169,9 +169,8 @@ class ModuleStep(Step):
         # (block, output leaf) -> (tensor, version): what crosses into the next block, while that is awaited
         self.crossing: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self.runs: dict[int, _Run] = {}
-        self.autocasts: dict[
-            int, AutocastState
-        ] = {}  # where it is not that of the step: the model's code sets it
+        # Where it is not that of the step: the model's code sets it.
+        self.autocasts: dict[int, AutocastState] = {}
 
     def finish(self) -> None:
         """The forward is over."""
