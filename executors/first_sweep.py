@@ -39,6 +39,7 @@ class FirstSweep:
             its handle is gone.
         entries: boundary -> likewise, of each of its tensors.
         observe: is told where the step is; None, as in training, costs nothing.
+        thorough: whether runs are compared of which nothing is saved, too, so that the op is named that differs first.
         compiled: whether stages have code that torch.compile has compiled.
     """
 
@@ -67,6 +68,7 @@ class FirstSweep:
         self.rerunnable = [kept != 0 for kept in program.kept]
         self.thinned: dict[int, Thinned] = {}
         self.fingerprint = CHECKS[check]
+        self.thorough = check == "values"
         self.prints: list[list[Fingerprint | None]] = [[] for _ in range(stages)]
         self.entries: dict[int, tuple[Fingerprint, ...]] = {}
         self.states: dict[int, RandomState] = {}

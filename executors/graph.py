@@ -238,7 +238,7 @@ class GraphStep(Step):
         boundary = tuple(
             [t.detach().requires_grad_(flag) for t, flag in zip(boundary, self.flags[k], strict=True)]
         )
-        with torch.enable_grad(), self.discarding:
+        with torch.enable_grad(), self.discarding(k):
             results = function(*self._arguments_again(k, boundary))
         return follow(tuple([t.detach() for t in results]), boundary)
 

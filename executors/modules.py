@@ -308,22 +308,22 @@ class ModuleStep(Step):
         args, kwargs = unflatten(leaves, run.spec)
         del leaves
         if stage not in self.autocasts and run.is_as_then(own):
-            result = self._call(run, args, kwargs, grad)
+            result = self._call(stage, run, args, kwargs, grad)
         else:
             with ExitStack() as contexts:
                 contexts.enter_context(_as_then(run, own))
                 for context in autocast_contexts(self.autocasts.get(stage, ())):
                     contexts.enter_context(context)
-                result = self._call(run, args, kwargs, grad)
+                result = self._call(stage, run, args, kwargs, grad)
         del args, kwargs
         for output, tensor in tensor_leaves(result):
             there[index, output] = tensor
         return tuple([there[value].detach() for value in after])
 
-    def _call(self, run: _Run, args: Any, kwargs: Any, grad: bool) -> Any:
+    def _call(self, stage: int, run: _Run, args: Any, kwargs: Any, grad: bool) -> Any:
         if grad:
             return run.forward(*args, **kwargs)
-        with torch.enable_grad(), self.discarding:
+        with torch.enable_grad(), self.discarding(stage):
             return run.forward(*args, **kwargs)
 
     def ran_out(self) -> None:
