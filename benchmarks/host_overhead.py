@@ -23,6 +23,7 @@ from executors.nested import nested
 from scheduler import Chain, Plan, Schedule, solve
 from scheduler.schedule import Action, Backward, Checkpoint, Forward, Keep
 from scheduler.solvers import solve_chain
+from tests.models import make_gpt2
 from tests.steps import scheduled
 
 REPEATS = 60
@@ -154,30 +155,20 @@ def row(count: int, slots: int) -> list[str]:
 
 def real() -> list[str]:
     """Seconds of a step of a small GPT-2, and what keeping all adds to it, by modules and as a graph, in percent."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=512, n_layer=4, n_embd=256, n_head=4, n_positions=128)
-    model = GPT2LMHeadModel(config).train()
-    tokens = torch.randint(512, (8, 128))
-    sample = {"input_ids": tokens, "labels": tokens}
-    plans = {how: solve(model, "4GiB", sample=sample, capture=how) for how in ("modules", "graph")}
+    case = make_gpt2(8, 128, 512, n_layer=4, n_embd=256, n_head=4)
+    models = {"plain": case.model}
+    for how in ("modules", "graph"):
+        models[how] = execute(solve(case.model, "4GiB", sample=case.sample, capture=how), case.model)
 
-    def stepping(planned: nn.Module) -> Callable[[], None]:
+    def stepping(model: nn.Module) -> Callable[[], None]:
         def step() -> None:
-            planned(**sample).loss.backward()
-            model.zero_grad()
+            case(model).loss.backward()
+            case.model.zero_grad()
 
         return step
 
-    found = medians(
-        {
-            "plain": stepping(model),
-            "modules": stepping(execute(plans["modules"], model)),
-            "graph": stepping(execute(plans["graph"], model)),
-        },
-        repeats=20,
-    )
+    found = medians({how: stepping(model) for how, model in models.items()}, repeats=20)
     return [
         f"{found['plain'] * 1e3:.0f} ms",
         *(f"{found[name] / found['plain'] - 1:+.1%}" for name in ("modules", "graph")),

@@ -85,12 +85,13 @@ class FirstSweep:
 
     # ---- what a kind of capture supplies -------------------------------------------------------------
 
-    def run_stage(self, stage: int, boundary: tuple[Tensor, ...], grad: bool) -> tuple[Tensor, ...]:
+    def run_stage(self, stage: int, boundary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Re-run a stage on the tensors of its boundary; gives those of the next boundary.
 
+        Always in grad mode, as in the first run: ops choose their kernels by it (LSTMs, attention), and code may ask for it.
+
         Args:
-            grad: whether its graph is wanted; then the caller is in grad mode, and everything that required grad in the first
-                run must. Else no graph may be left, and no mode is set.
+            boundary: requires grad where it did.
         """
         raise NotImplementedError
 
@@ -157,18 +158,7 @@ class FirstSweep:
         """
         prints, lasting, store = self.prints[stage], self.lasting, self.store
         fingerprint = self.fingerprint
-        if parts is None and store is None:
-            known = self.known
-
-            def drop(tensor: Tensor) -> Handle | Held:
-                if tensor.untyped_storage()._cdata in lasting:
-                    prints.append(None)
-                    return self.held(tensor)
-                found = fingerprint(tensor)
-                prints.append(known.setdefault(found, found))
-                return Handle(self, stage, len(prints) - 1)
-
-            return torch.autograd.graph.saved_tensors_hooks(self._shielded(drop), self.unpack)
+        known = self.known
         dropped: frozenset[int] | None = None
         wanted: set[int] = set()
         sources: dict[int, Held | Moved] = {}
@@ -182,10 +172,15 @@ class FirstSweep:
             index = len(prints)
             lasts = tensor.untyped_storage()._cdata in lasting
             if (dropped is None or index in dropped) and not lasts:
-                prints.append(fingerprint(tensor))
+                found = fingerprint(tensor)
+                prints.append(known.setdefault(found, found))
                 return Handle(self, stage, index)
             prints.append(None)
-            held = Held(tensor) if store is None or lasts else store.pack(stage, tensor)
+            held: Held | Moved
+            if lasts:
+                held = self.held(tensor)
+            else:
+                held = Held(tensor) if store is None else store.pack(stage, tensor)
             if index in wanted:
                 sources[index] = held
             return held

@@ -96,53 +96,29 @@ class GraphExecutor:
 
     def forward(self, flat_inputs: list[Any]) -> Any:
         """Run the first sweep in grad mode; gives the model's output."""
-        if self.keeps_all and self.observe is None:
-            return self._keeping_all(flat_inputs)
-        step = GraphStep(self, flat_inputs)
-        step.last([t for t in flat_inputs if isinstance(t, Tensor)])
-        step.last(list(self.constants.values()))
+        step = None if self.keeps_all and self.observe is None else GraphStep(self, flat_inputs)
         carried: dict[str, Tensor] = {}
         boundary: tuple[Tensor, ...] = ()
         for k, stage in enumerate(self.stages):
-            if step.observe is not None:
-                step.observe("first", k)
-            option = self.program.kept[k]
-            if option != 0:
-                step.before_first_run(k, boundary)
-            arguments = step.first_arguments(k, boundary, carried)
-            if option != 0 or self.program.copies:
-                with step.dropping(k, self.rebuilds[k, option] if option else None if option is None else ()):
-                    results = stage.function(*arguments)
+            if step is not None:
+                results = step.first_run(k, boundary, carried)
             else:
-                results = stage.function(*arguments)
-            del arguments
-            if self.capture.clearing:
-                torch.clear_autocast_cache()
-            step.watch(k, results)
-            boundary = self.follow[k](results, boundary)
-            for name, index in zip(stage.carried, stage.carried_from, strict=True):
-                carried[name] = results[index]
-                step.carry(name, results[index])
-            step.after_first_run(k, results, boundary)
-            del results
-        output = [self._output(leaf, flat_inputs, carried) for leaf in self.capture.outputs]
-        step.sweep_is_over()
-        return pytree.tree_unflatten(output, self.capture.output_spec)
-
-    def _keeping_all(self, flat_inputs: list[Any]) -> Any:
-        """The forward of a plan that runs nothing again."""
-        carried: dict[str, Tensor] = {}
-        boundary: tuple[Tensor, ...] = ()
-        for k, stage in enumerate(self.stages):
-            own = [values[key] for _, values, key in self.lookups[k]]
-            results = stage.function(*self.gather[k](own, boundary, carried, flat_inputs, self.constants))
+                own = [values[key] for _, values, key in self.lookups[k]]
+                results = stage.function(*self.gather[k](own, boundary, carried, flat_inputs, self.constants))
             if self.capture.clearing:
                 torch.clear_autocast_cache()
             boundary = self.follow[k](results, boundary)
             for name, index in zip(stage.carried, stage.carried_from, strict=True):
                 carried[name] = results[index]
+                if step is not None:
+                    step.carry(name, results[index])
+            if step is not None:
+                step.watch(k, results)
+                step.after_first_run(k, results, boundary)
             del results
         output = [self._output(leaf, flat_inputs, carried) for leaf in self.capture.outputs]
+        if step is not None:
+            step.sweep_is_over()
         return pytree.tree_unflatten(output, self.capture.output_spec)
 
     def _output(self, leaf: Any, flat_inputs: list[Any], carried: dict[str, Tensor]) -> Any:
@@ -199,6 +175,8 @@ class GraphStep(Step):
         # Boundary 0 is empty (the inputs are read where they are needed), so holding it costs nothing.
         self.hold(0, ())
         self.flags[0] = ()
+        self.last([t for t in flat_inputs if isinstance(t, Tensor)])
+        self.last(list(executor.constants.values()))
 
     def carry(self, name: str, tensor: Tensor) -> None:
         """A carried value was made: saved tensors on it are packed by reference from here on."""
@@ -207,8 +185,23 @@ class GraphStep(Step):
             self.carried[name] = tensor.detach()
             self.carried_flags[name] = tensor.requires_grad
 
-    def first_arguments(self, k: int, boundary: tuple[Tensor, ...], carried: dict[str, Tensor]) -> list[Any]:
-        """Arguments of the first run of stage k."""
+    def first_run(
+        self, k: int, boundary: tuple[Tensor, ...], carried: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        """The results of the first run of stage k."""
+        option, function = self.program.kept[k], self.executor.stages[k].function
+        if self.observe is not None:
+            self.observe("first", k)
+        if option != 0:
+            self.before_first_run(k, boundary)
+        arguments = self._first_arguments(k, boundary, carried)
+        if option == 0 and not self.program.copies:
+            return function(*arguments)
+        parts = self.executor.rebuilds[k, option] if option else None if option is None else ()
+        with self.dropping(k, parts):
+            return function(*arguments)
+
+    def _first_arguments(self, k: int, boundary: tuple[Tensor, ...], carried: dict[str, Tensor]) -> list[Any]:
         executor = self.executor
         own: list[Tensor] = [values[key] for _, values, key in executor.lookups[k]]
         arguments = executor.gather[k](own, boundary, carried, self.inputs, executor.constants)
@@ -230,17 +223,10 @@ class GraphStep(Step):
             read += [value._version for value in given if isinstance(value, Tensor)]
         return read
 
-    def run_stage(self, k: int, boundary: tuple[Tensor, ...], grad: bool) -> tuple[Tensor, ...]:
-        """Re-run stage k; see Step. Always in grad mode, for ops choose their kernels by it (LSTMs, attention)."""
-        function, follow = self.executor.stages[k].function, self.executor.follow[k]
-        if grad:
-            return follow(function(*self._arguments_again(k, boundary)), boundary)
-        boundary = tuple(
-            [t.detach().requires_grad_(flag) for t, flag in zip(boundary, self.flags[k], strict=True)]
-        )
-        with torch.enable_grad(), self.discarding(k):
-            results = function(*self._arguments_again(k, boundary))
-        return follow(tuple([t.detach() for t in results]), boundary)
+    def run_stage(self, k: int, boundary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Re-run stage k; see Step."""
+        results = self.executor.stages[k].function(*self._arguments_again(k, boundary))
+        return self.executor.follow[k](results, boundary)
 
     def ran_out(self) -> None:
         """See Step."""

@@ -27,9 +27,8 @@ class Handle:
 
     def __del__(self) -> None:
         step, stage = self.step, self.stage
-        step.prints[stage][self.index] = (
-            None  # nobody wants it again: an output that no loss is made of is gone
-        )
+        # Nobody wants it again: it was reversed, or an output that no loss is made of is gone.
+        step.prints[stage][self.index] = None
         step.filled[stage].pop(self.index, None)
         step.handles[stage] -= 1
         if not step.handles[stage] and not step.sweeping:

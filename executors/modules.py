@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from executors.graph import locate
@@ -271,20 +270,18 @@ class ModuleStep(Step):
                 self.states[stage] = state
         return result
 
-    def run_stage(self, stage: int, boundary: tuple[Tensor, ...], grad: bool) -> tuple[Tensor, ...]:
+    def run_stage(self, stage: int, boundary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Re-run a block; see Step. Parameters that fully_shard has sharded are gathered for it."""
         index = self.executor.capture.stages[stage]
         assert index is not None  # glue runs once: the referee refuses a schedule that re-runs it
         own = self.executor.own[self.executor.capture.blocks[index].name]
         if own.outer or own.inner:
             with gathered(own.outer, own.inner):
-                return self._run_block(stage, index, boundary, grad)
-        return self._run_block(stage, index, boundary, grad)
+                return self._run_block(stage, index, boundary)
+        return self._run_block(stage, index, boundary)
 
-    def _run_block(
-        self, stage: int, index: int, boundary: tuple[Tensor, ...], grad: bool
-    ) -> tuple[Tensor, ...]:
-        """Re-run a block. Always in grad mode, for its code may ask for the mode."""
+    def _run_block(self, stage: int, index: int, boundary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Re-run a block."""
         block, run = self.executor.capture.blocks[index], self.runs[stage]
         own = self.executor.own[block.name]
         if run.has_changed(own):
@@ -296,11 +293,8 @@ class ModuleStep(Step):
         leaves = run.leaves.copy()
         for i in run.external:
             leaves[i] = leaves[i].detach().requires_grad_(leaves[i].requires_grad)
-        flags = self.flags[stage]
         for place, position in run.places:
-            given = boundary[position]
-            leaves[place] = given if grad else given.detach().requires_grad_(flags[position])
-            del given
+            leaves[place] = boundary[position]
         after = self._following(index)
         passing = zip(block.boundary, boundary, strict=False)
         there = {value: tensor for value, tensor in passing if value in after}
@@ -308,23 +302,17 @@ class ModuleStep(Step):
         args, kwargs = unflatten(leaves, run.spec)
         del leaves
         if stage not in self.autocasts and run.is_as_then(own):
-            result = self._call(stage, run, args, kwargs, grad)
+            result = run.forward(*args, **kwargs)
         else:
             with ExitStack() as contexts:
                 contexts.enter_context(_as_then(run, own))
                 for context in autocast_contexts(self.autocasts.get(stage, ())):
                     contexts.enter_context(context)
-                result = self._call(stage, run, args, kwargs, grad)
+                result = run.forward(*args, **kwargs)
         del args, kwargs
         for output, tensor in tensor_leaves(result):
             there[index, output] = tensor
-        return tuple([there[value].detach() for value in after])
-
-    def _call(self, stage: int, run: _Run, args: Any, kwargs: Any, grad: bool) -> Any:
-        if grad:
-            return run.forward(*args, **kwargs)
-        with torch.enable_grad(), self.discarding(stage):
-            return run.forward(*args, **kwargs)
+        return tuple([there[value] for value in after])
 
     def ran_out(self) -> None:
         """See Step."""

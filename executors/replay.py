@@ -239,13 +239,24 @@ class Step(FirstSweep):
             self.states[stage].restore()
 
     def _advance(self, stage: int, boundary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Run a stage without grad."""
+        """Run a stage of which nothing is saved."""
         self._ready(stage)
         if self.observe is not None:
             self.observe("advance", stage)
-        produced = self.run_stage(stage, boundary, grad=False)
+        with torch.enable_grad(), self.discarding(stage):
+            produced = self._outputs(stage, boundary)
         self._compare_output(stage, produced)
         return produced
+
+    def _leaves(self, stage: int, boundary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The boundary's tensors, cut off, with the requires_grad flags of the first run."""
+        return tuple(
+            [t.detach().requires_grad_(flag) for t, flag in zip(boundary, self.flags[stage], strict=True)]
+        )
+
+    def _outputs(self, stage: int, boundary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The next boundary, cut off from the graph of the re-run."""
+        return tuple([t.detach() for t in self.run_stage(stage, self._leaves(stage, boundary))])
 
     def _compare_output(self, stage: int, produced: tuple[Tensor, ...]) -> None:
         """Refuse a re-run that gives the next stage something else than the first run did."""
@@ -292,7 +303,7 @@ class Step(FirstSweep):
         if last < 0 or not self.handles[stage]:
             return self._advance(stage, boundary) if wanted else None
         filled: dict[int, Tensor] = {}
-        fingerprint, count, stop = self.fingerprint, 0, -1 if wanted else last
+        count, stop = 0, -1 if wanted else last
 
         def pack(tensor: Tensor) -> None:
             nonlocal count
@@ -303,11 +314,7 @@ class Step(FirstSweep):
                     f"stage {stage} ({self.name_of(stage)}): its re-run saves more tensors than its first run "
                     f"({len(prints)}); the model must run the same ops on the same input"
                 )
-            expected = prints[index]
-            if expected is not None:
-                found = fingerprint(tensor)
-                if found != expected:
-                    self._refuse(stage, self.saved_tensor(stage, index), expected, found)
+            self._compare(stage, index, tensor)
             if needed[index] is not None:
                 filled[index] = tensor.detach()
             if index in read:
@@ -318,13 +325,10 @@ class Step(FirstSweep):
         self._ready(stage)
         if self.observe is not None:
             self.observe("rebuild", stage)
-        inputs = tuple(
-            [t.detach().requires_grad_(flag) for t, flag in zip(boundary, self.flags[stage], strict=True)]
-        )
         produced: tuple[Tensor, ...] | None = None
         try:
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._shielded(pack), _never):
-                produced = tuple([t.detach() for t in self.run_stage(stage, inputs, grad=True)])
+                produced = self._outputs(stage, boundary)
         except _Stop:
             pass
         if count <= last:
@@ -349,10 +353,7 @@ class Step(FirstSweep):
         kept = [self.unpack(thinned.sources[i]).detach().requires_grad_(flag) for i, flag in part.sources]
         thinned.ran(part)
         prints, filled = self.prints[stage], self.filled[stage]
-        inputs = tuple(
-            t.detach().requires_grad_(flag)
-            for t, flag in zip(tensors_of(thinned.boundary), self.flags[stage], strict=True)
-        )
+        inputs = self._leaves(stage, tensors_of(thinned.boundary))
         if not thinned.parts:
             del self.thinned[stage]
         del thinned

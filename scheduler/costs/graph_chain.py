@@ -24,7 +24,7 @@ from scheduler.costs.gradients import GradFlows, gradients_at_hand, parameter_gr
 from scheduler.costs.measure import Enter, OptionCost, StageCost, StageRun, fresh_grads, measure_stage
 from scheduler.costs.options import measure_options
 from scheduler.costs.peak import allocated
-from scheduler.costs.resident import storage_bytes
+from scheduler.costs.resident import rerun_state, storage_bytes
 from scheduler.costs.roofline import estimate_run
 from scheduler.costs.unreversed import (
     held_by_user,
@@ -213,10 +213,6 @@ def graph_chain(
 
     flows = GradFlows(capture, costs, size)
 
-    def rerun_state(k: int) -> int:
-        state = CPU_RANDOM_STATE if capture.random[k] and capture.place.type == "cpu" else 0
-        return state + storage_bytes((model.get_buffer(n) for n in capture.changed[k]), capture.place)
-
     def arriving(k: int) -> int:
         """Bytes of gradients that are counted when stage k is reversed, as far as they stood in its isolation.
 
@@ -296,7 +292,7 @@ def graph_chain(
                 carried_change=change[k],
                 recomputable=not prefix,
                 enters=tuple(map(values.number, entering)),
-                rerun_state=rerun_state(k),
+                rerun_state=rerun_state(capture, model, k),
             )
         )
     fixed = resident + SMALL_TENSORS + storage_bytes(capture.constants.values(), capture.place)

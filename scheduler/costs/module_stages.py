@@ -18,7 +18,7 @@ from scheduler.costs.graph_chain import SMALL_TENSORS
 from scheduler.costs.module_blocks import BlockCost
 from scheduler.costs.module_values import ModuleValues
 from scheduler.costs.peak import allocated
-from scheduler.costs.resident import storage_bytes
+from scheduler.costs.resident import rerun_state, storage_bytes
 from scheduler.costs.skeleton import Piece
 
 __all__ = ["Parts", "assemble"]
@@ -211,7 +211,7 @@ def assemble(
                 carried_change=change[k],
                 recomputable=index is not None and index >= frozen,
                 enters=values.enters[k],
-                rerun_state=_rerun_state(capture, model, k),
+                rerun_state=rerun_state(capture, model, k),
             )
         )
     fixed = resident + SMALL_TENSORS + capture.gathering + sum(stage.rerun_state for stage in stages)
@@ -237,11 +237,3 @@ def _second_shares(readers: dict[nn.Parameter, list[int]], count: int, device: D
 def _sums_from(sizes: list[int]) -> list[int]:
     """The sum of each and all after it."""
     return [*accumulate(reversed(sizes))][::-1]
-
-
-def _rerun_state(capture: ModuleCapture, model: nn.Module, k: int) -> int:
-    """Bytes that are held while a block may run again, besides values: the executor notes them before each first run."""
-    if capture.stages[k] is None:
-        return 0
-    state = CPU_RANDOM_STATE if capture.random[k] and capture.place.type == "cpu" else 0
-    return state + storage_bytes(map(model.get_buffer, capture.changed[k]), capture.place)

@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from scheduler.capture.graph_capture import GraphCapture
+from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.sharded import local
+from scheduler.capture.state import CPU_RANDOM_STATE
 from scheduler.capture.target import Device, Target, lies_on
 from scheduler.costs.cuda_memory import workspace_bytes
 from scheduler.costs.live import LiveBytes
 from scheduler.costs.peak import allocated
 
-__all__ = ["optimizer_bytes", "optimizer_step_bytes", "resident_parts", "storage_bytes"]
+__all__ = ["optimizer_bytes", "optimizer_step_bytes", "rerun_state", "resident_parts", "storage_bytes"]
 
 
 def storage_bytes(tensors: Iterable[Tensor], device: Device) -> int:
@@ -36,6 +39,12 @@ def storage_bytes(tensors: Iterable[Tensor], device: Device) -> int:
             _, part = parts.get(storage._cdata, (0, 0))
             parts[storage._cdata] = (storage.nbytes(), part + tensor.numel() * tensor.element_size())
     return sum(allocated(min(whole, part), device) for whole, part in parts.values())
+
+
+def rerun_state(capture: GraphCapture | ModuleCapture, model: nn.Module, k: int) -> int:
+    """Bytes that are held while stage k may run again, besides values: the executor notes them before each first run."""
+    state = CPU_RANDOM_STATE if capture.random[k] and capture.place.type == "cpu" else 0
+    return state + storage_bytes(map(model.get_buffer, capture.changed[k]), capture.place)
 
 
 def resident_parts(model: nn.Module, call: Any, device: Device) -> dict[str, int]:
