@@ -1,0 +1,317 @@
+"""Python state of a model: what hangs on its modules beside the values of tensors, taken down and put back.
+
+A forward may rebind attributes, append to lists, count in config objects, replace buffers, draw from generators of its
+own. ``Snapshot`` walks all that is reachable from some roots (modules, their attributes, containers, plain objects,
+closures of functions, class attributes of user code), says what has changed since, and puts it back: objects by
+identity, containers by content. Values of tensors are not copied (``state.preserved`` does that for those that change).
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MISSING", "Holder", "Snapshot", "holders_of", "is_plain", "is_users_code", "same_value"]
+
+MISSING: Any = object()  # in the place of what is not there
+MOST = 200_000  # holders that are walked: beyond, something like a data set hangs on the model
+PLAIN = (
+    type(None), bool, int, float, complex, str, bytes, range, slice, type(Ellipsis),
+    torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format,
+)  # fmt: skip # one table
+# Objects of these packages are their own business: engines, loggers, progress bars, locks; not those that are modules.
+FOREIGN = frozenset(
+    {
+        "_io", "_thread", "accelerate", "asyncio", "concurrent", "ctypes", "executors", "importlib", "io", "lightning",
+        "logging", "multiprocessing", "numpy", "pathlib", "pytorch_lightning", "queue", "re", "rich", "scheduler", "socket",
+        "subprocess", "tensorboard", "threading", "torch", "tqdm", "typing", "wandb", "weakref",
+    }
+)  # fmt: skip # one table
+
+_OF_MODULES = (
+    "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip # one table
+_SKIPPED = frozenset(
+    (*_OF_MODULES, "_rematplan", "_non_persistent_buffers_set", "_forward_hooks_with_kwargs",
+     "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks")
+)  # fmt: skip # one table
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value says all of itself: numbers, text, flags, dtypes, devices, enum members, tuples of these."""
+    if isinstance(value, tuple):
+        return all(map(is_plain, value))
+    return isinstance(value, PLAIN) or type(type(value)).__name__ == "EnumType"
+
+
+def same_value(a: Any, b: Any) -> bool:
+    """Whether two plain values are one for code that reads them: True is not 1, 0.0 is not -0.0, NaN is NaN."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(same_value, a, b))
+    if isinstance(a, (float, complex)):
+        return repr(a) == repr(b)
+    return is_plain(a) and bool(a == b)
+
+
+def is_users_code(module: str | None) -> bool:
+    """Whether code of a module may be a user's: not the standard library's, torch's or a foreign package's."""
+    root = (module or "").partition(".")[0]
+    return root not in FOREIGN and (root == "__main__" or root not in sys.stdlib_module_names)
+
+
+class Holder:
+    """One place that holds values under keys: the attributes of an object, a container, a cell of a closure, a generator.
+
+    Attributes:
+        path: how it is reached, for messages.
+        thing: the dict, list, deque, set, class, cell, array or generator.
+        kind: "dict", "class", "list", "set", "cell", "array" or "generator".
+    """
+
+    __slots__ = ("kind", "path", "thing")
+
+    def __init__(self, path: str, thing: Any, kind: str) -> None:
+        self.path, self.thing, self.kind = path, thing, kind
+
+    def content(self) -> Any:
+        """What it holds now: a copy of the container, not of the values in it."""
+        thing = self.thing
+        if self.kind in ("dict", "class"):
+            return dict(thing.__dict__ if self.kind == "class" else thing)
+        if self.kind == "list":
+            return list(thing)
+        if self.kind == "set":
+            return set(thing)
+        if self.kind == "cell":
+            return _cell(thing)
+        if self.kind == "array":
+            return thing.copy()
+        return _generator_state(thing)
+
+    def changed(self, before: Any) -> list[Any]:
+        """The keys under which it holds something else than ``before``; [MISSING] if it has no keys."""
+        now = self.content()
+        if self.kind in ("dict", "class"):
+            keys = [k for k, v in before.items() if not _one(now.get(k, MISSING), v)]
+            return keys + [k for k in now if k not in before]
+        if self.kind == "list":
+            if len(now) != len(before):
+                return [MISSING]
+            return [i for i, (a, b) in enumerate(zip(now, before, strict=True)) if not _one(a, b)]
+        if self.kind == "set":
+            return [MISSING] if now != before else []
+        if self.kind == "cell":
+            return [] if _one(now, before) else [MISSING]
+        return [] if _equal_states(now, before) else [MISSING]
+
+    def put_back(self, before: Any) -> None:
+        """Hold again what it held."""
+        thing = self.thing
+        if self.kind == "dict":
+            if list(thing) != list(before):  # an order is part of a dict
+                thing.clear()
+            thing.update(before)
+        elif self.kind == "class":
+            for key in self.changed(before):
+                if key in before:
+                    setattr(thing, key, before[key])
+                else:
+                    delattr(thing, key)
+        elif self.kind == "list":
+            thing.clear()
+            thing.extend(before)
+        elif self.kind == "set":
+            thing.clear()
+            thing.update(before)
+        elif self.kind == "cell":
+            if before is MISSING:
+                del thing.cell_contents
+            else:
+                thing.cell_contents = before
+        elif self.kind == "array":
+            thing[...] = before
+        else:
+            _set_generator_state(thing, before)
+
+    def named(self, key: Any) -> str:
+        """The place under a key, as a user would write it."""
+        if key is MISSING or self.kind in ("cell", "set", "array", "generator"):
+            return self.path
+        attribute = isinstance(key, str) and self.kind != "list" and not self.path.endswith("]")
+        if attribute:
+            return f"{self.path}.{key}" if self.path else key
+        return f"{self.path}[{key!r}]"
+
+
+class Snapshot:
+    """Python state as it is now.
+
+    Args:
+        roots: modules, functions, or other objects, by the name that messages call each.
+    """
+
+    def __init__(self, roots: Iterable[tuple[str, Any]]) -> None:
+        self.before = [(holder, holder.content()) for holder in holders_of(roots)]
+
+    def changes(self) -> list[str]:
+        """The places where something else is held now, as a user would write them; equal plain values are no change."""
+        return [holder.named(key) for holder, before in self.before for key in holder.changed(before)]
+
+    def restore(self) -> None:
+        """Put everything back; what has not changed is not touched."""
+        for holder, before in self.before:
+            if holder.changed(before):
+                holder.put_back(before)
+
+
+def holders_of(roots: Iterable[tuple[str, Any]]) -> Iterator[Holder]:
+    """All places reachable from the roots, each once, breadth first."""
+    waiting: deque[tuple[str, Any]] = deque(roots)
+    seen: set[int] = set()
+    alive: list[Any] = []  # or the identity of a temporary would be given to another object
+    while waiting and len(seen) < MOST:
+        path, value = waiting.popleft()
+        if isinstance(value, (Tensor, types.BuiltinFunctionType)) or id(value) in seen or is_plain(value):
+            continue
+        seen.add(id(value))
+        alive.append(value)
+        holder, inside = _opened(path, value)
+        if holder is not None:
+            yield holder
+        waiting.extend(inside)
+
+
+def _opened(path: str, value: Any) -> tuple[Holder | None, Iterable[tuple[str, Any]]]:
+    """The holder that a value is, if it is one, and what is reachable from it."""
+    if isinstance(value, nn.Module):
+        own, attributes = Holder(path, vars(value), "dict"), vars(value)
+        start = f"{path}." if path else ""
+        inner: list[tuple[str, Any]] = [(start + n, c) for n, c in value._modules.items()]
+        # Dicts of parameters, buffers, children and hooks are places too, of which nothing further is walked.
+        inner += [(path, _Raw(attributes[name])) for name in _OF_MODULES if name in attributes]
+        inner += [
+            (start + k, v) for k, v in attributes.items() if k not in _SKIPPED and not k.endswith("_hooks")
+        ]
+        return own, [*inner, *_classes(type(value))]
+    if isinstance(value, _Raw):
+        return Holder(path, value.thing, "dict"), ()
+    if isinstance(value, dict):
+        return Holder(path, value, "dict"), [(f"{path}[{k!r}]", v) for k, v in value.items()]
+    if isinstance(value, (list, deque)):
+        return Holder(path, value, "list"), [(f"{path}[{i}]", v) for i, v in enumerate(value)]
+    if isinstance(value, set):
+        return Holder(path, value, "set"), ()
+    if isinstance(value, (tuple, frozenset)):
+        return None, [(f"{path}[{i}]", v) for i, v in enumerate(value)]
+    if isinstance(value, types.CellType):
+        content = _cell(value)
+        return Holder(path, value, "cell"), () if content is MISSING else [(path, content)]
+    if isinstance(value, types.FunctionType):
+        if not is_users_code(value.__module__):
+            return None, ()
+        names = value.__code__.co_freevars
+        return None, [(name, cell) for name, cell in zip(names, value.__closure__ or (), strict=False)]
+    if isinstance(value, types.MethodType):
+        return None, [(path, value.__self__), (path, value.__func__)]
+    if isinstance(value, functools.partial):
+        return None, [(path, value.func), (path, value.args), (path, value.keywords)]
+    if _is_generator(value):
+        return Holder(path, value, "generator"), ()
+    if type(value).__module__ == "numpy" and type(value).__name__ == "ndarray" and value.dtype != object:
+        return Holder(path, value, "array"), ()
+    if isinstance(value, type):
+        return (
+            (Holder(value.__name__, value, "class"), _class_values(value))
+            if is_users_code(value.__module__)
+            else (None, ())
+        )
+    if isinstance(value, types.ModuleType) or not is_users_code(type(value).__module__):
+        return None, ()
+    members = getattr(value, "__dict__", None)
+    inside: list[tuple[str, Any]] = list(_classes(type(value)))
+    if not isinstance(members, dict):
+        return None, inside
+    return Holder(path, members, "dict"), [*((f"{path}.{k}", v) for k, v in members.items()), *inside]
+
+
+class _Raw:
+    """A dict whose values are not walked."""
+
+    def __init__(self, thing: dict[Any, Any]) -> None:
+        self.thing = thing
+
+
+def _classes(kind: type) -> Iterator[tuple[str, Any]]:
+    """The classes of user code that an object gets attributes and methods from."""
+    return (
+        (c.__name__, c) for c in kind.__mro__ if is_users_code(c.__module__) and c.__module__ != "builtins"
+    )
+
+
+def _class_values(kind: type) -> list[tuple[str, Any]]:
+    return [
+        (f"{kind.__name__}.{k}", v)
+        for k, v in vars(kind).items()
+        if not k.startswith("__") and isinstance(v, (dict, list, deque, set, types.FunctionType))
+    ]
+
+
+def _cell(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return MISSING
+
+
+def _one(a: Any, b: Any) -> bool:
+    return a is b or (is_plain(a) and same_value(a, b))
+
+
+def _is_generator(value: Any) -> bool:
+    if isinstance(value, (torch.Generator, random.Random)):
+        return True
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, (numpy.random.Generator, numpy.random.RandomState))
+
+
+def _generator_state(value: Any) -> Any:
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    return value.bit_generator.state if hasattr(value, "bit_generator") else value.get_state()
+
+
+def _set_generator_state(value: Any, state: Any) -> None:
+    if isinstance(value, torch.Generator):
+        value.set_state(state)
+    elif isinstance(value, random.Random):
+        value.setstate(state)
+    elif hasattr(value, "bit_generator"):
+        value.bit_generator.state = state
+    else:
+        value.set_state(state)
+
+
+def _equal_states(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal_states(a[k], b[k]) for k in a)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_equal_states, a, b))
+    if hasattr(a, "tobytes"):
+        return bool(a.tobytes() == b.tobytes())
+    return bool(a == b)
