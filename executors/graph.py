@@ -95,7 +95,13 @@ class GraphExecutor:
         self.keeps_all = not any(program.kept) and None not in program.kept and not program.copies
 
     def forward(self, flat_inputs: list[Any]) -> Any:
-        """Run the first sweep in grad mode; gives the model's output."""
+        """Run the first sweep in grad mode; gives the model's output.
+
+        Args:
+            flat_inputs: the leaves of the call.
+        """
+        if self.capture.graph.state:
+            flat_inputs = self.capture.graph.flat(flat_inputs)
         step = None if self.keeps_all and self.observe is None else GraphStep(self, flat_inputs)
         carried: dict[str, Tensor] = {}
         boundary: tuple[Tensor, ...] = ()

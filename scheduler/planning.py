@@ -31,7 +31,7 @@ from scheduler.capture.sample import (
     unplanned,
 )
 from scheduler.capture.sharded import sharded_within
-from scheduler.capture.state import model_device, preserved, set_apart
+from scheduler.capture.state import model_device, moving, preserved, set_apart
 from scheduler.capture.target import Device, Target
 from scheduler.capture.verify import StepResult, difference, run_step
 from scheduler.chain import Chain
@@ -385,6 +385,7 @@ def _warm_up(request: Request) -> tuple[Recurrence, bool]:
             preserved(model),
             torch.enable_grad(),
             offloaded,
+            nullcontext() if sharded_within(model) else moving(model),
             intercepted([(model, note)]),
             seen.watching(model),
         ):

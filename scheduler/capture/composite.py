@@ -41,8 +41,10 @@ def in_parts(graph: OpGraph, call: Call) -> OpGraph:
     Returns:
         another graph on the same parameters; ``graph`` itself if there is nothing to take apart.
     """
+    inputs, first = graph.inputs(call), graph
     while (module := _one_level_down(graph)) is not None:
-        graph = analyse(module, call)
+        graph = analyse(module, inputs)
+    graph.positions, graph.state, graph.guards = first.positions, first.state, first.guards
     return graph
 
 

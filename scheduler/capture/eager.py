@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-__all__ = ["as_eager", "wrapped_forward"]
+__all__ = ["as_eager", "replaced", "wrapped_forward"]
 
 _MAKERS = (torch.arange, torch.full, torch.ones, torch.tensor, torch.zeros)
 _READERS = (Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.item, Tensor.tolist)
@@ -39,7 +39,7 @@ def as_eager(model: nn.Module) -> Iterator[None]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         # Only around the model's code: torch.export itself goes by these flags too.
         with (
-            _replaced(vars(torch.compiler), _is_compiling_flag=False, _is_exporting_flag=False),
+            replaced(vars(torch.compiler), _is_compiling_flag=False, _is_exporting_flag=False),
             _Constants(),
         ):
             return original(*args, **kwargs)
@@ -47,8 +47,8 @@ def as_eager(model: nn.Module) -> Iterator[None]:
     forward.eager = True  # type: ignore[attr-defined] # ``wrapped_forward`` knows it by that
     transformers = sys.modules.get("transformers.utils.import_utils")
     with (
-        _replaced(vars(model), forward=forward),
-        _replaced(vars(transformers) if transformers else {}, is_fake_tensor=lambda x: False),
+        replaced(vars(model), forward=forward),
+        replaced(vars(transformers) if transformers else {}, is_fake_tensor=lambda x: False),
     ):
         yield
 
@@ -60,7 +60,7 @@ def wrapped_forward(model: nn.Module) -> Any:
 
 
 @contextmanager
-def _replaced(namespace: Any, **values: Any) -> Iterator[None]:
+def replaced(namespace: Any, **values: Any) -> Iterator[None]:
     """Other values of some names, until the block ends."""
     before = {name: namespace[name] for name in values if name in namespace}
     namespace.update(values)

@@ -115,5 +115,9 @@ class Watch(TorchDispatchMode):
             written += [given["running_mean"], given.get("running_var")]
         for leaf in pytree.tree_leaves(written):
             if isinstance(leaf, Tensor):
+                self.before_change(leaf)
                 self.changed.add(leaf.untyped_storage()._cdata)
         return func(*args, **kwargs)
+
+    def before_change(self, tensor: Tensor) -> None:
+        """Is called with each tensor that an op is about to change in place."""

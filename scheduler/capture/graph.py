@@ -12,7 +12,7 @@ import io
 import logging
 import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,11 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
+from scheduler.capture.eager import replaced
+from scheduler.capture.python_state import Snapshot
+from scheduler.capture.reads import Guards, Reads, StateTensor, state_tensors
 from scheduler.capture.sample import Call
+from scheduler.capture.state import bare
 from scheduler.capture.verify import of_an_op
 from scheduler.errors import CaptureError
 
@@ -107,6 +111,9 @@ class OpGraph:
         groups: storages by id.
         placeholders: input nodes, in the order of the flattened call.
         attributes: get_attr nodes -> dotted name in ``module``.
+        positions: for each of them, its place among the leaves of the call; state tensors follow these.
+        state: for each state tensor among the inputs, its places; none of one that the graph does not read.
+        guards: the Python state that the traced forward read.
         group_of: storages of each node's result.
         grad_of: whether each node's result requires grad.
         layout_of: how each node's result lies in its storage, if it is a tensor.
@@ -124,6 +131,18 @@ class OpGraph:
     outputs: list[Any]
     output_spec: Any
     layout_of: dict[fx.Node, Layout] = field(default_factory=dict)
+    positions: tuple[int, ...] = ()
+    state: tuple[tuple[StateTensor, ...], ...] = ()
+    guards: Guards = field(default_factory=Guards)
+
+    def flat(self, leaves: Sequence[Any]) -> list[Any]:
+        """The leaves of a call, and the state tensors after them."""
+        return [*leaves, *(places[0].get() if places else None for places in self.state)]
+
+    def inputs(self, call: Call) -> list[Any]:
+        """What the placeholders stand for in a call."""
+        flat = self.flat(pytree.tree_leaves(call))
+        return [flat[position] for position in self.positions]
 
     def constants(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Tensors that the export lifted out of the code: in the graph, but not in the model."""
@@ -246,21 +265,84 @@ def export_graph(model: nn.Module, call: Call) -> OpGraph:
             raise CaptureError(
                 f"submodule {name!r} is a SyncBatchNorm, whose ops depend on torch.distributed"
             )
-    args, kwargs = call
-    with _noted() as dropped, _quiet():
+    trace = _Trace(model, call)
+    with _noted() as dropped, _quiet(), trace.flattened() as root:
         try:
-            program = torch.export.export(model, args, kwargs, strict=False)
+            program = torch.export.export(root, tuple(trace.inputs), strict=False)
             module = program.module()
         except Exception as error:  # export raises whatever the model's code or its own passes raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CaptureError(f"torch.export failed: {reason[:300]}") from error
     if dropped:
         raise CaptureError(dropped[0])
+    if trace.written:
+        raise CaptureError(
+            f"the forward changes Python state ({', '.join(trace.written[:3])}), which an exported graph does not"
+        )
     assert isinstance(module, fx.GraphModule)
-    return analyse(module, call)
+    return trace.told(analyse(module, trace.inputs))
 
 
-def analyse(module: fx.GraphModule, call: Call) -> OpGraph:
+class _Trace:
+    """An export of a model as a function of tensors alone: those of the call, and those that Python state holds.
+
+    Attributes:
+        inputs: the tensors, in this order.
+        written: places in Python state that the forward changed.
+    """
+
+    def __init__(self, model: nn.Module, call: Call) -> None:
+        self.model = model
+        self.leaves, self.spec = pytree.tree_flatten(call)
+        self.given = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)]
+        self.reads = Reads(model)
+        self.state = state_tensors(model, self.reads.roots)
+        self.inputs = [self.leaves[i] for i in self.given] + [places[0].get() for places in self.state]
+        self.written: list[str] = []
+
+    @contextmanager
+    def flattened(self) -> Iterator[nn.Module]:
+        """The model, without hooks and calls of its own, whose forward takes ``inputs``; what that changes is put back."""
+        whole, forward = Snapshot(self.reads.roots), self.model.forward
+
+        def flat(*tensors: Any) -> Any:
+            leaves = self.leaves.copy()
+            for position, tensor in zip(self.given, tensors, strict=False):
+                leaves[position] = tensor
+            args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+            count = len(self.given)
+            held = [(place, place.get()) for places in self.state for place in places]
+            ours = [(place, t) for places, t in zip(self.state, tensors[count:], strict=True) for place in places]
+            before = Snapshot(self.reads.roots)
+            for place, tensor in ours:
+                place.put(tensor)
+            try:
+                with self.reads.recording():
+                    return forward(*args, **kwargs)
+            finally:
+                for (place, mine), (_, original) in zip(ours, held, strict=True):
+                    if place.get() is mine:  # else the forward has put another one there
+                        place.put(original)
+                self.written = before.changes()
+
+        flat.eager = True  # type: ignore[attr-defined] # not somebody's own (eager.wrapped_forward)
+        try:
+            with bare(self.model) as root, replaced(vars(self.model), forward=flat):
+                yield root
+        finally:
+            whole.restore()  # export itself binds copies of containers
+
+    def told(self, graph: OpGraph) -> OpGraph:
+        """The graph with what the trace knows of its inputs."""
+        count = len(self.given)
+        used = [bool(node.users) or node in graph.outputs for node in graph.placeholders[count:]]
+        graph.state = tuple(tuple(p) if read else () for p, read in zip(self.state, used, strict=True))
+        graph.positions = (*self.given, *(len(self.leaves) + i for i in range(len(self.state))))
+        graph.guards = self.reads.guards([p for p, read in zip(self.state, used, strict=True) if read])
+        return graph
+
+
+def analyse(module: fx.GraphModule, inputs: Sequence[Any]) -> OpGraph:
     """Run the graph once on fake tensors: which storages are made, viewed, changed, and saved by autograd.
 
     No data, no memory. Storage identity is taken from the fake tensors, so that an op that may or may
@@ -274,10 +356,9 @@ def analyse(module: fx.GraphModule, call: Call) -> OpGraph:
         if not node.users and _idle(node):
             module.graph.erase_node(node)
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    flat, _ = pytree.tree_flatten(call)
-    if len(flat) != len(placeholders):
-        raise CaptureError(f"the graph takes {len(placeholders)} inputs, the call has {len(flat)}")
-    tensors = [*flat, *module.parameters(), *module.buffers()]
+    if len(inputs) != len(placeholders):
+        raise CaptureError(f"the graph takes {len(placeholders)} inputs, the call has {len(inputs)}")
+    tensors = [*inputs, *module.parameters(), *module.buffers()]
     known = next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None)
     fake = FakeTensorMode(allow_non_fake_inputs=True) if known is None else known
     memo: dict[int, torch.Tensor] = {}
@@ -314,7 +395,7 @@ def analyse(module: fx.GraphModule, call: Call) -> OpGraph:
         return tensor
 
     with fake, torch.enable_grad():
-        for node, value in zip(placeholders, flat, strict=True):
+        for node, value in zip(placeholders, inputs, strict=True):
             env[node] = faked(value)
             group_of[node] = note(env[node], -1)
         for node in module.graph.nodes:
@@ -365,6 +446,13 @@ def analyse(module: fx.GraphModule, call: Call) -> OpGraph:
     for node in placeholders:
         if any(groups[g].mutated for g in group_of[node]):
             raise CaptureError(f"the input {node.name!r} is changed in place, so that it cannot be replayed")
+    for node, target in attributes.items():
+        if isinstance(resolve(module, target), nn.Parameter) and any(groups[g].mutated for g in group_of[node]):
+            raise CaptureError(f"the forward changes the parameter {target!r} in place, so that it cannot be replayed")
+    for op in ops:
+        arguments = pytree.tree_leaves((op.node.args, op.node.kwargs))
+        if any(isinstance(argument, torch.Generator) for argument in arguments):
+            raise CaptureError(f"{op.node.name} draws from a generator of the model's or the call's own")
     grad_of = {
         node: any(isinstance(t, torch.Tensor) and t.requires_grad for t in pytree.tree_leaves(value))
         for node, value in env.items()

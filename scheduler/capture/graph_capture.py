@@ -107,7 +107,7 @@ class GraphCapture:
         Args:
             visit: called with (stage, arguments) before each stage runs.
         """
-        flat = pytree.tree_leaves(call)
+        flat = self.graph.flat(pytree.tree_leaves(call))
         boundary: tuple[Tensor, ...] = ()
         carried: dict[str, Tensor] = {}
         for k, stage in enumerate(self.stages):
@@ -277,7 +277,7 @@ def capture_graph(
     stages = compile_stages(graph, linear, model)
     constants = graph.constants(model)
     made = {name for stage in stages for name in stage.carried}
-    inputs = {node.name: index for index, node in enumerate(graph.placeholders)}
+    inputs = {node.name: at for at, node in zip(graph.positions, graph.placeholders, strict=True)}
     outputs: list[Any] = []
     for leaf in graph.outputs:
         name = getattr(leaf, "name", None)

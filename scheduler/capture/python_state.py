@@ -19,7 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MISSING", "Holder", "Snapshot", "holders_of", "is_plain", "is_users_code", "same_value"]
+__all__ = [
+    "MISSING",
+    "Holder",
+    "Snapshot",
+    "holders_of",
+    "is_own_code",
+    "is_plain",
+    "is_users_code",
+    "same_value",
+    "slots_of",
+]
 
 MISSING: Any = object()  # in the place of what is not there
 MOST = 200_000  # holders that are walked: beyond, something like a data set hangs on the model
@@ -30,7 +40,7 @@ PLAIN = (
 # Objects of these packages are their own business: engines, loggers, progress bars, locks; not those that are modules.
 FOREIGN = frozenset(
     {
-        "_io", "_thread", "accelerate", "asyncio", "concurrent", "ctypes", "executors", "importlib", "io", "lightning",
+        "_io", "_thread", "builtins", "accelerate", "asyncio", "concurrent", "ctypes", "executors", "importlib", "io", "lightning",
         "logging", "multiprocessing", "numpy", "pathlib", "pytorch_lightning", "queue", "re", "rich", "scheduler", "socket",
         "subprocess", "tensorboard", "threading", "torch", "tqdm", "typing", "wandb", "weakref",
     }
@@ -71,25 +81,44 @@ def is_users_code(module: str | None) -> bool:
     return root not in FOREIGN and (root == "__main__" or root not in sys.stdlib_module_names)
 
 
+@functools.cache
+def is_own_code(module: str | None) -> bool:
+    """Whether code of a module is the user's own: not of an installed package either."""
+    if not is_users_code(module):
+        return False
+    package = sys.modules.get((module or "").partition(".")[0])
+    files = [getattr(package, "__file__", None) or "", *map(str, getattr(package, "__path__", ()))]
+    return not any("site-packages" in file or "dist-packages" in file for file in files)
+
+
+def slots_of(kind: type) -> list[str]:
+    """The names of the ``__slots__`` of a class."""
+    found = [vars(base).get("__slots__", ()) for base in kind.__mro__]
+    return [name for names in found for name in ((names,) if isinstance(names, str) else names)]
+
+
 class Holder:
     """One place that holds values under keys: the attributes of an object, a container, a cell of a closure, a generator.
 
     Attributes:
         path: how it is reached, for messages.
         thing: the dict, list, deque, set, class, cell, array or generator.
-        kind: "dict", "class", "list", "set", "cell", "array" or "generator".
+        kind: "dict", "slots", "class", "list", "set", "cell", "array" or "generator".
+        owner: the class of the object whose attributes these are; None of a container.
     """
 
-    __slots__ = ("kind", "path", "thing")
+    __slots__ = ("kind", "owner", "path", "thing")
 
-    def __init__(self, path: str, thing: Any, kind: str) -> None:
-        self.path, self.thing, self.kind = path, thing, kind
+    def __init__(self, path: str, thing: Any, kind: str, owner: type | None = None) -> None:
+        self.path, self.thing, self.kind, self.owner = path, thing, kind, owner
 
     def content(self) -> Any:
         """What it holds now: a copy of the container, not of the values in it."""
         thing = self.thing
         if self.kind in ("dict", "class"):
             return dict(thing.__dict__ if self.kind == "class" else thing)
+        if self.kind == "slots":
+            return {name: getattr(thing, name) for name in slots_of(type(thing)) if hasattr(thing, name)}
         if self.kind == "list":
             return list(thing)
         if self.kind == "set":
@@ -103,7 +132,7 @@ class Holder:
     def changed(self, before: Any) -> list[Any]:
         """The keys under which it holds something else than ``before``; [MISSING] if it has no keys."""
         now = self.content()
-        if self.kind in ("dict", "class"):
+        if self.kind in ("dict", "slots", "class"):
             keys = [k for k, v in before.items() if not _one(now.get(k, MISSING), v)]
             return keys + [k for k in now if k not in before]
         if self.kind == "list":
@@ -129,6 +158,12 @@ class Holder:
                     setattr(thing, key, before[key])
                 else:
                     delattr(thing, key)
+        elif self.kind == "slots":
+            for key in self.changed(before):
+                if key in before:
+                    object.__setattr__(thing, key, before[key])  # it may be frozen
+                else:
+                    object.__delattr__(thing, key)
         elif self.kind == "list":
             thing.clear()
             thing.extend(before)
@@ -196,7 +231,7 @@ def holders_of(roots: Iterable[tuple[str, Any]]) -> Iterator[Holder]:
 def _opened(path: str, value: Any) -> tuple[Holder | None, Iterable[tuple[str, Any]]]:
     """The holder that a value is, if it is one, and what is reachable from it."""
     if isinstance(value, nn.Module):
-        own, attributes = Holder(path, vars(value), "dict"), vars(value)
+        own, attributes = Holder(path, vars(value), "dict", type(value)), vars(value)
         start = f"{path}." if path else ""
         inner: list[tuple[str, Any]] = [(start + n, c) for n, c in value._modules.items()]
         # Dicts of parameters, buffers, children and hooks are places too, of which nothing further is walked.
@@ -219,7 +254,7 @@ def _opened(path: str, value: Any) -> tuple[Holder | None, Iterable[tuple[str, A
         content = _cell(value)
         return Holder(path, value, "cell"), () if content is MISSING else [(path, content)]
     if isinstance(value, types.FunctionType):
-        if not is_users_code(value.__module__):
+        if not is_own_code(value.__module__):
             return None, ()
         names = value.__code__.co_freevars
         return None, [(name, cell) for name, cell in zip(names, value.__closure__ or (), strict=False)]
@@ -234,7 +269,7 @@ def _opened(path: str, value: Any) -> tuple[Holder | None, Iterable[tuple[str, A
     if isinstance(value, type):
         return (
             (Holder(value.__name__, value, "class"), _class_values(value))
-            if is_users_code(value.__module__)
+            if is_own_code(value.__module__)
             else (None, ())
         )
     if isinstance(value, types.ModuleType) or not is_users_code(type(value).__module__):
@@ -242,8 +277,11 @@ def _opened(path: str, value: Any) -> tuple[Holder | None, Iterable[tuple[str, A
     members = getattr(value, "__dict__", None)
     inside: list[tuple[str, Any]] = list(_classes(type(value)))
     if not isinstance(members, dict):
-        return None, inside
-    return Holder(path, members, "dict"), [*((f"{path}.{k}", v) for k, v in members.items()), *inside]
+        slots = [name for name in slots_of(type(value)) if hasattr(value, name)]
+        inside += [(f"{path}.{name}", getattr(value, name)) for name in slots]
+        return (Holder(path, value, "slots", type(value)) if slots else None), inside
+    inside += [(f"{path}.{k}", v) for k, v in members.items()]
+    return Holder(path, members, "dict", type(value)), inside
 
 
 class _Raw:
@@ -255,9 +293,7 @@ class _Raw:
 
 def _classes(kind: type) -> Iterator[tuple[str, Any]]:
     """The classes of user code that an object gets attributes and methods from."""
-    return (
-        (c.__name__, c) for c in kind.__mro__ if is_users_code(c.__module__) and c.__module__ != "builtins"
-    )
+    return ((c.__name__, c) for c in kind.__mro__ if is_own_code(c.__module__))
 
 
 def _class_values(kind: type) -> list[tuple[str, Any]]:

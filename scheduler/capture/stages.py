@@ -25,7 +25,7 @@ class Source:
 
     Attributes:
         kind: "boundary" (index into the boundary's tensors), "carried" (name), "input" (index into the
-            flattened call), "parameter" or "buffer" (dotted name in the model), "constant" (name).
+            leaves of the call, and state tensors after them), "parameter" or "buffer" (dotted name in the model), "constant" (name).
         key: index or name.
         requires_grad: of the tensor, in the step.
     """
@@ -152,7 +152,7 @@ def _source(
     entering: tuple[str, ...],
 ) -> Source | None:
     if node.op == "placeholder":
-        return Source("input", graph.placeholders.index(node))
+        return Source("input", graph.positions[graph.placeholders.index(node)])
     if node.op == "get_attr":
         value = resolve(graph.module, graph.attributes[node])
         if not isinstance(value, torch.Tensor):

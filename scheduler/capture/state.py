@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch.utils import _pytree as pytree
 
+from scheduler.capture.fake import Watch
+from scheduler.capture.python_state import Snapshot
+from scheduler.capture.reads import StateTensor, roots_of, state_tensors
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import take_gathered_grads
 
@@ -26,7 +31,9 @@ __all__ = [
     "aliased",
     "autocast_contexts",
     "autocast_state",
+    "bare",
     "model_device",
+    "moving",
     "preserved",
     "reverse",
     "set_apart",
@@ -183,6 +190,27 @@ def reverse(root: torch.Tensor) -> None:
 
 
 @contextmanager
+def bare(model: nn.Module) -> Iterator[nn.Module]:
+    """Within it, calling what is yielded is calling the model's forward: hooks of the root and a ``__call__`` of its class are left out.
+
+    It shares everything with the model.
+    """
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    before = {name: vars(model)[name] for name in names}
+    root = model
+    if type(model).__call__ is not nn.Module.__call__:
+        cls = type(model)
+        plain = type(cls.__name__, (cls,), {"__call__": nn.Module.__call__, "__module__": cls.__module__})
+        root = object.__new__(plain)
+        object.__setattr__(root, "__dict__", vars(model))
+    vars(model).update({name: OrderedDict() for name in names})
+    try:
+        yield root
+    finally:
+        vars(model).update(before)
+
+
+@contextmanager
 def aliased(model: nn.Module) -> Iterator[None]:
     """Within it the model's parameters are others, on the same storages and with the same gradients.
 
@@ -210,37 +238,125 @@ def aliased(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:
-    """Within it gradients are fresh; on leaving, gradients, buffers and random numbers are as before.
+    """Within it gradients are fresh; on leaving, the model and what hangs on it are as before.
 
-    Hooks of parameters are silent meanwhile: one may step an optimizer, and none of these gradients is for it.
+    That is: gradients, of parameters and of other leaves that Python state holds; buffers, by object and value; values of
+    parameters and tensors that ``moving`` has seen change; attributes, containers, generators of the model's own
+    (``python_state``); random numbers. Hooks of parameters are silent meanwhile: one may step an optimizer, and none of
+    these gradients is for it. Tensors with a history in Python state have none meanwhile, or a trial would reverse it.
 
     Yields:
         the parameters that have a gradient.
     """
     gathered = take_gathered_grads(model)
     generators = RandomState(model_device(model))
-    grads = {p: p.grad for p in model.parameters()}
-    buffers = {b: b.detach().clone() for b in model.buffers()}
+    surroundings = _surroundings(model)
+    state = Snapshot(surroundings.roots)
+    tensors = surroundings.tensors(model)
+    grads: dict[Tensor, Tensor | None] = {p: p.grad for p in model.parameters()}
+    grads.update({t: t.grad for t in tensors if t.is_leaf and t.requires_grad})
+    values = {b: b.detach().clone() for b in model.buffers()}
+    values.update({t: t.detach().clone() for t in (*model.parameters(), *tensors) if t in surroundings.moved})
     # Autograd calls what is in these dicts when a gradient arrives.
     hooks = [d for p in grads for d in (p._backward_hooks, p._post_accumulate_grad_hooks) if d]
     silent = [dict(each) for each in hooks]
-    for parameter in grads:
-        parameter.grad = None
+    for tensor in grads:
+        tensor.grad = None
     for each in hooks:
         each.clear()
+    for places in surroundings.state(model):
+        tensor = places[0].get()
+        if tensor.grad_fn is not None:
+            apart = tensor.detach().requires_grad_()
+            for place in places:
+                place.put(apart)
     try:
-        yield frozenset(p for p, grad in grads.items() if grad is not None)
+        yield frozenset(
+            p for p, grad in grads.items() if isinstance(p, nn.Parameter) and grad is not None
+        )
     finally:
         for each, before in zip(hooks, silent, strict=True):
             each.update(before)
         take_gathered_grads(model)
+        state.restore()
         grads.update(gathered)
-        for parameter, grad in grads.items():
-            parameter.grad = grad
-        for buffer, value in buffers.items():
+        for tensor, grad in grads.items():
+            tensor.grad = grad
+        for tensor, value in values.items():
             # .data leaves the version counter alone: nothing that autograd saved is invalidated.
-            buffer.data.copy_(value)
+            tensor.data.copy_(value)
         generators.restore()
+
+
+class _Surroundings:
+    """What a model's forward may read and change besides its call.
+
+    Attributes:
+        roots: what its Python state is reachable from.
+        moved: parameters and other tensors whose values a forward was seen to change; buffers always count as such.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        _, self.named = roots_of(model)
+        self.moved: set[Tensor] = set()
+        self.of = weakref.ref(model)
+
+    @property
+    def roots(self) -> list[tuple[str, Any]]:
+        return [("", self.of()), *self.named.objects()]
+
+    def state(self, model: nn.Module) -> list[list[StateTensor]]:
+        """The places of tensors in Python state."""
+        return state_tensors(model, self.roots)
+
+    def tensors(self, model: nn.Module) -> list[Tensor]:
+        """Tensors in Python state."""
+        return [places[0].get() for places in self.state(model)]
+
+
+_SURROUNDINGS: weakref.WeakKeyDictionary[nn.Module, _Surroundings] = weakref.WeakKeyDictionary()
+
+
+def _surroundings(model: nn.Module) -> _Surroundings:
+    if model not in _SURROUNDINGS:
+        _SURROUNDINGS[model] = _Surroundings(model)
+    return _SURROUNDINGS[model]
+
+
+class _Moving(Watch):
+    """Copies tensors before an op changes them in place for the first time."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.waiting: dict[int, list[Tensor]] = {}
+        for tensor in tensors:
+            self.waiting.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+        self.copies: dict[Tensor, Tensor] = {}
+
+    def before_change(self, tensor: Tensor) -> None:
+        """See ``Watch``."""
+        for each in self.waiting.pop(tensor.untyped_storage()._cdata, ()):
+            self.copies[each] = each.detach().clone()
+
+
+@contextmanager
+def moving(model: nn.Module) -> Iterator[None]:
+    """Within it, note which parameters and tensors of Python state a forward changes; they are put back here and, from now on, by ``preserved``.
+
+    Parameters are too many to be copied at each trial for the few models that change them: a frozen teacher that
+    follows, weights clamped in the forward, ``Embedding(max_norm)``.
+    """
+    surroundings = _surroundings(model)
+    noted = _Moving([*model.parameters(), *surroundings.tensors(model)])
+    # Dynamo would give up for good on compiled code that it meets under a dispatch mode.
+    compiler = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    try:
+        with compiler, noted:
+            yield
+    finally:
+        surroundings.moved.update(noted.copies)
+        for tensor, value in noted.copies.items():
+            tensor.data.copy_(value)
 
 
 @contextmanager

@@ -295,7 +295,9 @@ def graph_chain(
                 rerun_state=rerun_state(capture, model, k),
             )
         )
-    fixed = resident + SMALL_TENSORS + storage_bytes(capture.constants.values(), capture.place)
+    state = [places[0].get() for places in graph.state if places]
+    held = storage_bytes([*capture.constants.values(), *state], capture.place)
+    fixed = resident + SMALL_TENSORS + held
     fixed += sum(stage.rerun_state for stage in stages)
     if capture.place.type == "cpu":
         fixed += CPU_RANDOM_STATE * any(capture.random)  # what a replay puts back when it is done

@@ -1,0 +1,362 @@
+"""What a captured graph took for constant: the Python state that the traced forward read, and whether it is still so.
+
+While a model is traced, attribute reads of its modules and of the plain objects that hang on them are recorded:
+``__getattribute__`` of their classes is replaced meanwhile. What the user's code names besides (globals, closures) is
+found in its byte code. At each forward plain values are compared, by identity first. Tensors are inputs of the graph, and
+are fetched from their place again, so that another one, or one with a gradient, takes part in the step.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from operator import is_
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scheduler.capture.named_by_code import Named, named_by
+from scheduler.capture.python_state import (
+    MISSING,
+    Holder,
+    holders_of,
+    is_own_code,
+    is_plain,
+    same_value,
+)
+
+__all__ = ["Guards", "Reads", "StateTensor", "roots_of", "state_tensors"]
+
+# What torch's machinery reads of every module. Parameters, buffers, submodules and hooks are guarded elsewhere.
+_INTERNAL = frozenset(
+    {
+        "__class__", "__dict__", "_parameters", "_buffers", "_modules", "_compiled_call_impl", "_is_full_backward_hook",
+        "_non_persistent_buffers_set", "call_super_init", "_call_impl", "_slow_forward", "_wrapped_call_impl",
+    }
+)  # fmt: skip # one table
+_TORCH = str(Path(torch.__file__).parent)
+_MOST_ITEMS = 10_000  # of a container whose content is guarded
+_MOST_TENSORS = 256  # reachable ones that are offered to an export as inputs
+
+
+def roots_of(model: nn.Module) -> tuple[list[tuple[str, Any]], Named]:
+    """What the Python state of a model is reachable from: its modules, and what their own code names."""
+    named = named_by(model.modules())
+    return [("", model), *named.objects()], named
+
+
+class StateTensor:
+    """A place in Python state that holds a tensor: an attribute, an entry of a container, a closure's variable, a global.
+
+    Attributes:
+        path: as a user would write it.
+    """
+
+    __slots__ = ("_container", "_inner", "_key", "path")
+
+    def __init__(self, container: Any, key: Any, path: str, inner: int | None = None) -> None:
+        self._container, self._key, self._inner, self.path = container, key, inner, path
+
+    def get(self) -> Any:
+        """The tensor that is there now; MISSING if none is."""
+        try:
+            value = self._container[self._key]
+            value = value if self._inner is None else value[self._inner]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return MISSING
+        return value if isinstance(value, Tensor) else MISSING
+
+    def put(self, value: Any) -> None:
+        """Put another tensor there."""
+        if self._inner is not None:
+            items = list(self._container[self._key])
+            items[self._inner] = value
+            value = tuple(items)
+        self._container[self._key] = value
+
+
+class _Cell:
+    """A cell of a closure, as a container of one item."""
+
+    def __init__(self, cell: types.CellType) -> None:
+        self.cell = cell
+
+    def __getitem__(self, _: Any) -> Any:
+        return self.cell.cell_contents
+
+    def __setitem__(self, _: Any, value: Any) -> None:
+        self.cell.cell_contents = value
+
+
+class _Slots:
+    """The attributes of an object without ``__dict__``, as a container."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return getattr(self.owner, name)
+        except AttributeError:
+            raise KeyError(name) from None
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        object.__setattr__(self.owner, name, value)
+
+
+def _items(holder: Holder) -> tuple[Any, list[tuple[Any, Any]]]:
+    """A holder as a container, and its (key, value) pairs; a container of None for what has none."""
+    thing = holder.thing
+    if holder.kind == "dict":
+        return thing, list(thing.items())
+    if holder.kind == "list":
+        return thing, list(enumerate(thing)) if len(thing) <= _MOST_ITEMS else []
+    if holder.kind == "slots":
+        return _Slots(thing), list(holder.content().items())
+    if holder.kind == "cell":
+        content = holder.content()
+        return _Cell(thing), [] if content is MISSING else [(0, content)]
+    return None, []
+
+
+def state_tensors(model: nn.Module, roots: Sequence[tuple[str, Any]]) -> list[list[StateTensor]]:
+    """For each tensor beside parameters and buffers that Python state holds, all places that hold it."""
+    own = {id(t) for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, list[StateTensor]] = {}
+    for holder in holders_of(roots):
+        container, items = _items(holder)
+        for key, value in items:
+            inner = enumerate(value) if type(value) is tuple else [(None, value)]
+            for index, tensor in inner:
+                if isinstance(tensor, Tensor) and id(tensor) not in own:
+                    place = StateTensor(container, key, holder.named(key), index)
+                    found.setdefault(id(tensor), []).append(place)
+    return list(found.values())[:_MOST_TENSORS]
+
+
+class Guards:
+    """Places that must hold what they held.
+
+    Attributes:
+        tensors: for each state tensor that is an input of the graph, its places.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[list[StateTensor]] = []
+        self._kinds: list[tuple[Any, ...]] = []
+        self._pairs: list[tuple[Any, Any]] = []
+        self._values: list[Any] = []
+        self._paths: list[str] = []
+        self._absent: list[tuple[Any, Any]] = []
+        self._absent_paths: list[str] = []
+        self._sized: list[Any] = []
+        self._sizes: list[int] = []
+        self._size_paths: list[str] = []
+        self._known: set[tuple[int, Any]] = set()
+        self._opened: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._pairs) + len(self._absent) + len(self._sized) + len(self.tensors)
+
+    # ---- what is guarded -----------------------------------------------------------------------------
+
+    def hold(self, container: Any, key: Any, path: str) -> None:
+        """Guard what a container holds under a key: plain values by value, containers by content, all else by identity.
+
+        Tensors are guarded by ``hold_tensor``, as inputs of the graph.
+        """
+        known = (id(container), key)
+        if known in self._known:
+            return
+        self._known.add(known)
+        value = container[key]
+        if isinstance(value, (list, deque, dict)):
+            self._hold_content(value, path)
+        elif type(value) is tuple and not is_plain(value):
+            if any(isinstance(inner, Tensor) for inner in value):
+                return
+            for index, inner in enumerate(value):
+                if isinstance(inner, (list, deque, dict)):
+                    self._hold_content(inner, f"{path}[{index}]")
+        elif isinstance(value, Tensor):
+            return
+        self._pairs.append((container, key))
+        self._values.append(value)
+        self._paths.append(path)
+
+    def _hold_content(self, value: Any, path: str) -> None:
+        if id(value) in self._opened or len(value) > _MOST_ITEMS:
+            return
+        self._opened.add(id(value))
+        self._sized.append(value)
+        self._sizes.append(len(value))
+        self._size_paths.append(path)
+        for key in value if isinstance(value, dict) else range(len(value)):
+            self.hold(value, key, f"{path}[{key!r}]")
+
+    def hold_absent(self, container: Any, key: Any, path: str) -> None:
+        """Guard that a container holds nothing under a key."""
+        self._absent.append((container, key))
+        self._absent_paths.append(path)
+
+    def hold_tensor(self, places: list[StateTensor]) -> None:
+        """Guard the kind of a tensor that is an input of the graph, and that its places hold one and the same."""
+        self.tensors.append(places)
+        self._kinds.append(_kind(places[0].get()))
+
+    # ---- the check -----------------------------------------------------------------------------------
+
+    def holds(self) -> bool:
+        """Whether everything is as it was."""
+        try:
+            now = [container[key] for container, key in self._pairs]
+        except (KeyError, IndexError, ValueError):
+            return False
+        if not all(map(is_, now, self._values)) and not all(map(same_value, now, self._values)):
+            return False
+        if any([key in container for container, key in self._absent]):  # noqa: C419 # a list is faster here
+            return False
+        if [*map(len, self._sized)] != self._sizes:
+            return False
+        return not self.tensors or all(map(self._is_tensor, self.tensors, self._kinds))
+
+    @staticmethod
+    def _is_tensor(places: list[StateTensor], kind: tuple[Any, ...]) -> bool:
+        tensor = places[0].get()
+        return tensor is not MISSING and _kind(tensor) == kind and all(p.get() is tensor for p in places[1:])
+
+    def changes(self) -> list[tuple[str, Any, Any]]:
+        """What is not as it was: (place, then, now), MISSING for nothing."""
+        found: list[tuple[str, Any, Any]] = []
+        for (container, key), then, path in zip(self._pairs, self._values, self._paths, strict=True):
+            try:
+                now = container[key]
+            except (KeyError, IndexError, ValueError):
+                now = MISSING
+            if now is not then and not same_value(now, then):
+                found.append((path, then, now))
+        found += [
+            (path, MISSING, container[key])
+            for (container, key), path in zip(self._absent, self._absent_paths, strict=True)
+            if key in container
+        ]
+        found += [
+            (f"len({path})", size, len(value))
+            for value, size, path in zip(self._sized, self._sizes, self._size_paths, strict=True)
+            if len(value) != size
+        ]
+        for places, kind in zip(self.tensors, self._kinds, strict=True):
+            if not self._is_tensor(places, kind):
+                tensor = places[0].get()
+                found.append((places[0].path, kind, tensor if tensor is MISSING else _kind(tensor)))
+        return found
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, tensor.stride()
+
+
+class Reads:
+    """Records what Python state a forward of a model reads.
+
+    Args:
+        model: whose modules, and what hangs on them, are watched.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.roots, self._named = roots_of(model)
+        self._holders = list(holders_of(self.roots))
+        # By the identity of its __dict__, which what stands in for a module during an export shares.
+        self._objects = {id(h.thing): h for h in self._holders if h.owner is not None and h.kind == "dict"}
+        self._reads: dict[tuple[int, str], None] = {}
+        self._classes: dict[type, Any] = {}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record attribute reads within the block."""
+        kinds = {holder.owner for holder in self._holders if holder.owner is not None}
+        modules = [k for k in kinds if issubclass(k, nn.Module) and "__getattribute__" in vars(k)]
+        classes = [nn.Module, *modules, *(k for k in kinds if not issubclass(k, nn.Module))]
+        before: list[tuple[Any, Any]] = []
+        each: Any
+        try:
+            for each in dict.fromkeys(classes):
+                own = vars(each).get("__getattribute__")
+                try:
+                    each.__getattribute__ = self._recorder(each.__getattribute__)
+                except TypeError:  # a class written in C
+                    continue
+                before.append((each, own))
+            yield
+        finally:
+            for each, own in before:
+                if own is None:
+                    del each.__getattribute__
+                else:
+                    each.__getattribute__ = own
+
+    def _recorder(self, original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+        reads, objects, attributes_of = self._reads, self._objects, object.__getattribute__
+
+        def __getattribute__(self: Any, name: str) -> Any:  # noqa: N807 # it takes the place of that method
+            try:
+                key = id(attributes_of(self, "__dict__"))
+            except AttributeError:
+                return original(self, name)
+            if key in objects:
+                if name != "__dict__":
+                    reads[key, name] = None
+                elif not sys._getframe(1).f_code.co_filename.startswith(_TORCH):  # vars(self): any of them
+                    for each in attributes_of(self, "__dict__"):
+                        reads[key, each] = None
+            return original(self, name)
+
+        return __getattribute__
+
+    def guards(self, tensors: Sequence[list[StateTensor]] = ()) -> Guards:
+        """Guards of all that was read, as it is now.
+
+        Args:
+            tensors: the state tensors that are inputs of the graph.
+        """
+        found = Guards()
+        for key, name in self._reads:
+            if name not in _INTERNAL and not name.endswith("_hooks"):
+                self._guard_attribute(found, self._objects[key], name)
+        for holder in self._holders:
+            if holder.kind == "slots":
+                container, items = _items(holder)
+                for name, _ in items:
+                    found.hold(container, name, holder.named(name))
+        for namespace, name, path in self._named.values:
+            found.hold(namespace, name, path)
+        for path, cell in self._named.cells:
+            container = _Cell(cell)
+            try:
+                found.hold(container, 0, path)
+            except ValueError:  # the variable has no value yet
+                continue
+        for places in tensors:
+            found.hold_tensor(places)
+        return found
+
+    def _guard_attribute(self, found: Guards, holder: Holder, name: str) -> None:
+        container, path = holder.thing, holder.named(name)
+        if name in container:
+            found.hold(container, name, path)
+            return
+        for kind in (holder.owner or object).__mro__:
+            if name in vars(kind):
+                value = vars(kind)[name]
+                method = isinstance(value, (types.FunctionType, property, staticmethod, classmethod))
+                if not method or name == "forward" or is_own_code(kind.__module__):
+                    found.hold_absent(container, name, path)
+                    # One view of a class, so that each of its attributes is guarded once.
+                    view = self._classes.setdefault(kind, vars(kind))
+                    found.hold(view, name, f"{kind.__name__}.{name}")
+                return
