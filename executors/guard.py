@@ -1,19 +1,21 @@
-"""Whether a planned model is still the one that its plan was made for: its submodules, their modes and hooks."""
+"""Whether a planned model is still the one that its plan was made for: submodules, modes, hooks, parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from operator import is_
+from typing import Any
 
 from torch import nn
 
 from scheduler.capture.graph import unfired_hook
 from scheduler.errors import PlanMismatch
 
-__all__ = ["Guard"]
+__all__ = ["Guard", "Trainable"]
 
 
 class Guard:
-    """What a plan takes for granted of a model, checked at every training forward, which costs some 0.3 µs a submodule.
+    """What a plan takes for granted of a model's modules, checked at every training forward.
 
     Args:
         model: as it is when the plan begins to work.
@@ -21,47 +23,94 @@ class Guard:
     """
 
     def __init__(self, model: nn.Module, evaluating: Collection[str]) -> None:
-        self.modules = [(module, name not in evaluating) for name, module in model.named_modules()]
-        self.children = [(m._modules, [*m._modules.values()]) for m, _ in self.modules if m._modules]
-        self.hooked = [
-            (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-            for m, _ in self.modules[1:]
-        ]
-        self.hooks = self._count()
+        named = list(model.named_modules())
+        self.names = [name for name, _ in named]
+        self.attributes = [vars(module) for _, module in named]
+        self.modes = [name not in evaluating for name, _ in named]
+        self.children = [(name, m._modules, [*m._modules.values()]) for name, m in named if m._modules]
+        hooked = [
+            d for _, m in named[1:] for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+        ]  # fmt: skip # four dicts a module
+        # Most are empty, and are looked at in one go.
+        self.empty, self.hooked = [d for d in hooked if not d], [d for d in hooked if d]
+        self.hooks = [*map(len, self.hooked)]
 
     def check(self, model: nn.Module, fires_hooks: bool) -> None:
-        """Compare.
+        """Compare, except for modes.
 
         Args:
             fires_hooks: whether a step of the plan fires the hooks of submodules.
 
         Raises:
-            PlanMismatch: a submodule was put in the place of another, is in another mode, or has a hook that would not fire.
+            PlanMismatch: a submodule was put in the place of another, added or removed, or has a hook that would not fire.
         """
-        for module, training in self.modules:
-            if module.training is not training:
-                name = next(name for name, other in model.named_modules() if other is module)
-                mode = "eval" if training else "train"
-                raise PlanMismatch(
-                    f"planned {type(model).__name__}: submodule {name!r} is in {mode} mode, and was not when the plan "
-                    "was made; put it back, or call solve() again in this mode"
-                )
-        for children, before in self.children:
+        for name, children, before in self.children:
             if [*children.values()] != before:
-                holder = next(name for name, other in model.named_modules() if other._modules is children)
                 raise PlanMismatch(
-                    f"planned {type(model).__name__}: submodules of {holder or 'the model'!r} were added, replaced or removed "
+                    f"planned {type(model).__name__}: submodules of {name or 'the model'!r} were added, replaced or removed "
                     "since the plan was made; call solve() and execute() again on the model as it is now"
                 )
-        if not fires_hooks and (count := self._count()) != self.hooks:
+        if not fires_hooks and (any(self.empty) or [*map(len, self.hooked)] != self.hooks):
             hook = unfired_hook(model)
             if hook is not None:
                 raise PlanMismatch(
                     f"planned {type(model).__name__}: {hook}, and the plan replays one; remove the hook, or call solve() and "
                     "execute() again with it"
                 )
-            self.hooks = count
+            self.empty, self.hooked = (
+                [d for d in self.empty if not d],
+                [d for d in (*self.hooked, *self.empty) if d],
+            )
+            self.hooks = [*map(len, self.hooked)]
 
-    def _count(self) -> int:
-        """How many hooks the submodules have."""
-        return sum([len(a) + len(b) + len(c) + len(d) for a, b, c, d in self.hooked])
+    def in_modes(self) -> bool:
+        """Whether every module is in train or eval mode as it was."""
+        return [attributes["training"] for attributes in self.attributes] == self.modes
+
+    def mode_difference(self) -> str | None:
+        """The first module that is in another mode, in words."""
+        for name, attributes, mode in zip(self.names, self.attributes, self.modes, strict=True):
+            if attributes["training"] is not mode:
+                return f"submodule {name!r} is in {'eval' if mode else 'train'} mode"
+        return None
+
+
+class Trainable:
+    """The parameters of a model where they are kept, and which of them require grad."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names: list[str] = []
+        self.places: list[tuple[dict[str, Any], str]] = []
+        for path, module in model.named_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    self.names.append(f"{path}.{name}" if path else name)
+                    self.places.append((module._parameters, name))
+        self.known: list[nn.Parameter] = [values[name] for values, name in self.places]
+        self.kinds = [_kind(parameter) for parameter in self.known]
+
+    def flags(self, model: nn.Module) -> tuple[bool, ...]:
+        """Which parameters require grad now.
+
+        Raises:
+            PlanMismatch: one was removed, or another of another kind took its place.
+        """
+        now = [values.get(name) for values, name in self.places]
+        if not all(map(is_, now, self.known)):
+            for name, parameter, kind in zip(self.names, now, self.kinds, strict=True):
+                if parameter is None or _kind(parameter) != kind:
+                    got = "was removed" if parameter is None else f"is {_kind(parameter)} now and was {kind}"
+                    raise PlanMismatch(
+                        f"planned {type(model).__name__}: parameter {name!r} {got} since the plan was made (weight_norm, pruning "
+                        "and the like come before solve); call solve() and execute() again on the model as it is now"
+                    )
+            self.known = now  # type: ignore[assignment] # none of them is None
+        return tuple([parameter.requires_grad for parameter in self.known])
+
+    def frozen(self, flags: Sequence[bool]) -> tuple[str, ...]:
+        """The names of those that do not require grad."""
+        return tuple(name for name, flag in zip(self.names, flags, strict=True) if not flag)
+
+
+def _kind(parameter: Any) -> tuple[Any, ...]:
+    return tuple(parameter.shape), parameter.dtype, parameter.device

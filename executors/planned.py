@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
 from executors.plans import Plans, Settings
-from executors.runner import RUNNER, plain_copy, shallow, wrappers
+from executors.runner import plain_copy, plain_forward, plans_within, sharing, wrappers
 from scheduler.capture.callables import as_model
 from scheduler.capture.eager import wrapped_forward
 from scheduler.capture.sample import model_fingerprint
@@ -89,30 +89,48 @@ def execute(
     if not isinstance(model, nn.Module):
         raise TypeError(f"execute: model is a {type(model).__name__}, expected a torch.nn.Module")
     settings = Settings(watch, on_new_shape, max_plans, on_oom, check, debug)
-    if RUNNER not in model.__dict__:
-        reject_wrapped("execute", model)
+    if plans_within(model) is not None:
+        model = plain_copy(model)
+    reject_wrapped("execute", model)
     if wrapped_forward(model) is not None:
         raise ValueError(
             f"execute: the forward of this {type(model).__name__} was replaced on the object, as accelerate's prepare() does "
             "under mixed precision, and would go around the plan; call execute() first, then what wraps the forward"
         )
-    if RUNNER in model.__dict__:
-        model = plain_copy(model)
-        reject_wrapped("execute", model)
-    device, fingerprint = model_device(model), model_fingerprint(model)
+    frozen = tuple(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
     for each in plans:
-        if device.type != each.capture.device:
+        _reject_other(each, model)
+        if each.capture.frozen != frozen:
+            now, then = set(frozen), set(each.capture.frozen)
             raise PlanMismatch(
-                f"execute: the plan was made for {each.capture.device}, the model is on {device}; call solve() there"
+                f"execute: the plan was made for another {type(model).__name__}: parameters that require grad differ "
+                f"({', '.join(sorted(now ^ then)[:3])}); call solve() on the model as it is trained"
             )
-        if fingerprint != each.capture.model:
-            raise PlanMismatch(
-                f"execute: the plan was made for another {type(model).__name__}: class, or names, shapes, dtypes or "
-                "requires_grad of parameters or buffers differ; call solve() on this model"
-            )
-    planned = shallow(model)
-    planned.__class__ = _planned_class(type(model))  # type: ignore[arg-type] # Module's __hash__ confuses mypy
-    planned.__dict__[RUNNER] = Plans(plans, planned, model, settings)
+    return _executed(plans, model, settings)
+
+
+def _reject_other(plan: Plan, model: nn.Module) -> None:
+    """Refuse a plan for another model.
+
+    Raises:
+        PlanMismatch: says in what they differ.
+    """
+    device = model_device(model)
+    if device.type != plan.capture.device:
+        raise PlanMismatch(
+            f"execute: the plan was made for {plan.capture.device}, the model is on {device}; call solve() there"
+        )
+    if model_fingerprint(model) != plan.capture.model:
+        raise PlanMismatch(
+            f"execute: the plan was made for another {type(model).__name__}: class, or names, shapes or dtypes "
+            "of parameters or buffers differ; call solve() on this model"
+        )
+
+
+def _executed(plans: Sequence[Plan], model: nn.Module, settings: Settings) -> nn.Module:
+    planned = sharing(model, _planned_class(type(model)))  # type: ignore[arg-type] # Module's __hash__ confuses mypy
+    planned._rematplan_own = {}  # type: ignore[assignment] # slots of the class
+    planned._rematplan_plans = Plans(plans, planned, model, settings)  # type: ignore[assignment]
     return planned
 
 
@@ -124,10 +142,10 @@ def plan_of(model: nn.Module) -> Plan | None:
 
 def plans_of(model: nn.Module) -> tuple[Plan, ...]:
     """All plans that a model trains by at present: the first one, then those of other shapes, the latest used last."""
-    plans = model.__dict__.get(RUNNER)
-    if not isinstance(plans, Plans):
+    plans = plans_within(model)
+    if plans is None:
         return ()
-    return tuple(runner.plan for runner in (plans.first, *plans.others.values()))
+    return tuple(dict.fromkeys(runner.plan for runner in (plans.first, *plans.others)))
 
 
 def trace_of(model: nn.Module) -> str:
@@ -136,8 +154,8 @@ def trace_of(model: nn.Module) -> str:
     Raises:
         ValueError: the model does not train by a plan, was not executed with ``debug=True``, or has run no step.
     """
-    plans = model.__dict__.get(RUNNER)
-    if not isinstance(plans, Plans) or not plans.settings.debug:
+    plans = plans_within(model)
+    if plans is None or not plans.settings.debug:
         raise ValueError(
             f"trace_of: {type(model).__name__} was not planned with a trace; pass debug=True to execute()"
         )
@@ -153,7 +171,7 @@ def _eagerly(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         "its blocks instead (block.compile()), before solve(..., capture=[blocks])",
         stacklevel=2,
     )
-    return torch.compiler.disable(model.__dict__[RUNNER].forward)(model, args, kwargs)
+    return torch.compiler.disable(plans_within(model).forward)(model, args, kwargs)
 
 
 # What torch.compiler.disable sets; itself it would load the compiler, which takes seconds, for everyone.
@@ -168,10 +186,10 @@ def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.training or not torch.is_grad_enabled():
-            return cls.forward(self, *args, **kwargs)
+            return plain_forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():
             return _eagerly(self, args, kwargs)
-        return self.__dict__[RUNNER].forward(self, args, kwargs)
+        return plans_within(self).forward(self, args, kwargs)
 
     # A signature, but no way past the plan: accelerate unwraps a forward as far as ``__wrapped__`` goes.
     forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
@@ -179,21 +197,49 @@ def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     def reduce(self: nn.Module, _protocol: Any) -> Any:
         # The derived class has no importable name: pickle and deepcopy take the plain model and the plans.
-        plans = self.__dict__[RUNNER]
-        arguments = (
-            [plan.to_json() for plan in plans_of(self)],
-            copy.copy(plain_copy(self)),
-            asdict(plans.settings),
-        )
-        return _restore, arguments, wrappers(self) or None
+        plans, added = plans_within(self), wrappers(self)
+        plain = object.__new__(cls)
+        plain.__dict__.update({n: v for n, v in vars(self).items() if n not in added})
+        arguments = [plan.to_json() for plan in plans_of(self)], plain, asdict(plans.settings)
+        return _restore, arguments, added or None
+
+    def set_state(self: nn.Module, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
 
     return type(
         cls.__name__,
         (cls,),
-        {"forward": forward, "_rematplan_plain": plain_copy, "__reduce_ex__": reduce, "__module__": cls.__module__, "__doc__": cls.__doc__,
-         "__qualname__": cls.__qualname__},
+        {"__slots__": ("_rematplan_own", "_rematplan_plans"), "forward": _Own("forward", forward),
+         "_compiled_call_impl": _Own("_compiled_call_impl", None), "_rematplan_plain": plain_copy, "__reduce_ex__": reduce, "__setstate__": set_state,
+         "__module__": cls.__module__, "__doc__": cls.__doc__, "__qualname__": cls.__qualname__},
     )  # fmt: skip # one table
 
 
+class _Own:
+    """An attribute of planned models alone: all others they share with the plain model, which must go on running plainly.
+
+    Args:
+        default: of the class; a function is bound to the object.
+    """
+
+    def __init__(self, name: str, default: Any) -> None:
+        self.name, self.default = name, default
+
+    def __get__(self, model: Any, _: Any = None) -> Any:
+        if model is None:
+            return self.default
+        if self.name in model._rematplan_own:
+            return model._rematplan_own[self.name]
+        return None if self.default is None else MethodType(self.default, model)
+
+    def __set__(self, model: Any, value: Any) -> None:
+        model._rematplan_own[self.name] = value
+
+    def __delete__(self, model: Any) -> None:
+        if model._rematplan_own.pop(self.name, self) is self:
+            raise AttributeError(self.name)
+
+
 def _restore(plans: list[dict[str, Any]], model: nn.Module, settings: dict[str, Any]) -> nn.Module:
-    return execute([Plan.from_json(plan) for plan in plans], model, **settings)
+    return _executed([Plan.from_json(plan) for plan in plans], model, Settings(**settings))

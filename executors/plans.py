@@ -8,31 +8,38 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from executors.check import CHECKS
+from executors.guard import Trainable
 from executors.oom import Changes, lowered, release
-from executors.runner import Runner, forward_of, plain_copy, plain_forward
+from executors.runner import Runner, cut_off, forward_of, plain_copy, plain_forward
 from executors.trace import Trace
 from executors.watch import Watch, tightened
 from scheduler.budget import format_bytes
+from scheduler.capture.environment import (
+    Environment,
+    environment,
+    environment_difference,
+    environment_text,
+)
 from scheduler.capture.flat import flatten
 from scheduler.capture.sample import Call, CallReader, CallSignature, forward_signature
 from scheduler.capture.sharded import CollectiveCall, NoCollectives, is_distributed, sharded_within
-from scheduler.capture.state import HostRandomState, aliased, model_device, preserved
+from scheduler.capture.state import HostRandomState, aliased, bare, model_device, preserved
 from scheduler.costs.resident import storage_bytes
-from scheduler.errors import CaptureError, InfeasibleBudget, NewShapeWarning, PeakWarning
+from scheduler.errors import CaptureError, InfeasibleBudget, NewShapeWarning, PeakWarning, PlanMismatch
 from scheduler.plan import Plan
 from scheduler.planning import solve_again
 
 __all__ = ["Plans", "Settings"]
 
 logger = logging.getLogger("rematplan")
+MANY_CHANGES = 3  # of Python state that a graph took for constant, before blocks take over
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +75,7 @@ class Plans:
 
     Attributes:
         first: of the first plan, which stays.
-        others: of plans for other calls, the least recently used first.
+        others: of plans for other calls, other Python state or another environment, the least recently used first.
         last: of the latest forward; None if it was plain.
         trace: of the latest forward and its backward, if that is asked for.
         changes: what a forward changes, if one that runs out of memory is to be run again.
@@ -89,10 +96,11 @@ class Plans:
                 )
         self.read = CallReader(forward_signature(source))
         self.first, *rest = (self._runner(plan, model, source) for plan in plans)
-        self.others: OrderedDict[CallSignature, Runner] = OrderedDict((r.want, r) for r in rest)
+        self.others: OrderedDict[Runner, None] = OrderedDict.fromkeys(rest)
+        self.trainable = Trainable(model) if self.alone else None
         self.plain: set[CallSignature] = set()  # of calls that are known to run plainly
-        # The last call's spec, leaf kinds and runner.
-        self.seen: tuple[Any, list[Any], Runner | None] | None = None
+        # The last call's spec, leaf kinds, environment, requires_grad of parameters, and runner.
+        self.seen: tuple[Any, list[Any], Environment, tuple[bool, ...], Runner | None] | None = None
         self.evicted = False
         self.last: Runner | None = None
         self.watched: tuple[Runner, Watch] | None = None
@@ -102,10 +110,10 @@ class Plans:
             replan = settings.on_oom == "replan"
         self.changes = Changes(self.device) if replan else None
 
-    def _runner(self, plan: Plan, model: nn.Module, source: nn.Module) -> Runner:
+    def _runner(self, plan: Plan, model: nn.Module, source: nn.Module, **how: Any) -> Runner:
         watch = self.settings.watch
         watching = self.alone and self.device.type == "cuda" if watch is None else watch
-        return Runner(plan, model, source, watching, self.settings.check)
+        return Runner(plan, model, source, watching, self.settings.check, **how)
 
     def forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One training forward, by the plan for its shapes."""
@@ -120,7 +128,7 @@ class Plans:
         runner = self.last = self._find(model, call, flat, spec)
         if runner is None:
             return plain_forward(model, *args, **kwargs)
-        executor = runner.prepare(model, call, flat)
+        executor = runner.prepare(model, call)
         if (runner.ran_out or executor.ran_out) and self.changes is not None:
             runner.ran_out = executor.ran_out = False
             self.tighten(model, runner, "in the last step", "run_step() would have run that step again")
@@ -133,35 +141,61 @@ class Plans:
     # ---- which plan --------------------------------------------------------------------------------------
 
     def _find(self, model: nn.Module, call: Call, flat: list[Any], spec: Any) -> Runner | None:
-        """What runs calls like this one; None if they run plainly."""
+        """What runs calls like this one, as things are; None if they run plainly."""
         kinds = [
-            (leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+            (leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad)
+            if isinstance(leaf, Tensor)
+            else (type(leaf), leaf)
             for leaf in flat
         ]
-        if self.seen is not None and self.seen[0] == spec and self.seen[1] == kinds:
-            return self.seen[2]
+        now = environment(self.device.type)
+        flags = () if self.trainable is None else self.trainable.flags(model)
+        if self.seen is not None and self.seen[:4] == (spec, kinds, now, flags):
+            runner = self.seen[4]
+            if runner is None or runner.holds():
+                return runner
         signature = CallSignature.of(call)
-        runner: Runner | None = None
-        if signature == self.first.want:
-            runner = self.first
-        elif signature in self.others:
-            runner = self.others[signature]
-            self.others.move_to_end(signature)
+        frozen = self.first.frozen if self.trainable is None else self.trainable.frozen(flags)
+        alike = [r for r in (*reversed(self.others), self.first) if r.want == signature]
+        usable = [r for r in alike if r.frozen == frozen and r.runs_in(now, self.device.type)]
+        found = next((r for r in usable if r.holds()), None)
+        if found is not None:
+            if found is not self.first:
+                self.others.move_to_end(found)
         elif signature not in self.plain:
-            runner = self._new(model, call, signature)
-        if runner is not None or signature in self.plain:
-            self.seen = (spec, kinds, runner)
-        return runner
+            found = self._new(model, call, signature, alike, usable, frozen)
+        if found is not None or signature in self.plain:
+            self.seen = (spec, kinds, now, flags, found)
+        return found
 
-    def _new(self, model: nn.Module, call: Call, signature: CallSignature) -> Runner | None:
-        """What runs calls of a kind not seen before; None if they run plainly."""
+    def _new(
+        self,
+        model: nn.Module,
+        call: Call,
+        signature: CallSignature,
+        alike: list[Runner],
+        usable: list[Runner],
+        frozen: tuple[str, ...],
+    ) -> Runner | None:
+        """What runs calls of a kind, or with other state around them, not seen before; None if they run plainly.
+
+        Args:
+            alike: what runs such calls, in another environment, with other parameters frozen, or with other Python state.
+            usable: those of them that differ in Python state alone.
+            frozen: names of the parameters that do not require grad.
+        """
         where, settings = f"planned {type(model).__name__}", self.settings
-        if settings.on_new_shape == "error":
+        if not alike and settings.on_new_shape == "error":
             self.first.want.check(call, where)
-        differs = self.first.want.difference(signature)
-        if settings.on_new_shape == "plain":
+        differs = self._difference(signature, alike, usable, frozen)
+        if not usable and settings.on_new_shape == "error":
+            raise PlanMismatch(
+                f"{where}: {differs}; call solve() as things are now, and execute that plan too"
+            )
+        if not usable and settings.on_new_shape == "plain":
             logger.warning("%s: %s; such calls run without a plan", where, differs)
-            self.plain.add(signature)
+            if not alike:
+                self.plain.add(signature)
             return None
         hindrance = self._hindrance(model, call)
         if hindrance is not None:
@@ -172,6 +206,13 @@ class Plans:
                 stacklevel=6,
             )
             return None
+        runner = self._renewed(model, call, usable, where, differs) if usable else None
+        if runner is None:
+            plain = plain_copy(model)
+            plan = self._plan(plain, call, where, differs)
+            runner = self._runner(
+                plan, model, plain, renewed=max((r.renewed for r in usable), default=-1) + 1
+            )
         while len(self.others) >= settings.max_plans - 1:
             self.others.popitem(last=False)
             if not self.evicted:
@@ -182,9 +223,57 @@ class Plans:
                     NewShapeWarning,
                     stacklevel=6,
                 )
+        self.others[runner] = None
+        return runner
+
+    def _difference(
+        self, signature: CallSignature, alike: list[Runner], usable: list[Runner], frozen: tuple[str, ...]
+    ) -> str:
+        """In what a call, or what is around it, differs from what there is a plan for, in words."""
+        if not alike:
+            return self.first.want.difference(signature)
+        if usable:
+            return usable[0].changes()
+        for runner in alike:
+            text = environment_difference(runner.plan.capture.environment, environment_text(self.device.type))
+            if text is not None:
+                return text
+        names = sorted({*frozen} ^ {*alike[0].frozen})
+        return f"other parameters require grad than when the plan was made ({', '.join(names[:3])})"
+
+    def _renewed(
+        self, model: nn.Module, call: Call, usable: list[Runner], where: str, differs: str
+    ) -> Runner | None:
+        """The same plan on a graph captured with the Python state of now; None if it takes a plan of its own.
+
+        A value that changes again and again would cost a capture each time: then blocks take over, whose code reads it.
+        """
+        before = next((r for r in usable if r.plan.capture.kind == "graph"), None)
+        if before is None:
+            return None
         plain = plain_copy(model)
-        runner = self._runner(self._plan(plain, call, where, differs), model, plain)
-        self.others[signature] = runner
+        renewed = max(r.renewed for r in usable) + 1
+        if renewed == MANY_CHANGES:
+            try:
+                plan = self._plan(plain, call, where, differs, capture="modules")
+            except (CaptureError, InfeasibleBudget) as error:
+                warnings.warn(
+                    f"{where}: {differs}, and the op graph is captured again at every such change, for blocks cannot take over "
+                    f"({error}); keep values that change at every step in tensors (register_buffer)",
+                    NewShapeWarning,
+                    stacklevel=7,
+                )
+            else:
+                return self._runner(plan, model, plain)
+        logger.warning("%s: %s; the op graph is captured again, by the same plan", where, differs)
+        plan = replace(before.plan, live=None)
+        runner = self._runner(plan, model, plain, trying=True, renewed=renewed)
+        try:
+            with self._apart(model, call) as apart:
+                runner.prepare(model, apart)
+        except PlanMismatch as error:
+            logger.info("%s: %s", where, error)
+            return None
         return runner
 
     def _hindrance(self, model: nn.Module, call: Call) -> str | None:
@@ -198,7 +287,7 @@ class Plans:
             plain = plain_copy(model)
             try:
                 with preserved(plain), torch.no_grad(), NoCollectives():
-                    args, kwargs = _cut_off(call)
+                    args, kwargs = cut_off(call)
                     plain(*args, **kwargs)
             except CollectiveCall as error:
                 return f"a trial would wait for other ranks of torch.distributed ({error})"
@@ -206,7 +295,7 @@ class Plans:
             return "a profiler is running, and it takes one to count bytes on the CPU"
         return None
 
-    def _plan(self, model: nn.Module, call: Call, where: str, differs: str) -> Plan:
+    def _plan(self, model: nn.Module, call: Call, where: str, differs: str, capture: str = "auto") -> Plan:
         """A plan for another call, in the middle of training: nothing that training goes by is changed.
 
         Args:
@@ -215,16 +304,14 @@ class Plans:
         first = self.first.plan
         budget = format_bytes(first.memory_budget)
         logger.warning("%s: %s; planning for it under %s", where, differs, budget)
-        began, random = time.perf_counter(), HostRandomState()
-        # Casts in autocast's cache would not be counted; those of a trial would stay until the user's context ends.
-        torch.clear_autocast_cache()
+        began = time.perf_counter()
         try:
             with (
-                aliased(model) if is_distributed() else nullcontext(),
+                self._apart(model, call) as apart,
                 _accumulating(model, bool(first.resident.get("existing gradients"))),
             ):
                 plan = solve_again(
-                    first, model, _cut_off(call), lambda line: logger.info("%s: %s", where, line)
+                    first, model, apart, lambda line: logger.info("%s: %s", where, line), capture
                 )
         except InfeasibleBudget as error:
             note = f"{where}: this call has {differs}. {error.note}"
@@ -233,9 +320,6 @@ class Plans:
             raise CaptureError(
                 f"{where}: {differs}: {error}; on_new_shape='plain' runs such calls plainly"
             ) from error
-        finally:
-            torch.clear_autocast_cache()
-            random.restore()
         logger.warning(
             "%s: planned in %.1f s; predicted peak %s, overhead %.1f %%",
             where,
@@ -244,6 +328,19 @@ class Plans:
             100 * plan.predicted_overhead,
         )
         return plan
+
+    @contextmanager
+    def _apart(self, model: nn.Module, call: Call) -> Iterator[Call]:
+        """Trials in the middle of training: a call of their own, without hooks of the root, which are around this forward."""
+        random = HostRandomState()
+        # Casts in autocast's cache would not be counted; those of a trial would stay until the user's context ends.
+        torch.clear_autocast_cache()
+        try:
+            with aliased(model) if is_distributed() else nullcontext(), bare(model):
+                yield cut_off(call)
+        finally:
+            torch.clear_autocast_cache()
+            random.restore()
 
     # ---- the forward itself ------------------------------------------------------------------------------
 
@@ -339,20 +436,3 @@ def _accumulating(model: nn.Module, counted: bool) -> Iterator[None]:
     finally:
         for parameter in missing:
             parameter.grad = None
-
-
-def _cut_off(call: Call) -> Call:
-    """The call on copies of its tensors, without their history: a trial reverses nothing beyond the model."""
-    made: dict[int, Tensor] = {}
-
-    def copied(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            copy = tensor.detach().clone()
-            if (
-                copy.stride() != tensor.stride()
-            ):  # an expanded tensor: ops may take another way for a dense one
-                copy = tensor.detach()
-            made[id(tensor)] = copy.requires_grad_(tensor.requires_grad)
-        return made[id(tensor)]
-
-    return pytree.tree_map_only(Tensor, copied, call)

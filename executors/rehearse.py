@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from executors.planned import execute
 from executors.plans import Plans
 from executors.rehearsal import Difference, Rehearsal
-from executors.runner import RUNNER, Runner
+from executors.runner import Runner, plans_within
 from scheduler.capture.eager import as_eager
 from scheduler.capture.fake import fake_call, fake_model
 from scheduler.capture.graph_capture import GraphCapture
@@ -151,7 +151,7 @@ def _step(planned: nn.Module, call: Call, notes: _Notes) -> Any:
 
 
 def _runner(planned: nn.Module) -> Runner:
-    plans: Plans = planned.__dict__[RUNNER]
+    plans: Plans = plans_within(planned)
     return plans.first
 
 

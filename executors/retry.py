@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from executors.plans import Plans
-from executors.runner import RUNNER
+from executors.runner import plans_within
 
 __all__ = ["run_step"]
 
@@ -49,7 +49,7 @@ def run_step(
         TypeError: the model does not train by a plan.
         torch.OutOfMemoryError: the step cannot be run again, a note says why; or it ran out of memory again.
     """
-    plans = model.__dict__.get(RUNNER)
+    plans = plans_within(model)
     if not isinstance(plans, Plans):
         raise TypeError(
             f"run_step: {type(model).__name__} does not train by a plan; pass what execute(plan, model) gave"

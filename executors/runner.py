@@ -9,25 +9,37 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from executors.graph import GraphExecutor
 from executors.guard import Guard
 from executors.modules import ModuleExecutor
 from scheduler.budget import format_bytes, machine_bytes
 from scheduler.capture.eager import wrapped_forward
+from scheduler.capture.environment import Environment, environment_difference, environment_text
+from scheduler.capture.flat import flatten
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
 from scheduler.capture.module_capture import ModuleCapture, capture_modules, recorded_modules
+from scheduler.capture.python_state import MISSING
 from scheduler.capture.sample import Call, CallSignature
 from scheduler.capture.sharded import is_distributed, sharded_within, share_sharding
-from scheduler.capture.state import model_device, preserved
+from scheduler.capture.state import bare, model_device, preserved
 from scheduler.capture.verify import difference, run_step
 from scheduler.errors import CaptureError, PlanMismatch
 from scheduler.plan import Plan
 
-__all__ = ["RUNNER", "Runner", "forward_of", "plain_copy", "plain_forward", "shallow", "wrappers"]
-
-RUNNER = "_rematplan"  # where a planned model keeps its plans
+__all__ = [
+    "Runner",
+    "cut_off",
+    "forward_of",
+    "in_words",
+    "plain_copy",
+    "plain_forward",
+    "plans_within",
+    "sharing",
+    "wrappers",
+]
 
 
 class Runner:
@@ -41,10 +53,26 @@ class Runner:
         want: the signature of the calls that the plan is for.
         watching: whether the next step is to be the first that is measured.
         ran_out: whether the last step ran out of memory, so that the next one is to follow a tighter plan.
+        frozen: names of the parameters that do not require grad in its steps.
+        trying: whether the capture that is made at the first forward is to be tried against a plain step.
+        renewed: how often the op graph was captured again because Python state had changed.
     """
 
-    def __init__(self, plan: Plan, model: nn.Module, source: nn.Module, watching: bool, check: str) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        model: nn.Module,
+        source: nn.Module,
+        watching: bool,
+        check: str,
+        *,
+        trying: bool = False,
+        renewed: int = 0,
+    ) -> None:
         self.plan = plan
+        self.frozen = plan.capture.frozen
+        self.trying, self.renewed = trying or bool(plan.capture.target), renewed
+        self._environment: Environment | None = None
         self.want = CallSignature(plan.capture.structure, plan.capture.leaves)
         self.watching = watching
         self.check = check
@@ -52,9 +80,9 @@ class Runner:
         self.guard = Guard(model, frozenset(plan.capture.evaluating))
         self.sharded = len(sharded_within(model))
         self.executor: GraphExecutor | ModuleExecutor | None = None
-        # Shallow copies of one model share these dicts, so that a capture of one is a capture of the other.
+        # Objects that share their attributes are one model: a capture of one is a capture of the other.
         live = plan.live[0] if plan.live is not None else None
-        if live is not None and live._modules is source._modules and live._parameters is source._parameters:
+        if live is not None and vars(live) is vars(source):
             self.executor = self.executor_for(plan.live[1], model)
 
     def executor_for(
@@ -66,14 +94,37 @@ class Runner:
         plain = functools.partial(plain_forward, model)
         return ModuleExecutor(capture, self.plan.program, model, plain, check=self.check)
 
+    def runs_in(self, environment: Environment, kind: str) -> bool:
+        """Whether the process is in the state that the plan was made in."""
+        if self._environment is None:
+            then = self.plan.capture.environment
+            if environment_difference(then, environment_text(kind)) is not None:
+                return False
+            self._environment = environment
+        return environment == self._environment
+
+    def holds(self) -> bool:
+        """Whether what the plan took for constant of Python state is still so."""
+        if isinstance(self.executor, GraphExecutor):
+            return self.executor.capture.graph.guards.holds()
+        return self.guard.in_modes()
+
+    def changes(self) -> str:
+        """What the plan took for constant and is otherwise now, in words."""
+        if not isinstance(self.executor, GraphExecutor):
+            return self.guard.mode_difference() or ""
+        found = self.executor.capture.graph.guards.changes()
+        shown = [f"{path} is {in_words(now)} instead of {in_words(then)}" for path, then, now in found[:3]]
+        return ", ".join(shown) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
     def follow(self, plan: Plan, model: nn.Module) -> None:
         """Follow another plan of the same capture from the next forward on."""
         self.plan, self.ran_out = plan, False
         if self.executor is not None:
             self.executor = self.executor_for(self.executor.capture, model)
 
-    def prepare(self, model: nn.Module, call: Call, flat: list[Any]) -> GraphExecutor | ModuleExecutor:
-        """The executor, once the model is found to be in the plan's modes and captured."""
+    def prepare(self, model: nn.Module, call: Call) -> GraphExecutor | ModuleExecutor:
+        """The executor, once the model is found to have the plan's modules and is captured."""
         # Nothing is sharded where torch.distributed is not initialised: every forward is spared the search.
         if is_distributed() and len(sharded_within(model)) != self.sharded:
             raise PlanMismatch(
@@ -83,8 +134,9 @@ class Runner:
         self.guard.check(model, fires_hooks=self.plan.capture.kind == "modules")
         if self.executor is None:
             executor = self.executor_for(self.capture_again(model, call), model)
-            if self.plan.capture.target:  # made without data: nothing of it was tried
-                self._try(model, call, functools.partial(forward_of, executor, flat, call))
+            if self.trying:  # a plan that was made without data, or a graph of other Python state
+                apart = cut_off(call)
+                self._try(model, apart, functools.partial(forward_of, executor, flatten(*apart)[0], apart))
             self.executor = executor
         return self.executor
 
@@ -93,18 +145,20 @@ class Runner:
         hindrance = _hindrance(self.plan)
         if hindrance:
             warnings.warn(
-                f"planned {type(model).__name__}: the plan was made without data, and it is not tried now whether it "
-                f"trains bit for bit like the plain model: {hindrance}",
+                f"planned {type(model).__name__}: the captured graph was never run with data, and it is not tried now whether "
+                f"it trains bit for bit like the plain model: {hindrance}",
                 stacklevel=6,
             )
             return
         plain = plain_copy(model)
-        want = run_step(plain, lambda: plain(*call[0], **call[1]), offload=True)
-        differs = difference(want, run_step(model, planned))
+        call = cut_off(call)
+        with bare(plain) as root:
+            want = run_step(plain, lambda: root(*call[0], **call[1]), offload=True)
+        differs = difference(want, run_step(plain, planned))
         if differs is not None:
             raise PlanMismatch(
-                f"planned {type(model).__name__}: the plan was made without data, and a step of it is not the plain "
-                f"step: {differs}; call solve() on the model with its data, without device="
+                f"planned {type(model).__name__}: a step of the captured graph, which was never run with data, is not the plain "
+                f"step: {differs}; call solve() on the model as it is now, with its data"
             )
 
     def capture_again(self, model: nn.Module, call: Call) -> GraphCapture | ModuleCapture:
@@ -130,6 +184,7 @@ class Runner:
                     f"planned {type(model).__name__}: its blocks run in another order than in the plan; make a new plan"
                 )
             return found
+        call = cut_off(call)
         try:
             graphs = op_graphs(plain, call)
             graph = next((graph for graph in graphs if graph.fingerprint() == record.graph), None)
@@ -138,15 +193,40 @@ class Runner:
                 f"planned {type(model).__name__}: the plan's op graph cannot be captured again: {error}"
             ) from error
         if graph is None:
+            differs = environment_difference(record.environment, environment_text(model_device(model).type))
+            differs = f"; {differs}" if differs else ""
             raise PlanMismatch(
                 f"planned {type(model).__name__}: the op graph is not the one the plan was made for (torch "
-                f"{self.plan.torch_version} then, {torch.__version__} now); make a new plan with solve()"
+                f"{self.plan.torch_version} then, {torch.__version__} now{differs}); make a new plan with solve()"
             )
         again = capture_graph(graph, plain, cuts=record.cuts)
         again.random, again.changed = list(record.random), list(record.changed)
         again.dropped = [tuple(map(frozenset, options)) for options in record.dropped]
         again.rerun, again.gaps, again.clearing = list(record.rerun), list(record.gaps), record.clearing
         return again
+
+
+def cut_off(call: Call) -> Call:
+    """The call on copies of its tensors, without their history: a trial reverses nothing beyond the model."""
+    made: dict[int, Tensor] = {}
+
+    def copied(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            copy = tensor.detach().clone()
+            if (
+                copy.stride() != tensor.stride()
+            ):  # an expanded one: ops may take another way for a dense tensor
+                copy = tensor.detach()
+            made[id(tensor)] = copy.requires_grad_(tensor.requires_grad)
+        return made[id(tensor)]
+
+    return pytree.tree_map_only(Tensor, copied, call)
+
+
+def in_words(value: Any) -> str:
+    """A value of Python state, short enough for a message."""
+    text = "nothing" if value is MISSING else repr(value)
+    return text if len(text) < 60 else f"{text[:57]}..."
 
 
 def forward_of(executor: GraphExecutor | ModuleExecutor, flat: list[Any], call: Call) -> Any:
@@ -166,28 +246,30 @@ def _hindrance(plan: Plan) -> str | None:
 
 
 def plain_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The forward of the class that ``execute`` derived from."""
+    """The forward of the plain model: what was put on the object, or that of the class that ``execute`` derived from."""
+    own = vars(model).get("forward")
+    if own is not None:
+        return own(*args, **kwargs)
     original: Any = _original(model)
     return original.forward(model, *args, **kwargs)
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """The same model, sharing everything, of its original class."""
-    plain = shallow(model)
-    plain.__class__ = _original(model)
-    for name in (RUNNER, "_compiled_call_impl", *wrappers(model)):
-        plain.__dict__.pop(name, None)
-    return plain
+    """The plain model behind a planned one: of its original class, sharing everything, its attributes too."""
+    return sharing(model, _original(model))
+
+
+def plans_within(model: Any) -> Any:
+    """The plans that a planned model trains by; None of any other."""
+    return getattr(model, "_rematplan_plans", None) if hasattr(type(model), "_rematplan_plain") else None
 
 
 def wrappers(model: nn.Module) -> dict[str, Any]:
     """What was put around a planned model's methods since (accelerate wraps ``forward`` in autocast): it leads to the plan."""
-    return {
-        name: value
-        for name, value in model.__dict__.items()
-        if (name == "forward" and wrapped_forward(model) is not None)
-        or (isinstance(value, MethodType) and value.__self__ is model)
-    }
+    own: dict[str, Any] = model._rematplan_own  # type: ignore[assignment] # a slot of planned classes
+    found = {"forward": own["forward"]} if wrapped_forward(model) is not None else {}
+    bound = {n: v for n, v in vars(model).items() if isinstance(v, MethodType) and v.__self__ is model}
+    return {**found, **bound}
 
 
 def _original(model: nn.Module) -> Any:
@@ -195,9 +277,9 @@ def _original(model: nn.Module) -> Any:
     return type(model).__mro__[1]
 
 
-def shallow(model: nn.Module) -> nn.Module:
-    """Another object that shares everything."""
-    twin: nn.Module = object.__new__(model.__class__)
-    twin.__dict__.update(model.__dict__)
+def sharing(model: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """Another object, of that class, that shares everything: what is set on one is set on both."""
+    twin: nn.Module = object.__new__(cls)
+    object.__setattr__(twin, "__dict__", vars(model))
     share_sharding(model, twin)
     return twin

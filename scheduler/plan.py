@@ -51,6 +51,8 @@ class CaptureRecord:
         begins: (L - 1,) why each stage but the first begins where it does (empty for modules, and in old plans).
         left_out: (why, how many) gaps that are no cuts after all.
         evaluating: names of submodules that were in eval mode.
+        frozen: names of parameters that did not require grad.
+        environment: what decides which ops run besides (``capture.environment``), as JSON; "" if not known.
         target: name of the device that was planned for without being there; "" for the one that held the model.
     """
 
@@ -74,10 +76,12 @@ class CaptureRecord:
     begins: tuple[Cut, ...] = ()
     left_out: tuple[tuple[str, int], ...] = ()
     evaluating: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+    environment: str = ""
     target: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("cuts", "stages", "random", "gaps", "evaluating"):
+        for name in ("cuts", "stages", "random", "gaps", "evaluating", "frozen"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "changed", tuple(tuple(names) for names in self.changed))
         for name in ("fed", "dropped", "rerun", "ops"):

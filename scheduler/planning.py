@@ -15,6 +15,8 @@ from torch.utils import _pytree as pytree
 from scheduler.budget import format_bytes, free_machine_bytes, machine_bytes, parse_budget
 from scheduler.capture.callables import CallableChain, as_model
 from scheduler.capture.dry import capture_dry, without_hardware
+from scheduler.capture.eager import replaced
+from scheduler.capture.environment import environment_text
 from scheduler.capture.fake import has_data
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
 from scheduler.capture.loss import find_loss
@@ -68,7 +70,7 @@ class Request:
     optimizer_state: int
     optimizer_step: int | None
     progress: Progress
-    arrives: CallSignature | None = None  # of the call that reaches the model's forward, behind its own hooks
+    arrives: Call | None = None  # what reaches the model's forward, behind its own hooks
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,7 @@ def solve(
         return _plan(request, parameters or {})
 
 
-def solve_again(plan: Plan, model: nn.Module, call: Call, progress: Progress) -> Plan:
+def solve_again(plan: Plan, model: nn.Module, call: Call, progress: Progress, capture: str = "auto") -> Plan:
     """The plan for another call of the plan's model: same budget, solver, costs and optimizer, captured likewise.
 
     Gradients that exist now count as existing. A plan that was made without its device is made anew on the one at hand.
@@ -156,6 +158,7 @@ def solve_again(plan: Plan, model: nn.Module, call: Call, progress: Progress) ->
     Args:
         model: plain, in train mode.
         call: canonical; nothing outside may need its tensors, which have no history.
+        capture: "auto" or "modules", where the plan's is a graph.
 
     Raises:
         CaptureError, InfeasibleBudget, ValueError: as ``solve`` does.
@@ -170,7 +173,7 @@ def solve_again(plan: Plan, model: nn.Module, call: Call, progress: Progress) ->
         False,
         model_device(model),
         solver,
-        "auto" if record.kind == "graph" else tuple(map(model.get_submodule, dict.fromkeys(record.stages))),
+        capture if record.kind == "graph" else tuple(map(model.get_submodule, dict.fromkeys(record.stages))),
         plan.costs,
         plan.resident.get("optimizer state", 0),
         plan.optimizer_step,
@@ -223,9 +226,8 @@ def _plan(request: Request, parameters: Mapping[str, Any]) -> Plan:
             f"Live during the whole step: {parts}; gradients {format_bytes(sum(s.grad for s in chain.stages))} "
             "appear in backward. Raise the budget, shorten the batch, or use an optimizer with less state.",
         ) from error
-    signature = CallSignature.of(request.call)
-    if isinstance(captured, ModuleCapture) and request.arrives is not None:
-        signature = request.arrives  # fully_shard's hook may have cast the inputs
+    # Hooks of the root may change what the forward is given: fully_shard casts the inputs.
+    signature = CallSignature.of(request.call if request.arrives is None else request.arrives)
     record = CaptureRecord(
         kind=captured.kind,
         reason=found.reason,
@@ -234,6 +236,8 @@ def _plan(request: Request, parameters: Mapping[str, Any]) -> Plan:
         leaves=signature.leaves,
         model=model_fingerprint(model),
         evaluating=tuple(name for name, module in model.named_modules() if not module.training),
+        frozen=tuple(name for name, p in model.named_parameters() if not p.requires_grad),
+        environment=environment_text(model_device(model).type),
         target=request.device.spec.name if isinstance(request.device, Target) else "",
         **captured.record(),
     )
@@ -360,6 +364,10 @@ def _free_bytes(
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) + there
 
 
+def _cut_off(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
 def _warm_up(request: Request) -> tuple[Recurrence, bool]:
     """A first forward, from which a rejected sample shows before a step is taken.
 
@@ -371,7 +379,8 @@ def _warm_up(request: Request) -> tuple[Recurrence, bool]:
 
     def note(forward: Callable[..., Any]) -> Callable[..., Any]:
         def noted(*args: Any, **kwargs: Any) -> Any:
-            request.arrives = CallSignature.of(canonical_call(signature, args, kwargs))
+            arrives = canonical_call(signature, args, kwargs)
+            request.arrives = pytree.tree_map_only(torch.Tensor, _cut_off, arrives)
             return forward(*args, **kwargs)
 
         return noted
@@ -456,7 +465,9 @@ def _exact_graph(request: Request, plain: StepResult) -> GraphCapture:
     Raises:
         CaptureError: it cannot be captured, or one step of it differs.
     """
-    model, call = request.model, request.call
+    model = request.model
+    call = request.call if request.arrives is None else request.arrives
+    args, kwargs = request.call
     if sharded_within(model):
         raise CaptureError("fully_shard's hooks gather its parameters, and an exported graph has no hooks")
     compiled = next((name for name, module in model.named_modules() if is_compiled(module)), None)
@@ -470,7 +481,7 @@ def _exact_graph(request: Request, plain: StepResult) -> GraphCapture:
     for graph in op_graphs(model, call):
         try:
             captured = capture_graph(graph, model)
-            trial = functools.partial(captured.trial, model, call)
+            trial = functools.partial(_planned_call, captured, model, args, kwargs)
             captured.clearing = torch.is_autocast_enabled(request.device.type)
             differs = difference(plain, run_step(model, trial, offload=True))
             if differs is not None and captured.clearing:
@@ -484,9 +495,22 @@ def _exact_graph(request: Request, plain: StepResult) -> GraphCapture:
             refused = refused or error
             continue
         return captured
-    again = difference(plain, run_step(model, lambda: model(*call[0], **call[1]), offload=True))
+    again = difference(plain, run_step(model, lambda: model(*args, **kwargs), offload=True))
     why = "; the plain model itself is not deterministic" if again else ""
     raise CaptureError(f"{refused}{why}") from refused
+
+
+def _planned_call(
+    captured: GraphCapture, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What calling the planned model gives: its graph takes the place of its forward, within hooks and ``__call__``."""
+    signature = forward_signature(model)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return captured.trial(model, canonical_call(signature, args, kwargs))
+
+    with replaced(vars(model), forward=forward):
+        return model(*args, **kwargs)
 
 
 def _chain(request: Request, captured: Captured, resident: int, own_loss: bool, options: bool) -> Chain:
@@ -494,6 +518,7 @@ def _chain(request: Request, captured: Captured, resident: int, own_loss: bool, 
     model, call = request.model, request.call
     name = type(model).__name__
     clock = request.costs == "measure"
+    arrives = call if request.arrives is None else request.arrives
     if isinstance(captured, ModuleCapture):
         try:
             with preserved(model) as existing:
@@ -508,7 +533,7 @@ def _chain(request: Request, captured: Captured, resident: int, own_loss: bool, 
             ) from error
     with preserved(model) as existing:
         costs = measure_graph(
-            captured, model, call, existing=existing, loss_is_output=own_loss, clock=clock, options=options
+            captured, model, arrives, existing=existing, loss_is_output=own_loss, clock=clock, options=options
         )
     if not clock and captured.target is None:
         costs = roofline_graph(captured, costs, own_loss)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from executors import MeasuredPeak, execute, measure_peak
-from executors.runner import RUNNER
+from executors.runner import plans_within
 from scheduler import Plan, Schedule, simulate, solve
 from scheduler.costs.peak import count_bytes
 from scheduler.schedule import Backward, Keep
@@ -201,7 +201,7 @@ def within(model: nn.Module, path: str) -> Any:
 
 def executor_of(model: nn.Module) -> Any:
     """The executor inside a planned model."""
-    executor = model.__dict__[RUNNER].first.executor
+    executor = plans_within(model).first.executor
     assert executor is not None
     return executor
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from executors import Rehearsal, execute, measure_peak, rehearse
-from executors.runner import RUNNER
+from executors.runner import plans_within
 from scheduler import Plan, PlanMismatch, Schedule, solve
 from scheduler.capture.loss import find_loss
 from scheduler.capture.state import preserved
@@ -41,7 +41,7 @@ def measured(plan: Plan, case: Case) -> int:
     with preserved(case.model):
         step()
     with preserved(case.model):
-        constants = getattr(planned.__dict__[RUNNER].first.executor.capture, "constants", {})
+        constants = getattr(plans_within(planned).first.executor.capture, "constants", {})
         return measure_peak(
             step, resident=[case.model, case.args, case.kwargs, list(constants.values())]
         ).peak
@@ -106,8 +106,8 @@ def test_the_model_is_left_as_it_is(capture: str, real: bool) -> None:
         if not real:
             assert runs == [block.runs for block in model.modules() if isinstance(block, Block)]
         assert (
-            planned.__dict__[RUNNER].first.executor is None
-            or planned.__dict__[RUNNER].first.executor.observe is None
+            plans_within(planned).first.executor is None
+            or plans_within(planned).first.executor.observe is None
         )
 
 

@@ -47,7 +47,7 @@ def as_eager(model: nn.Module) -> Iterator[None]:
     forward.eager = True  # type: ignore[attr-defined] # ``wrapped_forward`` knows it by that
     transformers = sys.modules.get("transformers.utils.import_utils")
     with (
-        replaced(vars(model), forward=forward),
+        replaced(_own(model), forward=forward),
         replaced(vars(transformers) if transformers else {}, is_fake_tensor=lambda x: False),
     ):
         yield
@@ -55,8 +55,14 @@ def as_eager(model: nn.Module) -> Iterator[None]:
 
 def wrapped_forward(model: nn.Module) -> Any:
     """The ``forward`` that somebody put on the object, around that of its class; None if nobody but ``as_eager`` did."""
-    found = vars(model).get("forward")
+    found = _own(model).get("forward")
     return None if getattr(found, "eager", False) else found
+
+
+def _own(model: nn.Module) -> dict[str, Any]:
+    """Where a ``forward`` that is put on the object is kept: a planned model has a place of its own for it."""
+    own: dict[str, Any] = getattr(model, "_rematplan_own", vars(model))
+    return own
 
 
 @contextmanager

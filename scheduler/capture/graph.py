@@ -155,12 +155,43 @@ class OpGraph:
         return found
 
     def fingerprint(self) -> str:
-        """SHA-256 of the ops, their arguments and shapes: equal for two captures of one model."""
+        """SHA-256 of the ops, how they are wired, what they make and save: equal for graphs that one plan fits.
+
+        Numbers that ops take as scalars do not count: a plan stays good when a temperature or a dropout's p changes.
+        """
         digest = hashlib.sha256()
+        number = {node: i for i, node in enumerate((*self.attributes, *self.placeholders))}
+        storage: dict[int, int] = {}
+
+        def numbered(key: int) -> tuple[int, int]:
+            return storage.setdefault(key, len(storage)), self.groups[key].bytes
+
+        for key in (key for node in number for key in self.group_of[node]):
+            numbered(key)
         for op in self.ops:
-            digest.update(f"{op.node.name}|{op.node.target}|{op.node.args}|{op.node.kwargs}\n".encode())
-            digest.update(repr([self.groups[g].bytes for g in op.writes]).encode())
+            number[op.node] = len(number)
+            schema = getattr(op.node.target, "_schema", None)
+            kinds = {a.name: str(a.type) for a in schema.arguments} if schema is not None else {}
+            args = [
+                _unscaled(value, kind)
+                for value, kind in zip(
+                    op.node.args, [*kinds.values(), *[""] * len(op.node.args)], strict=False
+                )
+            ]
+            named = {name: _unscaled(value, kinds.get(name, "")) for name, value in op.node.kwargs.items()}
+            wired = fx.map_arg((args, named), lambda node: f"%{number.get(node, node.name)}")
+            digest.update(f"{op.node.target}|{wired}|{op.requires_grad}\n".encode())
+            digest.update(repr([numbered(key) for key in (*op.writes, *op.saved)]).encode())
+            packs = [(numbered(p.group), p.shape, p.stride, p.offset, p.dtype) for p in op.packs]
+            digest.update(repr(packs).encode())
         return digest.hexdigest()
+
+
+def _unscaled(value: Any, kind: str) -> Any:
+    """An argument of an op; a sign in the place of a number that is no size, dimension or flag."""
+    # A number in the place of a tensor is wrapped in one.
+    scalar = kind in ("number", "float", "Optional[number]", "Optional[float]", "Tensor", "Optional[Tensor]")
+    return "scalar" if scalar and isinstance(value, (int, float)) else value
 
 
 def resolve(root: nn.Module, target: str) -> Any:
@@ -312,7 +343,9 @@ class _Trace:
             args, kwargs = pytree.tree_unflatten(leaves, self.spec)
             count = len(self.given)
             held = [(place, place.get()) for places in self.state for place in places]
-            ours = [(place, t) for places, t in zip(self.state, tensors[count:], strict=True) for place in places]
+            ours = [
+                (place, t) for places, t in zip(self.state, tensors[count:], strict=True) for place in places
+            ]
             before = Snapshot(self.reads.roots)
             for place, tensor in ours:
                 place.put(tensor)
@@ -447,12 +480,15 @@ def analyse(module: fx.GraphModule, inputs: Sequence[Any]) -> OpGraph:
         if any(groups[g].mutated for g in group_of[node]):
             raise CaptureError(f"the input {node.name!r} is changed in place, so that it cannot be replayed")
     for node, target in attributes.items():
-        if isinstance(resolve(module, target), nn.Parameter) and any(groups[g].mutated for g in group_of[node]):
-            raise CaptureError(f"the forward changes the parameter {target!r} in place, so that it cannot be replayed")
-    for op in ops:
-        arguments = pytree.tree_leaves((op.node.args, op.node.kwargs))
-        if any(isinstance(argument, torch.Generator) for argument in arguments):
-            raise CaptureError(f"{op.node.name} draws from a generator of the model's or the call's own")
+        value = resolve(module, target)
+        if isinstance(value, nn.Parameter) and any(groups[g].mutated for g in group_of[node]):
+            raise CaptureError(
+                f"the forward changes the parameter {target!r} in place, so that it cannot be replayed"
+            )
+        if isinstance(value, torch.Generator):
+            raise CaptureError(
+                "the forward draws from a generator of its own, which an exported graph would keep"
+            )
     grad_of = {
         node: any(isinstance(t, torch.Tensor) and t.requires_grad for t in pytree.tree_leaves(value))
         for node, value in env.items()

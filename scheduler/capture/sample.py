@@ -211,7 +211,7 @@ def _words(leaf: list[Any]) -> str:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the model's class and the names, shapes, dtypes and requires_grad of its tensors.
+    """SHA-256 over the model's class and the names, shapes and dtypes of its tensors.
 
     Of sharded tensors also how they lie on their mesh of devices: the same on every rank.
 
@@ -230,7 +230,6 @@ def model_fingerprint(model: nn.Module) -> str:
                 tuple(tensor.shape),
                 str(tensor.dtype),
                 tensor.device.type,
-                tensor.requires_grad,
             )
             if placement(tensor):
                 row += (placement(tensor),)

@@ -271,15 +271,13 @@ def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:
             for place in places:
                 place.put(apart)
     try:
-        yield frozenset(
-            p for p, grad in grads.items() if isinstance(p, nn.Parameter) and grad is not None
-        )
+        yield frozenset(p for p, grad in grads.items() if isinstance(p, nn.Parameter) and grad is not None)
     finally:
         for each, before in zip(hooks, silent, strict=True):
             each.update(before)
         take_gathered_grads(model)
         state.restore()
-        grads.update(gathered)
+        grads.update({tensor: grad for tensor, grad in gathered.items()})
         for tensor, grad in grads.items():
             tensor.grad = grad
         for tensor, value in values.items():

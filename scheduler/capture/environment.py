@@ -1,0 +1,70 @@
+"""What of the process's state decides which ops a step runs: autocast, deterministic algorithms, attention kernels, precision."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+__all__ = ["Environment", "environment", "environment_difference", "environment_text"]
+
+Environment = tuple[Any, ...]
+
+_SWITCHES = (
+    ("deterministic algorithms", torch.are_deterministic_algorithms_enabled),
+    ("flash attention", torch._C._get_flash_sdp_enabled),
+    ("memory-efficient attention", torch._C._get_mem_efficient_sdp_enabled),
+    ("math attention", torch._C._get_math_sdp_enabled),
+    ("cuDNN attention", torch._C._get_cudnn_sdp_enabled),
+    ("oneDNN", torch._C._get_mkldnn_enabled),
+    ("float32 matmul precision", torch.get_float32_matmul_precision),
+    ("default dtype", torch.get_default_dtype),
+    ("quantized engine", torch._C._get_qengine),
+)
+_ON_CUDA = (
+    ("cuDNN", torch._C._get_cudnn_enabled),
+    ("cuDNN benchmark", torch._C._get_cudnn_benchmark),
+    ("TF32 in cuDNN", torch._C._get_cudnn_allow_tf32),
+    ("reduced precision of fp16 sums", torch._C._get_cublas_allow_fp16_reduced_precision_reduction),
+    ("reduced precision of bf16 sums", torch._C._get_cublas_allow_bf16_reduced_precision_reduction),
+)
+
+
+def _names(kind: str) -> list[str]:
+    more = [] if kind == "cpu" else [f"autocast on {kind}", *(name for name, _ in _ON_CUDA)]
+    return ["autocast on cpu", *(name for name, _ in _SWITCHES), *more]
+
+
+def environment(kind: str) -> Environment:
+    """The state now.
+
+    Args:
+        kind: type of the device that the model lies on.
+    """
+    found: list[Any] = [torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None]
+    found += [read() for _, read in _SWITCHES]
+    if kind != "cpu":
+        found.append(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
+        found += [read() for _, read in _ON_CUDA]
+    return tuple(found)
+
+
+def environment_text(kind: str) -> str:
+    """The state now, as JSON for a plan's record."""
+    return json.dumps(dict(zip(_names(kind), map(str, environment(kind)), strict=True)))
+
+
+def environment_difference(then: str, now: str) -> str | None:
+    """The first difference between two texts, in words; None if there is none, or nothing is known of one."""
+    if then == now or not then or not now:
+        return None
+    before, after = json.loads(then), json.loads(now)
+    for name, value in after.items():
+        if name in before and before[name] != value:
+            return f"{name} is {_word(value)} instead of {_word(before[name])}"
+    return None
+
+
+def _word(value: str) -> str:
+    return {"None": "off", "False": "off", "True": "on"}.get(value, value)
