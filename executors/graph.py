@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from executors.replay import Step
 from executors.trace import Observer
+from scheduler.capture.flat import tree_unflatten
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.recompute import Rebuild, compile_rebuilds, origin_of_pack
 from scheduler.capture.stages import GraphStage, Source
@@ -100,7 +100,7 @@ class GraphExecutor:
         Args:
             flat_inputs: the leaves of the call.
         """
-        if self.capture.graph.state:
+        if self.capture.graph.face.state:
             flat_inputs = self.capture.graph.flat(flat_inputs)
         step = None if self.keeps_all and self.observe is None else GraphStep(self, flat_inputs)
         carried: dict[str, Tensor] = {}
@@ -125,7 +125,7 @@ class GraphExecutor:
         output = [self._output(leaf, flat_inputs, carried) for leaf in self.capture.outputs]
         if step is not None:
             step.sweep_is_over()
-        return pytree.tree_unflatten(output, self.capture.output_spec)
+        return tree_unflatten(output, self.capture.output_spec)
 
     def _output(self, leaf: Any, flat_inputs: list[Any], carried: dict[str, Tensor]) -> Any:
         if not isinstance(leaf, Source):

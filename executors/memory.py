@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from scheduler.capture.flat import tree_leaves
 from scheduler.costs.cuda_memory import workspace_bytes
 from scheduler.costs.peak import count_bytes
 from scheduler.costs.resident import storage_bytes
@@ -69,7 +70,7 @@ def measure_peak(
         elif isinstance(item, torch.optim.Optimizer):
             tensors += [t for t in pytree.tree_leaves(dict(item.state)) if isinstance(t, Tensor)]
         else:
-            tensors += [t for t in pytree.tree_leaves(item) if isinstance(t, Tensor)]
+            tensors += [t for t in tree_leaves(item) if isinstance(t, Tensor)]
     if device is None:
         fallback = "cuda" if torch.cuda.is_available() else "cpu"
         device = tensors[0].device if tensors else torch.device(fallback)

@@ -145,7 +145,11 @@ def plans_of(model: nn.Module) -> tuple[Plan, ...]:
     plans = plans_within(model)
     if plans is None:
         return ()
-    return tuple(dict.fromkeys(runner.plan for runner in (plans.first, *plans.others)))
+    found: list[Plan] = []
+    for runner in (plans.first, *plans.others):
+        if runner.plan not in found:  # graphs of other Python state share one
+            found.append(runner.plan)
+    return tuple(found)
 
 
 def trace_of(model: nn.Module) -> str:

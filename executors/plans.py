@@ -156,9 +156,9 @@ class Plans:
                 return runner
         signature = CallSignature.of(call)
         frozen = self.first.frozen if self.trainable is None else self.trainable.frozen(flags)
-        alike = [r for r in (*reversed(self.others), self.first) if r.want == signature]
+        alike = [r for r in (*reversed(self.others), self.first) if r.takes(signature)]
         usable = [r for r in alike if r.frozen == frozen and r.runs_in(now, self.device.type)]
-        found = next((r for r in usable if r.holds()), None)
+        found = next((r for r in usable if r.reads_alike(signature) and r.holds()), None)
         if found is not None:
             if found is not self.first:
                 self.others.move_to_end(found)
@@ -185,14 +185,15 @@ class Plans:
             frozen: names of the parameters that do not require grad.
         """
         where, settings = f"planned {type(model).__name__}", self.settings
-        if not alike and settings.on_new_shape == "error":
+        state = any(r.reads_alike(signature) for r in usable)  # Python state is all that differs
+        if not any(r.reads_alike(signature) for r in alike) and settings.on_new_shape == "error":
             self.first.want.check(call, where)
         differs = self._difference(signature, alike, usable, frozen)
-        if not usable and settings.on_new_shape == "error":
+        if not state and settings.on_new_shape == "error":
             raise PlanMismatch(
                 f"{where}: {differs}; call solve() as things are now, and execute that plan too"
             )
-        if not usable and settings.on_new_shape == "plain":
+        if not state and settings.on_new_shape == "plain":
             logger.warning("%s: %s; such calls run without a plan", where, differs)
             if not alike:
                 self.plain.add(signature)
@@ -233,7 +234,8 @@ class Plans:
         if not alike:
             return self.first.want.difference(signature)
         if usable:
-            return usable[0].changes()
+            same = next((r for r in usable if r.reads_alike(signature)), None)
+            return usable[0].want.difference(signature) if same is None else same.changes()
         for runner in alike:
             text = environment_difference(runner.plan.capture.environment, environment_text(self.device.type))
             if text is not None:

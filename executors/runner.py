@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from executors.graph import GraphExecutor
 from executors.guard import Guard
@@ -18,7 +17,7 @@ from executors.modules import ModuleExecutor
 from scheduler.budget import format_bytes, machine_bytes
 from scheduler.capture.eager import wrapped_forward
 from scheduler.capture.environment import Environment, environment_difference, environment_text
-from scheduler.capture.flat import flatten
+from scheduler.capture.flat import flatten, map_tensors
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
 from scheduler.capture.module_capture import ModuleCapture, capture_modules, recorded_modules
 from scheduler.capture.python_state import MISSING
@@ -94,6 +93,27 @@ class Runner:
         plain = functools.partial(plain_forward, model)
         return ModuleExecutor(capture, self.plan.program, model, plain, check=self.check)
 
+    def takes(self, signature: CallSignature) -> bool:
+        """Whether the plan is for tensors like these, whatever the plain values beside them."""
+        if signature.structure != self.want.structure:
+            return False
+        pairs = zip(self.want.described, signature.described, strict=True)
+        return all(a == b for a, b in pairs if "tensor" in (a[0], b[0]))
+
+    def reads_alike(self, signature: CallSignature) -> bool:
+        """Whether the plain values in a call are those of the plan, as far as they matter.
+
+        Code of blocks reads them itself; there they matter if they may lead it another way.
+        """
+        graph = isinstance(self.executor, GraphExecutor)
+        unread = self.executor.capture.graph.face.unread if graph else self.plan.capture.unread  # type: ignore[union-attr]
+        for leaf, (a, b) in enumerate(zip(self.want.described, signature.described, strict=True)):
+            if a[0] == "tensor" or leaf in unread or (a == b and type(a[-1]) is type(b[-1])):
+                continue
+            if self.plan.capture.kind == "graph" or not _both_numbers(a[-1], b[-1]):
+                return False
+        return True
+
     def runs_in(self, environment: Environment, kind: str) -> bool:
         """Whether the process is in the state that the plan was made in."""
         if self._environment is None:
@@ -106,14 +126,14 @@ class Runner:
     def holds(self) -> bool:
         """Whether what the plan took for constant of Python state is still so."""
         if isinstance(self.executor, GraphExecutor):
-            return self.executor.capture.graph.guards.holds()
+            return self.executor.capture.graph.face.guards.holds()
         return self.guard.in_modes()
 
     def changes(self) -> str:
         """What the plan took for constant and is otherwise now, in words."""
         if not isinstance(self.executor, GraphExecutor):
             return self.guard.mode_difference() or ""
-        found = self.executor.capture.graph.guards.changes()
+        found = self.executor.capture.graph.face.guards.changes()
         shown = [f"{path} is {in_words(now)} instead of {in_words(then)}" for path, then, now in found[:3]]
         return ", ".join(shown) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
@@ -220,7 +240,12 @@ def cut_off(call: Call) -> Call:
             made[id(tensor)] = copy.requires_grad_(tensor.requires_grad)
         return made[id(tensor)]
 
-    return pytree.tree_map_only(Tensor, copied, call)
+    return map_tensors(copied, call)
+
+
+def _both_numbers(a: Any, b: Any) -> bool:
+    """Whether both are numbers, and both are 0 or neither is: a probability of 0 is often another way through the code."""
+    return type(a) in (int, float) and type(a) is type(b) and (a == 0) == (b == 0)
 
 
 def in_words(value: Any) -> str:

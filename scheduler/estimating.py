@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from scheduler.budget import format_bytes, machine_bytes, parse_budget
 from scheduler.capture.dry import without_hardware
+from scheduler.capture.flat import map_tensors, tree_leaves
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.sample import read_sample, unplanned
 from scheduler.capture.state import model_device
@@ -237,9 +237,7 @@ def _collapsed(path: str) -> str:
 
 def _batch(call: Any) -> int:
     """The size of dimension 0 that most tensors share; 0 if there is none."""
-    sizes = Counter(
-        t.shape[0] for t in pytree.tree_leaves(call) if isinstance(t, Tensor) and t.ndim and t.shape[0]
-    )
+    sizes = Counter(t.shape[0] for t in tree_leaves(call) if isinstance(t, Tensor) and t.ndim and t.shape[0])
     return sizes.most_common(1)[0][0] if sizes else 0
 
 
@@ -256,7 +254,7 @@ def _scaled(call: Any, batch: int, wanted: int) -> Any:
             memo[id(tensor)] = like.requires_grad_(tensor.requires_grad)
         return memo[id(tensor)]
 
-    return pytree.tree_map_only(Tensor, scale, call)
+    return map_tensors(scale, call)
 
 
 def _largest(budget: int, known: dict[int, int], measure: Callable[[int], int]) -> int:

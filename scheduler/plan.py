@@ -51,6 +51,7 @@ class CaptureRecord:
         begins: (L - 1,) why each stage but the first begins where it does (empty for modules, and in old plans).
         left_out: (why, how many) gaps that are no cuts after all.
         evaluating: names of submodules that were in eval mode.
+        unread: leaves of the call, other than tensors, that the forward does not read.
         frozen: names of parameters that did not require grad.
         environment: what decides which ops run besides (``capture.environment``), as JSON; "" if not known.
         target: name of the device that was planned for without being there; "" for the one that held the model.
@@ -76,12 +77,13 @@ class CaptureRecord:
     begins: tuple[Cut, ...] = ()
     left_out: tuple[tuple[str, int], ...] = ()
     evaluating: tuple[str, ...] = ()
+    unread: tuple[int, ...] = ()
     frozen: tuple[str, ...] = ()
     environment: str = ""
     target: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("cuts", "stages", "random", "gaps", "evaluating", "frozen"):
+        for name in ("cuts", "stages", "random", "gaps", "evaluating", "unread", "frozen"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "changed", tuple(tuple(names) for names in self.changed))
         for name in ("fed", "dropped", "rerun", "ops"):

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from scheduler.budget import format_bytes, free_machine_bytes, machine_bytes, parse_budget
+from scheduler.capture.call_reads import CallReads
 from scheduler.capture.callables import CallableChain, as_model
 from scheduler.capture.dry import capture_dry, without_hardware
 from scheduler.capture.eager import replaced
 from scheduler.capture.environment import environment_text
 from scheduler.capture.fake import has_data
+from scheduler.capture.flat import map_tensors, tree_leaves
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
 from scheduler.capture.loss import find_loss
 from scheduler.capture.module_calls import Recurrence, intercepted, is_compiled
@@ -70,6 +71,7 @@ class Request:
     optimizer_state: int
     optimizer_step: int | None
     progress: Progress
+    unread: frozenset[int] = frozenset()  # leaves of that which the forward does not read
     arrives: Call | None = None  # what reaches the model's forward, behind its own hooks
 
 
@@ -235,6 +237,7 @@ def _plan(request: Request, parameters: Mapping[str, Any]) -> Plan:
         structure=signature.structure,
         leaves=signature.leaves,
         model=model_fingerprint(model),
+        unread=tuple(sorted(request.unread)),
         evaluating=tuple(name for name, module in model.named_modules() if not module.training),
         frozen=tuple(name for name, p in model.named_parameters() if not p.requires_grad),
         environment=environment_text(model_device(model).type),
@@ -311,13 +314,13 @@ def checked(
         call = canonical_call(forward_signature(model), args, kwargs)
     except TypeError as error:
         raise ValueError(f"solve: the sample does not fit {type(model).__name__}.forward: {error}") from error
-    for leaf in pytree.tree_leaves(call):
+    for leaf in tree_leaves(call):
         if target is None and isinstance(leaf, torch.Tensor) and leaf.device.type != own.type:
             raise ValueError(
                 f"solve: a tensor of the sample lies on {leaf.device}, the model on {own}; move the sample there"
             )
     if target is None:
-        _refuse_without_data("the sample", pytree.tree_leaves(call))
+        _refuse_without_data("the sample", tree_leaves(call))
     return Request(
         model,
         budget,
@@ -380,8 +383,14 @@ def _warm_up(request: Request) -> tuple[Recurrence, bool]:
     def note(forward: Callable[..., Any]) -> Callable[..., Any]:
         def noted(*args: Any, **kwargs: Any) -> Any:
             arrives = canonical_call(signature, args, kwargs)
-            request.arrives = pytree.tree_map_only(torch.Tensor, _cut_off, arrives)
-            return forward(*args, **kwargs)
+            request.arrives = map_tensors(_cut_off, arrives)
+            calls = CallReads(model, arrives)
+            args, kwargs = calls.watched(arrives)
+            try:
+                with calls.recording():
+                    return forward(*args, **kwargs)
+            finally:
+                request.unread = calls.unread()
 
         return noted
 

@@ -41,10 +41,9 @@ def in_parts(graph: OpGraph, call: Call) -> OpGraph:
     Returns:
         another graph on the same parameters; ``graph`` itself if there is nothing to take apart.
     """
-    inputs, first = graph.inputs(call), graph
+    inputs, face = graph.inputs(call), graph.face
     while (module := _one_level_down(graph)) is not None:
-        graph = analyse(module, inputs)
-    graph.positions, graph.state, graph.guards = first.positions, first.state, first.guards
+        graph = analyse(module, inputs).shown_as(face)
     return graph
 
 

@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from scheduler.capture.flat import map_tensors
 from scheduler.capture.sharded import sharded_within
 from scheduler.errors import CaptureError
 
@@ -77,7 +78,7 @@ def fake_call(call: Any, mode: FakeTensorMode, device: str = "cpu") -> Any:
             memo[id(tensor)] = _faked(tensor, mode, device)
         return memo[id(tensor)]
 
-    return pytree.tree_map_only(Tensor, fake, call)
+    return map_tensors(fake, call)
 
 
 class Watch(TorchDispatchMode):

@@ -1,17 +1,135 @@
-"""The leaves of a call: by a short way where arguments are tensors, plain values and tuples of them, as in most calls of blocks."""
+"""Flatten and unflatten calls and outputs.
+
+As torch's pytree does, with two differences: tensors, plain values and flat tuples of these go a short way; and objects that
+pytree takes for leaves although they hold tensors (batches of tokenizers, dataclasses, namespaces, mappings) are opened.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["flatten", "tensor_leaves", "unflatten"]
+from scheduler.capture.python_state import is_plain, slots_of
+
+__all__ = [
+    "flatten",
+    "map_tensors",
+    "tensor_leaves",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_unflatten",
+    "unflatten",
+]
 
 # Of exactly these types: subclasses and anything else may be registered as containers.
 LEAVES = frozenset({Tensor, nn.Parameter, type(None), bool, int, float, str})
+DEEPEST = 8  # objects within objects that are opened
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectSpec:
+    """How the leaves of a tree with opened objects are put together.
+
+    Attributes:
+        outer: pytree's spec, of which each opened object is a leaf.
+        inner: for each leaf of that, None, or the (type, names of attributes, spec) of an opened object.
+        counts: leaves of each.
+    """
+
+    outer: Any
+    inner: tuple[tuple[type, tuple[str, ...], Any] | None, ...]
+    counts: tuple[int, ...]
+
+
+def _members(value: Any) -> dict[str, Any] | None:
+    """The attributes of an object that may be opened; None of any other."""
+    closed = (Tensor, nn.Module, type, torch.Generator)
+    if type(value) in LEAVES or is_plain(value) or callable(value) or isinstance(value, closed):
+        return None
+    found = {name: getattr(value, name) for name in slots_of(type(value)) if hasattr(value, name)}
+    found.update(getattr(value, "__dict__", {}))
+    return found or None
+
+
+def _holds_tensors(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, Tensor):
+        return True
+    if type(value) in LEAVES or depth > DEEPEST:
+        return False
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            return True
+        members = _members(leaf)
+        if members is not None and any(_holds_tensors(member, depth + 1) for member in members.values()):
+            return True
+    return False
+
+
+def tree_flatten(value: Any) -> tuple[list[Any], Any]:
+    """The leaves of a tree, objects that hold tensors opened, and what ``tree_unflatten`` needs to undo it."""
+    leaves, outer = pytree.tree_flatten(value)
+    if LEAVES.issuperset(map(type, leaves)) or not any(
+        _members(leaf) is not None and _holds_tensors(leaf) for leaf in leaves
+    ):
+        return leaves, outer
+    flat: list[Any] = []
+    inner: list[tuple[type, tuple[str, ...], Any] | None] = []
+    counts: list[int] = []
+    for leaf in leaves:
+        members = _members(leaf)
+        if members is None or not _holds_tensors(leaf):
+            flat.append(leaf)
+            inner.append(None)
+            counts.append(1)
+            continue
+        below, spec = tree_flatten(tuple(members.values()))
+        flat += below
+        inner.append((type(leaf), tuple(members), spec))
+        counts.append(len(below))
+    return flat, ObjectSpec(outer, tuple(inner), tuple(counts))
+
+
+def tree_unflatten(leaves: list[Any], spec: Any) -> Any:
+    """A tree of these leaves; opened objects are others, of the same classes."""
+    if not isinstance(spec, ObjectSpec):
+        return pytree.tree_unflatten(leaves, spec)
+    each = iter(leaves)
+    outer = []
+    for opened, count in zip(spec.inner, spec.counts, strict=True):
+        below = list(islice(each, count))
+        if opened is None:
+            outer += below
+            continue
+        kind, names, inner = opened
+        made: Any = _blank(kind)
+        for name, member in zip(names, tree_unflatten(below, inner), strict=True):
+            object.__setattr__(made, name, member)
+        outer.append(made)
+    return pytree.tree_unflatten(outer, spec.outer)
+
+
+def _blank(kind: type) -> Any:
+    try:
+        return kind.__new__(kind)  # type: ignore[call-overload] # no metaclass
+    except TypeError:  # it asks for arguments
+        return object.__new__(kind)
+
+
+def tree_leaves(value: Any) -> list[Any]:
+    """The leaves of a tree, numbered as by ``tree_flatten``."""
+    return tree_flatten(value)[0]
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """The same tree with other tensors."""
+    leaves, spec = tree_flatten(value)
+    return tree_unflatten([function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
 
 
 def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
@@ -28,7 +146,7 @@ def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], A
             leaves += value
             groups.append(len(value))
         else:
-            return pytree.tree_flatten((args, kwargs))
+            return tree_flatten((args, kwargs))
     return leaves, (len(args), tuple(kwargs), tuple(groups))
 
 
@@ -40,7 +158,7 @@ def unflatten(leaves: list[Any], spec: Any) -> tuple[tuple[Any, ...], dict[str, 
             each = iter(leaves)
             leaves = [next(each) if size is None else tuple(islice(each, size)) for size in groups]
         return tuple(leaves[:count]), dict(zip(names, leaves[count:], strict=True))
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    args, kwargs = tree_unflatten(leaves, spec)
     return args, kwargs
 
 
@@ -50,4 +168,4 @@ def tensor_leaves(value: Any) -> list[tuple[int, Tensor]]:
         return [(0, value)]
     if type(value) is tuple and LEAVES.issuperset(map(type, value)):
         return [(i, leaf) for i, leaf in enumerate(value) if isinstance(leaf, Tensor)]
-    return [(i, leaf) for i, leaf in enumerate(pytree.tree_leaves(value)) if isinstance(leaf, Tensor)]
+    return [(i, leaf) for i, leaf in enumerate(tree_leaves(value)) if isinstance(leaf, Tensor)]

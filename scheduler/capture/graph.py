@@ -23,8 +23,10 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
+from scheduler.capture.call_reads import CallReads
 from scheduler.capture.eager import replaced
-from scheduler.capture.python_state import Snapshot
+from scheduler.capture.flat import tree_flatten, tree_leaves, tree_unflatten
+from scheduler.capture.python_state import MISSING, Snapshot, is_plain
 from scheduler.capture.reads import Guards, Reads, StateTensor, state_tensors
 from scheduler.capture.sample import Call
 from scheduler.capture.state import bare
@@ -101,6 +103,30 @@ class Op:
         return torch.Tag.nondeterministic_seeded in getattr(self.node.target, "tags", ())
 
 
+@dataclass(frozen=True, slots=True)
+class Face:
+    """What the inputs and outputs of an op graph are to those who call the model.
+
+    Attributes:
+        positions: for each placeholder, its place among the leaves of the call; state tensors follow these.
+        state: for each state tensor among the inputs, its places; none of one that the graph does not read.
+        guards: the Python state that the traced forward read.
+        unread: leaves of the call, other than tensors, that the forward did not read.
+        outputs: the leaves of the model's output; OUTPUT in the places of what the graph gives.
+        output_spec: how to put them together.
+    """
+
+    positions: tuple[int, ...] = ()
+    state: tuple[tuple[StateTensor, ...], ...] = ()
+    guards: Guards = field(default_factory=Guards)
+    unread: frozenset[int] = frozenset()
+    outputs: tuple[Any, ...] = ()
+    output_spec: Any = None
+
+
+OUTPUT = object()
+
+
 @dataclass(slots=True)
 class OpGraph:
     """The captured model: ops in order, storages, and where everything comes from.
@@ -111,9 +137,7 @@ class OpGraph:
         groups: storages by id.
         placeholders: input nodes, in the order of the flattened call.
         attributes: get_attr nodes -> dotted name in ``module``.
-        positions: for each of them, its place among the leaves of the call; state tensors follow these.
-        state: for each state tensor among the inputs, its places; none of one that the graph does not read.
-        guards: the Python state that the traced forward read.
+        face: what inputs and outputs are to a caller.
         group_of: storages of each node's result.
         grad_of: whether each node's result requires grad.
         layout_of: how each node's result lies in its storage, if it is a tensor.
@@ -131,18 +155,23 @@ class OpGraph:
     outputs: list[Any]
     output_spec: Any
     layout_of: dict[fx.Node, Layout] = field(default_factory=dict)
-    positions: tuple[int, ...] = ()
-    state: tuple[tuple[StateTensor, ...], ...] = ()
-    guards: Guards = field(default_factory=Guards)
+    face: Face = field(default_factory=Face)
 
     def flat(self, leaves: Sequence[Any]) -> list[Any]:
         """The leaves of a call, and the state tensors after them."""
-        return [*leaves, *(places[0].get() if places else None for places in self.state)]
+        return [*leaves, *(places[0].get() if places else None for places in self.face.state)]
 
     def inputs(self, call: Call) -> list[Any]:
         """What the placeholders stand for in a call."""
-        flat = self.flat(pytree.tree_leaves(call))
-        return [flat[position] for position in self.positions]
+        flat = self.flat(tree_leaves(call))
+        return [flat[position] for position in self.face.positions]
+
+    def shown_as(self, face: Face) -> OpGraph:
+        """The same graph to callers of a model."""
+        given = iter(self.outputs)
+        self.face, self.output_spec = face, face.output_spec
+        self.outputs = [next(given) if leaf is OUTPUT else leaf for leaf in face.outputs]
+        return self
 
     def constants(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Tensors that the export lifted out of the code: in the graph, but not in the model."""
@@ -296,22 +325,66 @@ def export_graph(model: nn.Module, call: Call) -> OpGraph:
             raise CaptureError(
                 f"submodule {name!r} is a SyncBatchNorm, whose ops depend on torch.distributed"
             )
+    module, trace = _exported(model, call)
+    writes = trace.writes
+    if not trace.written:
+        return trace.told(analyse(module, trace.inputs))
+    if writes is None:
+        raise _Writes(trace.written)
+    # A first forward may fill in what is not set yet. If another one then leaves all as it is, so may the graph.
+    with made(writes):
+        module, trace = _exported(model, call)
+        if trace.written:
+            raise _Writes(trace.written)
+        graph = trace.told(analyse(module, trace.inputs))
+    graph.face.guards.settle_by(writes)
+    return graph
+
+
+class _Writes(CaptureError):
+    """The forward changes Python state."""
+
+    def __init__(self, places: Sequence[str]) -> None:
+        super().__init__(
+            f"the forward changes Python state ({', '.join(places[:3])}), which an exported graph does not"
+        )
+
+
+@contextmanager
+def made(writes: Sequence[tuple[Any, Any, Any, Any]]) -> Iterator[None]:
+    """Within it, these (dict, key, before, after) are made."""
+    for container, key, _, after in writes:
+        container[key] = after
+    try:
+        yield
+    finally:
+        for container, key, before, _ in writes:
+            if before is MISSING:
+                container.pop(key, None)
+            else:
+                container[key] = before
+
+
+def _exported(model: nn.Module, call: Call) -> tuple[fx.GraphModule, _Trace]:
+    """What torch.export makes of a call, and what was seen of the model's code meanwhile.
+
+    Raises:
+        CaptureError: torch.export fails, or the graph would lack something; says why.
+    """
     trace = _Trace(model, call)
     with _noted() as dropped, _quiet(), trace.flattened() as root:
         try:
             program = torch.export.export(root, tuple(trace.inputs), strict=False)
             module = program.module()
+        except CaptureError:
+            raise
         except Exception as error:  # export raises whatever the model's code or its own passes raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CaptureError(f"torch.export failed: {reason[:300]}") from error
     if dropped:
         raise CaptureError(dropped[0])
-    if trace.written:
-        raise CaptureError(
-            f"the forward changes Python state ({', '.join(trace.written[:3])}), which an exported graph does not"
-        )
     assert isinstance(module, fx.GraphModule)
-    return trace.told(analyse(module, trace.inputs))
+    return module, trace
 
 
 class _Trace:
@@ -320,16 +393,21 @@ class _Trace:
     Attributes:
         inputs: the tensors, in this order.
         written: places in Python state that the forward changed.
+        writes: the changes, if they are all of plain values; see ``Snapshot.plain_writes``.
     """
 
     def __init__(self, model: nn.Module, call: Call) -> None:
         self.model = model
-        self.leaves, self.spec = pytree.tree_flatten(call)
+        self.leaves, self.spec = tree_flatten(call)
         self.given = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)]
         self.reads = Reads(model)
         self.state = state_tensors(model, self.reads.roots)
         self.inputs = [self.leaves[i] for i in self.given] + [places[0].get() for places in self.state]
         self.written: list[str] = []
+        self.writes: list[tuple[Any, Any, Any, Any]] | None = None
+        self.calls = CallReads(model, call)
+        self.outputs: list[Any] = []
+        self.output_spec: Any = None
 
     @contextmanager
     def flattened(self) -> Iterator[nn.Module]:
@@ -340,8 +418,9 @@ class _Trace:
             leaves = self.leaves.copy()
             for position, tensor in zip(self.given, tensors, strict=False):
                 leaves[position] = tensor
-            args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+            args, kwargs = tree_unflatten(leaves, self.spec)
             count = len(self.given)
+            call = self.calls.watched((args, kwargs))
             held = [(place, place.get()) for places in self.state for place in places]
             ours = [
                 (place, t) for places, t in zip(self.state, tensors[count:], strict=True) for place in places
@@ -350,13 +429,22 @@ class _Trace:
             for place, tensor in ours:
                 place.put(tensor)
             try:
-                with self.reads.recording():
-                    return forward(*args, **kwargs)
+                with self.reads.recording(), self.calls.recording():
+                    output = forward(*call[0], **call[1])
             finally:
                 for (place, mine), (_, original) in zip(ours, held, strict=True):
                     if place.get() is mine:  # else the forward has put another one there
                         place.put(original)
-                self.written = before.changes()
+                self.written, self.writes = before.changes(), before.plain_writes()
+            self.outputs, self.output_spec = tree_flatten(output)
+            strange = next(
+                (o for o in self.outputs if not isinstance(o, torch.Tensor) and not is_plain(o)), None
+            )
+            if strange is not None:
+                raise CaptureError(
+                    f"the forward returns a {type(strange).__name__}, which an exported graph cannot make"
+                )
+            return tuple(o for o in self.outputs if isinstance(o, torch.Tensor))
 
         flat.eager = True  # type: ignore[attr-defined] # not somebody's own (eager.wrapped_forward)
         try:
@@ -369,10 +457,15 @@ class _Trace:
         """The graph with what the trace knows of its inputs."""
         count = len(self.given)
         used = [bool(node.users) or node in graph.outputs for node in graph.placeholders[count:]]
-        graph.state = tuple(tuple(p) if read else () for p, read in zip(self.state, used, strict=True))
-        graph.positions = (*self.given, *(len(self.leaves) + i for i in range(len(self.state))))
-        graph.guards = self.reads.guards([p for p, read in zip(self.state, used, strict=True) if read])
-        return graph
+        face = Face(
+            (*self.given, *(len(self.leaves) + i for i in range(len(self.state)))),
+            tuple(tuple(p) if read else () for p, read in zip(self.state, used, strict=True)),
+            self.reads.guards([p for p, read in zip(self.state, used, strict=True) if read]),
+            self.calls.unread(),
+            tuple(OUTPUT if isinstance(leaf, torch.Tensor) else leaf for leaf in self.outputs),
+            self.output_spec,
+        )
+        return graph.shown_as(face)
 
 
 def analyse(module: fx.GraphModule, inputs: Sequence[Any]) -> OpGraph:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from scheduler.capture.composite import in_parts
 from scheduler.capture.eager import as_eager
 from scheduler.capture.fake import Watch
+from scheduler.capture.flat import tree_leaves, tree_unflatten
 from scheduler.capture.graph import OpGraph, export_graph, resolve
 from scheduler.capture.linearize import Linear, linearize
 from scheduler.capture.recompute import op_rows
@@ -107,7 +107,7 @@ class GraphCapture:
         Args:
             visit: called with (stage, arguments) before each stage runs.
         """
-        flat = self.graph.flat(pytree.tree_leaves(call))
+        flat = self.graph.flat(tree_leaves(call))
         boundary: tuple[Tensor, ...] = ()
         carried: dict[str, Tensor] = {}
         for k, stage in enumerate(self.stages):
@@ -130,7 +130,7 @@ class GraphCapture:
                 output.append(resolve(model, leaf.key) if own else places[leaf.kind][leaf.key])
             else:
                 output.append(leaf)
-        return pytree.tree_unflatten(output, self.output_spec)
+        return tree_unflatten(output, self.output_spec)
 
     def trial(self, model: nn.Module, call: Call) -> Any:
         """A sweep in grad mode; the backward that follows notes how gradients lie in memory when they cross a cut."""
@@ -162,7 +162,7 @@ class GraphCapture:
         """The part of the model's output that ``stage`` makes, None in the place of the rest."""
         made = {name: results[i] for name, i in zip(stage.carried, stage.carried_from, strict=True)}
         leaves = [made.get(leaf.key) if isinstance(leaf, Source) else leaf for leaf in self.outputs]
-        return pytree.tree_unflatten(leaves, self.output_spec)
+        return tree_unflatten(leaves, self.output_spec)
 
     def record(self) -> dict[str, Any]:
         """What a plan keeps of this capture, to make it again."""
@@ -277,7 +277,7 @@ def capture_graph(
     stages = compile_stages(graph, linear, model)
     constants = graph.constants(model)
     made = {name for stage in stages for name in stage.carried}
-    inputs = {node.name: at for at, node in zip(graph.positions, graph.placeholders, strict=True)}
+    inputs = {node.name: at for at, node in zip(graph.face.positions, graph.placeholders, strict=True)}
     outputs: list[Any] = []
     for leaf in graph.outputs:
         name = getattr(leaf, "name", None)

@@ -7,17 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from scheduler.capture.flat import tree_leaves
 
 __all__ = ["find_loss", "output_tensors"]
 
 
 def output_tensors(output: Any) -> list[Tensor]:
     """All tensors in a model's output; attributes are looked at if it is no registered container."""
-    found = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-    if not found and hasattr(output, "__dict__"):
-        found = [leaf for leaf in pytree.tree_leaves(vars(output)) if isinstance(leaf, Tensor)]
-    return found
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def find_loss(output: Any) -> tuple[Tensor, bool]:

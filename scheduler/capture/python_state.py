@@ -204,6 +204,17 @@ class Snapshot:
         """The places where something else is held now, as a user would write them; equal plain values are no change."""
         return [holder.named(key) for holder, before in self.before for key in holder.changed(before)]
 
+    def plain_writes(self) -> list[tuple[Any, Any, Any, Any]] | None:
+        """The changes as (dict, key, before, after), MISSING for nothing; None if one is of anything but a plain value."""
+        found = []
+        for holder, before in self.before:
+            for key in holder.changed(before):
+                after = holder.thing.get(key, MISSING) if holder.kind == "dict" else MISSING
+                if not is_plain(after):
+                    return None
+                found.append((holder.thing, key, before.get(key, MISSING), after))
+        return found
+
     def restore(self) -> None:
         """Put everything back; what has not changed is not touched."""
         for holder, before in self.before:

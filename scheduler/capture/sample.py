@@ -7,6 +7,7 @@ every later training call meet in one shape.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
@@ -16,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from scheduler.capture.flat import tree_flatten
 from scheduler.capture.sharded import placement, reject_tensor_parallel, reject_wrapped, reshard
 from scheduler.errors import PlanMismatch
 
@@ -148,10 +149,17 @@ def _describe(leaf: Any) -> list[Any]:
         return ["tensor", list(leaf.shape), str(leaf.dtype), leaf.device.type, leaf.requires_grad]
     if leaf is None or isinstance(leaf, (bool, int, float, str)):
         return ["value", leaf]
-    return ["object", f"{type(leaf).__module__}.{type(leaf).__qualname__}", repr(leaf)]
+    kind = f"{type(leaf).__module__}.{type(leaf).__qualname__}"
+    if isinstance(leaf, torch.Generator):
+        return ["generator", str(leaf.device)]
+    if kind == "numpy.ndarray":
+        return ["array", list(leaf.shape), str(leaf.dtype), hashlib.sha256(leaf.tobytes()).hexdigest()]
+    text = repr(leaf)
+    # Another object of the same kind is another value only if it says so.
+    return ["object", kind, kind if " at 0x" in text and not callable(leaf) else text]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CallSignature:
     """Structure, shapes, dtypes and devices of a canonical call; plain values by value.
 
@@ -166,8 +174,14 @@ class CallSignature:
     @classmethod
     def of(cls, call: Call) -> CallSignature:
         """The signature of a canonical call."""
-        flat, spec = pytree.tree_flatten(call)
+        flat, spec = tree_flatten(call)
         return cls(str(spec), json.dumps([_describe(leaf) for leaf in flat]))
+
+    @functools.cached_property
+    def described(self) -> list[list[Any]]:
+        """The description of each leaf."""
+        found: list[list[Any]] = json.loads(self.leaves)
+        return found
 
     def check(self, call: Call, where: str) -> None:
         """Compare with the signature of another call.
@@ -198,8 +212,8 @@ class CallSignature:
         """(leaf, here, there) of the first difference, in words; no leaf where the structures differ."""
         if other.structure != self.structure:
             return None, self.structure, other.structure
-        pairs = enumerate(zip(json.loads(self.leaves), json.loads(other.leaves), strict=True))
-        leaf, (want, got) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        pairs = enumerate(zip(self.described, other.described, strict=True))
+        leaf, (want, got) = next((i, pair) for i, pair in pairs if json.dumps(pair[0]) != json.dumps(pair[1]))
         return leaf, _words(want), _words(got)
 
 

@@ -152,7 +152,7 @@ def _source(
     entering: tuple[str, ...],
 ) -> Source | None:
     if node.op == "placeholder":
-        return Source("input", graph.positions[graph.placeholders.index(node)])
+        return Source("input", graph.face.positions[graph.placeholders.index(node)])
     if node.op == "get_attr":
         value = resolve(graph.module, graph.attributes[node])
         if not isinstance(value, torch.Tensor):

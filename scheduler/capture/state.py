@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
-from torch.utils import _pytree as pytree
 
 from scheduler.capture.fake import Watch
+from scheduler.capture.flat import map_tensors, tree_leaves
 from scheduler.capture.python_state import Snapshot
 from scheduler.capture.reads import StateTensor, roots_of, state_tensors
 from scheduler.capture.sample import Call
@@ -277,7 +277,7 @@ def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:
             each.update(before)
         take_gathered_grads(model)
         state.restore()
-        grads.update({tensor: grad for tensor, grad in gathered.items()})
+        grads = dict([*grads.items(), *gathered.items()])
         for tensor, grad in grads.items():
             tensor.grad = grad
         for tensor, value in values.items():
@@ -363,11 +363,11 @@ def set_apart(call: Call) -> Iterator[Call]:
 
     Storages are those of the given tensors.
     """
-    given = {id(t): t for t in pytree.tree_leaves(call) if isinstance(t, torch.Tensor)}
+    given = {id(t): t for t in tree_leaves(call) if isinstance(t, torch.Tensor)}
     before = {name: (t._version, t.detach().to("cpu", copy=True)) for name, t in given.items()}
     apart = {name: t.detach().requires_grad_() if t.requires_grad else t for name, t in given.items()}
     try:
-        yield pytree.tree_map_only(torch.Tensor, lambda t: apart[id(t)], call)
+        yield map_tensors(lambda t: apart[id(t)], call)
     finally:
         for name, (version, value) in before.items():
             if given[name]._version != version:  # the model changes its input in place

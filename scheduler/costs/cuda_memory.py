@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from scheduler.capture.dry import without_hardware
+from scheduler.capture.flat import tree_leaves
 from scheduler.capture.loss import find_loss
 from scheduler.capture.sample import Call
 from scheduler.capture.state import preserved, reverse
@@ -102,7 +102,7 @@ def allocator_slack(model: nn.Module, call: Call, device: Device, optimizer_stat
 
 def _standing(model: nn.Module, call: Call) -> list[Tensor]:
     """What is there before the step; of tensors that share a storage, one."""
-    tensors: list[Any] = [*model.parameters(), *model.buffers(), *pytree.tree_leaves(call)]
+    tensors: list[Any] = [*model.parameters(), *model.buffers(), *tree_leaves(call)]
     found = {t.untyped_storage()._cdata: t for t in tensors if isinstance(t, Tensor)}
     return list(found.values())
 

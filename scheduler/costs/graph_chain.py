@@ -295,7 +295,7 @@ def graph_chain(
                 rerun_state=rerun_state(capture, model, k),
             )
         )
-    state = [places[0].get() for places in graph.state if places]
+    state = [places[0].get() for places in graph.face.state if places]
     held = storage_bytes([*capture.constants.values(), *state], capture.place)
     fixed = resident + SMALL_TENSORS + held
     fixed += sum(stage.rerun_state for stage in stages)

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from scheduler.capture.flat import tensor_leaves
+from scheduler.capture.flat import map_tensors, tensor_leaves, tree_flatten, tree_unflatten
 from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.state import shielded
 from scheduler.costs.measure import Enter, StageCost, StageRun, as_leaf, fresh_grads, measure_stage
@@ -70,7 +69,7 @@ class BlockRun:
     ) -> None:
         self.waiting = [p for p in module.parameters() if p in waiting and p.requires_grad]
         self.capture, self.module, self.forward, self.existing = capture, module, forward, existing
-        self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
+        self.leaves, self.spec = tree_flatten((args, kwargs))
         self.tensors = tensor_leaves((args, kwargs))
         self.fed = frozenset(argument for argument, *_ in capture.blocks[index].fed) or frozenset(
             i for i, _ in self.tensors
@@ -84,7 +83,7 @@ class BlockRun:
         fresh = [enter(i, leaf) if i in self.grad else leaf for i, leaf in enumerate(self.leaves)]
         # As in a step, no leaf: autocast would put casts of a leaf into its cache.
         fresh = [t.view_as(t) if i in self.grad and t.is_leaf else t for i, t in enumerate(fresh)]
-        positional, named = pytree.tree_unflatten(fresh, self.spec)
+        positional, named = tree_unflatten(fresh, self.spec)
         return self.forward(*positional, **named)
 
     def trace(self) -> tuple[Hashable, Any]:
@@ -94,7 +93,7 @@ class BlockRun:
         torch.clear_autocast_cache()
         states = tuple(p in self.existing for p in self.module.parameters()), len(self.waiting)
         places = tuple(i for i, _ in self.tensors)
-        return (ops, states, places, self.fed), pytree.tree_map_only(Tensor, Tensor.detach, produced)
+        return (ops, states, places, self.fed), map_tensors(Tensor.detach, produced)
 
     def measure(self, clock: bool) -> BlockCost:
         """Run the block a few times and count.

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from scheduler.capture.flat import tree_leaves
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.module_calls import is_compiled
 from scheduler.capture.module_capture import ModuleCapture
@@ -168,7 +168,7 @@ def _lifetimes(capture: ModuleCapture, model: nn.Module, call: Call, boxes: dict
 
 
 def _tensors(call: Call) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
 
 
 def _seconds(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from scheduler.capture.flat import tree_leaves
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.sharded import local
@@ -55,7 +56,7 @@ def resident_parts(model: nn.Module, call: Any, device: Device) -> dict[str, int
             (p.grad for p in model.parameters() if p.grad is not None), device
         ),
         "buffers": storage_bytes(model.buffers(), device),
-        "inputs": storage_bytes((t for t in pytree.tree_leaves(call) if isinstance(t, Tensor)), device),
+        "inputs": storage_bytes((t for t in tree_leaves(call) if isinstance(t, Tensor)), device),
         "workspaces": workspace_bytes(device),
     }
 

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scheduler.capture.flat import tensor_leaves
+from scheduler.capture.flat import tensor_leaves, tree_flatten, tree_unflatten
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.module_calls import intercepted
 from scheduler.capture.module_capture import ModuleCapture
@@ -73,7 +72,7 @@ def stand_in(produced: Any, given: Iterable[Tensor]) -> Callable[[], Any] | None
     Args:
         given: the block's arguments and weights.
     """
-    leaves, spec = pytree.tree_flatten(produced)
+    leaves, spec = tree_flatten(produced)
     seen = {storage_key(tensor) for tensor in given}
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
@@ -90,7 +89,7 @@ def stand_in(produced: Any, given: Iterable[Tensor]) -> Callable[[], Any] | None
 
     def make() -> Any:
         copies = [torch.empty_like(leaf).copy_(leaf) for leaf in kept]
-        return pytree.tree_unflatten(copies, spec)
+        return tree_unflatten(copies, spec)
 
     return make
 
@@ -182,7 +181,7 @@ def _closed(node: _Node, args: Any, kwargs: Any, produced: Any) -> Any:
     given = [(i, t) for i, t in tensor_leaves((args, kwargs)) if t.requires_grad]
     node.positions = [i for i, _ in given]
     edge = _Edge.apply(node, torch.empty(0, device=node.device, requires_grad=True), *(t for _, t in given))
-    leaves, spec = pytree.tree_flatten(produced)
+    leaves, spec = tree_flatten(produced)
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
             if not node.box.requires_grad.get(i, False):
@@ -191,7 +190,7 @@ def _closed(node: _Node, args: Any, kwargs: Any, produced: Any) -> Any:
             leaves[i] = _Cut.apply(edge, node, [leaf])
             if leaf._is_view():  # of which a change in place is reversed on copies of the whole base
                 leaves[i] = leaves[i].view_as(leaves[i])
-    return pytree.tree_unflatten(leaves, spec)
+    return tree_unflatten(leaves, spec)
 
 
 def run_skeleton(

@@ -7,8 +7,8 @@ from itertools import chain
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
+from scheduler.capture.flat import tree_unflatten
 from scheduler.capture.graph import OpGraph
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.loss import find_loss
@@ -102,6 +102,6 @@ def _loss(capture: GraphCapture) -> fx.Node | None:
             leaves[leaf] = torch.empty(layout.shape, dtype=layout.dtype, device="meta").requires_grad_(
                 graph.grad_of[leaf]
             )
-    output = pytree.tree_unflatten([leaves.get(leaf, leaf) for leaf in graph.outputs], capture.output_spec)
+    output = tree_unflatten([leaves.get(leaf, leaf) for leaf in graph.outputs], capture.output_spec)
     loss, own = find_loss(output)
     return next(node for node, tensor in leaves.items() if tensor is loss) if own else None

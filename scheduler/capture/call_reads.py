@@ -1,0 +1,208 @@
+"""Which plain values of a call a forward reads: file names, indices and step counters that ride along in a batch need no plan of their own.
+
+An argument counts as read if the code of ``forward`` loads its name; of a dict among the arguments only the entries that
+are looked up, of an object with tensors in it only the attributes. Whatever lies deeper is read with these.
+"""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+
+from scheduler.capture.flat import tree_leaves
+from scheduler.capture.sample import Call
+
+__all__ = ["CallReads"]
+
+_ALL = frozenset({"locals", "vars", "eval", "exec", "inspect"})  # names by which code may reach any argument
+
+
+class CallReads:
+    """Records what of a call is read.
+
+    Args:
+        model: whose forward is to be called.
+        call: canonical.
+    """
+
+    def __init__(self, model: nn.Module, call: Call) -> None:
+        self._loaded = _loaded_names(type(model).forward)
+        self._read: set[int] = set()
+        self._plain: set[int] = set()
+        # By the identity of an object's attributes: name -> leaves.
+        self._objects: dict[int, dict[str, range]] = {}
+        self._kinds: dict[type, None] = {}
+        positional = list(self._loaded[1])
+        args, kwargs = call
+        self._entries = [
+            (positional[i] if i < len(positional) else None, value) for i, value in enumerate(args)
+        ]
+        self._entries += list(kwargs.items())
+        self._plain = {i for i, leaf in enumerate(tree_leaves(call)) if not isinstance(leaf, Tensor)}
+
+    def watched(self, call: Call) -> Call:
+        """The call with dicts and objects in it that note what is looked up in them."""
+        if not self._plain:
+            return call
+        args, kwargs = call
+        at = 0
+        values = []
+        for (name, _), value in zip(self._entries, (*args, *kwargs.values()), strict=True):
+            count = len(tree_leaves(value))
+            values.append(self._watch(name, value, range(at, at + count)))
+            at += count
+        return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
+
+    def _watch(self, name: str | None, value: Any, leaves: range) -> Any:
+        names, _ = self._loaded
+        if names is not None and name is not None and name not in names:
+            return value  # nobody loads it
+        if type(value) is dict and all(isinstance(key, str) for key in value):
+            places: dict[str, range] = {}
+            at = leaves.start
+            for key, item in value.items():
+                count = len(tree_leaves(item))
+                places[key] = range(at, at + count)
+                at += count
+            return _NotedDict(value, places, self._read)
+        if type(value) is SimpleNamespace:  # reads of a class written in C cannot be seen
+            value = _Namespace(**vars(value))
+        members = getattr(value, "__dict__", None)
+        if (
+            isinstance(members, dict)
+            and len(leaves) > 1
+            and not isinstance(value, (Tensor, nn.Module, dict, list, tuple))
+        ):
+            found: dict[str, range] = {}
+            at = leaves.start
+            for key, item in members.items():
+                count = len(tree_leaves(item))
+                found[key] = range(at, at + count)
+                at += count
+            if at == leaves.stop:
+                self._objects[id(members)] = found
+                self._kinds[type(value)] = None
+                return value
+        self._read.update(leaves)
+        return value
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record what is read of objects within the block; after ``watched``."""
+        before: list[tuple[Any, Any]] = []
+        kind: Any
+        try:
+            for kind in self._kinds:
+                own = vars(kind).get("__getattribute__")
+                try:
+                    kind.__getattribute__ = self._recorder(kind.__getattribute__)
+                except TypeError:  # a class written in C
+                    for places in self._objects.values():
+                        for each in places.values():
+                            self._read.update(each)
+                    continue
+                before.append((kind, own))
+            yield
+        finally:
+            for kind, own in before:
+                if own is None:
+                    del kind.__getattribute__
+                else:
+                    kind.__getattribute__ = own
+
+    def _recorder(self, original: Any) -> Any:
+        read, objects, attributes_of = self._read, self._objects, object.__getattribute__
+
+        def __getattribute__(self: Any, name: str) -> Any:  # noqa: N807 # it takes the place of that method
+            places = objects.get(id(attributes_of(self, "__dict__")))
+            if places is not None:
+                if name in places:
+                    read.update(places[name])
+                elif name == "__dict__":
+                    for each in places.values():
+                        read.update(each)
+            return original(self, name)
+
+        return __getattribute__
+
+    def unread(self) -> frozenset[int]:
+        """The leaves, other than tensors, that were not read."""
+        return frozenset(self._plain - self._read)
+
+
+class _Namespace(SimpleNamespace):
+    """A namespace of a class written in Python."""
+
+
+class _NotedDict(dict[str, Any]):
+    """A dict that notes which of its entries are looked up."""
+
+    def __init__(self, values: dict[str, Any], places: dict[str, range], read: set[int]) -> None:
+        super().__init__(values)
+        self._places, self._noted = places, read
+
+    def _note(self, key: Any) -> None:
+        self._noted.update(self._places.get(key, ()))
+
+    def _note_all(self) -> None:
+        for each in self._places.values():
+            self._noted.update(each)
+
+    def __getitem__(self, key: Any) -> Any:
+        self._note(key)
+        return super().__getitem__(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self._note(key)
+        return super().get(key, default)
+
+    def pop(self, key: Any, *default: Any) -> Any:
+        self._note(key)
+        return super().pop(key, *default)
+
+    # Keys are part of the call's structure; whoever goes through them may look up any.
+    def __iter__(self) -> Iterator[str]:
+        self._note_all()
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        self._note_all()
+        return super().keys()
+
+    def values(self) -> Any:
+        self._note_all()
+        return super().values()
+
+    def items(self) -> Any:
+        self._note_all()
+        return super().items()
+
+    def copy(self) -> Any:
+        self._note_all()
+        return dict(self)
+
+
+def _loaded_names(function: Any) -> tuple[frozenset[str] | None, tuple[str, ...]]:
+    """The names of locals that the code of a function loads, None if that cannot be told; its positional parameters."""
+    code = getattr(function, "__code__", None)
+    if code is None or hasattr(function, "__wrapped__"):
+        return None, ()
+    loaded: set[str] = set()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE", "LOAD_CLASSDEREF")):
+            names = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
+            loaded.update(names)
+        elif instruction.argval in _ALL:
+            return None, ()
+    variadic = tuple(
+        name for name, flag in zip(code.co_varnames[code.co_argcount + code.co_kwonlyargcount :][:2], (4, 8), strict=False)
+        if code.co_flags & flag
+    )  # fmt: skip # one expression
+    if code.co_flags & 8 or (variadic and any(name in loaded for name in variadic)):
+        return None, ()  # what goes on by **kwargs may be read anywhere
+    return frozenset(loaded), code.co_varnames[1 : code.co_argcount]
