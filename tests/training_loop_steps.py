@@ -108,8 +108,9 @@ def contents(loop: Loop) -> Contents:
 def of_model(model: nn.Module, found: Contents) -> Contents:
     """The model's part of ``contents``."""
     for name, parameter in model.named_parameters():
-        _flatten(f"parameter {name}", parameter, found)
         _flatten(f"gradient of {name}", parameter.grad, found)
+    for name, parameter in model.named_parameters():
+        _flatten(f"parameter {name}", parameter, found)
     for name, buffer in model.named_buffers():
         _flatten(f"buffer {name}", buffer, found)
     for name, module in model.named_modules():
@@ -221,20 +222,23 @@ def run(recipe: Recipe, called: nn.Module, handle: nn.Module) -> Run:
     """Train."""
     loop = Loop(recipe, called, handle)
     found = Run(loop, [])
+    loop.begin()
     for _ in range(STEPS):
         try:
             given = loop.step()
         except Exception as error:  # noqa: BLE001 # whatever torch raises, the planned loop must too
             found.error = error
             break
-        record = contents(loop)
+        record: Contents = {}
         for name, value in given.items():
-            _flatten(f"given: {name}", value, record)
-        found.records.append(record)
+            _flatten(name, value, record)
+        found.records.append(record | contents(loop))
     return found
 
 
-def judge(recipe: Recipe, *, measured: bool = False, spoil: Callable[[nn.Module], None] | None = None) -> Verdict:
+def judge(
+    recipe: Recipe, *, measured: bool = False, spoil: Callable[[nn.Module], None] | None = None
+) -> Verdict:
     """Train plainly and by a plan, and compare after each step.
 
     Args:
@@ -282,7 +286,12 @@ def _judge(
         if differs is not None:
             return Verdict("wrong", f"step {number}: {differs}")
     if found.error is not None:
-        return _failed(found.error, expected.error, f"step {len(found.records)}: ", len(expected.records) == len(found.records))
+        return _failed(
+            found.error,
+            expected.error,
+            f"step {len(found.records)}: ",
+            len(expected.records) == len(found.records),
+        )
     if expected.error is not None:
         return Verdict("wrong", f"the plain loop raises, the planned one does not: {_short(expected.error)}")
     if measured:
@@ -308,11 +317,10 @@ def _over(loop: Loop, budget: int, said: list[str]) -> str | None:
     loop.number = STEPS - 1
     loop.change()
     loop.x = loop.batch()
-    for _ in range(2):  # the first may plan, which it cannot while bytes are counted
-        loop.optimizer.zero_grad()
-        loop.x.grad = None
-        if not _:
-            loop.lesson()
+    loop.optimizer.zero_grad()
+    loop.lesson()  # this one may plan, which the next cannot: bytes are counted
+    loop.optimizer.zero_grad()
+    loop.x.grad = None
     loop.change()
     gc.collect()
     trained = [loop.called, loop.x, loop.leaves()]
@@ -321,10 +329,14 @@ def _over(loop: Loop, budget: int, said: list[str]) -> str | None:
     kept = max(kept, _kept(loop))
     if peak <= budget + kept or any(map(WORD.search, said)):
         return None
-    return f"peak {peak} over budget {budget} and {kept} of the loop's own state: {peak / (budget + kept):.3f}"
+    return (
+        f"peak {peak} over budget {budget} and {kept} of the loop's own state: {peak / (budget + kept):.3f}"
+    )
 
 
-WORD = re.compile(r"PeakWarning|over (its|the) budget|above the budget|more than the budget|without a plan|run plainly")
+WORD = re.compile(
+    r"PeakWarning|over (its|the) budget|above the budget|more than the budget|without a plan|run plainly"
+)
 
 
 def _kept(loop: Loop) -> int:
@@ -360,7 +372,9 @@ def listening() -> Iterator[list[str]]:
 # ---- made smaller ------------------------------------------------------------------------------------
 
 
-def shrunk(recipe: Recipe, verdict: Verdict, judged: Callable[[Recipe], Verdict] = judge) -> tuple[Recipe, Verdict]:
+def shrunk(
+    recipe: Recipe, verdict: Verdict, judged: Callable[[Recipe], Verdict] = judge
+) -> tuple[Recipe, Verdict]:
     """A simpler recipe that goes wrong in the same way: what is left is to blame."""
     for simpler in _simpler(recipe):
         found = judged(simpler)

@@ -217,10 +217,13 @@ class Loop:
         self.recipe, self.called, self.handle = recipe, called, handle
         self.number, self.contexts = 0, list[Any]()
         self.given: dict[str, Any] = {}
-        torch.manual_seed(recipe.seed + 1)
-        random.seed(recipe.seed)
-        np.random.seed(recipe.seed % 2**32)  # noqa: NPY002 # the global one is what models draw from
-        self._optimize()
+
+    def begin(self) -> None:
+        """Seed all generators, and make the optimizer."""
+        torch.manual_seed(self.recipe.seed + 1)
+        random.seed(self.recipe.seed)
+        np.random.seed(self.recipe.seed % 2**32)  # noqa: NPY002 # the global one is what models draw from
+        self.optimize()
 
     def owner(self, held: Held) -> Any:
         """The model or block that has it."""
@@ -231,7 +234,8 @@ class Loop:
         """Tensors with gradients that are no parameters."""
         return [t for held in self.recipe.states for t in STATES[held.kind].leaves(self.owner(held))]
 
-    def _optimize(self) -> None:
+    def optimize(self) -> None:
+        """An optimizer, of the model that is called now."""
         trained = [*self.called.parameters(), *self.leaves()]
         momentum = 0.5 if self.recipe.optimizer == "momentum" else 0.0
         self.optimizer = torch.optim.SGD(trained, lr=0.05, momentum=momentum)
@@ -424,7 +428,7 @@ def _reloaded(loop: Loop) -> None:
 
 def _copied(loop: Loop) -> None:
     loop.called = loop.handle = copy.deepcopy(loop.called)
-    loop._optimize()
+    loop.optimize()
 
 
 def _hooked(loop: Loop) -> None:
