@@ -1,7 +1,7 @@
 """Claim: of 1,000 random training loops none trains otherwise by its plan, and none takes more than its budget without a word.
 
-What a forward reads and writes besides parameters, buffers and arguments is drawn from ``tests/state_kinds.py``, what the loop
-does between from ``tests/training_loops.py``; ``tests/training_loop_steps.py`` compares all of it after each of five steps.
+What a forward reads and writes besides parameters, buffers and arguments is drawn from ``tests/state_kinds.py`` and ``tests/state_written.py``,
+what the loop does between from ``tests/training_loops.py``; ``tests/training_loop_steps.py`` compares all of it after each of five steps.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import time
 from collections import Counter, defaultdict
 
 from tests.state_kinds import STATES
-from tests.training_loop_steps import Verdict, blamed, draw, judge, shrunk
+from tests.training_loop_steps import Verdict, blamed, judge, shrunk
+from tests.training_loops import draw
 
 LOOPS = 1000
 MEASURED = 4  # one loop in so many has a peak measured

@@ -1,4 +1,4 @@
-"""Random training loops: drawn, run plainly and by a plan, and held against one another after every step."""
+"""Random training loops: run plainly and by a plan, and held against one another after every step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import FunctionType
@@ -21,71 +21,13 @@ from torch import Tensor, nn
 
 from executors import ReplayError, execute, measure_peak
 from scheduler import CaptureError, PlanMismatch, solve
-from scheduler.errors import InfeasibleBudget, NewShapeWarning, PeakWarning
+from scheduler.errors import InfeasibleBudget
 from tests.helpers import smallest
-from tests.state_kinds import STATES
-from tests.training_loops import (
-    EARLY,
-    EXTRAS,
-    LATE,
-    LEVELS,
-    MIDWAY,
-    ROOTS,
-    SHAPES,
-    STEPS,
-    Held,
-    Loop,
-    Recipe,
-    Step,
-    build,
-    tidy,
-)
+from tests.training_loops import Loop, tidy
+from tests.training_models import Recipe, Step, build
 
 OURS = (CaptureError, InfeasibleBudget, PlanMismatch, ReplayError)
 Contents = dict[str, Any]
-
-
-# ---- drawn -------------------------------------------------------------------------------------------
-
-
-def draw(seed: int) -> Recipe:
-    """The recipe of a seed."""
-    rng = random.Random(seed)
-    choose = rng.choice
-    blocks = tuple(
-        choose(("mlp", "norm", "norm", "drop", "batch", "item" if rng.random() < 0.3 else "mlp"))
-        for _ in range(choose((3, 4, 5)))
-    )
-    states: list[Held] = []
-    for kind in rng.sample(sorted(STATES), choose((0, 1, 1, 1, 2, 2, 3))):
-        owner = choose((EARLY, LATE, *range(len(blocks))))
-        states.append(Held(kind, owner, choose((*LEVELS, "each", "two", "once"))))
-    steps = [Step()] * STEPS
-    for _ in range(choose((0, 0, 1, 2))):  # what is odd about the loop
-        number, sort = rng.randrange(STEPS), choose(("shape", "extra", "extra", "midway"))
-        if sort == "shape":
-            steps[number] = replace(steps[number], shape=choose([*SHAPES][1:]))
-        elif sort == "extra":
-            steps[number] = replace(steps[number], extras=(*steps[number].extras, choose([*EXTRAS])))
-        else:
-            steps[number] = replace(steps[number], midway=choose([*MIDWAY][1:]))
-    return Recipe(
-        seed=seed,
-        blocks=blocks,
-        layout=choose(("list", "list", "sequential")),
-        output=choose(("loss", "rows", "dict")),
-        root=choose(("plain",) * 9 + ROOTS),
-        states=tuple(states),
-        steps=tuple(steps),
-        optimizer=choose(("plain", "momentum", "momentum", "in the backward")),
-        frozen=rng.random() < 0.15,
-        to_none=rng.random() < 0.7,
-        input_grad=rng.random() < 0.2,
-        smaller=rng.random() < 0.15,
-        handle=choose(("planned", "planned", "planned", "model")),
-        capture=choose(("auto", "auto", "auto", "graph", "modules")),
-        share=choose((0.0, 0.0, 0.5)),
-    )
 
 
 # ---- compared ----------------------------------------------------------------------------------------
@@ -218,13 +160,21 @@ class Run:
     error: Exception | None = None
 
 
-def run(recipe: Recipe, called: nn.Module, handle: nn.Module) -> Run:
-    """Train."""
+def run(
+    recipe: Recipe, called: nn.Module, handle: nn.Module, halfway: Callable[[Loop], None] | None = None
+) -> Run:
+    """Train.
+
+    Args:
+        halfway: called in the middle.
+    """
     loop = Loop(recipe, called, handle)
     found = Run(loop, [])
     loop.begin()
-    for _ in range(STEPS):
+    for number in range(len(recipe.steps)):
         try:
+            if halfway is not None and number == len(recipe.steps) // 2:
+                halfway(loop)
             given = loop.step()
         except Exception as error:  # noqa: BLE001 # whatever torch raises, the planned loop must too
             found.error = error
@@ -236,23 +186,18 @@ def run(recipe: Recipe, called: nn.Module, handle: nn.Module) -> Run:
     return found
 
 
-def judge(
-    recipe: Recipe, *, measured: bool = False, spoil: Callable[[nn.Module], None] | None = None
-) -> Verdict:
+def judge(recipe: Recipe, *, measured: bool = False) -> Verdict:
     """Train plainly and by a plan, and compare after each step.
 
     Args:
         measured: whether the peak of a further step is measured, too.
-        spoil: changes the planned model before it trains, to see that the comparison sees it.
     """
     with tidy(), listening() as said:
-        verdict = _judge(recipe, measured, spoil, said)
-    return replace(verdict, said=tuple(said))
+        verdict = _judge(recipe, measured, said)
+    return replace(verdict, said=said())
 
 
-def _judge(
-    recipe: Recipe, measured: bool, spoil: Callable[[nn.Module], None] | None, said: list[str]
-) -> Verdict:
+def _judge(recipe: Recipe, measured: bool, said: Callable[[], tuple[str, ...]]) -> Verdict:
     model = build(recipe)
     expected = run(recipe, model, model)
     model = build(recipe)
@@ -273,18 +218,24 @@ def _judge(
         if one is not two or name != other:
             return Verdict("wrong", f"after solve: {name} is another object")
     low = smallest(plan.chain)
+    plans = [plan.within(low + int(share * max(0, plan.plain.peak - low))) for share in recipe.shares]
+
+    def follow_the_other(loop: Loop) -> None:
+        loop.called = execute(plans[1], loop.called)
+        loop.handle = loop.called if recipe.handle == "planned" else loop.handle
+
     try:
-        plan = plan.within(low + int(recipe.share * max(0, plan.plain.peak - low)))
-        planned = execute(plan, model)
+        planned = execute(plans[0], model)
     except Exception as error:  # noqa: BLE001
         return _failed(error, None)
-    if spoil is not None:
-        spoil(planned)
-    found = run(recipe, planned, planned if recipe.handle == "planned" else model)
+    handle = planned if recipe.handle == "planned" else model
+    found = run(recipe, planned, handle, follow_the_other if len(plans) > 1 else None)
     for number, (have, want) in enumerate(zip(found.records, expected.records, strict=False)):
         differs = difference(have, want)
         if differs is not None:
             return Verdict("wrong", f"step {number}: {differs}")
+    if len(found.records) > len(expected.records):
+        return Verdict("wrong", f"the plain loop raises, the planned one does not: {_short(expected.error)}")
     if found.error is not None:
         return _failed(
             found.error,
@@ -292,10 +243,8 @@ def _judge(
             f"step {len(found.records)}: ",
             len(expected.records) == len(found.records),
         )
-    if expected.error is not None:
-        return Verdict("wrong", f"the plain loop raises, the planned one does not: {_short(expected.error)}")
     if measured:
-        over = _over(found.loop, plan.memory_budget, said)
+        over = _over(found.loop, plans[-1].memory_budget, said)
         if over is not None:
             return Verdict("over", over)
     return Verdict(plan.capture.kind)
@@ -312,9 +261,9 @@ def _failed(error: Exception, plain: Exception | None, where: str = "", there: b
     return Verdict("crash", message, where="".join(traceback.format_exception(error)))
 
 
-def _over(loop: Loop, budget: int, said: list[str]) -> str | None:
+def _over(loop: Loop, budget: int, said: Callable[[], tuple[str, ...]]) -> str | None:
     """By how much a further step is over the budget, if nothing was said about it."""
-    loop.number = STEPS - 1
+    loop.number = len(loop.recipe.steps)
     loop.change()
     loop.x = loop.batch()
     loop.optimizer.zero_grad()
@@ -327,7 +276,7 @@ def _over(loop: Loop, budget: int, said: list[str]) -> str | None:
     kept = _kept(loop)
     peak = measure_peak(loop.lesson, resident=trained).peak
     kept = max(kept, _kept(loop))
-    if peak <= budget + kept or any(map(WORD.search, said)):
+    if peak <= budget + kept or any(map(WORD.search, said())):
         return None
     return (
         f"peak {peak} over budget {budget} and {kept} of the loop's own state: {peak / (budget + kept):.3f}"
@@ -348,13 +297,13 @@ def _kept(loop: Loop) -> int:
 
 
 @contextmanager
-def listening() -> Iterator[list[str]]:
-    """What is said meanwhile: warnings, and lines of the log."""
-    said: list[str] = []
+def listening() -> Iterator[Callable[[], tuple[str, ...]]]:
+    """What has been said since: lines of the log, and warnings."""
+    lines: list[str] = []
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
+            lines.append(record.getMessage())
 
     logger, listener = logging.getLogger("rematplan"), Listener(logging.WARNING)
     propagate, logger.propagate = logger.propagate, False
@@ -362,11 +311,10 @@ def listening() -> Iterator[list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            yield said
+            yield lambda: (*lines, *(f"{w.category.__name__}: {w.message}" for w in caught))
         finally:
             logger.removeHandler(listener)
             logger.propagate = propagate
-            said += [f"{w.category.__name__}: {w.message}" for w in caught]
 
 
 # ---- made smaller ------------------------------------------------------------------------------------

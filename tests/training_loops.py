@@ -1,205 +1,23 @@
-"""Random training loops: what is drawn, the model it stands for, and the loop.
+"""Random training loops: what happens before a forward, between forward and backward, and how often each is run.
 
-``state_kinds.py`` has what a forward reads and writes; here are the model that it is put on, and the ways of a loop: what
-happens before a forward, between forward and backward, and how often each is run.
+What a forward reads and writes is in ``state_kinds.py`` and ``state_written.py``, the model in ``training_models.py``.
 """
 
 from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests.state_kinds import HIDDEN, ROWS, STATES, WIDTH, State
-
-STEPS = 5
-EARLY, LATE = -1, -2  # owners at the root: before the blocks, and after them
-
-LEVELS: dict[str, Callable[[int], float]] = {
-    "never": lambda step: 1.0,
-    "once": lambda step: 1.5 if step >= 2 else 1.0,
-    "two": lambda step: 1.0 + 0.5 * (step % 2),
-    "each": lambda step: 1.0 + 0.25 * step,
-    "soon": lambda step: 1.5,
-}
-
-
-@dataclass(frozen=True)
-class Held:
-    """A kind of state, and where it is: EARLY, LATE, or the number of a block.
-
-    Attributes:
-        change: how the loop changes it, of ``LEVELS``.
-    """
-
-    kind: str
-    owner: int
-    change: str
-
-    def __str__(self) -> str:
-        return f"{self.kind}({self.change}) at {({EARLY: 'root', LATE: 'root, late'}).get(self.owner, f'block {self.owner}')}"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step.
-
-    Attributes:
-        shape: of ``SHAPES``: forwards and backwards.
-        extras: of ``EXTRAS``: what comes before.
-        midway: of ``MIDWAY``: what happens between forward and backward.
-    """
-
-    shape: str = "plain"
-    extras: tuple[str, ...] = ()
-    midway: str = "nothing"
-
-    def __str__(self) -> str:
-        return "+".join([self.shape, *self.extras, *([f"midway {self.midway}"] * (self.midway != "nothing"))])
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A model, how it is planned, and the loop that trains it.
-
-    Attributes:
-        root: what is at the root before solve: of ``ROOTS``.
-        frozen: whether the first block starts frozen.
-        to_none: the argument of zero_grad.
-        smaller: whether the last batch is.
-        handle: whose attributes the loop changes: the planned model's, or those of the model that was planned.
-        share: of the way from the smallest budget to keeping all.
-    """
-
-    seed: int
-    blocks: tuple[str, ...]
-    layout: str
-    output: str
-    root: str
-    states: tuple[Held, ...]
-    steps: tuple[Step, ...]
-    optimizer: str
-    frozen: bool
-    to_none: bool
-    input_grad: bool
-    smaller: bool
-    handle: str
-    capture: str
-    share: float
-
-    def __str__(self) -> str:
-        odd = [f"step {i}: {step}" for i, step in enumerate(self.steps) if str(step) != "plain"]
-        flags = [name for name in ("frozen", "input_grad", "smaller") if getattr(self, name)]
-        rest = [self.layout, self.output, *([self.root] * (self.root != "plain")), self.optimizer, *flags]
-        return (
-            f"seed {self.seed} | {self.capture}, share {self.share}, by {self.handle} | {'; '.join(map(str, self.states)) or 'no state'}"
-            f" | {'; '.join(odd) or 'plain steps'} | {'-'.join(self.blocks)}, {', '.join(rest)}"
-        )
-
-
-# ---- the model ---------------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    """A residual block with states of its own."""
-
-    def __init__(self, kind: str, states: Sequence[State]) -> None:
-        super().__init__()
-        self.norm = {"norm": lambda: nn.LayerNorm(WIDTH), "batch": lambda: nn.BatchNorm1d(WIDTH)}.get(
-            kind, nn.Identity
-        )()
-        self.inner = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH))
-        self.drop = nn.Dropout(0.1) if kind == "drop" else nn.Identity()
-        self.kind, self.states, self.trap = kind, (*states,), False
-        for state in self.states:
-            state.begin(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.drop(self.inner(self.norm(x)))
-        if self.kind == "item":  # code that depends on data
-            y = y if float(y.detach().mean()) > 0 else y + 0.1
-        for state in self.states:
-            y = state.forward(self, y)
-        if self.trap:
-            raise KeyError("trap")
-        return x + y
-
-
-class Net(nn.Module):
-    """The model of a recipe."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__()
-        self.stem = nn.Linear(WIDTH, WIDTH)
-        blocks = [
-            Block(kind, [STATES[h.kind] for h in recipe.states if h.owner == i])
-            for i, kind in enumerate(recipe.blocks)
-        ]
-        self.blocks = nn.Sequential(*blocks) if recipe.layout == "sequential" else nn.ModuleList(blocks)
-        self.head = nn.Linear(WIDTH, 5)
-        self.layout, self.output = recipe.layout, recipe.output
-        self.early = tuple(STATES[h.kind] for h in recipe.states if h.owner == EARLY)
-        self.late = tuple(STATES[h.kind] for h in recipe.states if h.owner == LATE)
-        for state in (*self.early, *self.late):
-            state.begin(self)
-        if recipe.frozen:
-            blocks[0].requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Any:
-        x = self.stem(x)
-        for state in self.early:
-            x = state.forward(self, x)
-        if self.layout == "sequential":
-            x = self.blocks(x)
-        else:
-            for block in self.blocks:
-                x = block(x)
-        for state in self.late:
-            x = state.forward(self, x)
-        rows = self.head(x)
-        loss = rows.float().square().mean()
-        return {"loss": loss, "rows": rows, "dict": {"loss": loss, "rows": rows}}[self.output]
-
-
-class Called(Net):
-    """A model that does something where it is called."""
-
-    def __call__(self, x: Tensor) -> Any:
-        return super().__call__(x * 0.9)
-
-
-def _times(factor: float, output: Any) -> Any:
-    return {k: v * factor for k, v in output.items()} if isinstance(output, dict) else output * factor
-
-
-def _after(module: nn.Module, args: Any, output: Any) -> Any:
-    return _times(1.5, output)
-
-
-def _ahead(module: nn.Module, args: Any) -> Any:
-    return (args[0] * 1.1,)
-
-
-ROOTS = ("plain", "hook", "pre-hook", "__call__")
-
-
-def build(recipe: Recipe) -> Net:
-    """The model, with random weights, in train mode."""
-    torch.manual_seed(recipe.seed)
-    model = (Called if recipe.root == "__call__" else Net)(recipe).train()
-    if recipe.root == "hook":
-        model.register_forward_hook(_after)
-    if recipe.root == "pre-hook":
-        model.register_forward_pre_hook(_ahead)
-    return model
-
+from tests.state_kinds import ROWS, STATES, WIDTH
+from tests.training_models import EARLY, LATE, LEVELS, ROOTS, STEPS, Held, Recipe, Step, enlarged
 
 # ---- the loop ----------------------------------------------------------------------------------------
 
@@ -246,7 +64,7 @@ class Loop:
 
     def batch(self) -> Tensor:
         """The rows of this step."""
-        rows = ROWS // 2 if self.recipe.smaller and self.number == STEPS - 1 else ROWS
+        rows = ROWS // 2 if self.recipe.smaller and self.number >= len(self.recipe.steps) - 1 else ROWS
         generator = torch.Generator().manual_seed(self.recipe.seed + self.number)
         return torch.randn(rows, WIDTH, generator=generator).requires_grad_(self.recipe.input_grad)
 
@@ -294,16 +112,17 @@ class Loop:
 
     def note(self, name: str, tensor: Any) -> None:
         """Note what a step gave."""
-        self.given[name] = tensor.detach().clone() if isinstance(tensor, Tensor) else tensor
+        if self.number < len(self.recipe.steps):
+            self.given[name] = tensor.detach().clone() if isinstance(tensor, Tensor) else tensor
 
     def midway(self) -> None:
         """What happens between forward and backward."""
-        MIDWAY[self.recipe.steps[self.number].midway](self)
+        if self.number < len(self.recipe.steps):
+            MIDWAY[self.recipe.steps[self.number].midway](self)
 
     def lesson(self) -> None:
-        """A step without oddities, as the plan has it: what its peak is measured of."""
-        loss = self.forward(self.x)
-        loss.backward()
+        """Forwards and backwards of the last step: what a peak is measured of."""
+        SHAPES[self.recipe.steps[-1].shape](self)
 
 
 def _descend(tensor: Tensor) -> None:
@@ -432,7 +251,7 @@ def _copied(loop: Loop) -> None:
 
 
 def _hooked(loop: Loop) -> None:
-    loop.called.register_forward_hook(_after)
+    loop.called.register_forward_hook(enlarged)
 
 
 def _nothing(loop: Loop) -> None:
@@ -508,3 +327,48 @@ def tidy() -> Iterator[None]:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         np.random.set_state(states[2])  # noqa: NPY002
+
+
+# ---- drawn -------------------------------------------------------------------------------------------
+
+
+def draw(seed: int) -> Recipe:
+    """The recipe of a seed."""
+    rng = random.Random(seed)
+    choose = rng.choice
+    blocks = tuple(
+        choose(("mlp", "norm", "norm", "drop", "batch", "item" if rng.random() < 0.3 else "mlp"))
+        for _ in range(choose((3, 4, 5)))
+    )
+    states: list[Held] = []
+    for kind in rng.sample(sorted(STATES), choose((0, 1, 1, 1, 2, 2, 3))):
+        owner = choose((EARLY, LATE, *range(len(blocks))))
+        states.append(Held(kind, owner, choose((*LEVELS, "each", "two", "once"))))
+    steps = [Step()] * STEPS
+    for _ in range(choose((0, 0, 1, 2))):  # what is odd about the loop, in one step or from there on
+        first, sort = rng.randrange(STEPS), choose(("shape", "extra", "extra", "midway"))
+        odd = choose({"shape": [*SHAPES][1:], "extra": [*EXTRAS], "midway": [*MIDWAY][1:]}[sort])
+        for number in range(first, choose((first + 1, first + 1, STEPS))):
+            step = steps[number]
+            steps[number] = {
+                "shape": lambda step=step, odd=odd: replace(step, shape=odd),
+                "extra": lambda step=step, odd=odd: replace(step, extras=(*step.extras, odd)),
+                "midway": lambda step=step, odd=odd: replace(step, midway=odd),
+            }[sort]()
+    return Recipe(
+        seed=seed,
+        blocks=blocks,
+        layout=choose(("list", "list", "sequential")),
+        output=choose(("loss", "rows", "dict")),
+        root=choose(("plain",) * 9 + ROOTS),
+        states=tuple(states),
+        steps=tuple(steps),
+        optimizer=choose(("plain", "momentum", "momentum", "in the backward")),
+        frozen=rng.random() < 0.15,
+        to_none=rng.random() < 0.7,
+        input_grad=rng.random() < 0.2,
+        smaller=rng.random() < 0.15,
+        handle=choose(("planned", "planned", "planned", "model")),
+        capture=choose(("auto", "auto", "auto", "graph", "modules")),
+        shares=choose(((0.0,), (0.0,), (0.5,), (0.0, 0.5))),
+    )
