@@ -38,7 +38,7 @@ def contents(loop: Loop) -> Contents:
     found: Contents = {
         "torch's generator": torch.get_rng_state(),
         "Python's generator": random.getstate(),
-        "NumPy's generator": str(np.random.get_state()),  # noqa: NPY002
+        "NumPy's generator": np.random.get_state()[1].tobytes(),  # type: ignore[index, union-attr] # noqa: NPY002
     }
     of_model(loop.handle, found)
     for number, leaf in enumerate(loop.leaves()):

@@ -216,7 +216,7 @@ def _aborted(loop: Loop) -> None:
     """A batch that the model rejects."""
     try:
         loop.forward(torch.randn(ROWS, WIDTH + 1, generator=torch.Generator().manual_seed(0)))
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # the model's, or a ValueError that no plan can be made for it
         loop.note("aborted", True)
 
 
