@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -80,6 +82,8 @@ def test_the_comparison_sees_attributes_generators_and_gradients_of_leaves() -> 
         for spoil in (
             lambda: setattr(model, "layout", "other"),
             lambda: torch.rand(1),
+            random.random,
+            np.random.rand,
             lambda: loop.leaves()[0].grad.mul_(2),  # type: ignore[union-attr] # it has one
             lambda: model.latest.append(torch.zeros(16)),  # type: ignore[union-attr, operator] # a deque
             lambda: model.latest[0].add_(1),  # type: ignore[index] # a deque

@@ -35,10 +35,11 @@ Contents = dict[str, Any]
 
 def contents(loop: Loop) -> Contents:
     """Copies of all that a step may change: tensors, gradients, generators, attributes and what is in them."""
+    numpy: Any = np.random.get_state()  # noqa: NPY002 # of the global one, which models draw from
     found: Contents = {
         "torch's generator": torch.get_rng_state(),
         "Python's generator": random.getstate(),
-        "NumPy's generator": np.random.get_state()[1].tobytes(),  # type: ignore[index, union-attr] # noqa: NPY002
+        "NumPy's generator": (numpy[1].tobytes(), *numpy[2:]),
     }
     of_model(loop.handle, found)
     for number, leaf in enumerate(loop.leaves()):

@@ -222,7 +222,7 @@ def _aborted(loop: Loop) -> None:
 
 def _trapped(loop: Loop) -> None:
     """A forward that raises in its last block."""
-    block: Any = loop.handle.blocks[-1]  # type: ignore[index, union-attr] # a list of blocks
+    block: Any = loop.handle.blocks[-1]  # type: ignore[index] # a list of blocks
     block.trap = True
     with suppress(KeyError):
         loop.forward(loop.batch())
