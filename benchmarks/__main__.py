@@ -4,6 +4,7 @@ python -m benchmarks [solver_speed] [step_peaks] [...] [--write]
 python -m benchmarks op_level --only ViT [--write]
 python -m benchmarks coverage --only Whisper
 python -m benchmarks peak_accuracy --device cuda [--write]
+python -m benchmarks random_training_loops --first 400 --count 50 --shrink
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ NAMES = (
     "revolve_speed",
     "random_chains",
     "random_module_graphs",
+    "random_training_loops",
     "overheads",
     "step_peaks",
     "peak_accuracy",
@@ -46,6 +48,11 @@ def main() -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="of peak_accuracy; cuda writes NAME_cuda.md"
     )
+    parser.add_argument("--first", type=int, help="of random_training_loops: the first seed")
+    parser.add_argument("--count", type=int, help="of random_training_loops: how many seeds")
+    parser.add_argument(
+        "--shrink", action="store_true", default=None, help="of random_training_loops: simplify what fails"
+    )
     arguments = parser.parse_args()
     if arguments.only is not None and arguments.names not in (["op_level"], ["coverage"]):
         parser.error(f"--only is for op_level or coverage alone, got {arguments.names}")
@@ -53,7 +60,13 @@ def main() -> None:
         parser.error("coverage --only prints rows; --write is for all of them")
     if arguments.device is not None and arguments.names != ["peak_accuracy"]:
         parser.error(f"--device is for peak_accuracy alone, got {arguments.names}")
-    part = {name: value for name in ("only", "device") if (value := getattr(arguments, name)) is not None}
+    names = ("only", "device", "first", "count", "shrink")
+    part = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    seeds = part.keys() & {"first", "count", "shrink"}
+    if seeds and (arguments.names != ["random_training_loops"] or arguments.write):
+        parser.error(
+            "--first, --count and --shrink are for random_training_loops alone, and --write is for all seeds"
+        )
     suffix = "_cuda" if arguments.device == "cuda" else ""
     for name in arguments.names or NAMES:
         module = importlib.import_module(f"benchmarks.{name}")
