@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
+from torch.nn import Parameter
 
 from executors.check import CHECKS, Fingerprint
 from executors.handles import Handle, Held, Thinned
@@ -196,8 +197,8 @@ class FirstSweep:
         raise NotImplementedError
 
     def held(self, tensor: Tensor) -> Held:
-        """What stands for a tensor that lives on anyway; of a leaf (a parameter) one does for all who saved it."""
-        if not tensor.is_leaf:
+        """What stands for a tensor that lives on anyway; of a parameter one does for all who saved it."""
+        if not isinstance(tensor, Parameter):  # another leaf (an index, a mask) goes with those who saved it
             return Held(tensor)
         found = self.leaves.get(id(tensor))
         if found is None or found.version != tensor._version:
@@ -216,7 +217,10 @@ class FirstSweep:
         store = self.store
         if store is None:
             return
-        packed = store.ran(stage, following, self.lasting, kept=self.program.kept[stage] is not None)
+        kept = self.program.kept[stage] is not None
+        if not kept and stage not in self.program.held:
+            store.passed(stage)
+        packed = store.ran(stage, following, self.lasting, kept=kept)
         for action in self.program.moves[stage]:
             self._move(action)
         if (

@@ -282,6 +282,10 @@ class Store:
         self._entering, self._packed = after, []
         return packed
 
+    def passed(self, boundary: int) -> None:
+        """The next stage has run on the boundary, which nobody holds: what of it others hold is there for these alone."""
+        self._leave(("boundary", boundary))
+
     def sweep_is_over(self) -> None:
         """Every stage has run."""
         self._entering, self._packed = [], []
@@ -310,18 +314,20 @@ class Store:
 
     def reversed(self, stage: int) -> None:
         """The stage is reversed: its items go."""
-        items: tuple[Item, ...] = ("saved", stage), ("boundary", stage)
-        for item in items:
-            for block in self._alive(item):
-                block.holders.discard(item)
-                block.hosts.discard(item)
-                block.settle()
-            self._items.pop(item, None)
+        self._leave(("saved", stage))
+        self._leave(("boundary", stage))
 
     def wanted(self, boundary: int) -> bool:
         """Whether the boundary is to be anywhere, on the device or on the host."""
         blocks = self._alive(("boundary", boundary))
         return not blocks or any(block.holders or block.hosts or block.pinned for block in blocks)
+
+    def _leave(self, item: Item) -> None:
+        for block in self._alive(item):
+            block.holders.discard(item)
+            block.hosts.discard(item)
+            block.settle()
+        self._items.pop(item, None)
 
     def _alive(self, item: Item) -> list[Block]:
         blocks = (ref() for ref in self._items.get(item, ()))
