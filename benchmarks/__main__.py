@@ -17,6 +17,7 @@ NAMES = (
     "revolve_speed",
     "random_chains",
     "random_module_graphs",
+    "random_op_graphs",
     "overheads",
     "step_peaks",
     "peak_accuracy",

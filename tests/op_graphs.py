@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from scheduler import CaptureError, HostMemory, Plan, solve
 from scheduler.schedule import COPY_ACTIONS
 from tests.helpers import smallest
 from tests.models import Case
-from tests.steps import Record, assert_equal, loss_of, state, tensors
+from tests.steps import Record, assert_equal, loss_of, restored, state, tensors
 
 ROWS, WIDTH = 96, 8  # values are (ROWS, WIDTH, WIDTH), so that transposes and indices fit everywhere
 HALF = WIDTH // 2
@@ -159,7 +158,15 @@ def op_graph(seed: int) -> Case:
 
 
 class Fault(AssertionError):
-    """A plan of a drawn model does not train as it must."""
+    """A plan of a drawn model does not train as it must.
+
+    Attributes:
+        kind: "wrong" or "over budget".
+    """
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +197,7 @@ def judge(seed: int, capture: str = "graph") -> list[Trained] | str:
     """
     case = op_graph(seed)
     try:
-        expected = _step(case, copy.deepcopy(case.model))[0]
+        expected = _step(case, case.model)[0]
     except RuntimeError as error:
         return f"raises: {error}"
     try:
@@ -212,12 +219,12 @@ def judge(seed: int, capture: str = "graph") -> list[Trained] | str:
 def _trained(case: Case, plan: Plan, expected: Record) -> Trained:
     where = f"{plan.solver} at {plan.memory_budget} bytes"
     try:
-        record, peak = _step(case, execute(plan, copy.deepcopy(case.model), on_new_shape="error"))
+        record, peak = _step(case, execute(plan, case.model, on_new_shape="error"))
         assert_equal(record, expected)
     except Exception as error:
-        raise Fault(f"{where}: wrong: {type(error).__name__}: {error}") from error
+        raise Fault("wrong", f"{where}: {type(error).__name__}: {error}") from error
     if peak > plan.memory_budget:
-        raise Fault(f"{where}: over budget: peak {peak}, {peak / plan.memory_budget:.3f} times it")
+        raise Fault("over budget", f"{where}: peak {peak}, {peak / plan.memory_budget:.3f} times it")
     copies = sum(isinstance(action, COPY_ACTIONS) for action in plan.schedule)
     recomputes = max(plan.timeline.runs) > 1 or any(plan.program.kept)
     return Trained(plan.solver, plan.predicted_peak / peak, copies, recomputes)
@@ -232,7 +239,8 @@ def _step(case: Case, model: nn.Module) -> tuple[Record, int]:
         loss_of(output).backward()
         return output
 
-    step()
-    model.zero_grad()
-    measured = measure_peak(step, resident=[model, case.args])
-    return {**tensors(measured.result), **state(model)}, measured.peak
+    with restored(case.model):
+        step()
+        model.zero_grad()
+        measured = measure_peak(step, resident=[model, case.args])
+        return {**tensors(measured.result), **state(model)}, measured.peak
