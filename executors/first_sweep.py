@@ -16,7 +16,7 @@ from executors.offload import Moved, Store
 from executors.trace import Observer
 from scheduler.actions import CopyAction
 from scheduler.capture.recompute import Rebuild
-from scheduler.capture.state import RandomState, autocast_state, shielded
+from scheduler.capture.state import RandomState, autocast_state, on_gradient, shielded
 from scheduler.program import ReplayProgram
 from scheduler.schedule import Free, FreeHost
 
@@ -148,7 +148,7 @@ class FirstSweep:
         if observe is not None:
             for tensor in results:
                 if tensor.requires_grad:
-                    tensor.register_hook(lambda _: observe("backward", stage))
+                    on_gradient(tensor, lambda _: observe("backward", stage))
 
     def dropping(
         self, stage: int, parts: Sequence[Rebuild] | None = None
@@ -228,7 +228,7 @@ class FirstSweep:
         ):  # the program goes on where this stage is reversed all the same
             for tensor in results:
                 if tensor.requires_grad:
-                    tensor.register_hook(lambda _: self.replay_until(stage))
+                    on_gradient(tensor, lambda _: self.replay_until(stage))
 
     def _move(self, action: CopyAction | Free) -> None:
         """Carry out a copy, or let go of one (rule 8)."""
