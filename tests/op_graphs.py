@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +43,12 @@ Op = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # of a value, another one,
 
 def _written(x: Tensor, y: Tensor, i: Tensor, n: int) -> Tensor:
     """A slice is assigned to, of a tensor made in one of four ways."""
-    out = (lambda: x.clone(), lambda: x * 1.5, lambda: torch.zeros_like(x), lambda: x.contiguous().add_(1.0))[n]()
+    out = {
+        0: x.clone,
+        1: lambda: x * 1.5,
+        2: lambda: torch.zeros_like(x),
+        3: lambda: x.contiguous().add_(1.0),
+    }[n]()
     out[:, n : n + HALF] = y[:, :HALF]
     if n % 2:
         out[..., n:HALF] *= 0.5
