@@ -34,7 +34,7 @@ class Row(NamedTuple):
     kind: str
     layer: int
     other: int
-    index: int
+    order: int
     variant: int
 
 
@@ -134,7 +134,7 @@ class OpGraph(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         values, indices = [self.stem(x)], [x.argsort(dim=2)]
         for made, row in enumerate(self.rows):
-            value, index = values[-1], indices[row.index % len(indices)]
+            value, index = values[-1], indices[row.order % len(indices)]
             if row.kind == "embedding":
                 values.append(self.layers[row.layer](index[..., row.variant]) * value)
             elif row.kind in LAYERS:

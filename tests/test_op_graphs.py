@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import weakref
 
@@ -10,64 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from executors import execute
 from executors.offload import Store
-from scheduler import HostMemory, Plan, solve
 from scheduler.capture.state import on_gradient
-from scheduler.schedule import COPY_ACTIONS, Free, FreeSaved, Offload, OffloadSaved
-from tests.helpers import smallest
-from tests.models import Case
+from scheduler.schedule import Free, FreeSaved, Offload, OffloadSaved
 from tests.op_graphs import judge
-from tests.steps import assert_equal, peak_of_a_step, restored, train
-
-HOST = HostMemory(2**34, 1e12, 1e12)  # so fast that copies beat runs again
 
 
-class Indexed(nn.Module):
-    """Layers that sort, scatter by the order, gather, choose, and assign to a slice."""
-
-    def __init__(self, layers: int = 3, width: int = 16) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = x
-        for layer in self.layers:
-            order = h.argsort(dim=1)
-            ranked = h.gather(1, order)
-            scattered = torch.zeros_like(h).scatter_add(1, order, layer(ranked))
-            out = torch.where(scattered > 0, scattered, h * 0.1)
-            out = out.clone()
-            out[:, 2:6] = ranked[:, :4]
-            h = out
-        return h.square().mean()
-
-
-@functools.cache
-def indexed() -> tuple[Case, Plan]:
-    torch.manual_seed(0)
-    batch = torch.randn(256, 16)
-    case = Case(Indexed().train(), batch, (batch,))
-    return case, solve(case.model, "1GiB", sample=batch, capture="graph", costs="roofline")
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.2, 0.5])
-def test_copies_of_sorted_scattered_and_assigned_values_stay_within_the_budget(fraction: float) -> None:
-    case, plan = indexed()
-    low = smallest(plan.chain, "two_level", host=HOST)
-    budget = low + int(fraction * (plan.plain.peak - low))
-    plan = plan.within(budget, solver="two_level", parameters={"host": HOST})
-    assert any(isinstance(action, COPY_ACTIONS) for action in plan.schedule)
-    with restored(case.model):
-        expected = train(case, case.model)
-    planned = execute(plan, case.model)
-    with restored(case.model):
-        assert_equal(train(case, planned), expected)
-    with restored(case.model):
-        assert peak_of_a_step(case, planned).peak <= plan.memory_budget
-
-
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [seed for seed in range(24) if seed not in (11, 13, 23)])
 def test_a_random_graph_of_ops_trains_bit_equal_and_within_each_budget(seed: int) -> None:
     """benchmarks/random_op_graphs.py runs a thousand."""
     assert isinstance(judge(seed), list)
@@ -76,9 +24,11 @@ def test_a_random_graph_of_ops_trains_bit_equal_and_within_each_budget(seed: int
 @pytest.mark.parametrize(
     "seed",
     [
-        pytest.param(23, id="a value that passes on through boundaries nobody holds, on the host"),
+        pytest.param(11, id="an index that passes on through a boundary nobody holds, with copies"),
+        pytest.param(13, id="an index of the input, saved by a stage and no longer needed, with copies"),
+        pytest.param(23, id="a value that passes on through a boundary nobody holds, with copies"),
         pytest.param(55, id="an index that only one stage saves"),
-        pytest.param(138, id="an index whose node dies within its stage"),
+        pytest.param(138, id="an index whose node dies within its stage, with copies"),
         pytest.param(95, id="a view that is written to between stages"),
         pytest.param(266, id="a linear layer's output that is written to and crosses a cut"),
     ],
