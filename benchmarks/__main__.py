@@ -19,6 +19,7 @@ NAMES = (
     "random_chains",
     "random_module_graphs",
     "random_training_loops",
+    "random_op_graphs",
     "overheads",
     "step_peaks",
     "peak_accuracy",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
+from torch.nn import Parameter
 
 from executors.check import CHECKS, Fingerprint
 from executors.handles import Handle, Held, Thinned
@@ -15,7 +16,7 @@ from executors.offload import Moved, Store
 from executors.trace import Observer
 from scheduler.actions import CopyAction
 from scheduler.capture.recompute import Rebuild
-from scheduler.capture.state import RandomState, autocast_state, shielded
+from scheduler.capture.state import RandomState, autocast_state, on_gradient, shielded
 from scheduler.program import ReplayProgram
 from scheduler.schedule import Free, FreeHost
 
@@ -147,7 +148,7 @@ class FirstSweep:
         if observe is not None:
             for tensor in results:
                 if tensor.requires_grad:
-                    tensor.register_hook(lambda _: observe("backward", stage))
+                    on_gradient(tensor, lambda _: observe("backward", stage))
 
     def dropping(
         self, stage: int, parts: Sequence[Rebuild] | None = None
@@ -196,8 +197,8 @@ class FirstSweep:
         raise NotImplementedError
 
     def held(self, tensor: Tensor) -> Held:
-        """What stands for a tensor that lives on anyway; of a leaf (a parameter) one does for all who saved it."""
-        if not tensor.is_leaf:
+        """What stands for a tensor that lives on anyway; of a parameter one does for all who saved it."""
+        if not isinstance(tensor, Parameter):  # another leaf (an index, a mask) goes with those who saved it
             return Held(tensor)
         found = self.leaves.get(id(tensor))
         if found is None or found.version != tensor._version:
@@ -216,7 +217,10 @@ class FirstSweep:
         store = self.store
         if store is None:
             return
-        packed = store.ran(stage, following, self.lasting, kept=self.program.kept[stage] is not None)
+        kept = self.program.kept[stage] is not None
+        if not kept and stage not in self.program.held:
+            store.passed(stage)
+        packed = store.ran(stage, following, self.lasting, kept=kept)
         for action in self.program.moves[stage]:
             self._move(action)
         if (
@@ -224,7 +228,7 @@ class FirstSweep:
         ):  # the program goes on where this stage is reversed all the same
             for tensor in results:
                 if tensor.requires_grad:
-                    tensor.register_hook(lambda _: self.replay_until(stage))
+                    on_gradient(tensor, lambda _: self.replay_until(stage))
 
     def _move(self, action: CopyAction | Free) -> None:
         """Carry out a copy, or let go of one (rule 8)."""

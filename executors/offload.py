@@ -14,7 +14,7 @@ that the bytes counted for the device are those of a device.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -240,12 +240,13 @@ class Store:
         self.side = HostSide()
         self._items: dict[Item, list[weakref.ref[Block]]] = {}
         self._entering: list[Block] = []  # of the boundary that the next stage of the first sweep starts from
-        self._packed: list[Block] = []  # by the stage of the first sweep that runs
+        # By the stage of the first sweep that runs; those of a node that dies meanwhile (argsort's) go with it.
+        self._packed: list[weakref.ref[Block]] = []
 
     def pack(self, stage: int, tensor: Tensor) -> Moved:
         """What stands for a tensor that the stage saves."""
         block = self._block(tensor)
-        self._packed.append(block)
+        self._packed.append(weakref.ref(block))
         return self._moved(stage, block, tensor)
 
     def hold(self, boundary: int, tensors: Sequence[Tensor], *, own: bool) -> tuple[Moved, ...]:
@@ -264,13 +265,14 @@ class Store:
             kept: whether its saved tensors stay.
 
         Returns:
-            whether it saved anything here.
+            whether anything that it saved is here.
         """
         after = [self._block(tensor) for tensor in following]
         for block, tensor in zip(after, following, strict=True):
             self._moved(stage, block, tensor)
         entering = set(self._entering)
-        own = [block for block in dict.fromkeys(self._packed) if block not in entering]
+        packed = dict.fromkeys(_alive(self._packed))
+        own = [block for block in packed if block not in entering]
         for block in (*own, *after):
             block.pinned = block.key in lasting
         if kept:
@@ -278,9 +280,12 @@ class Store:
             self._items["boundary", stage + 1] = list(map(weakref.ref, after))
         else:
             self._belong(("boundary", stage + 1), after)
-        packed = bool(self._packed)
         self._entering, self._packed = after, []
-        return packed
+        return bool(packed)
+
+    def passed(self, boundary: int) -> None:
+        """The next stage has run on the boundary, which nobody holds: what of it others hold is there for these alone."""
+        self._leave(("boundary", boundary))
 
     def sweep_is_over(self) -> None:
         """Every stage has run."""
@@ -310,22 +315,23 @@ class Store:
 
     def reversed(self, stage: int) -> None:
         """The stage is reversed: its items go."""
-        items: tuple[Item, ...] = ("saved", stage), ("boundary", stage)
-        for item in items:
-            for block in self._alive(item):
-                block.holders.discard(item)
-                block.hosts.discard(item)
-                block.settle()
-            self._items.pop(item, None)
+        self._leave(("saved", stage))
+        self._leave(("boundary", stage))
 
     def wanted(self, boundary: int) -> bool:
         """Whether the boundary is to be anywhere, on the device or on the host."""
         blocks = self._alive(("boundary", boundary))
         return not blocks or any(block.holders or block.hosts or block.pinned for block in blocks)
 
+    def _leave(self, item: Item) -> None:
+        for block in self._alive(item):
+            block.holders.discard(item)
+            block.hosts.discard(item)
+            block.settle()
+        self._items.pop(item, None)
+
     def _alive(self, item: Item) -> list[Block]:
-        blocks = (ref() for ref in self._items.get(item, ()))
-        return [block for block in blocks if block is not None]
+        return _alive(self._items.get(item, ()))
 
     def _block(self, tensor: Tensor) -> Block:
         key = tensor.untyped_storage()._cdata
@@ -345,3 +351,8 @@ class Store:
         for block in blocks:
             block.holders.add(item)
         self._items[item] = list(map(weakref.ref, blocks))
+
+
+def _alive(blocks: Iterable[weakref.ref[Block]]) -> list[Block]:
+    found = (ref() for ref in blocks)
+    return [block for block in found if block is not None]

@@ -20,7 +20,7 @@ from scheduler.capture.linearize import Linear, linearize
 from scheduler.capture.recompute import op_rows
 from scheduler.capture.sample import Call
 from scheduler.capture.stages import GraphStage, Source, compile_stages
-from scheduler.capture.state import RandomState, model_device
+from scheduler.capture.state import RandomState, model_device, on_gradient
 from scheduler.capture.target import Device, Target
 from scheduler.errors import CaptureError
 
@@ -140,7 +140,7 @@ class GraphCapture:
             for name, source, argument in zip(stage.argument_names, stage.sources, arguments, strict=True):
                 if source.kind in ("boundary", "carried") and argument.requires_grad:
                     self.layouts.setdefault(name, None)
-                    argument.register_hook(functools.partial(self._arrived, name))
+                    on_gradient(argument, functools.partial(self._arrived, name))
 
         return self.sweep(model, call, visit)
 

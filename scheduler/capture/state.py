@@ -34,6 +34,7 @@ __all__ = [
     "bare",
     "model_device",
     "moving",
+    "on_gradient",
     "preserved",
     "reverse",
     "set_apart",
@@ -181,6 +182,13 @@ def uncached() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(before)
+
+
+def on_gradient(tensor: torch.Tensor, hook: Callable[[torch.Tensor], Any]) -> None:
+    """Call the hook with the gradient of a tensor, which requires grad, when it arrives."""
+    # A view whose base was changed in place gets its node when it is asked for; without, torch's register_hook crashes.
+    _ = tensor.grad_fn
+    tensor.register_hook(hook)
 
 
 def reverse(root: torch.Tensor) -> None:
