@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
+from executors.as_read import AsRead, Sampler
 from executors.check import CHECKS, Fingerprint
 from executors.handles import Handle, Held, Thinned
 from executors.offload import Moved, Store
@@ -61,7 +62,9 @@ class FirstSweep:
         self.faked = detect_fake_mode() is not None
         self.boundaries: dict[int, tuple[Tensor | Moved, ...]] = {}
         self.store = Store() if program.copies else None
-        self.versions: dict[int, list[int]] = {}
+        self.reads: dict[int, AsRead] = {}  # boundary -> its tensors as they were when it was held
+        self.sampled = check != "none" and not self.faked  # whether a few values of what re-runs read are compared
+        self.doubtful: AsRead | None = None  # a boundary whose values are compared with those of the run's other inputs
         self.flags: dict[int, tuple[bool, ...]] = {}
         self.filled: list[dict[int, Tensor]] = [{} for _ in range(stages)]
         self.handles = [0] * stages
@@ -126,8 +129,9 @@ class FirstSweep:
         if self.store is not None:
             self.boundaries[boundary] = self.store.hold(boundary, tensors, own=not self.sweeping)
         else:
-            self.boundaries[boundary] = tuple([t.detach() for t in tensors])
-            self.versions[boundary] = [t._version for t in tensors]
+            held = self.boundaries[boundary] = tuple([t.detach() for t in tensors])
+            if held:
+                self.reads[boundary] = AsRead(held, Sampler() if self.sampled else None)
         if self.observe is not None:
             self.observe("held", boundary, tensors)
 
@@ -277,6 +281,7 @@ class FirstSweep:
     def free(self, boundary: int) -> None:
         """Hold a boundary no longer."""
         held = self.boundaries.pop(boundary, None)
+        self.reads.pop(boundary, None)
         if self.observe is not None and held is not None:
             self.observe("freed", boundary, tensors_of(held) if self.store is None else ())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import threading
 from collections.abc import Callable, Iterator
@@ -10,12 +11,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from executors.as_read import AsRead, Sampler
 from executors.graph import locate
 from executors.replay import ReplayError, Step
 from executors.trace import Observer
+from scheduler.capture.block_state import BlockState
 from scheduler.capture.flat import flatten, tensor_leaves, unflatten
 from scheduler.capture.module_calls import intercepted, is_compiled
 from scheduler.capture.module_capture import Block, ModuleCapture
+from scheduler.capture.python_state import is_plain
 from scheduler.capture.sharded import gathered, holders, sharded_within
 from scheduler.capture.state import AutocastState, Draws, autocast_contexts, autocast_state
 from scheduler.program import ReplayProgram
@@ -27,21 +31,33 @@ class _Own:
     """What a module that is one block or several reads of the model, and where that lies.
 
     Attributes:
-        constant: (dict, key) of its parameters, and of its buffers that it does not change.
-        changed: of its other buffers.
+        names: of its parameters and buffers that it does not change.
+        constant: (dict, key) of these.
+        sampler: of their values.
+        state: the rest: what hangs on its modules, and tensors that it changes.
         outer, inner: modules around it and within it that fully_shard has sharded.
     """
 
-    def __init__(self, model: nn.Module, name: str, module: nn.Module, changed: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        module: nn.Module,
+        changed: tuple[str, ...],
+        overwritten: frozenset[str],
+    ) -> None:
         # Those that fully_shard gathers deeper within a block are there only while their module runs.
         names = [
             n
             for n, _ in module.named_parameters()
-            if all(holder is module for holder in holders(module, n.rpartition(".")[0]))
+            if f"{name}.{n}" not in changed
+            and all(holder is module for holder in holders(module, n.rpartition(".")[0]))
         ]
         names += [n for n, _ in module.named_buffers() if f"{name}.{n}" not in changed]
-        self.constant = [locate(model, f"{name}.{n}") for n in names]
-        self.changed = [locate(model, n) for n in changed]
+        self.names = [f"{name}.{n}" for n in names]
+        self.constant = [locate(model, n) for n in self.names]
+        self.sampler = Sampler()
+        self.state = BlockState(name, module, changed, overwritten)
         self.outer = holders(model, name)
         self.inner = [inner for inner in sharded_within(module) if inner is not module]
 
@@ -76,7 +92,10 @@ class ModuleExecutor:
         self.plain = plain
         self.modules = {block.name: model.get_submodule(block.name) for block in capture.blocks}
         changed = {block.name: capture.changed[block.stage] for block in capture.blocks}
-        self.own = {name: _Own(model, name, module, changed[name]) for name, module in self.modules.items()}
+        self.own = {
+            name: _Own(model, name, module, changed[name], capture.overwritten)
+            for name, module in self.modules.items()
+        }
         self.compiled = any(
             is_compiled(inner) for module in self.modules.values() for inner in module.modules()
         )
@@ -111,12 +130,12 @@ class _Run:
         spec: how they are put together.
         places: (leaf, position in the boundary) of the arguments that are fed.
         external: places of all other tensors.
-        read: the parameters and steady buffers, then the external tensors, that it read.
-        versions: of these, as it began.
-        buffers: copies of those that it changes.
+        reads: the parameters and steady buffers, then the external tensors and those of its state, as it found them.
+        taken: the state that it found.
+        given: that of generators and objects among the arguments, if there are any.
     """
 
-    __slots__ = ("buffers", "external", "forward", "leaves", "places", "read", "spec", "versions")
+    __slots__ = ("external", "forward", "given", "leaves", "places", "reads", "spec", "taken")
 
     def __init__(
         self,
@@ -125,32 +144,49 @@ class _Run:
         spec: Any,
         places: list[tuple[int, int]],
         own: _Own,
+        sampled: bool,
     ) -> None:
         self.forward, self.leaves, self.spec, self.places = forward, leaves, spec, places
         for i, _ in places:
             leaves[i] = None
         self.external = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self.read = [values[key] for values, key in own.constant] + [leaves[i] for i in self.external]
-        self.versions = [tensor._version for tensor in self.read]
-        self.buffers = [values[key].clone() for values, key in own.changed]
+        self.taken = own.state.take()
+        self.given = None
+        if type(spec) is not tuple:  # not all of them are tensors and plain values
+            objects = [leaf for leaf in leaves if not isinstance(leaf, Tensor) and not is_plain(leaf)]
+            if objects:
+                self.given = BlockState("argument", objects).take()
+        others = [leaves[i] for i in self.external]
+        if self.taken.tensors or self.taken.contents:
+            others += [tensor for _, tensor in self.taken.read()]
+        sharded = own.outer or own.inner  # gathered parameters are others each time
+        self.reads = (
+            AsRead([values[key] for values, key in own.constant], own.sampler if sampled and not sharded else None),
+            AsRead(others, Sampler() if sampled and others else None),
+        )
 
-    def has_changed(self, own: _Own) -> bool:
-        """Whether one of the tensors that a re-run reads was changed in place since."""
-        if own.outer or own.inner:
-            # Where fully_shard's hooks are inside of what is intercepted, the parameters were not gathered yet when the
-            # first run began: others than the re-run finds.
-            then = dict(zip(map(id, self.read), self.versions, strict=True))
-            now = [values[key] for values, key in own.constant] + self.read[len(own.constant) :]
-            return any(then.get(id(tensor), tensor._version) != tensor._version for tensor in now)
-        return self.versions != [tensor._version for tensor in self.read]
+    def name_of(self, own: _Own, label: str, which: int, number: int) -> str:
+        """What was read, in words."""
+        if which == 0:
+            return f"{own.names[number]} of block {label}"
+        if number < len(self.external):
+            return f"argument {self.external[number]} of block {label}"
+        return f"{self.taken.read()[number - len(self.external)][0]} of block {label}"
+
+    def gathered_anew(self, own: _Own) -> None:
+        """Note what fully_shard has gathered by now in the place of what the first run read."""
+        # Where fully_shard's hooks are inside of what is intercepted, the parameters were not gathered yet when the
+        # first run began: others than the re-run finds.
+        then = dict(zip(map(id, self.reads[0].tensors), self.reads[0].versions, strict=True))
+        now = AsRead([values[key] for values, key in own.constant])
+        now.versions = [then.get(id(t), t._version) for t in now.tensors]
+        self.reads = now, self.reads[1]
 
     def is_as_then(self, own: _Own) -> bool:
         """Whether a re-run finds its parameters and buffers as the first run did."""
-        if self.buffers:
-            return False
-        if own.outer or own.inner:  # gathered parameters are others each time
+        if own.outer or own.inner:
             return True
-        return all(map(operator.is_, [values[key] for values, key in own.constant], self.read))
+        return all(map(operator.is_, [values[key] for values, key in own.constant], self.reads[0].tensors))
 
 
 class ModuleStep(Step):
@@ -208,9 +244,7 @@ class ModuleStep(Step):
             self.watch(stage - 1, made)
             self.observe("first", stage)
         if self.program.kept[stage] is None:
-            own = self.executor.own[block.name]
-            self.last([values[key] for values, key in own.changed])
-            run = _Run(forward, leaves, spec, places, own)
+            run = _Run(forward, leaves, spec, places, self.executor.own[block.name], self.sampled)
             result = self._drop(stage, run, boundary, args, kwargs)
         else:
             result = forward(*args, **kwargs)
@@ -257,7 +291,10 @@ class ModuleStep(Step):
     def _drop(self, stage: int, run: _Run, boundary: tuple[Tensor, ...], args: Any, kwargs: Any) -> Any:
         """The first run of a block whose saved tensors are dropped."""
         self.runs[stage] = run
-        self.last(run.read)
+        self.last(run.reads[0].tensors)
+        self.last(run.reads[1].tensors)
+        if run.taken.copies:
+            self.last([tensor for tensor, _ in run.taken.copies])
         self.before_first_run(stage, boundary)
         if (autocast := autocast_state(self.device)) != self.autocast:
             self.autocasts[stage] = autocast
@@ -284,12 +321,9 @@ class ModuleStep(Step):
         """Re-run a block."""
         block, run = self.executor.capture.blocks[index], self.runs[stage]
         own = self.executor.own[block.name]
-        if run.has_changed(own):
-            raise RuntimeError(
-                f"a parameter, buffer or argument of block {block.label} has been modified by an inplace "
-                "operation between forward and backward, so that the block cannot be replayed; step the optimizer "
-                "after backward"
-            )
+        if own.outer or own.inner:
+            run.gathered_anew(own)
+        self.as_read(stage, run.reads, functools.partial(run.name_of, own, block.label))
         leaves = run.leaves.copy()
         for i in run.external:
             leaves[i] = leaves[i].detach().requires_grad_(leaves[i].requires_grad)
@@ -301,14 +335,14 @@ class ModuleStep(Step):
         del boundary
         args, kwargs = unflatten(leaves, run.spec)
         del leaves
-        if stage not in self.autocasts and run.is_as_then(own):
-            result = run.forward(*args, **kwargs)
-        else:
-            with ExitStack() as contexts:
+        with own.state.as_of(run.taken), ExitStack() as contexts:
+            if run.given is not None:
+                contexts.enter_context(own.state.as_of(run.given))
+            if not run.is_as_then(own):
                 contexts.enter_context(_as_then(run, own))
-                for context in autocast_contexts(self.autocasts.get(stage, ())):
-                    contexts.enter_context(context)
-                result = run.forward(*args, **kwargs)
+            for context in autocast_contexts(self.autocasts[stage]) if stage in self.autocasts else ():
+                contexts.enter_context(context)
+            result = run.forward(*args, **kwargs)
         del args, kwargs
         for output, tensor in tensor_leaves(result):
             there[index, output] = tensor
@@ -345,22 +379,15 @@ def _same_value(tensor: Tensor, made: Tensor | None, version: int) -> bool:
 
 @contextmanager
 def _as_then(run: _Run, own: _Own) -> Iterator[None]:
-    """Within it, buffers that a run changes have the values of before the first run; all else that it reads is what it was.
+    """Within it, the parameters and buffers that a block does not change are those that its first run read.
 
-    Others may have taken the places of parameters and buffers meanwhile (functional_call).
+    Others may have taken their places meanwhile (functional_call).
     """
-    buffers = [values[key] for values, key in own.changed]
-    current = [buffer.clone() for buffer in buffers]
-    places = [] if own.outer or own.inner else own.constant
-    now = [values[key] for values, key in places]
-    for buffer, value in zip(buffers, run.buffers, strict=True):
-        buffer.data.copy_(value)  # .data: the version that autograd saw stays
-    for (values, key), tensor in zip(places, run.read, strict=False):
+    now = [values[key] for values, key in own.constant]
+    for (values, key), tensor in zip(own.constant, run.reads[0].tensors, strict=True):
         values[key] = tensor
     try:
         yield
     finally:
-        for (values, key), tensor in zip(places, now, strict=True):
+        for (values, key), tensor in zip(own.constant, now, strict=True):
             values[key] = tensor
-        for buffer, value in zip(buffers, current, strict=True):
-            buffer.data.copy_(value)

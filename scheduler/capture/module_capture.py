@@ -77,7 +77,12 @@ class ModuleCapture:
     Attributes:
         stages: (L,) index of the block that is this stage, or None for glue.
         target: the device that costs are for, if it is not there: then nothing has data.
+        random: (L,) whether a stage draws random numbers.
+        changed: (L,) names of the tensors and containers that it changes in place.
         gathering: bytes that stand by for fully_shard's collectives while a step runs, once that is priced.
+        overwritten: names of attributes whose tensors blocks replace before they read them.
+        state_bytes: bytes that the state of blocks takes: what they leave on modules, and what is held for re-runs.
+        whole: names of blocks whose whole call is the stage, hooks included, as these make its weights.
     """
 
     blocks: list[Block]
@@ -88,6 +93,9 @@ class ModuleCapture:
     changed: list[tuple[str, ...]] = field(default_factory=list)
     target: Target | None = None
     gathering: int = 0
+    overwritten: frozenset[str] = frozenset()
+    state_bytes: int = 0
+    whole: frozenset[str] = frozenset()
 
     kind = "modules"
 
