@@ -9,7 +9,9 @@ read by one compiled expression. A container or an object that is new there is n
 from __future__ import annotations
 
 import ast
+import dis
 import functools
+import random
 import re
 import sys
 import types
@@ -127,10 +129,12 @@ class _Layout:
         self._installed: tuple[str, ...] = ()  # classes of packages, whose values are what they are
         self._given: dict[str, Any] = {"get": dict.__getitem__}
         members = [*module.modules()] if isinstance(module, nn.Module) else []
-        self._own = {id(values) for each in members for values in (each._parameters, each._buffers)}
+        own = [values for each in members for values in (each._parameters, each._buffers)]
+        self._own = set() if everything else set(map(id, own))
         self._plain_calls = {id(vars(each)) for each in members[1:]}  # whose forward is never intercepted
-        self._raw = {id(each._parameters) for each in members}  # in which nothing comes and goes
+        self._raw = set() if everything else {id(each._parameters) for each in members}  # in which nothing comes and goes
         roots = [(name, module), *_hooks(members)]
+        roots += [(path, each) for path, each in _host_generators() if everything or path in changed]
         for values, used in {(id(g), used): (g, used) for g, used in _globals(members, everything)}.values():
             self._add(values, used, values[used])
             roots.append((used, values[used]))
@@ -366,6 +370,14 @@ class BlockState:
         )
         return any(id(v) not in layout.names and not is_plain(v) and _is_walked(v) for v in new)
 
+    def put(self, then: Taken) -> None:
+        """Let the block's code find what it found then; what is there now is lost."""
+        now = then.layout.now()
+        if not _equal(then, now):
+            then.layout.put(then, now)
+        for tensor, value in then.copies:
+            tensor.data.copy_(value)  # .data: the version that autograd saw stays
+
     @contextmanager
     def as_of(self, then: Taken) -> Iterator[None]:
         """Within it the block's code finds what it found then; on leaving, all is as it was before."""
@@ -375,7 +387,7 @@ class BlockState:
         current = [(tensor, tensor.detach().clone()) for tensor, _ in then.copies]
         removed = layout.put(then, now) if differs else []
         for tensor, value in then.copies:
-            tensor.data.copy_(value)  # .data: the version that autograd saw stays
+            tensor.data.copy_(value)
         try:
             yield
         finally:
@@ -465,6 +477,13 @@ def _is_walked(value: Any) -> bool:
     return next(iter(holders_of([("", value)])), None) is not None
 
 
+def _host_generators() -> list[tuple[str, Any]]:
+    """Python's own generator and NumPy's, which a block may draw from."""
+    found: list[tuple[str, Any]] = [("the generator of random", random._inst)]  # type: ignore[attr-defined]
+    numpy = sys.modules.get("numpy")
+    return found if numpy is None else [*found, ("the generator of numpy.random", numpy.random.mtrand._rand)]
+
+
 def _hooks(modules: Sequence[nn.Module]) -> list[tuple[str, Any]]:
     """The hooks on modules."""
     inner = [each for m in modules for each in (m._forward_hooks, m._forward_pre_hooks)]
@@ -506,11 +525,12 @@ def _is_installed(module: str) -> bool:
     return "site-packages" in file or "dist-packages" in file
 
 
-def _names(code: types.CodeType) -> Iterable[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+@functools.cache
+def _names(code: types.CodeType) -> frozenset[str]:
+    """The globals that code names, and functions within it."""
+    found = {each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "STORE_GLOBAL")}
+    inner = (_names(each) for each in code.co_consts if isinstance(each, types.CodeType))
+    return frozenset(found).union(*inner)
 
 
 def named_tensors(model: nn.Module, names: Iterable[str]) -> list[Tensor]:

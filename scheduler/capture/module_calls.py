@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scheduler.capture.block_state import BlockState
+from scheduler.capture.call_state import CallState
 from scheduler.capture.fake import Watch
 from scheduler.capture.flat import tensor_leaves
 from scheduler.capture.sample import Call
@@ -92,6 +94,8 @@ class ModuleCall:
         self.outputs: list[tuple[int, int]] = []
         self.random = False
         self.changed: tuple[str, ...] = ()
+        self.overwritten: set[str] = set()
+        self.left: dict[str, int] = {}  # place -> bytes of the tensors that are new there
         self.changes_input = False
         self.new_input = False  # an input that no call before had: glue has made it
 
@@ -214,11 +218,17 @@ class _Enough(BaseException):
 
 
 def repeatable(
-    model: nn.Module, call: Call, entries: list[ModuleCall], device: torch.device
+    model: nn.Module,
+    call: Call,
+    entries: list[ModuleCall],
+    device: torch.device,
+    *,
+    grad: bool = False,
+    whole: Collection[nn.Module] = (),
 ) -> list[ModuleCall]:
-    """Those of the blocks that give the same results when they are run again.
+    """Those of the blocks that give the same results when they are run again, on the state that they found.
 
-    Others draw random numbers from elsewhere, or change one of their arguments: a cache. Of a module that is called many
+    Others change what cannot be put back: a file, an iterator. Notes what each changes. Of a module that is called many
     times the first calls are tried; where there are no others, the forward ends with these.
 
     Raises:
@@ -228,8 +238,11 @@ def repeatable(
     calls = Counter(entry.name for entry in entries)
     left = {name: min(count, CALLS_TRIED) for name, count in calls.items()}
     short = all(count > CALLS_TRIED for count in calls.values())
+    of = {name: [entry for entry in entries if entry.name == name] for name in calls}
 
     def wrapper(name: str, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        state = BlockState(name, module, everything=True)
+
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
             def twice(*args: Any, **kwargs: Any) -> Any:
                 if not left[name]:
@@ -238,19 +251,36 @@ def repeatable(
                     return forward(*args, **kwargs)
                 left[name] -= 1
                 random = RandomState(device)
-                buffers = [(b, b.clone()) for b in module.buffers()]
+                before = CallState(state, args, kwargs)
                 first = forward(*args, **kwargs)
-                random.restore()
-                for buffer, value in buffers:
-                    buffer.data.copy_(value)
-                try:
-                    again = forward(*args, **kwargs)
-                except Exception as error:  # noqa: BLE001 # of whatever kind the model's code raises
-                    failed[name] = f"it raises {type(error).__name__}: {error}"
+                after = RandomState(device)
+                beyond = before.beyond()
+                if beyond:
+                    failed[name] = f"it changes {beyond}, whose state cannot be put back"
                     return first
-                pairs = zip(tensor_leaves(first), tensor_leaves(again), strict=False)
-                if any(not _alike(a, b) for (_, a), (_, b) in pairs):
-                    failed[name] = "its results differ"
+                changed, replaced, new = before.changed(), before.replaced(), before.left()
+
+                def runs_alike(without: Collection[str] = ()) -> str:
+                    random.restore()
+                    try:
+                        with before.again(without):
+                            again = forward(*args, **kwargs)
+                    except Exception as error:  # noqa: BLE001 # of whatever kind the model's code raises
+                        return f"it raises {type(error).__name__}: {error}"
+                    finally:
+                        after.restore()
+                    pairs = zip(tensor_leaves(first), tensor_leaves(again), strict=False)
+                    return "its results differ" if any(not _alike(a, b) for (_, a), (_, b) in pairs) else ""
+
+                why = runs_alike()
+                if why:
+                    failed[name] = why
+                    return first
+                unread = replaced if replaced and not runs_alike(replaced) else set()
+                for entry in of[name]:
+                    entry.changed = tuple(sorted({*entry.changed, *changed}))
+                    entry.overwritten |= unread
+                    entry.left = {**entry.left, **{n: _bytes(tensors) for n, tensors in new.items()}}
                 return first
 
             return twice
@@ -260,7 +290,7 @@ def repeatable(
     args, kwargs = call
     error: Exception | None = None
     watched = [(name, model.get_submodule(name)) for name in calls]
-    with torch.no_grad(), intercepted([(m, wrapper(n, m)) for n, m in watched]):
+    with torch.set_grad_enabled(grad), intercepted([(m, wrapper(n, m)) for n, m in watched], whole):
         try:
             model(*args, **kwargs)
         except _Enough:
@@ -289,16 +319,26 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def profile(
-    model: nn.Module, call: Call, modules: dict[str, nn.Module], device: torch.device, data: bool
+    model: nn.Module,
+    call: Call,
+    modules: dict[str, nn.Module],
+    device: torch.device,
+    data: bool,
+    *,
+    grad: bool = False,
+    whole: Collection[nn.Module] = (),
 ) -> ModuleCall:
-    """Run the model once without grad and note the calls of the candidates, as a tree.
+    """Run the model once and note the calls of the candidates, as a tree.
 
     Args:
         data: whether tensors have values; else ops' tags and schemas tell what is random and what changes.
+        grad: whether it runs in grad mode.
+        whole: modules whose whole call is the candidate, hooks included.
     """
     root = ModuleCall("", None)
     current = root
     tokens = _Tokens()
+    states: dict[str, BlockState] = {}
 
     def watch(name: str, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -311,7 +351,9 @@ def profile(
                 entry.inputs = [(leaf, tokens.of(t)) for leaf, t in given]
                 entry.new_input = tokens.count > known
                 versions = [t._version for _, t in given]
-                buffers = {n: (b, b.clone(), b._version) for n, b in module.named_buffers()}
+                if name not in states:
+                    states[name] = BlockState(name, module, everything=True)
+                before = CallState(states[name], args, kwargs, data=data)
                 random = RandomState(device)
                 current = entry
                 ops = Watch()
@@ -322,12 +364,8 @@ def profile(
                     current = entry.parent or root
                 entry.outputs = [(leaf, tokens.of(t)) for leaf, t in tensor_leaves(result)]
                 entry.random = random.differs() if data else ops.random
-                entry.changed = tuple(
-                    f"{name}.{n}"
-                    for n, (b, value, version) in buffers.items()
-                    # Kernels of batch norm change statistics without a new version; a fill may put the same values in again.
-                    if (b._version != version or not torch.equal(b, value) if data else ops.has_changed(b))
-                )
+                entry.changed = tuple(sorted(before.changed(ops)))
+                entry.left = {n: _bytes(tensors) for n, tensors in before.left().items()}
                 entry.changes_input = any(t._version != v for (_, t), v in zip(given, versions, strict=True))
                 return result
 
@@ -336,14 +374,13 @@ def profile(
         return wrap
 
     args, kwargs = call
-    with torch.no_grad(), intercepted([(m, watch(n, m)) for n, m in modules.items()]):
-        try:
-            model(*args, **kwargs)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # of the model's code, as it does run with grad
-            raise CaptureError(f"it does not run under torch.no_grad(): {error}") from error
+    with torch.set_grad_enabled(grad), intercepted([(m, watch(n, m)) for n, m in modules.items()], whole):
+        model(*args, **kwargs)
     return root
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def expanded(entry: ModuleCall, within: Counter[str], again: Collection[str]) -> list[ModuleCall]:

@@ -83,6 +83,7 @@ class ModuleCapture:
         overwritten: names of attributes whose tensors blocks replace before they read them.
         state_bytes: bytes that the state of blocks takes: what they leave on modules, and what is held for re-runs.
         whole: names of blocks whose whole call is the stage, hooks included, as these make its weights.
+        grad: whether the model's code runs in grad mode only.
     """
 
     blocks: list[Block]
@@ -96,6 +97,7 @@ class ModuleCapture:
     overwritten: frozenset[str] = frozenset()
     state_bytes: int = 0
     whole: frozenset[str] = frozenset()
+    grad: bool = False
 
     kind = "modules"
 
@@ -202,7 +204,8 @@ def capture_modules(
     _refuse_layer_drop(model)
     modules = _candidates(model, call, seen) if blocks is None else _given(model, blocks)
     device = model_device(model)
-    root = profile(model, call, modules, device, data=target is None)
+    whole = {module for module in modules.values() if _hooks_make_weights(module)}
+    root, grad = _profiled(model, call, modules, device, whole, data=target is None)
     again = recurrent(root)
     if again and sharded_within(model):
         raise CaptureError(
@@ -227,7 +230,7 @@ def capture_modules(
     unusable |= {entry.name for entry in chosen if entry.changes_input}
     usable = [entry for entry in chosen if entry.name not in unusable]
     if target is None and detect_fake_mode() is None:
-        usable = repeatable(model, call, usable, device)
+        usable = repeatable(model, call, usable, device, grad=grad, whole=whole)
     if not usable:
         raise CaptureError(
             "no member of a ModuleList or Sequential runs exactly once with tensors in and out, and no module is called "
@@ -240,7 +243,48 @@ def capture_modules(
         of.setdefault(entry.name, set()).update(entry.changed)
     changed = [() if b is None else tuple(sorted(of[usable[b].name])) for b in stages]
     reason = f"{len(found)} blocks that run in order ({found[0].label} .. {found[-1].label})"
-    return ModuleCapture(found, stages, device, reason, random, changed, target)
+    capture = ModuleCapture(found, stages, device, reason, random, changed, target)
+    capture.overwritten = frozenset(name for entry in usable for name in entry.overwritten)
+    # What a block leaves on modules, and what was there before it, which a re-run may read.
+    capture.state_bytes = sum(
+        size * (1 if name in entry.overwritten else 2) for entry in usable for name, size in entry.left.items()
+    )
+    capture.whole = frozenset(entry.name for entry in usable if modules[entry.name] in whole)
+    capture.grad = grad
+    return capture
+
+
+def _profiled(
+    model: nn.Module,
+    call: Call,
+    modules: dict[str, nn.Module],
+    device: torch.device,
+    whole: Collection[nn.Module],
+    data: bool,
+) -> tuple[ModuleCall, bool]:
+    """The calls of the candidates, and whether they need grad mode.
+
+    Raises:
+        CaptureError: the model does not run; says why.
+    """
+    try:
+        return profile(model, call, modules, device, data, whole=whole), False
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # forces by autograd.grad, a hook on a tensor
+        pass
+    try:
+        with torch.enable_grad():
+            return profile(model, call, modules, device, data, grad=True, whole=whole), True
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise CaptureError(f"it does not run on the sample: {error}") from error
+
+
+def _hooks_make_weights(module: nn.Module) -> bool:
+    """Whether a pre-hook of the module makes one of its weights, as those of torch.nn.utils do (weight_norm, prune)."""
+    return any(type(hook).__module__.startswith("torch.nn.utils.") for hook in module._forward_pre_hooks.values())
 
 
 def _in_words(names: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from scheduler.capture.block_state import BlockState
 from scheduler.capture.flat import tensor_leaves
 from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.state import shielded
@@ -68,6 +69,9 @@ class BlockRun:
         existing: Collection[nn.Parameter],
         waiting: Collection[nn.Parameter],
     ) -> None:
+        stage = capture.blocks[index].stage
+        self.state = BlockState(capture.blocks[index].name, module, capture.changed[stage], capture.overwritten)
+        self.found = self.state.take()
         self.waiting = [p for p in module.parameters() if p in waiting and p.requires_grad]
         self.capture, self.module, self.forward, self.existing = capture, module, forward, existing
         self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
@@ -85,6 +89,7 @@ class BlockRun:
         # As in a step, no leaf: autocast would put casts of a leaf into its cache.
         fresh = [t.view_as(t) if i in self.grad and t.is_leaf else t for i, t in enumerate(fresh)]
         positional, named = pytree.tree_unflatten(fresh, self.spec)
+        self.state.put(self.found)
         return self.forward(*positional, **named)
 
     def trace(self) -> tuple[Hashable, Any]:

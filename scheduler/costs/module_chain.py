@@ -92,7 +92,9 @@ def module_chain(
             here = BlockRun(capture, block, modules[block], run, args, kwargs, added, later)
             trace, produced = (block, None) if opaque else here.trace()
             if trace not in known:
+                left = here.state.take()
                 known[trace] = here.measure(clock)
+                here.state.put(left if produced is not None else here.found)
                 if produced is not None and len(capture) >= MANY_STAGES:
                     known[trace].box.stand_in = stand_in(produced, here.given)
                 model.zero_grad(set_to_none=True)
