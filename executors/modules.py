@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import operator
 import threading
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ from scheduler.capture.state import AutocastState, Draws, autocast_contexts, aut
 from scheduler.program import ReplayProgram
 
 __all__ = ["ModuleExecutor"]
+
+LOGGER = logging.getLogger("rematplan")
 
 
 class _Own:
@@ -100,6 +103,8 @@ class ModuleExecutor:
             is_compiled(inner) for module in self.modules.values() for inner in module.modules()
         )
         self.replays = any(program.kept[block.stage] is None for block in capture.blocks)
+        self.whole = frozenset(self.modules[name] for name in capture.whole)
+        self.told = False  # that a forward left out blocks
         # forward is intercepted while a step runs: one step at a time may do that to these modules.
         self.lock = threading.Lock()
 
@@ -110,14 +115,14 @@ class ModuleExecutor:
         step = ModuleStep(self)
         if self.observe is not None:
             self.observe("first", 0)
-        with self.lock, intercepted([(m, step.wrapper(name)) for name, m in self.modules.items()]):
+        intercepting = [(m, step.wrapper(name)) for name, m in self.modules.items()]
+        with self.lock, intercepted(intercepting, self.whole):
             output = self.plain(*args, **kwargs)
-        if step.ran != len(self.capture.blocks):
-            raise ReplayError(
-                f"the plan was made for {len(self.capture.blocks)} blocks, of which this forward ran {step.ran}; the model "
-                "took another path, so make a plan for this call"
-            )
         step.finish()
+        left_out = len(self.capture.blocks) - step.count
+        if left_out and not self.told:
+            self.told = True
+            LOGGER.info("a forward left out %d of %d blocks of the plan; they cost nothing", left_out, len(self.capture.blocks))
         return output
 
 
@@ -200,7 +205,9 @@ class ModuleStep(Step):
             self.random = [False] * len(capture)
         self.executor = executor
         self.compiled = executor.compiled
-        self.ran = 0
+        self.ran = 0  # the block after the latest that ran
+        self.count = 0  # blocks that ran
+        self.passed: dict[int, tuple[int, ...]] = {}  # stage left out -> its next boundary, by positions in its own
         # (block, output leaf) -> (tensor, version): what crosses into the next block, while that is awaited
         self.crossing: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self.runs: dict[int, _Run] = {}
@@ -218,24 +225,29 @@ class ModuleStep(Step):
 
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
             def intercept(*args: Any, **kwargs: Any) -> Any:
-                index = self.ran
-                expected = blocks[index].name if index < len(blocks) else "no more"
-                if expected != name or not self.sweeping:
+                begin = self.ran
+                index = next((i for i in range(begin, len(blocks)) if blocks[i].name == name), None)
+                if index is None or not self.sweeping:
+                    expected = blocks[begin].name if begin < len(blocks) else "no more"
                     raise ReplayError(
-                        f"block {name} ran out of the order of the plan (at position {index}, where that has {expected}); "
+                        f"block {name} ran out of the order of the plan (at position {begin}, where that has {expected}); "
                         "make a plan for this call, or pass other blocks to solve(capture=...)"
                     )
-                self.ran += 1
-                return self._first_run(index, forward, args, kwargs)
+                self.ran = index + 1
+                self.count += 1
+                return self._first_run(begin, index, forward, args, kwargs)
 
             return intercept
 
         return wrap
 
-    def _first_run(self, index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _first_run(self, begin: int, index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a block; those from ``begin`` to it are left out."""
         block = self.executor.capture.blocks[index]
         stage, following = block.stage, self._following(index)
         leaves, spec = flatten(args, kwargs)
+        if begin < index:
+            self._pass_over(begin, index, leaves)
         places, boundary = self._boundary_into(index, block, leaves)
         self.crossing = {value: each for value, each in self.crossing.items() if value in following}
         if self.observe is not None:
@@ -261,6 +273,48 @@ class ModuleStep(Step):
         """What crosses into the block after; see ``Block.boundary``."""
         blocks = self.executor.capture.blocks
         return blocks[index + 1].boundary if index + 1 < len(blocks) else ()
+
+    def _pass_over(self, begin: int, end: int, leaves: list[Any]) -> None:
+        """Blocks are left out: what would have entered them goes on, by identity, to the block at ``end``.
+
+        Args:
+            leaves: of the arguments of that block.
+        """
+        blocks = self.executor.capture.blocks
+        # Where the first one would have been given something by the user's code, the block at the end tells what.
+        crossing: dict[tuple[int, int], Any] = dict(self.crossing)
+        boundaries: dict[int, list[Any]] = {}
+        for index in range(begin, end):
+            block, following = blocks[index], blocks[index + 1]
+            if block.fed and any(value not in crossing for value in block.boundary):
+                return  # the check of what enters the block at the end says so
+            if not block.fed:
+                boundary: list[Any] = [object() for _ in following.boundary]
+                positions = tuple(range(len(boundary)))
+            else:
+                boundary = [crossing[value] for value in block.boundary]
+                fed = {output: block.boundary.index((index - back, output)) for _, output, back in reversed(block.fed)}
+                first = block.boundary.index((index - block.fed[0][2], block.fed[0][1]))
+                positions = tuple(
+                    fed.get(output, first) if made == index else block.boundary.index((made, output))
+                    for made, output in following.boundary
+                )
+            boundaries[index], self.passed[block.stage] = boundary, positions
+            crossing.update(zip(following.boundary, [boundary[at] for at in positions], strict=True))
+        known: dict[int, tuple[Tensor, int]] = {}
+        for argument, output, back in blocks[end].fed:
+            there = crossing.get((end - back, output))
+            given = leaves[argument] if argument < len(leaves) else None
+            if there is not None and not isinstance(there, tuple) and isinstance(given, Tensor):
+                known[id(there)] = given, given._version
+        for index, boundary in boundaries.items():
+            resolved = [known.get(id(each), each) for each in boundary]
+            tensors = tuple([each[0] for each in resolved if isinstance(each, tuple)])
+            stage = blocks[index].stage
+            if self.program.kept[stage] is None:
+                self.before_first_run(stage, tensors)
+        found = {value: known.get(id(each), each) for value, each in crossing.items()}
+        self.crossing = {value: each for value, each in found.items() if isinstance(each, tuple)}
 
     def _boundary_into(
         self, index: int, block: Block, leaves: list[Any]
@@ -309,6 +363,8 @@ class ModuleStep(Step):
 
     def run_stage(self, stage: int, boundary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Re-run a block; see Step. Parameters that fully_shard has sharded are gathered for it."""
+        if stage in self.passed:
+            return tuple([boundary[at] for at in self.passed[stage]])
         index = self.executor.capture.stages[stage]
         assert index is not None  # glue runs once: the referee refuses a schedule that re-runs it
         own = self.executor.own[self.executor.capture.blocks[index].name]

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch._guards import detect_fake_mode
 
+from scheduler.capture.layer_drop import VALUES, Effort, fixed_draws
 from scheduler.capture.module_calls import (
     CONTAINERS,
     ModuleCall,
@@ -84,6 +85,7 @@ class ModuleCapture:
         state_bytes: bytes that the state of blocks takes: what they leave on modules, and what is held for re-runs.
         whole: names of blocks whose whole call is the stage, hooks included, as these make its weights.
         grad: whether the model's code runs in grad mode only.
+        draws: what random numbers are fixed at for all layers to run, if some may be left out; see layer_drop.py.
     """
 
     blocks: list[Block]
@@ -98,6 +100,7 @@ class ModuleCapture:
     state_bytes: int = 0
     whole: frozenset[str] = frozenset()
     grad: bool = False
+    draws: float | None = None
 
     kind = "modules"
 
@@ -201,11 +204,10 @@ def capture_modules(
     Raises:
         CaptureError: there are no such blocks, or they cannot be replayed; says why.
     """
-    _refuse_layer_drop(model)
     modules = _candidates(model, call, seen) if blocks is None else _given(model, blocks)
     device = model_device(model)
     whole = {module for module in modules.values() if _hooks_make_weights(module)}
-    root, grad = _profiled(model, call, modules, device, whole, data=target is None)
+    root, grad, fixed = _profiled(model, call, modules, device, whole, data=target is None)
     again = recurrent(root)
     if again and sharded_within(model):
         raise CaptureError(
@@ -230,7 +232,8 @@ def capture_modules(
     unusable |= {entry.name for entry in chosen if entry.changes_input}
     usable = [entry for entry in chosen if entry.name not in unusable]
     if target is None and detect_fake_mode() is None:
-        usable = repeatable(model, call, usable, device, grad=grad, whole=whole)
+        with fixed_draws(fixed):
+            usable = repeatable(model, call, usable, device, grad=grad, whole=whole)
     if not usable:
         raise CaptureError(
             "no member of a ModuleList or Sequential runs exactly once with tensors in and out, and no module is called "
@@ -250,7 +253,7 @@ def capture_modules(
         size * (1 if name in entry.overwritten else 2) for entry in usable for name, size in entry.left.items()
     )
     capture.whole = frozenset(entry.name for entry in usable if modules[entry.name] in whole)
-    capture.grad = grad
+    capture.grad, capture.draws = grad, fixed
     return capture
 
 
@@ -261,12 +264,34 @@ def _profiled(
     device: torch.device,
     whole: Collection[nn.Module],
     data: bool,
-) -> tuple[ModuleCall, bool]:
-    """The calls of the candidates, and whether they need grad mode.
+) -> tuple[ModuleCall, bool, float | None]:
+    """The calls of the candidates, whether they need grad mode, and at what value draws are fixed for all of them to run.
 
     Raises:
         CaptureError: the model does not run; says why.
     """
+    with fixed_draws(None, counting=True) as draws, Effort() as effort:
+        root, grad = _either_way(model, call, modules, device, whole, data)
+    best, fixed = (len([*root.within()]), effort.ops), None
+    for value in VALUES if draws.count and not sharded_within(model) else ():
+        with fixed_draws(value), Effort() as effort:
+            other, _ = _either_way(model, call, modules, device, whole, data)
+        done = len([*other.within()]), effort.ops
+        if done > best or (done == best and fixed is None):
+            root, best, fixed = other, done, value
+    _refuse_left_out(model, modules, root)
+    return root, grad, fixed
+
+
+def _either_way(
+    model: nn.Module,
+    call: Call,
+    modules: dict[str, nn.Module],
+    device: torch.device,
+    whole: Collection[nn.Module],
+    data: bool,
+) -> tuple[ModuleCall, bool]:
+    """The calls of the candidates without grad, or in grad mode where that does not run."""
     try:
         return profile(model, call, modules, device, data, whole=whole), False
     except torch.OutOfMemoryError:
@@ -274,8 +299,7 @@ def _profiled(
     except RuntimeError:  # forces by autograd.grad, a hook on a tensor
         pass
     try:
-        with torch.enable_grad():
-            return profile(model, call, modules, device, data, grad=True, whole=whole), True
+        return profile(model, call, modules, device, data, grad=True, whole=whole), True
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -380,8 +404,12 @@ def _laid_out(
     return blocks, [*stages, None]
 
 
-def _refuse_layer_drop(model: nn.Module) -> None:
-    """Refuse a model that leaves out layers at random: a plan is for all of them."""
+def _refuse_left_out(model: nn.Module, modules: dict[str, nn.Module], root: ModuleCall) -> None:
+    """Refuse a model that says that it leaves out layers at random, if no forward was found in which all of them run."""
+    called = {entry.name for entry in root.within()}
+    missing = [name for name in modules if name not in called]
+    if not missing:
+        return
     for name, module in model.named_modules():
         for owner in (module, getattr(module, "config", None)):
             for kind in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
@@ -389,6 +417,6 @@ def _refuse_layer_drop(model: nn.Module) -> None:
                 if isinstance(share, float) and share > 0:
                     where = ".".join(filter(None, (name, "" if owner is module else "config", kind)))
                     raise CaptureError(
-                        f"layers are left out at random ({where} is {share}), and a plan is for all of them; set that to "
-                        "0 in the configuration, before the model is made"
+                        f"layers are left out at random ({where} is {share}), and no forward was found in which {missing[0]} "
+                        "runs; set that to 0 in the configuration, before the model is made"
                     )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from scheduler.capture.layer_drop import fixed_draws
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.module_calls import is_compiled
 from scheduler.capture.module_capture import ModuleCapture
@@ -61,7 +62,7 @@ def module_chain(
     name: str,
     once: bool = True,
 ) -> Chain:
-    """The chain of captured blocks. Leaves the model's state as it is.
+    """The chain of captured blocks, all of them run. Leaves the model's state as it is.
 
     Args:
         existing: parameters that have a gradient before the step.
@@ -69,6 +70,20 @@ def module_chain(
         clock: False to estimate the seconds by the roofline.
         once: whether blocks that run the same ops are measured once.
     """
+    with fixed_draws(capture.draws):
+        return _module_chain(capture, model, call, existing, resident, clock, name, once)
+
+
+def _module_chain(
+    capture: ModuleCapture,
+    model: nn.Module,
+    call: Call,
+    existing: Collection[nn.Parameter],
+    resident: int,
+    clock: bool,
+    name: str,
+    once: bool,
+) -> Chain:
     modules = capture.modules(model)
     readers = _readers(capture, model)
     costs: dict[int, BlockCost] = {}
