@@ -80,7 +80,9 @@ class Sampler:
             for view in views:
                 ends.append(ends[-1] + view.numel())
             parts = zip(numbers, pairwise(ends), strict=True)
-            found.update(number for number, (start, end) in parts if bool((a[start:end] != b[start:end]).any()))
+            found.update(
+                number for number, (start, end) in parts if bool((a[start:end] != b[start:end]).any())
+            )
         return found
 
 
@@ -106,7 +108,11 @@ class AsRead:
         addresses = [*map(address, self.tensors)]
         if versions == self.versions and addresses == self.addresses:
             return ()
-        pairs = zip(zip(versions, addresses, strict=True), zip(self.versions, self.addresses, strict=True), strict=True)
+        pairs = zip(
+            zip(versions, addresses, strict=True),
+            zip(self.versions, self.addresses, strict=True),
+            strict=True,
+        )
         return [number for number, (now, then) in enumerate(pairs) if now != then]
 
     def now(self) -> list[Tensor]:
@@ -120,7 +126,11 @@ def unlike(reads: Sequence[AsRead]) -> list[tuple[int, int]]:
     Waits for the device once.
     """
     now = [read.now() for read in reads]
-    pairs = [pair for read, current in zip(reads, now, strict=True) for pair in zip(read.sample, current, strict=True)]
+    pairs = [
+        pair
+        for read, current in zip(reads, now, strict=True)
+        for pair in zip(read.sample, current, strict=True)
+    ]
     on_host = all(np.array_equal(a, b) for a, b in pairs if isinstance(a, np.ndarray))
     groups: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
     for a, b in pairs:

@@ -42,9 +42,11 @@ class FirstSweep:
         observe: is told where the step is; None, as in training, costs nothing.
         thorough: whether runs are compared of which nothing is saved, too, so that the op is named that differs first.
         compiled: whether stages have code that torch.compile has compiled.
+        reversing: stages that call autograd.grad on what they have made, in their runs.
     """
 
     compiled = False
+    reversing: frozenset[int] = frozenset()
 
     def __init__(
         self,
@@ -63,8 +65,12 @@ class FirstSweep:
         self.boundaries: dict[int, tuple[Tensor | Moved, ...]] = {}
         self.store = Store() if program.copies else None
         self.reads: dict[int, AsRead] = {}  # boundary -> its tensors as they were when it was held
-        self.sampled = check != "none" and not self.faked  # whether a few values of what re-runs read are compared
-        self.doubtful: AsRead | None = None  # a boundary whose values are compared with those of the run's other inputs
+        self.sampled = (
+            check != "none" and not self.faked
+        )  # whether a few values of what re-runs read are compared
+        self.doubtful: AsRead | None = (
+            None  # a boundary whose values are compared with those of the run's other inputs
+        )
         self.flags: dict[int, tuple[bool, ...]] = {}
         self.filled: list[dict[int, Tensor]] = [{} for _ in range(stages)]
         self.handles = [0] * stages

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from executors.as_read import AsRead, Sampler
 from executors.graph import locate
+from executors.handles import Handle
 from executors.replay import ReplayError, Step
 from executors.trace import Observer
 from scheduler.capture.block_state import BlockState
@@ -104,6 +106,7 @@ class ModuleExecutor:
         )
         self.replays = any(program.kept[block.stage] is None for block in capture.blocks)
         self.whole = frozenset(self.modules[name] for name in capture.whole)
+        self.reversing = frozenset(b.stage for b in capture.blocks if b.name in capture.reversing)
         self.told = False  # that a forward left out blocks
         # forward is intercepted while a step runs: one step at a time may do that to these modules.
         self.lock = threading.Lock()
@@ -122,7 +125,11 @@ class ModuleExecutor:
         left_out = len(self.capture.blocks) - step.count
         if left_out and not self.told:
             self.told = True
-            LOGGER.info("a forward left out %d of %d blocks of the plan; they cost nothing", left_out, len(self.capture.blocks))
+            LOGGER.info(
+                "a forward left out %d of %d blocks of the plan; they cost nothing",
+                left_out,
+                len(self.capture.blocks),
+            )
         return output
 
 
@@ -166,7 +173,10 @@ class _Run:
             others += [tensor for _, tensor in self.taken.read()]
         sharded = own.outer or own.inner  # gathered parameters are others each time
         self.reads = (
-            AsRead([values[key] for values, key in own.constant], own.sampler if sampled and not sharded else None),
+            AsRead(
+                [values[key] for values, key in own.constant],
+                own.sampler if sampled and not sharded else None,
+            ),
             AsRead(others, Sampler() if sampled and others else None),
         )
 
@@ -205,9 +215,12 @@ class ModuleStep(Step):
             self.random = [False] * len(capture)
         self.executor = executor
         self.compiled = executor.compiled
+        self.reversing = executor.reversing
         self.ran = 0  # the block after the latest that ran
         self.count = 0  # blocks that ran
-        self.passed: dict[int, tuple[int, ...]] = {}  # stage left out -> its next boundary, by positions in its own
+        self.passed: dict[
+            int, tuple[int, ...]
+        ] = {}  # stage left out -> its next boundary, by positions in its own
         # (block, output leaf) -> (tensor, version): what crosses into the next block, while that is awaited
         self.crossing: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self.runs: dict[int, _Run] = {}
@@ -293,7 +306,10 @@ class ModuleStep(Step):
                 positions = tuple(range(len(boundary)))
             else:
                 boundary = [crossing[value] for value in block.boundary]
-                fed = {output: block.boundary.index((index - back, output)) for _, output, back in reversed(block.fed)}
+                fed = {
+                    output: block.boundary.index((index - back, output))
+                    for _, output, back in reversed(block.fed)
+                }
                 first = block.boundary.index((index - block.fed[0][2], block.fed[0][1]))
                 positions = tuple(
                     fed.get(output, first) if made == index else block.boundary.index((made, output))
@@ -353,13 +369,36 @@ class ModuleStep(Step):
         if (autocast := autocast_state(self.device)) != self.autocast:
             self.autocasts[stage] = autocast
         draws = None if self.faked else Draws(self.device)
-        with self.dropping(stage):
+        with self._dropping_late(stage) if stage in self.reversing else self.dropping(stage):
             result = run.forward(*args, **kwargs)
         if draws is not None:
             state = draws.state()
             if state is not None:
                 self.states[stage] = state
         return result
+
+    @contextmanager
+    def _dropping_late(self, stage: int) -> Iterator[None]:
+        """The context of the first run of a block that reverses what it makes: dropped tensors are there until it is over."""
+        dropping = self.dropping(stage)
+        there: dict[int, Tensor] = {}
+
+        def pack(tensor: Tensor) -> Any:
+            packed = dropping.pack_hook(tensor)
+            if type(packed) is Handle:
+                there[packed.index] = tensor.detach()
+            return packed
+
+        def unpack(packed: Any) -> Tensor:
+            if type(packed) is Handle and packed.index in there:
+                return there[packed.index]
+            return self.unpack(packed)
+
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+                yield
+        finally:
+            there.clear()
 
     def run_stage(self, stage: int, boundary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Re-run a block; see Step. Parameters that fully_shard has sharded are gathered for it."""

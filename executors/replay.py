@@ -65,7 +65,7 @@ class Step(FirstSweep):
     def discarding(self, stage: int) -> torch.autograd.graph.saved_tensors_hooks:
         """The context of a re-run in grad mode that nothing is saved of."""
         if not self.thorough:
-            return self._discarding
+            return self._saving(stage, _discard) if stage in self.reversing else self._discarding
         numbers = itertools.count()
 
         def look(tensor: Tensor) -> None:
@@ -73,7 +73,18 @@ class Step(FirstSweep):
             if index < len(self.prints[stage]):
                 self._compare(stage, index, tensor)
 
-        return torch.autograd.graph.saved_tensors_hooks(self._shielded(look), _never)
+        return self._saving(stage, look)
+
+    def _saving(self, stage: int, pack: Callable[[Tensor], None]) -> torch.autograd.graph.saved_tensors_hooks:
+        """The context of a re-run whose saved tensors go to ``pack``, and which reverses them only where the first run did."""
+        if stage not in self.reversing:
+            return torch.autograd.graph.saved_tensors_hooks(self._shielded(pack), _never)
+
+        def hold(tensor: Tensor) -> Tensor:
+            pack(tensor)
+            return tensor if tensor.is_leaf else tensor.detach()
+
+        return torch.autograd.graph.saved_tensors_hooks(self._shielded(hold), lambda tensor: tensor)
 
     @functools.cached_property
     def _discarding(self) -> torch.autograd.graph.saved_tensors_hooks:
@@ -341,7 +352,7 @@ class Step(FirstSweep):
         if last < 0 or not self.handles[stage]:
             return self._advance(stage, boundary) if wanted else None
         filled: dict[int, Tensor] = {}
-        count, stop = 0, -1 if wanted else last
+        count, stop = 0, -1 if wanted or stage in self.reversing else last
 
         def pack(tensor: Tensor) -> None:
             nonlocal count
@@ -365,7 +376,7 @@ class Step(FirstSweep):
             self.observe("rebuild", stage)
         produced: tuple[Tensor, ...] | None = None
         try:
-            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._shielded(pack), _never):
+            with torch.enable_grad(), self._saving(stage, pack):
                 produced = self._outputs(stage, boundary)
         except _Stop:
             pass

@@ -132,7 +132,9 @@ class _Layout:
         own = [values for each in members for values in (each._parameters, each._buffers)]
         self._own = set() if everything else set(map(id, own))
         self._plain_calls = {id(vars(each)) for each in members[1:]}  # whose forward is never intercepted
-        self._raw = set() if everything else {id(each._parameters) for each in members}  # in which nothing comes and goes
+        self._raw = (
+            set() if everything else {id(each._parameters) for each in members}
+        )  # in which nothing comes and goes
         roots = [(name, module), *_hooks(members)]
         roots += [(path, each) for path, each in _host_generators() if everything or path in changed]
         for values, used in {(id(g), used): (g, used) for g, used in _globals(members, everything)}.values():
@@ -528,7 +530,9 @@ def _is_installed(module: str) -> bool:
 @functools.cache
 def _names(code: types.CodeType) -> frozenset[str]:
     """The globals that code names, and functions within it."""
-    found = {each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "STORE_GLOBAL")}
+    found = {
+        each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "STORE_GLOBAL")
+    }
     inner = (_names(each) for each in code.co_consts if isinstance(each, types.CodeType))
     return frozenset(found).union(*inner)
 

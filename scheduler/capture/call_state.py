@@ -31,7 +31,9 @@ class CallState:
         self.state, self.data = state, data
         self.taken = state.take(cut=False)
         objects = [
-            leaf for leaf in pytree.tree_leaves((args, kwargs)) if not isinstance(leaf, Tensor) and not is_plain(leaf)
+            leaf
+            for leaf in pytree.tree_leaves((args, kwargs))
+            if not isinstance(leaf, Tensor) and not is_plain(leaf)
         ]
         self.given = BlockState("argument", objects, everything=True).take(cut=False) if objects else None
         self.values = {

@@ -20,7 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["VALUES", "Effort", "fixed_draws"]
 
-VALUES = (1 - 2.0**-20, 0.0)  # `if rand() < p: continue` runs all with the first, `if rand() > survival: continue` with the second
+VALUES = (
+    1 - 2.0**-20,
+    0.0,
+)  # `if rand() < p: continue` runs all with the first, `if rand() > survival: continue` with the second
 FEW = 256  # numbers drawn at once by which layers may be chosen
 _UNIFORM = frozenset({torch.rand, torch.rand_like, Tensor.uniform_})
 _FLAGS = frozenset({torch.bernoulli, Tensor.bernoulli, Tensor.bernoulli_})
@@ -90,4 +93,3 @@ class Effort(TorchDispatchMode):
         """Run one op."""
         self.ops += 1
         return func(*args, **(kwargs or {}))
-

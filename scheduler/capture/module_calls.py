@@ -10,7 +10,7 @@ import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +23,7 @@ from scheduler.capture.fake import Watch
 from scheduler.capture.flat import tensor_leaves
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import sharded_within
-from scheduler.capture.state import RandomState
+from scheduler.capture.state import RandomState, shielded
 from scheduler.capture.verify import equal_bits
 from scheduler.errors import CaptureError
 
@@ -96,6 +96,8 @@ class ModuleCall:
         self.changed: tuple[str, ...] = ()
         self.overwritten: set[str] = set()
         self.left: dict[str, int] = {}  # place -> bytes of the tensors that are new there
+        self.reverses = False  # it calls autograd.grad on what it has made
+        self.reversed_outside = False  # other code does so, while the forward runs
         self.changes_input = False
         self.new_input = False  # an input that no call before had: glue has made it
 
@@ -104,6 +106,13 @@ class ModuleCall:
         for child in self.children:
             yield child
             yield from child.within()
+
+    def around(self) -> Iterator[ModuleCall]:
+        """It, and the calls that it is made in, from the inside out; not the model's own."""
+        entry: ModuleCall | None = self
+        while entry is not None and entry.parent is not None:
+            yield entry
+            entry = entry.parent
 
     def fed_by(self, other: ModuleCall) -> tuple[tuple[int, int], ...]:
         """(argument leaf, output leaf) pairs of one tensor."""
@@ -340,6 +349,18 @@ def profile(
     tokens = _Tokens()
     states: dict[str, BlockState] = {}
 
+    def unpack(packed: tuple[ModuleCall, Tensor]) -> Tensor:
+        now = set(current.around())
+        for entry in packed[0].around():
+            entry.reverses |= entry in now
+            entry.reversed_outside |= entry not in now
+        return packed[1]
+
+    def hooks(entry: ModuleCall) -> AbstractContextManager[Any]:
+        # Nobody is to own its own output.
+        pack = shielded(lambda t: (entry, t if t.is_leaf else t.detach()))
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
     def watch(name: str, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
             def watched(*args: Any, **kwargs: Any) -> Any:
@@ -358,7 +379,7 @@ def profile(
                 current = entry
                 ops = Watch()
                 try:
-                    with nullcontext() if data else ops:
+                    with hooks(entry), nullcontext() if data else ops:
                         result = forward(*args, **kwargs)
                 finally:
                     current = entry.parent or root
@@ -395,7 +416,8 @@ def expanded(entry: ModuleCall, within: Counter[str], again: Collection[str]) ->
     result: list[ModuleCall] = []
     for child in entry.children:
         steps = Counter(inner.name for inner in child.children if inner.name in again)
-        finer = child.is_its_children() or max(steps.values(), default=0) >= MANY_CALLS
+        within_it = any(inner.reversed_outside for inner in child.children)
+        finer = (child.is_its_children() and not within_it) or max(steps.values(), default=0) >= MANY_CALLS
         if finer and within[child.name] == 1:
             result.extend(expanded(child, within, again))
         else:

@@ -86,6 +86,7 @@ class ModuleCapture:
         whole: names of blocks whose whole call is the stage, hooks included, as these make its weights.
         grad: whether the model's code runs in grad mode only.
         draws: what random numbers are fixed at for all layers to run, if some may be left out; see layer_drop.py.
+        reversing: names of blocks that call autograd.grad on what they have made.
     """
 
     blocks: list[Block]
@@ -101,6 +102,7 @@ class ModuleCapture:
     whole: frozenset[str] = frozenset()
     grad: bool = False
     draws: float | None = None
+    reversing: frozenset[str] = frozenset()
 
     kind = "modules"
 
@@ -229,11 +231,17 @@ def capture_modules(
             "the modules given do not each run once, in the order given, or again and again, each call fed by the one "
             f"before; seen: {_in_words([entry.name for entry in chosen])}"
         )
-    unusable |= {entry.name for entry in chosen if entry.changes_input}
+    unusable |= {entry.name for entry in chosen if entry.changes_input or entry.reversed_outside}
     usable = [entry for entry in chosen if entry.name not in unusable]
     if target is None and detect_fake_mode() is None:
         with fixed_draws(fixed):
             usable = repeatable(model, call, usable, device, grad=grad, whole=whole)
+    asked = [entry.name for entry in chosen if entry.reversed_outside]
+    if not usable and asked:
+        raise CaptureError(
+            f"autograd.grad, or a backward, runs in the forward outside of {asked[0]} on what that has made, so that it cannot "
+            "be run again; pass a module that contains both as a block"
+        )
     if not usable:
         raise CaptureError(
             "no member of a ModuleList or Sequential runs exactly once with tensors in and out, and no module is called "
@@ -250,10 +258,13 @@ def capture_modules(
     capture.overwritten = frozenset(name for entry in usable for name in entry.overwritten)
     # What a block leaves on modules, and what was there before it, which a re-run may read.
     capture.state_bytes = sum(
-        size * (1 if name in entry.overwritten else 2) for entry in usable for name, size in entry.left.items()
+        size * (1 if name in entry.overwritten else 2)
+        for entry in usable
+        for name, size in entry.left.items()
     )
     capture.whole = frozenset(entry.name for entry in usable if modules[entry.name] in whole)
     capture.grad, capture.draws = grad, fixed
+    capture.reversing = frozenset(entry.name for entry in usable if entry.reverses)
     return capture
 
 
@@ -308,7 +319,9 @@ def _either_way(
 
 def _hooks_make_weights(module: nn.Module) -> bool:
     """Whether a pre-hook of the module makes one of its weights, as those of torch.nn.utils do (weight_norm, prune)."""
-    return any(type(hook).__module__.startswith("torch.nn.utils.") for hook in module._forward_pre_hooks.values())
+    return any(
+        type(hook).__module__.startswith("torch.nn.utils.") for hook in module._forward_pre_hooks.values()
+    )
 
 
 def _in_words(names: Sequence[str]) -> str:

@@ -70,8 +70,11 @@ class BlockRun:
         waiting: Collection[nn.Parameter],
     ) -> None:
         stage = capture.blocks[index].stage
-        self.state = BlockState(capture.blocks[index].name, module, capture.changed[stage], capture.overwritten)
+        self.state = BlockState(
+            capture.blocks[index].name, module, capture.changed[stage], capture.overwritten
+        )
         self.found = self.state.take()
+        self.reversing = capture.blocks[index].name in capture.reversing
         self.waiting = [p for p in module.parameters() if p in waiting and p.requires_grad]
         self.capture, self.module, self.forward, self.existing = capture, module, forward, existing
         self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
@@ -119,7 +122,11 @@ class BlockRun:
         external = [t for i, t in tensors if i not in self.fed]
         lasting = frozenset(t.untyped_storage()._cdata for t in (*self.weights, *external))
         stage = StageRun(
-            run, fresh_grads(self.module.parameters(), self.existing), lasting=lasting, waiting=self.waiting
+            run,
+            fresh_grads(self.module.parameters(), self.existing),
+            lasting=lasting,
+            waiting=self.waiting,
+            reversing=self.reversing,
         )
         cost = measure_stage(stage, capture.place, clock=clock)
         if not clock:

@@ -42,7 +42,9 @@ def storage_bytes(tensors: Iterable[Tensor], device: Device) -> int:
     return sum(allocated(min(whole, part), device) for whole, part in parts.values())
 
 
-SAMPLES = 16 * 1024  # bytes, at most: a few elements of all that a stage reads, by which a re-run sees whether it has changed
+SAMPLES = (
+    16 * 1024
+)  # bytes, at most: a few elements of all that a stage reads, by which a re-run sees whether it has changed
 
 
 def rerun_state(capture: GraphCapture | ModuleCapture, model: nn.Module, k: int) -> int:
