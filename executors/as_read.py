@@ -74,7 +74,7 @@ class Sampler:
 
     def unlike(self, before: Sequence[Sample], now: Sequence[Sample]) -> set[int]:
         """The numbers of the tensors whose samples differ."""
-        found = set()
+        found: set[int] = set()
         for numbers, views, a, b in zip(self._numbers, self._views, before, now, strict=True):
             ends = [0]
             for view in views:

@@ -135,7 +135,8 @@ class FirstSweep:
         if self.store is not None:
             self.boundaries[boundary] = self.store.hold(boundary, tensors, own=not self.sweeping)
         else:
-            held = self.boundaries[boundary] = tuple([t.detach() for t in tensors])
+            held = tuple([t.detach() for t in tensors])
+            self.boundaries[boundary] = held
             if held:
                 self.reads[boundary] = AsRead(held, Sampler() if self.sampled else None)
         if self.observe is not None:

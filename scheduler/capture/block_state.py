@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from scheduler.capture.python_state import MISSING, Holder, holders_of, is_plain, is_users_code
 
-__all__ = ["BlockState", "Taken", "named_tensors"]
+__all__ = ["BlockState", "Taken", "is_walked", "named_tensors"]
 
 LARGE = 64  # entries: of larger containers (a label map, a vocabulary) only the length is watched, unless blocks change them
 SIMPLE = (type(None), bool, int, float, str, Tensor, nn.Parameter, torch.dtype, torch.device)
@@ -88,8 +88,12 @@ class Taken:
             return []
         changed = {id(tensor) for tensor, _ in self.copies}
         named = zip((self.layout.name_of(place) for place in self.layout.tensors), self.tensors, strict=True)
-        inside = ((h.path, t) for h, content in zip(self.layout.containers, self.contents, strict=True)
-                  if isinstance(content, list) for t in content)  # fmt: skip
+        inside = (
+            (h.named(i) if h.kind == "list" else h.path, t)
+            for h, content in zip(self.layout.containers, self.contents, strict=True)
+            if isinstance(content, list)
+            for i, t in enumerate(content)
+        )
         pairs = ((n, t.tensor if isinstance(t, _Cut) else t) for each in (named, inside) for n, t in each)
         return [(n, t) for n, t in pairs if isinstance(t, Tensor) and id(t) not in changed]
 
@@ -124,7 +128,7 @@ class _Layout:
         self.generators: list[Holder] = []
         self.copied: list[Place] = []
         self.keyed: list[tuple[dict[Any, Any], frozenset[Any]]] = []  # dicts, and the keys known of each
-        self.outside: list[tuple[str, Any]] = []  # objects whose state cannot be walked
+        self.outside: list[tuple[str, Any]] = []  # other objects
         self._terms: tuple[list[str], list[str], list[str]] = [], [], []
         self._installed: tuple[str, ...] = ()  # classes of packages, whose values are what they are
         self._given: dict[str, Any] = {"get": dict.__getitem__}
@@ -137,9 +141,9 @@ class _Layout:
         )  # in which nothing comes and goes
         roots = [(name, module), *_hooks(members)]
         roots += [(path, each) for path, each in _host_generators() if everything or path in changed]
-        for values, used in {(id(g), used): (g, used) for g, used in _globals(members, everything)}.values():
-            self._add(values, used, values[used])
-            roots.append((used, values[used]))
+        for owner, used in {(id(g), used): (g, used) for g, used in _globals(members, everything)}.values():
+            self._add(owner, used, owner[used])
+            roots.append((used, owner[used]))
         for holder in holders_of(roots):
             self.names[id(holder.thing)] = holder.path
             self._open(holder)
@@ -201,7 +205,7 @@ class _Layout:
             elif key not in calls:
                 self._add(attributes, key, value)
         self._length(attributes, calls)
-        self.keyed.append((attributes, frozenset(attributes)))
+        self.keyed.append((attributes, frozenset([*attributes, *calls])))
 
     def _add(self, thing: Any, key: Any, value: Any) -> None:
         """Note one place and the value that it has now."""
@@ -275,8 +279,8 @@ class _Layout:
                     _set(place, value.leaf() if isinstance(value, _Cut) else value)
         removed = []
         if then.values[2] != now.values[2]:
-            for thing, keys in self.keyed:
-                extra = [k for k in thing if k not in keys and k not in _CALLS]
+            for thing, keys in self.keyed:  # calls of blocks are intercepted meanwhile
+                extra = [k for k in thing if k not in keys]
                 removed += [(thing, k, thing.pop(k)) for k in extra]
         for holder, content, there in zip(self.containers, then.contents, now.contents, strict=True):
             if not _same(content, there):
@@ -370,7 +374,7 @@ class BlockState:
             for v in each
             if not isinstance(v, SIMPLE) and v is not MISSING
         )
-        return any(id(v) not in layout.names and not is_plain(v) and _is_walked(v) for v in new)
+        return any(id(v) not in layout.names and not is_plain(v) and is_walked(v) for v in new)
 
     def put(self, then: Taken) -> None:
         """Let the block's code find what it found then; what is there now is lost."""
@@ -475,13 +479,14 @@ def _is_data(key: str, value: Any) -> bool:
     return not hasattr(value, "__get__") and not isinstance(value, type)
 
 
-def _is_walked(value: Any) -> bool:
+def is_walked(value: Any) -> bool:
+    """Whether a value has places of its own."""
     return next(iter(holders_of([("", value)])), None) is not None
 
 
 def _host_generators() -> list[tuple[str, Any]]:
     """Python's own generator and NumPy's, which a block may draw from."""
-    found: list[tuple[str, Any]] = [("the generator of random", random._inst)]  # type: ignore[attr-defined]
+    found: list[tuple[str, Any]] = [("the generator of random", random._inst)]
     numpy = sys.modules.get("numpy")
     return found if numpy is None else [*found, ("the generator of numpy.random", numpy.random.mtrand._rand)]
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from scheduler.capture.block_state import BlockState, Taken
+from scheduler.capture.block_state import BlockState, Taken, is_walked
 from scheduler.capture.fake import Watch
 from scheduler.capture.python_state import is_plain
 from scheduler.capture.verify import equal_bits
@@ -40,7 +40,9 @@ class CallState:
             name: (tensor, tensor.detach().clone() if data else tensor, tensor._version)
             for name, tensor in _tensors(state.name, state.module, self.taken)
         }
-        self.outside = [(name, each, _look(each)) for name, each in self.taken.layout.outside]
+        self.outside = [
+            (name, each, _look(each)) for name, each in self.taken.layout.outside if not is_walked(each)
+        ]
 
     def changed(self, ops: Watch | None = None) -> set[str]:
         """Names of the tensors, containers and generators that were changed in place since.
@@ -122,5 +124,5 @@ def _look(value: Any) -> Any:
             return value.tell()
         shown = repr(value.__reduce_ex__(4))
     except Exception:  # noqa: BLE001 # objects of any kind
-        return None if type(value).__repr__ is object.__repr__ else repr(value)
+        shown = repr(value)
     return shown if " at 0x" not in shown else None
