@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.nn import Parameter
 
+from executors.as_read import AsRead, Sampler
 from executors.check import CHECKS, Fingerprint
 from executors.handles import Handle, Held, Thinned
 from executors.offload import Moved, Store
@@ -42,9 +43,11 @@ class FirstSweep:
         observe: is told where the step is; None, as in training, costs nothing.
         thorough: whether runs are compared of which nothing is saved, too, so that the op is named that differs first.
         compiled: whether stages have code that torch.compile has compiled.
+        reversing: stages that call autograd.grad on what they have made, in their runs.
     """
 
     compiled = False
+    reversing: frozenset[int] = frozenset()
 
     def __init__(
         self,
@@ -62,7 +65,13 @@ class FirstSweep:
         self.faked = detect_fake_mode() is not None
         self.boundaries: dict[int, tuple[Tensor | Moved, ...]] = {}
         self.store = Store() if program.copies else None
-        self.versions: dict[int, list[int]] = {}
+        self.reads: dict[int, AsRead] = {}  # boundary -> its tensors as they were when it was held
+        self.sampled = (
+            check != "none" and not self.faked
+        )  # whether a few values of what re-runs read are compared
+        self.doubtful: AsRead | None = (
+            None  # a boundary whose values are compared with those of the run's other inputs
+        )
         self.flags: dict[int, tuple[bool, ...]] = {}
         self.filled: list[dict[int, Tensor]] = [{} for _ in range(stages)]
         self.handles = [0] * stages
@@ -127,8 +136,10 @@ class FirstSweep:
         if self.store is not None:
             self.boundaries[boundary] = self.store.hold(boundary, tensors, own=not self.sweeping)
         else:
-            self.boundaries[boundary] = tuple([t.detach() for t in tensors])
-            self.versions[boundary] = [t._version for t in tensors]
+            held = tuple([t.detach() for t in tensors])
+            self.boundaries[boundary] = held
+            if held:
+                self.reads[boundary] = AsRead(held, Sampler() if self.sampled else None)
         if self.observe is not None:
             self.observe("held", boundary, tensors)
 
@@ -281,6 +292,7 @@ class FirstSweep:
     def free(self, boundary: int) -> None:
         """Hold a boundary no longer."""
         held = self.boundaries.pop(boundary, None)
+        self.reads.pop(boundary, None)
         if self.observe is not None and held is not None:
             self.observe("freed", boundary, tensors_of(held) if self.store is None else ())
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from executors.as_read import AsRead, Sampler
 from executors.replay import Step
 from executors.trace import Observer
 from scheduler.capture.flat import tree_unflatten
@@ -67,6 +68,7 @@ class GraphExecutor:
             [j for j, (i, _, _) in enumerate(lookups) if i not in changed]
             for lookups, changed in zip(self.lookups, self.changed, strict=True)
         ]
+        self.samplers = [Sampler() for _ in self.stages]
         self.readers: dict[str, list[int]] = {}
         for k, stage in enumerate(self.stages):
             for source in stage.sources:
@@ -175,7 +177,8 @@ class GraphStep(Step):
         self.inputs = flat_inputs
         self.carried: dict[str, Tensor] = {}
         self.carried_flags: dict[str, bool] = {}
-        self.read_versions: dict[int, list[int]] = {}
+        # stage -> what its first run read and nobody may change: parameters and buffers; inputs
+        self.first_reads: dict[int, tuple[AsRead, AsRead]] = {}
         self.snapshots: dict[int, list[Tensor]] = {}
         self.parameters: dict[int, list[Tensor]] = {}
         # Boundary 0 is empty (the inputs are read where they are needed), so holding it costs nothing.
@@ -218,16 +221,13 @@ class GraphStep(Step):
             self.parameters[k] = own
             if executor.changed[k]:
                 self.snapshots[k] = [arguments[i].clone() for i in executor.changed[k]]
-            self.read_versions[k] = self._versions(k, own)
+            constant = [own[j] for j in executor.constant[k]]
+            given = [self.inputs[key] for key in executor.given[k]]
+            self.first_reads[k] = (
+                AsRead(constant, executor.samplers[k] if self.sampled else None),
+                AsRead([t for t in given if isinstance(t, Tensor)], Sampler() if self.sampled else None),
+            )
         return arguments
-
-    def _versions(self, k: int, own: list[Tensor]) -> list[int]:
-        """Versions of everything that stage k reads and that a user could change."""
-        read = [own[j]._version for j in self.executor.constant[k]]
-        if self.executor.given[k]:
-            given = [self.inputs[key] for key in self.executor.given[k]]
-            read += [value._version for value in given if isinstance(value, Tensor)]
-        return read
 
     def run_stage(self, k: int, boundary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Re-run stage k; see Step."""
@@ -255,18 +255,34 @@ class GraphStep(Step):
         self, stage: int, rebuild: Rebuild, boundary: tuple[Tensor, ...], sources: list[Tensor]
     ) -> tuple[Tensor, ...]:
         """See Step."""
-        arguments = self._arguments_again(stage, boundary)
+        arguments = self._arguments_again(stage, boundary, frozenset(rebuild.arguments))
         return rebuild.function(*(arguments[i] for i in rebuild.arguments), *sources)
 
-    def _arguments_again(self, k: int, boundary: tuple[Tensor, ...]) -> list[Any]:
-        """The arguments of stage k as its first run found them."""
+    def _arguments_again(
+        self, k: int, boundary: tuple[Tensor, ...], among: frozenset[int] | None = None
+    ) -> list[Any]:
+        """The arguments of stage k as its first run found them.
+
+        Args:
+            among: which of them are read; None for all.
+        """
         executor, own = self.executor, self.parameters[k]
-        if self._versions(k, own) != self.read_versions[k]:
-            raise RuntimeError(
-                f"a parameter or input of stage {k} ({self.name_of(k)}) has been modified by an inplace operation "
-                "between forward and backward, so that the stage cannot be replayed; step the optimizer after "
-                "backward"
-            )
+        sources = executor.stages[k].sources
+
+        def position(which: int, number: int) -> int:
+            if which == 0:
+                return executor.lookups[k][executor.constant[k][number]][0]
+            keys = [s.key for s in sources if s.kind == "input" and isinstance(self.inputs[s.key], Tensor)]
+            return next(i for i, s in enumerate(sources) if s.kind == "input" and s.key == keys[number])
+
+        def name(which: int, number: int) -> str:
+            source = sources[position(which, number)]
+            return f"{source.kind} {source.key}"
+
+        def matters(which: int, number: int) -> bool:
+            return among is None or position(which, number) in among
+
+        self.as_read(k, self.first_reads[k], name, matters)
         carried = {
             name: self.carried[name].detach().requires_grad_(self.carried_flags[name])
             for name in executor.carried_by[k]

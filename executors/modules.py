@@ -2,46 +2,67 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import operator
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from executors.as_read import AsRead, Sampler
 from executors.graph import locate
+from executors.handles import Handle
 from executors.replay import ReplayError, Step
 from executors.trace import Observer
+from scheduler.capture.block_state import BlockState
 from scheduler.capture.flat import flatten, tensor_leaves, unflatten
 from scheduler.capture.module_calls import intercepted, is_compiled
 from scheduler.capture.module_capture import Block, ModuleCapture
+from scheduler.capture.python_state import is_plain
 from scheduler.capture.sharded import gathered, holders, sharded_within
 from scheduler.capture.state import AutocastState, Draws, autocast_contexts, autocast_state
 from scheduler.program import ReplayProgram
 
 __all__ = ["ModuleExecutor"]
 
+LOGGER = logging.getLogger("rematplan")
+
 
 class _Own:
     """What a module that is one block or several reads of the model, and where that lies.
 
     Attributes:
-        constant: (dict, key) of its parameters, and of its buffers that it does not change.
-        changed: of its other buffers.
+        names: of its parameters and buffers that it does not change.
+        constant: (dict, key) of these.
+        sampler: of their values.
+        state: the rest: what hangs on its modules, and tensors that it changes.
         outer, inner: modules around it and within it that fully_shard has sharded.
     """
 
-    def __init__(self, model: nn.Module, name: str, module: nn.Module, changed: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        module: nn.Module,
+        changed: tuple[str, ...],
+        overwritten: frozenset[str],
+    ) -> None:
         # Those that fully_shard gathers deeper within a block are there only while their module runs.
         names = [
             n
             for n, _ in module.named_parameters()
-            if all(holder is module for holder in holders(module, n.rpartition(".")[0]))
+            if f"{name}.{n}" not in changed
+            and all(holder is module for holder in holders(module, n.rpartition(".")[0]))
         ]
         names += [n for n, _ in module.named_buffers() if f"{name}.{n}" not in changed]
-        self.constant = [locate(model, f"{name}.{n}") for n in names]
-        self.changed = [locate(model, n) for n in changed]
+        self.names = [f"{name}.{n}" for n in names]
+        self.constant = [locate(model, n) for n in self.names]
+        self.sampler = Sampler()
+        self.state = BlockState(name, module, changed, overwritten)
         self.outer = holders(model, name)
         self.inner = [inner for inner in sharded_within(module) if inner is not module]
 
@@ -76,11 +97,17 @@ class ModuleExecutor:
         self.plain = plain
         self.modules = {block.name: model.get_submodule(block.name) for block in capture.blocks}
         changed = {block.name: capture.changed[block.stage] for block in capture.blocks}
-        self.own = {name: _Own(model, name, module, changed[name]) for name, module in self.modules.items()}
+        self.own = {
+            name: _Own(model, name, module, changed[name], capture.overwritten)
+            for name, module in self.modules.items()
+        }
         self.compiled = any(
             is_compiled(inner) for module in self.modules.values() for inner in module.modules()
         )
         self.replays = any(program.kept[block.stage] is None for block in capture.blocks)
+        self.whole = frozenset(self.modules[name] for name in capture.whole)
+        self.reversing = frozenset(b.stage for b in capture.blocks if b.name in capture.reversing)
+        self.told = False  # that a forward left out blocks
         # forward is intercepted while a step runs: one step at a time may do that to these modules.
         self.lock = threading.Lock()
 
@@ -91,14 +118,18 @@ class ModuleExecutor:
         step = ModuleStep(self)
         if self.observe is not None:
             self.observe("first", 0)
-        with self.lock, intercepted([(m, step.wrapper(name)) for name, m in self.modules.items()]):
+        intercepting = [(m, step.wrapper(name)) for name, m in self.modules.items()]
+        with self.lock, intercepted(intercepting, self.whole):
             output = self.plain(*args, **kwargs)
-        if step.ran != len(self.capture.blocks):
-            raise ReplayError(
-                f"the plan was made for {len(self.capture.blocks)} blocks, of which this forward ran {step.ran}; the model "
-                "took another path, so make a plan for this call"
-            )
         step.finish()
+        left_out = len(self.capture.blocks) - step.count
+        if left_out and not self.told:
+            self.told = True
+            LOGGER.info(
+                "a forward left out %d of %d blocks of the plan; they cost nothing",
+                left_out,
+                len(self.capture.blocks),
+            )
         return output
 
 
@@ -111,12 +142,12 @@ class _Run:
         spec: how they are put together.
         places: (leaf, position in the boundary) of the arguments that are fed.
         external: places of all other tensors.
-        read: the parameters and steady buffers, then the external tensors, that it read.
-        versions: of these, as it began.
-        buffers: copies of those that it changes.
+        reads: the parameters and steady buffers, then the external tensors and those of its state, as it found them.
+        taken: the state that it found.
+        given: that of generators and objects among the arguments, if there are any.
     """
 
-    __slots__ = ("buffers", "external", "forward", "leaves", "places", "read", "spec", "versions")
+    __slots__ = ("external", "forward", "given", "leaves", "places", "reads", "spec", "taken")
 
     def __init__(
         self,
@@ -125,32 +156,52 @@ class _Run:
         spec: Any,
         places: list[tuple[int, int]],
         own: _Own,
+        sampled: bool,
     ) -> None:
         self.forward, self.leaves, self.spec, self.places = forward, leaves, spec, places
         for i, _ in places:
             leaves[i] = None
         self.external = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self.read = [values[key] for values, key in own.constant] + [leaves[i] for i in self.external]
-        self.versions = [tensor._version for tensor in self.read]
-        self.buffers = [values[key].clone() for values, key in own.changed]
+        self.taken = own.state.take()
+        self.given = None
+        if type(spec) is not tuple:  # not all of them are tensors and plain values
+            objects = [leaf for leaf in leaves if not isinstance(leaf, Tensor) and not is_plain(leaf)]
+            if objects:
+                self.given = BlockState("argument", objects).take()
+        others = [leaves[i] for i in self.external]
+        if self.taken.tensors or self.taken.contents:
+            others += [tensor for _, tensor in self.taken.read()]
+        sharded = own.outer or own.inner  # gathered parameters are others each time
+        self.reads = (
+            AsRead(
+                [values[key] for values, key in own.constant],
+                own.sampler if sampled and not sharded else None,
+            ),
+            AsRead(others, Sampler() if sampled and others else None),
+        )
 
-    def has_changed(self, own: _Own) -> bool:
-        """Whether one of the tensors that a re-run reads was changed in place since."""
-        if own.outer or own.inner:
-            # Where fully_shard's hooks are inside of what is intercepted, the parameters were not gathered yet when the
-            # first run began: others than the re-run finds.
-            then = dict(zip(map(id, self.read), self.versions, strict=True))
-            now = [values[key] for values, key in own.constant] + self.read[len(own.constant) :]
-            return any(then.get(id(tensor), tensor._version) != tensor._version for tensor in now)
-        return self.versions != [tensor._version for tensor in self.read]
+    def name_of(self, own: _Own, label: str, which: int, number: int) -> str:
+        """What was read, in words."""
+        if which == 0:
+            return f"{own.names[number]} of block {label}"
+        if number < len(self.external):
+            return f"argument {self.external[number]} of block {label}"
+        return f"{self.taken.read()[number - len(self.external)][0]} of block {label}"
+
+    def gathered_anew(self, own: _Own) -> None:
+        """Note what fully_shard has gathered by now in the place of what the first run read."""
+        # Where fully_shard's hooks are inside of what is intercepted, the parameters were not gathered yet when the
+        # first run began: others than the re-run finds.
+        then = dict(zip(map(id, self.reads[0].tensors), self.reads[0].versions, strict=True))
+        now = AsRead([values[key] for values, key in own.constant])
+        now.versions = [then.get(id(t), t._version) for t in now.tensors]
+        self.reads = now, self.reads[1]
 
     def is_as_then(self, own: _Own) -> bool:
         """Whether a re-run finds its parameters and buffers as the first run did."""
-        if self.buffers:
-            return False
-        if own.outer or own.inner:  # gathered parameters are others each time
+        if own.outer or own.inner:
             return True
-        return all(map(operator.is_, [values[key] for values, key in own.constant], self.read))
+        return all(map(operator.is_, [values[key] for values, key in own.constant], self.reads[0].tensors))
 
 
 class ModuleStep(Step):
@@ -164,7 +215,12 @@ class ModuleStep(Step):
             self.random = [False] * len(capture)
         self.executor = executor
         self.compiled = executor.compiled
-        self.ran = 0
+        self.reversing = executor.reversing
+        self.ran = 0  # the block after the latest that ran
+        self.count = 0  # blocks that ran
+        self.passed: dict[
+            int, tuple[int, ...]
+        ] = {}  # stage left out -> its next boundary, by positions in its own
         # (block, output leaf) -> (tensor, version): what crosses into the next block, while that is awaited
         self.crossing: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self.runs: dict[int, _Run] = {}
@@ -182,24 +238,29 @@ class ModuleStep(Step):
 
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
             def intercept(*args: Any, **kwargs: Any) -> Any:
-                index = self.ran
-                expected = blocks[index].name if index < len(blocks) else "no more"
-                if expected != name or not self.sweeping:
+                begin = self.ran
+                index = next((i for i in range(begin, len(blocks)) if blocks[i].name == name), None)
+                if index is None or not self.sweeping:
+                    expected = blocks[begin].name if begin < len(blocks) else "no more"
                     raise ReplayError(
-                        f"block {name} ran out of the order of the plan (at position {index}, where that has {expected}); "
+                        f"block {name} ran out of the order of the plan (at position {begin}, where that has {expected}); "
                         "make a plan for this call, or pass other blocks to solve(capture=...)"
                     )
-                self.ran += 1
-                return self._first_run(index, forward, args, kwargs)
+                self.ran = index + 1
+                self.count += 1
+                return self._first_run(begin, index, forward, args, kwargs)
 
             return intercept
 
         return wrap
 
-    def _first_run(self, index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _first_run(self, begin: int, index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a block; those from ``begin`` to it are left out."""
         block = self.executor.capture.blocks[index]
         stage, following = block.stage, self._following(index)
         leaves, spec = flatten(args, kwargs)
+        if begin < index:
+            self._pass_over(begin, index, leaves)
         places, boundary = self._boundary_into(index, block, leaves)
         self.crossing = {value: each for value, each in self.crossing.items() if value in following}
         if self.observe is not None:
@@ -208,9 +269,7 @@ class ModuleStep(Step):
             self.watch(stage - 1, made)
             self.observe("first", stage)
         if self.program.kept[stage] is None:
-            own = self.executor.own[block.name]
-            self.last([values[key] for values, key in own.changed])
-            run = _Run(forward, leaves, spec, places, own)
+            run = _Run(forward, leaves, spec, places, self.executor.own[block.name], self.sampled)
             result = self._drop(stage, run, boundary, args, kwargs)
         else:
             result = forward(*args, **kwargs)
@@ -227,6 +286,51 @@ class ModuleStep(Step):
         """What crosses into the block after; see ``Block.boundary``."""
         blocks = self.executor.capture.blocks
         return blocks[index + 1].boundary if index + 1 < len(blocks) else ()
+
+    def _pass_over(self, begin: int, end: int, leaves: list[Any]) -> None:
+        """Blocks are left out: what would have entered them goes on, by identity, to the block at ``end``.
+
+        Args:
+            leaves: of the arguments of that block.
+        """
+        blocks = self.executor.capture.blocks
+        # Where the first one would have been given something by the user's code, the block at the end tells what.
+        crossing: dict[tuple[int, int], Any] = dict(self.crossing)
+        boundaries: dict[int, list[Any]] = {}
+        for index in range(begin, end):
+            block, following = blocks[index], blocks[index + 1]
+            if block.fed and any(value not in crossing for value in block.boundary):
+                return  # the check of what enters the block at the end says so
+            if not block.fed:
+                boundary: list[Any] = [object() for _ in following.boundary]
+                positions = tuple(range(len(boundary)))
+            else:
+                boundary = [crossing[value] for value in block.boundary]
+                fed = {
+                    output: block.boundary.index((index - back, output))
+                    for _, output, back in reversed(block.fed)
+                }
+                first = block.boundary.index((index - block.fed[0][2], block.fed[0][1]))
+                positions = tuple(
+                    fed.get(output, first) if made == index else block.boundary.index((made, output))
+                    for made, output in following.boundary
+                )
+            boundaries[index], self.passed[block.stage] = boundary, positions
+            crossing.update(zip(following.boundary, [boundary[at] for at in positions], strict=True))
+        known: dict[int, tuple[Tensor, int]] = {}
+        for argument, output, back in blocks[end].fed:
+            there = crossing.get((end - back, output))
+            given = leaves[argument] if argument < len(leaves) else None
+            if there is not None and not isinstance(there, tuple) and isinstance(given, Tensor):
+                known[id(there)] = given, given._version
+        for index, boundary in boundaries.items():
+            resolved = [known.get(id(each), each) for each in boundary]
+            tensors = tuple([each[0] for each in resolved if isinstance(each, tuple)])
+            stage = blocks[index].stage
+            if self.program.kept[stage] is None:
+                self.before_first_run(stage, tensors)
+        found = {value: known.get(id(each), each) for value, each in crossing.items()}
+        self.crossing = {value: each for value, each in found.items() if isinstance(each, tuple)}
 
     def _boundary_into(
         self, index: int, block: Block, leaves: list[Any]
@@ -257,12 +361,15 @@ class ModuleStep(Step):
     def _drop(self, stage: int, run: _Run, boundary: tuple[Tensor, ...], args: Any, kwargs: Any) -> Any:
         """The first run of a block whose saved tensors are dropped."""
         self.runs[stage] = run
-        self.last(run.read)
+        self.last(run.reads[0].tensors)
+        self.last(run.reads[1].tensors)
+        if run.taken.copies:
+            self.last([tensor for tensor, _ in run.taken.copies])
         self.before_first_run(stage, boundary)
         if (autocast := autocast_state(self.device)) != self.autocast:
             self.autocasts[stage] = autocast
         draws = None if self.faked else Draws(self.device)
-        with self.dropping(stage):
+        with self._dropping_late(stage) if stage in self.reversing else self.dropping(stage):
             result = run.forward(*args, **kwargs)
         if draws is not None:
             state = draws.state()
@@ -270,8 +377,33 @@ class ModuleStep(Step):
                 self.states[stage] = state
         return result
 
+    @contextmanager
+    def _dropping_late(self, stage: int) -> Iterator[None]:
+        """The context of the first run of a block that reverses what it makes: dropped tensors are there until it is over."""
+        dropping = self.dropping(stage)
+        there: dict[int, Tensor] = {}
+
+        def pack(tensor: Tensor) -> Any:
+            packed = dropping.pack_hook(tensor)
+            if type(packed) is Handle:
+                there[packed.index] = tensor.detach()
+            return packed
+
+        def unpack(packed: Any) -> Tensor:
+            if type(packed) is Handle and packed.index in there:
+                return there[packed.index]
+            return self.unpack(packed)
+
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+                yield
+        finally:
+            there.clear()
+
     def run_stage(self, stage: int, boundary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Re-run a block; see Step. Parameters that fully_shard has sharded are gathered for it."""
+        if stage in self.passed:
+            return tuple([boundary[at] for at in self.passed[stage]])
         index = self.executor.capture.stages[stage]
         assert index is not None  # glue runs once: the referee refuses a schedule that re-runs it
         own = self.executor.own[self.executor.capture.blocks[index].name]
@@ -284,12 +416,9 @@ class ModuleStep(Step):
         """Re-run a block."""
         block, run = self.executor.capture.blocks[index], self.runs[stage]
         own = self.executor.own[block.name]
-        if run.has_changed(own):
-            raise RuntimeError(
-                f"a parameter, buffer or argument of block {block.label} has been modified by an inplace "
-                "operation between forward and backward, so that the block cannot be replayed; step the optimizer "
-                "after backward"
-            )
+        if own.outer or own.inner:
+            run.gathered_anew(own)
+        self.as_read(stage, run.reads, functools.partial(run.name_of, own, block.label))
         leaves = run.leaves.copy()
         for i in run.external:
             leaves[i] = leaves[i].detach().requires_grad_(leaves[i].requires_grad)
@@ -301,14 +430,14 @@ class ModuleStep(Step):
         del boundary
         args, kwargs = unflatten(leaves, run.spec)
         del leaves
-        if stage not in self.autocasts and run.is_as_then(own):
-            result = run.forward(*args, **kwargs)
-        else:
-            with ExitStack() as contexts:
+        with own.state.as_of(run.taken), ExitStack() as contexts:
+            if run.given is not None:
+                contexts.enter_context(own.state.as_of(run.given))
+            if not run.is_as_then(own):
                 contexts.enter_context(_as_then(run, own))
-                for context in autocast_contexts(self.autocasts.get(stage, ())):
-                    contexts.enter_context(context)
-                result = run.forward(*args, **kwargs)
+            for context in autocast_contexts(self.autocasts[stage]) if stage in self.autocasts else ():
+                contexts.enter_context(context)
+            result = run.forward(*args, **kwargs)
         del args, kwargs
         for output, tensor in tensor_leaves(result):
             there[index, output] = tensor
@@ -345,22 +474,15 @@ def _same_value(tensor: Tensor, made: Tensor | None, version: int) -> bool:
 
 @contextmanager
 def _as_then(run: _Run, own: _Own) -> Iterator[None]:
-    """Within it, buffers that a run changes have the values of before the first run; all else that it reads is what it was.
+    """Within it, the parameters and buffers that a block does not change are those that its first run read.
 
-    Others may have taken the places of parameters and buffers meanwhile (functional_call).
+    Others may have taken their places meanwhile (functional_call).
     """
-    buffers = [values[key] for values, key in own.changed]
-    current = [buffer.clone() for buffer in buffers]
-    places = [] if own.outer or own.inner else own.constant
-    now = [values[key] for values, key in places]
-    for buffer, value in zip(buffers, run.buffers, strict=True):
-        buffer.data.copy_(value)  # .data: the version that autograd saw stays
-    for (values, key), tensor in zip(places, run.read, strict=False):
+    now = [values[key] for values, key in own.constant]
+    for (values, key), tensor in zip(own.constant, run.reads[0].tensors, strict=True):
         values[key] = tensor
     try:
         yield
     finally:
-        for (values, key), tensor in zip(places, now, strict=True):
+        for (values, key), tensor in zip(own.constant, now, strict=True):
             values[key] = tensor
-        for buffer, value in zip(buffers, current, strict=True):
-            buffer.data.copy_(value)

@@ -32,13 +32,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from executors.as_read import AsRead, unlike
 from executors.check import Fingerprint, difference
 from executors.first_sweep import FirstSweep, tensors_of
 from executors.handles import Handle, Held, Thinned
@@ -64,7 +65,7 @@ class Step(FirstSweep):
     def discarding(self, stage: int) -> torch.autograd.graph.saved_tensors_hooks:
         """The context of a re-run in grad mode that nothing is saved of."""
         if not self.thorough:
-            return self._discarding
+            return self._saving(stage, _discard) if stage in self.reversing else self._discarding
         numbers = itertools.count()
 
         def look(tensor: Tensor) -> None:
@@ -72,7 +73,18 @@ class Step(FirstSweep):
             if index < len(self.prints[stage]):
                 self._compare(stage, index, tensor)
 
-        return torch.autograd.graph.saved_tensors_hooks(self._shielded(look), _never)
+        return self._saving(stage, look)
+
+    def _saving(self, stage: int, pack: Callable[[Tensor], None]) -> torch.autograd.graph.saved_tensors_hooks:
+        """The context of a re-run whose saved tensors go to ``pack``, and which reverses them only where the first run did."""
+        if stage not in self.reversing:
+            return torch.autograd.graph.saved_tensors_hooks(self._shielded(pack), _never)
+
+        def hold(tensor: Tensor) -> Tensor:
+            pack(tensor)
+            return tensor if tensor.is_leaf else tensor.detach()
+
+        return torch.autograd.graph.saved_tensors_hooks(self._shielded(hold), lambda tensor: tensor)
 
     @functools.cached_property
     def _discarding(self) -> torch.autograd.graph.saved_tensors_hooks:
@@ -206,12 +218,49 @@ class Step(FirstSweep):
         if boundary not in self.boundaries:
             return None
         held = tensors_of(self.boundaries[boundary])
-        if self.store is None and [t._version for t in held] != self.versions[boundary]:
-            raise RuntimeError(
-                f"boundary {boundary} has been modified by an inplace operation since the forward, so that the "
-                "stages after it cannot be replayed"
-            )
+        if self.store is None and held:
+            read = self.reads[boundary]
+            if read.changed():
+                self._refuse_changed(-1, f"boundary {boundary}, the output of {self.name_of(boundary - 1)},")
+            self.doubtful = read
         return held
+
+    def as_read(
+        self,
+        stage: int,
+        reads: Sequence[AsRead],
+        name_of: Callable[[int, int], str],
+        matters: Callable[[int, int], bool] = lambda _, __: True,
+    ) -> None:
+        """Refuse to run a stage again if something that it reads is not what the first run read (rule 9).
+
+        Args:
+            reads: its parameters, buffers and arguments.
+            name_of: of one of them (which of the reads, number), in words.
+            matters: whether the run reads that one.
+
+        Raises:
+            RuntimeError: it has been changed in place, has been given other data, or has other values.
+        """
+        for which, read in enumerate(reads):
+            for number in read.changed():
+                if matters(which, number):
+                    self._refuse_changed(stage, name_of(which, number))
+        doubtful, self.doubtful = self.doubtful, None
+        if not self.sampled:
+            return
+        for which, number in unlike([*reads, doubtful] if doubtful is not None else reads):
+            if which == len(reads):
+                self._refuse_changed(stage, f"tensor {number} of the boundary that it starts from")
+            elif matters(which, number):
+                self._refuse_changed(stage, name_of(which, number))
+
+    def _refuse_changed(self, stage: int, what: str) -> None:
+        where = "a stage" if stage < 0 else f"stage {stage} ({self.name_of(stage)})"
+        raise RuntimeError(
+            f"{what} has been modified by an inplace operation, or through .data, between forward and backward, so that "
+            f"{where} cannot be replayed; step the optimizer after backward"
+        )
 
     def _rebuild_from_nearest(self, stage: int) -> None:
         """Rebuild one stage from the nearest held boundary, whatever the program says (rule 4)."""
@@ -303,7 +352,7 @@ class Step(FirstSweep):
         if last < 0 or not self.handles[stage]:
             return self._advance(stage, boundary) if wanted else None
         filled: dict[int, Tensor] = {}
-        count, stop = 0, -1 if wanted else last
+        count, stop = 0, -1 if wanted or stage in self.reversing else last
 
         def pack(tensor: Tensor) -> None:
             nonlocal count
@@ -327,7 +376,7 @@ class Step(FirstSweep):
             self.observe("rebuild", stage)
         produced: tuple[Tensor, ...] | None = None
         try:
-            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._shielded(pack), _never):
+            with torch.enable_grad(), self._saving(stage, pack):
                 produced = self._outputs(stage, boundary)
         except _Stop:
             pass

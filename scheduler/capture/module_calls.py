@@ -10,18 +10,20 @@ import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from scheduler.capture.block_state import BlockState
+from scheduler.capture.call_state import CallState
 from scheduler.capture.fake import Watch
 from scheduler.capture.flat import tensor_leaves
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import sharded_within
-from scheduler.capture.state import RandomState
+from scheduler.capture.state import RandomState, shielded
 from scheduler.capture.verify import equal_bits
 from scheduler.errors import CaptureError
 
@@ -92,6 +94,10 @@ class ModuleCall:
         self.outputs: list[tuple[int, int]] = []
         self.random = False
         self.changed: tuple[str, ...] = ()
+        self.overwritten: set[str] = set()
+        self.left: dict[str, int] = {}  # place -> bytes of the tensors that are new there
+        self.reverses = False  # it calls autograd.grad on what it has made
+        self.reversed_outside = False  # other code does so, while the forward runs
         self.changes_input = False
         self.new_input = False  # an input that no call before had: glue has made it
 
@@ -100,6 +106,13 @@ class ModuleCall:
         for child in self.children:
             yield child
             yield from child.within()
+
+    def around(self) -> Iterator[ModuleCall]:
+        """It, and the calls that it is made in, from the inside out; not the model's own."""
+        entry: ModuleCall | None = self
+        while entry is not None and entry.parent is not None:
+            yield entry
+            entry = entry.parent
 
     def fed_by(self, other: ModuleCall) -> tuple[tuple[int, int], ...]:
         """(argument leaf, output leaf) pairs of one tensor."""
@@ -214,11 +227,17 @@ class _Enough(BaseException):
 
 
 def repeatable(
-    model: nn.Module, call: Call, entries: list[ModuleCall], device: torch.device
+    model: nn.Module,
+    call: Call,
+    entries: list[ModuleCall],
+    device: torch.device,
+    *,
+    grad: bool = False,
+    whole: Collection[nn.Module] = (),
 ) -> list[ModuleCall]:
-    """Those of the blocks that give the same results when they are run again.
+    """Those of the blocks that give the same results when they are run again, on the state that they found.
 
-    Others draw random numbers from elsewhere, or change one of their arguments: a cache. Of a module that is called many
+    Others change what cannot be put back: a file, an iterator. Notes what each changes. Of a module that is called many
     times the first calls are tried; where there are no others, the forward ends with these.
 
     Raises:
@@ -228,8 +247,11 @@ def repeatable(
     calls = Counter(entry.name for entry in entries)
     left = {name: min(count, CALLS_TRIED) for name, count in calls.items()}
     short = all(count > CALLS_TRIED for count in calls.values())
+    of = {name: [entry for entry in entries if entry.name == name] for name in calls}
 
     def wrapper(name: str, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        state = BlockState(name, module, everything=True)
+
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
             def twice(*args: Any, **kwargs: Any) -> Any:
                 if not left[name]:
@@ -238,19 +260,36 @@ def repeatable(
                     return forward(*args, **kwargs)
                 left[name] -= 1
                 random = RandomState(device)
-                buffers = [(b, b.clone()) for b in module.buffers()]
+                before = CallState(state, args, kwargs)
                 first = forward(*args, **kwargs)
-                random.restore()
-                for buffer, value in buffers:
-                    buffer.data.copy_(value)
-                try:
-                    again = forward(*args, **kwargs)
-                except Exception as error:  # noqa: BLE001 # of whatever kind the model's code raises
-                    failed[name] = f"it raises {type(error).__name__}: {error}"
+                after = RandomState(device)
+                beyond = before.beyond()
+                if beyond:
+                    failed[name] = f"it changes {beyond}, whose state cannot be put back"
                     return first
-                pairs = zip(tensor_leaves(first), tensor_leaves(again), strict=False)
-                if any(not _alike(a, b) for (_, a), (_, b) in pairs):
-                    failed[name] = "its results differ"
+                changed, replaced, new = before.changed(), before.replaced(), before.left()
+
+                def runs_alike(without: Collection[str] = ()) -> str:
+                    random.restore()
+                    try:
+                        with before.again(without):
+                            again = forward(*args, **kwargs)
+                    except Exception as error:  # noqa: BLE001 # of whatever kind the model's code raises
+                        return f"it raises {type(error).__name__}: {error}"
+                    finally:
+                        after.restore()
+                    pairs = zip(tensor_leaves(first), tensor_leaves(again), strict=False)
+                    return "its results differ" if any(not _alike(a, b) for (_, a), (_, b) in pairs) else ""
+
+                why = runs_alike()
+                if why:
+                    failed[name] = why
+                    return first
+                unread = replaced if replaced and not runs_alike(replaced) else set()
+                for entry in of[name]:
+                    entry.changed = tuple(sorted({*entry.changed, *changed}))
+                    entry.overwritten |= unread
+                    entry.left = {**entry.left, **{n: _bytes(tensors) for n, tensors in new.items()}}
                 return first
 
             return twice
@@ -260,7 +299,7 @@ def repeatable(
     args, kwargs = call
     error: Exception | None = None
     watched = [(name, model.get_submodule(name)) for name in calls]
-    with torch.no_grad(), intercepted([(m, wrapper(n, m)) for n, m in watched]):
+    with torch.set_grad_enabled(grad), intercepted([(m, wrapper(n, m)) for n, m in watched], whole):
         try:
             model(*args, **kwargs)
         except _Enough:
@@ -289,16 +328,38 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def profile(
-    model: nn.Module, call: Call, modules: dict[str, nn.Module], device: torch.device, data: bool
+    model: nn.Module,
+    call: Call,
+    modules: dict[str, nn.Module],
+    device: torch.device,
+    data: bool,
+    *,
+    grad: bool = False,
+    whole: Collection[nn.Module] = (),
 ) -> ModuleCall:
-    """Run the model once without grad and note the calls of the candidates, as a tree.
+    """Run the model once and note the calls of the candidates, as a tree.
 
     Args:
         data: whether tensors have values; else ops' tags and schemas tell what is random and what changes.
+        grad: whether it runs in grad mode.
+        whole: modules whose whole call is the candidate, hooks included.
     """
     root = ModuleCall("", None)
     current = root
     tokens = _Tokens()
+    states: dict[str, BlockState] = {}
+
+    def unpack(packed: tuple[ModuleCall, Tensor]) -> Tensor:
+        now = set(current.around())
+        for entry in packed[0].around():
+            entry.reverses |= entry in now
+            entry.reversed_outside |= entry not in now
+        return packed[1]
+
+    def hooks(entry: ModuleCall) -> AbstractContextManager[Any]:
+        # Nobody is to own its own output.
+        pack = shielded(lambda t: (entry, t if t.is_leaf else t.detach()))
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
     def watch(name: str, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -311,23 +372,21 @@ def profile(
                 entry.inputs = [(leaf, tokens.of(t)) for leaf, t in given]
                 entry.new_input = tokens.count > known
                 versions = [t._version for _, t in given]
-                buffers = {n: (b, b.clone(), b._version) for n, b in module.named_buffers()}
+                if name not in states:
+                    states[name] = BlockState(name, module, everything=True)
+                before = CallState(states[name], args, kwargs, data=data)
                 random = RandomState(device)
                 current = entry
                 ops = Watch()
                 try:
-                    with nullcontext() if data else ops:
+                    with hooks(entry), nullcontext() if data else ops:
                         result = forward(*args, **kwargs)
                 finally:
                     current = entry.parent or root
                 entry.outputs = [(leaf, tokens.of(t)) for leaf, t in tensor_leaves(result)]
                 entry.random = random.differs() if data else ops.random
-                entry.changed = tuple(
-                    f"{name}.{n}"
-                    for n, (b, value, version) in buffers.items()
-                    # Kernels of batch norm change statistics without a new version; a fill may put the same values in again.
-                    if (b._version != version or not torch.equal(b, value) if data else ops.has_changed(b))
-                )
+                entry.changed = tuple(sorted(before.changed(ops)))
+                entry.left = {n: _bytes(tensors) for n, tensors in before.left().items()}
                 entry.changes_input = any(t._version != v for (_, t), v in zip(given, versions, strict=True))
                 return result
 
@@ -336,14 +395,13 @@ def profile(
         return wrap
 
     args, kwargs = call
-    with torch.no_grad(), intercepted([(m, watch(n, m)) for n, m in modules.items()]):
-        try:
-            model(*args, **kwargs)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # of the model's code, as it does run with grad
-            raise CaptureError(f"it does not run under torch.no_grad(): {error}") from error
+    with torch.set_grad_enabled(grad), intercepted([(m, watch(n, m)) for n, m in modules.items()], whole):
+        model(*args, **kwargs)
     return root
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def expanded(entry: ModuleCall, within: Counter[str], again: Collection[str]) -> list[ModuleCall]:
@@ -358,7 +416,8 @@ def expanded(entry: ModuleCall, within: Counter[str], again: Collection[str]) ->
     result: list[ModuleCall] = []
     for child in entry.children:
         steps = Counter(inner.name for inner in child.children if inner.name in again)
-        finer = child.is_its_children() or max(steps.values(), default=0) >= MANY_CALLS
+        within_it = any(inner.reversed_outside for inner in child.children)
+        finer = (child.is_its_children() and not within_it) or max(steps.values(), default=0) >= MANY_CALLS
         if finer and within[child.name] == 1:
             result.extend(expanded(child, within, again))
         else:

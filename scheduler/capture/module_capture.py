@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch._guards import detect_fake_mode
 
+from scheduler.capture.layer_drop import VALUES, Effort, fixed_draws
 from scheduler.capture.module_calls import (
     CONTAINERS,
     ModuleCall,
@@ -77,7 +78,15 @@ class ModuleCapture:
     Attributes:
         stages: (L,) index of the block that is this stage, or None for glue.
         target: the device that costs are for, if it is not there: then nothing has data.
+        random: (L,) whether a stage draws random numbers.
+        changed: (L,) names of the tensors and containers that it changes in place.
         gathering: bytes that stand by for fully_shard's collectives while a step runs, once that is priced.
+        overwritten: names of attributes whose tensors blocks replace before they read them.
+        state_bytes: bytes that the state of blocks takes: what they leave on modules, and what is held for re-runs.
+        whole: names of blocks whose whole call is the stage, hooks included, as these make its weights.
+        grad: whether the model's code runs in grad mode only.
+        draws: what random numbers are fixed at for all layers to run, if some may be left out; see layer_drop.py.
+        reversing: names of blocks that call autograd.grad on what they have made.
     """
 
     blocks: list[Block]
@@ -88,6 +97,12 @@ class ModuleCapture:
     changed: list[tuple[str, ...]] = field(default_factory=list)
     target: Target | None = None
     gathering: int = 0
+    overwritten: frozenset[str] = frozenset()
+    state_bytes: int = 0
+    whole: frozenset[str] = frozenset()
+    grad: bool = False
+    draws: float | None = None
+    reversing: frozenset[str] = frozenset()
 
     kind = "modules"
 
@@ -191,10 +206,10 @@ def capture_modules(
     Raises:
         CaptureError: there are no such blocks, or they cannot be replayed; says why.
     """
-    _refuse_layer_drop(model)
     modules = _candidates(model, call, seen) if blocks is None else _given(model, blocks)
     device = model_device(model)
-    root = profile(model, call, modules, device, data=target is None)
+    whole = {module for module in modules.values() if _hooks_make_weights(module)}
+    root, grad, fixed = _profiled(model, call, modules, device, whole, data=target is None)
     again = recurrent(root)
     if again and sharded_within(model):
         raise CaptureError(
@@ -216,10 +231,17 @@ def capture_modules(
             "the modules given do not each run once, in the order given, or again and again, each call fed by the one "
             f"before; seen: {_in_words([entry.name for entry in chosen])}"
         )
-    unusable |= {entry.name for entry in chosen if entry.changes_input}
+    unusable |= {entry.name for entry in chosen if entry.changes_input or entry.reversed_outside}
     usable = [entry for entry in chosen if entry.name not in unusable]
     if target is None and detect_fake_mode() is None:
-        usable = repeatable(model, call, usable, device)
+        with fixed_draws(fixed):
+            usable = repeatable(model, call, usable, device, grad=grad, whole=whole)
+    asked = [entry.name for entry in chosen if entry.reversed_outside]
+    if not usable and asked:
+        raise CaptureError(
+            f"autograd.grad, or a backward, runs in the forward outside of {asked[0]} on what that has made, so that it cannot "
+            "be run again; pass a module that contains both as a block"
+        )
     if not usable:
         raise CaptureError(
             "no member of a ModuleList or Sequential runs exactly once with tensors in and out, and no module is called "
@@ -232,7 +254,74 @@ def capture_modules(
         of.setdefault(entry.name, set()).update(entry.changed)
     changed = [() if b is None else tuple(sorted(of[usable[b].name])) for b in stages]
     reason = f"{len(found)} blocks that run in order ({found[0].label} .. {found[-1].label})"
-    return ModuleCapture(found, stages, device, reason, random, changed, target)
+    capture = ModuleCapture(found, stages, device, reason, random, changed, target)
+    capture.overwritten = frozenset(name for entry in usable for name in entry.overwritten)
+    # What a block leaves on modules, and what was there before it, which a re-run may read.
+    capture.state_bytes = sum(
+        size * (1 if name in entry.overwritten else 2)
+        for entry in usable
+        for name, size in entry.left.items()
+    )
+    capture.whole = frozenset(entry.name for entry in usable if modules[entry.name] in whole)
+    capture.grad, capture.draws = grad, fixed
+    capture.reversing = frozenset(entry.name for entry in usable if entry.reverses)
+    return capture
+
+
+def _profiled(
+    model: nn.Module,
+    call: Call,
+    modules: dict[str, nn.Module],
+    device: torch.device,
+    whole: Collection[nn.Module],
+    data: bool,
+) -> tuple[ModuleCall, bool, float | None]:
+    """The calls of the candidates, whether they need grad mode, and at what value draws are fixed for all of them to run.
+
+    Raises:
+        CaptureError: the model does not run; says why.
+    """
+    with fixed_draws(None, counting=True) as draws, Effort() as effort:
+        root, grad = _either_way(model, call, modules, device, whole, data)
+    best, fixed = (len([*root.within()]), effort.ops), None
+    for value in VALUES if draws.count and not sharded_within(model) else ():
+        with fixed_draws(value), Effort() as effort:
+            other, _ = _either_way(model, call, modules, device, whole, data)
+        done = len([*other.within()]), effort.ops
+        if done > best or (done == best and fixed is None):
+            root, best, fixed = other, done, value
+    _refuse_left_out(model, modules, root)
+    return root, grad, fixed
+
+
+def _either_way(
+    model: nn.Module,
+    call: Call,
+    modules: dict[str, nn.Module],
+    device: torch.device,
+    whole: Collection[nn.Module],
+    data: bool,
+) -> tuple[ModuleCall, bool]:
+    """The calls of the candidates without grad, or in grad mode where that does not run."""
+    try:
+        return profile(model, call, modules, device, data, whole=whole), False
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # forces by autograd.grad, a hook on a tensor
+        pass
+    try:
+        return profile(model, call, modules, device, data, grad=True, whole=whole), True
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise CaptureError(f"it does not run on the sample: {error}") from error
+
+
+def _hooks_make_weights(module: nn.Module) -> bool:
+    """Whether a pre-hook of the module makes one of its weights, as those of torch.nn.utils do (weight_norm, prune)."""
+    return any(
+        type(hook).__module__.startswith("torch.nn.utils.") for hook in module._forward_pre_hooks.values()
+    )
 
 
 def _in_words(names: Sequence[str]) -> str:
@@ -328,8 +417,12 @@ def _laid_out(
     return blocks, [*stages, None]
 
 
-def _refuse_layer_drop(model: nn.Module) -> None:
-    """Refuse a model that leaves out layers at random: a plan is for all of them."""
+def _refuse_left_out(model: nn.Module, modules: dict[str, nn.Module], root: ModuleCall) -> None:
+    """Refuse a model that says that it leaves out layers at random, if no forward was found in which all of them run."""
+    called = {entry.name for entry in root.within()}
+    missing = [name for name in modules if name not in called]
+    if not missing:
+        return
     for name, module in model.named_modules():
         for owner in (module, getattr(module, "config", None)):
             for kind in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
@@ -337,6 +430,6 @@ def _refuse_layer_drop(model: nn.Module) -> None:
                 if isinstance(share, float) and share > 0:
                     where = ".".join(filter(None, (name, "" if owner is module else "config", kind)))
                     raise CaptureError(
-                        f"layers are left out at random ({where} is {share}), and a plan is for all of them; set that to "
-                        "0 in the configuration, before the model is made"
+                        f"layers are left out at random ({where} is {share}), and no forward was found in which {missing[0]} "
+                        "runs; set that to 0 in the configuration, before the model is made"
                     )

@@ -114,6 +114,7 @@ class StageRun:
         held: the outputs that are there while the stage is reversed: the user holds them.
         waiting: parameters of which shares of the gradient, from stages reversed before, wait in the engine. Those of
             this stage are added to them one by one; what waits is not counted.
+        reversing: whether it calls autograd.grad on what it has made: nothing is dropped before it is over.
     """
 
     run: Callable[[Enter], Sequence[Tensor]]
@@ -124,6 +125,7 @@ class StageRun:
     layouts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     held: frozenset[int] = frozenset()
     waiting: Sequence[nn.Parameter] = ()
+    reversing: bool = False
 
 
 def fresh_grads(parameters: Iterable[nn.Parameter], existing: Collection[nn.Parameter]) -> Callable[[], None]:
@@ -225,6 +227,10 @@ def _never(_: Any) -> Tensor:
     raise RuntimeError("a dropped saved tensor was asked for while measuring")
 
 
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class _Stop(Exception):
     """Raised by the pack hook when the last saved tensor is there."""
 
@@ -293,14 +299,15 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
         return result
 
     def dropping(_: Callable[[], None]) -> None:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(_drop), _never):
+        pack, unpack = (_unowned, _itself) if stage.reversing else (_drop, _never)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(pack), unpack):
             outputs = stage.run(as_leaf)
             root = stage.loss(outputs) if stage.loss is not None else None
             del outputs, root
 
     def keeping(mark: Callable[[], None]) -> None:
         nonlocal output_grads
-        asked = False
+        asked = True  # not before all has run
 
         def unpack(tensor: Tensor) -> Tensor:
             nonlocal asked
@@ -317,6 +324,7 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
             if stage.waiting and seed is not None and seed.requires_grad:
                 seed = _Waiting.apply(seed, *stage.waiting)
         mark()
+        asked = False
         if seed is not None and seed.requires_grad:
             reverse(seed)
         del seed, held
@@ -338,8 +346,12 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
         with uncached():  # as in a re-run, which saves each cast of a weight that is used twice
             twice = count_bytes(keeping, device)
         keeping_peak, stays = max(keeping_peak, twice.peaks[0]), max(stays, twice.marks[0])
-    again = rebuild_peak(
-        stage.run, lambda _, tensor: tensor.untyped_storage()._cdata not in stage.lasting, device
+    again = (
+        keeping_peak
+        if stage.reversing
+        else rebuild_peak(
+            stage.run, lambda _, tensor: tensor.untyped_storage()._cdata not in stage.lasting, device
+        )
     )
     waiting = sum(allocated(p.numel() * p.element_size(), device) for p in stage.waiting)
     lead = max(0, kept.marks[1] - kept.marks[0] - output_grads - waiting) if len(kept.marks) > 1 else None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scheduler.capture.block_state import BlockState
 from scheduler.capture.flat import map_tensors, tensor_leaves, tree_flatten, tree_unflatten
 from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.state import shielded
@@ -67,6 +68,12 @@ class BlockRun:
         existing: Collection[nn.Parameter],
         waiting: Collection[nn.Parameter],
     ) -> None:
+        stage = capture.blocks[index].stage
+        self.state = BlockState(
+            capture.blocks[index].name, module, capture.changed[stage], capture.overwritten
+        )
+        self.found = self.state.take()
+        self.reversing = capture.blocks[index].name in capture.reversing
         self.waiting = [p for p in module.parameters() if p in waiting and p.requires_grad]
         self.capture, self.module, self.forward, self.existing = capture, module, forward, existing
         self.leaves, self.spec = tree_flatten((args, kwargs))
@@ -84,6 +91,7 @@ class BlockRun:
         # As in a step, no leaf: autocast would put casts of a leaf into its cache.
         fresh = [t.view_as(t) if i in self.grad and t.is_leaf else t for i, t in enumerate(fresh)]
         positional, named = tree_unflatten(fresh, self.spec)
+        self.state.put(self.found)
         return self.forward(*positional, **named)
 
     def trace(self) -> tuple[Hashable, Any]:
@@ -113,7 +121,11 @@ class BlockRun:
         external = [t for i, t in tensors if i not in self.fed]
         lasting = frozenset(t.untyped_storage()._cdata for t in (*self.weights, *external))
         stage = StageRun(
-            run, fresh_grads(self.module.parameters(), self.existing), lasting=lasting, waiting=self.waiting
+            run,
+            fresh_grads(self.module.parameters(), self.existing),
+            lasting=lasting,
+            waiting=self.waiting,
+            reversing=self.reversing,
         )
         cost = measure_stage(stage, capture.place, clock=clock)
         if not clock:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from scheduler.capture.flat import tree_leaves
+from scheduler.capture.layer_drop import fixed_draws
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.module_calls import is_compiled
 from scheduler.capture.module_capture import ModuleCapture
@@ -61,7 +62,7 @@ def module_chain(
     name: str,
     once: bool = True,
 ) -> Chain:
-    """The chain of captured blocks. Leaves the model's state as it is.
+    """The chain of captured blocks, all of them run. Leaves the model's state as it is.
 
     Args:
         existing: parameters that have a gradient before the step.
@@ -69,6 +70,20 @@ def module_chain(
         clock: False to estimate the seconds by the roofline.
         once: whether blocks that run the same ops are measured once.
     """
+    with fixed_draws(capture.draws):
+        return _module_chain(capture, model, call, existing, resident, clock, name, once)
+
+
+def _module_chain(
+    capture: ModuleCapture,
+    model: nn.Module,
+    call: Call,
+    existing: Collection[nn.Parameter],
+    resident: int,
+    clock: bool,
+    name: str,
+    once: bool,
+) -> Chain:
     modules = capture.modules(model)
     readers = _readers(capture, model)
     costs: dict[int, BlockCost] = {}
@@ -92,7 +107,9 @@ def module_chain(
             here = BlockRun(capture, block, modules[block], run, args, kwargs, added, later)
             trace, produced = (block, None) if opaque else here.trace()
             if trace not in known:
+                left = here.state.take()
                 known[trace] = here.measure(clock)
+                here.state.put(left if produced is not None else here.found)
                 if produced is not None and len(capture) >= MANY_STAGES:
                     known[trace].box.stand_in = stand_in(produced, here.given)
                 model.zero_grad(set_to_none=True)

@@ -9,6 +9,7 @@ from itertools import accumulate, takewhile
 
 from torch import nn
 
+from scheduler.capture.block_state import named_tensors
 from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.state import CPU_RANDOM_STATE
 from scheduler.capture.target import Device
@@ -216,7 +217,8 @@ def assemble(
         )
     fixed = resident + SMALL_TENSORS + capture.gathering + sum(stage.rerun_state for stage in stages)
     # Copies of the buffers that a block changes, while it runs again.
-    fixed += max(storage_bytes(map(model.get_buffer, names), device) for names in capture.changed)
+    fixed += max(storage_bytes(named_tensors(model, names), device) for names in capture.changed)
+    fixed += capture.state_bytes
     fixed += drawn * any(capture.random)  # what a replay puts back when it is done
     return Chain(tuple(stages), 0, output_grad, fixed, name, tuple(values.sizes), tuple(values.carried))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from scheduler.capture.block_state import named_tensors
 from scheduler.capture.flat import tree_leaves
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.module_capture import ModuleCapture
@@ -42,10 +43,17 @@ def storage_bytes(tensors: Iterable[Tensor], device: Device) -> int:
     return sum(allocated(min(whole, part), device) for whole, part in parts.values())
 
 
+SAMPLES = (
+    16 * 1024
+)  # bytes, at most: a few elements of all that a stage reads, by which a re-run sees whether it has changed
+
+
 def rerun_state(capture: GraphCapture | ModuleCapture, model: nn.Module, k: int) -> int:
     """Bytes that are held while stage k may run again, besides values: the executor notes them before each first run."""
     state = CPU_RANDOM_STATE if capture.random[k] and capture.place.type == "cpu" else 0
-    return state + storage_bytes(map(model.get_buffer, capture.changed[k]), capture.place)
+    if capture.place.type != "cpu":
+        state += SAMPLES
+    return state + storage_bytes(named_tensors(model, capture.changed[k]), capture.place)
 
 
 def resident_parts(model: nn.Module, call: Any, device: Device) -> dict[str, int]:

@@ -231,7 +231,7 @@ def run_skeleton(
                 produced = visitor.enter(index, forward, args, kwargs)
                 if produced is None:
                     made = boxes[index].stand_in if index in boxes else None
-                    with torch.no_grad(), uncached():
+                    with torch.set_grad_enabled(capture.grad), uncached():
                         produced = forward(*args, **kwargs) if made is None else made()
                 nodes.append(_Node(index, boxes[index], visitor, capture.device))
                 produced = _closed(nodes[-1], args, kwargs, produced)
@@ -245,7 +245,8 @@ def run_skeleton(
     args, kwargs = call
     torch.clear_autocast_cache()
     with torch.enable_grad():
-        whole = () if inside else frozenset(sharded_within(model))
+        whole = frozenset(map(model.get_submodule, capture.whole))
+        whole |= frozenset() if inside else frozenset(sharded_within(model))
         blocks = {block.name: model.get_submodule(block.name) for block in capture.blocks}
         with intercepted([(module, wrapper(name)) for name, module in blocks.items()], whole):
             output = model(*args, **kwargs)

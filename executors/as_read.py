@@ -1,0 +1,154 @@
+"""Whether tensors that a re-run reads are what the first run read: their versions, where they lie, some of their values.
+
+``p.data = other`` moves no version, and ``p.data.mul_(2)`` moves no address either: a few elements spread over each
+tensor tell. On CUDA they stay there, and nothing waits for the device before they are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from executors.check import INTEGERS
+
+__all__ = ["AsRead", "Sampler", "address", "unlike"]
+
+MANY = 16  # elements of a tensor that are compared
+Sample = Any  # a tensor on the device, or an array of NumPy's
+_EXACT = frozenset({Tensor, nn.Parameter, nn.Buffer})
+
+
+def address(tensor: Tensor) -> int:
+    """Where a tensor's values lie; 0 if it has no such place (sparse, fake)."""
+    try:
+        return tensor.data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0
+
+
+def _elements(tensor: Tensor) -> Tensor | None:
+    """A few elements spread over a tensor, their bits as integers, as a view; None where there are no such."""
+    if type(tensor) not in _EXACT or tensor.layout is not torch.strided or tensor.is_quantized:
+        return None
+    whole = tensor.detach()
+    count = whole.numel()
+    if whole.is_contiguous():
+        some = min(count, MANY)
+        whole = whole.as_strided((some,), (count // max(some, 1),), whole.storage_offset())
+    else:
+        sizes, strides, left = [], [], MANY
+        for dimension, (size, stride) in enumerate(zip(whole.shape, whole.stride(), strict=True)):
+            some = max(1, min(size, round(left ** (1 / (whole.ndim - dimension)))))
+            left = max(1, left // some)
+            sizes.append(min(some, size))
+            strides.append(stride * (size // some))
+        whole = whole.as_strided(sizes, strides, whole.storage_offset())
+    return whole.view(INTEGERS[whole.element_size()]) if whole.element_size() in INTEGERS else None
+
+
+class Sampler:
+    """Takes samples of the same tensors again and again: views of their elements are made once."""
+
+    def __init__(self) -> None:
+        self._addresses: list[int] = []
+        self._views: list[list[Tensor]] = []
+        self._numbers: list[list[int]] = []  # by device: numbers of the tensors that the views are of
+
+    def take(self, tensors: Sequence[Tensor], addresses: list[int]) -> list[Sample]:
+        """The sampled elements: of those on each device one tensor."""
+        if addresses != self._addresses:
+            by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
+            for number, tensor in enumerate(tensors):
+                view = _elements(tensor)
+                if view is not None:
+                    by_device.setdefault(view.device, []).append((number, view))
+            self._views = [[view for _, view in group] for group in by_device.values()]
+            self._numbers = [[number for number, _ in group] for group in by_device.values()]
+            self._addresses = addresses
+        return [_joined(views) for views in self._views]
+
+    def unlike(self, before: Sequence[Sample], now: Sequence[Sample]) -> set[int]:
+        """The numbers of the tensors whose samples differ."""
+        found: set[int] = set()
+        for numbers, views, a, b in zip(self._numbers, self._views, before, now, strict=True):
+            ends = [0]
+            for view in views:
+                ends.append(ends[-1] + view.numel())
+            parts = zip(numbers, pairwise(ends), strict=True)
+            found.update(
+                number for number, (start, end) in parts if bool((a[start:end] != b[start:end]).any())
+            )
+        return found
+
+
+class AsRead:
+    """Tensors as a first run read them.
+
+    Args:
+        tensors: which.
+        sampler: that of these tensors; None to look at versions and addresses alone.
+    """
+
+    __slots__ = ("addresses", "sample", "sampler", "tensors", "versions")
+
+    def __init__(self, tensors: Sequence[Tensor], sampler: Sampler | None = None) -> None:
+        self.tensors, self.sampler = tensors, sampler
+        self.versions = [tensor._version for tensor in tensors]
+        self.addresses = [*map(address, tensors)]
+        self.sample = [] if sampler is None else sampler.take(tensors, self.addresses)
+
+    def changed(self) -> Sequence[int]:
+        """The numbers of those that were changed in place since, by their versions, or that have other data."""
+        versions = [tensor._version for tensor in self.tensors]
+        addresses = [*map(address, self.tensors)]
+        if versions == self.versions and addresses == self.addresses:
+            return ()
+        pairs = zip(
+            zip(versions, addresses, strict=True),
+            zip(self.versions, self.addresses, strict=True),
+            strict=True,
+        )
+        return [number for number, (now, then) in enumerate(pairs) if now != then]
+
+    def now(self) -> list[Tensor]:
+        """The sample as it is now."""
+        return [] if self.sampler is None else self.sampler.take(self.tensors, [*map(address, self.tensors)])
+
+
+def unlike(reads: Sequence[AsRead]) -> list[tuple[int, int]]:
+    """(which of these, number of the tensor) of those whose values have changed, by their samples.
+
+    Waits for the device once.
+    """
+    now = [read.now() for read in reads]
+    pairs = [
+        pair
+        for read, current in zip(reads, now, strict=True)
+        for pair in zip(read.sample, current, strict=True)
+    ]
+    on_host = all(np.array_equal(a, b) for a, b in pairs if isinstance(a, np.ndarray))
+    groups: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+    for a, b in pairs:
+        if not isinstance(a, np.ndarray):
+            before, after = groups.setdefault(a.device, ([], []))
+            before.append(a)
+            after.append(b)
+    if on_host and all(torch.equal(torch.cat(before), torch.cat(after)) for before, after in groups.values()):
+        return []
+    return [
+        (which, number)
+        for which, (read, current) in enumerate(zip(reads, now, strict=True))
+        if read.sampler is not None
+        for number in sorted(read.sampler.unlike(read.sample, current))
+    ]
+
+
+def _joined(parts: list[Tensor]) -> Sample:
+    """Copies of some elements; on the host outside of torch's allocator."""
+    flat = torch.cat([part if part.ndim == 1 else part.flatten() for part in parts])
+    return flat.numpy().copy() if flat.device.type == "cpu" else flat
