@@ -8,21 +8,20 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import nn
 
 from executors.graph import GraphExecutor
 from executors.guard import Guard
 from executors.modules import ModuleExecutor
+from executors.recapture import check_names, recaptured
 from scheduler.budget import format_bytes, machine_bytes
 from scheduler.capture.eager import wrapped_forward
-from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
-from scheduler.capture.module_capture import ModuleCapture, capture_modules, recorded_modules
+from scheduler.capture.graph_capture import GraphCapture
+from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.sample import Call, CallSignature
 from scheduler.capture.sharded import is_distributed, sharded_within, share_sharding
-from scheduler.capture.state import model_device, preserved
 from scheduler.capture.verify import difference, run_step
-from scheduler.errors import CaptureError, PlanMismatch
+from scheduler.errors import PlanMismatch
 from scheduler.plan import Plan
 
 __all__ = ["RUNNER", "Runner", "forward_of", "plain_copy", "plain_forward", "shallow", "wrappers"]
@@ -44,6 +43,7 @@ class Runner:
     """
 
     def __init__(self, plan: Plan, model: nn.Module, source: nn.Module, watching: bool, check: str) -> None:
+        check_names(plan, model)
         self.plan = plan
         self.want = CallSignature(plan.capture.structure, plan.capture.leaves)
         self.watching = watching
@@ -109,44 +109,7 @@ class Runner:
 
     def capture_again(self, model: nn.Module, call: Call) -> GraphCapture | ModuleCapture:
         """The capture of the plan, made on this model; refused if it comes out otherwise."""
-        record = self.plan.capture
-        plain = plain_copy(model)
-        if record.kind == "modules" and record.fed and is_distributed():
-            # A forward of this rank alone could wait for the others in a collective for ever.
-            return recorded_modules(
-                record.stages, record.fed, record.random, record.changed, model_device(model)
-            )
-        if record.kind == "modules":
-            blocks = [model.get_submodule(name) for name in dict.fromkeys(record.stages)]
-            with preserved(plain):
-                found = capture_modules(plain, call, blocks)
-            if len(found) != len(self.plan.chain):
-                raise PlanMismatch(
-                    f"planned {type(model).__name__}: {len(found)} stages are found where the plan has "
-                    f"{len(self.plan.chain)}; make a new plan"
-                )
-            if tuple(block.name for block in found.blocks) != record.stages:
-                raise PlanMismatch(
-                    f"planned {type(model).__name__}: its blocks run in another order than in the plan; make a new plan"
-                )
-            return found
-        try:
-            graphs = op_graphs(plain, call)
-            graph = next((graph for graph in graphs if graph.fingerprint() == record.graph), None)
-        except CaptureError as error:
-            raise PlanMismatch(
-                f"planned {type(model).__name__}: the plan's op graph cannot be captured again: {error}"
-            ) from error
-        if graph is None:
-            raise PlanMismatch(
-                f"planned {type(model).__name__}: the op graph is not the one the plan was made for (torch "
-                f"{self.plan.torch_version} then, {torch.__version__} now); make a new plan with solve()"
-            )
-        again = capture_graph(graph, plain, cuts=record.cuts)
-        again.random, again.changed = list(record.random), list(record.changed)
-        again.dropped = [tuple(map(frozenset, options)) for options in record.dropped]
-        again.rerun, again.gaps, again.clearing = list(record.rerun), list(record.gaps), record.clearing
-        return again
+        return recaptured(self.plan, plain_copy(model), call)
 
 
 def forward_of(executor: GraphExecutor | ModuleExecutor, flat: list[Any], call: Call) -> Any:
