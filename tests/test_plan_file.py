@@ -314,3 +314,41 @@ def test_a_cut_where_a_live_value_is_changed_in_place_later_is_refused() -> None
         except PlanMismatch as error:
             refused += "changed in place later" in str(error)
     assert refused
+
+
+@torch.library.custom_op("rematplan_tests::moody", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
+def moody(x: Tensor) -> Tensor:
+    """A mask that is random only where the input is positive on average."""
+    return (torch.rand_like(x) > 0.5).to(x.dtype) if x.mean() > 0 else torch.ones_like(x)
+
+
+@moody.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Moody(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.linear(x).tanh()
+        return x + (hidden * moody(x.detach())).exp()
+
+
+def test_a_graph_stage_that_draws_on_some_data_only_is_known_by_the_tags_of_its_ops() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Moody() for _ in range(4))).train()
+    quiet, loud = torch.full((64, 16), -100.0), torch.full((64, 16), 1.0)
+    plan = tightest(solve(model, "1GiB", sample=quiet, capture="graph"))
+    assert any(plan.capture.random)
+    loaded = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+    case = Case(model, loud, (loud,))
+    plain = copy.deepcopy(model)
+    want = train(Case(plain, loud, (loud,)), plain, steps=2)
+    for each in (plan, loaded):
+        twin = copy.deepcopy(model) if each is loaded else model
+        before = copy.deepcopy(model.state_dict())
+        assert_equal(train(case, execute(each, twin), steps=2), want)
+        model.load_state_dict(before)
