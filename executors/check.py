@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+import math
+import zlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["CHECKS", "Fingerprint", "checksum", "difference"]
+__all__ = ["CHECKS", "Fingerprint", "checksum", "difference", "sums"]
 
 Fingerprint = tuple[Any, ...]
-CHUNK = 2**22  # elements that are summed at once: bounds what the checksum of a large tensor takes
+BUFFER = 2**18  # bytes that are copied at once of a tensor that does not lie in one piece, on the CPU
+LONGEST = (
+    2**12
+)  # places along a dimension that has a sum for each of them: bounds what a checksum takes on a device
+COPIED = 2**15  # elements that are copied at once where they are not aligned, on a device
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the golden ratio in 64 bits: multiples of it are spread evenly
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
@@ -37,24 +46,140 @@ CHECKS: dict[str, Callable[[Tensor], Fingerprint]] = {
 }
 
 
-def checksum(tensor: Tensor) -> tuple[int, int]:
-    """The sum of a tensor's elements, their bits read as integers, and the sum weighted by position, modulo 2**64.
+def checksum(tensor: Tensor) -> tuple[int, ...]:
+    """A checksum of a tensor's bits, which sees elements that have changed places, as in another permutation or mask.
 
-    The second one sees elements that have changed places, as in another permutation or dropout mask. Integers add up to
-    the same in any order, so that it does not depend on threads. It waits for the device.
+    On the CPU the bytes are read where they lie, and torch allocates nothing. On a device it takes up to 1 MiB there, and it
+    waits for the device.
+
+    Bits are read in the order in which they lie in memory: those of tensors with other strides do not compare.
+    """
+    tensor = tensor.detach()
+    if hasattr(tensor, "__tensor_flatten__"):  # what wraps tensors has no memory of its own
+        inner, _ = tensor.__tensor_flatten__()
+        return tuple(number for name in inner for number in checksum(getattr(tensor, name)))
+    lazy = tensor.is_conj() | tensor.is_neg() << 1  # how the bits are to be read
+    if not tensor.numel():
+        return (lazy,)
+    return lazy, *(crc if tensor.device.type == "cpu" else sums)(tensor)
+
+
+def _as_it_lies(tensor: Tensor) -> tuple[list[int], list[int]]:
+    """Sizes and strides of the tensor's elements in the order in which they lie in memory, in the fewest dimensions."""
+    shape: list[int] = []
+    strides: list[int] = []
+    dims = [(stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    for stride, size in sorted(dims, reverse=True):
+        if size == 1 or stride == 0:  # an expanded dimension has the same elements over and over
+            continue
+        if strides and strides[-1] == stride * size:
+            shape[-1] *= size
+            strides[-1] = stride
+        else:
+            shape.append(size)
+            strides.append(stride)
+    return shape, strides
+
+
+# ---- on the CPU ------------------------------------------------------------------------------------------
+
+
+def crc(tensor: Tensor) -> tuple[int]:
+    """CRC-32 of the bytes of a tensor on the CPU, of whatever dtype, as they lie in memory."""
+    shape, strides = _as_it_lies(tensor)
+    storage, size = tensor.untyped_storage(), tensor.element_size()
+    memory: Any = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+    start = int(tensor.storage_offset()) * size
+    return (_crc(np.ndarray(shape, f"V{size}", memory, start, [stride * size for stride in strides]), 0),)
+
+
+def _crc(elements: Any, value: int) -> int:
+    """CRC-32 of the elements of an array, those in one piece of memory at once; ``value`` is of what came before."""
+    if elements.flags.c_contiguous:
+        return zlib.crc32(elements, value)
+    if elements.nbytes <= BUFFER:
+        return zlib.crc32(np.ascontiguousarray(elements), value)  # type: ignore[arg-type] # an array is a buffer
+    rows = max(1, BUFFER * len(elements) // elements.nbytes)
+    for start in range(0, len(elements), rows):
+        part = elements[start : start + rows]
+        value = _crc(part[0] if rows == 1 else part, value)
+    return value
+
+
+# ---- on a device -----------------------------------------------------------------------------------------
+
+
+def sums(tensor: Tensor) -> tuple[int]:
+    """Sums of a tensor's bits as integers, weighted by their places; integers add up to the same in any order.
+
+    Where they are aligned, bits are read as words of eight bytes: a sum of smaller integers would first make copies of all
+    of them.
     """
     with torch.no_grad():
-        flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
-        if flat.is_complex():
-            flat = torch.view_as_real(flat).reshape(-1)
-        bits = flat.view(INTEGERS[flat.element_size()])
-        sums = torch.zeros(2, dtype=torch.int64, device=bits.device)
-        for start in range(0, bits.numel(), CHUNK):
-            part = bits[start : start + CHUNK].to(torch.int64)
-            places = torch.arange(start + 1, start + 1 + part.numel(), device=bits.device)
-            sums += torch.stack([part.sum(), (part * places).sum()])
-        plain, weighted = sums.tolist()
-        return plain, weighted
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
+        tensor = tensor._neg_view() if tensor.is_neg() else tensor
+        bits = tensor.view(INTEGERS[tensor.element_size()]).as_strided(*_as_it_lies(tensor))
+        total = torch.zeros((), dtype=torch.int64, device=bits.device)
+        for words in _words(bits):
+            for part in _pieces(words):
+                for each in _sums(part):
+                    total.mul_(GOLDEN).add_(each)
+        return (int(total),)
+
+
+def _words(bits: Tensor) -> Iterator[Tensor]:
+    """The bits as 64-bit integers: views as far as they are aligned, small copies of the rest."""
+    many = 8 // bits.element_size()  # elements in a word
+    strides, offset = bits.stride(), int(bits.storage_offset())
+    if many == 1:
+        yield bits
+    elif (
+        bits.ndim and strides[-1] == 1 and bits.shape[-1] >= many and not any(s % many for s in strides[:-1])
+    ):
+        first = -offset % many
+        if first:
+            yield from _words(bits.narrow(-1, 0, first))
+        whole = (bits.shape[-1] - first) // many * many
+        if whole:
+            yield bits.narrow(-1, first, whole).view(torch.int64)
+        if first + whole < bits.shape[-1]:
+            yield from _words(bits.narrow(-1, first + whole, bits.shape[-1] - first - whole))
+    elif bits.numel() <= COPIED:
+        yield bits.to(torch.int64)
+    else:
+        dim = max(range(bits.ndim), key=lambda d: bits.shape[d])
+        half = bits.shape[dim] // 2
+        yield from _words(bits.narrow(dim, 0, half))
+        yield from _words(bits.narrow(dim, half, bits.shape[dim] - half))
+
+
+def _pieces(words: Tensor) -> Iterator[Tensor]:
+    """Views of all parts, each with no dimension longer than ``LONGEST``."""
+    long = next((d for d, size in enumerate(words.shape) if size > LONGEST), None)
+    if long is None:
+        yield words
+        return
+    size = words.shape[long]
+    width = min(LONGEST, math.isqrt(size))
+    whole = size // width * width
+    yield from _pieces(words.narrow(long, 0, whole).unflatten(long, (-1, width)))
+    if whole < size:
+        yield from _pieces(words.narrow(long, whole, size - whole))
+
+
+def _sums(words: Tensor) -> Iterator[Tensor]:
+    """For each dimension the sum, and the sum weighted by numbers that belong to the places along it."""
+    if not words.ndim:
+        yield words
+    for dim in range(words.ndim):
+        others = [other for other in range(words.ndim) if other != dim]
+        along = words.sum(others) if others else words.clone()
+        yield along.sum()
+        # Not linear in the place: of two swaps in a mask, one would undo what the other does to a linear sum.
+        weights = torch.arange(1, 1 + len(along), device=words.device).mul_(GOLDEN)
+        weights.bitwise_xor_(weights >> 31).mul_(GOLDEN)
+        yield along.mul_(weights).sum()
 
 
 def difference(first: Fingerprint, again: Fingerprint) -> str | None:

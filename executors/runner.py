@@ -8,24 +8,24 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from executors.graph import GraphExecutor
 from executors.guard import Guard
 from executors.modules import ModuleExecutor
+from executors.recapture import check_names, recaptured
 from scheduler.budget import format_bytes, machine_bytes
 from scheduler.capture.eager import wrapped_forward
 from scheduler.capture.environment import Environment, environment_difference, environment_text
 from scheduler.capture.flat import flatten, map_tensors
-from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
-from scheduler.capture.module_capture import ModuleCapture, capture_modules, recorded_modules
+from scheduler.capture.graph_capture import GraphCapture
+from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.python_state import MISSING
 from scheduler.capture.sample import Call, CallSignature
 from scheduler.capture.sharded import is_distributed, sharded_within, share_sharding
-from scheduler.capture.state import bare, model_device, preserved
+from scheduler.capture.state import bare
 from scheduler.capture.verify import difference, run_step
-from scheduler.errors import CaptureError, PlanMismatch
+from scheduler.errors import PlanMismatch
 from scheduler.plan import Plan
 
 __all__ = [
@@ -68,6 +68,7 @@ class Runner:
         trying: bool = False,
         renewed: int = 0,
     ) -> None:
+        check_names(plan, model)
         self.plan = plan
         self.frozen = plan.capture.frozen
         self.trying, self.renewed = trying or bool(plan.capture.target), renewed
@@ -183,47 +184,8 @@ class Runner:
 
     def capture_again(self, model: nn.Module, call: Call) -> GraphCapture | ModuleCapture:
         """The capture of the plan, made on this model; refused if it comes out otherwise."""
-        record = self.plan.capture
-        plain = plain_copy(model)
-        if record.kind == "modules" and record.fed and is_distributed():
-            # A forward of this rank alone could wait for the others in a collective for ever.
-            return recorded_modules(
-                record.stages, record.fed, record.random, record.changed, model_device(model)
-            )
-        if record.kind == "modules":
-            blocks = [model.get_submodule(name) for name in dict.fromkeys(record.stages)]
-            with preserved(plain):
-                found = capture_modules(plain, call, blocks)
-            if len(found) != len(self.plan.chain):
-                raise PlanMismatch(
-                    f"planned {type(model).__name__}: {len(found)} stages are found where the plan has "
-                    f"{len(self.plan.chain)}; make a new plan"
-                )
-            if tuple(block.name for block in found.blocks) != record.stages:
-                raise PlanMismatch(
-                    f"planned {type(model).__name__}: its blocks run in another order than in the plan; make a new plan"
-                )
-            return found
-        call = cut_off(call)
-        try:
-            graphs = op_graphs(plain, call)
-            graph = next((graph for graph in graphs if graph.fingerprint() == record.graph), None)
-        except CaptureError as error:
-            raise PlanMismatch(
-                f"planned {type(model).__name__}: the plan's op graph cannot be captured again: {error}"
-            ) from error
-        if graph is None:
-            differs = environment_difference(record.environment, environment_text(model_device(model).type))
-            differs = f"; {differs}" if differs else ""
-            raise PlanMismatch(
-                f"planned {type(model).__name__}: the op graph is not the one the plan was made for (torch "
-                f"{self.plan.torch_version} then, {torch.__version__} now{differs}); make a new plan with solve()"
-            )
-        again = capture_graph(graph, plain, cuts=record.cuts)
-        again.random, again.changed = list(record.random), list(record.changed)
-        again.dropped = [tuple(map(frozenset, options)) for options in record.dropped]
-        again.rerun, again.gaps, again.clearing = list(record.rerun), list(record.gaps), record.clearing
-        return again
+        with bare(plain_copy(model)) as plain:  # this forward is within hooks of the root already
+            return recaptured(self.plan, plain, cut_off(call))
 
 
 def cut_off(call: Call) -> Call:

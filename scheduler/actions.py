@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from scheduler.json_data import shown
+
 __all__ = [
     "COPY_ACTIONS",
     "Action",
@@ -185,12 +187,12 @@ class Schedule:
         """
         if not isinstance(data, Mapping) or data.get("format") != SCHEDULE_FORMAT:
             found = data.get("format") if isinstance(data, Mapping) else data
-            raise ValueError(f"Schedule.from_json: format {found!r}, expected {SCHEDULE_FORMAT}")
+            raise ValueError(f"Schedule.from_json: format {shown(found)}, expected {SCHEDULE_FORMAT}")
         actions = []
         rows = data.get("actions")
         if not isinstance(rows, list):
             raise ValueError("Schedule.from_json: 'actions' must be a list")
-        for row in rows:
+        for i, row in enumerate(rows):
             if (
                 not isinstance(row, list)
                 or not row
@@ -199,6 +201,6 @@ class Schedule:
                 or not all(isinstance(v, int) and not isinstance(v, bool) for v in row[1:])
                 or len(row) - 1 != len(_KINDS[row[0]].__slots__)  # type: ignore[attr-defined] # a slotted dataclass
             ):
-                raise ValueError(f"Schedule.from_json: {row!r} is no action")
+                raise ValueError(f"Schedule.from_json: actions[{i}] is {shown(row)}, which is no action")
             actions.append(_KINDS[row[0]](*row[1:]))
         return cls(tuple(actions))

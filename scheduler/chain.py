@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from scheduler.json_data import shown
+from scheduler.plan_file import check_chain
 
 __all__ = ["Carried", "Chain", "Option", "Stage"]
 
@@ -34,7 +37,10 @@ def _seconds(owner: str, field: str, value: Any) -> float:
     """``value`` as a float, or a ValueError that names the field."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{owner}: {field}={value!r} must be a number of seconds")
-    result = float(value)
+    try:
+        result = float(value)
+    except OverflowError:  # an int beyond what a float holds
+        result = math.inf
     if not math.isfinite(result) or result < 0:
         raise ValueError(f"{owner}: {field}={result} must be finite and not negative (seconds)")
     return result
@@ -215,10 +221,10 @@ class Chain:
         for field in ("output", "output_grad", "fixed"):
             object.__setattr__(self, field, _bytes("Chain", field, getattr(self, field)))
         object.__setattr__(self, "values", _values("Chain", "values", self.values))
+        self._check_carried()
         long_lived = [0] * len(self.stages)
         for each in self.carried if self.values else ():
-            if each.made < len(self.stages):
-                long_lived[each.made] += self.values[each.value]
+            long_lived[each.made] += self.values[each.value]
         for i, stage in enumerate(self.stages):
             if self.input_bytes(i + 1) + stage.forward_overhead < 0:
                 raise ValueError(
@@ -255,6 +261,19 @@ class Chain:
                     f"Chain: the backward of stage {stage.name!r} lets go of {-carried} carried bytes "
                     "more than there are; carried_change must not exceed what the stages carry"
                 )
+
+    def _check_carried(self) -> None:
+        """Refuse carried values that the chain does not have, or that stages it does not have make, read or let go of."""
+        seen: set[int] = set()
+        for each in self.carried:
+            stages = (each.made, *each.readers, *each.savers, each.freed or 0, each.last or 0)
+            if max(stages) >= len(self.stages) or each.value >= len(self.values) or each.value in seen:
+                raise ValueError(
+                    f"Chain: {each} does not fit {len(self.stages)} stages and {len(self.values)} values, each carried once at most"
+                )
+            if each.last is not None and each.last < each.made:
+                raise ValueError(f"Chain: {each} is let go of before it is made")
+            seen.add(each.value)
 
     def __len__(self) -> int:
         return len(self.stages)
@@ -357,11 +376,12 @@ class Chain:
         """
         if not isinstance(data, Mapping) or data.get("format") != CHAIN_FORMAT:
             found = data.get("format") if isinstance(data, Mapping) else data
-            raise ValueError(f"Chain.from_json: format {found!r}, expected {CHAIN_FORMAT}")
+            raise ValueError(f"Chain.from_json: format {shown(found)}, expected {CHAIN_FORMAT}")
         try:
+            check_chain(data)
             stages = tuple(
                 Stage(**{**stage, "options": tuple(Option(**option) for option in stage["options"])})
-                for stage in _list(data["stages"])
+                for stage in data["stages"]
             )
             return cls(
                 stages,
@@ -370,13 +390,7 @@ class Chain:
                 data["fixed"],
                 data["name"],
                 data.get("values", ()),
-                tuple(Carried(**each) for each in _list(data.get("carried", ()))),
+                tuple(Carried(**each) for each in data.get("carried", ())),
             )
-        except (KeyError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"Chain.from_json: not a chain: {error}") from error
-
-
-def _list(value: Any) -> Iterable[Any]:
-    if not isinstance(value, (list, tuple)):
-        raise TypeError(f"expected a list, got {type(value).__name__}")
-    return value

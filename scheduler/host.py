@@ -45,7 +45,12 @@ class HostMemory:
             value: Any = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
                 raise ValueError(f"HostMemory: {field}={value!r} must be a number")
-            object.__setattr__(self, field, float(value))
+            try:
+                object.__setattr__(self, field, float(value))
+            except OverflowError as error:  # an int beyond what a float holds
+                raise ValueError(
+                    f"HostMemory: {field} has {value.bit_length()} bits, expected a float's range"
+                ) from error
         if not (self.write_bandwidth > 0 and self.read_bandwidth > 0):
             raise ValueError(
                 f"HostMemory: write_bandwidth={self.write_bandwidth} and read_bandwidth={self.read_bandwidth} "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -16,6 +15,8 @@ from scheduler.budget import format_bytes, parse_budget
 from scheduler.chain import Chain
 from scheduler.cuts import Cut, explain_cut, summary
 from scheduler.host import HostMemory
+from scheduler.json_data import shown
+from scheduler.plan_file import as_text, check_parts, check_plan, read_json
 from scheduler.program import ReplayProgram
 from scheduler.schedule import Backward, Checkpoint, Forward, Keep, Schedule, Timeline, simulate
 from scheduler.solvers import SOLVERS, checked_solver, solve_chain
@@ -428,27 +429,34 @@ class Plan:
         """
         if not isinstance(data, Mapping) or data.get("format") != PLAN_FORMAT:
             found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
-            raise ValueError(f"Plan.from_json: format {found!r}, expected {PLAN_FORMAT}")
+            raise ValueError(f"Plan.from_json: format {shown(found)}, expected {PLAN_FORMAT}")
         try:
+            check_plan(data)
+            chain, schedule = Chain.from_json(data["chain"]), Schedule.from_json(data["schedule"])
+            record, solver = CaptureRecord(**data["capture"]), data["solver"]
+            host = None if data.get("host") is None else HostMemory(**data["host"])
+            check_parts(chain, schedule, record, solver, host)
             return cls(
-                chain=Chain.from_json(data["chain"]),
-                schedule=Schedule.from_json(data["schedule"]),
+                chain=chain,
+                schedule=schedule,
                 memory_budget=data["memory_budget"],
-                solver=data["solver"],
+                solver=solver,
                 costs=data["costs"],
-                capture=CaptureRecord(**data["capture"]),
+                capture=record,
                 resident=dict(data["resident"]),
                 optimizer_step=data.get("optimizer_step", 0),
-                host=None if data.get("host") is None else HostMemory(**data["host"]),
+                host=host,
                 torch_version=data["torch_version"],
             )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"Plan.from_json: not a plan: {error!r}") from error
+        except ValueError as error:
+            raise ValueError(
+                f"Plan.from_json: not a plan: {error}; make the plan again with solve(), and save it with Plan.save"
+            ) from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; a file that is there is replaced in one step, or left as it was."""
         target = Path(path)
-        text = json.dumps(self.to_json(), indent=1)
+        text = as_text(self.to_json())
         temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
             temporary.write_text(text, encoding="utf-8")
@@ -462,13 +470,9 @@ class Plan:
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is not a plan.
+            ValueError: it is not a plan; says which field is not what it should be.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"Plan.load: {os.fspath(path)} is not JSON: {error}") from error
-        try:
-            return cls.from_json(data)
+            return cls.from_json(read_json(path))
         except ValueError as error:
             raise ValueError(f"Plan.load: {os.fspath(path)}: {error}") from error

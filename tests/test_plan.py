@@ -24,7 +24,7 @@ def _plan(budget: int = 150) -> Plan:
         names=["embed", "block", "head"],
     )
     record = CaptureRecord(
-        "graph", "for a test", "cpu", "structure", "[]", "model", random=(False, True, False)
+        "graph", "for a test", "cpu", "structure", "[]", "model", cuts=(4, 9), random=(False, True, False)
     )
     return Plan(
         chain, solve_chain(chain, budget), budget, "optimal", "measure", record, {"parameters": 0}, "2.13"
@@ -120,7 +120,7 @@ def _illegal() -> Any:
         (_without("chain"), "chain"),
         (_without("capture"), "capture"),
         (_with(capture={"kind": "graph", "unknown": 1}), "not a plan"),
-        (_with(chain={"format": 1, "stages": []}), "not a chain"),
+        (_with(chain={"format": 1, "stages": []}), r"plan\.chain has no field 'output'"),
         (_illegal(), "not reversed"),
         (_with(memory_budget=1), "over memory_budget"),
     ],

@@ -100,7 +100,30 @@ class Op:
     @property
     def random(self) -> bool:
         """Whether the op may draw random numbers."""
-        return torch.Tag.nondeterministic_seeded in getattr(self.node.target, "tags", ())
+        return _may_draw(self.node)
+
+
+def _may_draw(node: fx.Node) -> bool:
+    """Whether a node may draw random numbers: by its op's tag, or that of an op in a block of ops (a branch, say)."""
+    target: Any = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        owner = node.graph.owning_module
+        blocks = [resolve(owner, str(n.target)) for n in node.all_input_nodes if n.op == "get_attr" and owner]
+        return any(
+            _may_draw(inner)
+            for block in blocks
+            if isinstance(block, fx.GraphModule)
+            for inner in block.graph.nodes
+        )
+    if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
+        return False
+    given = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
+    given |= {
+        a.name: value for a, value in zip(target._schema.arguments, node.args, strict=False)
+    } | node.kwargs
+    share = given.get("dropout_p", given.get("dropout", given.get("p") if "dropout" in str(target) else None))
+    # A dropout that drops nothing draws nothing; nor does one in eval mode.
+    return not (share == 0.0 or given.get("train") is False)
 
 
 @dataclass(frozen=True, slots=True)

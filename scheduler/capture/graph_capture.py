@@ -6,10 +6,12 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._guards import detect_fake_mode
 
 from scheduler.capture.composite import in_parts
 from scheduler.capture.eager import as_eager
@@ -180,30 +182,36 @@ class GraphCapture:
             "ops": tuple(op_rows(self.graph, self.linear, k, int) for k in range(len(self))),
         }
 
-    def observe(self, model: nn.Module, call: Call) -> None:
+    def observe(self, model: nn.Module, call: Call) -> list[bool]:
         """Run the stages once without grad: which draw random numbers, which change buffers.
 
-        Without data it goes by the ops' tags and schemas. The caller restores the model's state.
+        A stage that may draw by its ops' tags is among those that do: whether it does may depend on the data. Without data,
+        tags and schemas are all there is. The caller restores the model's state.
+
+        Returns:
+            (L,) whether the stage drew in this run.
 
         Raises:
             CaptureError: a stage reads a buffer that another one changes.
         """
-        self.random, self.changed = [], []
+        drew: list[bool] = []
+        self.changed = []
         before: dict[str, Any] = {}
         watch = Watch()
+        dry = self.target is not None or detect_fake_mode() is not None
 
         def note() -> None:
             if not before:
                 return
             buffers = before["buffers"].items()
-            if self.target is None:
-                self.random.append(before["random"].differs())
+            if not dry:
+                drew.append(before["random"].differs())
                 # Kernels of batch norm change statistics without a new version; a fill may put the same values in again.
                 changed = [
                     n for n, (b, value, version) in buffers if b._version != version or not _same(b, value)
                 ]
             else:
-                self.random.append(watch.random)
+                drew.append(watch.random)
                 changed = [name for name, (buffer, _, _) in buffers if watch.has_changed(buffer)]
             self.changed.append(tuple(changed))
 
@@ -217,9 +225,12 @@ class GraphCapture:
                 if source.kind == "buffer"
             }
 
-        with torch.no_grad(), watch if self.target is not None else nullcontext():
+        with torch.no_grad(), watch if dry else nullcontext():
             self.sweep(model, call, visit)
         note()
+        self.random = (
+            drew if dry else [one or other for one, other in zip(drew, self.may_draw(), strict=True)]
+        )
         changed = {name for names in self.changed for name in names}
         for stage, own in zip(self.stages, self.changed, strict=True):
             for source in stage.sources:
@@ -228,6 +239,13 @@ class GraphCapture:
                         f"buffer {source.key!r} is changed by one stage and read by another ({stage.name}), which "
                         "could not be replayed on what it was"
                     )
+        return drew
+
+    def may_draw(self) -> list[bool]:
+        """(L,) whether the stage has an op that may draw random numbers."""
+        return [
+            any(op.random for op in self.graph.ops[start:stop]) for start, stop in pairwise(self.linear.cuts)
+        ]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

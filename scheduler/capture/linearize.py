@@ -81,7 +81,7 @@ def linearize(graph: OpGraph, max_stages: int = 100, cuts: Sequence[int] | None 
         cuts: op indices of the inner cuts, to repeat an earlier linearisation; found if None.
 
     Raises:
-        CaptureError: the ops are not in a topological order (a broken graph).
+        CaptureError: the ops are not in a topological order (a broken graph), or a cut that is given is none.
     """
     dag = op_dag(graph)
     if any(a >= b for a, b in dag.edges):
@@ -97,6 +97,7 @@ def linearize(graph: OpGraph, max_stages: int = 100, cuts: Sequence[int] | None 
             why[prefix] = "frozen" if prefix else why[prefix]
     else:
         inner = list(cuts)
+        _check_cuts(graph, inner)
         why = dict.fromkeys(inner, "given")
     edges = (0, *inner, len(graph.ops))
     stage_of = {}
@@ -134,6 +135,22 @@ def linearize(graph: OpGraph, max_stages: int = 100, cuts: Sequence[int] | None 
         _explained(graph, why),
         left_out,
     )
+
+
+def _check_cuts(graph: OpGraph, inner: Sequence[int]) -> None:
+    """Refuse cuts that this graph cannot have."""
+    forbidden, before = _forbidden(graph), 0
+    for cut in inner:
+        if not before < cut < len(graph.ops):
+            raise CaptureError(
+                f"a cut before op {cut}, expected ascending places in 1 .. {len(graph.ops) - 1}"
+            )
+        if cut in forbidden:
+            raise CaptureError(
+                f"a cut before op {cut} ({graph.ops[cut].node.name}), where a value that is live is changed in place later, or "
+                "the results of one op are still together"
+            )
+        before = cut
 
 
 def _output_groups(graph: OpGraph) -> set[int]:

@@ -26,6 +26,7 @@ from scheduler.options import StageOp, StageValue
 __all__ = [
     "Rebuild",
     "StageValues",
+    "check_dropped",
     "compile_rebuilds",
     "divisible",
     "op_rows",
@@ -208,6 +209,27 @@ def compile_rebuilds(
     return tuple(stage.compile(makers, argument_names) for makers in stage.parts())
 
 
+def check_dropped(graph: OpGraph, linear: Linear, k: int, dropped: frozenset[int]) -> None:
+    """Refuse packs of stage k that no option drops.
+
+    Raises:
+        ValueError: a number that is no pack of a storage that the stage makes, a storage of which only a part is dropped, or
+            a stage that cannot be kept in part.
+    """
+    packs, made = packs_of(graph, linear, k), set(_made(graph, linear, k))
+    for number in sorted(dropped):
+        if not 0 <= number < len(packs) or packs[number].group not in made:
+            raise ValueError(f"stage {k} makes no saved tensor {number} that could be made again")
+    lost = {packs[number].group for number in dropped}
+    for number, pack in enumerate(packs):
+        if pack.group in lost and number not in dropped:
+            raise ValueError(
+                f"saved tensor {number} of stage {k} lies in the storage of others that are dropped, and is not"
+            )
+    if dropped and not divisible(graph, linear, k):
+        raise ValueError(f"stage {k} cannot be kept in part")
+
+
 class _Rerun:
     """The ops of stage k that run again when ``dropped`` is not kept. Ops are named by their places in the stage."""
 
@@ -216,10 +238,7 @@ class _Rerun:
         self.ops = _slice(graph, linear, k)
         self.first = linear.cuts[k]
         self.packs = packs_of(graph, linear, k)
-        made = set(_made(graph, linear, k))
-        for number in dropped:
-            if not 0 <= number < len(self.packs) or self.packs[number].group not in made:
-                raise ValueError(f"stage {k} makes no saved tensor {number} that could be made again")
+        check_dropped(graph, linear, k, dropped)
         self.position = {op.node: i for i, op in enumerate(self.ops)}
         self.kept: dict[int, int] = {}  # storage -> the first pack that holds it
         for number, pack in enumerate(self.packs):

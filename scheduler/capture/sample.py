@@ -13,6 +13,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -212,13 +213,17 @@ class CallSignature:
         """(leaf, here, there) of the first difference, in words; no leaf where the structures differ."""
         if other.structure != self.structure:
             return None, self.structure, other.structure
-        pairs = enumerate(zip(self.described, other.described, strict=True))
-        leaf, (want, got) = next((i, pair) for i, pair in pairs if json.dumps(pair[0]) != json.dumps(pair[1]))
+        pairs = enumerate(zip_longest(self.described, other.described, fillvalue=["nothing"]))
+        # As text, for True is not 1.
+        different = next(((i, a, b) for i, (a, b) in pairs if json.dumps(a) != json.dumps(b)), None)
+        if different is None:  # the same, otherwise written
+            return None, self.leaves, other.leaves
+        leaf, want, got = different
         return leaf, _words(want), _words(got)
 
 
 def _words(leaf: list[Any]) -> str:
-    if leaf[0] == "tensor":
+    if leaf[0] == "tensor" and len(leaf) == 5 and isinstance(leaf[1], list):
         grad = ", requires_grad" if leaf[4] else ""
         return f"a tensor of shape {tuple(leaf[1])}, {leaf[2]} on {leaf[3]}{grad}"
     return repr(leaf[-1])

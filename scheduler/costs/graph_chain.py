@@ -34,7 +34,7 @@ from scheduler.costs.unreversed import (
     unreversed_bytes,
 )
 
-__all__ = ["graph_chain", "measure_graph"]
+__all__ = ["graph_chain", "kept_storages", "measure_graph"]
 
 # What the stages of a model cost, by what they run: another budget for the same model meets the same options, so that
 # the smallest budget that an error names can be met.
@@ -115,6 +115,15 @@ def measure_graph(
     return measured
 
 
+def kept_storages(capture: GraphCapture, k: int, dropped: frozenset[int]) -> set[int]:
+    """The storages that stay for the backward of stage k; the executor holds the boundary of one kept in part."""
+    graph, linear = capture.graph, capture.linear
+    kept = {pack.group for number, pack in enumerate(packs_of(graph, linear, k)) if number not in dropped}
+    kept |= set(linear.boundaries[k]) if dropped else set()
+    elsewhere = {key for keys in linear.carried for key in keys} - set(linear.carried[k])
+    return {key for key in kept - elsewhere if graph.groups[key].producer >= 0}
+
+
 def _isolated(
     capture: GraphCapture,
     k: int,
@@ -178,7 +187,6 @@ def graph_chain(
         return sum(size[key] for key in set(keys) if graph.groups[key].producer >= 0)
 
     carried_keys = {key for keys in linear.carried for key in keys}
-    made_here = {key for key, group in graph.groups.items() if group.producer >= 0}
     saved_by = [
         {key for op in graph.ops[linear.cuts[k] : linear.cuts[k + 1]] for key in op.saved}
         for k in range(count)
@@ -186,13 +194,6 @@ def graph_chain(
 
     values = _Values(size)
     order = {key: place for place, key in enumerate(graph.groups)}
-
-    def kept_values(k: int, dropped: frozenset[int]) -> set[int]:
-        """The storages that stay for the backward of stage k; the executor holds the boundary of one kept in part."""
-        packs = enumerate(packs_of(graph, linear, k))
-        kept = {pack.group for number, pack in packs if number not in dropped}
-        kept |= set(linear.boundaries[k]) if dropped else set()
-        return {key for key in kept - carried_keys | kept & set(linear.carried[k]) if key in made_here}
 
     def saved_bytes(k: int, kept: set[int]) -> int:
         return total((kept | set(linear.boundaries[k + 1])) - set(linear.boundaries[k]) - carried_keys)
@@ -265,7 +266,7 @@ def graph_chain(
         )
         options = []
         for each in (whole, *cost.options):
-            kept = kept_values(k, each.dropped)
+            kept = kept_storages(capture, k, each.dropped)
             unseen = unseen_bytes(k, each)
             saved = saved_bytes(k, kept) + unseen
             released = released_bytes(k) if k and not each.dropped else 0

@@ -36,7 +36,7 @@ from scheduler.costs.peak import allocated, count_bytes
 from scheduler.costs.roofline import Tally, device_rates
 from scheduler.options import choices
 
-__all__ = ["TimedOps", "measure_options"]
+__all__ = ["TimedOps", "makes_again", "measure_options"]
 
 MOST, LEAST = 8, 4  # options of a stage, the one that keeps all included: fewer the more stages are unlike,
 IN_ALL = 400  # for each is tried out; so many of all distinct stages together
@@ -94,16 +94,8 @@ def measure_options(
     values = stage_values(capture.graph, capture.linear, k, lambda size: allocated(size, device), seconds)
     packs = packs_of(capture.graph, capture.linear, k)
     position = {group: value for value, group in enumerate(values.groups) if group >= 0}
-    fresh = _fresh(capture, k, arguments)
     random = RandomState(capture.device)
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor.detach())
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _never):
-        stage.function(*fresh)
+    saved = _saved(capture, k, arguments)
     if len(saved) != len(packs):
         return (), 0.0
     names = [op.node.name for op in capture.graph.ops[capture.linear.cuts[k] : capture.linear.cuts[k + 1]]]
@@ -141,6 +133,38 @@ def _name(rerun: Sequence[str]) -> str:
     """What runs again, by kind of op."""
     kinds = Counter(name.rstrip("0123456789").rstrip("_") for name in rerun)
     return "all but " + ", ".join(kind if n == 1 else f"{n} {kind}" for kind, n in kinds.items())
+
+
+def makes_again(capture: GraphCapture, k: int, arguments: Sequence[Any], dropped: frozenset[int]) -> bool:
+    """Whether the packs that an option of stage k drops are made again to the bit.
+
+    Args:
+        arguments: of the stage, as the real step has them, the generators as it begins with them.
+
+    Raises:
+        ValueError: no option drops these.
+    """
+    parts = compile_rebuilds(capture.graph, capture.linear, k, capture.stages[k].argument_names, dropped)
+    random = RandomState(capture.device)
+    saved = _saved(capture, k, arguments)
+    if len(saved) != len(packs_of(capture.graph, capture.linear, k)):
+        return False
+    found = _tried(parts, lambda: _fresh(capture, k, arguments), saved, random, times=1)
+    random.restore()
+    return found is not None
+
+
+def _saved(capture: GraphCapture, k: int, arguments: Sequence[Any]) -> list[Tensor]:
+    """What autograd saves of a run of stage k."""
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.detach())
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _never):
+        capture.stages[k].function(*_fresh(capture, k, arguments))
+    return saved
 
 
 def _fresh(capture: GraphCapture, k: int, arguments: Sequence[Any]) -> list[Any]:
@@ -187,17 +211,19 @@ def _tried(
     saved: list[Tensor],
     random: RandomState,
     data: bool = True,
+    times: int = REPEATS,
 ) -> float | None:
     """Median seconds of an option's programs; None if they do not make again, to the bit, what autograd saved.
 
     Args:
         random: the random numbers as the stage began with them.
         data: whether there are values to compare; without, one run shows that the layouts are the same.
+        times: how often they run, at most.
     """
-    times: list[float] = []
+    took: list[float] = []
     autocast = autocast_state(random.device)
     given = dict(enumerate(saved))
-    while len(times) < (REPEATS if data else 1) and sum(times) < PATIENCE:
+    while len(took) < (times if data else 1) and sum(took) < PATIENCE:
         seconds = 0.0
         for part in parts:
             arguments = fresh()
@@ -210,12 +236,12 @@ def _tried(
                 return None
             _wait(random.device)
             seconds += time.perf_counter() - began
-            same = times or filled.keys() == part.dropped
-            if not same or not (times or all(_equal(filled[n], saved[n], data) for n in filled)):
+            same = took or filled.keys() == part.dropped
+            if not same or not (took or all(_equal(filled[n], saved[n], data) for n in filled)):
                 return None
             del filled
-        times.append(seconds)
-    return statistics.median(times)
+        took.append(seconds)
+    return statistics.median(took)
 
 
 def _equal(a: Tensor, b: Tensor, data: bool) -> bool:

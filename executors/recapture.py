@@ -1,0 +1,256 @@
+"""A plan that was loaded meets its model: the capture is made again, and what the model knows better is not the file's to say.
+
+What a plan says of random numbers, changed buffers, cuts, blocks and options decides whether gradients are right, so it is
+derived from this model once more, and the file is refused where it says otherwise.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+from torch._guards import detect_fake_mode
+
+from scheduler.capture.environment import environment_difference, environment_text
+from scheduler.capture.graph import OpGraph
+from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
+from scheduler.capture.module_capture import ModuleCapture, capture_modules, recorded_modules
+from scheduler.capture.recompute import check_dropped
+from scheduler.capture.sample import Call
+from scheduler.capture.sharded import CollectiveCall, NoCollectives, is_distributed
+from scheduler.capture.state import model_device, preserved, uncached
+from scheduler.capture.verify import difference, run_step
+from scheduler.costs.graph_chain import kept_storages
+from scheduler.costs.options import makes_again
+from scheduler.costs.peak import allocated
+from scheduler.errors import CaptureError, PlanMismatch
+from scheduler.plan import Plan
+
+__all__ = ["check_names", "recaptured"]
+
+
+def check_names(plan: Plan, model: nn.Module) -> None:
+    """Whether the modules and buffers that a plan names are in the model.
+
+    Raises:
+        PlanMismatch: one is not, or is not where the plan has it.
+    """
+    record, where = plan.capture, f"planned {type(model).__name__}"
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    for what, names in (("capture.evaluating", record.evaluating), ("capture.stages", record.stages)):
+        for name in names:
+            if name not in modules or (name == "" and what == "capture.stages"):
+                raise PlanMismatch(
+                    f"{where}: the plan's {what} names {name!r}, which is no submodule of this model; make a new plan"
+                )
+    for stage, names in enumerate(record.changed):
+        for name in names:
+            if name not in buffers:
+                raise PlanMismatch(
+                    f"{where}: the plan's capture.changed[{stage}] names {name!r}, which is no buffer of this model; make a new plan"
+                )
+
+
+def recaptured(plan: Plan, model: nn.Module, call: Call) -> GraphCapture | ModuleCapture:
+    """The capture of a plan, made on this model.
+
+    Args:
+        model: plain, in the modes of the plan.
+        call: canonical, one that the plan is for.
+
+    Raises:
+        PlanMismatch: it does not come out as the plan has it.
+    """
+    where = f"planned {type(model).__name__}"
+    try:
+        found = _graph(plan, model, call) if plan.capture.kind == "graph" else _modules(plan, model, call)
+        if len(found) != len(plan.chain):
+            raise CaptureError(f"{len(found)} stages are found where the plan has {len(plan.chain)}")
+        if isinstance(found, GraphCapture):
+            with uncached():  # or casts of runs without grad would be those of the step
+                _check_graph(plan, model, call, found)
+            found.clearing = _clears(plan, model, call, found)
+    except (CaptureError, PlanMismatch) as error:
+        raise PlanMismatch(f"{where}: {error}; make a new plan with solve()") from error
+    return found
+
+
+# ---- blocks ----------------------------------------------------------------------------------------------
+
+
+def _modules(plan: Plan, model: nn.Module, call: Call) -> ModuleCapture:
+    record = plan.capture
+    if record.fed and is_distributed():
+        # A forward of this rank alone could wait for the others in a collective for ever.
+        random = record.random or (True,) * len(plan.chain)
+        changed = record.changed or ((),) * len(plan.chain)
+        found = recorded_modules(record.stages, record.fed, random, changed, model_device(model))
+        if len(found) == len(plan.chain):
+            _check_recorded(model, found)
+    else:
+        blocks = [model.get_submodule(name) for name in dict.fromkeys(record.stages)]
+        with preserved(model):
+            found = capture_modules(model, call, blocks)
+        if tuple(block.name for block in found.blocks) != record.stages:
+            raise CaptureError("its blocks run in another order than in the plan")
+        # A plan of an earlier version has feeds by the block before alone.
+        feeds = tuple(tuple((a, o, *(back or (1,))) for a, o, *back in fed) for fed in record.fed)
+        for block, fed in zip(found.blocks, feeds, strict=False):
+            if block.fed != fed:
+                raise CaptureError(
+                    f"block {block.label} is fed {block.fed} (argument, output, blocks back), and {fed} in the plan"
+                )
+    for stage, (index, costs) in enumerate(zip(found.stages, plan.chain.stages, strict=False)):
+        if index is None and costs.recomputable:
+            raise CaptureError(
+                f"stage {stage} is code between blocks, which runs once, and the plan has it as recomputable"
+            )
+    return found
+
+
+def _check_recorded(model: nn.Module, found: ModuleCapture) -> None:
+    """What can be told of recorded blocks without running them.
+
+    Each rank sees at each first run whether a block draws; which buffers it changes is the record's, as far as modules whose
+    statistics every training step changes do not show that it is wrong.
+    """
+    for block in found.blocks:
+        changed = found.changed[block.stage]
+        for name in changed:
+            if not name.startswith(f"{block.name}."):
+                raise CaptureError(
+                    f"buffer {name!r} does not belong to block {block.label}, which the plan says changes it"
+                )
+        for path, module in model.get_submodule(block.name).named_modules(prefix=block.name):
+            if (
+                isinstance(module, nn.modules.batchnorm._NormBase)
+                and module.training
+                and module.track_running_stats
+            ):
+                missing = [n for n, _ in module.named_buffers(prefix=path) if n not in changed]
+                if missing:
+                    raise CaptureError(
+                        f"block {block.label} changes buffer {missing[0]!r}, and the plan says that it does not"
+                    )
+
+
+# ---- graphs ----------------------------------------------------------------------------------------------
+
+
+def _graph(plan: Plan, model: nn.Module, call: Call) -> GraphCapture:
+    record = plan.capture
+    graph: OpGraph | None
+    try:
+        graph = next((graph for graph in op_graphs(model, call) if graph.fingerprint() == record.graph), None)
+    except CaptureError as error:
+        raise CaptureError(f"the plan's op graph cannot be captured again: {error}") from error
+    if graph is None:
+        differs = environment_difference(record.environment, environment_text(model_device(model).type))
+        raise CaptureError(
+            f"the op graph is not the one the plan was made for (torch {plan.torch_version} then, {torch.__version__} now"
+            f"{f'; {differs}' if differs else ''})"
+        )
+    return capture_graph(graph, model, cuts=record.cuts)
+
+
+def _check_graph(plan: Plan, model: nn.Module, call: Call, found: GraphCapture) -> None:
+    """Fill in what a run of the stages shows, and what the plan adds to it once that is found to be so."""
+    record, stages = plan.capture, len(found)
+    fake = detect_fake_mode() is not None
+    with preserved(model), NoCollectives() if is_distributed() else nullcontext():
+        try:
+            drew = found.observe(model, call)
+        except CollectiveCall:  # the other ranks do not make it now
+            drew, found.random, found.changed = [], found.may_draw(), list(record.changed) or [()] * stages
+    for k, stage in enumerate(found.stages):
+        if drew and record.random and drew[k] and not record.random[k] and not fake:
+            raise CaptureError(
+                f"stage {k} ({stage.name}) draws random numbers, and the plan says that it does not"
+            )
+        missing = sorted({*found.changed[k]} - {*record.changed[k]}) if record.changed else []
+        if missing and not fake:
+            raise CaptureError(
+                f"stage {k} ({stage.name}) changes buffer {missing[0]!r}, and the plan says that it does not"
+            )
+        read = {source.key for source in stage.sources if source.kind == "buffer"}
+        strange = sorted({*record.changed[k]} - read) if record.changed else []
+        if strange:
+            raise CaptureError(
+                f"stage {k} ({stage.name}) does not read buffer {strange[0]!r}, which the plan says it changes"
+            )
+    # What a plan says beyond what one run shows may depend on the data.
+    if record.random:
+        found.random = [a or b for a, b in zip(found.random, record.random, strict=True)]
+    if record.changed:
+        found.changed = [
+            (*dict.fromkeys((*a, *b)),) for a, b in zip(found.changed, record.changed, strict=True)
+        ]
+    found.gaps, found.rerun = list(record.gaps), list(record.rerun)
+    found.dropped = [tuple(map(frozenset, options)) for options in record.dropped] or [
+        (frozenset(),)
+    ] * stages
+    _check_options(plan, model, call, found)
+
+
+def _check_options(plan: Plan, model: nn.Module, call: Call, found: GraphCapture) -> None:
+    """Whether each option keeps no more than its bytes, and makes again to the bit what it drops."""
+    device = found.device
+    size = {key: allocated(group.bytes, device) for key, group in found.graph.groups.items()}
+    values = plan.chain.values
+    for k, (stage, options) in enumerate(zip(plan.chain.stages, found.dropped, strict=True)):
+        if options[0]:
+            raise CaptureError(
+                f"stage {k} ({stage.name}): option 0 keeps all, and the plan's drops {sorted(options[0])}"
+            )
+        for number, (option, dropped) in enumerate(zip(stage.options, options, strict=False)):
+            try:
+                check_dropped(found.graph, found.linear, k, dropped)
+            except ValueError as error:
+                raise CaptureError(f"stage {k} ({stage.name}): option {number}: {error}") from error
+            kept = sum(size[key] for key in kept_storages(found, k, dropped))
+            if values and kept > sum(values[value] for value in option.keeps):
+                raise CaptureError(
+                    f"stage {k} ({stage.name}): option {number} keeps {kept} bytes, more than the plan counts for it"
+                )
+    if detect_fake_mode() is not None or not any(any(options) for options in found.dropped):
+        return
+    tried: set[tuple[str, frozenset[int]]] = set()
+
+    def visit(k: int, arguments: list[object]) -> None:
+        for number, dropped in enumerate(found.dropped[k][: len(plan.chain.stages[k].options)]):
+            key = found.stages[k].signature, dropped
+            if dropped and key not in tried:
+                tried.add(key)
+                if not makes_again(found, k, arguments, dropped):
+                    raise CaptureError(
+                        f"stage {k} ({found.stages[k].name}): what option {number} drops is not made again to the bit"
+                    )
+
+    with preserved(model), torch.no_grad(), NoCollectives() if is_distributed() else nullcontext():
+        try:
+            found.sweep(model, call, visit)
+        except CollectiveCall:  # the other ranks do not make it now
+            return
+
+
+def _clears(plan: Plan, model: nn.Module, call: Call, found: GraphCapture) -> bool:
+    """Whether autocast's casts go after each stage: they do under autocast, unless gradients are then summed otherwise."""
+    clearing = plan.capture.clearing
+    if not torch.is_autocast_enabled(found.device.type):
+        if clearing:
+            raise CaptureError("the plan was made within autocast, and this forward runs outside of it")
+        return False
+    if is_distributed() or detect_fake_mode() is not None:
+        return clearing
+    torch.clear_autocast_cache()
+    plain = run_step(model, lambda: model(*call[0], **call[1]), offload=True)
+    found.clearing = True
+    exact = difference(plain, run_step(model, lambda: found.sweep(model, call), offload=True)) is None
+    torch.clear_autocast_cache()
+    if exact != clearing:
+        raise CaptureError(
+            f"autocast's casts {'can' if exact else 'cannot'} go after each stage, and the plan says otherwise"
+        )
+    return clearing
