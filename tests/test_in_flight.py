@@ -194,7 +194,7 @@ def test_a_backward_that_retains_the_graph_is_told_once_with_its_peak(capture: s
     model.zero_grad()
     peak = measured(model, step)
     assert peak > plan(model).memory_budget
-    assert peak <= 1.1 * expected_peak(str(found[0].message)) <= 1.3 * peak
+    assert peak <= 1.3 * expected_peak(str(found[0].message)) <= 1.5 * peak
 
 
 def test_gradients_that_are_to_be_reversed_are_told_of() -> None:
@@ -227,15 +227,23 @@ def test_bytes_that_wait_are_those_that_a_forward_leaves() -> None:
 
 
 @pytest.mark.slow
-def test_looking_costs_a_few_microseconds() -> None:
+def test_looking_costs_no_more_than_an_op_on_a_few_numbers() -> None:
     steps, made = InFlight("Net"), plan(planned())
-    outputs = [torch.ones(1, requires_grad=True) * 2 for _ in range(2000)]
-    taken = []
-    for _ in range(5):
-        began = time.perf_counter()
-        for output in outputs:
-            steps.begins(made)
-            steps.gave(made, output)
-            steps.graphs.clear()
-        taken.append((time.perf_counter() - began) / len(outputs))
-    assert min(taken) < 10e-6, min(taken)  # some 2 µs, on a machine that does nothing else
+    one = torch.ones(1, requires_grad=True)
+
+    def least(look: Callable[[Tensor], object]) -> float:
+        taken = []
+        for _ in range(20):
+            outputs = [one * 2 for _ in range(1000)]
+            began = time.perf_counter()
+            for output in outputs:
+                look(output)
+            taken.append(time.perf_counter() - began)
+        return min(taken) / 1000
+
+    def looked(output: Tensor) -> None:
+        steps.begins(made)
+        steps.gave(made, output)
+        steps.graphs.clear()
+
+    assert least(looked) < 2.5 * least(lambda output: output * 2)  # some 1 µs each
