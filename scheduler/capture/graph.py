@@ -27,7 +27,7 @@ from scheduler.capture.sample import Call
 from scheduler.capture.verify import of_an_op
 from scheduler.errors import CaptureError
 
-__all__ = ["Group", "Layout", "Op", "OpGraph", "export_graph", "unfired_hook"]
+__all__ = ["Group", "Layout", "Op", "OpGraph", "dropped_by_export", "export_graph", "quiet", "unfired_hook"]
 
 # Hooks by which transformers collects what a call asked for (output_hidden_states, output_router_logits), and which stay
 # on the submodules ever after. They run while the model is exported: what they collected is in the graph.
@@ -153,7 +153,7 @@ def resolve(root: nn.Module, target: str) -> Any:
 
 
 @contextmanager
-def _noted() -> Iterator[list[str]]:
+def dropped_by_export() -> Iterator[list[str]]:
     """Note what the model's code does that an export would drop: custom autograd.Functions, hooks on tensors."""
     seen: list[str] = []
     original = torch.autograd.Function.__dict__["apply"]
@@ -181,7 +181,7 @@ def _noted() -> Iterator[list[str]]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Export warns, logs and prints (the graph where it gave up) things that do not concern a plan's user."""
     loggers = [
         logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")
@@ -247,7 +247,7 @@ def export_graph(model: nn.Module, call: Call) -> OpGraph:
                 f"submodule {name!r} is a SyncBatchNorm, whose ops depend on torch.distributed"
             )
     args, kwargs = call
-    with _noted() as dropped, _quiet():
+    with dropped_by_export() as dropped, quiet():
         try:
             program = torch.export.export(model, args, kwargs, strict=False)
             module = program.module()

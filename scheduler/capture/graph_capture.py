@@ -16,6 +16,7 @@ from scheduler.capture.composite import in_parts
 from scheduler.capture.eager import as_eager
 from scheduler.capture.fake import Watch
 from scheduler.capture.graph import OpGraph, export_graph, resolve
+from scheduler.capture.inner_gradients import noted_gradients, traced_graph
 from scheduler.capture.linearize import Linear, linearize
 from scheduler.capture.recompute import op_rows
 from scheduler.capture.sample import Call
@@ -239,7 +240,8 @@ def op_graphs(model: nn.Module, call: Call) -> Iterator[OpGraph]:
 
     Whether one trains like the model is to be tried; the next one is for when it does not. First comes what a plain
     step runs (``eager.py``), then what the model's code does for exporters; each with composite ops in their parts
-    (``composite.py``), then with whole ones. No graph comes twice.
+    (``composite.py``), then with whole ones. No graph comes twice. A forward that takes gradients itself is traced
+    (``inner_gradients.py``).
 
     Raises:
         CaptureError: the model cannot be exported at all; says why.
@@ -248,7 +250,7 @@ def op_graphs(model: nn.Module, call: Call) -> Iterator[OpGraph]:
     refused: CaptureError | None = None
     for eager in (True, False):
         try:
-            with as_eager(model) if eager else nullcontext():
+            with as_eager(model) if eager else nullcontext(), noted_gradients() as gradients:
                 whole = export_graph(model, call)
         except CaptureError as error:
             refused = error
@@ -258,7 +260,9 @@ def op_graphs(model: nn.Module, call: Call) -> Iterator[OpGraph]:
             if known not in seen:
                 seen.add(known)
                 yield graph
-    if refused is not None and not seen:
+    if gradients:  # of which an export knows nothing
+        yield traced_graph(model, call)
+    elif refused is not None and not seen:
         raise refused
 
 

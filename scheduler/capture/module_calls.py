@@ -94,6 +94,11 @@ class ModuleCall:
         self.changed: tuple[str, ...] = ()
         self.changes_input = False
         self.new_input = False  # an input that no call before had: glue has made it
+        self.reversed = False  # a gradient that the forward itself takes goes through it
+
+    def reverse(self, _: Tensor) -> None:
+        """A gradient has arrived at one of its outputs, while the forward runs."""
+        self.reversed = True
 
     def within(self) -> Iterator[ModuleCall]:
         """All calls in it, in the order in which they began."""
@@ -320,7 +325,11 @@ def profile(
                         result = forward(*args, **kwargs)
                 finally:
                     current = entry.parent or root
-                entry.outputs = [(leaf, tokens.of(t)) for leaf, t in tensor_leaves(result)]
+                made = tensor_leaves(result)
+                entry.outputs = [(leaf, tokens.of(t)) for leaf, t in made]
+                for _, t in made:
+                    if t.requires_grad:  # within torch.enable_grad() of the model's own
+                        t.register_hook(entry.reverse)
                 entry.random = random.differs() if data else ops.random
                 entry.changed = tuple(
                     f"{name}.{n}"
@@ -349,7 +358,7 @@ def profile(
 def expanded(entry: ModuleCall, within: Counter[str], again: Collection[str]) -> list[ModuleCall]:
     """Blocks as fine as whole modules allow: a block gives way to its members if they are all it does.
 
-    So does one that unrolls a recurrent module over many steps. One that is called several times is a block each time.
+    So does one that unrolls a recurrent module over many steps. A recurrent one is a block at each call.
 
     Args:
         within: how often each module is called.
@@ -359,7 +368,7 @@ def expanded(entry: ModuleCall, within: Counter[str], again: Collection[str]) ->
     for child in entry.children:
         steps = Counter(inner.name for inner in child.children if inner.name in again)
         finer = child.is_its_children() or max(steps.values(), default=0) >= MANY_CALLS
-        if finer and within[child.name] == 1:
+        if finer and (within[child.name] == 1 or child.name not in again):
             result.extend(expanded(child, within, again))
         else:
             result.append(child)

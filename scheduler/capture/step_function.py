@@ -128,16 +128,21 @@ class StepFunction(nn.Module):
         """
         name = type(self).__name__
         args, kwargs = pytree.tree_map_only(Tensor, cut_off, (args, kwargs))
-        with torch.enable_grad(), _only_forward(name):
-            output = self(*args, **kwargs)
+
+        def used() -> list[Tensor]:
+            with torch.enable_grad(), _only_forward(name):
+                return [*variables(self(*args, **kwargs))]
+
         known = {*self.parameters(), *(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))}
-        for tensor in variables(output):
-            if tensor not in known:
-                raise Refused(
-                    f"solve: the step function {name} uses a tensor of shape {tuple(tensor.shape)} that requires grad and "
-                    "belongs to no module that was found in it; make it a parameter of a module, and bind that: "
-                    "functools.partial(function, module)"
-                )
+        unknown = set(used()) - known
+        if unknown:  # what the function itself makes is another tensor each time
+            unknown &= set(used())
+        for tensor in unknown:
+            raise Refused(
+                f"solve: the step function {name} uses a tensor of shape {tuple(tensor.shape)} that requires grad and belongs to "
+                "no module that was found in it; make it a parameter of a module, and bind that: functools.partial(function, "
+                "module)"
+            )
 
     def extra_repr(self) -> str:
         return name_of(self.function)
