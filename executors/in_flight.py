@@ -67,7 +67,7 @@ class InFlight:
         Warns:
             PeakWarning: earlier ones still wait for their backward, and together they will not fit the budget.
         """
-        if not self.graphs:
+        if not self.graphs or _in_backward():
             return
         alive = [(ref, graph) for ref in self.graphs if (graph := ref()) is not None and not graph.reversed]
         self.graphs = [ref for ref, _ in alive]
@@ -76,6 +76,8 @@ class InFlight:
 
     def gave(self, plan: Plan, output: Any) -> None:
         """A forward by this plan is over, and gave ``output``."""
+        if _in_backward():
+            return
         graph = None
         for tensor in (output,) if type(output) is Tensor else output_tensors(output):
             if tensor.grad_fn is not None:
@@ -146,6 +148,11 @@ class InFlight:
             PeakWarning,
             stacklevel=7,
         )
+
+
+def _in_backward() -> bool:
+    """Whether autograd runs a backward: a forward within it (torch's checkpoint, a plan around this one) runs one again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def waiting_bytes(plan: Plan) -> int:

@@ -166,12 +166,10 @@ def maml() -> StepCase:
     network = Encoder(dropout=0.0)
 
     def meta(x: Tensor, y: Tensor, x_after: Tensor, y_after: Tensor) -> Tensor:
-        before = dict(network.named_parameters())
+        before: dict[str, Tensor] = dict(network.named_parameters())
         loss = F.mse_loss(torch.func.functional_call(network, before, (x,)), y)
         grads = torch.autograd.grad(loss, list(before.values()), create_graph=True)
-        after = {
-            name: value - 0.1 * grad for (name, value), grad in zip(before.items(), grads, strict=True)
-        }
+        after = {name: value - 0.1 * grad for (name, value), grad in zip(before.items(), grads, strict=True)}
         return F.mse_loss(torch.func.functional_call(network, after, (x_after,)), y_after)
 
     return StepCase(meta, [network], rows(4))

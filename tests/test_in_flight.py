@@ -160,16 +160,13 @@ def test_a_plan_that_leaves_room_for_both_is_silent() -> None:
 def test_several_forwards_that_wait_are_counted_where_two_would_fit() -> None:
     model = planned()
     keeps = plan(model)
-    model = execute(
-        keeps.within(keeps.predicted_peak + waiting_bytes(keeps) + 6 * 64 * 64 * 4 * 8), Net()
-    )
+    model = execute(keeps.within(keeps.predicted_peak + waiting_bytes(keeps) + 6 * 64 * 64 * 4 * 8), Net())
     held = waiting_bytes(plan(model))
     room = (plan(model).memory_budget - plan(model).predicted_peak) // held
     with silent():
         losses = [model(BATCH) for _ in range(room)]
-    with pytest.warns(PeakWarning, match="earlier ones? waits?"):
-        for _ in range(3):
-            losses.append(model(BATCH))
+    with pytest.warns(PeakWarning, match=r"earlier ones? waits?"):
+        losses += [model(BATCH) for _ in range(3)]
     torch.stack(losses).sum().backward()
 
 

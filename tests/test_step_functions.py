@@ -17,7 +17,7 @@ from executors import execute, measure_peak
 from executors.planned import plan_of
 from scheduler import CaptureError, Plan, PlanMismatch, solve
 from tests.helpers import smallest
-from tests.step_functions import CASES, SECOND_ORDER, Encoder, StepCase, rows, simcse
+from tests.step_functions import CASES, ROWS, SECOND_ORDER, WIDTH, Encoder, StepCase, rows, simcse
 from tests.steps import Record, assert_equal, state
 
 LATE = Encoder(1)  # of which the functions below know by its name alone
@@ -155,7 +155,9 @@ def test_a_model_whose_forward_takes_forces_is_planned_as_a_graph() -> None:
     class Forces(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.energy = nn.Sequential(nn.Linear(8, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 1))
+            self.energy = nn.Sequential(
+                nn.Linear(8, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 1)
+            )
 
         def forward(self, positions: Tensor, target: Tensor) -> Tensor:
             leaf = positions.detach().requires_grad_()
@@ -185,10 +187,7 @@ def test_modules_among_the_arguments_belong_to_the_step() -> None:
     step = execute(plan.within(smallest(plan.chain)), loss)
     assert_equal(train(case, step), train(case, loss))
     with pytest.raises(ValueError, match="planned loss: an argument is a Linear that the plan was not made"):
-        step(nn.Linear(WIDTH_OF, WIDTH_OF), case.batch[1])
-
-
-WIDTH_OF = 32
+        step(nn.Linear(WIDTH, WIDTH), case.batch[1])
 
 
 def test_a_global_variable_that_a_function_or_its_helper_names_is_found() -> None:
@@ -216,7 +215,7 @@ def test_modules_in_defaults_and_in_plain_objects_are_found_once() -> None:
 
 
 def test_a_plan_that_was_saved_runs_the_same_function_of_new_modules(tmp_path: Path) -> None:
-    case, keeps = planned(simcse, "graph")
+    _, keeps = planned(simcse, "graph")
     keeps.within(smallest(keeps.chain)).save(tmp_path / "plan.json")
     torch.manual_seed(3)
     other = simcse()
@@ -267,7 +266,7 @@ def test_another_shape_is_planned_for_as_of_a_model() -> None:
 
 
 def test_what_no_plan_can_follow_is_refused_by_name() -> None:
-    encoder, loose = Encoder(1), nn.Parameter(torch.ones(WIDTH_OF))
+    encoder, loose = Encoder(1), nn.Parameter(torch.ones(WIDTH))
     optimizer = torch.optim.SGD(encoder.parameters(), lr=1.0)
     before = copy.deepcopy(encoder.state_dict())
 
@@ -314,13 +313,13 @@ def test_a_step_function_is_not_copied() -> None:
 
 def test_a_class_is_no_step_function() -> None:
     with pytest.raises(TypeError, match="model is a type, expected"):
-        solve(nn.Linear, "1GiB", sample=rows(1))  # type: ignore[arg-type] # as people do
+        solve(nn.Linear, "1GiB", sample=rows(1))
 
 
 def test_the_loss_outside_of_the_model_counts() -> None:
     torch.manual_seed(0)
-    encoder, labels = Encoder(1), torch.randint(0, 4096, (ROWS_OF,))
-    table = torch.randn(WIDTH_OF, 4096)
+    encoder, labels = Encoder(1), torch.randint(0, 4096, (ROWS,))
+    table = torch.randn(WIDTH, 4096)
 
     def loss(x: Tensor) -> Tensor:
         return F.cross_entropy(encoder(x) @ table, labels)
@@ -329,7 +328,4 @@ def test_the_loss_outside_of_the_model_counts() -> None:
     plan = solve(loss, "1GiB", sample=case.batch)
     step = execute(plan.within(smallest(plan.chain)), loss)
     assert peak(case, step) <= plan.within(smallest(plan.chain)).memory_budget
-    assert smallest(plan.chain) > 2 * ROWS_OF * 4096 * 4  # logits and their gradient
-
-
-ROWS_OF = 128
+    assert smallest(plan.chain) > 2 * ROWS * 4096 * 4  # logits and their gradient

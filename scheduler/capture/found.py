@@ -64,9 +64,8 @@ def _found(
         parts = [(str(key), part) for key, part in value.items()]
     elif not isinstance(value, _SHUT) and (callable(value) or (everywhere and depth < DEEPEST)):
         parts, depth = _attributes(value), depth + 1
-        call = getattr(type(value), "__call__", None)
-        if everywhere and inspect.isfunction(call):
-            parts.append((name, call))
+        if everywhere and callable(value) and inspect.ismethod(value.__call__):
+            parts.append((name, value.__call__.__func__))  # it may name global variables
     for inner, part in parts:
         yield from _found(part, inner, seen, everywhere, depth)
 

@@ -218,7 +218,8 @@ def capture_modules(
     unusable = {
         e.name
         for e in chosen
-        if not (e.inputs and e.outputs) or counts[e.name] != calls[e.name]  # it runs within another block, too
+        if not (e.inputs and e.outputs)
+        or counts[e.name] != calls[e.name]  # it runs within another block, too
     }
     if blocks is not None and (unusable or list(counts) != list(modules)):
         raise CaptureError(

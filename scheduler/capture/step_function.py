@@ -61,7 +61,7 @@ class StepFunction(nn.Module):
         found = dict.fromkeys(module for _, module in modules_in(function, everywhere=True))
         names = {module: name for name, module in reversed([*modules_in(function, everywhere=True)])}
         for name, module in given.items():
-            found[module] = names[module] = name  # type: ignore[assignment] # only the order counts
+            found[module] = names[module] = name
         for module in found:
             if any(module is not other and module in set(other.modules()) for other in found):
                 continue  # it is in another one
@@ -79,7 +79,7 @@ class StepFunction(nn.Module):
             self.given[module] = _MARK + next(n for n, m in self.named_modules() if m is module)
 
     @property
-    def training(self) -> bool:  # type: ignore[override] # a property in the place of an attribute
+    def training(self) -> bool:
         """Whether one of the modules is in train mode."""
         return any(module.training for module in self.children())
 
@@ -133,7 +133,10 @@ class StepFunction(nn.Module):
             with torch.enable_grad(), _only_forward(name):
                 return [*variables(self(*args, **kwargs))]
 
-        known = {*self.parameters(), *(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))}
+        known = {
+            *self.parameters(),
+            *(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)),
+        }
         unknown = set(used()) - known
         if unknown:  # what the function itself makes is another tensor each time
             unknown &= set(used())
@@ -145,6 +148,7 @@ class StepFunction(nn.Module):
             )
 
     def extra_repr(self) -> str:
+        """The function's name."""
         return name_of(self.function)
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
@@ -163,7 +167,9 @@ class StepFunction(nn.Module):
             reject_wrapped("solve", module)
 
 
-def _step_function(function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> StepFunction:
+def _step_function(
+    function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> StepFunction:
     """A step function as a model, of a class that has its name and its signature.
 
     The modules that it uses are looked for in its closure, in the global variables that it names, in what a
@@ -171,13 +177,20 @@ def _step_function(function: Callable[..., Any], arguments: tuple[Any, ...], key
     among the arguments.
 
     Raises:
-        ValueError: there are none, or one must not be planned from inside.
+        ValueError: there are none, or one must not be planned from inside; or the function is compiled.
     """
+    if hasattr(function, "_torchdynamo_orig_callable"):
+        raise ValueError(
+            f"solve: the step function {name_of(function)} is compiled, which would lose the schedule; pass the function itself, "
+            "and compile blocks of its modules instead (block.compile())"
+        )
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # of a callable written in C, say
         signature = inspect.signature(lambda *args, **kwargs: None)
-    cls = _class_of(name_of(function), getattr(function, "__module__", None) or "", str(signature), _Key(signature))
+    cls = _class_of(
+        name_of(function), getattr(function, "__module__", None) or "", str(signature), _Key(signature)
+    )
     given: dict[str, nn.Module] = {}
     try:
         bound = signature.bind(*arguments, **keywords).arguments
@@ -213,9 +226,7 @@ def _class_of(name: str, module: str, _text: str, key: _Key) -> type[StepFunctio
     # Whatever its kind, torch.export and people give the parameters by name.
     forward.__signature__ = inspect.Signature([own, *others])  # type: ignore[attr-defined]
     short = name.rpartition(".")[2]
-    return type(
-        short, (StepFunction,), {"forward": forward, "__module__": module, "__qualname__": name}
-    )
+    return type(short, (StepFunction,), {"forward": forward, "__module__": module, "__qualname__": name})
 
 
 @contextmanager
@@ -242,4 +253,3 @@ def _only_forward(name: str) -> Iterator[None]:
     finally:
         for owner, what, original in before:
             setattr(owner, what, original)
-
