@@ -102,6 +102,7 @@ class InFlight:
             peak,
             plan,
             "call backward on each loss before the next forward",
+            level=8,
         )
 
     def retained(self, plan: Plan) -> None:
@@ -138,7 +139,9 @@ class InFlight:
             self._waiting[id(plan)] = plan, waiting_bytes(plan)
         return self._waiting[id(plan)][1]
 
-    def _warn(self, kind: str, what: str, peak: int, plan: Plan, instead: str, about: str = "") -> None:
+    def _warn(
+        self, kind: str, what: str, peak: int, plan: Plan, instead: str, about: str = "about ", level: int = 7
+    ) -> None:
         self.said.add(kind)
         over = format_bytes(peak - plan.memory_budget)
         warnings.warn(
@@ -146,7 +149,7 @@ class InFlight:
             f"{format_bytes(peak)}, {over} over the budget of {format_bytes(plan.memory_budget)}. {_STEP_FUNCTION}; or "
             f"{instead}; or solve() for a budget that is lower by {over}",
             PeakWarning,
-            stacklevel=7,
+            stacklevel=level,
         )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -54,27 +55,42 @@ def traced_graph(model: nn.Module, call: Call) -> OpGraph:
         CaptureError: it cannot be traced, or tracing would drop something; says why.
     """
     flat, spec = pytree.tree_flatten(call)
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     out_spec: Any = None
 
-    def run(*leaves: Any) -> list[Any]:
+    def run(*given: Any) -> list[Any]:
         nonlocal out_spec
         mode = get_proxy_mode()
         assert mode is not None  # make_fx has entered it
         _note_grad_mode(mode.tracer)
-        args, kwargs = pytree.tree_unflatten(list(leaves), spec)
-        with torch.enable_grad(), _Cuts(mode.tracer):
+        args, kwargs = pytree.tree_unflatten(given[len(own) :], spec)
+        tensors = dict(zip(own, given, strict=False))
+        with (
+            _reparametrize_module(model, tensors, tie_weights=True),
+            torch.enable_grad(),
+            _Cuts(mode.tracer),
+        ):
             found, out_spec = pytree.tree_flatten(model(*args, **kwargs))
         return found
 
     with dropped_by_export() as dropped, quiet(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        given = [fake.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in flat]
+        faked = [fake.from_tensor(t) if isinstance(t, Tensor) else t for t in (*own.values(), *flat)]
         try:
-            module = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(*given)
+            module = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(*faked)
         except Exception as error:  # whatever the model's code raises on tensors without data
             raise CaptureError(f"its inner gradients cannot be traced: {str(error)[:300]}") from error
     if dropped:
         raise CaptureError(dropped[0])
     _reconnect(module.graph)
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for number, (tensor, node) in enumerate(zip(own.values(), placeholders, strict=False)):
+        if isinstance(tensor, nn.Parameter):
+            module.register_parameter(f"own_{number}", tensor)
+        else:
+            module.register_buffer(f"own_{number}", tensor)
+        with module.graph.inserting_after(placeholders[-1]):
+            node.replace_all_uses_with(module.graph.get_attr(f"own_{number}"))
+        module.graph.erase_node(node)
     names = [f"input_{i}" for i in range(len(flat))]
     module.graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, spec, out_spec)))
     return analyse(module, call)
