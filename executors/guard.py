@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from scheduler.capture.graph import unfired_hook
+from scheduler.capture.export import unfired_hook
 from scheduler.errors import PlanMismatch
 
 __all__ = ["Guard", "Trainable"]
@@ -24,9 +24,11 @@ class Guard:
 
     def __init__(self, model: nn.Module, evaluating: Collection[str]) -> None:
         named = list(model.named_modules())
-        self.names = [name for name, _ in named]
-        self.attributes = [vars(module) for _, module in named]
-        self.modes = [name not in evaluating for name, _ in named]
+        # A step function's mode is that of its modules.
+        moded = [(name, vars(module)) for name, module in named if "training" in vars(module)]
+        self.names = [name for name, _ in moded]
+        self.attributes = [attributes for _, attributes in moded]
+        self.modes = [name not in evaluating for name in self.names]
         self.children = [(name, m._modules, [*m._modules.values()]) for name, m in named if m._modules]
         hooked = [
             d for _, m in named[1:] for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)

@@ -15,11 +15,11 @@ from torch import nn
 
 from executors.plans import Plans, Settings
 from executors.runner import plain_copy, plain_forward, plans_within, sharing, wrappers
-from scheduler.capture.callables import as_model
 from scheduler.capture.eager import wrapped_forward
 from scheduler.capture.sample import model_fingerprint
 from scheduler.capture.sharded import reject_wrapped
 from scheduler.capture.state import model_device
+from scheduler.capture.step_function import StepFunction, as_model
 from scheduler.errors import PlanMismatch
 from scheduler.plan import Plan
 
@@ -28,7 +28,7 @@ __all__ = ["execute", "plan_of", "plans_of", "trace_of"]
 
 def execute(
     plan: Plan | Sequence[Plan],
-    model: nn.Module | Sequence[Callable[..., Any]],
+    model: nn.Module | Callable[..., Any] | Sequence[Callable[..., Any]],
     *,
     watch: bool | None = None,
     on_new_shape: str = "plan",
@@ -46,7 +46,8 @@ def execute(
     Args:
         plan: from ``scheduler.solve`` or ``Plan.load``. Several, for calls of several shapes: a list, the one whose budget,
             solver and optimizer further plans are made with first.
-        model: the model that the plan was made for, or one like it; or a list of callables (``CallableChain``).
+        model: the model that the plan was made for, or one like it; or a list of callables (``CallableChain``); or the
+            step function, whose place the planned model takes: call it, and ``backward`` on what it returns.
         watch: whether the peak of the first step is measured, and judged when the next begins. If it is above the
             predicted one, a PeakWarning says by how much; if it is over the budget, later steps follow a schedule that is
             tighter by the difference. Default: on CUDA, where it costs nothing (the allocator's peak statistics are
@@ -85,7 +86,7 @@ def execute(
         raise TypeError(
             f"execute: plan is a {type(plan).__name__}, expected a Plan or a list of them; the call is execute(plan, model)"
         )
-    model = as_model(model)
+    model = _planned_for(plans, model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"execute: model is a {type(model).__name__}, expected a torch.nn.Module")
     settings = Settings(watch, on_new_shape, max_plans, on_oom, check, debug)
@@ -132,6 +133,15 @@ def _executed(plans: Sequence[Plan], model: nn.Module, settings: Settings) -> nn
     planned._rematplan_own = {}  # type: ignore[assignment] # slots of the class
     planned._rematplan_plans = Plans(plans, planned, model, settings)  # type: ignore[assignment]
     return planned
+
+
+def _planned_for(plans: Sequence[Plan], model: Any) -> Any:
+    """The model behind what was given: of a step function the one that was planned, if it was in this process."""
+    for plan in plans:
+        live = plan.live[0] if plan.live is not None else None
+        if isinstance(live, StepFunction) and not isinstance(model, nn.Module) and live.function == model:
+            return live
+    return as_model(model)
 
 
 def plan_of(model: nn.Module) -> Plan | None:

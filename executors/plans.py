@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from executors.check import CHECKS
 from executors.guard import Trainable
+from executors.in_flight import InFlight
 from executors.oom import Changes, lowered, release
 from executors.runner import Runner, cut_off, forward_of, plain_copy, plain_forward
 from executors.trace import Trace
@@ -104,6 +105,7 @@ class Plans:
         self.evicted = False
         self.last: Runner | None = None
         self.watched: tuple[Runner, Watch] | None = None
+        self.in_flight = InFlight(type(model).__name__)
         self.trace: Trace | None = None
         replan = self.alone and self.device.type == "cuda"
         if settings.on_oom is not None:
@@ -133,7 +135,9 @@ class Plans:
             runner.ran_out = executor.ran_out = False
             self.tighten(model, runner, "in the last step", "run_step() would have run that step again")
         self._watch(model, runner)
+        self.in_flight.begins(runner.plan)
         output = self._run(model, runner, call, flat)
+        self.in_flight.gave(runner.plan, output)
         if self.watched is not None:
             self.watched[1].until_backward_ends(output)
         return output

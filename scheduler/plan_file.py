@@ -173,6 +173,9 @@ _RECORD = objects(
         "begins": rows(_CUT),
         "left_out": rows(tuples(choice(*LEFT_OUT), count)),
         "evaluating": rows(text),
+        "unread": rows(count),
+        "frozen": rows(text),
+        "environment": text,
         "target": text,
     },
 )

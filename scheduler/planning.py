@@ -13,7 +13,7 @@ from torch import nn
 
 from scheduler.budget import format_bytes, free_machine_bytes, machine_bytes, parse_budget
 from scheduler.capture.call_reads import CallReads
-from scheduler.capture.callables import CallableChain, as_model
+from scheduler.capture.callables import CallableChain
 from scheduler.capture.dry import capture_dry, without_hardware
 from scheduler.capture.eager import replaced
 from scheduler.capture.environment import environment_text
@@ -35,6 +35,7 @@ from scheduler.capture.sample import (
 )
 from scheduler.capture.sharded import sharded_within
 from scheduler.capture.state import model_device, moving, preserved, set_apart
+from scheduler.capture.step_function import Refused, StepFunction, as_model
 from scheduler.capture.target import Device, Target
 from scheduler.capture.verify import StepResult, difference, run_step
 from scheduler.chain import Chain
@@ -91,7 +92,7 @@ class Priced:
 
 
 def solve(
-    model: nn.Module | Sequence[Callable[..., Any]],
+    model: nn.Module | Callable[..., Any] | Sequence[Callable[..., Any]],
     memory_budget: int | str,
     *,
     sample: Any,
@@ -111,7 +112,10 @@ def solve(
     Args:
         model: in train mode, on one device, or sharded by fully_shard; then every rank makes this call. One that trains by a plan already is planned anew. With ``device`` it may
             be without data: on meta, or made under FakeTensorMode. Or a list of callables, the stages: each is called with
-            what the one before returned (``CallableChain``).
+            what the one before returned (``CallableChain``). Or a step function: any callable (function, lambda,
+            functools.partial, bound method, callable object) that calls the models it uses, as often as it likes, and returns
+            the loss. Modules are found in its closure, in global variables that it names, in what it is bound to, and
+            in the sample; the loss that it makes of their outputs is in the plan. It leaves ``backward`` to the training loop.
         memory_budget: peak device bytes of a whole training step: parameters, buffers, gradients, optimizer
             state if an optimizer is given, inputs, activations. An int, or text: "6GiB", "800MB", "75%" of the
             device's memory; "auto" is what is free (and what of the step is there already) less 5 % of the device's
@@ -141,7 +145,7 @@ def solve(
         CaptureError: the model cannot be captured exactly.
         InfeasibleBudget: no schedule fits; carries the smallest budget that one fits.
     """
-    plain: nn.Module = unplanned(as_model(model))
+    plain: nn.Module = unplanned(as_model(model, sample))
     request = checked(
         plain, memory_budget, sample, solver, parameters or {}, capture, costs, optimizer, device, progress
     )
@@ -274,13 +278,13 @@ def checked(
 ) -> Request:
     """Refuse what cannot be planned, before anything is changed."""
     reject_unusable(model)
-    if isinstance(model, CallableChain):
+    if isinstance(model, (CallableChain, StepFunction)):
         if target is not None:
             raise ValueError(
                 "solve: device= plans a copy of the model, and plain callables cannot be copied with what they use; plan them "
                 "where their modules are, without device=, or make a module of each"
             )
-        if isinstance(capture, str) and capture in ("auto", "modules"):
+        if isinstance(model, CallableChain) and isinstance(capture, str) and capture in ("auto", "modules"):
             capture = [*model.stages]
     own = model_device(model)
     device: Device = own if target is None else Target(DeviceSpec.of(target))
@@ -308,6 +312,8 @@ def checked(
             "there; leave costs out, or pass costs='roofline'"
         )
     args, kwargs = read_sample(sample)
+    if isinstance(model, StepFunction):
+        args, kwargs = model.marked(args, kwargs)
     if target is None:
         _refuse_without_data("the model", model.parameters())
     try:
@@ -399,6 +405,9 @@ def _warm_up(request: Request) -> tuple[Recurrence, bool]:
     )
     seen = Recurrence()
     try:
+        if isinstance(model, StepFunction):
+            with preserved(model), offloaded:
+                model.check(args, kwargs)
         with (
             preserved(model),
             torch.enable_grad(),
@@ -411,7 +420,7 @@ def _warm_up(request: Request) -> tuple[Recurrence, bool]:
         if isinstance(model, CallableChain):
             with preserved(model):
                 model.check(args, kwargs)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, Refused):
         raise
     except Exception as error:  # whatever the model's code raises on a sample that does not suit it
         raise ValueError(

@@ -26,6 +26,10 @@ from tests.models import BUILDERS, Case
 Record = dict[str, Tensor | None]
 EACH_CAPTURE = pytest.mark.parametrize("capture", ["graph", "modules", "options"])
 EITHER_CAPTURE = pytest.mark.parametrize("capture", ["graph", "modules"])
+# Of tests that reverse a graph more than once, or have several steps under way, whatever the budget.
+OVERLAPPING = pytest.mark.filterwarnings(
+    r"ignore:planned \w+. (another forward runs|a backward (retains|makes)):scheduler.errors.PeakWarning"
+)
 CPU = torch.device("cpu")
 Procedure = Callable[[nn.Module], Record]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from executors import ReplayError, execute
 from scheduler import CaptureError, InfeasibleBudget, solve, solve_chain
-from scheduler.capture.graph import export_graph
+from scheduler.capture.export import export_graph
 from scheduler.capture.linearize import linearize, op_dag
 from scheduler.capture.module_capture import capture_modules
 from scheduler.capture.sample import canonical_call, read_sample

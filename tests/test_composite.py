@@ -17,7 +17,8 @@ from executors import execute
 from scheduler import CaptureError, Plan, solve
 from scheduler.capture.composite import in_parts
 from scheduler.capture.eager import as_eager
-from scheduler.capture.graph import OpGraph, export_graph
+from scheduler.capture.export import export_graph
+from scheduler.capture.graph import OpGraph
 from scheduler.capture.graph_capture import capture_graph, op_graphs
 from scheduler.capture.sample import Call, canonical_call, read_sample
 from scheduler.capture.verify import difference, run_step

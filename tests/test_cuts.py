@@ -10,7 +10,8 @@ import torch
 
 from benchmarks.cuts import FOUND, rows, section
 from scheduler import Plan, solve
-from scheduler.capture.graph import OpGraph, export_graph
+from scheduler.capture.export import export_graph
+from scheduler.capture.graph import OpGraph
 from scheduler.capture.linearize import Linear, linearize
 from scheduler.capture.sample import canonical_call
 from scheduler.cuts import LEFT_OUT, REASONS, Cut, explain_cut, summary

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from executors import execute
 from scheduler import PlanMismatch, solve
 from tests.models import Case
-from tests.steps import assert_equal, planned, restored, tightest, train, within
+from tests.steps import OVERLAPPING, assert_equal, planned, restored, tightest, train, within
 from tests.test_training_features import BOTH, stack
+
+pytestmark = OVERLAPPING
 
 
 @BOTH

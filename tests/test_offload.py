@@ -42,6 +42,7 @@ from tests.brute_force_host import legal_walk
 from tests.helpers import smallest
 from tests.models import Case
 from tests.steps import (
+    OVERLAPPING,
     Record,
     assert_equal,
     assert_same,
@@ -52,6 +53,8 @@ from tests.steps import (
     restored,
     train,
 )
+
+pytestmark = OVERLAPPING
 
 HOST = HostMemory(2**34, 1e12, 1e12)  # so fast that copies beat runs again
 BESIDE = dataclasses.replace(HOST, asynchronous=True)

@@ -10,8 +10,10 @@ from hypothesis import HealthCheck, given, settings
 
 from tests.module_graph_steps import judge, recipe_by, recipes
 from tests.module_graphs import Recipe
+from tests.steps import OVERLAPPING
 
 
+@OVERLAPPING
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own, of mixed precision and of flattened weights
 def test_random_module_graphs_train_bit_equal_and_within_budget_or_are_refused() -> None:
     """benchmarks/random_module_graphs.py runs a thousand; each costs half a second."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tests.models import Block, Case, tiny
 from tests.steps import (
     EACH_CAPTURE,
+    OVERLAPPING,
     Record,
     assert_equal,
     assert_same,
@@ -24,6 +25,8 @@ from tests.steps import (
     train,
     within,
 )
+
+pytestmark = OVERLAPPING
 
 
 @EACH_CAPTURE

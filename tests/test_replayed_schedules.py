@@ -27,6 +27,7 @@ from tests.models import Block, Case
 from tests.steps import (
     CPU,
     EITHER_CAPTURE,
+    OVERLAPPING,
     Record,
     assert_equal,
     assert_same,
@@ -41,6 +42,8 @@ from tests.steps import (
     tightest,
     within,
 )
+
+pytestmark = OVERLAPPING
 
 
 @contextmanager

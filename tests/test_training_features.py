@@ -13,7 +13,18 @@ from torch import Tensor, nn
 from executors import execute
 from scheduler import solve
 from tests.models import Case
-from tests.steps import Record, assert_equal, assert_same, planned, restored, state, tightest, train, within
+from tests.steps import (
+    OVERLAPPING,
+    Record,
+    assert_equal,
+    assert_same,
+    planned,
+    restored,
+    state,
+    tightest,
+    train,
+    within,
+)
 
 BOTH = pytest.mark.parametrize("capture", ["graph", "modules"])
 
@@ -232,6 +243,7 @@ def test_a_grad_scaler_scales_unscales_and_skips_as_with_the_plain_model(capture
     assert_same(case.model, trained, procedure)
 
 
+@OVERLAPPING
 @BOTH
 def test_two_losses_one_after_the_other_and_an_output_that_the_user_keeps(capture: str) -> None:
     @dataclass

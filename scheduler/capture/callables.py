@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -11,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["CallableChain", "as_model"]
+from scheduler.capture.found import modules_in, name_of
+
+__all__ = ["CallableChain", "cut_off", "variables"]
 
 
 class CallableChain(nn.Module):
@@ -68,15 +68,15 @@ class CallableChain(nn.Module):
         value: Any = args
         for position, stage in enumerate(self.stages):
             positional = value if isinstance(value, tuple) else (value,)
-            given = pytree.tree_map_only(Tensor, _cut_off, (positional, kwargs))
+            given = pytree.tree_map_only(Tensor, cut_off, (positional, kwargs))
             with torch.enable_grad():
                 value = stage(*given[0], **given[1])
             kwargs = {}
             known = {*stage.parameters(), *(t for t in pytree.tree_leaves(given) if isinstance(t, Tensor))}
-            for tensor in _variables(value):
+            for tensor in variables(value):
                 if tensor not in known:
                     raise ValueError(
-                        f"callable {position} ({_name(stage.function)}) uses a tensor of shape {tuple(tensor.shape)} that "
+                        f"callable {position} ({name_of(stage.function)}) uses a tensor of shape {tuple(tensor.shape)} that "
                         "requires grad and belongs to no module that was found in it; pass its module: "
                         "CallableChain(callables, modules=[module])"
                     )
@@ -89,7 +89,7 @@ class _Stage(nn.Module):
 
     def __init__(self, function: Callable[..., Any], further: list[nn.Module]) -> None:
         super().__init__()
-        self.used = nn.ModuleList(dict.fromkeys((*_modules_in(function, set()), *further)))
+        self.used = nn.ModuleList(dict.fromkeys((*(m for _, m in modules_in(function)), *further)))
         # Not as an attribute: a module would be there twice.
         self.__dict__["function"] = function
 
@@ -97,62 +97,15 @@ class _Stage(nn.Module):
         return self.function(*args, **kwargs)
 
     def extra_repr(self) -> str:
-        return _name(self.function)
+        return name_of(self.function)
 
 
-def as_model(model: Any) -> Any:
-    """A chain of a list or tuple of callables; any other model as it is."""
-    return CallableChain(model) if isinstance(model, (list, tuple)) else model
-
-
-def _name(function: Any) -> str:
-    inner = function.func if isinstance(function, functools.partial) else function
-    return str(getattr(inner, "__qualname__", type(inner).__name__))
-
-
-def _modules_in(value: Any, seen: set[int]) -> Iterator[nn.Module]:
-    """The modules that a callable, or what it is bound to, holds."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, nn.Module):
-        yield value
-        return
-    parts: list[Any] = []
-    if isinstance(value, functools.partial):
-        parts = [value.func, *value.args, *value.keywords.values()]
-    elif inspect.ismethod(value):
-        owner = value.__self__
-        parts = [owner, value.__func__, *([] if isinstance(owner, nn.Module) else _attributes(owner))]
-    elif inspect.isfunction(value):
-        parts = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-    elif isinstance(value, (list, tuple)):
-        parts = list(value)
-    elif isinstance(value, dict):
-        parts = list(value.values())
-    elif callable(value) and not isinstance(value, type):
-        parts = _attributes(value)
-    for part in parts:
-        yield from _modules_in(part, seen)
-
-
-def _attributes(value: Any) -> list[Any]:
-    return list(getattr(value, "__dict__", {}).values())
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018 # raises where the variable has no value yet
-    except ValueError:
-        return False
-    return True
-
-
-def _cut_off(tensor: Tensor) -> Tensor:
+def cut_off(tensor: Tensor) -> Tensor:
+    """The tensor without its history."""
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
-def _variables(value: Any) -> Iterator[Tensor]:
+def variables(value: Any) -> Iterator[Tensor]:
     """The leaves that a backward from the tensors in ``value`` would make gradients of."""
     waiting: list[Any] = [t.grad_fn for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
     seen: set[Any] = {None}

@@ -15,9 +15,11 @@ from torch._guards import detect_fake_mode
 
 from scheduler.capture.composite import in_parts
 from scheduler.capture.eager import as_eager
+from scheduler.capture.export import export_graph
 from scheduler.capture.fake import Watch
 from scheduler.capture.flat import tree_leaves, tree_unflatten
-from scheduler.capture.graph import OpGraph, export_graph, resolve
+from scheduler.capture.graph import OpGraph, resolve
+from scheduler.capture.inner_gradients import noted_gradients, traced_graph
 from scheduler.capture.linearize import Linear, linearize
 from scheduler.capture.recompute import op_rows
 from scheduler.capture.sample import Call
@@ -257,16 +259,18 @@ def op_graphs(model: nn.Module, call: Call) -> Iterator[OpGraph]:
 
     Whether one trains like the model is to be tried; the next one is for when it does not. First comes what a plain
     step runs (``eager.py``), then what the model's code does for exporters; each with composite ops in their parts
-    (``composite.py``), then with whole ones. No graph comes twice.
+    (``composite.py``), then with whole ones. No graph comes twice. A forward that takes gradients itself is traced
+    (``inner_gradients.py``).
 
     Raises:
         CaptureError: the model cannot be exported at all; says why.
     """
     seen: set[str] = set()
     refused: CaptureError | None = None
+    gradients: list[str] = []
     for eager in (True, False):
         try:
-            with as_eager(model) if eager else nullcontext():
+            with as_eager(model) if eager else nullcontext(), noted_gradients() as gradients:
                 whole = export_graph(model, call)
         except CaptureError as error:
             refused = error
@@ -276,7 +280,9 @@ def op_graphs(model: nn.Module, call: Call) -> Iterator[OpGraph]:
             if known not in seen:
                 seen.add(known)
                 yield graph
-    if refused is not None and not seen:
+    if gradients:  # of which an export knows nothing
+        yield traced_graph(model, call)
+    elif refused is not None and not seen:
         raise refused
 
 

@@ -407,7 +407,7 @@ def _bytes(tensors: list[Tensor]) -> int:
 def expanded(entry: ModuleCall, within: Counter[str], again: Collection[str]) -> list[ModuleCall]:
     """Blocks as fine as whole modules allow: a block gives way to its members if they are all it does.
 
-    So does one that unrolls a recurrent module over many steps. One that is called several times is a block each time.
+    So does one that unrolls a recurrent module over many steps. A recurrent one is a block at each call.
 
     Args:
         within: how often each module is called.
@@ -418,7 +418,7 @@ def expanded(entry: ModuleCall, within: Counter[str], again: Collection[str]) ->
         steps = Counter(inner.name for inner in child.children if inner.name in again)
         within_it = any(inner.reversed_outside for inner in child.children)
         finer = (child.is_its_children() and not within_it) or max(steps.values(), default=0) >= MANY_CALLS
-        if finer and within[child.name] == 1:
+        if finer and (within[child.name] == 1 or child.name not in again):
             result.extend(expanded(child, within, again))
         else:
             result.append(child)

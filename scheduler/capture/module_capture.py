@@ -5,6 +5,7 @@ saves stays. A block is *fed* by the one before if at least one of its tensor ar
 an output of that block, and glue has made none for it since; all its other tensor
 arguments (masks, rotary tables, an encoder's output) are *external*: held while the step lasts.
 
+A module that is called several times (an encoder that sees two batches) is a block at each call.
 A *recurrent* module, which is called again and again, each call fed by the one before (a cell that the user's code
 unrolls over time), is a block at each call. What glue makes for one step, its input, is external and ends no chain;
 and it may be fed by a block further back, whose output passes by those between (the state of a layer of cells while
@@ -23,6 +24,7 @@ import torch
 from torch import nn
 from torch._guards import detect_fake_mode
 
+from scheduler.capture.inner_gradients import noted_gradients
 from scheduler.capture.layer_drop import VALUES, Effort, fixed_draws
 from scheduler.capture.module_calls import (
     CONTAINERS,
@@ -209,7 +211,16 @@ def capture_modules(
     modules = _candidates(model, call, seen) if blocks is None else _given(model, blocks)
     device = model_device(model)
     whole = {module for module in modules.values() if _hooks_make_weights(module)}
-    root, grad, fixed = _profiled(model, call, modules, device, whole, data=target is None)
+    with noted_gradients() as gradients:
+        try:
+            root, grad, fixed = _profiled(model, call, modules, device, whole, data=target is None)
+        except CaptureError as error:
+            if not gradients:
+                raise
+            raise CaptureError(
+                "the forward takes gradients itself (torch.autograd.grad); of such a forward only a graph can be had, or blocks "
+                f"outside of what it reverses, that part within torch.enable_grad(): {error}"
+            ) from error
     again = recurrent(root)
     if again and sharded_within(model):
         raise CaptureError(
@@ -223,14 +234,14 @@ def capture_modules(
         e.name
         for e in chosen
         if not (e.inputs and e.outputs)
-        or (counts[e.name] > 1 and e.name not in again)
         or counts[e.name] != calls[e.name]  # it runs within another block, too
     }
     if blocks is not None and (unusable or list(counts) != list(modules)):
         raise CaptureError(
-            "the modules given do not each run once, in the order given, or again and again, each call fed by the one "
-            f"before; seen: {_in_words([entry.name for entry in chosen])}"
+            "the modules given do not each run, once or several times, in the order given and outside of each other; "
+            f"seen: {_in_words([entry.name for entry in chosen])}"
         )
+    # What the forward itself reverses would be run again in the middle of the first sweep, beside all that it holds.
     unusable |= {entry.name for entry in chosen if entry.changes_input or entry.reversed_outside}
     usable = [entry for entry in chosen if entry.name not in unusable]
     if target is None and detect_fake_mode() is None:
@@ -244,8 +255,8 @@ def capture_modules(
         )
     if not usable:
         raise CaptureError(
-            "no member of a ModuleList or Sequential runs exactly once with tensors in and out, and no module is called "
-            "again and again, each call fed by the one before"
+            "no member of a ModuleList or Sequential runs with tensors in and out, and no module is called again and again, "
+            "each call fed by the one before"
         )
     found, stages = _laid_out([entry.name for entry in usable], _feeds(chosen, usable, again))
     random = [False if b is None else usable[b].random for b in stages]

@@ -1,0 +1,200 @@
+"""Steps of one planned model that are under way at once, or reversed more than once: what no plan of one call counts.
+
+A plan is for one forward and one backward from it, which releases what the forward saved. Where a second forward runs while
+an earlier one still waits for its backward, or where a backward retains the graph, more bytes are live than the plan says.
+A hook before the backward of the outputs tells, at some 2 µs a forward: it goes when the graph goes, and is called when
+the graph is reversed. If that will not fit the budget, a PeakWarning says so, once of each kind.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scheduler.budget import format_bytes
+from scheduler.capture.loss import output_tensors
+from scheduler.errors import PeakWarning
+from scheduler.plan import Plan
+from scheduler.schedule import Backward, Checkpoint, Keep
+
+__all__ = ["InFlight", "retained_peak", "waiting_bytes"]
+
+_STEP_FUNCTION = (
+    "plan the whole step: solve(step_function, budget, sample=batch) takes a function that makes all these calls and returns "
+    "the loss"
+)
+
+
+class _Graph:
+    """The hook on the outputs of one forward; it lives as long as they do, or anything that was made of them.
+
+    Attributes:
+        reversed: whether a backward has begun that releases what the forward saved.
+    """
+
+    __slots__ = ("__weakref__", "plan", "reversed", "steps")
+
+    def __init__(self, steps: InFlight, plan: Plan) -> None:
+        self.steps, self.plan, self.reversed = steps, plan, False
+
+    def __call__(self, _: Any) -> None:
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            self.steps.retained(self.plan)
+        else:
+            self.reversed = True
+
+
+class InFlight:
+    """Notices when the steps of one planned model overlap.
+
+    Args:
+        name: of the model, for warnings.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.said: set[str] = set()
+        self.graphs: list[weakref.ref[_Graph]] = []  # not reversed yet, when last looked at
+        self._waiting: dict[int, tuple[Plan, int]] = {}
+
+    def begins(self, plan: Plan) -> None:
+        """A forward by this plan is about to run.
+
+        Warns:
+            PeakWarning: earlier ones still wait for their backward, and together they will not fit the budget.
+        """
+        if not self.graphs or _in_backward():
+            return
+        alive = [(ref, graph) for ref in self.graphs if (graph := ref()) is not None and not graph.reversed]
+        self.graphs = [ref for ref, _ in alive]
+        if alive and "forward" not in self.said:
+            self._overlap(plan, [graph.plan for _, graph in alive])
+
+    def gave(self, plan: Plan, output: Any) -> None:
+        """A forward by this plan is over, and gave ``output``."""
+        if _in_backward():
+            return
+        graph = None
+        for tensor in (output,) if type(output) is Tensor else output_tensors(output):
+            if tensor.grad_fn is not None:
+                graph = graph or _Graph(self, plan)
+                tensor.grad_fn.register_prehook(graph)
+        if graph is not None:
+            self.graphs.append(weakref.ref(graph))
+
+    def _overlap(self, plan: Plan, earlier: list[Plan]) -> None:
+        waiting = sum(map(self._waiting_of, earlier))
+        # The last backward finds the gradients of those before it.
+        peak = max(
+            plan.predicted_peak + waiting, *(_peak_with_gradients(each) + waiting - self._waiting_of(each) for each in earlier)
+        )  # fmt: skip # of two terms
+        if peak <= plan.memory_budget:
+            return
+        one = len(earlier) == 1
+        self._warn(
+            "forward",
+            f"another forward runs while {'an earlier one waits' if one else f'{len(earlier)} earlier ones wait'} for "
+            f"{'its' if one else 'their'} backward; {'it holds' if one else 'they hold'} {format_bytes(waiting)}",
+            peak,
+            plan,
+            "call backward on each loss before the next forward",
+            level=8,
+        )
+
+    def retained(self, plan: Plan) -> None:
+        """A backward begins that keeps the graph.
+
+        Warns:
+            PeakWarning: with what it keeps, the step will not fit the budget.
+        """
+        if torch.is_grad_enabled():
+            least = 2 * plan.plain.peak - plan.chain.fixed
+            if "twice" not in self.said and least > plan.memory_budget:
+                self._warn(
+                    "twice",
+                    "a backward makes a graph of its own (create_graph=True), which holds every tensor that a plan would "
+                    "recompute, and its own saved tensors",
+                    least,
+                    plan,
+                    "take the inner gradient of fewer layers",
+                    about="at least ",
+                )
+            return
+        peak = retained_peak(plan)
+        if "retained" not in self.said and peak > plan.memory_budget:
+            self._warn(
+                "retained",
+                "a backward retains the graph (retain_graph=True), so that nothing of the forward is released by it",
+                peak,
+                plan,
+                "add up the losses and call backward once",
+            )
+
+    def _waiting_of(self, plan: Plan) -> int:
+        if id(plan) not in self._waiting:
+            self._waiting[id(plan)] = plan, waiting_bytes(plan)
+        return self._waiting[id(plan)][1]
+
+    def _warn(
+        self, kind: str, what: str, peak: int, plan: Plan, instead: str, about: str = "about ", level: int = 7
+    ) -> None:
+        self.said.add(kind)
+        over = format_bytes(peak - plan.memory_budget)
+        warnings.warn(
+            f"planned {self.name}: {what}. The plan is for one forward and one backward at a time: expect a peak of {about}"
+            f"{format_bytes(peak)}, {over} over the budget of {format_bytes(plan.memory_budget)}. {_STEP_FUNCTION}; or "
+            f"{instead}; or solve() for a budget that is lower by {over}",
+            PeakWarning,
+            stacklevel=level,
+        )
+
+
+def _in_backward() -> bool:
+    """Whether autograd runs a backward: a forward within it (torch's checkpoint, a plan around this one) runs one again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def waiting_bytes(plan: Plan) -> int:
+    """Bytes of activations that a step holds between its forward and its backward."""
+    chain = plan.chain
+    swept = len(plan.schedule) - len(plan.program.replay)
+    state = sum(stage.rerun_state for stage in chain.stages)
+    return max(0, plan.timeline.live[swept - 1] - chain.fixed + state - chain.output_grad)
+
+
+def _peak_with_gradients(plan: Plan) -> int:
+    """The peak of a backward that finds the gradients of all parameters."""
+    missing = sum(stage.grad for stage in plan.chain.stages)
+    peak = 0
+    for action, during in zip(plan.schedule, plan.timeline.during, strict=True):
+        peak = max(peak, during + missing)
+        if isinstance(action, Backward):
+            missing -= plan.chain.stages[action.stage].grad
+    return peak
+
+
+def retained_peak(plan: Plan) -> int:
+    """At most the peak of several backwards of one forward, of which only the last releases what the forward left.
+
+    A backward but the first finds all gradients, and every boundary that the one before held; what was kept of a stage stays
+    when that is reversed.
+    """
+    stages, kept = plan.chain.stages, plan.program.kept
+    holding = plan.program.held | {a.stage for a in plan.schedule if isinstance(a, Checkpoint)}
+    waiting = set(holding)  # boundaries that the plan does not count at present
+    missing = sum(stage.grad for stage in stages)
+    stays = peak = 0
+    for action, during in zip(plan.schedule, plan.timeline.during, strict=True):
+        if isinstance(action, (Checkpoint, Keep)):
+            waiting.discard(action.stage)
+        peak = max(peak, during + missing + stays + sum(stages[i].input for i in waiting))
+        if isinstance(action, Backward):
+            stage, option = stages[action.stage], kept[action.stage]
+            missing -= stage.grad
+            stays += stage.rerun_state + (0 if option is None else max(0, stage.options[option].saved))
+            waiting |= {action.stage} & holding
+    return peak

@@ -1,0 +1,284 @@
+"""Model -> op graph, by torch.export.
+
+The model is traced as a function of tensors alone: those of the call, and those that Python state holds. The exported graph
+calls the same kernels on the same Parameters as the plain model. What it would lose is refused here: a custom
+autograd.Function (its backward would be dropped), module hooks (they would not fire), Python state that the forward changes.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from scheduler.capture.call_reads import CallReads
+from scheduler.capture.eager import replaced
+from scheduler.capture.flat import tree_flatten, tree_unflatten
+from scheduler.capture.graph import OUTPUT, Face, OpGraph, analyse
+from scheduler.capture.python_state import MISSING, Snapshot, is_plain
+from scheduler.capture.reads import Reads, state_tensors
+from scheduler.capture.sample import Call
+from scheduler.capture.state import bare
+from scheduler.capture.verify import of_an_op
+from scheduler.errors import CaptureError
+
+__all__ = ["export_graph", "graph_by", "unfired_hook"]
+
+# Hooks by which transformers collects what a call asked for (output_hidden_states, output_router_logits), and which stay
+# on the submodules ever after. They run while the model is exported: what they collected is in the graph.
+_COLLECTING = "transformers.utils.output_capturing"
+
+Tracer = Callable[[nn.Module, Sequence[Tensor]], fx.GraphModule]
+
+
+@contextmanager
+def _dropped() -> Iterator[list[str]]:
+    """Note what the model's code does that an export would drop: custom autograd.Functions, hooks on tensors."""
+    seen: list[str] = []
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not of_an_op(cls):
+            seen.append(
+                f"the custom autograd.Function {cls.__module__}.{cls.__qualname__} is used, whose backward torch.export drops"
+            )
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    register_hook = Tensor.register_hook
+
+    def hooked(tensor: Tensor, hook: Any) -> Any:
+        seen.append("the forward sets a hook on a tensor, which an exported graph does not fire")
+        return register_hook(tensor, hook)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign] # until the block ends
+    Tensor.register_hook = hooked  # type: ignore[method-assign] # likewise
+    try:
+        yield seen
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign] # as it was
+        Tensor.register_hook = register_hook  # type: ignore[method-assign] # likewise
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Export warns, logs and prints (the graph where it gave up) things that do not concern a plan's user."""
+    loggers = [
+        logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")
+    ]
+    levels = [log.level for log in loggers]
+    for log in loggers:
+        log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)
+
+
+def unfired_hook(model: nn.Module) -> str | None:
+    """Which hook would not fire in the exported graph, in words."""
+    for name, module in model.named_modules():
+        if module is model:
+            continue  # the planned model is a module itself: its own hooks fire
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            for hook in getattr(module, kind).values():
+                if getattr(hook, "__module__", "") == _COLLECTING:
+                    continue
+                what = f"submodule {name!r} has hooks, which an exported graph does not fire"
+                if kind != "_forward_hooks" or not _only_requires_grad(hook):
+                    return what
+                # It does nothing where the output requires grad anyway.
+                if not isinstance(module, nn.Embedding) or not module.weight.requires_grad:
+                    return f"{what}: {hook.__qualname__}; model.disable_input_require_grads() removes it"
+    return None
+
+
+def _only_requires_grad(hook: Any) -> bool:
+    """Whether a hook is the one that gradient_checkpointing_enable of transformers and peft leaves on embeddings."""
+
+    def ours(_module: Any, _given: Any, output: Any) -> None:
+        output.requires_grad_(True)
+
+    same = ("co_code", "co_names", "co_consts", "co_argcount")
+    return all(
+        getattr(getattr(hook, "__code__", None), part, None) == getattr(ours.__code__, part) for part in same
+    )
+
+
+def export_graph(model: nn.Module, call: Call) -> OpGraph:
+    """Capture ``model(*args, **kwargs)`` as an op graph, by torch.export.
+
+    Args:
+        model: in train mode; left as it is.
+        call: canonical ``(args, kwargs)``.
+
+    Raises:
+        CaptureError: torch.export fails, or the graph would not train like the model; says why.
+    """
+    return graph_by(_export, model, call)
+
+
+def _export(root: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphModule:
+    try:
+        module = torch.export.export(root, tuple(inputs), strict=False).module()
+    except CaptureError:
+        raise
+    except Exception as error:  # export raises whatever the model's code or its own passes raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CaptureError(f"torch.export failed: {reason[:300]}") from error
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+def graph_by(tracer: Tracer, model: nn.Module, call: Call) -> OpGraph:
+    """Capture a call as an op graph.
+
+    Args:
+        tracer: makes a graph module of a module and the tensors that it is called with.
+
+    Raises:
+        CaptureError: it cannot be traced, or the graph would not train like the model; says why.
+    """
+    hooked = unfired_hook(model)
+    if hooked is not None:
+        raise CaptureError(hooked)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) and module.training:
+            raise CaptureError(
+                f"submodule {name!r} is a SyncBatchNorm, whose ops depend on torch.distributed"
+            )
+    traced, trace = _traced(tracer, model, call)
+    writes = trace.writes
+    if not trace.written:
+        return trace.told(analyse(traced, trace.inputs))
+    if writes is None:
+        raise _Writes(trace.written)
+    # A first forward may fill in what is not set yet. If another one then leaves all as it is, so may the graph.
+    with _made(writes):
+        traced, trace = _traced(tracer, model, call)
+        if trace.written:
+            raise _Writes(trace.written)
+        graph = trace.told(analyse(traced, trace.inputs))
+    graph.face.guards.settle_by(writes)
+    return graph
+
+
+class _Writes(CaptureError):
+    """The forward changes Python state."""
+
+    def __init__(self, places: Sequence[str]) -> None:
+        super().__init__(
+            f"the forward changes Python state ({', '.join(places[:3])}), which an exported graph does not"
+        )
+
+
+@contextmanager
+def _made(writes: Sequence[tuple[Any, Any, Any, Any]]) -> Iterator[None]:
+    """Within it, these (dict, key, before, after) are made."""
+    for container, key, _, after in writes:
+        container[key] = after
+    try:
+        yield
+    finally:
+        for container, key, before, _ in writes:
+            if before is MISSING:
+                container.pop(key, None)
+            else:
+                container[key] = before
+
+
+def _traced(tracer: Tracer, model: nn.Module, call: Call) -> tuple[fx.GraphModule, _Trace]:
+    """What a tracer makes of a call, and what was seen of the model's code meanwhile."""
+    trace = _Trace(model, call)
+    with _dropped() as dropped, _quiet(), trace.flattened() as root:
+        module = tracer(root, trace.inputs)
+    if dropped:
+        raise CaptureError(dropped[0])
+    return module, trace
+
+
+class _Trace:
+    """An export of a model as a function of tensors alone: those of the call, and those that Python state holds.
+
+    Attributes:
+        inputs: the tensors, in this order.
+        written: places in Python state that the forward changed.
+        writes: the changes, if they are all of plain values; see ``Snapshot.plain_writes``.
+    """
+
+    def __init__(self, model: nn.Module, call: Call) -> None:
+        self.model = model
+        self.leaves, self.spec = tree_flatten(call)
+        self.given = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+        self.reads = Reads(model)
+        self.state = state_tensors(model, self.reads.roots)
+        self.inputs = [self.leaves[i] for i in self.given] + [places[0].get() for places in self.state]
+        self.written: list[str] = []
+        self.writes: list[tuple[Any, Any, Any, Any]] | None = None
+        self.calls = CallReads(model, call)
+        self.outputs: list[Any] = []
+        self.output_spec: Any = None
+
+    @contextmanager
+    def flattened(self) -> Iterator[nn.Module]:
+        """The model, without hooks and calls of its own, whose forward takes ``inputs``; what that changes is put back."""
+        whole, forward = Snapshot(self.reads.roots), self.model.forward
+
+        def flat(*tensors: Any) -> Any:
+            leaves = self.leaves.copy()
+            for position, tensor in zip(self.given, tensors, strict=False):
+                leaves[position] = tensor
+            args, kwargs = tree_unflatten(leaves, self.spec)
+            count = len(self.given)
+            call = self.calls.watched((args, kwargs))
+            held = [(place, place.get()) for places in self.state for place in places]
+            ours = [
+                (place, t) for places, t in zip(self.state, tensors[count:], strict=True) for place in places
+            ]
+            before = Snapshot(self.reads.roots)
+            for place, tensor in ours:
+                place.put(tensor)
+            try:
+                with self.reads.recording(), self.calls.recording():
+                    output = forward(*call[0], **call[1])
+            finally:
+                for (place, mine), (_, original) in zip(ours, held, strict=True):
+                    if place.get() is mine:  # else the forward has put another one there
+                        place.put(original)
+                self.written, self.writes = before.changes(), before.plain_writes()
+            self.outputs, self.output_spec = tree_flatten(output)
+            strange = next((o for o in self.outputs if not isinstance(o, Tensor) and not is_plain(o)), None)
+            if strange is not None:
+                raise CaptureError(
+                    f"the forward returns a {type(strange).__name__}, which an exported graph cannot make"
+                )
+            return tuple(o for o in self.outputs if isinstance(o, Tensor))
+
+        flat.eager = True  # type: ignore[attr-defined] # not somebody's own (eager.wrapped_forward)
+        try:
+            with bare(self.model) as root, replaced(vars(self.model), forward=flat):
+                yield root
+        finally:
+            whole.restore()  # export itself binds copies of containers
+
+    def told(self, graph: OpGraph) -> OpGraph:
+        """The graph with what the trace knows of its inputs."""
+        count = len(self.given)
+        used = [bool(node.users) or node in graph.outputs for node in graph.placeholders[count:]]
+        face = Face(
+            (*self.given, *(len(self.leaves) + i for i in range(len(self.state)))),
+            tuple(tuple(p) if read else () for p, read in zip(self.state, used, strict=True)),
+            self.reads.guards([p for p, read in zip(self.state, used, strict=True) if read]),
+            self.calls.unread(),
+            tuple(OUTPUT if isinstance(leaf, Tensor) else leaf for leaf in self.outputs),
+            self.output_spec,
+        )
+        return graph.shown_as(face)
