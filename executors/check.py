@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scheduler.capture.layouts import nonzeros, parts
+
 __all__ = ["CHECKS", "Fingerprint", "checksum", "difference"]
 
 Fingerprint = tuple[Any, ...]
@@ -21,7 +23,9 @@ def nothing(_: Tensor) -> Fingerprint:
 
 
 def metadata(tensor: Tensor) -> Fingerprint:
-    """(shape, dtype, strides, device)."""
+    """(shape, dtype, strides, device); of a sparse tensor, its layout and how many elements it has instead of strides."""
+    if tensor.layout is not torch.strided:
+        return tensor.shape, tensor.dtype, (tensor.layout, nonzeros(tensor)), tensor.device
     return tensor.shape, tensor.dtype, tensor.stride(), tensor.device
 
 
@@ -43,6 +47,8 @@ def checksum(tensor: Tensor) -> tuple[int, int]:
     The second one sees elements that have changed places, as in another permutation or dropout mask. Integers add up to
     the same in any order, so that it does not depend on threads. It waits for the device.
     """
+    if tensor.layout is not torch.strided:
+        *_, tensor = parts(tensor)
     with torch.no_grad():
         flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
         if flat.is_complex():
@@ -67,6 +73,8 @@ def difference(first: Fingerprint, again: Fingerprint) -> str | None:
         there = f" on {device}" if device != device2 else ""
         here = f" on {device2}" if device != device2 else ""
         return f"was {tuple(shape)} {dtype}{there} in the first run and is {tuple(shape2)} {dtype2}{here} in the re-run"
+    if strides != strides2 and any(isinstance(each, torch.layout) for each in (*strides, *strides2)):
+        return f"was laid out as {strides} in the first run and is as {strides2} in the re-run"
     # A step along a dimension of one element leads nowhere; of no elements, no step does.
     if shape.numel() and any(n > 1 and a != b for n, a, b in zip(shape, strides, strides2, strict=True)):
         return (

@@ -23,7 +23,9 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
+from scheduler.capture.layouts import is_plain
 from scheduler.capture.sample import Call
+from scheduler.capture.unwind import met
 from scheduler.capture.verify import of_an_op
 from scheduler.errors import CaptureError
 
@@ -33,6 +35,7 @@ __all__ = ["Group", "Layout", "Op", "OpGraph", "export_graph", "unfired_hook"]
 # on the submodules ever after. They run while the model is exported: what they collected is in the graph.
 _COLLECTING = "transformers.utils.output_capturing"
 # Checks of metadata that export adds; shapes and dtypes are checked once per call by the plan's signature.
+SPARSE = "a tensor is sparse or nested, and so no view of one storage, by which the values of an op graph are told apart"
 _CHECKS = ("aten._assert_tensor_metadata.default", "aten.sym_constrain_range_for_size.default")
 
 
@@ -246,18 +249,20 @@ def export_graph(model: nn.Module, call: Call) -> OpGraph:
             raise CaptureError(
                 f"submodule {name!r} is a SyncBatchNorm, whose ops depend on torch.distributed"
             )
+    tensors = (*pytree.tree_leaves(call), *model.parameters(), *model.buffers())
+    if not all(is_plain(t) for t in tensors if isinstance(t, torch.Tensor)):
+        raise CaptureError(SPARSE)
     args, kwargs = call
     with _noted() as dropped, _quiet():
-        try:
+        # Export raises whatever the model's code or its own passes raise.
+        with met("torch.export failed"):
             program = torch.export.export(model, args, kwargs, strict=False)
             module = program.module()
-        except Exception as error:  # export raises whatever the model's code or its own passes raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CaptureError(f"torch.export failed: {reason[:300]}") from error
     if dropped:
         raise CaptureError(dropped[0])
     assert isinstance(module, fx.GraphModule)
-    return analyse(module, call)
+    with met("the exported graph cannot be run without data"):
+        return analyse(module, call)
 
 
 def analyse(module: fx.GraphModule, call: Call) -> OpGraph:
@@ -300,6 +305,8 @@ def analyse(module: fx.GraphModule, call: Call) -> OpGraph:
         ids = []
         for leaf in pytree.tree_leaves(value):
             if isinstance(leaf, torch.Tensor):
+                if not is_plain(leaf):
+                    raise CaptureError(SPARSE)
                 storage = leaf.untyped_storage()
                 alive.append(storage)
                 key = storage._cdata
@@ -323,6 +330,8 @@ def analyse(module: fx.GraphModule, call: Call) -> OpGraph:
                 env[node] = faked(resolve(module, str(node.target)))
                 group_of[node] = note(env[node], -1)
             elif node.op == "call_function":
+                if getattr(node.target, "__module__", "") == "torch._C._functorch":
+                    raise CaptureError("the forward uses torch.func or torch.vmap, and no stage can begin within a transform")
                 args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
                 index = len(ops)
                 saved_now.clear()

@@ -22,6 +22,7 @@ from scheduler.capture.sample import Call
 from scheduler.capture.stages import GraphStage, Source, compile_stages
 from scheduler.capture.state import RandomState, model_device
 from scheduler.capture.target import Device, Target
+from scheduler.capture.unwind import met
 from scheduler.errors import CaptureError
 
 __all__ = ["GraphCapture", "capture_graph", "op_graphs"]
@@ -253,13 +254,22 @@ def op_graphs(model: nn.Module, call: Call) -> Iterator[OpGraph]:
         except CaptureError as error:
             refused = error
             continue
-        for graph in (in_parts(whole, call), whole):
+        for graph in (_in_parts(whole, call), whole):
             known = graph.fingerprint()
             if known not in seen:
                 seen.add(known)
                 yield graph
     if refused is not None and not seen:
         raise refused
+
+
+def _in_parts(whole: OpGraph, call: Call) -> OpGraph:
+    """The graph with composite ops in their parts; as it is where these cannot be traced."""
+    try:
+        with met("its composite ops cannot be taken apart"):
+            return in_parts(whole, call)
+    except CaptureError:
+        return whole
 
 
 def capture_graph(

@@ -22,6 +22,7 @@ from scheduler.capture.flat import tensor_leaves
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import sharded_within
 from scheduler.capture.state import RandomState
+from scheduler.capture.unwind import unwound
 from scheduler.capture.verify import equal_bits
 from scheduler.errors import CaptureError
 
@@ -244,7 +245,8 @@ def repeatable(
                 for buffer, value in buffers:
                     buffer.data.copy_(value)
                 try:
-                    again = forward(*args, **kwargs)
+                    with unwound():
+                        again = forward(*args, **kwargs)
                 except Exception as error:  # noqa: BLE001 # of whatever kind the model's code raises
                     failed[name] = f"it raises {type(error).__name__}: {error}"
                     return first
@@ -326,7 +328,7 @@ def profile(
                     f"{name}.{n}"
                     for n, (b, value, version) in buffers.items()
                     # Kernels of batch norm change statistics without a new version; a fill may put the same values in again.
-                    if (b._version != version or not torch.equal(b, value) if data else ops.has_changed(b))
+                    if (b._version != version or not equal_bits(b, value) if data else ops.has_changed(b))
                 )
                 entry.changes_input = any(t._version != v for (_, t), v in zip(given, versions, strict=True))
                 return result

@@ -36,6 +36,7 @@ from scheduler.capture.sample import Call
 from scheduler.capture.sharded import sharded_within
 from scheduler.capture.state import model_device
 from scheduler.capture.target import Device, Target
+from scheduler.capture.unwind import met
 from scheduler.errors import CaptureError
 
 __all__ = [
@@ -164,7 +165,8 @@ def capture_blocks(
     """
     given = None if isinstance(how, str) else how
     try:
-        blocks = capture_modules(model, call, given, target, seen)
+        with met("a trial forward raises"):
+            blocks = capture_modules(model, call, given, target, seen)
     except CaptureError as error:
         why = f" (graph capture: {refused})" if refused else ""
         raise CaptureError(

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import take_gathered_grads
+from scheduler.capture.unwind import unwound
 
 __all__ = [
     "CPU_RANDOM_STATE",
@@ -123,12 +124,13 @@ class HostRandomState:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """The one device that holds the model's parameters.
+    """The one device that holds the model's parameters; of a model without any, its buffers; without these, the CPU.
 
     Raises:
         ValueError: the parameters lie on several devices.
     """
-    devices = {p.device for p in model.parameters()}
+    devices = {p.device for p in model.parameters()} or {b.device for b in model.buffers()}
+    devices = devices or {torch.device("cpu")}
     if len(devices) != 1:
         raise ValueError(
             f"solve: the model's parameters lie on {sorted(map(str, devices))}; "
@@ -229,7 +231,8 @@ def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:
     for each in hooks:
         each.clear()
     try:
-        yield frozenset(p for p, grad in grads.items() if grad is not None)
+        with unwound():  # or what follows would run within what a trial has left behind
+            yield frozenset(p for p, grad in grads.items() if grad is not None)
     finally:
         for each, before in zip(hooks, silent, strict=True):
             each.update(before)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scheduler.capture.graph_capture import GraphCapture
+from scheduler.capture.layouts import storage_keys
 from scheduler.capture.loss import find_loss
 from scheduler.capture.recompute import packs_of
 from scheduler.capture.sample import Call
@@ -144,8 +145,8 @@ def _isolated(
         except ValueError:  # the loss is made by an earlier stage
             return None
 
-    lasting = frozenset(
-        argument.untyped_storage()._cdata
+    lasting = storage_keys(
+        argument
         for argument, source in zip(arguments, stage.sources, strict=True)
         if source.kind != "boundary" and isinstance(argument, Tensor)
     )

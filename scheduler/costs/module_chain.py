@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from scheduler.capture.layouts import storage_key, tensor_bytes
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.module_calls import is_compiled
 from scheduler.capture.module_capture import ModuleCapture
@@ -30,7 +31,6 @@ from scheduler.costs.measure import fresh_grads
 from scheduler.costs.module_blocks import BlockCost, BlockRun
 from scheduler.costs.module_stages import Parts, assemble
 from scheduler.costs.module_values import ModuleValues
-from scheduler.costs.op_trace import storage_key
 from scheduler.costs.peak import count_bytes
 from scheduler.costs.roofline import Tally, device_rates
 from scheduler.costs.skeleton import (
@@ -131,7 +131,7 @@ def module_chain(
             output = run_skeleton(capture, model, call, boxes, traffic, own_loss=own_loss)
         tensors = output_tensors(output)
         returned.update(key for key in map(storage_key, tensors) if key in traffic.size)
-        output_grad = sum(t.numel() * t.element_size() for t in tensors if t.requires_grad)
+        output_grad = sum(tensor_bytes(t) for t in tensors if t.requires_grad)
 
     glue = {k for k, block in enumerate(capture.stages) if block is None}
     with preserved(model):

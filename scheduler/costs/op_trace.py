@@ -17,20 +17,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scheduler.capture.flat import tensor_leaves
+from scheduler.capture.layouts import held_bytes, nonzeros, storage_key, storage_of
 
-__all__ = ["storage_key", "trace_of_ops"]
+__all__ = ["trace_of_ops"]
 
 PLAIN = (
     bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format
 )  # fmt: skip # one row
-
-
-def storage_key(tensor: Tensor) -> int | None:
-    """What tells a tensor's storage from others while it lives; None if it has none (sparse tensors)."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return None
 
 
 def trace_of_ops(run: Callable[[], Any], given: Iterable[Tensor]) -> tuple[Hashable, Any]:
@@ -89,11 +82,13 @@ class _Ops(TorchDispatchMode):
                 return type(value).__name__, tuple(value.shape), value.dtype
             if key not in self.number:
                 number = self.number[key] = len(self.number)
-                ref = StorageWeakRef(value.untyped_storage())
+                ref = StorageWeakRef(storage_of(value))
                 self.refs.append(ref)
                 self.new[number] = ref
-            size = value.untyped_storage().nbytes()
-            layout = tuple(value.shape), value.stride(), value.dtype, value.device.type
+            size = held_bytes(value)
+            sparse = nonzeros(value)
+            steps = value.stride() if sparse is None else (value.layout, sparse)
+            layout = tuple(value.shape), steps, value.dtype, value.device.type
             return self.number[key], size, value.requires_grad, *layout
         if isinstance(value, PLAIN):
             return type(value), value

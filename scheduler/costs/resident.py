@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from scheduler.capture.graph_capture import GraphCapture
+from scheduler.capture.layouts import held_bytes, parts
 from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.sharded import local
 from scheduler.capture.state import CPU_RANDOM_STATE
@@ -31,14 +32,15 @@ def storage_bytes(tensors: Iterable[Tensor], device: Device) -> int:
     counts.
     """
     seen: set[Tensor] = set()
-    parts: dict[int, tuple[int, int]] = {}  # storage -> (its bytes, bytes of the tensors on it)
+    found: dict[int, tuple[int, int]] = {}  # storage -> (its bytes, bytes of the tensors on it)
     for tensor in map(local, tensors):
         if lies_on(tensor, device) and tensor not in seen:
             seen.add(tensor)
-            storage = tensor.untyped_storage()
-            _, part = parts.get(storage._cdata, (0, 0))
-            parts[storage._cdata] = (storage.nbytes(), part + tensor.numel() * tensor.element_size())
-    return sum(allocated(min(whole, part), device) for whole, part in parts.values())
+            for each in parts(tensor):
+                storage = each.untyped_storage()
+                _, part = found.get(storage._cdata, (0, 0))
+                found[storage._cdata] = (storage.nbytes(), part + each.numel() * each.element_size())
+    return sum(allocated(min(whole, part), device) for whole, part in found.values())
 
 
 def rerun_state(capture: GraphCapture | ModuleCapture, model: nn.Module, k: int) -> int:
@@ -88,7 +90,7 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> 
             continue
         # Optimizers keep their counts of steps, of no dimension, on the host.
         if not (isinstance(device, Target) and device.type != "cpu" and not leaf.ndim):
-            total += allocated(leaf.untyped_storage().nbytes(), device)
+            total += allocated(held_bytes(leaf), device)
     return total
 
 
