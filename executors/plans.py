@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from executors.check import CHECKS
+from executors.guard import reject_transforms
 from executors.oom import Changes, lowered, release
 from executors.runner import Runner, forward_of, plain_copy, plain_forward
 from executors.trace import Trace
 from executors.watch import Watch, tightened
 from scheduler.budget import format_bytes
 from scheduler.capture.flat import flatten
-from scheduler.capture.sample import Call, CallReader, CallSignature, forward_signature
+from scheduler.capture.layouts import is_plain
+from scheduler.capture.sample import Call, CallReader, CallSignature, forward_signature, kind_of
 from scheduler.capture.sharded import CollectiveCall, NoCollectives, is_distributed, sharded_within
 from scheduler.capture.state import HostRandomState, aliased, model_device, preserved
 from scheduler.costs.resident import storage_bytes
@@ -114,6 +116,7 @@ class Plans:
                 f"planned {type(model).__name__}: DataParallel copies a model to every device in each step, which a planned "
                 "model cannot follow; use DistributedDataParallel(execute(plan, model)), one process per device"
             )
+        reject_transforms(model)
         call = self.read(args, kwargs)
         flat, spec = flatten(*call)
         self._judge(model)
@@ -134,10 +137,7 @@ class Plans:
 
     def _find(self, model: nn.Module, call: Call, flat: list[Any], spec: Any) -> Runner | None:
         """What runs calls like this one; None if they run plainly."""
-        kinds = [
-            (leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
-            for leaf in flat
-        ]
+        kinds = [kind_of(leaf) for leaf in flat]
         if self.seen is not None and self.seen[0] == spec and self.seen[1] == kinds:
             return self.seen[2]
         signature = CallSignature.of(call)
@@ -349,7 +349,7 @@ def _cut_off(call: Call) -> Call:
         if id(tensor) not in made:
             copy = tensor.detach().clone()
             if (
-                copy.stride() != tensor.stride()
+                is_plain(tensor) and copy.stride() != tensor.stride()
             ):  # an expanded tensor: ops may take another way for a dense one
                 copy = tensor.detach()
             made[id(tensor)] = copy.requires_grad_(tensor.requires_grad)

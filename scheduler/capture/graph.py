@@ -330,7 +330,7 @@ def analyse(module: fx.GraphModule, call: Call) -> OpGraph:
                 env[node] = faked(resolve(module, str(node.target)))
                 group_of[node] = note(env[node], -1)
             elif node.op == "call_function":
-                if getattr(node.target, "__module__", "") == "torch._C._functorch":
+                if getattr(node.target, "__module__", "") == "torch._functorch.predispatch":
                     raise CaptureError("the forward uses torch.func or torch.vmap, and no stage can begin within a transform")
                 args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
                 index = len(ops)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["held_bytes", "is_plain", "nonzeros", "parts", "storage_key", "storage_keys", "storage_of", "tensor_bytes", "unusual"]
+__all__ = ["held_bytes", "is_plain", "nonzeros", "parts", "room", "storage_key", "storage_keys", "storage_of", "tensor_bytes", "unused_room", "unusual"]
 
 ROWS = (torch.sparse_csr, torch.sparse_bsr)
 COLUMNS = (torch.sparse_csc, torch.sparse_bsc)
@@ -31,6 +31,25 @@ def parts(tensor: Tensor) -> tuple[Tensor, ...]:
     if tensor.layout in COLUMNS:
         return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
     return (tensor,)
+
+
+def room(tensor: Tensor) -> int | None:
+    """How many elements a sparse tensor may have and count as one of this kind: its own, rounded up by at most an eighth.
+
+    None of a tensor that is not sparse.
+    """
+    count = nonzeros(tensor)
+    if count is None:
+        return None
+    step = 1 << max(0, count.bit_length() - 4)
+    return -(-count // step) * step
+
+
+def unused_room(tensor: Tensor) -> int:
+    """Bytes that a sparse tensor of the same kind may take more."""
+    *_, values = parts(tensor)
+    more = room(tensor)
+    return 0 if not more or not len(values) else (more - len(values)) * tensor_bytes(tensor) // len(values)
 
 
 def nonzeros(tensor: Tensor) -> int | None:

@@ -7,15 +7,17 @@ unrolls over time), is seen here too.
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch as functorch
 
 from scheduler.capture.fake import Watch
 from scheduler.capture.flat import tensor_leaves
@@ -33,9 +35,11 @@ __all__ = [
     "expanded",
     "intercepted",
     "is_compiled",
+    "makes_weights",
     "profile",
     "recurrent",
     "repeatable",
+    "uncompiled",
 ]
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # they have no forward
@@ -49,6 +53,23 @@ def is_compiled(module: nn.Module) -> bool:
     return wrapped or module._compiled_call_impl is not None
 
 
+def makes_weights(module: nn.Module) -> bool:
+    """Whether a pre-hook of the module makes what its forward reads: legacy weight and spectral norm, pruning."""
+    kinds = (kind for hook in module._forward_pre_hooks.values() for kind in type(hook).__mro__)
+    return any(kind.__module__.startswith("torch.nn.utils.") for kind in kinds)
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Within it compiled modules run their own code.
+
+    Of code that it meets under a dispatch mode Dynamo takes note, and compiles it no more.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and loading it takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
 @contextmanager
 def intercepted(
     modules: Sequence[tuple[nn.Module, Callable[[Callable[..., Any]], Callable[..., Any]]]],
@@ -57,6 +78,7 @@ def intercepted(
     """Within it each module's ``forward`` is ``wrap(forward)``; its hooks fire around that as ever.
 
     Of a module that ``module.compile()`` has compiled it is the compiled call, hooks included: what wraps it stays eager.
+    Of one whose weights a pre-hook makes it is the whole call, so that they are made where they are read.
 
     Args:
         whole: of these, too, it is the whole call, hooks included.
@@ -66,7 +88,7 @@ def intercepted(
         for module, wrap in modules:
             name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
             call = getattr(module, name)
-            if name == "forward" and module in whole:
+            if name == "forward" and (module in whole or makes_weights(module)):
                 name, call = (
                     "_compiled_call_impl",
                     module._call_impl,
@@ -94,6 +116,7 @@ class ModuleCall:
         self.random = False
         self.changed: tuple[str, ...] = ()
         self.changes_input = False
+        self.transformed = False  # within torch.vmap or another transform of torch.func
         self.new_input = False  # an input that no call before had: glue has made it
 
     def within(self) -> Iterator[ModuleCall]:
@@ -309,6 +332,7 @@ def profile(
                 entry = ModuleCall(name, current)
                 given = tensor_leaves((args, kwargs))
                 current.children.append(entry)
+                entry.transformed = bool(functorch.get_dynamic_layer_stack_depth())
                 known = tokens.count
                 entry.inputs = [(leaf, tokens.of(t)) for leaf, t in given]
                 entry.new_input = tokens.count > known
@@ -318,7 +342,7 @@ def profile(
                 current = entry
                 ops = Watch()
                 try:
-                    with nullcontext() if data else ops:
+                    with nullcontext() if data else uncompiled(), nullcontext() if data else ops:
                         result = forward(*args, **kwargs)
                 finally:
                     current = entry.parent or root

@@ -219,6 +219,8 @@ def capture_modules(
             f"before; seen: {_in_words([entry.name for entry in chosen])}"
         )
     unusable |= {entry.name for entry in chosen if entry.changes_input}
+    transformed = sorted({entry.name for entry in root.within() if entry.transformed})
+    unusable.update(transformed)
     usable = [entry for entry in chosen if entry.name not in unusable]
     if target is None and detect_fake_mode() is None:
         usable = repeatable(model, call, usable, device)
@@ -226,6 +228,7 @@ def capture_modules(
         raise CaptureError(
             "no member of a ModuleList or Sequential runs exactly once with tensors in and out, and no module is called "
             "again and again, each call fed by the one before"
+            + (f" ({transformed[0]} runs within torch.vmap or another transform of torch.func)" if transformed else "")
         )
     found, stages = _laid_out([entry.name for entry in usable], _feeds(chosen, usable, again))
     random = [False if b is None else usable[b].random for b in stages]

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from scheduler.capture.layouts import nonzeros, unusual
+from scheduler.capture.layouts import is_plain, room, unusual
 from scheduler.capture.sharded import placement, reject_tensor_parallel, reject_wrapped, reshard
 from scheduler.errors import PlanMismatch
 
@@ -27,6 +27,7 @@ __all__ = [
     "CallSignature",
     "canonical_call",
     "forward_signature",
+    "kind_of",
     "model_fingerprint",
     "nothing_to_train",
     "read_sample",
@@ -150,7 +151,7 @@ def _describe(leaf: Any) -> list[Any]:
     if isinstance(leaf, torch.Tensor):
         described = ["tensor", list(leaf.shape), str(leaf.dtype), leaf.device.type, leaf.requires_grad]
         # The bytes of a sparse tensor go by how many elements it has.
-        sparse = nonzeros(leaf)
+        sparse = room(leaf)
         return described if sparse is None else [*described, str(leaf.layout), sparse]
     if leaf is None or isinstance(leaf, (bool, int, float, str)):
         return ["value", leaf]
@@ -212,7 +213,7 @@ class CallSignature:
 def _words(leaf: list[Any]) -> str:
     if leaf[0] == "tensor":
         grad = ", requires_grad" if leaf[4] else ""
-        sparse = f", {leaf[5]} with {leaf[6]} elements" if len(leaf) > 5 else ""
+        sparse = f", {leaf[5]} with up to {leaf[6]} elements" if len(leaf) > 5 else ""
         return f"a tensor of shape {tuple(leaf[1])}, {leaf[2]} on {leaf[3]}{sparse}{grad}"
     return repr(leaf[-1])
 
@@ -264,6 +265,24 @@ def reject_unusual(call: Call) -> None:
                 f"solve: argument leaf {index} of the sample is {what}, which cannot be planned; pass its values and offsets "
                 "(or a padded tensor and its lengths), and make the nested tensor in forward"
             )
+
+
+def kind_of(leaf: Any) -> Any:
+    """What tells calls apart by one of their leaves: of a tensor, all of it but its values.
+
+    Raises:
+        PlanMismatch: a nested tensor, say, of which nothing can be planned.
+    """
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    if is_plain(leaf):
+        return leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad
+    what = unusual(leaf)
+    if what is not None:
+        raise PlanMismatch(
+            f"an argument is {what}, which no plan is for; pass its values and offsets, and make the nested tensor in forward"
+        )
+    return leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad, leaf.layout, room(leaf)
 
 
 def nothing_to_train(model: nn.Module, call: Call) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch._C import _functorch as functorch
+from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode
 
@@ -64,6 +65,7 @@ class _Surroundings:
     """What ops of this thread run within at present."""
 
     def __init__(self) -> None:
+        self.dual = forward_ad._current_level
         self.level = functorch.get_dynamic_layer_stack_depth()
         self.dispatch = _get_current_dispatch_mode_stack()
         self.function = _get_current_function_mode_stack()
@@ -86,6 +88,7 @@ class _Surroundings:
         """Leave what was entered since, the last first; set back what was set."""
         if functorch.get_dynamic_layer_stack_depth() > self.level:
             functorch.pop_dynamic_layer_stack_and_undo_to_depth(self.level)
+        self._leave_dual_level()
         self._leave_modes()
         if torch.is_inference_mode_enabled() is not self.inference:
             _LEFT.append(torch._C._InferenceMode(self.inference))
@@ -100,6 +103,15 @@ class _Surroundings:
             torch.use_deterministic_algorithms(mode, warn_only=only_warned)
         self._set_autocast()
         self._drop_hooks()
+
+    def _leave_dual_level(self) -> None:
+        """Of forward-mode AD. There is one level, and nothing but entering it tells whether it has been entered."""
+        if self.dual >= 0:
+            return
+        with suppress(RuntimeError):
+            torch._C._enter_dual_level()
+        torch._C._exit_dual_level(level=0)
+        forward_ad._current_level = -1
 
     def _leave_modes(self) -> None:
         for mode in reversed(_get_current_dispatch_mode_stack()):

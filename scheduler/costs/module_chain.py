@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from scheduler.capture.layouts import storage_key, tensor_bytes
 from scheduler.capture.loss import find_loss, output_tensors
-from scheduler.capture.module_calls import is_compiled
+from scheduler.capture.module_calls import is_compiled, uncompiled
 from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import holders, sharded_within, unshard
@@ -160,7 +160,7 @@ def module_chain(
 def _lifetimes(capture: ModuleCapture, model: nn.Module, call: Call, boxes: dict[int, Box]) -> Lifetimes:
     """How long the user's code holds on to what enters and leaves blocks."""
     lifetimes = Lifetimes(capture)
-    with preserved(model), lifetimes.watching():
+    with preserved(model), uncompiled(), lifetimes.watching():
         output = run_skeleton(capture, model, call, boxes, lifetimes)
         lifetimes.check(len(capture))
     del output  # until here, as the user holds it
@@ -184,7 +184,7 @@ def _seconds(
     for _ in range(3 if clock and len(capture) < MANY_STAGES else 1):
         tally = Tally(device_rates(capture.place))
         timed = Timed() if clock else Timed(lambda: tally.seconds)  # noqa: B023 # is used before the next
-        with preserved(model), nullcontext() if clock else tally:
+        with preserved(model), nullcontext() if clock else uncompiled(), nullcontext() if clock else tally:
             run_skeleton(capture, model, call, boxes, timed, own_loss=own_loss)
         runs.append(pieces(timed.events, len(capture.blocks), times=timed.times))
     forward, backward = (

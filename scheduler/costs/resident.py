@@ -13,7 +13,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from scheduler.capture.graph_capture import GraphCapture
-from scheduler.capture.layouts import held_bytes, parts
+from scheduler.capture.layouts import held_bytes, parts, unused_room
+from scheduler.capture.module_calls import makes_weights
 from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.sharded import local
 from scheduler.capture.state import CPU_RANDOM_STATE
@@ -50,14 +51,18 @@ def rerun_state(capture: GraphCapture | ModuleCapture, model: nn.Module, k: int)
 
 
 def resident_parts(model: nn.Module, call: Any, device: Device) -> dict[str, int]:
-    """Bytes of parameters, gradients that exist already, buffers, the tensors in ``call``, and cuBLAS's workspaces."""
+    """Bytes of parameters, gradients that exist already, buffers and weights that pre-hooks make, the tensors in ``call``, and cuBLAS's workspaces."""
+    made = [
+        t for m in model.modules() if makes_weights(m) for t in vars(m).values() if isinstance(t, Tensor)
+    ]
+    given = [t for t in pytree.tree_leaves(call) if isinstance(t, Tensor)]
     return {
         "parameters": storage_bytes(model.parameters(), device),
         "existing gradients": storage_bytes(
             (p.grad for p in model.parameters() if p.grad is not None), device
         ),
-        "buffers": storage_bytes(model.buffers(), device),
-        "inputs": storage_bytes((t for t in pytree.tree_leaves(call) if isinstance(t, Tensor)), device),
+        "buffers": storage_bytes((*model.buffers(), *made), device),
+        "inputs": storage_bytes(given, device) + sum(map(unused_room, given)),
         "workspaces": workspace_bytes(device),
     }
 
