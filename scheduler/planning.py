@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from scheduler.capture.callables import CallableChain, as_model
 from scheduler.capture.dry import capture_dry, without_hardware
 from scheduler.capture.fake import has_data
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
+from scheduler.capture.layouts import is_plain, tensor_bytes
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.module_calls import Recurrence, intercepted, is_compiled
 from scheduler.capture.module_capture import ModuleCapture, capture_blocks
@@ -71,6 +72,7 @@ class Request:
     optimizer_state: int
     optimizer_step: int | None
     progress: Progress
+    sparse: dict[str, int] = field(default_factory=dict)  # parameter -> bytes of its gradient, where that is sparse
     arrives: CallSignature | None = None  # of the call that reaches the model's forward, behind its own hooks
 
 
@@ -453,7 +455,11 @@ def _captured(request: Request) -> tuple[Captured, str, bool]:
     how = request.capture
     refused = seen.unrolled() if how == "auto" else ""
     to_compare = how in ("auto", "graph") and not refused
-    plain = _plain_step(request) if to_compare or request.cacheless else None
+    to_see = any(getattr(module, "sparse", False) is True for module in request.model.modules())  # embeddings
+    plain = _plain_step(request) if to_compare or request.cacheless or to_see else None
+    if plain is not None:
+        grads = ((name, grad) for name, grad in plain.grads.items() if grad is not None)
+        request.sparse = {name: tensor_bytes(grad) for name, grad in grads if not is_plain(grad)}
     if plain is not None and to_compare:
         request.progress("capturing the op graph")
         try:
@@ -527,11 +533,12 @@ def _chain(request: Request, captured: Captured, resident: int, own_loss: bool, 
     model, call = request.model, request.call
     name = type(model).__name__
     clock = request.costs == "measure"
+    sparse = {model.get_parameter(each): size for each, size in request.sparse.items()}
     if isinstance(captured, ModuleCapture):
         what = f"solve: the blocks of {name} cannot be reversed one by one"  # not where the loss does not reach them, say
         with preserved(model) as existing, met(what, "pass other blocks, capture=[modules]"):
             return module_chain(
-                captured, model, call, existing=existing, resident=resident, clock=clock, name=name
+                captured, model, call, existing=existing, resident=resident, clock=clock, name=name, sparse=sparse
             )
     with preserved(model) as existing, met("the stages of the exported graph cannot be measured"):
         costs = measure_graph(
@@ -539,4 +546,4 @@ def _chain(request: Request, captured: Captured, resident: int, own_loss: bool, 
         )
     if not clock and captured.target is None:
         costs = roofline_graph(captured, costs, own_loss)
-    return graph_chain(captured, model, costs, resident=resident, loss_is_output=own_loss, name=name)
+    return graph_chain(captured, model, costs, resident=resident, loss_is_output=own_loss, name=name, sparse=sparse)

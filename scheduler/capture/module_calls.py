@@ -116,7 +116,7 @@ class ModuleCall:
         self.random = False
         self.changed: tuple[str, ...] = ()
         self.changes_input = False
-        self.transformed = False  # within torch.vmap or another transform of torch.func
+        self.transformed = False  # within torch.vmap, another transform of torch.func, or torch.inference_mode
         self.new_input = False  # an input that no call before had: glue has made it
 
     def within(self) -> Iterator[ModuleCall]:
@@ -147,6 +147,11 @@ class ModuleCall:
         )
 
 
+def _version(tensor: Tensor) -> int:
+    """How often a tensor has been changed in place; of those made in inference mode nobody counts."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 class _Tokens:
     """A number for every tensor object ever seen; an address that is used again gets a new one.
 
@@ -160,8 +165,9 @@ class _Tokens:
     def of(self, tensor: Tensor) -> int:
         """The tensor's number."""
         entry = self.known.get(id(tensor))
-        if entry is None or entry[0]() is not tensor or entry[1] != tensor._version:
-            entry = (weakref.ref(tensor), tensor._version, self.count)
+        version = _version(tensor)
+        if entry is None or entry[0]() is not tensor or entry[1] != version:
+            entry = (weakref.ref(tensor), version, self.count)
             self.known[id(tensor)] = entry
             self.count += 1
         return entry[2]
@@ -332,11 +338,11 @@ def profile(
                 entry = ModuleCall(name, current)
                 given = tensor_leaves((args, kwargs))
                 current.children.append(entry)
-                entry.transformed = bool(functorch.get_dynamic_layer_stack_depth())
+                entry.transformed = bool(functorch.get_dynamic_layer_stack_depth()) or torch.is_inference_mode_enabled()
                 known = tokens.count
                 entry.inputs = [(leaf, tokens.of(t)) for leaf, t in given]
                 entry.new_input = tokens.count > known
-                versions = [t._version for _, t in given]
+                versions = [_version(t) for _, t in given]
                 buffers = {n: (b, b.clone(), b._version) for n, b in module.named_buffers()}
                 random = RandomState(device)
                 current = entry
@@ -354,7 +360,7 @@ def profile(
                     # Kernels of batch norm change statistics without a new version; a fill may put the same values in again.
                     if (b._version != version or not equal_bits(b, value) if data else ops.has_changed(b))
                 )
-                entry.changes_input = any(t._version != v for (_, t), v in zip(given, versions, strict=True))
+                entry.changes_input = any(_version(t) != v for (_, t), v in zip(given, versions, strict=True))
                 return result
 
             return watched

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -163,6 +164,7 @@ def graph_chain(
     resident: int,
     loss_is_output: bool,
     name: str = "model",
+    sparse: Mapping[nn.Parameter, int] = MappingProxyType({}),
 ) -> Chain:
     """The chain of a captured graph.
 
@@ -170,6 +172,7 @@ def graph_chain(
         costs: (L,) from ``measure_graph``.
         resident: bytes live during the whole step: parameters, buffers, optimizer state, inputs.
         loss_is_output: the model returns its own scalar loss; else its outputs themselves get gradients.
+        sparse: bytes of gradients that are sparse.
     """
     graph, linear = capture.graph, capture.linear
     count = len(linear)
@@ -234,7 +237,7 @@ def graph_chain(
     freed = _freed(capture, saved_by, {k for k, size in enumerate(lasting) if size})
     change, output_grad = _carried_changes(capture, size, freed, flows, loss_is_output)
     existing = {p for p in model.parameters() if p.grad is not None}
-    created, summed = parameter_grads(_readers(capture, model), existing, change, capture.place)
+    created, summed = parameter_grads(_readers(capture, model), existing, change, capture.place, sparse=sparse)
     at_hand = gradients_at_hand(
         [flows.boundary(k) for k in range(count)],
         [cost.lead for cost in costs],

@@ -8,10 +8,11 @@ one that glue saves, is a value of the chain, so that the referee holds each of 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ def module_chain(
     clock: bool,
     name: str,
     once: bool = True,
+    sparse: Mapping[nn.Parameter, int] = MappingProxyType({}),
 ) -> Chain:
     """The chain of captured blocks. Leaves the model's state as it is.
 
@@ -68,6 +70,7 @@ def module_chain(
         resident: bytes live during the whole step.
         clock: False to estimate the seconds by the roofline.
         once: whether blocks that run the same ops are measured once.
+        sparse: bytes of gradients that are sparse.
     """
     modules = capture.modules(model)
     readers = _readers(capture, model)
@@ -152,7 +155,7 @@ def module_chain(
     shared = traffic.shared(counted.marks)
     whole = _whole(capture, model)
     parts = Parts(
-        capture, blocks, values, forward, backward, seconds, output_grad, shared, whole, traffic.waiting
+        capture, blocks, values, forward, backward, seconds, output_grad, shared, whole, traffic.waiting, sparse
     )
     return assemble(parts, model, readers, existing, own_loss, resident, name)
 

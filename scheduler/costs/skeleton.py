@@ -389,6 +389,8 @@ class Lifetimes(Visitor):
         lifetimes = self
 
         class FirstOp(TorchDispatchMode):
+            supports_higher_order_operators = True
+
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
                 if lifetimes._due is not None:
                     due, lifetimes._due = lifetimes._due, None
