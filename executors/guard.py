@@ -90,7 +90,9 @@ class Guard:
         count = sum(map(len, self.tensors))
         if count == self.count:
             return
-        for (holder, _), *owned in zip(self.modules, self.tensors[::2], self.tensors[1::2], self.known, strict=True):
+        for (holder, _), *owned in zip(
+            self.modules, self.tensors[::2], self.tensors[1::2], self.known, strict=True
+        ):
             parameters, buffers, known = owned
             gone = [name for name in known if name not in parameters and name not in buffers]
             if gone:

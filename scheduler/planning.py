@@ -72,7 +72,9 @@ class Request:
     optimizer_state: int
     optimizer_step: int | None
     progress: Progress
-    sparse: dict[str, int] = field(default_factory=dict)  # parameter -> bytes of its gradient, where that is sparse
+    sparse: dict[str, int] = field(
+        default_factory=dict
+    )  # parameter -> bytes of its gradient, where that is sparse
     arrives: CallSignature | None = None  # of the call that reaches the model's forward, behind its own hooks
 
 
@@ -191,7 +193,11 @@ def priced(request: Request, *, options: bool = True) -> Priced:
         options: whether to look for options of stages that keep less than all.
     """
     name = type(request.model).__name__
-    with met(f"solve: {name} cannot be planned", "pass capture=[blocks], the modules that run in order", (ValueError,)):
+    with met(
+        f"solve: {name} cannot be planned",
+        "pass capture=[blocks], the modules that run in order",
+        (ValueError,),
+    ):
         return _priced(request, options)
 
 
@@ -538,7 +544,14 @@ def _chain(request: Request, captured: Captured, resident: int, own_loss: bool, 
         what = f"solve: the blocks of {name} cannot be reversed one by one"  # not where the loss does not reach them, say
         with preserved(model) as existing, met(what, "pass other blocks, capture=[modules]"):
             return module_chain(
-                captured, model, call, existing=existing, resident=resident, clock=clock, name=name, sparse=sparse
+                captured,
+                model,
+                call,
+                existing=existing,
+                resident=resident,
+                clock=clock,
+                name=name,
+                sparse=sparse,
             )
     with preserved(model) as existing, met("the stages of the exported graph cannot be measured"):
         costs = measure_graph(
@@ -546,4 +559,6 @@ def _chain(request: Request, captured: Captured, resident: int, own_loss: bool, 
         )
     if not clock and captured.target is None:
         costs = roofline_graph(captured, costs, own_loss)
-    return graph_chain(captured, model, costs, resident=resident, loss_is_output=own_loss, name=name, sparse=sparse)
+    return graph_chain(
+        captured, model, costs, resident=resident, loss_is_output=own_loss, name=name, sparse=sparse
+    )

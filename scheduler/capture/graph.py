@@ -253,11 +253,10 @@ def export_graph(model: nn.Module, call: Call) -> OpGraph:
     if not all(is_plain(t) for t in tensors if isinstance(t, torch.Tensor)):
         raise CaptureError(SPARSE)
     args, kwargs = call
-    with _noted() as dropped, _quiet():
-        # Export raises whatever the model's code or its own passes raise.
-        with met("torch.export failed"):
-            program = torch.export.export(model, args, kwargs, strict=False)
-            module = program.module()
+    # Export raises whatever the model's code or its own passes raise.
+    with _noted() as dropped, _quiet(), met("torch.export failed"):
+        program = torch.export.export(model, args, kwargs, strict=False)
+        module = program.module()
     if dropped:
         raise CaptureError(dropped[0])
     assert isinstance(module, fx.GraphModule)
@@ -331,7 +330,9 @@ def analyse(module: fx.GraphModule, call: Call) -> OpGraph:
                 group_of[node] = note(env[node], -1)
             elif node.op == "call_function":
                 if getattr(node.target, "__module__", "") == "torch._functorch.predispatch":
-                    raise CaptureError("the forward uses torch.func or torch.vmap, and no stage can begin within a transform")
+                    raise CaptureError(
+                        "the forward uses torch.func or torch.vmap, and no stage can begin within a transform"
+                    )
                 args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
                 index = len(ops)
                 saved_now.clear()

@@ -8,7 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["held_bytes", "is_plain", "nonzeros", "parts", "room", "storage_key", "storage_keys", "storage_of", "tensor_bytes", "unused_room", "unusual"]
+__all__ = [
+    "held_bytes",
+    "is_plain",
+    "nonzeros",
+    "parts",
+    "room",
+    "storage_key",
+    "storage_keys",
+    "storage_of",
+    "tensor_bytes",
+    "unused_room",
+    "unusual",
+]
 
 ROWS = (torch.sparse_csr, torch.sparse_bsr)
 COLUMNS = (torch.sparse_csc, torch.sparse_bsc)

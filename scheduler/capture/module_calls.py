@@ -116,7 +116,9 @@ class ModuleCall:
         self.random = False
         self.changed: tuple[str, ...] = ()
         self.changes_input = False
-        self.transformed = False  # within torch.vmap, another transform of torch.func, or torch.inference_mode
+        self.transformed = (
+            False  # within torch.vmap, another transform of torch.func, or torch.inference_mode
+        )
         self.new_input = False  # an input that no call before had: glue has made it
 
     def within(self) -> Iterator[ModuleCall]:
@@ -338,7 +340,9 @@ def profile(
                 entry = ModuleCall(name, current)
                 given = tensor_leaves((args, kwargs))
                 current.children.append(entry)
-                entry.transformed = bool(functorch.get_dynamic_layer_stack_depth()) or torch.is_inference_mode_enabled()
+                entry.transformed = (
+                    bool(functorch.get_dynamic_layer_stack_depth()) or torch.is_inference_mode_enabled()
+                )
                 known = tokens.count
                 entry.inputs = [(leaf, tokens.of(t)) for leaf, t in given]
                 entry.new_input = tokens.count > known

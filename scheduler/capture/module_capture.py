@@ -228,7 +228,11 @@ def capture_modules(
         raise CaptureError(
             "no member of a ModuleList or Sequential runs exactly once with tensors in and out, and no module is called "
             "again and again, each call fed by the one before"
-            + (f" ({transformed[0]} runs within torch.vmap, another transform of torch.func, or torch.inference_mode)" if transformed else "")
+            + (
+                f" ({transformed[0]} runs within torch.vmap, another transform of torch.func, or torch.inference_mode)"
+                if transformed
+                else ""
+            )
         )
     found, stages = _laid_out([entry.name for entry in usable], _feeds(chosen, usable, again))
     random = [False if b is None else usable[b].random for b in stages]

@@ -48,9 +48,9 @@ def met(what: str, advice: str = "", ours: tuple[type[Exception], ...] = ()) -> 
     with unwound():
         try:
             yield
-        except (CaptureError, torch.OutOfMemoryError, *ours):
-            raise
         except Exception as error:  # of whatever kind the model's code, an export or a kernel raises
+            if isinstance(error, (CaptureError, torch.OutOfMemoryError, *ours)):
+                raise
             raise CaptureError(f"{what}: {in_words(error)}{f'; {advice}' if advice else ''}") from error
 
 
@@ -98,7 +98,10 @@ class _Surroundings:
         if torch.get_default_dtype() is not self.dtype:
             torch.set_default_dtype(self.dtype)
         mode, only_warned = self.deterministic
-        now = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        now = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
         if now != self.deterministic:
             torch.use_deterministic_algorithms(mode, warn_only=only_warned)
         self._set_autocast()

@@ -115,11 +115,11 @@ def difference(plain: StepResult, other: StepResult) -> str | None:
             return f"the gradient of {name} is {'missing' if found is None else 'there, but not in the plain model'}"
         if grad is not None and found is not None and not equal_bits(grad, found):
             return f"the gradient of {name} differs{_amount(grad, found)}"
-    for index, (a, b) in enumerate(zip(plain.given, other.given, strict=True)):
-        if (a is None) != (b is None):
-            return f"the gradient of input {index} is {'missing' if b is None else 'there, but not in the plain model'}"
-        if a is not None and b is not None and not equal_bits(a, b):
-            return f"the gradient of input {index} differs{_amount(a, b)}"
+    for index, (grad, found) in enumerate(zip(plain.given, other.given, strict=True)):
+        if (grad is None) != (found is None):
+            return f"the gradient of input {index} is {'missing' if found is None else 'there, but not in the plain model'}"
+        if grad is not None and found is not None and not equal_bits(grad, found):
+            return f"the gradient of input {index} differs{_amount(grad, found)}"
     for name, buffer in plain.buffers.items():
         if not equal_bits(buffer, other.buffers[name]):
             return f"buffer {name} differs{_amount(buffer, other.buffers[name])}"

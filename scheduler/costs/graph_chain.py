@@ -237,7 +237,9 @@ def graph_chain(
     freed = _freed(capture, saved_by, {k for k, size in enumerate(lasting) if size})
     change, output_grad = _carried_changes(capture, size, freed, flows, loss_is_output)
     existing = {p for p in model.parameters() if p.grad is not None}
-    created, summed = parameter_grads(_readers(capture, model), existing, change, capture.place, sparse=sparse)
+    created, summed = parameter_grads(
+        _readers(capture, model), existing, change, capture.place, sparse=sparse
+    )
     at_hand = gradients_at_hand(
         [flows.boundary(k) for k in range(count)],
         [cost.lead for cost in costs],

@@ -339,9 +339,7 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
         with uncached():  # as in a re-run, which saves each cast of a weight that is used twice
             twice = count_bytes(keeping, device)
         keeping_peak, stays = max(keeping_peak, twice.peaks[0]), max(stays, twice.marks[0])
-    again = rebuild_peak(
-        stage.run, lambda _, tensor: storage_key(tensor) not in stage.lasting, device
-    )
+    again = rebuild_peak(stage.run, lambda _, tensor: storage_key(tensor) not in stage.lasting, device)
     waiting = sum(allocated(p.numel() * p.element_size(), device) for p in stage.waiting)
     lead = max(0, kept.marks[1] - kept.marks[0] - output_grads - waiting) if len(kept.marks) > 1 else None
     forward = backward = 0.0

@@ -155,7 +155,17 @@ def module_chain(
     shared = traffic.shared(counted.marks)
     whole = _whole(capture, model)
     parts = Parts(
-        capture, blocks, values, forward, backward, seconds, output_grad, shared, whole, traffic.waiting, sparse
+        capture,
+        blocks,
+        values,
+        forward,
+        backward,
+        seconds,
+        output_grad,
+        shared,
+        whole,
+        traffic.waiting,
+        sparse,
     )
     return assemble(parts, model, readers, existing, own_loss, resident, name)
 

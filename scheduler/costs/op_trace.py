@@ -62,7 +62,9 @@ class _Ops(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one op and note it."""
         self.look()
-        if isinstance(func, HigherOrderOperator):  # the functions within it are not seen, and no two count as equal
+        if isinstance(
+            func, HigherOrderOperator
+        ):  # the functions within it are not seen, and no two count as equal
             self.rows.append(object())
             return func(*args, **(kwargs or {}))
         # Where a view lies in its storage makes no difference.

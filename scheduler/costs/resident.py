@@ -52,9 +52,7 @@ def rerun_state(capture: GraphCapture | ModuleCapture, model: nn.Module, k: int)
 
 def resident_parts(model: nn.Module, call: Any, device: Device) -> dict[str, int]:
     """Bytes of parameters, gradients that exist already, buffers and weights that pre-hooks make, the tensors in ``call``, and cuBLAS's workspaces."""
-    made = [
-        t for m in model.modules() if makes_weights(m) for t in vars(m).values() if isinstance(t, Tensor)
-    ]
+    made = [t for m in model.modules() if makes_weights(m) for t in vars(m).values() if isinstance(t, Tensor)]
     given = [t for t in pytree.tree_leaves(call) if isinstance(t, Tensor)]
     return {
         "parameters": storage_bytes(model.parameters(), device),
