@@ -57,7 +57,9 @@ ENTERED = {
     "a function mode": lambda: BaseTorchFunctionMode().__enter__(),
     "a default device": lambda: torch.set_default_device("meta"),
     "a default dtype": lambda: torch.set_default_dtype(torch.float64),
-    "hooks for saved tensors": lambda: torch.autograd.graph.saved_tensors_hooks(id, id).__enter__(),
+    "hooks for saved tensors": lambda: torch.autograd.graph.saved_tensors_hooks(
+        torch.clone, torch.clone
+    ).__enter__(),
     "no gradients": lambda: torch.no_grad().__enter__(),
     "inference mode": lambda: torch.inference_mode().__enter__(),
     "autocast": lambda: torch.autocast("cpu", dtype=torch.float16).__enter__(),

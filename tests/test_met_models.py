@@ -71,6 +71,7 @@ class Propagated(nn.Module):
     def __init__(self, adjacency: Tensor | None = None) -> None:
         super().__init__()
         self.first, self.tower = nn.Linear(WIDTH, WIDTH), tower()
+        self.adjacency: Tensor | None
         self.register_buffer("adjacency", adjacency)
 
     def forward(self, x: Tensor, adjacency: Tensor | None = None) -> Tensor:
@@ -145,6 +146,7 @@ class Counted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tower = tower()
+        self.n: Tensor
         self.register_buffer("n", torch.zeros((), dtype=torch.long))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -182,7 +184,7 @@ def normed(wrap: Callable[[nn.Linear], nn.Module]) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         model = tower()
         for block in model:
-            wrap(block[0])
+            wrap(block.get_submodule("0"))  # type: ignore[arg-type] # it is a Linear
         return model
 
     return make
@@ -321,7 +323,7 @@ def test_a_module_called_within_a_transform_is_no_block() -> None:
             self.tower = tower()
 
         def forward(self, x: Tensor) -> Tensor:
-            value, tangent = torch.func.jvp(self.tower, (x,), (torch.ones_like(x),))
+            value, tangent, *_ = torch.func.jvp(self.tower, (x,), (torch.ones_like(x),))
             result: Tensor = (value * tangent).mean()
             return result
 
