@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scheduler.capture.layouts import nonzeros, parts
+
 __all__ = ["CHECKS", "Fingerprint", "checksum", "difference", "sums"]
 
 Fingerprint = tuple[Any, ...]
@@ -30,7 +32,9 @@ def nothing(_: Tensor) -> Fingerprint:
 
 
 def metadata(tensor: Tensor) -> Fingerprint:
-    """(shape, dtype, strides, device)."""
+    """(shape, dtype, strides, device); of a sparse tensor, its layout and how many elements it has instead of strides."""
+    if tensor.layout is not torch.strided:
+        return tensor.shape, tensor.dtype, (tensor.layout, nonzeros(tensor)), tensor.device
     return tensor.shape, tensor.dtype, tensor.stride(), tensor.device
 
 
@@ -115,6 +119,8 @@ def sums(tensor: Tensor) -> tuple[int]:
     Where they are aligned, bits are read as words of eight bytes: a sum of smaller integers would first make copies of all
     of them.
     """
+    if tensor.layout is not torch.strided:
+        *_, tensor = parts(tensor)
     with torch.no_grad():
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
@@ -192,6 +198,8 @@ def difference(first: Fingerprint, again: Fingerprint) -> str | None:
         there = f" on {device}" if device != device2 else ""
         here = f" on {device2}" if device != device2 else ""
         return f"was {tuple(shape)} {dtype}{there} in the first run and is {tuple(shape2)} {dtype2}{here} in the re-run"
+    if strides != strides2 and any(isinstance(each, torch.layout) for each in (*strides, *strides2)):
+        return f"was laid out as {strides} in the first run and is as {strides2} in the re-run"
     # A step along a dimension of one element leads nowhere; of no elements, no step does.
     if shape.numel() and any(n > 1 and a != b for n, a, b in zip(shape, strides, strides2, strict=True)):
         return (

@@ -16,6 +16,7 @@ from executors.handles import Handle, Held, Thinned
 from executors.offload import Moved, Store
 from executors.trace import Observer
 from scheduler.actions import CopyAction
+from scheduler.capture.layouts import storage_key, storage_keys
 from scheduler.capture.recompute import Rebuild
 from scheduler.capture.state import RandomState, autocast_state, on_gradient, shielded
 from scheduler.program import ReplayProgram
@@ -182,7 +183,7 @@ class FirstSweep:
 
         def pack(tensor: Tensor) -> Handle | Held | Moved:
             index = len(prints)
-            lasts = tensor.untyped_storage()._cdata in lasting
+            lasts = storage_key(tensor) in lasting
             if (dropped is None or index in dropped) and not lasts:
                 found = fingerprint(tensor)
                 prints.append(known.setdefault(found, found))
@@ -221,7 +222,7 @@ class FirstSweep:
 
     def last(self, tensors: Sequence[Tensor]) -> None:
         """These storages live on through the step: saved tensors among them are packed by reference."""
-        self.lasting.update(t.untyped_storage()._cdata for t in tensors)
+        self.lasting |= storage_keys(tensors)
 
     def after_first_run(self, stage: int, results: Sequence[Tensor], following: tuple[Tensor, ...]) -> None:
         """Copy what the program copies once the stage has run; ``following`` is the next boundary (rule 8)."""

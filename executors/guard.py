@@ -7,11 +7,26 @@ from operator import is_
 from typing import Any
 
 from torch import nn
+from torch._C import _functorch as functorch
 
 from scheduler.capture.export import unfired_hook
 from scheduler.errors import PlanMismatch
 
-__all__ = ["Guard", "Trainable"]
+__all__ = ["Guard", "Trainable", "reject_transforms"]
+
+
+def reject_transforms(model: nn.Module) -> None:
+    """Refuse a planned forward within a transform of torch.func, where autograd keeps what no hook sees.
+
+    Raises:
+        PlanMismatch: says what to call instead.
+    """
+    if functorch.get_dynamic_layer_stack_depth():
+        raise PlanMismatch(
+            f"planned {type(model).__name__}: called within torch.vmap or a transform of torch.func (grad, vjp, jvp, jacrev), "
+            "which a plan cannot be followed in; transform the plain model, the one given to execute(), or train by "
+            "torch.autograd"
+        )
 
 
 class Guard:

@@ -20,6 +20,7 @@ from executors.replay import ReplayError, Step
 from executors.trace import Observer
 from scheduler.capture.block_state import BlockState
 from scheduler.capture.flat import flatten, tensor_leaves, unflatten
+from scheduler.capture.layouts import storage_key
 from scheduler.capture.module_calls import intercepted, is_compiled
 from scheduler.capture.module_capture import Block, ModuleCapture
 from scheduler.capture.python_state import is_plain
@@ -466,7 +467,7 @@ def _same_value(tensor: Tensor, made: Tensor | None, version: int) -> bool:
     if made is None or tensor._version != version:
         return False
     return tensor is made or (
-        tensor.untyped_storage()._cdata == made.untyped_storage()._cdata
+        storage_key(tensor) == storage_key(made)
         and tensor.storage_offset() == made.storage_offset()
         and (tensor.shape, tensor.stride(), tensor.dtype) == (made.shape, made.stride(), made.dtype)
     )

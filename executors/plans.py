@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from executors.check import CHECKS
-from executors.guard import Trainable
+from executors.guard import Trainable, reject_transforms
 from executors.in_flight import InFlight
 from executors.oom import Changes, lowered, release
 from executors.runner import Runner, cut_off, forward_of, plain_copy, plain_forward
@@ -29,7 +29,7 @@ from scheduler.capture.environment import (
     environment_text,
 )
 from scheduler.capture.flat import flatten
-from scheduler.capture.sample import Call, CallReader, CallSignature, forward_signature
+from scheduler.capture.sample import Call, CallReader, CallSignature, forward_signature, kind_of
 from scheduler.capture.sharded import CollectiveCall, NoCollectives, is_distributed, sharded_within
 from scheduler.capture.state import HostRandomState, aliased, bare, model_device, preserved
 from scheduler.costs.resident import storage_bytes
@@ -124,6 +124,7 @@ class Plans:
                 f"planned {type(model).__name__}: DataParallel copies a model to every device in each step, which a planned "
                 "model cannot follow; use DistributedDataParallel(execute(plan, model)), one process per device"
             )
+        reject_transforms(model)
         call = self.read(args, kwargs)
         flat, spec = flatten(*call)
         self._judge(model)
@@ -146,12 +147,7 @@ class Plans:
 
     def _find(self, model: nn.Module, call: Call, flat: list[Any], spec: Any) -> Runner | None:
         """What runs calls like this one, as things are; None if they run plainly."""
-        kinds = [
-            (leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad)
-            if isinstance(leaf, Tensor)
-            else (type(leaf), leaf)
-            for leaf in flat
-        ]
+        kinds = [kind_of(leaf) for leaf in flat]
         now = environment(self.device.type)
         flags = () if self.trainable is None else self.trainable.flags(model)
         if self.seen is not None and self.seen[:4] == (spec, kinds, now, flags):

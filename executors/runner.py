@@ -19,6 +19,7 @@ from scheduler.capture.eager import wrapped_forward
 from scheduler.capture.environment import Environment, environment_difference, environment_text
 from scheduler.capture.flat import flatten, map_tensors
 from scheduler.capture.graph_capture import GraphCapture
+from scheduler.capture.layouts import is_plain as is_view
 from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.python_state import MISSING
 from scheduler.capture.sample import Call, CallSignature
@@ -195,9 +196,8 @@ def cut_off(call: Call) -> Call:
     def copied(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
             copy = tensor.detach().clone()
-            if (
-                copy.stride() != tensor.stride()
-            ):  # an expanded one: ops may take another way for a dense tensor
+            # An expanded one: ops may take another way for a dense tensor.
+            if is_view(tensor) and copy.stride() != tensor.stride():
                 copy = tensor.detach()
             made[id(tensor)] = copy.requires_grad_(tensor.requires_grad)
         return made[id(tensor)]

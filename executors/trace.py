@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from scheduler.budget import format_bytes
+from scheduler.capture.layouts import held_bytes, storage_key
 from scheduler.plan import Plan
 
 __all__ = ["Observer", "Trace"]
@@ -48,7 +49,7 @@ class Trace:
 
     def __call__(self, what: str, where: int, tensors: Sequence[Tensor] = ()) -> None:
         """Note an event."""
-        sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+        sizes = {storage_key(t): held_bytes(t) for t in tensors}
         self.events.append((what, where, sum(sizes.values())))
 
     def text(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from scheduler.capture.environment import environment_text
 from scheduler.capture.fake import has_data
 from scheduler.capture.flat import map_tensors, tree_leaves
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
-from scheduler.capture.loss import find_loss
+from scheduler.capture.layouts import is_plain, tensor_bytes
+from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.module_calls import Recurrence, intercepted, is_compiled
 from scheduler.capture.module_capture import ModuleCapture, capture_blocks
 from scheduler.capture.sample import (
@@ -29,14 +30,17 @@ from scheduler.capture.sample import (
     canonical_call,
     forward_signature,
     model_fingerprint,
+    nothing_to_train,
     read_sample,
     reject_unusable,
+    reject_unusual,
     unplanned,
 )
 from scheduler.capture.sharded import sharded_within
 from scheduler.capture.state import model_device, moving, preserved, set_apart
 from scheduler.capture.step_function import Refused, StepFunction, as_model
 from scheduler.capture.target import Device, Target
+from scheduler.capture.unwind import met
 from scheduler.capture.verify import StepResult, difference, run_step
 from scheduler.chain import Chain
 from scheduler.costs.cuda_memory import allocator_slack
@@ -73,6 +77,8 @@ class Request:
     optimizer_step: int | None
     progress: Progress
     unread: frozenset[int] = frozenset()  # leaves of that which the forward does not read
+    # parameter -> bytes of its gradient, where that is sparse
+    sparse: dict[str, int] = field(default_factory=dict)
     arrives: Call | None = None  # what reaches the model's forward, behind its own hooks
 
 
@@ -194,6 +200,16 @@ def priced(request: Request, *, options: bool = True) -> Priced:
     Args:
         options: whether to look for options of stages that keep less than all.
     """
+    name = type(request.model).__name__
+    with met(
+        f"solve: {name} cannot be planned",
+        "pass capture=[blocks], the modules that run in order",
+        (ValueError,),
+    ):
+        return _priced(request, options)
+
+
+def _priced(request: Request, options: bool) -> Priced:
     resident = resident_parts(request.model, request.call, request.device)
     resident["optimizer state"] = request.optimizer_state
     captured, reason, own_loss = _captured(request)
@@ -201,7 +217,13 @@ def priced(request: Request, *, options: bool = True) -> Priced:
         request.model, request.call, request.device, request.optimizer_state
     )
     request.progress(f"pricing {len(captured)} stages")
-    chain = _chain(request, captured, sum(resident.values()), own_loss, options)
+    try:
+        chain = _chain(request, captured, sum(resident.values()), own_loss, options)
+    except CaptureError as error:
+        if request.capture != "auto" or isinstance(captured, ModuleCapture):
+            raise
+        captured, reason = _as_blocks(request, str(error))
+        chain = _chain(request, captured, sum(resident.values()), own_loss, options)
     if isinstance(captured, ModuleCapture) and captured.gathering:
         resident["gathered parameters"] = captured.gathering
     extra = chain.fixed - sum(resident.values())
@@ -325,8 +347,11 @@ def checked(
             raise ValueError(
                 f"solve: a tensor of the sample lies on {leaf.device}, the model on {own}; move the sample there"
             )
+    reject_unusual(call)
     if target is None:
         _refuse_without_data("the sample", tree_leaves(call))
+    elif hindrance := nothing_to_train(model, call):
+        raise ValueError(hindrance)
     return Request(
         model,
         budget,
@@ -426,19 +451,23 @@ def _warm_up(request: Request) -> tuple[Recurrence, bool]:
         raise ValueError(
             f"solve: {type(model).__name__} rejects the sample: {type(error).__name__}: {error}"
         ) from error
+    hindrance = nothing_to_train(model, request.call)
+    if hindrance and not any(tensor.requires_grad for tensor in output_tensors(output)):
+        raise ValueError(hindrance)
     return seen, find_loss(output)[1]
 
 
 def _plain_step(request: Request) -> StepResult:
     """One plain step on the sample, saved tensors offloaded where the device is not the host."""
     model, (args, kwargs) = request.model, request.call
-    plain = run_step(model, lambda: model(*args, **kwargs), offload=True)
+    with met(f"solve: a plain step of {type(model).__name__} on the sample raises"):
+        plain = run_step(model, lambda: model(*args, **kwargs), offload=True, call=request.call)
     if request.cacheless:
         more = {name: value for name, value in kwargs.items() if name != "use_cache"}
         with suppress(
             torch.OutOfMemoryError
         ):  # the caches may not fit: nobody trains that step, plain or planned
-            caching = run_step(model, lambda: model(*args, **more), offload=True)
+            caching = run_step(model, lambda: model(*args, **more), offload=True, call=request.call)
             # Of the outputs the caches are no part of training.
             differs = difference(replace(plain, outputs=[]), replace(caching, outputs=[]))
             if differs is not None:
@@ -459,7 +488,11 @@ def _captured(request: Request) -> tuple[Captured, str, bool]:
     how = request.capture
     refused = seen.unrolled() if how == "auto" else ""
     to_compare = how in ("auto", "graph") and not refused
-    plain = _plain_step(request) if to_compare or request.cacheless else None
+    to_see = any(getattr(module, "sparse", False) is True for module in request.model.modules())  # embeddings
+    plain = _plain_step(request) if to_compare or request.cacheless or to_see else None
+    if plain is not None:
+        grads = ((name, grad) for name, grad in plain.grads.items() if grad is not None)
+        request.sparse = {name: tensor_bytes(grad) for name, grad in grads if not is_plain(grad)}
     if plain is not None and to_compare:
         request.progress("capturing the op graph")
         try:
@@ -471,10 +504,21 @@ def _captured(request: Request) -> tuple[Captured, str, bool]:
                     f"solve: capture='graph': {error}; try capture='modules' or pass a list of blocks"
                 ) from error
             refused = str(error)
+    return *_as_blocks(request, refused, seen), own_loss
+
+
+def _as_blocks(request: Request, refused: str, seen: Recurrence | None = None) -> tuple[ModuleCapture, str]:
+    """The capture by blocks, and why.
+
+    Args:
+        refused: why there is no graph; "" if none was asked for.
+        seen: what a forward calls again and again, if that is known.
+    """
     request.progress("capturing the blocks")
+    target = request.device if isinstance(request.device, Target) else None
     with preserved(request.model):
-        blocks, reason = capture_blocks(request.model, request.call, how, refused, seen=seen)
-    return blocks, reason + (f"; not as a graph, since {refused}" if refused else ""), own_loss
+        blocks, reason = capture_blocks(request.model, request.call, request.capture, refused, target, seen)
+    return blocks, reason + (f"; not as a graph, since {refused}" if refused else "")
 
 
 def _exact_graph(request: Request, plain: StepResult) -> GraphCapture:
@@ -498,22 +542,24 @@ def _exact_graph(request: Request, plain: StepResult) -> GraphCapture:
     refused: CaptureError | None = None
     for graph in op_graphs(model, call):
         try:
-            captured = capture_graph(graph, model)
-            trial = functools.partial(_planned_call, captured, model, args, kwargs)
-            captured.clearing = torch.is_autocast_enabled(request.device.type)
-            differs = difference(plain, run_step(model, trial, offload=True))
-            if differs is not None and captured.clearing:
-                captured.clearing = False
-                differs = difference(plain, run_step(model, trial, offload=True))
-            if differs is not None:
-                raise CaptureError(f"the exported graph does not train like the plain model: {differs}")
-            with preserved(model):
-                captured.observe(model, call)
+            with met("the exported graph cannot be run stage by stage"):
+                captured = capture_graph(graph, model)
+                trial = functools.partial(_planned_call, captured, model, args, kwargs)
+                captured.clearing = torch.is_autocast_enabled(request.device.type)
+                differs = difference(plain, run_step(model, trial, offload=True, call=request.call))
+                if differs is not None and captured.clearing:
+                    captured.clearing = False
+                    differs = difference(plain, run_step(model, trial, offload=True, call=request.call))
+                if differs is not None:
+                    raise CaptureError(f"the exported graph does not train like the plain model: {differs}")
+                with preserved(model):
+                    captured.observe(model, call)
         except CaptureError as error:
             refused = refused or error
             continue
         return captured
-    again = difference(plain, run_step(model, lambda: model(*args, **kwargs), offload=True))
+    step = functools.partial(model, *args, **kwargs)
+    again = difference(plain, run_step(model, step, offload=True, call=request.call))
     why = "; the plain model itself is not deterministic" if again else ""
     raise CaptureError(f"{refused}{why}") from refused
 
@@ -537,22 +583,26 @@ def _chain(request: Request, captured: Captured, resident: int, own_loss: bool, 
     name = type(model).__name__
     clock = request.costs == "measure"
     arrives = call if request.arrives is None else request.arrives
+    sparse = {model.get_parameter(each): size for each, size in request.sparse.items()}
     if isinstance(captured, ModuleCapture):
-        try:
-            with preserved(model) as existing:
-                return module_chain(
-                    captured, model, call, existing=existing, resident=resident, clock=clock, name=name
-                )
-        except (torch.OutOfMemoryError, CaptureError):
-            raise
-        except RuntimeError as error:  # of what the loss does not reach, say
-            raise CaptureError(
-                f"solve: the blocks of {name} cannot be reversed one by one: {error}"
-            ) from error
-    with preserved(model) as existing:
+        what = f"solve: the blocks of {name} cannot be reversed one by one"  # not where the loss does not reach them, say
+        with preserved(model) as existing, met(what, "pass other blocks, capture=[modules]"):
+            return module_chain(
+                captured,
+                model,
+                call,
+                existing=existing,
+                resident=resident,
+                clock=clock,
+                name=name,
+                sparse=sparse,
+            )
+    with preserved(model) as existing, met("the stages of the exported graph cannot be measured"):
         costs = measure_graph(
             captured, model, arrives, existing=existing, loss_is_output=own_loss, clock=clock, options=options
         )
     if not clock and captured.target is None:
         costs = roofline_graph(captured, costs, own_loss)
-    return graph_chain(captured, model, costs, resident=resident, loss_is_output=own_loss, name=name)
+    return graph_chain(
+        captured, model, costs, resident=resident, loss_is_output=own_loss, name=name, sparse=sparse
+    )

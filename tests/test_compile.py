@@ -205,3 +205,20 @@ def test_a_planned_model_that_was_compiled_can_be_planned_anew() -> None:
         got = train(case, again)
     with restored(case_of("tiny").model) as model:
         assert_equal(got, train(case_of("tiny"), model))
+
+
+def test_blocks_are_still_compiled_after_they_were_planned() -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model = nn.Sequential(*(Feed(broken=False) for _ in range(3)))
+    for block in model:
+        block.compile(backend=backend, dynamic=False)
+    plan = solve(model, "1GiB", sample=torch.randn(4, 16), capture=list(model))
+    planned = execute(plan, model, on_new_shape="plain")
+    graphs.clear()
+    planned(torch.randn(7, 16)).sum().backward()
+    assert graphs, "a call of another shape runs the blocks as they are written"

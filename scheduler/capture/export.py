@@ -19,12 +19,14 @@ from torch import Tensor, fx, nn
 
 from scheduler.capture.call_reads import CallReads
 from scheduler.capture.eager import replaced
-from scheduler.capture.flat import tree_flatten, tree_unflatten
-from scheduler.capture.graph import OUTPUT, Face, OpGraph, analyse
+from scheduler.capture.flat import tree_flatten, tree_leaves, tree_unflatten
+from scheduler.capture.graph import OUTPUT, SPARSE, Face, OpGraph, analyse
+from scheduler.capture.layouts import is_plain as is_view
 from scheduler.capture.python_state import MISSING, Snapshot, is_plain
 from scheduler.capture.reads import Reads, state_tensors
 from scheduler.capture.sample import Call
 from scheduler.capture.state import bare
+from scheduler.capture.unwind import met
 from scheduler.capture.verify import of_an_op
 from scheduler.errors import CaptureError
 
@@ -127,13 +129,8 @@ def export_graph(model: nn.Module, call: Call) -> OpGraph:
 
 
 def _export(root: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphModule:
-    try:
+    with met("torch.export failed"):  # whatever the model's code or its own passes raise
         module = torch.export.export(root, tuple(inputs), strict=False).module()
-    except CaptureError:
-        raise
-    except Exception as error:  # export raises whatever the model's code or its own passes raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CaptureError(f"torch.export failed: {reason[:300]}") from error
     assert isinstance(module, fx.GraphModule)
     return module
 
@@ -155,10 +152,13 @@ def graph_by(tracer: Tracer, model: nn.Module, call: Call) -> OpGraph:
             raise CaptureError(
                 f"submodule {name!r} is a SyncBatchNorm, whose ops depend on torch.distributed"
             )
+    tensors = (*tree_leaves(call), *model.parameters(), *model.buffers())
+    if not all(map(is_view, (t for t in tensors if isinstance(t, Tensor)))):
+        raise CaptureError(SPARSE)
     traced, trace = _traced(tracer, model, call)
     writes = trace.writes
     if not trace.written:
-        return trace.told(analyse(traced, trace.inputs))
+        return trace.told(_analysed(traced, trace))
     if writes is None:
         raise _Writes(trace.written)
     # A first forward may fill in what is not set yet. If another one then leaves all as it is, so may the graph.
@@ -166,9 +166,14 @@ def graph_by(tracer: Tracer, model: nn.Module, call: Call) -> OpGraph:
         traced, trace = _traced(tracer, model, call)
         if trace.written:
             raise _Writes(trace.written)
-        graph = trace.told(analyse(traced, trace.inputs))
+        graph = trace.told(_analysed(traced, trace))
     graph.face.guards.settle_by(writes)
     return graph
+
+
+def _analysed(module: fx.GraphModule, trace: _Trace) -> OpGraph:
+    with met("the exported graph cannot be run without data"):
+        return analyse(module, trace.inputs)
 
 
 class _Writes(CaptureError):

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scheduler.capture.flat import map_tensors
+from scheduler.capture.layouts import is_plain
 from scheduler.capture.sharded import sharded_within
 from scheduler.errors import CaptureError
 
@@ -28,6 +29,10 @@ def has_data(tensors: Iterable[Any]) -> bool:
 
 def _faked(tensor: Tensor, mode: FakeTensorMode, device: str) -> Tensor:
     """A fake tensor of the same shape, strides and dtype; a Parameter for a Parameter."""
+    if not is_plain(tensor):
+        raise CaptureError(
+            "solve: a sparse or nested tensor has no stand-in without data; plan the model where it has data, without device="
+        )
     with mode, torch.no_grad():
         storage_size = tensor.untyped_storage().nbytes() // tensor.element_size()
         whole = torch.empty(storage_size, dtype=tensor.dtype, device=device)

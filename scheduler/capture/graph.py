@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils import _pytree as pytree
 
 from scheduler.capture.flat import tree_leaves
+from scheduler.capture.layouts import is_plain
 from scheduler.capture.reads import Guards, StateTensor
 from scheduler.capture.sample import Call
 from scheduler.errors import CaptureError
@@ -22,6 +23,7 @@ from scheduler.errors import CaptureError
 __all__ = ["OUTPUT", "Face", "Group", "Layout", "Op", "OpGraph", "analyse", "resolve"]
 
 # Checks of metadata that export adds; shapes and dtypes are checked once per call by the plan's signature.
+SPARSE = "a tensor is sparse or nested, and so no view of one storage, by which the values of an op graph are told apart"
 _CHECKS = ("aten._assert_tensor_metadata.default", "aten.sym_constrain_range_for_size.default")
 
 
@@ -276,6 +278,8 @@ def analyse(module: fx.GraphModule, inputs: Sequence[Any]) -> OpGraph:
         ids = []
         for leaf in pytree.tree_leaves(value):
             if isinstance(leaf, torch.Tensor):
+                if not is_plain(leaf):
+                    raise CaptureError(SPARSE)
                 storage = leaf.untyped_storage()
                 alive.append(storage)
                 key = storage._cdata
@@ -299,6 +303,10 @@ def analyse(module: fx.GraphModule, inputs: Sequence[Any]) -> OpGraph:
                 env[node] = faked(resolve(module, str(node.target)))
                 group_of[node] = note(env[node], -1)
             elif node.op == "call_function":
+                if getattr(node.target, "__module__", "") == "torch._functorch.predispatch":
+                    raise CaptureError(
+                        "the forward uses torch.func or torch.vmap, and no stage can begin within a transform"
+                    )
                 args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
                 index = len(ops)
                 saved_now.clear()

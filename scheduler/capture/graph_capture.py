@@ -26,6 +26,7 @@ from scheduler.capture.sample import Call
 from scheduler.capture.stages import GraphStage, Source, compile_stages
 from scheduler.capture.state import RandomState, model_device, on_gradient
 from scheduler.capture.target import Device, Target
+from scheduler.capture.unwind import met
 from scheduler.errors import CaptureError
 
 __all__ = ["GraphCapture", "capture_graph", "op_graphs"]
@@ -275,7 +276,7 @@ def op_graphs(model: nn.Module, call: Call) -> Iterator[OpGraph]:
         except CaptureError as error:
             refused = error
             continue
-        for graph in (in_parts(whole, call), whole):
+        for graph in (_in_parts(whole, call), whole):
             known = graph.fingerprint()
             if known not in seen:
                 seen.add(known)
@@ -284,6 +285,15 @@ def op_graphs(model: nn.Module, call: Call) -> Iterator[OpGraph]:
         yield traced_graph(model, call)
     elif refused is not None and not seen:
         raise refused
+
+
+def _in_parts(whole: OpGraph, call: Call) -> OpGraph:
+    """The graph with composite ops in their parts; as it is where these cannot be traced."""
+    try:
+        with met("its composite ops cannot be taken apart"):
+            return in_parts(whole, call)
+    except CaptureError:
+        return whole
 
 
 def capture_graph(

@@ -7,6 +7,7 @@ unrolls over time), is seen here too.
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch as functorch
 
 from scheduler.capture.block_state import BlockState
 from scheduler.capture.call_state import CallState
@@ -34,9 +36,11 @@ __all__ = [
     "expanded",
     "intercepted",
     "is_compiled",
+    "makes_weights",
     "profile",
     "recurrent",
     "repeatable",
+    "uncompiled",
 ]
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # they have no forward
@@ -50,6 +54,23 @@ def is_compiled(module: nn.Module) -> bool:
     return wrapped or module._compiled_call_impl is not None
 
 
+def makes_weights(module: nn.Module) -> bool:
+    """Whether a pre-hook of the module makes what its forward reads: legacy weight and spectral norm, pruning."""
+    kinds = (kind for hook in module._forward_pre_hooks.values() for kind in type(hook).__mro__)
+    return any(kind.__module__.startswith("torch.nn.utils.") for kind in kinds)
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Within it compiled modules run their own code.
+
+    Of code that it meets under a dispatch mode Dynamo takes note, and compiles it no more.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and loading it takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
 @contextmanager
 def intercepted(
     modules: Sequence[tuple[nn.Module, Callable[[Callable[..., Any]], Callable[..., Any]]]],
@@ -58,6 +79,7 @@ def intercepted(
     """Within it each module's ``forward`` is ``wrap(forward)``; its hooks fire around that as ever.
 
     Of a module that ``module.compile()`` has compiled it is the compiled call, hooks included: what wraps it stays eager.
+    Of one whose weights a pre-hook makes it is the whole call, so that they are made where they are read.
 
     Args:
         whole: of these, too, it is the whole call, hooks included.
@@ -67,7 +89,7 @@ def intercepted(
         for module, wrap in modules:
             name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
             call = getattr(module, name)
-            if name == "forward" and module in whole:
+            if name == "forward" and (module in whole or makes_weights(module)):
                 name, call = (
                     "_compiled_call_impl",
                     module._call_impl,
@@ -99,6 +121,9 @@ class ModuleCall:
         self.reverses = False  # it calls autograd.grad on what it has made
         self.reversed_outside = False  # other code does so, while the forward runs
         self.changes_input = False
+        self.transformed = (
+            False  # within torch.vmap, another transform of torch.func, or torch.inference_mode
+        )
         self.new_input = False  # an input that no call before had: glue has made it
 
     def within(self) -> Iterator[ModuleCall]:
@@ -136,6 +161,11 @@ class ModuleCall:
         )
 
 
+def _version(tensor: Tensor) -> int:
+    """How often a tensor has been changed in place; of those made in inference mode nobody counts."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 class _Tokens:
     """A number for every tensor object ever seen; an address that is used again gets a new one.
 
@@ -149,8 +179,9 @@ class _Tokens:
     def of(self, tensor: Tensor) -> int:
         """The tensor's number."""
         entry = self.known.get(id(tensor))
-        if entry is None or entry[0]() is not tensor or entry[1] != tensor._version:
-            entry = (weakref.ref(tensor), tensor._version, self.count)
+        version = _version(tensor)
+        if entry is None or entry[0]() is not tensor or entry[1] != version:
+            entry = (weakref.ref(tensor), version, self.count)
             self.known[id(tensor)] = entry
             self.count += 1
         return entry[2]
@@ -368,10 +399,13 @@ def profile(
                 entry = ModuleCall(name, current)
                 given = tensor_leaves((args, kwargs))
                 current.children.append(entry)
+                entry.transformed = (
+                    bool(functorch.get_dynamic_layer_stack_depth()) or torch.is_inference_mode_enabled()
+                )
                 known = tokens.count
                 entry.inputs = [(leaf, tokens.of(t)) for leaf, t in given]
                 entry.new_input = tokens.count > known
-                versions = [t._version for _, t in given]
+                versions = [_version(t) for _, t in given]
                 if name not in states:
                     states[name] = BlockState(name, module, everything=True)
                 before = CallState(states[name], args, kwargs, data=data)
@@ -379,7 +413,11 @@ def profile(
                 current = entry
                 ops = Watch()
                 try:
-                    with hooks(entry), nullcontext() if data else ops:
+                    with (
+                        hooks(entry),
+                        nullcontext() if data else uncompiled(),
+                        nullcontext() if data else ops,
+                    ):
                         result = forward(*args, **kwargs)
                 finally:
                     current = entry.parent or root
@@ -387,7 +425,7 @@ def profile(
                 entry.random = random.differs() if data else ops.random
                 entry.changed = tuple(sorted(before.changed(ops)))
                 entry.left = {n: _bytes(tensors) for n, tensors in before.left().items()}
-                entry.changes_input = any(t._version != v for (_, t), v in zip(given, versions, strict=True))
+                entry.changes_input = any(_version(t) != v for (_, t), v in zip(given, versions, strict=True))
                 return result
 
             return watched

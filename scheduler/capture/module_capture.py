@@ -39,6 +39,7 @@ from scheduler.capture.sample import Call
 from scheduler.capture.sharded import sharded_within
 from scheduler.capture.state import model_device
 from scheduler.capture.target import Device, Target
+from scheduler.capture.unwind import met
 from scheduler.errors import CaptureError
 
 __all__ = [
@@ -181,7 +182,8 @@ def capture_blocks(
     """
     given = None if isinstance(how, str) else how
     try:
-        blocks = capture_modules(model, call, given, target, seen)
+        with met("a trial forward raises"):
+            blocks = capture_modules(model, call, given, target, seen)
     except CaptureError as error:
         why = f" (graph capture: {refused})" if refused else ""
         raise CaptureError(
@@ -243,6 +245,8 @@ def capture_modules(
         )
     # What the forward itself reverses would be run again in the middle of the first sweep, beside all that it holds.
     unusable |= {entry.name for entry in chosen if entry.changes_input or entry.reversed_outside}
+    transformed = sorted({entry.name for entry in root.within() if entry.transformed})
+    unusable.update(transformed)
     usable = [entry for entry in chosen if entry.name not in unusable]
     if target is None and detect_fake_mode() is None:
         with fixed_draws(fixed):
@@ -257,6 +261,11 @@ def capture_modules(
         raise CaptureError(
             "no member of a ModuleList or Sequential runs with tensors in and out, and no module is called again and again, "
             "each call fed by the one before"
+            + (
+                f" ({transformed[0]} runs within torch.vmap, another transform of torch.func, or torch.inference_mode)"
+                if transformed
+                else ""
+            )
         )
     found, stages = _laid_out([entry.name for entry in usable], _feeds(chosen, usable, again))
     random = [False if b is None else usable[b].random for b in stages]

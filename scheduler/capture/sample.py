@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from scheduler.capture.flat import tree_flatten
+from scheduler.capture.flat import tree_flatten, tree_leaves
+from scheduler.capture.layouts import is_plain, room, unusual
 from scheduler.capture.sharded import placement, reject_tensor_parallel, reject_wrapped, reshard
 from scheduler.errors import PlanMismatch
 
@@ -28,9 +29,12 @@ __all__ = [
     "CallSignature",
     "canonical_call",
     "forward_signature",
+    "kind_of",
     "model_fingerprint",
+    "nothing_to_train",
     "read_sample",
     "reject_unusable",
+    "reject_unusual",
     "unplanned",
 ]
 
@@ -147,7 +151,10 @@ class CallReader:
 def _describe(leaf: Any) -> list[Any]:
     """JSON-ready description of one leaf of the arguments."""
     if isinstance(leaf, torch.Tensor):
-        return ["tensor", list(leaf.shape), str(leaf.dtype), leaf.device.type, leaf.requires_grad]
+        described = ["tensor", list(leaf.shape), str(leaf.dtype), leaf.device.type, leaf.requires_grad]
+        # The bytes of a sparse tensor go by how many elements it has.
+        sparse = room(leaf)
+        return described if sparse is None else [*described, str(leaf.layout), sparse]
     if leaf is None or isinstance(leaf, (bool, int, float, str)):
         return ["value", leaf]
     kind = f"{type(leaf).__module__}.{type(leaf).__qualname__}"
@@ -225,7 +232,8 @@ class CallSignature:
 def _words(leaf: list[Any]) -> str:
     if leaf[0] == "tensor" and len(leaf) == 5 and isinstance(leaf[1], list):
         grad = ", requires_grad" if leaf[4] else ""
-        return f"a tensor of shape {tuple(leaf[1])}, {leaf[2]} on {leaf[3]}{grad}"
+        sparse = f", {leaf[5]} with up to {leaf[6]} elements" if len(leaf) > 5 else ""
+        return f"a tensor of shape {tuple(leaf[1])}, {leaf[2]} on {leaf[3]}{sparse}{grad}"
     return repr(leaf[-1])
 
 
@@ -262,23 +270,63 @@ def unplanned(model: Any) -> Any:
     return model if plain is None else plain(model)
 
 
+def reject_unusual(call: Call) -> None:
+    """Refuse tensors whose bytes cannot be told, before anything is run.
+
+    Raises:
+        ValueError: says which, and what to pass instead.
+    """
+    for index, leaf in enumerate(tree_leaves(call)):
+        what = unusual(leaf) if isinstance(leaf, torch.Tensor) else None
+        if what is not None:
+            raise ValueError(
+                f"solve: argument leaf {index} of the sample is {what}, which cannot be planned; pass its values and offsets "
+                "(or a padded tensor and its lengths), and make the nested tensor in forward"
+            )
+
+
+def kind_of(leaf: Any) -> Any:
+    """What tells calls apart by one of their leaves: of a tensor, all of it but its values.
+
+    Raises:
+        PlanMismatch: a nested tensor, say, of which nothing can be planned.
+    """
+    if not isinstance(leaf, torch.Tensor):
+        return type(leaf), leaf  # True is not 1
+    if is_plain(leaf):
+        return leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad
+    what = unusual(leaf)
+    if what is not None:
+        raise PlanMismatch(
+            f"an argument is {what}, which no plan is for; pass its values and offsets, and make the nested tensor in forward"
+        )
+    return leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad, leaf.layout, room(leaf)
+
+
+def nothing_to_train(model: nn.Module, call: Call) -> str:
+    """What to do where no parameter requires grad, nor any tensor of the sample; "" where one does."""
+    given = (leaf for leaf in tree_leaves(call) if isinstance(leaf, torch.Tensor))
+    if any(t.requires_grad for t in (*model.parameters(), *given)):
+        return ""
+    return (
+        "solve: no parameter of the model requires grad, nor does a tensor of the sample, so there is no backward to plan; "
+        "call model.requires_grad_(True), unfreeze what you train, or pass the input that you train as it is in training, "
+        "with requires_grad"
+    )
+
+
 def reject_unusable(model: Any) -> None:
     """Refuse what cannot be planned, before anything is changed.
 
     Raises:
         TypeError: not an nn.Module.
-        ValueError: in eval mode, without a parameter that requires grad, or a wrapper that goes around a planned model.
+        ValueError: in eval mode, or a wrapper that goes around a planned model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"solve: model is a {type(model).__name__}, expected a torch.nn.Module")
     reject_wrapped("solve", model)
     reject_tensor_parallel("solve", model)
     reshard(model)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(
-            "solve: no parameter of the model requires grad, so there is no backward to plan; "
-            "call model.requires_grad_(True) or unfreeze what you train"
-        )
     if not model.training:
         raise ValueError(
             "solve: the model is in eval mode; call model.train() first, plans are for training steps"

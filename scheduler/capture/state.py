@@ -21,6 +21,7 @@ from scheduler.capture.python_state import Snapshot
 from scheduler.capture.reads import StateTensor, roots_of, state_tensors
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import take_gathered_grads
+from scheduler.capture.unwind import unwound
 
 __all__ = [
     "CPU_RANDOM_STATE",
@@ -131,12 +132,13 @@ class HostRandomState:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """The one device that holds the model's parameters.
+    """The one device that holds the model's parameters; of a model without any, its buffers; without these, the CPU.
 
     Raises:
         ValueError: the parameters lie on several devices.
     """
-    devices = {p.device for p in model.parameters()}
+    devices = {p.device for p in model.parameters()} or {b.device for b in model.buffers()}
+    devices = devices or {torch.device("cpu")}
     if len(devices) != 1:
         raise ValueError(
             f"solve: the model's parameters lie on {sorted(map(str, devices))}; "
@@ -279,7 +281,10 @@ def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:
             for place in places:
                 place.put(apart)
     try:
-        yield frozenset(p for p, grad in grads.items() if isinstance(p, nn.Parameter) and grad is not None)
+        with unwound():  # or what follows would run within what a trial has left behind
+            yield frozenset(
+                p for p, grad in grads.items() if isinstance(p, nn.Parameter) and grad is not None
+            )
     finally:
         for each, before in zip(hooks, silent, strict=True):
             each.update(before)

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules._functions import BackwardHookFunction
+from torch.utils import _pytree as pytree
 
+from scheduler.capture.layouts import parts
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.state import RandomState, model_device, preserved, reverse
 
@@ -23,6 +25,7 @@ class StepResult:
 
     Attributes:
         custom: names of the custom autograd.Functions in the graph of the outputs.
+        given: gradients of the arguments that require grad.
     """
 
     outputs: list[Tensor]
@@ -31,12 +34,16 @@ class StepResult:
     generators: RandomState
     own_loss: bool
     custom: tuple[str, ...] = ()
+    given: tuple[Tensor | None, ...] = ()
 
 
-def run_step(model: nn.Module, forward: Callable[[], Any], *, offload: bool = False) -> StepResult:
+def run_step(
+    model: nn.Module, forward: Callable[[], Any], *, offload: bool = False, call: Any = ()
+) -> StepResult:
     """One forward and backward from the present state, which is put back afterwards.
 
     Args:
+        call: the arguments of the forward, whose gradients are compared too; none of its tensors has a history.
         offload: keep saved tensors in host memory meanwhile, for a model that may not fit otherwise.
     """
     device = model_device(model)
@@ -50,7 +57,13 @@ def run_step(model: nn.Module, forward: Callable[[], Any], *, offload: bool = Fa
         outputs = [t.detach().cpu().clone() for t in output_tensors(output)]
         custom = custom_functions([loss, *output_tensors(output)])
         del output
+        given = [t for t in pytree.tree_leaves(call) if isinstance(t, Tensor) and t.requires_grad]
+        for tensor in given:
+            tensor.grad = None
         reverse(loss)
+        arrived = tuple(None if t.grad is None else t.grad.detach().cpu().clone() for t in given)
+        for tensor in given:
+            tensor.grad = None
         return StepResult(
             outputs,
             {
@@ -61,6 +74,7 @@ def run_step(model: nn.Module, forward: Callable[[], Any], *, offload: bool = Fa
             RandomState(device),
             own,
             custom,
+            arrived,
         )
 
 
@@ -101,6 +115,11 @@ def difference(plain: StepResult, other: StepResult) -> str | None:
             return f"the gradient of {name} is {'missing' if found is None else 'there, but not in the plain model'}"
         if grad is not None and found is not None and not equal_bits(grad, found):
             return f"the gradient of {name} differs{_amount(grad, found)}"
+    for index, (grad, found) in enumerate(zip(plain.given, other.given, strict=True)):
+        if (grad is None) != (found is None):
+            return f"the gradient of input {index} is {'missing' if found is None else 'there, but not in the plain model'}"
+        if grad is not None and found is not None and not equal_bits(grad, found):
+            return f"the gradient of input {index} differs{_amount(grad, found)}"
     for name, buffer in plain.buffers.items():
         if not equal_bits(buffer, other.buffers[name]):
             return f"buffer {name} differs{_amount(buffer, other.buffers[name])}"
@@ -114,8 +133,10 @@ def difference(plain: StepResult, other: StepResult) -> str | None:
 
 def equal_bits(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit, NaNs included."""
-    if a.shape != b.shape or a.dtype != b.dtype:
+    if a.shape != b.shape or a.dtype != b.dtype or a.layout is not b.layout:
         return False
+    if a.layout is not torch.strided:
+        return all(map(equal_bits, parts(a), parts(b)))
     return (
         torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
         if a.ndim
@@ -126,6 +147,8 @@ def equal_bits(a: Tensor, b: Tensor) -> bool:
 def _amount(a: Tensor, b: Tensor) -> str:
     if a.shape != b.shape or a.dtype != b.dtype:
         return f": {tuple(b.shape)} {b.dtype} instead of {tuple(a.shape)} {a.dtype}"
-    if not a.is_floating_point():
+    if a.layout is not b.layout:
+        return f": {b.layout} instead of {a.layout}"
+    if not a.is_floating_point() or a.layout is not torch.strided:
         return ""
     return f" by up to {(a.double() - b.double()).abs().max().item():.3g}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from scheduler.capture.dry import without_hardware
 from scheduler.capture.flat import tree_leaves
+from scheduler.capture.layouts import held_bytes, storage_key
 from scheduler.capture.loss import find_loss
 from scheduler.capture.sample import Call
 from scheduler.capture.state import preserved, reverse
@@ -84,8 +85,8 @@ def allocator_slack(model: nn.Module, call: Call, device: Device, optimizer_stat
     """
     if device.type != "cuda" or expandable_segments(device):
         return 0
-    standing = [t.untyped_storage().nbytes() for t in _standing(model, call)]
-    parameters = [p.untyped_storage().nbytes() for p in model.parameters()]
+    standing = [held_bytes(t) for t in _standing(model, call)]
+    parameters = [held_bytes(p) for p in model.parameters()]
     try:
         if isinstance(device, Target):
             events = _plain_events(model, call)
@@ -103,7 +104,7 @@ def allocator_slack(model: nn.Module, call: Call, device: Device, optimizer_stat
 def _standing(model: nn.Module, call: Call) -> list[Tensor]:
     """What is there before the step; of tensors that share a storage, one."""
     tensors: list[Any] = [*model.parameters(), *model.buffers(), *tree_leaves(call)]
-    found = {t.untyped_storage()._cdata: t for t in tensors if isinstance(t, Tensor)}
+    found = {storage_key(t): t for t in tensors if isinstance(t, Tensor)}
     return list(found.values())
 
 

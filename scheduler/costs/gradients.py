@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 from torch import nn
 
@@ -100,6 +101,7 @@ def parameter_grads(
     change: list[int],
     device: Device,
     whole: Collection[nn.Parameter] = (),
+    sparse: Mapping[nn.Parameter, int] = MappingProxyType({}),
 ) -> tuple[list[int], list[int]]:
     """Bytes of the gradients of parameters.
 
@@ -112,6 +114,7 @@ def parameter_grads(
         existing: parameters that have a gradient before the step.
         change: (L,) by how much each backward changes the bytes of long-lived values.
         whole: sharded parameters whose gradients stay whole, beside those that exist.
+        sparse: bytes of gradients that are sparse.
 
     Returns:
         (L,) bytes of gradients that the backward of each stage creates; (L,) bytes that it takes besides to add its
@@ -123,9 +126,11 @@ def parameter_grads(
             continue
         shard = parameter if parameter in whole else local(parameter)
         size = allocated(shard.numel() * shard.element_size(), device)
+        if parameter in sparse:  # a share that is dense makes the sum dense
+            size = sparse[parameter] if len(stages) == 1 else max(size, sparse[parameter])
         for k in stages[:-1]:
             summed[k] += size
-        if parameter not in existing or parameter in whole:
+        if parameter not in existing or parameter in sparse or parameter in whole:
             created[stages[-1]] += size
         elif len(stages) > 1:
             change[stages[-1]] += size

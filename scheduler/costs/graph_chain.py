@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from scheduler.capture.graph_capture import GraphCapture
+from scheduler.capture.layouts import storage_keys
 from scheduler.capture.loss import find_loss
 from scheduler.capture.recompute import packs_of
 from scheduler.capture.sample import Call
@@ -153,8 +155,8 @@ def _isolated(
         except ValueError:  # the loss is made by an earlier stage
             return None
 
-    lasting = frozenset(
-        argument.untyped_storage()._cdata
+    lasting = storage_keys(
+        argument
         for argument, source in zip(arguments, stage.sources, strict=True)
         if source.kind != "boundary" and isinstance(argument, Tensor)
     )
@@ -171,6 +173,7 @@ def graph_chain(
     resident: int,
     loss_is_output: bool,
     name: str = "model",
+    sparse: Mapping[nn.Parameter, int] = MappingProxyType({}),
 ) -> Chain:
     """The chain of a captured graph.
 
@@ -178,6 +181,7 @@ def graph_chain(
         costs: (L,) from ``measure_graph``.
         resident: bytes live during the whole step: parameters, buffers, optimizer state, inputs.
         loss_is_output: the model returns its own scalar loss; else its outputs themselves get gradients.
+        sparse: bytes of gradients that are sparse.
     """
     graph, linear = capture.graph, capture.linear
     count = len(linear)
@@ -234,7 +238,9 @@ def graph_chain(
     freed = _freed(capture, saved_by, {k for k, size in enumerate(lasting) if size})
     change, output_grad = _carried_changes(capture, size, freed, flows, loss_is_output)
     existing = {p for p in model.parameters() if p.grad is not None}
-    created, summed = parameter_grads(_readers(capture, model), existing, change, capture.place)
+    created, summed = parameter_grads(
+        _readers(capture, model), existing, change, capture.place, sparse=sparse
+    )
     at_hand = gradients_at_hand(
         [flows.boundary(k) for k in range(count)],
         [cost.lead for cost in costs],

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scheduler.capture.layouts import held_bytes, storage_key
 from scheduler.capture.sharded import is_distributed
 from scheduler.capture.state import reverse, shielded, uncached
 from scheduler.capture.target import Device, Target
@@ -311,7 +312,7 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
 
         def unpack(tensor: Tensor) -> Tensor:
             nonlocal asked
-            if not asked and tensor.untyped_storage()._cdata not in stage.lasting:
+            if not asked and storage_key(tensor) not in stage.lasting:
                 asked = True
                 mark()
             return tensor
@@ -329,7 +330,7 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
             reverse(seed)
         del seed, held
         input_grads[:] = [
-            (position, grad.untyped_storage()._cdata, allocated(grad.untyped_storage().nbytes(), device))
+            (position, storage_key(grad) or 0, allocated(held_bytes(grad), device))
             for position, grad in arrived.items()
             if grad is not None
         ]
@@ -349,9 +350,7 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
     again = (
         keeping_peak
         if stage.reversing
-        else rebuild_peak(
-            stage.run, lambda _, tensor: tensor.untyped_storage()._cdata not in stage.lasting, device
-        )
+        else rebuild_peak(stage.run, lambda _, tensor: storage_key(tensor) not in stage.lasting, device)
     )
     waiting = sum(allocated(p.numel() * p.element_size(), device) for p in stage.waiting)
     lead = max(0, kept.marks[1] - kept.marks[0] - output_grads - waiting) if len(kept.marks) > 1 else None

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from scheduler.capture.block_state import BlockState
 from scheduler.capture.flat import map_tensors, tensor_leaves, tree_flatten, tree_unflatten
+from scheduler.capture.layouts import held_bytes, storage_key, storage_keys, tensor_bytes
 from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.state import shielded
 from scheduler.costs.measure import Enter, StageCost, StageRun, as_leaf, fresh_grads, measure_stage
-from scheduler.costs.op_trace import storage_key, trace_of_ops
+from scheduler.costs.op_trace import trace_of_ops
 from scheduler.costs.peak import allocated, count_bytes
 from scheduler.costs.roofline import estimate_run
 from scheduler.costs.skeleton import Box
@@ -119,7 +120,7 @@ class BlockRun:
                 torch.clear_autocast_cache()
 
         external = [t for i, t in tensors if i not in self.fed]
-        lasting = frozenset(t.untyped_storage()._cdata for t in (*self.weights, *external))
+        lasting = storage_keys((*self.weights, *external))
         stage = StageRun(
             run,
             fresh_grads(self.module.parameters(), self.existing),
@@ -140,7 +141,7 @@ class BlockRun:
             kept.add(key)
             if key is not None:
                 holding.append(tensor.detach())
-                sizes[key] = allocated(tensor.untyped_storage().nbytes(), capture.place)
+                sizes[key] = allocated(held_bytes(tensor), capture.place)
             return tensor
 
         def saving() -> list[tuple[int, Tensor]]:
@@ -168,7 +169,7 @@ class BlockRun:
         return BlockCost(
             cost,
             sum(
-                allocated(t.numel() * t.element_size(), capture.place)
+                allocated(tensor_bytes(t), capture.place)
                 for i, t in tensors
                 if i in self.fed and t.requires_grad
             ),

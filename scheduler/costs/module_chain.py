@@ -8,10 +8,11 @@ one that glue saves, is a value of the chain, so that the referee holds each of 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 
 from scheduler.capture.flat import tree_leaves
 from scheduler.capture.layer_drop import fixed_draws
+from scheduler.capture.layouts import storage_key, tensor_bytes
 from scheduler.capture.loss import find_loss, output_tensors
-from scheduler.capture.module_calls import is_compiled
+from scheduler.capture.module_calls import is_compiled, uncompiled
 from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import holders, sharded_within, unshard
@@ -31,7 +33,6 @@ from scheduler.costs.measure import fresh_grads
 from scheduler.costs.module_blocks import BlockCost, BlockRun
 from scheduler.costs.module_stages import Parts, assemble
 from scheduler.costs.module_values import ModuleValues
-from scheduler.costs.op_trace import storage_key
 from scheduler.costs.peak import count_bytes
 from scheduler.costs.roofline import Tally, device_rates
 from scheduler.costs.skeleton import (
@@ -61,6 +62,7 @@ def module_chain(
     clock: bool,
     name: str,
     once: bool = True,
+    sparse: Mapping[nn.Parameter, int] = MappingProxyType({}),
 ) -> Chain:
     """The chain of captured blocks, all of them run. Leaves the model's state as it is.
 
@@ -69,9 +71,10 @@ def module_chain(
         resident: bytes live during the whole step.
         clock: False to estimate the seconds by the roofline.
         once: whether blocks that run the same ops are measured once.
+        sparse: bytes of gradients that are sparse.
     """
     with fixed_draws(capture.draws):
-        return _module_chain(capture, model, call, existing, resident, clock, name, once)
+        return _module_chain(capture, model, call, existing, resident, clock, name, once, sparse)
 
 
 def _module_chain(
@@ -83,6 +86,7 @@ def _module_chain(
     clock: bool,
     name: str,
     once: bool,
+    sparse: Mapping[nn.Parameter, int],
 ) -> Chain:
     modules = capture.modules(model)
     readers = _readers(capture, model)
@@ -148,7 +152,7 @@ def _module_chain(
             output = run_skeleton(capture, model, call, boxes, traffic, own_loss=own_loss)
         tensors = output_tensors(output)
         returned.update(key for key in map(storage_key, tensors) if key in traffic.size)
-        output_grad = sum(t.numel() * t.element_size() for t in tensors if t.requires_grad)
+        output_grad = sum(tensor_bytes(t) for t in tensors if t.requires_grad)
 
     glue = {k for k, block in enumerate(capture.stages) if block is None}
     with preserved(model):
@@ -169,7 +173,17 @@ def _module_chain(
     shared = traffic.shared(counted.marks)
     whole = _whole(capture, model)
     parts = Parts(
-        capture, blocks, values, forward, backward, seconds, output_grad, shared, whole, traffic.waiting
+        capture,
+        blocks,
+        values,
+        forward,
+        backward,
+        seconds,
+        output_grad,
+        shared,
+        whole,
+        traffic.waiting,
+        sparse,
     )
     return assemble(parts, model, readers, existing, own_loss, resident, name)
 
@@ -177,7 +191,7 @@ def _module_chain(
 def _lifetimes(capture: ModuleCapture, model: nn.Module, call: Call, boxes: dict[int, Box]) -> Lifetimes:
     """How long the user's code holds on to what enters and leaves blocks."""
     lifetimes = Lifetimes(capture)
-    with preserved(model), lifetimes.watching():
+    with preserved(model), uncompiled(), lifetimes.watching():
         output = run_skeleton(capture, model, call, boxes, lifetimes)
         lifetimes.check(len(capture))
     del output  # until here, as the user holds it
@@ -201,7 +215,7 @@ def _seconds(
     for _ in range(3 if clock and len(capture) < MANY_STAGES else 1):
         tally = Tally(device_rates(capture.place))
         timed = Timed() if clock else Timed(lambda: tally.seconds)  # noqa: B023 # is used before the next
-        with preserved(model), nullcontext() if clock else tally:
+        with preserved(model), nullcontext() if clock else uncompiled(), nullcontext() if clock else tally:
             run_skeleton(capture, model, call, boxes, timed, own_loss=own_loss)
         runs.append(pieces(timed.events, len(capture.blocks), times=timed.times))
     forward, backward = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, takewhile
@@ -36,6 +36,7 @@ class Parts:
         output_grad: bytes of the gradients of the model's outputs, if it has no loss of its own.
         whole: sharded parameters whose gradients wait whole, and the stage at whose end they are reduced.
         waiting: blocks that are not reversed whole: the user holds what was made of an output that the loss does not reach.
+        sparse: bytes of gradients that are sparse.
     """
 
     capture: ModuleCapture
@@ -48,6 +49,7 @@ class Parts:
     shared: list[int]
     whole: dict[nn.Parameter, int]
     waiting: set[int]
+    sparse: Mapping[nn.Parameter, int]
 
     def __len__(self) -> int:
         return len(self.capture)
@@ -113,9 +115,9 @@ def assemble(
     change = [0] * count
     alone = {p: ks for p, ks in readers.items() if all(capture.stages[k] is None for k in ks)}
     shared = {p: ks for p, ks in readers.items() if p not in alone}
-    created, _ = parameter_grads(shared, existing, change, device, parts.whole)
+    created, _ = parameter_grads(shared, existing, change, device, parts.whole, parts.sparse)
     summed = _second_shares(shared, count, device)
-    by_glue = parameter_grads(alone, existing, [0] * count, device, parts.whole)[0]
+    by_glue = parameter_grads(alone, existing, [0] * count, device, parts.whole, parts.sparse)[0]
     reduced = [0] * count  # copies of gradients of blocks' parameters
     for parameter, end in parts.whole.items():
         if parameter in shared and parameter.requires_grad:

@@ -13,24 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scheduler.capture.flat import tensor_leaves
+from scheduler.capture.layouts import held_bytes, nonzeros, storage_key, storage_of
 
-__all__ = ["storage_key", "trace_of_ops"]
+__all__ = ["trace_of_ops"]
 
 PLAIN = (
     bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format
 )  # fmt: skip # one row
-
-
-def storage_key(tensor: Tensor) -> int | None:
-    """What tells a tensor's storage from others while it lives; None if it has none (sparse tensors)."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return None
 
 
 def trace_of_ops(run: Callable[[], Any], given: Iterable[Tensor]) -> tuple[Hashable, Any]:
@@ -56,6 +50,8 @@ def trace_of_ops(run: Callable[[], Any], given: Iterable[Tensor]) -> tuple[Hasha
 class _Ops(TorchDispatchMode):
     """Notes each op: what it is given, what it makes, and which storages are gone by then."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[Hashable] = []
@@ -66,6 +62,11 @@ class _Ops(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one op and note it."""
         self.look()
+        if isinstance(
+            func, HigherOrderOperator
+        ):  # the functions within it are not seen, and no two count as equal
+            self.rows.append(object())
+            return func(*args, **(kwargs or {}))
         # Where a view lies in its storage makes no difference.
         given = [leaf for _, leaf in tensor_leaves((args, kwargs))] if func.is_view else (args, kwargs or {})
         asked = self.described(given)
@@ -89,11 +90,13 @@ class _Ops(TorchDispatchMode):
                 return type(value).__name__, tuple(value.shape), value.dtype
             if key not in self.number:
                 number = self.number[key] = len(self.number)
-                ref = StorageWeakRef(value.untyped_storage())
+                ref = StorageWeakRef(storage_of(value))
                 self.refs.append(ref)
                 self.new[number] = ref
-            size = value.untyped_storage().nbytes()
-            layout = tuple(value.shape), value.stride(), value.dtype, value.device.type
+            size = held_bytes(value)
+            sparse = nonzeros(value)
+            steps = value.stride() if sparse is None else (value.layout, sparse)
+            layout = tuple(value.shape), steps, value.dtype, value.device.type
             return self.number[key], size, value.requires_grad, *layout
         if isinstance(value, PLAIN):
             return type(value), value

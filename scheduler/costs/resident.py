@@ -15,6 +15,8 @@ from torch.utils import _pytree as pytree
 from scheduler.capture.block_state import named_tensors
 from scheduler.capture.flat import tree_leaves
 from scheduler.capture.graph_capture import GraphCapture
+from scheduler.capture.layouts import held_bytes, parts, unused_room
+from scheduler.capture.module_calls import makes_weights
 from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.sharded import local
 from scheduler.capture.state import CPU_RANDOM_STATE
@@ -33,14 +35,15 @@ def storage_bytes(tensors: Iterable[Tensor], device: Device) -> int:
     counts.
     """
     seen: set[Tensor] = set()
-    parts: dict[int, tuple[int, int]] = {}  # storage -> (its bytes, bytes of the tensors on it)
+    found: dict[int, tuple[int, int]] = {}  # storage -> (its bytes, bytes of the tensors on it)
     for tensor in map(local, tensors):
         if lies_on(tensor, device) and tensor not in seen:
             seen.add(tensor)
-            storage = tensor.untyped_storage()
-            _, part = parts.get(storage._cdata, (0, 0))
-            parts[storage._cdata] = (storage.nbytes(), part + tensor.numel() * tensor.element_size())
-    return sum(allocated(min(whole, part), device) for whole, part in parts.values())
+            for each in parts(tensor):
+                storage = each.untyped_storage()
+                _, part = found.get(storage._cdata, (0, 0))
+                found[storage._cdata] = (storage.nbytes(), part + each.numel() * each.element_size())
+    return sum(allocated(min(whole, part), device) for whole, part in found.values())
 
 
 SAMPLES = (
@@ -57,14 +60,16 @@ def rerun_state(capture: GraphCapture | ModuleCapture, model: nn.Module, k: int)
 
 
 def resident_parts(model: nn.Module, call: Any, device: Device) -> dict[str, int]:
-    """Bytes of parameters, gradients that exist already, buffers, the tensors in ``call``, and cuBLAS's workspaces."""
+    """Bytes of parameters, gradients that exist already, buffers and weights that pre-hooks make, the tensors in ``call``, and cuBLAS's workspaces."""
+    made = [t for m in model.modules() if makes_weights(m) for t in vars(m).values() if isinstance(t, Tensor)]
+    given = [t for t in tree_leaves(call) if isinstance(t, Tensor)]
     return {
         "parameters": storage_bytes(model.parameters(), device),
         "existing gradients": storage_bytes(
             (p.grad for p in model.parameters() if p.grad is not None), device
         ),
-        "buffers": storage_bytes(model.buffers(), device),
-        "inputs": storage_bytes((t for t in tree_leaves(call) if isinstance(t, Tensor)), device),
+        "buffers": storage_bytes((*model.buffers(), *made), device),
+        "inputs": storage_bytes(given, device) + sum(map(unused_room, given)),
         "workspaces": workspace_bytes(device),
     }
 
@@ -97,7 +102,7 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> 
             continue
         # Optimizers keep their counts of steps, of no dimension, on the host.
         if not (isinstance(device, Target) and device.type != "cpu" and not leaf.ndim):
-            total += allocated(leaf.untyped_storage().nbytes(), device)
+            total += allocated(held_bytes(leaf), device)
     return total
 
 

@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scheduler.capture.flat import tensor_leaves, tree_flatten, tree_unflatten
+from scheduler.capture.layouts import held_bytes, is_plain, storage_key, storage_of
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.module_calls import intercepted
 from scheduler.capture.module_capture import ModuleCapture
@@ -27,7 +28,6 @@ from scheduler.capture.sharded import sharded_within
 from scheduler.capture.state import uncached
 from scheduler.capture.target import Device
 from scheduler.costs.measure import seed_gradients
-from scheduler.costs.op_trace import storage_key
 from scheduler.costs.peak import allocated
 from scheduler.errors import CaptureError
 
@@ -81,6 +81,7 @@ def stand_in(produced: Any, given: Iterable[Tensor]) -> Callable[[], Any] | None
         if (
             key is None
             or key in seen
+            or not is_plain(leaf)
             or leaf.untyped_storage().nbytes() != leaf.numel() * leaf.element_size()
         ):
             return None
@@ -374,8 +375,9 @@ class Lifetimes(Visitor):
         self._due = following if self.capture.stages[following] is None else None
 
     def _follow(self, place: Place, tensor: Tensor) -> None:
-        if storage_key(tensor) is not None:
-            self._alive[place] = StorageWeakRef(tensor.untyped_storage())
+        storage = storage_of(tensor)
+        if storage is not None:
+            self._alive[place] = StorageWeakRef(storage)
 
     def check(self, stage: int) -> None:
         """The stage is about to start."""
@@ -387,6 +389,8 @@ class Lifetimes(Visitor):
         lifetimes = self
 
         class FirstOp(TorchDispatchMode):
+            supports_higher_order_operators = True
+
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
                 if lifetimes._due is not None:
                     due, lifetimes._due = lifetimes._due, None
@@ -450,7 +454,7 @@ class Traffic(Visitor):
         self.mark()
 
     def arrived(self, block: int, grads: Sequence[Tensor]) -> None:  # noqa: D102
-        sizes = {storage_key(t): t.untyped_storage().nbytes() for t in grads}
+        sizes = {storage_key(t): held_bytes(t) for t in grads}
         self.incoming[block] = sum(allocated(size, self.device) for size in sizes.values())
 
     def unreversed(self, block: int) -> None:  # noqa: D102
@@ -482,7 +486,7 @@ class Traffic(Visitor):
         if key is None or key in self._resident:
             return None
         if key not in self.size:
-            self.size[key] = allocated(tensor.untyped_storage().nbytes(), self.device)
+            self.size[key] = allocated(held_bytes(tensor), self.device)
             self.made[key] = made
         return key
 
@@ -494,7 +498,7 @@ class Traffic(Visitor):
             if key is not None:
                 self.packed.setdefault(key, set()).add(self._stage)
                 # A weak reference keeps the address from being used again.
-                self._refs.setdefault(key, StorageWeakRef(tensor.untyped_storage()))
+                self._refs.setdefault(key, StorageWeakRef(storage_of(tensor)))
         return tensor if tensor.is_leaf else tensor.detach()
 
     def private(self) -> set[int]:

@@ -1,0 +1,111 @@
+"""Tensors that have no one storage of their own: sparse ones, by the plain tensors that they consist of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "held_bytes",
+    "is_plain",
+    "nonzeros",
+    "parts",
+    "room",
+    "storage_key",
+    "storage_keys",
+    "storage_of",
+    "tensor_bytes",
+    "unused_room",
+    "unusual",
+]
+
+ROWS = (torch.sparse_csr, torch.sparse_bsr)
+COLUMNS = (torch.sparse_csc, torch.sparse_bsc)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is a view of one storage: dense, and not nested."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The plain tensors that a tensor consists of: itself, or the indices and the values of a sparse one."""
+    if tensor.layout is torch.strided:
+        return (tensor,)
+    tensor = tensor.detach()
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in ROWS:
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in COLUMNS:
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)
+
+
+def room(tensor: Tensor) -> int | None:
+    """How many elements a sparse tensor may have and count as one of this kind: its own, rounded up by at most an eighth.
+
+    None of a tensor that is not sparse.
+    """
+    count = nonzeros(tensor)
+    if count is None:
+        return None
+    step = 1 << max(0, count.bit_length() - 4)
+    return -(-count // step) * step
+
+
+def unused_room(tensor: Tensor) -> int:
+    """Bytes that a sparse tensor of the same kind may take more."""
+    *_, values = parts(tensor)
+    more = room(tensor)
+    return 0 if not more or not len(values) else (more - len(values)) * tensor_bytes(tensor) // len(values)
+
+
+def nonzeros(tensor: Tensor) -> int | None:
+    """How many elements a sparse tensor has; None of any other."""
+    return None if tensor.layout is torch.strided else parts(tensor)[-1].shape[0]
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor's elements, and of the indices of a sparse one."""
+    return sum(part.numel() * part.element_size() for part in parts(tensor))
+
+
+def storage_of(tensor: Tensor) -> Any:
+    """The storage that stands for a tensor: its own, or that of the values of a sparse one.
+
+    None if it has none (tensors within a function that torch.func transforms).
+    """
+    try:
+        return tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        *_, values = parts(tensor)
+        return None if values is tensor else values.untyped_storage()
+
+
+def storage_key(tensor: Tensor) -> int | None:
+    """What tells the storage that stands for a tensor from others while it lives; None if it has none."""
+    storage = storage_of(tensor)
+    return None if storage is None else int(storage._cdata)
+
+
+def storage_keys(tensors: Iterable[Tensor]) -> frozenset[int]:
+    """The storages that stand for some tensors."""
+    return frozenset(key for key in map(storage_key, tensors) if key is not None)
+
+
+def held_bytes(tensor: Tensor) -> int:
+    """Bytes of the storages that a tensor holds."""
+    return sum(part.untyped_storage().nbytes() for part in parts(tensor))
+
+
+def unusual(tensor: Tensor) -> str | None:
+    """What a tensor is whose bytes and steps cannot be told, in words; None of dense and sparse ones."""
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout not in (torch.strided, torch.sparse_coo, *ROWS, *COLUMNS):
+        return f"a tensor of layout {tensor.layout}"
+    return None

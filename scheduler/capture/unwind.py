@@ -1,0 +1,170 @@
+"""Leave what a trial has entered: levels of functorch, modes, and the settings of torch that a thread goes by.
+
+A model's code that raises half-way, or an export of it, may leave the process within a level of ``torch.vmap``, a mode
+of dispatch or other settings; every op that follows, the user's too, would then run within them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch._C import _functorch as functorch
+from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode
+
+from scheduler.errors import CaptureError
+
+__all__ = ["in_words", "met", "unwound"]
+
+KINDS = ("cpu", "cuda")  # of devices that autocast is set for
+
+_LEFT: list[Any] = []  # guards that nobody leaves
+
+
+@contextmanager
+def unwound() -> Iterator[None]:
+    """On leaving, everything that was entered within it and not left is left, and settings are as before."""
+    before = _Surroundings()
+    try:
+        yield
+    finally:
+        before.restore()
+
+
+@contextmanager
+def met(what: str, advice: str = "", ours: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Within it any exception comes out as a CaptureError that begins with ``what``, and what was entered is left.
+
+    Out of memory stays what it is: a smaller batch is the cure, not another capture.
+
+    Args:
+        advice: what to do, at the end of the message.
+        ours: kinds of exceptions that come out as they are, beside CaptureError.
+    """
+    with unwound():
+        try:
+            yield
+        except Exception as error:  # of whatever kind the model's code, an export or a kernel raises
+            if isinstance(error, (CaptureError, torch.OutOfMemoryError, *ours)):
+                raise
+            raise CaptureError(f"{what}: {in_words(error)}{f'; {advice}' if advice else ''}") from error
+
+
+def in_words(error: BaseException) -> str:
+    """The kind of an error and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    name = type(error).__name__
+    return f"{name}: {lines[0][:300]}" if lines else name
+
+
+class _Surroundings:
+    """What ops of this thread run within at present."""
+
+    def __init__(self) -> None:
+        self.dual = forward_ad._current_level
+        self.level = functorch.get_dynamic_layer_stack_depth()
+        self.dispatch = _get_current_dispatch_mode_stack()
+        self.function = _get_current_function_mode_stack()
+        self.default_device = _default_device()
+        self.grad = torch.is_grad_enabled()
+        self.inference = torch.is_inference_mode_enabled()
+        self.anomaly = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+        self.dtype = torch.get_default_dtype()
+        self.deterministic = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+        self.autocast = _autocast()
+        self.nesting = _autocast_nesting()
+        self.cached = torch.is_autocast_cache_enabled()
+        self.hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        self.refused = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+
+    def restore(self) -> None:
+        """Leave what was entered since, the last first; set back what was set."""
+        if functorch.get_dynamic_layer_stack_depth() > self.level:
+            functorch.pop_dynamic_layer_stack_and_undo_to_depth(self.level)
+        self._leave_dual_level()
+        self._leave_modes()
+        if torch.is_inference_mode_enabled() is not self.inference:
+            _LEFT.append(torch._C._InferenceMode(self.inference))
+        torch.set_grad_enabled(self.grad)
+        if (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()) != self.anomaly:
+            torch.set_anomaly_enabled(*self.anomaly)
+        if torch.get_default_dtype() is not self.dtype:
+            torch.set_default_dtype(self.dtype)
+        mode, only_warned = self.deterministic
+        now = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+        if now != self.deterministic:
+            torch.use_deterministic_algorithms(mode, warn_only=only_warned)
+        self._set_autocast()
+        self._drop_hooks()
+
+    def _leave_dual_level(self) -> None:
+        """Of forward-mode AD. There is one level, and nothing but entering it tells whether it has been entered."""
+        if self.dual >= 0:
+            return
+        with suppress(RuntimeError):
+            torch._C._enter_dual_level()
+        torch._C._exit_dual_level(level=0)
+        forward_ad._current_level = -1
+
+    def _leave_modes(self) -> None:
+        for mode in reversed(_get_current_dispatch_mode_stack()):
+            if not any(mode is each for each in self.dispatch):
+                with suppress(Exception):  # of its own making; it is off the stack all the same
+                    mode.__exit__(None, None, None)
+                if any(mode is each for each in _get_current_dispatch_mode_stack()):
+                    _pop_mode(getattr(mode, "_mode_key", None))
+        if _default_device() is not self.default_device:
+            torch.set_default_device(None if self.default_device is None else self.default_device.device)
+        while torch._C._len_torch_function_stack() > len(self.function):
+            torch._C._pop_torch_function_stack()
+
+    def _set_autocast(self) -> None:
+        for kind, enabled, dtype in self.autocast:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        torch.set_autocast_cache_enabled(self.cached)
+        left = _autocast_nesting() - self.nesting
+        for _ in range(left):
+            torch.autocast_decrement_nesting()
+        if left > 0 and not self.nesting:
+            torch.clear_autocast_cache()
+
+    def _drop_hooks(self) -> None:
+        autograd = torch._C._autograd
+        while not _same_hooks(autograd._top_saved_tensors_default_hooks(True), self.hooks):
+            if autograd._top_saved_tensors_default_hooks(True) is None:
+                break
+            autograd._pop_saved_tensors_default_hooks()
+        if autograd._saved_tensors_hooks_get_disabled_error_message() != self.refused:
+            if self.refused is None:
+                autograd._saved_tensors_hooks_enable()
+            else:
+                autograd._saved_tensors_hooks_disable(self.refused)
+
+
+def _same_hooks(a: Any, b: Any) -> bool:
+    return a is b or (a is not None and b is not None and a[0] is b[0] and a[1] is b[1])
+
+
+def _autocast() -> list[tuple[str, bool, torch.dtype]]:
+    return [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in KINDS]
+
+
+def _autocast_nesting() -> int:
+    torch.autocast_increment_nesting()
+    return int(torch.autocast_decrement_nesting())
+
+
+def _default_device() -> Any:
+    """What ``torch.set_default_device`` has entered."""
+    return getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
