@@ -382,7 +382,7 @@ def test_another_order_of_calls_is_an_error() -> None:
     case = of_vectors(Layers())
     planned = execute(tightest(solve(case.model, "1GiB", sample=case.sample, capture="modules")), case.model)
     planned.order = [2, 1, 0]  # type: ignore[assignment] # a list, on this object alone
-    with pytest.raises(ReplayError, match=r"cells\.2 ran out of the order of the plan"):
+    with pytest.raises(ReplayError, match=r"argument 0 of block cells\.1\[1\] is not output 0"):
         case(planned)
 
 
