@@ -51,7 +51,8 @@ class Stack(nn.Module):
         """The loss."""
         for layer in self.layers:
             x = layer(x)
-        aux = [layer.aux for layer in self.layers if isinstance(getattr(layer, "aux", None), Tensor)]
+        left = (getattr(layer, "aux", None) for layer in self.layers)
+        aux = [each for each in left if isinstance(each, Tensor)]
         loss: Tensor = x.square().mean()
         return loss + 0.1 * torch.stack(aux).sum() if aux else loss
 
@@ -139,7 +140,7 @@ def planned_like(
     places = [h.content() for h in holders_of([("", model), *roots]) if h.kind in ("dict", "list")]
     values = (v for place in places for v in (place.values() if isinstance(place, dict) else place))
     tensors = [(t, t.detach().clone()) for t in values if isinstance(t, Tensor)]
-    blocks: Any = [*model.layers] if given else "modules"  # type: ignore[arg-type]
+    blocks: Any = [*model.get_submodule("layers").children()] if given else "modules"
     plan = solve(model, "1GiB", sample=torch.randn(BATCH, WIDTH), capture=blocks)
     state.restore()
     for tensor, value in tensors:

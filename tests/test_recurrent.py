@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import os
 import pydoc_data.topics
 import subprocess
@@ -386,15 +387,14 @@ def test_another_order_of_calls_is_an_error() -> None:
         case(planned)
 
 
-def test_a_cell_that_does_not_repeat_itself_is_refused() -> None:
+def test_a_cell_whose_effect_cannot_be_put_back_is_refused() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.linear, self.calls = nn.Linear(8, 8), 0
+            self.linear, self.calls = nn.Linear(8, 8), itertools.count(1)
 
         def forward(self, x: Tensor, h: Tensor) -> Tensor:
-            self.calls += 1
-            return torch.tanh(self.linear(h) + x) / self.calls
+            return torch.tanh(self.linear(h) + x) / next(self.calls)
 
     class Loop(nn.Module):
         def __init__(self) -> None:

@@ -12,7 +12,16 @@ from executors import execute
 from executors.as_read import AsRead, Sampler, unlike
 from scheduler import solve
 from tests.state_training import WIDTH, Layer
-from tests.steps import EACH_CAPTURE, EITHER_CAPTURE, at_its_tightest, case_of, loss_of, planned_tiny, restored, tightest
+from tests.steps import (
+    EACH_CAPTURE,
+    EITHER_CAPTURE,
+    at_its_tightest,
+    case_of,
+    loss_of,
+    planned_tiny,
+    restored,
+    tightest,
+)
 
 
 def _swap(p: Tensor) -> None:
