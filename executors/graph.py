@@ -269,18 +269,18 @@ class GraphStep(Step):
         executor, own = self.executor, self.parameters[k]
         sources = executor.stages[k].sources
 
-        def position(which: int, number: int) -> int:
+        def position_of(which: int, number: int) -> int:
             if which == 0:
                 return executor.lookups[k][executor.constant[k][number]][0]
             keys = [s.key for s in sources if s.kind == "input" and isinstance(self.inputs[s.key], Tensor)]
             return next(i for i, s in enumerate(sources) if s.kind == "input" and s.key == keys[number])
 
         def name(which: int, number: int) -> str:
-            source = sources[position(which, number)]
+            source = sources[position_of(which, number)]
             return f"{source.kind} {source.key}"
 
         def matters(which: int, number: int) -> bool:
-            return among is None or position(which, number) in among
+            return among is None or position_of(which, number) in among
 
         self.as_read(k, self.first_reads[k], name, matters)
         carried = {

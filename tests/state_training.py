@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from executors import execute, measure_peak
 from scheduler import Plan, solve
-from scheduler.capture.python_state import Snapshot
+from scheduler.capture.python_state import Snapshot, holders_of
 from tests.helpers import smallest
 from tests.steps import CPU, assert_equal, replan
 
@@ -51,7 +51,8 @@ class Stack(nn.Module):
         """The loss."""
         for layer in self.layers:
             x = layer(x)
-        aux = [layer.aux for layer in self.layers if isinstance(getattr(layer, "aux", None), Tensor)]
+        left = (getattr(layer, "aux", None) for layer in self.layers)
+        aux = [each for each in left if isinstance(each, Tensor)]
         loss: Tensor = x.square().mean()
         return loss + 0.1 * torch.stack(aux).sum() if aux else loss
 
@@ -136,13 +137,10 @@ def planned_like(
     torch.manual_seed(0)
     model = make().train()
     state = Snapshot([("", model), *roots])
-    tensors = [
-        (t, t.detach().clone())
-        for module in model.modules()
-        for t in (*module._buffers.values(), *module._parameters.values(), *vars(module).values())
-        if isinstance(t, Tensor)
-    ]
-    blocks: Any = [*model.layers] if given else "modules"  # type: ignore[arg-type]
+    places = [h.content() for h in holders_of([("", model), *roots]) if h.kind in ("dict", "list")]
+    values = (v for place in places for v in (place.values() if isinstance(place, dict) else place))
+    tensors = [(t, t.detach().clone()) for t in values if isinstance(t, Tensor)]
+    blocks: Any = [*model.get_submodule("layers").children()] if given else "modules"
     plan = solve(model, "1GiB", sample=torch.randn(BATCH, WIDTH), capture=blocks)
     state.restore()
     for tensor, value in tensors:

@@ -25,6 +25,7 @@ ARCHITECTURES = {name: make for cases in FAMILIES.values() for name, make in cas
         ("Mixtral", "graph"),  # an op of torch.library with a backward, and hooks that collect router logits
         ("Whisper", "graph"),  # a convolution whose gradient comes out of a permutation
         ("Switch Transformers", "modules"),  # use_cache among keyword arguments
+        ("Wav2Vec2", "modules"),  # leaves layers out at random
         ("ProphetNet", "modules"),  # glue that makes tensors between an encoder and its decoder
     ],
 )
@@ -35,7 +36,7 @@ def test_the_architecture_is_planned_bit_equal_and_within_budget(name: str, kind
 
 @pytest.mark.parametrize(
     ("name", "what_to_do"),
-    [("Wav2Vec2", "layerdrop is 0.1.*set that to 0"), ("Jamba", "Pass use_cache=False")],
+    [("Jamba", "Pass use_cache=False")],
 )
 def test_the_architecture_is_refused_with_what_to_do(name: str, what_to_do: str) -> None:
     case = ARCHITECTURES[name]()

@@ -200,10 +200,11 @@ def test_a_config_a_class_and_a_global_list_that_blocks_share_count_once_a_step(
 def test_a_hook_within_a_block_that_collects_outputs_collects_each_once() -> None:
     def make() -> nn.Module:
         model = Stack(*(Layer() for _ in range(DEPTH)))
-        model.collected = []  # type: ignore[assignment]
+        collected: list[Tensor] = []
+        model.collected = collected  # type: ignore[assignment]
         for layer in model.layers:
             layer.get_submodule("up").register_forward_hook(
-                lambda _, __, out: model.collected.append(out.detach().mean())  # type: ignore[operator]
+                lambda _, __, out: collected.append(out.detach().mean())
             )
         return model
 
@@ -221,7 +222,7 @@ def switched(model: nn.Module, step: int) -> None:
             module.settings["scale"] += 1.0
             module.train(step % 2 == 0)
             if step == 2:
-                module.get_submodule("up").forward = lambda x: x.repeat(1, 4)  # type: ignore[method-assign]
+                module.get_submodule("up").forward = lambda x: x.repeat(1, 4)
 
 
 class Scaled(Layer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import os
 import pydoc_data.topics
 import subprocess
@@ -386,19 +387,18 @@ def test_another_order_of_calls_is_an_error() -> None:
     case = of_vectors(Layers())
     planned = execute(tightest(solve(case.model, "1GiB", sample=case.sample, capture="modules")), case.model)
     planned.order = [2, 1, 0]  # type: ignore[assignment] # a list, on this object alone
-    with pytest.raises(ReplayError, match=r"cells\.2 ran out of the order of the plan"):
+    with pytest.raises(ReplayError, match=r"argument 0 of block cells\.1\[1\] is not output 0"):
         case(planned)
 
 
-def test_a_cell_that_does_not_repeat_itself_is_refused() -> None:
+def test_a_cell_whose_effect_cannot_be_put_back_is_refused() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.linear, self.calls = nn.Linear(8, 8), 0
+            self.linear, self.calls = nn.Linear(8, 8), itertools.count(1)
 
         def forward(self, x: Tensor, h: Tensor) -> Tensor:
-            self.calls += 1
-            return torch.tanh(self.linear(h) + x) / self.calls
+            return torch.tanh(self.linear(h) + x) / next(self.calls)
 
     class Loop(nn.Module):
         def __init__(self) -> None:

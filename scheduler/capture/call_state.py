@@ -7,12 +7,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from scheduler.capture.block_state import BlockState, Taken, is_walked
 from scheduler.capture.fake import Watch
 from scheduler.capture.python_state import is_plain
+from scheduler.capture.state import CPU_RANDOM_STATE
 from scheduler.capture.verify import equal_bits
 
 __all__ = ["CallState"]
@@ -70,14 +72,18 @@ class CallState:
         pairs = zip(layout.tensors, self.taken.tensors, now.tensors, strict=True)
         return {layout.name_of(place) for place, before, after in pairs if after is not before}
 
-    def left(self) -> dict[str, list[Tensor]]:
-        """The tensors that are there now and were not before, by their places."""
+    def left(self) -> dict[str, int]:
+        """Bytes of the tensors that are there now and were not before, and of states of generators, by their places."""
         now = self.state.take(cut=False)
         before = {id(tensor) for _, tensor in self.taken.read()} | {id(t) for t, _, _ in self.values.values()}
-        found: dict[str, list[Tensor]] = {}
+        found: dict[str, int] = {}
         for name, tensor in _tensors(self.state.name, self.state.module, now):
             if id(tensor) not in before:
-                found.setdefault(name, []).append(tensor)
+                found[name] = found.get(name, 0) + tensor.numel() * tensor.element_size()
+        for taken in (self.taken, self.given):
+            for holder in () if taken is None else taken.layout.generators:
+                if isinstance(holder.thing, torch.Generator):
+                    found[holder.path] = CPU_RANDOM_STATE
         return found
 
     def beyond(self) -> str:

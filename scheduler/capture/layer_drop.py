@@ -38,12 +38,11 @@ class _Draws(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if (func in _UNIFORM or func in _FLAGS) and isinstance(result, Tensor):
-            if result.numel() == 1 or (result.ndim == 1 and result.numel() <= FEW):
-                self.count += 1
-                if self.value is not None:
-                    with torch.no_grad():
-                        result.detach().fill_(round(self.value) if func in _FLAGS else self.value)
+        drawn = (func in _UNIFORM or func in _FLAGS) and isinstance(result, Tensor)
+        if drawn and (result.numel() == 1 or (result.ndim == 1 and result.numel() <= FEW)):
+            self.count += 1
+            if self.value is not None:
+                result.detach().fill_(round(self.value) if func in _FLAGS else self.value)
         return result
 
     def on_host(self, draw: Callable[..., Any]) -> Callable[..., Any]:

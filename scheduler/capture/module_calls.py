@@ -117,7 +117,7 @@ class ModuleCall:
         self.random = False
         self.changed: tuple[str, ...] = ()
         self.overwritten: set[str] = set()
-        self.left: dict[str, int] = {}  # place -> bytes of the tensors that are new there
+        self.left: dict[str, int] = {}  # place -> bytes of what is new there
         self.reverses = False  # it calls autograd.grad on what it has made
         self.reversed_outside = False  # other code does so, while the forward runs
         self.changes_input = False
@@ -320,7 +320,7 @@ def repeatable(
                 for entry in of[name]:
                     entry.changed = tuple(sorted({*entry.changed, *changed}))
                     entry.overwritten |= unread
-                    entry.left = {**entry.left, **{n: _bytes(tensors) for n, tensors in new.items()}}
+                    entry.left = {**entry.left, **new}
                 return first
 
             return twice
@@ -424,7 +424,7 @@ def profile(
                 entry.outputs = [(leaf, tokens.of(t)) for leaf, t in tensor_leaves(result)]
                 entry.random = random.differs() if data else ops.random
                 entry.changed = tuple(sorted(before.changed(ops)))
-                entry.left = {n: _bytes(tensors) for n, tensors in before.left().items()}
+                entry.left = before.left()
                 entry.changes_input = any(_version(t) != v for (_, t), v in zip(given, versions, strict=True))
                 return result
 
@@ -436,10 +436,6 @@ def profile(
     with torch.set_grad_enabled(grad), intercepted([(m, watch(n, m)) for n, m in modules.items()], whole):
         model(*args, **kwargs)
     return root
-
-
-def _bytes(tensors: list[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def expanded(entry: ModuleCall, within: Counter[str], again: Collection[str]) -> list[ModuleCall]:
