@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from operator import is_
+from operator import attrgetter, getitem, is_
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,8 @@ from scheduler.capture.export import unfired_hook
 from scheduler.errors import PlanMismatch
 
 __all__ = ["Guard", "Trainable", "reject_transforms"]
+
+_requires_grad = attrgetter("requires_grad")
 
 
 def reject_transforms(model: nn.Module) -> None:
@@ -97,13 +99,15 @@ class Trainable:
 
     def __init__(self, model: nn.Module) -> None:
         self.names: list[str] = []
-        self.places: list[tuple[dict[str, Any], str]] = []
+        self.holders: list[dict[str, Any]] = []
+        self.keys: list[str] = []
         for path, module in model.named_modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     self.names.append(f"{path}.{name}" if path else name)
-                    self.places.append((module._parameters, name))
-        self.known: list[nn.Parameter] = [values[name] for values, name in self.places]
+                    self.holders.append(module._parameters)
+                    self.keys.append(name)
+        self.known: list[nn.Parameter] = [*map(getitem, self.holders, self.keys)]
         self.kinds = [_kind(parameter) for parameter in self.known]
 
     def flags(self, model: nn.Module) -> tuple[bool, ...]:
@@ -112,8 +116,12 @@ class Trainable:
         Raises:
             PlanMismatch: one was removed, or another of another kind took its place.
         """
-        now = [values.get(name) for values, name in self.places]
-        if not all(map(is_, now, self.known)):
+        try:
+            same = all(map(is_, map(getitem, self.holders, self.keys), self.known))
+        except KeyError:
+            same = False
+        if not same:
+            now = [values.get(key) for values, key in zip(self.holders, self.keys, strict=True)]
             for name, parameter, kind in zip(self.names, now, self.kinds, strict=True):
                 if parameter is None or _kind(parameter) != kind:
                     got = "was removed" if parameter is None else f"is {_kind(parameter)} now and was {kind}"
@@ -122,7 +130,7 @@ class Trainable:
                         "and the like come before solve); call solve() and execute() again on the model as it is now"
                     )
             self.known = now  # type: ignore[assignment] # none of them is None
-        return tuple([parameter.requires_grad for parameter in self.known])
+        return tuple(map(_requires_grad, self.known))
 
     def frozen(self, flags: Sequence[bool]) -> tuple[str, ...]:
         """The names of those that do not require grad."""

@@ -33,7 +33,14 @@ from scheduler.capture.sample import Call, CallReader, CallSignature, forward_si
 from scheduler.capture.sharded import CollectiveCall, NoCollectives, is_distributed, sharded_within
 from scheduler.capture.state import HostRandomState, aliased, bare, model_device, preserved
 from scheduler.costs.resident import storage_bytes
-from scheduler.errors import CaptureError, InfeasibleBudget, NewShapeWarning, PeakWarning, PlanMismatch
+from scheduler.errors import (
+    CaptureError,
+    InfeasibleBudget,
+    NewShapeWarning,
+    PeakWarning,
+    PlanMismatch,
+    SampleError,
+)
 from scheduler.plan import Plan
 from scheduler.planning import solve_again
 
@@ -318,6 +325,9 @@ class Plans:
         except InfeasibleBudget as error:
             note = f"{where}: this call has {differs}. {error.note}"
             raise InfeasibleBudget(error.budget, error.smallest, error.solver, note) from error
+        except SampleError as error:
+            # As the plain forward would: the call is the user's.
+            raise (error.__cause__ or error) from None
         except CaptureError as error:
             raise CaptureError(
                 f"{where}: {differs}: {error}; on_new_shape='plain' runs such calls plainly"

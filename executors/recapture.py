@@ -47,7 +47,8 @@ def check_names(plan: Plan, model: nn.Module) -> None:
                 )
     for stage, names in enumerate(record.changed):
         for name in names:
-            if name not in buffers:
+            # Blocks change more than buffers: attributes, frozen parameters, generators, found again when they run.
+            if name not in buffers and (record.kind == "graph" or name.partition(".")[0] not in modules):
                 raise PlanMismatch(
                     f"{where}: the plan's capture.changed[{stage}] names {name!r}, which is no buffer of this model; make a new plan"
                 )

@@ -8,6 +8,7 @@ __all__ = [
     "NewShapeWarning",
     "PeakWarning",
     "PlanMismatch",
+    "SampleError",
     "SearchLimit",
 ]
 
@@ -46,6 +47,10 @@ class CaptureError(RuntimeError):
 
 class PlanMismatch(ValueError):
     """A plan was given to a model, or to inputs, other than those it was made for."""
+
+
+class SampleError(ValueError):
+    """The model's forward raises on the sample; its own error is the cause."""
 
 
 class PeakWarning(UserWarning):

@@ -37,7 +37,7 @@ from scheduler.capture.sample import (
     unplanned,
 )
 from scheduler.capture.sharded import sharded_within
-from scheduler.capture.state import model_device, moving, preserved, set_apart
+from scheduler.capture.state import HostRandomState, model_device, moving, preserved, set_apart
 from scheduler.capture.step_function import Refused, StepFunction, as_model
 from scheduler.capture.target import Device, Target
 from scheduler.capture.unwind import met
@@ -49,7 +49,7 @@ from scheduler.costs.module_chain import module_chain
 from scheduler.costs.resident import optimizer_bytes, optimizer_step_bytes, resident_parts
 from scheduler.costs.roofline import roofline_graph
 from scheduler.device import DeviceSpec
-from scheduler.errors import CaptureError, InfeasibleBudget
+from scheduler.errors import CaptureError, InfeasibleBudget, SampleError
 from scheduler.plan import CaptureRecord, Plan
 from scheduler.solvers import SOLVERS, checked_solver, solve_chain
 
@@ -158,8 +158,13 @@ def solve(
     if isinstance(request.device, Target):
         with without_hardware(request.model, request.call) as (request.model, request.call):
             return _plan(request, parameters or {})
-    with set_apart(request.call) as request.call:
-        return _plan(request, parameters or {})
+    # Not around each trial: a graph with a random number of Python's in it as a constant would then pass for exact.
+    random = HostRandomState()
+    try:
+        with set_apart(request.call) as request.call:
+            return _plan(request, parameters or {})
+    finally:
+        random.restore()
 
 
 def solve_again(plan: Plan, model: nn.Module, call: Call, progress: Progress, capture: str = "auto") -> Plan:
@@ -352,11 +357,15 @@ def checked(
         _refuse_without_data("the sample", tree_leaves(call))
     elif hindrance := nothing_to_train(model, call):
         raise ValueError(hindrance)
+    cacheless = "use_cache" in call[1] and "use_cache" not in kwargs
+    if model._forward_pre_hooks or type(model).__call__ is not torch.nn.Module.__call__:
+        # What stands before the forward goes by how the call is written.
+        call = args, {**kwargs, "use_cache": False} if cacheless else kwargs
     return Request(
         model,
         budget,
         call,
-        "use_cache" in call[1] and "use_cache" not in kwargs,
+        cacheless,
         device,
         solver,
         capture if isinstance(capture, str) else tuple(capture),
@@ -448,7 +457,7 @@ def _warm_up(request: Request) -> tuple[Recurrence, bool]:
     except (torch.OutOfMemoryError, Refused):
         raise
     except Exception as error:  # whatever the model's code raises on a sample that does not suit it
-        raise ValueError(
+        raise SampleError(
             f"solve: {type(model).__name__} rejects the sample: {type(error).__name__}: {error}"
         ) from error
     hindrance = nothing_to_train(model, request.call)

@@ -44,9 +44,15 @@ class Named:
         yield from self.cells
 
 
-def named_by(objects: Iterable[Any]) -> Named:
-    """What the code of these modules and plain objects can reach by name: their forwards, and what these call."""
+def named_by(objects: Iterable[Any], kinds: Iterable[type] = ()) -> Named:
+    """What the code of these modules can reach by name: their forwards, and what these call.
+
+    Args:
+        kinds: classes of further objects at hand, whose methods may be called.
+    """
     walk = _Walk()
+    for kind in kinds:
+        walk.know(kind)
     for each in objects:
         walk.know(type(each))
         forward = getattr(type(each), "forward", None) if isinstance(each, nn.Module) else None

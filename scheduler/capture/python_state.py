@@ -8,11 +8,12 @@ identity, containers by content. Values of tensors are not copied (``state.prese
 
 from __future__ import annotations
 
+import argparse
 import functools
 import random
 import sys
 import types
-from collections import deque
+from collections import UserDict, UserList, deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -32,6 +33,8 @@ __all__ = [
 ]
 
 MISSING: Any = object()  # in the place of what is not there
+# Of the standard library, and yet what a configuration is often made of.
+NAMESPACES = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList)
 MOST = 200_000  # holders that are walked: beyond, something like a data set hangs on the model
 PLAIN = (
     type(None), bool, int, float, complex, str, bytes, range, slice, type(Ellipsis),
@@ -283,7 +286,8 @@ def _opened(path: str, value: Any) -> tuple[Holder | None, Iterable[tuple[str, A
             if is_own_code(value.__module__)
             else (None, ())
         )
-    if isinstance(value, types.ModuleType) or not is_users_code(type(value).__module__):
+    kind = type(value)
+    if isinstance(value, types.ModuleType) or not (is_users_code(kind.__module__) or kind in NAMESPACES):
         return None, ()
     members = getattr(value, "__dict__", None)
     inside: list[tuple[str, Any]] = list(_classes(type(value)))

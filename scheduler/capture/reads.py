@@ -13,7 +13,8 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from operator import is_
+from itertools import starmap
+from operator import contains, getitem, is_
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,15 @@ _INTERNAL = frozenset(
     }
 )  # fmt: skip # one table
 _TORCH = str(Path(torch.__file__).parent)
+_MOST_BYTES = 2**20  # of an array whose content is guarded
 _MOST_ITEMS = 10_000  # of a container whose content is guarded
 _MOST_TENSORS = 256  # reachable ones that are offered to an export as inputs
 
 
 def roots_of(model: nn.Module) -> tuple[list[tuple[str, Any]], Named]:
     """What the Python state of a model is reachable from: its modules, and what their own code names."""
-    named = named_by(model.modules())
+    kinds = dict.fromkeys(holder.owner for holder in holders_of([("", model)]) if holder.owner is not None)
+    named = named_by(model.modules(), kinds)
     return [("", model), *named.objects()], named
 
 
@@ -149,11 +152,16 @@ class Guards:
     def __init__(self) -> None:
         self.tensors: list[list[StateTensor]] = []
         self._kinds: list[tuple[Any, ...]] = []
-        self._pairs: list[tuple[Any, Any]] = []
+        # In columns, for the check at each forward goes through them at the speed of C.
+        self._containers: list[Any] = []
+        self._keys: list[Any] = []
         self._values: list[Any] = []
         self._paths: list[str] = []
-        self._absent: list[tuple[Any, Any]] = []
+        self._without: list[Any] = []
+        self._absent: list[Any] = []
         self._absent_paths: list[str] = []
+        self._contents: list[tuple[Any, Any]] = []  # (set or array, a copy)
+        self._content_paths: list[str] = []
         self._sized: list[Any] = []
         self._sizes: list[int] = []
         self._size_paths: list[str] = []
@@ -162,7 +170,7 @@ class Guards:
         self._opened: set[int] = set()
 
     def __len__(self) -> int:
-        return len(self._pairs) + len(self._absent) + len(self._sized) + len(self.tensors)
+        return len(self._keys) + len(self._absent) + len(self._sized) + len(self.tensors)
 
     # ---- what is guarded -----------------------------------------------------------------------------
 
@@ -178,6 +186,12 @@ class Guards:
         value = container[key]
         if isinstance(value, (list, deque, dict)):
             self._hold_content(value, path)
+        elif isinstance(value, set):
+            self._contents.append((value, value.copy()))
+            self._content_paths.append(path)
+        elif type(value).__module__ == "numpy" and hasattr(value, "tobytes") and value.nbytes <= _MOST_BYTES:
+            self._contents.append((value, value.tobytes()))
+            self._content_paths.append(path)
         elif type(value) is tuple and not is_plain(value):
             if any(isinstance(inner, Tensor) for inner in value):
                 return
@@ -186,7 +200,8 @@ class Guards:
                     self._hold_content(inner, f"{path}[{index}]")
         elif isinstance(value, Tensor):
             return
-        self._pairs.append((container, key))
+        self._containers.append(container)
+        self._keys.append(key)
         self._values.append(value)
         self._paths.append(path)
 
@@ -202,7 +217,8 @@ class Guards:
 
     def hold_absent(self, container: Any, key: Any, path: str) -> None:
         """Guard that a container holds nothing under a key."""
-        self._absent.append((container, key))
+        self._without.append(container)
+        self._absent.append(key)
         self._absent_paths.append(path)
 
     def hold_tensor(self, places: list[StateTensor]) -> None:
@@ -236,14 +252,15 @@ class Guards:
 
     def _holds(self) -> bool:
         try:
-            now = [container[key] for container, key in self._pairs]
+            if not all(map(is_, map(getitem, self._containers, self._keys), self._values)) and not all(
+                map(same_value, map(getitem, self._containers, self._keys), self._values)
+            ):
+                return False
         except (KeyError, IndexError, ValueError):
             return False
-        if not all(map(is_, now, self._values)) and not all(map(same_value, now, self._values)):
+        if any(map(contains, self._without, self._absent)) or [*map(len, self._sized)] != self._sizes:
             return False
-        if any([key in container for container, key in self._absent]):  # noqa: C419 # a list is faster here
-            return False
-        if [*map(len, self._sized)] != self._sizes:
+        if self._contents and not all(starmap(_has_content, self._contents)):
             return False
         return not self.tensors or all(map(self._is_tensor, self.tensors, self._kinds))
 
@@ -255,7 +272,8 @@ class Guards:
     def changes(self) -> list[tuple[str, Any, Any]]:
         """What is not as it was: (place, then, now), MISSING for nothing."""
         found: list[tuple[str, Any, Any]] = []
-        for (container, key), then, path in zip(self._pairs, self._values, self._paths, strict=True):
+        rows = zip(self._containers, self._keys, self._values, self._paths, strict=True)
+        for container, key, then, path in rows:
             try:
                 now = container[key]
             except (KeyError, IndexError, ValueError):
@@ -264,7 +282,7 @@ class Guards:
                 found.append((path, then, now))
         found += [
             (path, MISSING, container[key])
-            for (container, key), path in zip(self._absent, self._absent_paths, strict=True)
+            for container, key, path in zip(self._without, self._absent, self._absent_paths, strict=True)
             if key in container
         ]
         found += [
@@ -272,11 +290,20 @@ class Guards:
             for value, size, path in zip(self._sized, self._sizes, self._size_paths, strict=True)
             if len(value) != size
         ]
+        found += [
+            (path, then, value)
+            for (value, then), path in zip(self._contents, self._content_paths, strict=True)
+            if not _has_content(value, then)
+        ]
         for places, kind in zip(self.tensors, self._kinds, strict=True):
             if not self._is_tensor(places, kind):
                 tensor = places[0].get()
                 found.append((places[0].path, kind, tensor if tensor is MISSING else _kind(tensor)))
         return found
+
+
+def _has_content(value: Any, then: Any) -> bool:
+    return bool(value == then) if isinstance(value, set) else value.tobytes() == then
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
@@ -297,6 +324,7 @@ class Reads:
         self._objects = {id(h.thing): h for h in self._holders if h.owner is not None and h.kind == "dict"}
         self._reads: dict[tuple[int, str], None] = {}
         self._classes: dict[type, Any] = {}
+        self._unseen: set[type] = set()
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -311,7 +339,8 @@ class Reads:
                 own = vars(each).get("__getattribute__")
                 try:
                     each.__getattribute__ = self._recorder(each.__getattribute__)
-                except TypeError:  # a class written in C
+                except TypeError:  # a class written in C: reads of it cannot be seen
+                    self._unseen.add(each)
                     continue
                 before.append((each, own))
             yield
@@ -351,7 +380,7 @@ class Reads:
             if name not in _INTERNAL and not name.endswith("_hooks"):
                 self._guard_attribute(found, self._objects[key], name)
         for holder in self._holders:
-            if holder.kind == "slots":
+            if holder.kind == "slots" or holder.owner in self._unseen:
                 container, items = _items(holder)
                 for name, _ in items:
                     found.hold(container, name, holder.named(name))

@@ -17,10 +17,11 @@ from torch._guards import detect_fake_mode
 
 from scheduler.capture.fake import Watch
 from scheduler.capture.flat import map_tensors, tree_leaves
+from scheduler.capture.layouts import storage_key
 from scheduler.capture.python_state import Snapshot
 from scheduler.capture.reads import StateTensor, roots_of, state_tensors
 from scheduler.capture.sample import Call
-from scheduler.capture.sharded import take_gathered_grads
+from scheduler.capture.sharded import sharded_within, take_gathered_grads
 from scheduler.capture.unwind import unwound
 
 __all__ = [
@@ -267,6 +268,8 @@ def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:
     grads.update({t: t.grad for t in tensors if t.is_leaf and t.requires_grad})
     values = {b: b.detach().clone() for b in model.buffers()}
     values.update({t: t.detach().clone() for t in (*model.parameters(), *tensors) if t in surroundings.moved})
+    bound = [] if sharded_within(model) else [*model.parameters(), *model.buffers(), *tensors]
+    storages = [(t, t.data, storage_key(t)) for t in bound]
     # Autograd calls what is in these dicts when a gradient arrives.
     hooks = [d for p in grads for d in (p._backward_hooks, p._post_accumulate_grad_hooks) if d]
     silent = [dict(each) for each in hooks]
@@ -293,6 +296,9 @@ def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:
         grads = dict([*grads.items(), *gathered.items()])
         for tensor, grad in grads.items():
             tensor.grad = grad
+        for tensor, data, key in storages:
+            if storage_key(tensor) != key:  # ``tensor.data = other``
+                tensor.data = data
         for tensor, value in values.items():
             # .data leaves the version counter alone: nothing that autograd saved is invalidated.
             tensor.data.copy_(value)
