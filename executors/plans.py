@@ -135,7 +135,10 @@ class Plans:
         call = self.read(args, kwargs)
         flat, spec = flatten(*call)
         self._judge(model)
-        runner = self.last = self._find(model, call, flat, spec)
+        try:
+            runner = self.last = self._find(model, call, flat, spec)
+        except SampleError:  # the plain forward raises too, and leaves behind what it does until then
+            return plain_forward(model, *args, **kwargs)
         if runner is None:
             return plain_forward(model, *args, **kwargs)
         executor = runner.prepare(model, call)
@@ -325,9 +328,6 @@ class Plans:
         except InfeasibleBudget as error:
             note = f"{where}: this call has {differs}. {error.note}"
             raise InfeasibleBudget(error.budget, error.smallest, error.solver, note) from error
-        except SampleError as error:
-            # As the plain forward would: the call is the user's.
-            raise (error.__cause__ or error) from None
         except CaptureError as error:
             raise CaptureError(
                 f"{where}: {differs}: {error}; on_new_shape='plain' runs such calls plainly"

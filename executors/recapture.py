@@ -45,10 +45,10 @@ def check_names(plan: Plan, model: nn.Module) -> None:
                 raise PlanMismatch(
                     f"{where}: the plan's {what} names {name!r}, which is no submodule of this model; make a new plan"
                 )
-    for stage, names in enumerate(record.changed):
+    # Blocks change more than buffers: attributes, frozen parameters, generators, found again when they run.
+    for stage, names in enumerate(record.changed if record.kind == "graph" else ()):
         for name in names:
-            # Blocks change more than buffers: attributes, frozen parameters, generators, found again when they run.
-            if name not in buffers and (record.kind == "graph" or name.partition(".")[0] not in modules):
+            if name not in buffers:
                 raise PlanMismatch(
                     f"{where}: the plan's capture.changed[{stage}] names {name!r}, which is no buffer of this model; make a new plan"
                 )

@@ -18,8 +18,8 @@ from tests.training_loop_steps import judge
 from tests.training_loops import EXTRAS, MIDWAY, SHAPES
 from tests.training_models import LATE, LEVELS, ROOTS, Held, Recipe, Step
 
-# What fails today, by test and capture: a name that passes is to be taken out; once all are, so is this.
-FAILING: dict[tuple[str, str], str] = {}
+# These may be refused: more is live than under the plan's budget, or the forward itself has made another model of it.
+REFUSED = ("Optional", "LazyParameter", "frozen at first")
 
 BASE = Recipe(
     seed=5,
@@ -40,13 +40,11 @@ BASE = Recipe(
 )
 
 
-def cases(test: str, names: Iterable[str]) -> Any:
-    """Each name with each capture; those that fail today are marked."""
+def cases(names: Iterable[str]) -> Any:
+    """Each name with each capture."""
     found = []
     for name, capture in itertools.product(names, ("auto", "modules")):
-        failing = FAILING.get((test, capture), "").split(", ")
-        marks = [pytest.mark.xfail(strict=False, reason="not followed yet")] * (name in failing)
-        found.append(pytest.param(name, capture, id=f"{name}, {capture}", marks=marks))
+        found.append(pytest.param(name, capture, id=f"{name}, {capture}"))
     return pytest.mark.parametrize(("name", "capture"), found)
 
 
@@ -60,37 +58,38 @@ def odd(**of_steps: Any) -> tuple[Step, ...]:
     return tuple(replace(Step(), **of_steps) if number % 5 in (1, 3) else Step() for number in range(10))
 
 
-@cases("kind", STATES)
+@cases(STATES)
 def test_a_kind_of_state_at_the_root_and_in_a_block_is_as_the_plain_step_has_it(
     name: str, capture: str
 ) -> None:
     states = (Held(name, LATE, "each"), Held(name, 1, "each"))
-    trains_as_plainly(replace(BASE, states=states, capture=capture))
+    allowed = ["refused"] if name in REFUSED else []
+    trains_as_plainly(replace(BASE, states=states, capture=capture), *allowed)
 
 
-@cases("number", LEVELS)
+@cases(LEVELS)
 def test_a_number_that_changes_so_is_met(name: str, capture: str) -> None:
     states = (Held("Float", LATE, name), Held("DictEntry", 1, name))
     trains_as_plainly(replace(BASE, states=states, capture=capture))
 
 
-@cases("shared", ["Float", "Counter", "ReboundBuffer"])
+@cases(["Float", "Counter", "ReboundBuffer"])
 def test_state_is_shared_by_the_planned_model_and_the_one_that_was_planned(name: str, capture: str) -> None:
     states = (Held(name, LATE, "two"), Held(name, 1, "two"))
     trains_as_plainly(replace(BASE, states=states, capture=capture, handle="model"))
 
 
-@cases("shape", SHAPES)
+@cases(SHAPES)
 def test_a_step_of_several_forwards_or_backwards_is_right(name: str, capture: str) -> None:
     trains_as_plainly(replace(BASE, steps=odd(shape=name), capture=capture))
 
 
-@cases("after", EXTRAS)
+@cases(EXTRAS)
 def test_a_step_is_right_after(name: str, capture: str) -> None:
     trains_as_plainly(replace(BASE, steps=odd(extras=(name,)), capture=capture))
 
 
-@cases("midway", MIDWAY)
+@cases(MIDWAY)
 def test_between_forward_and_backward_there_may_be_or_is_refused(name: str, capture: str) -> None:
     read = tuple(Held(kind, i, "never") for i, kind in enumerate(("DropoutP", "Eps", "Float")))
     # The weight that is swapped is the one of this number: of a block that is run again.
@@ -110,11 +109,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@cases("loop", VARIANTS)
+@cases(VARIANTS)
 def test_a_loop_is_right_with(name: str, capture: str) -> None:
-    trains_as_plainly(replace(BASE, **VARIANTS[name], capture=capture))
+    allowed = ["refused"] if name in REFUSED else []
+    trains_as_plainly(replace(BASE, **VARIANTS[name], capture=capture), *allowed)
 
 
-@cases("program", EXAMPLES)
+@cases(EXAMPLES)
 def test_a_small_program_trains_as_it_does_plainly(name: str, capture: str) -> None:
     assert_trains_as_plainly(EXAMPLES[name], capture)
