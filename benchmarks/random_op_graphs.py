@@ -55,6 +55,7 @@ def report() -> str:
         ("raises, as the plain model does", kinds["raises"]),
         ("refused with a message", kinds["refused"]),
         ("**over budget**", kinds["over budget"]),
+        ("**over its prediction**, within the budget", kinds["over its prediction"]),
         ("**wrong**: another bit, or an error that the plain model does not raise", kinds["wrong"]),
     )
     return "\n".join(

@@ -166,7 +166,7 @@ class Fault(AssertionError):
     """A plan of a drawn model does not train as it must.
 
     Attributes:
-        kind: "wrong" or "over budget".
+        kind: "wrong", "over budget" or "over its prediction".
     """
 
     def __init__(self, kind: str, reason: str) -> None:
@@ -230,6 +230,8 @@ def _trained(case: Case, plan: Plan, expected: Record) -> Trained:
         raise Fault("wrong", f"{where}: {type(error).__name__}: {error}") from error
     if peak > plan.memory_budget:
         raise Fault("over budget", f"{where}: peak {peak}, {peak / plan.memory_budget:.3f} times it")
+    if peak > plan.predicted_peak:
+        raise Fault("over its prediction", f"{where}: peak {peak}, {peak / plan.predicted_peak:.3f} times it")
     copies = sum(isinstance(action, COPY_ACTIONS) for action in plan.schedule)
     recomputes = max(plan.timeline.runs) > 1 or any(plan.program.kept)
     return Trained(plan.solver, plan.predicted_peak / peak, copies, recomputes)

@@ -6,6 +6,7 @@ the graph alone. Transients and seconds are measured, once per distinct stage.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -221,17 +222,29 @@ def graph_chain(
     def arriving(k: int) -> int:
         """Bytes of gradients that are counted when stage k is reversed, as far as they stood in its isolation.
 
-        Two results may be one storage, whose gradients have become one; a gradient may be a part of one that lasts.
+        Two results may be one storage, whose gradients have become one; a gradient may be a part of one that lasts. Those
+        of the boundary and of carried values are two sums: what one has more than in isolation the other has not less.
         """
         if k == count - 1:
             return output_grad
-        counted = flows.boundary(k + 1)
+        counted = 0
         for key in linear.carried[k]:
             if graph.groups[key].requires_grad:
                 there = flows.carried_bytes(key, linear.readers[key][0]) if linear.readers[key] else 0
                 counted += max(there, size[key] if key in outputs and not loss_is_output else 0)
-        return min(costs[k].output_grads, counted)
+        stood = min(costs[k].output_grads, passed_on(k))
+        return min(stood, flows.boundary(k + 1)) + min(costs[k].output_grads - stood, counted)
 
+    def passed_on(k: int) -> int:
+        """Bytes of the results of stage k in the next boundary that get a gradient."""
+        stage = capture.stages[k]
+        unread = unread_results(capture, k, loss_is_output)
+        results = zip(stage.boundary, stage.boundary_from, strict=True)
+        read = {nodes[name] for name, i in results if i >= 0 and i not in unread}
+        layouts = (graph.layout_of[node] for node in read if graph.grad_of[node])
+        return sum(math.prod(each.shape) * each.dtype.itemsize for each in layouts)
+
+    nodes = {op.node.name: op.node for op in graph.ops}
     outputs = held_by_user(graph)
     waiting = unreversed(capture) if loss_is_output else set()
     lasting = [unreversed_bytes(capture, k, waiting, total) for k in range(count)]

@@ -79,16 +79,25 @@ def held_by_user(graph: OpGraph) -> set[int]:
 
 
 def _leading_to(graph: OpGraph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes that these were made from, changes in place included."""
-    place = {op.node: i for i, op in enumerate(graph.ops)}
-    found, waiting = set[fx.Node](), list(nodes)
+    """The nodes that gradients of these reach, through changes in place, too."""
+    places = {op.node: i for i, op in enumerate(graph.ops)}
+
+    def changes(node: fx.Node, until: int) -> list[fx.Node]:
+        keys = (key for key in graph.group_of.get(node, ()) if graph.groups[key].requires_grad)
+        return [graph.ops[i].node for key in keys for i in graph.groups[key].mutated if i <= until]
+
+    found = set[fx.Node]()
+    waiting = [each for node in nodes for each in (node, *changes(node, len(graph.ops)))]
     while waiting:
         node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += node.all_input_nodes
-            changes = (i for key in graph.group_of.get(node, ()) for i in graph.groups[key].mutated)
-            waiting += [graph.ops[i].node for i in changes if i <= place.get(node, -1)]
+        if node in found:
+            continue
+        found.add(node)
+        place = places.get(node, -1)
+        # What is made without a gradient (an index, zeros of a shape) passes none on, whatever is written there later.
+        if place >= 0 and graph.ops[place].requires_grad:
+            for each in (node, *node.all_input_nodes):
+                waiting += [each, *changes(each, place)]
     return found
 
 
