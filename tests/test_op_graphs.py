@@ -30,7 +30,9 @@ def test_a_random_graph_of_ops_trains_bit_equal_and_within_each_budget(seed: int
         pytest.param(55, id="an index that only one stage saves"),
         pytest.param(138, id="an index whose node dies within its stage, with copies"),
         pytest.param(599, id="an output that the loss reads the shape of, and nothing else"),
-        pytest.param(731, id="the gradient of a boundary that is a part of a larger one, beside one that is two"),
+        pytest.param(
+            731, id="the gradient of a boundary that is a part of a larger one, beside one that is two"
+        ),
         pytest.param(95, id="a view that is written to between stages"),
         pytest.param(266, id="a linear layer's output that is written to and crosses a cut"),
     ],
