@@ -24,7 +24,7 @@ from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.python_state import MISSING
 from scheduler.capture.sample import Call, CallSignature
 from scheduler.capture.sharded import is_distributed, sharded_within, share_sharding
-from scheduler.capture.state import bare
+from scheduler.capture.state import HostRandomState, bare
 from scheduler.capture.verify import difference, run_step
 from scheduler.errors import PlanMismatch
 from scheduler.plan import Plan
@@ -155,12 +155,20 @@ class Runner:
             )
         self.guard.check(model, fires_hooks=self.plan.capture.kind == "modules")
         if self.executor is None:
-            executor = self.executor_for(self.capture_again(model, call), model)
-            if self.trying:  # a plan that was made without data, or a graph of other Python state
-                apart = cut_off(call)
-                self._try(model, apart, functools.partial(forward_of, executor, flatten(*apart)[0], apart))
-            self.executor = executor
+            random = HostRandomState()
+            try:
+                self.executor = self._captured(model, call)
+            finally:
+                random.restore()
         return self.executor
+
+    def _captured(self, model: nn.Module, call: Call) -> GraphExecutor | ModuleExecutor:
+        """What runs the plan on a capture that is made now."""
+        executor = self.executor_for(self.capture_again(model, call), model)
+        if self.trying:  # a plan that was made without data, or a graph of other Python state
+            apart = cut_off(call)
+            self._try(model, apart, functools.partial(forward_of, executor, flatten(*apart)[0], apart))
+        return executor
 
     def _try(self, model: nn.Module, call: Call, planned: Callable[[], Any]) -> None:
         """One step by the plan against one plain step, bit for bit; a warning where that would be too dear."""
