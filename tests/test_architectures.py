@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -88,14 +88,14 @@ def test_an_op_of_torch_library_keeps_its_backward_in_the_graph() -> None:
 
 
 class Noisy(nn.Module):
-    """Draws from numpy, whose generator no replay puts back."""
+    """Draws from the system, whose numbers nobody can have again."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(32, 32)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.linear(x) * np.random.rand()  # noqa: NPY002 # what models do
+        result: Tensor = self.linear(x) * (1 + int.from_bytes(os.urandom(2)))
         return result
 
 

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from executors import ReplayError, execute, trace_of
 from executors.check import checksum, difference, metadata
 from scheduler import Plan, solve
+from scheduler.errors import PeakWarning
 from scheduler.schedule import Backward, Checkpoint, Forward, Keep, Schedule
 from tests.models import Case
+from tests.runs import CountsRuns
 from tests.steps import (
     EACH_CAPTURE,
     assert_same,
@@ -50,7 +52,7 @@ def test_a_deterministic_model_trains_bit_equal_under_every_check(
 # ---- ops that do not do the same twice -------------------------------------------------------------------
 
 
-class Counting(nn.Module):
+class Counting(CountsRuns):
     """A block whose result depends on how often its code has run; ``change`` makes it of the input and the count.
 
     It is ``steady`` while it is planned for: solve() refuses a block that does not repeat itself on the sample.
@@ -58,7 +60,7 @@ class Counting(nn.Module):
 
     def __init__(self, change: Callable[[Tensor, int], Tensor]) -> None:
         super().__init__()
-        self.linear, self.change, self.runs, self.steady = nn.Linear(WIDTH, WIDTH), change, 0, True
+        self.linear, self.change, self.steady = nn.Linear(WIDTH, WIDTH), change, True
 
     def forward(self, x: Tensor) -> Tensor:
         self.runs += not self.steady
@@ -306,7 +308,8 @@ def test_a_trace_changes_nothing(capture: str) -> None:
 def test_each_step_has_a_trace_of_its_own() -> None:
     case, planned = counting(lambda x, _: x, debug=True)
     first = loss_of(case(planned))
-    second = loss_of(case(planned))
+    with pytest.warns(PeakWarning, match="another forward runs"):
+        second = loss_of(case(planned))
     before = trace_of(planned)
     first.backward()
     assert trace_of(planned) == before

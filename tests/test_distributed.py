@@ -22,6 +22,7 @@ from scheduler.errors import NewShapeWarning
 from scheduler.schedule import Action, Backward, Checkpoint, Forward, Keep
 from tests.models import tiny
 from tests.ranks import running
+from tests.runs import CountsRuns
 from tests.steps import CPU, EITHER_CAPTURE, Record, assert_equal, plan_for, restored, scheduled, tightest
 
 Run = Callable[..., list[Any]]
@@ -56,7 +57,7 @@ class Tied(nn.Module):
         return nn.functional.cross_entropy(self.head(x[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
 
-class Feed(nn.Module):
+class Feed(CountsRuns):
     """LayerNorm, wide GELU layer, dropout, and the skip. Counts how often its code runs."""
 
     def __init__(self, width: int) -> None:
@@ -65,7 +66,6 @@ class Feed(nn.Module):
         self.wide = nn.Linear(width, 4 * width)
         self.narrow = nn.Linear(4 * width, width)
         self.drop = nn.Dropout(0.1)
-        self.runs = 0
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():  # or each count would be compiled anew
