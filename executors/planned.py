@@ -203,7 +203,13 @@ def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
             return plain_forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():
             return _eagerly(self, args, kwargs)
-        return plans_within(self).forward(self, args, kwargs)
+        plans = plans_within(self)
+        if plans is None:  # a copy without what planned models have of their own
+            raise RuntimeError(
+                f"planned {type(self).__name__}: DataParallel copies a model to every device in each step, which a planned "
+                "model cannot follow; use DistributedDataParallel(execute(plan, model)), one process per device"
+            )
+        return plans.forward(self, args, kwargs)
 
     # A signature, but no way past the plan: accelerate unwraps a forward as far as ``__wrapped__`` goes.
     forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
@@ -243,8 +249,9 @@ class _Own:
     def __get__(self, model: Any, _: Any = None) -> Any:
         if model is None:
             return self.default
-        if self.name in model._rematplan_own:
-            return model._rematplan_own[self.name]
+        own = getattr(model, "_rematplan_own", {})  # a copy that DataParallel makes has none
+        if self.name in own:
+            return own[self.name]
         return None if self.default is None else MethodType(self.default, model)
 
     def __set__(self, model: Any, value: Any) -> None:

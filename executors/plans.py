@@ -126,11 +126,6 @@ class Plans:
 
     def forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One training forward, by the plan for its shapes."""
-        if "_is_replica" in model.__dict__:  # its parameters are not those that the executor reads
-            raise RuntimeError(
-                f"planned {type(model).__name__}: DataParallel copies a model to every device in each step, which a planned "
-                "model cannot follow; use DistributedDataParallel(execute(plan, model)), one process per device"
-            )
         reject_transforms(model)
         call = self.read(args, kwargs)
         flat, spec = flatten(*call)
