@@ -109,6 +109,14 @@ class Trainable:
                     self.keys.append(name)
         self.known: list[nn.Parameter] = [*map(getitem, self.holders, self.keys)]
         self.kinds = [_kind(parameter) for parameter in self.known]
+        self.tied = _tied(self.known)
+        # Of buffers only those that several names share: others are looked up by name.
+        shared: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    shared.setdefault(id(buffer), []).append((module._buffers, name))
+        self.shared = [places for places in shared.values() if len(places) > 1]
 
     def flags(self, model: nn.Module) -> tuple[bool, ...]:
         """Which parameters require grad now.
@@ -129,12 +137,34 @@ class Trainable:
                         f"planned {type(model).__name__}: parameter {name!r} {got} since the plan was made (weight_norm, pruning "
                         "and the like come before solve); call solve() and execute() again on the model as it is now"
                     )
+            tied = _tied(now)
+            apart = [
+                name for name, then, there in zip(self.names, self.tied, tied, strict=True) if then != there
+            ]
+            if apart:
+                raise PlanMismatch(
+                    f"planned {type(model).__name__}: {apart[0]!r} was tied to other parameters when the plan was made, and is "
+                    "no longer so, or the other way round; call solve() and execute() again on the model as it is now"
+                )
             self.known = now  # type: ignore[assignment] # none of them is None
+        for places in self.shared:
+            (first, key), *others = places
+            if any(values.get(name) is not first.get(key) for values, name in others):
+                raise PlanMismatch(
+                    f"planned {type(model).__name__}: buffer {key!r} was shared by several modules when the plan was made, and "
+                    "is no longer; call solve() and execute() again on the model as it is now"
+                )
         return tuple(map(_requires_grad, self.known))
 
     def frozen(self, flags: Sequence[bool]) -> tuple[str, ...]:
         """The names of those that do not require grad."""
         return tuple(name for name, flag in zip(self.names, flags, strict=True) if not flag)
+
+
+def _tied(parameters: Sequence[Any]) -> list[int]:
+    """For each parameter, the first place of the same one."""
+    first: dict[int, int] = {}
+    return [first.setdefault(id(parameter), place) for place, parameter in enumerate(parameters)]
 
 
 def _kind(parameter: Any) -> tuple[Any, ...]:

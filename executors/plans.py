@@ -164,6 +164,9 @@ class Plans:
         alike = [r for r in (*reversed(self.others), self.first) if r.takes(signature)]
         usable = [r for r in alike if r.frozen == frozen and r.runs_in(now, self.device.type)]
         found = next((r for r in usable if r.reads_alike(signature) and r.holds()), None)
+        blocks = [r for r in usable if r.plan.capture.kind == "modules" and r.holds()]
+        if found is None and len(blocks) >= MANY_CHANGES:  # their code reads plain values itself
+            found = blocks[0]
         if found is not None:
             if found is not self.first:
                 self.others.move_to_end(found)
@@ -212,7 +215,7 @@ class Plans:
                 stacklevel=6,
             )
             return None
-        runner = self._renewed(model, call, usable, where, differs) if usable else None
+        runner = self._renewed(model, call, signature, usable, where, differs) if usable else None
         if runner is None:
             plain = plain_copy(model)
             plan = self._plan(plain, call, where, differs)
@@ -249,7 +252,13 @@ class Plans:
         return f"other parameters require grad than when the plan was made ({', '.join(names[:3])})"
 
     def _renewed(
-        self, model: nn.Module, call: Call, usable: list[Runner], where: str, differs: str
+        self,
+        model: nn.Module,
+        call: Call,
+        signature: CallSignature,
+        usable: list[Runner],
+        where: str,
+        differs: str,
     ) -> Runner | None:
         """The same plan on a graph captured with the Python state of now; None if it takes a plan of its own.
 
@@ -273,7 +282,8 @@ class Plans:
             else:
                 return self._runner(plan, model, plain)
         logger.warning("%s: %s; the op graph is captured again, by the same plan", where, differs)
-        plan = replace(before.plan, live=None)
+        capture = replace(before.plan.capture, leaves=signature.leaves)
+        plan = replace(before.plan, live=None, capture=capture)
         runner = self._runner(plan, model, plain, trying=True, renewed=renewed)
         try:
             with self._apart(model, call) as apart:

@@ -225,7 +225,12 @@ class _Trace:
         self.given = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
         self.reads = Reads(model)
         self.state = state_tensors(model, self.reads.roots)
-        self.inputs = [self.leaves[i] for i in self.given] + [places[0].get() for places in self.state]
+        found = [self.leaves[i] for i in self.given] + [places[0].get() for places in self.state]
+        # One tensor given twice would be one input, and another call may give two.
+        self.inputs = [
+            t.detach().requires_grad_(t.requires_grad) if any(t is other for other in found[:i]) else t
+            for i, t in enumerate(found)
+        ]
         self.written: list[str] = []
         self.writes: list[tuple[Any, Any, Any, Any]] | None = None
         self.calls = CallReads(model, call)
@@ -258,7 +263,9 @@ class _Trace:
                 for (place, mine), (_, original) in zip(ours, held, strict=True):
                     if place.get() is mine:  # else the forward has put another one there
                         place.put(original)
-                self.written, self.writes = before.changes(), before.plain_writes()
+                # Recurrent modules follow the parameters that an export puts in the places of theirs.
+                self.written = [place for place in before.changes() if "._flat_weight" not in f".{place}"]
+                self.writes = before.plain_writes()
             self.outputs, self.output_spec = tree_flatten(output)
             strange = next((o for o in self.outputs if not isinstance(o, Tensor) and not is_plain(o)), None)
             if strange is not None:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
+from types import MethodType
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def intercepted(
                     module._call_impl,
                 )  # torch calls the former instead of the latter
             originals.append((module, name, module.__dict__.get(name)))
-            module.__dict__[name] = wrap(call)
+            module.__dict__[name] = _Intercept(module, name, wrap(call))
         yield
     finally:
         for module, name, original in reversed(originals):
@@ -103,6 +104,23 @@ def intercepted(
                 module.__dict__.pop(name, None)
             else:
                 module.__dict__[name] = original
+
+
+class _Intercept:
+    """What stands for a method of a module while its calls are intercepted. A copy of the module has its own method back."""
+
+    def __init__(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        self.module, self.name = module, name
+        self.__wrapped__ = self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo.get(id(self.module))
+        if twin is None or self.name != "forward":
+            return None if self.name != "forward" else self
+        return MethodType(type(self.module).forward, twin)
 
 
 class ModuleCall:

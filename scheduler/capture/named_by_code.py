@@ -31,10 +31,16 @@ class Named:
     Attributes:
         values: (namespace, name, how a user would write it) of what is no function, class or module.
         cells: (name, cell) of closures.
+        kinds: classes of the user's own, by name.
+        functions: functions of the user's own that may run, by name.
+        names: of attributes that code reads.
     """
 
     values: list[tuple[dict[str, Any], str, str]] = field(default_factory=list)
     cells: list[tuple[str, types.CellType]] = field(default_factory=list)
+    kinds: list[tuple[str, type]] = field(default_factory=list)
+    functions: list[tuple[str, types.FunctionType]] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
 
     def objects(self) -> Iterator[tuple[str, Any]]:
         """What is reachable: roots for ``python_state.holders_of``."""
@@ -42,6 +48,8 @@ class Named:
             if not is_plain(namespace.get(name)):
                 yield path, namespace.get(name)
         yield from self.cells
+        yield from self.kinds
+        yield from self.functions
 
 
 def named_by(objects: Iterable[Any], kinds: Iterable[type] = ()) -> Named:
@@ -56,7 +64,9 @@ def named_by(objects: Iterable[Any], kinds: Iterable[type] = ()) -> Named:
     for each in objects:
         walk.know(type(each))
         forward = getattr(type(each), "forward", None) if isinstance(each, nn.Module) else None
-        for function in (forward, *getattr(each, "__dict__", {}).values()):
+        hooks = [each._forward_hooks, each._forward_pre_hooks] if isinstance(each, nn.Module) else []
+        called = [hook for found in hooks for hook in found.values()]
+        for function in (forward, *getattr(each, "__dict__", {}).values(), *called):
             walk.visit(function)
     walk.run()
     return walk.found
@@ -68,7 +78,7 @@ class _Walk:
         self.waiting: list[types.FunctionType] = []
         self.seen: set[Any] = set()
         self.methods: dict[str, list[Any]] = {}  # of the classes at hand, by name
-        self.names: set[str] = set()  # that code calls or reads as attributes
+        self.names = self.found.names  # that code calls or reads as attributes
         self.known: set[type] = set()
         self.cells: set[int] = set()
         self.places: set[tuple[int, str]] = set()
@@ -79,6 +89,7 @@ class _Walk:
             if base in self.known or not is_own_code(base.__module__):
                 continue
             self.known.add(base)
+            self.found.kinds.append((base.__name__, base))
             for name, value in vars(base).items():
                 self.methods.setdefault(name, []).append(value)
                 if name in self.names or (name.startswith("__") and name in ("__call__", "__getattr__")):
@@ -101,6 +112,7 @@ class _Walk:
             if value not in self.seen and is_own_code(value.__module__):
                 self.seen.add(value)
                 self.waiting.append(value)
+                self.found.functions.append((value.__name__, value))
             wrapped = getattr(value, "__wrapped__", None)
             if wrapped is not None:
                 self.visit(wrapped)
@@ -117,6 +129,8 @@ class _Walk:
                         content = None
                     if not isinstance(content, type) and name != "self":
                         self.found.cells.append((name, cell))
+                    if isinstance(content, type):
+                        self.know(content)
                     self._value(content)
             self._code(function.__code__, function.__globals__)
 

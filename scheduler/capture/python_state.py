@@ -35,6 +35,7 @@ __all__ = [
 MISSING: Any = object()  # in the place of what is not there
 # Of the standard library, and yet what a configuration is often made of.
 NAMESPACES = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList)
+_ITERATORS = (type(iter([])), type(iter(())), type(iter(range(0))), type(iter(range(2**70))), type(iter("")))
 MOST = 200_000  # holders that are walked: beyond, something like a data set hangs on the model
 PLAIN = (
     type(None), bool, int, float, complex, str, bytes, range, slice, type(Ellipsis),
@@ -52,6 +53,7 @@ FOREIGN = frozenset(
 _OF_MODULES = (
     "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
 )  # fmt: skip # one table
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SKIPPED = frozenset(
     (*_OF_MODULES, "_rematplan", "_non_persistent_buffers_set", "_forward_hooks_with_kwargs",
      "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks")
@@ -106,14 +108,17 @@ class Holder:
     Attributes:
         path: how it is reached, for messages.
         thing: the dict, list, deque, set, class, cell, array or generator.
-        kind: "dict", "slots", "class", "list", "set", "cell", "array" or "generator".
+        kind: "dict", "slots", "class", "list", "set", "cell", "array", "iterator" or "generator".
         owner: the class of the object whose attributes these are; None of a container.
+        about: that object, if it is a function.
     """
 
-    __slots__ = ("kind", "owner", "path", "thing")
+    __slots__ = ("about", "kind", "owner", "path", "thing")
 
-    def __init__(self, path: str, thing: Any, kind: str, owner: type | None = None) -> None:
-        self.path, self.thing, self.kind, self.owner = path, thing, kind, owner
+    def __init__(
+        self, path: str, thing: Any, kind: str, owner: type | None = None, about: Any = None
+    ) -> None:
+        self.path, self.thing, self.kind, self.owner, self.about = path, thing, kind, owner, about
 
     def content(self) -> Any:
         """What it holds now: a copy of the container, not of the values in it."""
@@ -130,6 +135,8 @@ class Holder:
             return _cell(thing)
         if self.kind == "array":
             return thing.copy()
+        if self.kind == "iterator":
+            return thing.__reduce__()
         return _generator_state(thing)
 
     def changed(self, before: Any) -> list[Any]:
@@ -146,6 +153,8 @@ class Holder:
             return [MISSING] if now != before else []
         if self.kind == "cell":
             return [] if _one(now, before) else [MISSING]
+        if self.kind == "iterator":
+            return [] if now[2:] == before[2:] and len(now) == len(before) else [MISSING]
         return [] if _equal_states(now, before) else [MISSING]
 
     def put_back(self, before: Any) -> None:
@@ -180,12 +189,15 @@ class Holder:
                 thing.cell_contents = before
         elif self.kind == "array":
             thing[...] = before
+        elif self.kind == "iterator":
+            if len(before) > 2:  # one that has come to its end has forgotten what it went through
+                thing.__setstate__(before[2])
         else:
             _set_generator_state(thing, before)
 
     def named(self, key: Any) -> str:
         """The place under a key, as a user would write it."""
-        if key is MISSING or self.kind in ("cell", "set", "array", "generator"):
+        if key is MISSING or self.kind in ("cell", "set", "array", "generator", "iterator"):
             return self.path
         attribute = isinstance(key, str) and self.kind != "list" and not self.path.endswith("]")
         if attribute:
@@ -250,6 +262,10 @@ def _opened(path: str, value: Any) -> tuple[Holder | None, Iterable[tuple[str, A
         inner: list[tuple[str, Any]] = [(start + n, c) for n, c in value._modules.items()]
         # Dicts of parameters, buffers, children and hooks are places too, of which nothing further is walked.
         inner += [(path, _Raw(attributes[name])) for name in _OF_MODULES if name in attributes]
+        for name in _HOOKS:  # what hooks are bound to, and close over
+            inner += [
+                (f"a hook of {path or 'the model'}", hook) for hook in attributes.get(name, {}).values()
+            ]
         inner += [
             (start + k, v) for k, v in attributes.items() if k not in _SKIPPED and not k.endswith("_hooks")
         ]
@@ -264,14 +280,19 @@ def _opened(path: str, value: Any) -> tuple[Holder | None, Iterable[tuple[str, A
         return Holder(path, value, "set"), ()
     if isinstance(value, (tuple, frozenset)):
         return None, [(f"{path}[{i}]", v) for i, v in enumerate(value)]
+    if type(value) in _ITERATORS:
+        return Holder(path, value, "iterator"), ()
     if isinstance(value, types.CellType):
         content = _cell(value)
         return Holder(path, value, "cell"), () if content is MISSING else [(path, content)]
     if isinstance(value, types.FunctionType):
         if not is_own_code(value.__module__):
             return None, ()
-        names = value.__code__.co_freevars
-        return None, [(name, cell) for name, cell in zip(names, value.__closure__ or (), strict=False)]
+        inner = list(zip(value.__code__.co_freevars, value.__closure__ or (), strict=False))
+        inner += [(f"{path}.{k}", v) for k, v in vars(value).items()]
+        defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        inner += [(f"{path}.__defaults__", v) for v in defaults]
+        return Holder(path, vars(value), "dict", types.FunctionType, value), inner
     if isinstance(value, types.MethodType):
         return None, [(path, value.__self__), (path, value.__func__)]
     if isinstance(value, functools.partial):

@@ -8,6 +8,7 @@ are fetched from their place again, so that another one, or one with a gradient,
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 from collections import deque
@@ -38,6 +39,7 @@ _INTERNAL = frozenset(
     {
         "__class__", "__dict__", "_parameters", "_buffers", "_modules", "_compiled_call_impl", "_is_full_backward_hook",
         "_non_persistent_buffers_set", "call_super_init", "_call_impl", "_slow_forward", "_wrapped_call_impl",
+        "_flat_weights", "_flat_weight_refs",
     }
 )  # fmt: skip # one table
 _TORCH = str(Path(torch.__file__).parent)
@@ -186,6 +188,8 @@ class Guards:
         value = container[key]
         if isinstance(value, (list, deque, dict)):
             self._hold_content(value, path)
+        elif isinstance(value, functools.partial):
+            self._hold_content(value.keywords, path)
         elif isinstance(value, set):
             self._contents.append((value, value.copy()))
             self._content_paths.append(path)
@@ -384,6 +388,14 @@ class Reads:
                 container, items = _items(holder)
                 for name, _ in items:
                     found.hold(container, name, holder.named(name))
+            if holder.kind == "class":
+                self._guard_class(found, holder)
+            elif holder.owner is types.FunctionType:
+                function = _Slots(holder.about)
+                for name in ("__defaults__", "__kwdefaults__"):
+                    found.hold(function, name, f"{holder.path}.{name}")
+                for name in holder.thing:
+                    found.hold(holder.thing, name, holder.named(name))
         for namespace, name, path in self._named.values:
             found.hold(namespace, name, path)
         for path, cell in self._named.cells:
@@ -395,6 +407,15 @@ class Reads:
         for places in tensors:
             found.hold_tensor(places)
         return found
+
+    def _guard_class(self, found: Guards, holder: Holder) -> None:
+        """Guard the values of a class that code reads through the class itself, by the names of attributes in it."""
+        kind = holder.thing
+        view = self._classes.setdefault(kind, vars(kind))
+        for name, value in view.items():
+            value_of_its_own = is_plain(value) or isinstance(value, (list, dict, set, deque, type))
+            if name in self._named.names and not name.startswith("__") and value_of_its_own:
+                found.hold(view, name, f"{holder.path}.{name}")
 
     def _guard_attribute(self, found: Guards, holder: Holder, name: str) -> None:
         container, path = holder.thing, holder.named(name)

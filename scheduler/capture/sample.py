@@ -99,6 +99,8 @@ def canonical_call(signature: inspect.Signature, args: tuple[Any, ...], kwargs: 
     )
     for name, parameter in signature.parameters.items():
         if name not in bound.arguments:
+            if name == "use_cache":
+                named[name] = False
             continue
         value = bound.arguments[name]
         if parameter.kind is parameter.VAR_POSITIONAL:
@@ -112,7 +114,9 @@ def canonical_call(signature: inspect.Signature, args: tuple[Any, ...], kwargs: 
             positional.append(value)
         elif not (value is None and parameter.default is None):
             named[name] = value
-    if "use_cache" in signature.parameters and "use_cache" not in named:
+    if named.get("use_cache", ...) is None or (
+        "use_cache" in signature.parameters and "use_cache" not in named
+    ):
         named["use_cache"] = False
     return tuple(positional), named
 

@@ -270,6 +270,7 @@ def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:
     values.update({t: t.detach().clone() for t in (*model.parameters(), *tensors) if t in surroundings.moved})
     bound = [] if sharded_within(model) else [*model.parameters(), *model.buffers(), *tensors]
     storages = [(t, t.data, storage_key(t)) for t in bound]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
     # Autograd calls what is in these dicts when a gradient arrives.
     hooks = [d for p in grads for d in (p._backward_hooks, p._post_accumulate_grad_hooks) if d]
     silent = [dict(each) for each in hooks]
@@ -296,6 +297,9 @@ def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:
         grads = dict([*grads.items(), *gathered.items()])
         for tensor, grad in grads.items():
             tensor.grad = grad
+        for parameter, flag in flags:
+            if parameter.requires_grad is not flag:
+                parameter.requires_grad_(flag)
         for tensor, data, key in storages:
             if storage_key(tensor) != key:  # ``tensor.data = other``
                 tensor.data = data
@@ -385,9 +389,12 @@ def set_apart(call: Call) -> Iterator[Call]:
     given = {id(t): t for t in tree_leaves(call) if isinstance(t, torch.Tensor)}
     before = {name: (t._version, t.detach().to("cpu", copy=True)) for name, t in given.items()}
     apart = {name: t.detach().requires_grad_() if t.requires_grad else t for name, t in given.items()}
+    others = [leaf for leaf in tree_leaves(call) if not isinstance(leaf, torch.Tensor)]
+    state = Snapshot((f"argument {i}", leaf) for i, leaf in enumerate(others))  # generators, say
     try:
         yield map_tensors(lambda t: apart[id(t)], call)
     finally:
+        state.restore()
         for name, (version, value) in before.items():
             if given[name]._version != version:  # the model changes its input in place
                 given[name].data.copy_(value)
