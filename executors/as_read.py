@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from executors.check import INTEGERS
 
@@ -25,6 +26,8 @@ _EXACT = frozenset({Tensor, nn.Parameter, nn.Buffer})
 
 def address(tensor: Tensor) -> int:
     """Where a tensor's values lie; 0 if it has no such place (sparse, fake)."""
+    if isinstance(tensor, FakeTensor):
+        return 0
     try:
         return tensor.data_ptr()
     except (RuntimeError, NotImplementedError):

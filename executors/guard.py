@@ -46,7 +46,7 @@ class Guard:
         self.names = [name for name, _ in moded]
         self.attributes = [attributes for _, attributes in moded]
         self.modes = [name not in evaluating for name in self.names]
-        self.children = [(name, m._modules, [*m._modules.values()]) for name, m in named if m._modules]
+        self.children = [(name, m._modules, {**m._modules}) for name, m in named if m._modules]
         hooked = [
             d for _, m in named[1:] for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
         ]  # fmt: skip # four dicts a module
@@ -64,9 +64,12 @@ class Guard:
             PlanMismatch: a submodule was put in the place of another, added or removed, or has a hook that would not fire.
         """
         for name, children, before in self.children:
-            if [*children.values()] != before:
+            if children != before:
+                other = [key for key, module in before.items() if children.get(key) is not module]
+                other += [key for key in children if key not in before]
+                names = ", ".join(repr(".".join(filter(None, (name, key)))) for key in other[:3])
                 raise PlanMismatch(
-                    f"planned {type(model).__name__}: submodules of {name or 'the model'!r} were added, replaced or removed "
+                    f"planned {type(model).__name__}: submodules of {name or 'the model'!r} were added, replaced or removed ({names}) "
                     "since the plan was made; call solve() and execute() again on the model as it is now"
                 )
         if not fires_hooks and (any(self.empty) or [*map(len, self.hooked)] != self.hooks):
@@ -132,10 +135,16 @@ class Trainable:
             now = [values.get(key) for values, key in zip(self.holders, self.keys, strict=True)]
             for name, parameter, kind in zip(self.names, now, self.kinds, strict=True):
                 if parameter is None or _kind(parameter) != kind:
-                    got = "was removed" if parameter is None else f"is {_kind(parameter)} now and was {kind}"
+                    got = (
+                        f"{name!r} is {_kind(parameter)} now and was {kind}"
+                        if parameter is not None
+                        else (
+                            f"{name!r} is no parameter of the model any more (weight_norm, spectral_norm, pruning and "
+                            "parametrizations put others in the place of a weight)"
+                        )
+                    )
                     raise PlanMismatch(
-                        f"planned {type(model).__name__}: parameter {name!r} {got} since the plan was made (weight_norm, pruning "
-                        "and the like come before solve); call solve() and execute() again on the model as it is now"
+                        f"planned {type(model).__name__}: {got}; call solve() and execute() again on the model as it is now"
                     )
             tied = _tied(now)
             apart = [

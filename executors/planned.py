@@ -7,7 +7,6 @@ import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from types import MethodType
 from typing import Any
 
 import torch
@@ -252,7 +251,7 @@ class _Own:
         own = getattr(model, "_rematplan_own", {})  # a copy that DataParallel makes has none
         if self.name in own:
             return own[self.name]
-        return None if self.default is None else MethodType(self.default, model)
+        return None if self.default is None else self.default.__get__(model)
 
     def __set__(self, model: Any, value: Any) -> None:
         model._rematplan_own[self.name] = value

@@ -192,6 +192,7 @@ class Plans:
             usable: those of them that differ in Python state alone.
             frozen: names of the parameters that do not require grad.
         """
+        self.first.guard.check(model, fires_hooks=True)  # submodules that are gone are no other state
         where, settings = f"planned {type(model).__name__}", self.settings
         state = any(r.reads_alike(signature) for r in usable)  # Python state is all that differs
         if not any(r.reads_alike(signature) for r in alike) and settings.on_new_shape == "error":

@@ -14,6 +14,7 @@ from tests.models import Block, Case
 from tests.steps import (
     EACH_CAPTURE,
     EITHER_CAPTURE,
+    OVERLAPPING,
     Record,
     assert_equal,
     assert_same,
@@ -166,6 +167,7 @@ def test_an_output_changed_in_place_before_backward_raises_or_makes_no_differenc
             assert_equal(found, expected)
 
 
+@OVERLAPPING
 @EITHER_CAPTURE
 def test_outputs_that_are_kept_after_backward_stay_as_they_were(capture: str) -> None:
     case = halves()

@@ -21,7 +21,7 @@ HOST = DeviceSpec("a host", memory=2**34, bandwidth=1e10, flops={"float32": 5e10
 CUDA = DeviceSpec("a card", memory=2**34, bandwidth=1e12, flops={"float32": 2e13, "bfloat16": 2e14})
 # Convolutions, batch norms and mixed kernels of the CPU take scratch space of their own, which a count without data
 # cannot see.
-BLIND = {"mlp": 0.03, "residual": 0.06, "resnet": 0.03}
+BLIND = {"mlp": 0.03, "residual": 0.06, "resnet": 0.035}
 
 
 @pytest.mark.parametrize("name", ["tiny", "mlp", "residual", "gpt2", "llama", "resnet", "vit"])

@@ -94,6 +94,8 @@ class Watch(TorchDispatchMode):
         changed: identities of the storages that were changed in place.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.random = False
@@ -110,6 +112,8 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one op and note."""
         kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload):  # an op of higher order
+            return func(*args, **kwargs)
         schema = func._schema
         given = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
         given |= {a.name: value for a, value in zip(schema.arguments, args, strict=False)} | kwargs

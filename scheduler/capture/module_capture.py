@@ -34,6 +34,7 @@ from scheduler.capture.module_calls import (
     profile,
     recurrent,
     repeatable,
+    uncompiled,
 )
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import sharded_within
@@ -301,11 +302,11 @@ def _profiled(
     Raises:
         CaptureError: the model does not run; says why.
     """
-    with fixed_draws(None, counting=True) as draws, Effort() as effort:
+    with uncompiled(), fixed_draws(None, counting=True) as draws, Effort() as effort:
         root, grad = _either_way(model, call, modules, device, whole, data)
     best, fixed = (len([*root.within()]), effort.ops), None
     for value in VALUES if draws.count and not sharded_within(model) else ():
-        with fixed_draws(value), Effort() as effort:
+        with uncompiled(), fixed_draws(value), Effort() as effort:
             other, _ = _either_way(model, call, modules, device, whole, data)
         done = len([*other.within()]), effort.ops
         if done > best or (done == best and fixed is None):

@@ -234,7 +234,7 @@ class CallSignature:
 
 
 def _words(leaf: list[Any]) -> str:
-    if leaf[0] == "tensor" and len(leaf) == 5 and isinstance(leaf[1], list):
+    if leaf[0] == "tensor" and len(leaf) in (5, 7) and isinstance(leaf[1], list):
         grad = ", requires_grad" if leaf[4] else ""
         sparse = f", {leaf[5]} with up to {leaf[6]} elements" if len(leaf) > 5 else ""
         return f"a tensor of shape {tuple(leaf[1])}, {leaf[2]} on {leaf[3]}{sparse}{grad}"
