@@ -156,8 +156,10 @@ def plans_of(model: nn.Module) -> tuple[Plan, ...]:
         return ()
     found: list[Plan] = []
     for runner in (plans.first, *plans.others):
-        if runner.plan not in found:  # graphs of other Python state share one
-            found.append(runner.plan)
+        plan = runner.plan
+        # Graphs of other Python state, or of other plain values, share one.
+        if not any(each.chain is plan.chain and each.schedule == plan.schedule for each in found):
+            found.append(plan)
     return tuple(found)
 
 

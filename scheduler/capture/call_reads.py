@@ -7,6 +7,7 @@ are looked up, of an object with tensors in it only the attributes. Whatever lie
 from __future__ import annotations
 
 import dis
+from collections import UserDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -84,12 +85,28 @@ class CallReads:
                 count = len(tree_leaves(item))
                 found[key] = range(at, at + count)
                 at += count
+            if at == leaves.stop and isinstance(value, UserDict) and isinstance(value.data, dict):
+                return self._watch_user_dict(value, found)
             if at == leaves.stop:
                 self._objects[id(members)] = found
                 self._kinds[type(value)] = None
                 return value
         self._read.update(leaves)
         return value
+
+    def _watch_user_dict(self, value: Any, found: dict[str, range]) -> Any:
+        """A batch of a tokenizer, say: its entries are in the dict that it is built on."""
+        places: dict[str, range] = {}
+        at = found.pop("data").start
+        for key, item in value.data.items():
+            count = len(tree_leaves(item))
+            places[key] = range(at, at + count)
+            at += count
+        twin = object.__new__(type(value))
+        twin.__dict__.update(vars(value), data=_NotedDict(value.data, places, self._read))
+        self._objects[id(vars(twin))] = found
+        self._kinds[type(value)] = None
+        return twin
 
     @contextmanager
     def recording(self) -> Iterator[None]:

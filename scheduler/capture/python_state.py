@@ -13,6 +13,7 @@ import functools
 import random
 import sys
 import types
+import weakref
 from collections import UserDict, UserList, deque
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -314,6 +315,11 @@ def _opened(path: str, value: Any) -> tuple[Holder | None, Iterable[tuple[str, A
             else (None, ())
         )
     kind = type(value)
+    if kind in weakref.ProxyTypes:
+        target = getattr(getattr(value, "__repr__", None), "__self__", None)
+        return None, [] if target is None else [(path, target)]
+    if isinstance(value, torch.optim.Optimizer):  # a forward may go by its learning rate
+        return Holder(path, vars(value), "dict", kind), [(f"{path}.param_groups", value.param_groups)]
     if isinstance(value, types.ModuleType) or not (is_users_code(kind.__module__) or kind in NAMESPACES):
         return None, ()
     members = getattr(value, "__dict__", None)
@@ -342,7 +348,7 @@ def _class_values(kind: type) -> list[tuple[str, Any]]:
     return [
         (f"{kind.__name__}.{k}", v)
         for k, v in vars(kind).items()
-        if not k.startswith("__") and isinstance(v, (dict, list, deque, set, types.FunctionType))
+        if not k.startswith("__") and isinstance(v, (dict, list, deque, set, type, types.FunctionType))
     ]
 
 
