@@ -7,6 +7,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from types import MethodType
 from typing import Any
 
 import torch
@@ -237,6 +238,15 @@ def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
     )  # fmt: skip # one table
 
 
+def _bound(function: Any, model: Any) -> Any:
+    return MethodType(function, model)
+
+
+# The compiler stops here, and says why a planned model is no full graph.
+_bound._torchdynamo_disable = True  # type: ignore[attr-defined]
+_bound._torchdynamo_disable_msg = _eagerly._torchdynamo_disable_msg  # type: ignore[attr-defined]
+
+
 class _Own:
     """An attribute of planned models alone: all others they share with the plain model, which must go on running plainly.
 
@@ -253,7 +263,7 @@ class _Own:
         own = getattr(model, "_rematplan_own", {})  # a copy that DataParallel makes has none
         if self.name in own:
             return own[self.name]
-        return None if self.default is None else self.default.__get__(model)
+        return None if self.default is None else _bound(self.default, model)
 
     def __set__(self, model: Any, value: Any) -> None:
         model._rematplan_own[self.name] = value

@@ -216,7 +216,9 @@ def capture_modules(
     whole = {module for module in modules.values() if _hooks_make_weights(module)}
     with noted_gradients() as gradients:
         try:
-            root, grad, fixed = _profiled(model, call, modules, device, whole, data=target is None)
+            root, grad, fixed = _profiled(
+                model, call, modules, device, whole, data=target is None and detect_fake_mode() is None
+            )
         except CaptureError as error:
             if not gradients:
                 raise
