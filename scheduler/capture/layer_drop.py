@@ -84,6 +84,8 @@ def fixed_draws(value: float | None, *, counting: bool = False) -> Iterator[_Dra
 class Effort(TorchDispatchMode):
     """Counts ops."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.ops = 0
