@@ -18,6 +18,7 @@ from tests.models import SEVEN, Block, Case, tiny
 from tests.steps import (
     EACH_CAPTURE,
     EITHER_CAPTURE,
+    OVERLAPPING,
     Record,
     assert_equal,
     assert_same,
@@ -31,6 +32,8 @@ from tests.steps import (
     train,
     within,
 )
+
+pytestmark = OVERLAPPING
 
 
 @EACH_CAPTURE

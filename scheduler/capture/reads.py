@@ -419,7 +419,9 @@ class Reads:
 
     def _guard_attribute(self, found: Guards, holder: Holder, name: str) -> None:
         container, path = holder.thing, holder.named(name)
-        ours = name == "forward" and getattr(container.get(name), "eager", False)  # stands there for the trace
+        ours = name == "forward" and getattr(
+            container.get(name), "eager", False
+        )  # stands there for the trace
         if name in container and not ours:
             found.hold(container, name, path)
             return
