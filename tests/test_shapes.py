@@ -21,7 +21,16 @@ from scheduler import CaptureError, InfeasibleBudget, Plan, PlanMismatch, solve
 from scheduler.errors import NewShapeWarning
 from tests.helpers import smallest
 from tests.models import Block, ResidualNet, make_gpt2
-from tests.steps import EITHER_CAPTURE, Record, assert_equal, assert_same, loss_of, restored, state
+from tests.steps import (
+    EITHER_CAPTURE,
+    OVERLAPPING,
+    Record,
+    assert_equal,
+    assert_same,
+    loss_of,
+    restored,
+    state,
+)
 
 WIDTH = 16
 
@@ -158,6 +167,7 @@ def test_where_the_first_plan_counts_gradients_that_exist_a_new_one_does_so_befo
     assert second.resident["existing gradients"] == first.resident["existing gradients"] > 0
 
 
+@OVERLAPPING
 @EITHER_CAPTURE
 def test_a_shape_is_planned_for_while_another_step_waits_for_its_backward(capture: str) -> None:
     model, planned = three(), planned_three(capture)

@@ -15,7 +15,7 @@ from scheduler import Plan, solve
 from scheduler.errors import PeakWarning
 from tests.helpers import smallest
 from tests.models import Case
-from tests.steps import assert_equal, loss_of, restored, train
+from tests.steps import OVERLAPPING, assert_equal, loss_of, restored, train
 
 
 def planned() -> tuple[Case, Plan]:
@@ -103,6 +103,7 @@ def test_where_nothing_is_tighter_the_warning_says_how_much_is_missing() -> None
         step(case, model)
 
 
+@OVERLAPPING
 def test_a_forward_that_is_never_reversed_is_watched_no_longer_than_to_the_next() -> None:
     case, plan = planned()
     model = execute(plan, case.model, watch=True)
