@@ -107,7 +107,8 @@ def test_a_forward_that_accelerate_wrapped_leads_to_the_plan_and_never_around_it
     twin = copy.deepcopy(prepared)  # it is captured again, by the plain forward within the wrapped one
     bare = accelerator.unwrap_model(copy.deepcopy(prepared), keep_fp32_wrapper=False)
     for model in (prepared, twin, bare):
-        case(model)
+        with accelerator.autocast():  # which the plan is for; without it another one would be made
+            case(model)
         assert trace_of(model), "the forward went around the plan"
     assert twin.forward.__self__ is twin
 
