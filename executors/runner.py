@@ -181,7 +181,6 @@ class Runner:
             )
             return
         plain = plain_copy(model)
-        call = cut_off(call)
         with bare(plain) as root:
             want = run_step(plain, lambda: root(*call[0], **call[1]), offload=True)
         differs = difference(want, run_step(plain, planned))

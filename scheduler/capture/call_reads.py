@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dis
 from collections import UserDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from scheduler.capture.flat import tree_leaves
+from scheduler.capture.python_state import reads_recorded
 from scheduler.capture.sample import Call
 
 __all__ = ["CallReads"]
@@ -64,12 +65,7 @@ class CallReads:
         if names is not None and name is not None and name not in names:
             return value  # nobody loads it
         if type(value) is dict and all(isinstance(key, str) for key in value):
-            places: dict[str, range] = {}
-            at = leaves.start
-            for key, item in value.items():
-                count = len(tree_leaves(item))
-                places[key] = range(at, at + count)
-                at += count
+            places = _places(value, leaves.start)
             return _NotedDict(value, places, self._read)
         if type(value) is SimpleNamespace:  # reads of a class written in C cannot be seen
             value = _Namespace(**vars(value))
@@ -79,15 +75,11 @@ class CallReads:
             and len(leaves) > 1
             and not isinstance(value, (Tensor, nn.Module, dict, list, tuple))
         ):
-            found: dict[str, range] = {}
-            at = leaves.start
-            for key, item in members.items():
-                count = len(tree_leaves(item))
-                found[key] = range(at, at + count)
-                at += count
-            if at == leaves.stop and isinstance(value, UserDict) and isinstance(value.data, dict):
+            found = _places(members, leaves.start)
+            whole = sum(map(len, found.values())) == len(leaves)
+            if whole and isinstance(value, UserDict) and isinstance(value.data, dict):
                 return self._watch_user_dict(value, found)
-            if at == leaves.stop:
+            if whole:
                 self._objects[id(members)] = found
                 self._kinds[type(value)] = None
                 return value
@@ -96,12 +88,7 @@ class CallReads:
 
     def _watch_user_dict(self, value: Any, found: dict[str, range]) -> Any:
         """A batch of a tokenizer, say: its entries are in the dict that it is built on."""
-        places: dict[str, range] = {}
-        at = found.pop("data").start
-        for key, item in value.data.items():
-            count = len(tree_leaves(item))
-            places[key] = range(at, at + count)
-            at += count
+        places = _places(value.data, found.pop("data").start)
         twin = object.__new__(type(value))
         twin.__dict__.update(vars(value), data=_NotedDict(value.data, places, self._read))
         self._objects[id(vars(twin))] = found
@@ -111,26 +98,11 @@ class CallReads:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record what is read of objects within the block; after ``watched``."""
-        before: list[tuple[Any, Any]] = []
-        kind: Any
-        try:
-            for kind in self._kinds:
-                own = vars(kind).get("__getattribute__")
-                try:
-                    kind.__getattribute__ = self._recorder(kind.__getattribute__)
-                except TypeError:  # a class written in C
-                    for places in self._objects.values():
-                        for each in places.values():
-                            self._read.update(each)
-                    continue
-                before.append((kind, own))
+        with reads_recorded(self._kinds, self._recorder) as unseen:
+            if unseen:
+                for places in self._objects.values():
+                    self._read.update(*places.values())
             yield
-        finally:
-            for kind, own in before:
-                if own is None:
-                    del kind.__getattribute__
-                else:
-                    kind.__getattribute__ = own
 
     def _recorder(self, original: Any) -> Any:
         read, objects, attributes_of = self._read, self._objects, object.__getattribute__
@@ -150,6 +122,15 @@ class CallReads:
     def unread(self) -> frozenset[int]:
         """The leaves, other than tensors, that were not read."""
         return frozenset(self._plain - self._read)
+
+
+def _places(values: Mapping[str, Any], start: int) -> dict[str, range]:
+    """Which leaves, from a number on, are those of each of some values."""
+    places = {}
+    for key, value in values.items():
+        places[key] = range(start, start + len(tree_leaves(value)))
+        start = places[key].stop
+    return places
 
 
 class _Namespace(SimpleNamespace):

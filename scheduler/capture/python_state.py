@@ -15,7 +15,8 @@ import sys
 import types
 import weakref
 from collections import UserDict, UserList, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ __all__ = [
     "is_own_code",
     "is_plain",
     "is_users_code",
+    "reads_recorded",
     "same_value",
     "slots_of",
 ]
@@ -210,6 +212,36 @@ class Holder:
         if attribute:
             return f"{self.path}.{key}" if self.path else key
         return f"{self.path}[{key!r}]"
+
+
+@contextmanager
+def reads_recorded(
+    kinds: Iterable[type], recorder: Callable[[Callable[[Any, str], Any]], Callable[[Any, str], Any]]
+) -> Iterator[set[type]]:
+    """Within it ``__getattribute__`` of some classes is ``recorder`` of their own.
+
+    Yields:
+        the classes written in C, of which reads cannot be seen.
+    """
+    before: list[tuple[Any, Any]] = []
+    unseen: set[type] = set()
+    kind: Any
+    try:
+        for kind in dict.fromkeys(kinds):
+            own = vars(kind).get("__getattribute__")
+            try:
+                kind.__getattribute__ = recorder(kind.__getattribute__)
+            except TypeError:
+                unseen.add(kind)
+                continue
+            before.append((kind, own))
+        yield unseen
+    finally:
+        for kind, own in before:
+            if own is None:
+                del kind.__getattribute__
+            else:
+                kind.__getattribute__ = own
 
 
 class Snapshot:

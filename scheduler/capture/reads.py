@@ -29,6 +29,7 @@ from scheduler.capture.python_state import (
     holders_of,
     is_own_code,
     is_plain,
+    reads_recorded,
     same_value,
 )
 
@@ -170,9 +171,6 @@ class Guards:
         self._writes: list[tuple[Any, Any, Any, Any]] = []
         self._known: set[tuple[int, Any]] = set()
         self._opened: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self._keys) + len(self._absent) + len(self._sized) + len(self.tensors)
 
     # ---- what is guarded -----------------------------------------------------------------------------
 
@@ -335,25 +333,10 @@ class Reads:
         """Record attribute reads within the block."""
         kinds = {holder.owner for holder in self._holders if holder.owner is not None}
         modules = [k for k in kinds if issubclass(k, nn.Module) and "__getattribute__" in vars(k)]
-        classes = [nn.Module, *modules, *(k for k in kinds if not issubclass(k, nn.Module))]
-        before: list[tuple[Any, Any]] = []
-        each: Any
-        try:
-            for each in dict.fromkeys(classes):
-                own = vars(each).get("__getattribute__")
-                try:
-                    each.__getattribute__ = self._recorder(each.__getattribute__)
-                except TypeError:  # a class written in C: reads of it cannot be seen
-                    self._unseen.add(each)
-                    continue
-                before.append((each, own))
+        classes: list[type] = [nn.Module, *modules, *(k for k in kinds if not issubclass(k, nn.Module))]
+        with reads_recorded(classes, self._recorder) as unseen:
+            self._unseen = unseen
             yield
-        finally:
-            for each, own in before:
-                if own is None:
-                    del each.__getattribute__
-                else:
-                    each.__getattribute__ = own
 
     def _recorder(self, original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
         reads, objects, attributes_of = self._reads, self._objects, object.__getattribute__

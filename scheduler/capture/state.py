@@ -263,7 +263,8 @@ def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:
     generators = RandomState(model_device(model))
     surroundings = _surroundings(model)
     state = Snapshot(surroundings.roots)
-    tensors = surroundings.tensors(model)
+    held = surroundings.state(model)
+    tensors = [places[0].get() for places in held]
     grads: dict[Tensor, Tensor | None] = {p: p.grad for p in model.parameters()}
     grads.update({t: t.grad for t in tensors if t.is_leaf and t.requires_grad})
     values = {b: b.detach().clone() for b in model.buffers()}
@@ -278,7 +279,7 @@ def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:
         tensor.grad = None
     for each in hooks:
         each.clear()
-    for places in surroundings.state(model):
+    for places in held:
         tensor = places[0].get()
         if tensor.grad_fn is not None:
             apart = tensor.detach().requires_grad_()
