@@ -24,6 +24,7 @@ from scheduler.solvers import SOLVERS
 from tests.brute_force import persistent_schedules
 from tests.helpers import smallest
 from tests.models import Block, Case
+from tests.runs import CountsRuns
 from tests.steps import (
     CPU,
     EITHER_CAPTURE,
@@ -101,7 +102,7 @@ def test_every_stage_runs_as_often_as_the_plan_says(capture: str, fraction: floa
         assert tuple(runs) == plan.timeline.runs
 
 
-class Smooth(nn.Module):
+class Smooth(CountsRuns):
     """Linear, GELU, Dropout: no buffers, for ``checkpoint`` would change them at every run."""
 
     def __init__(self) -> None:
