@@ -23,6 +23,7 @@ from scheduler.capture.flat import flatten, tensor_leaves, unflatten
 from scheduler.capture.layouts import storage_key
 from scheduler.capture.module_calls import intercepted, is_compiled
 from scheduler.capture.module_capture import Block, ModuleCapture
+from scheduler.capture.nested_plans import inner_plans_left_out
 from scheduler.capture.python_state import is_plain
 from scheduler.capture.sharded import gathered, holders, sharded_within
 from scheduler.capture.state import AutocastState, Draws, autocast_contexts, autocast_state
@@ -431,7 +432,7 @@ class ModuleStep(Step):
         del boundary
         args, kwargs = unflatten(leaves, run.spec)
         del leaves
-        with own.state.as_of(run.taken), ExitStack() as contexts:
+        with inner_plans_left_out(), own.state.as_of(run.taken), ExitStack() as contexts:
             if run.given is not None:
                 contexts.enter_context(own.state.as_of(run.given))
             if not run.is_as_then(own):

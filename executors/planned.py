@@ -16,6 +16,7 @@ from torch import nn
 from executors.plans import Plans, Settings
 from executors.runner import plain_copy, plain_forward, plans_within, sharing, wrappers
 from scheduler.capture.eager import wrapped_forward
+from scheduler.capture.nested_plans import within_a_plan
 from scheduler.capture.sample import model_fingerprint
 from scheduler.capture.sharded import reject_wrapped
 from scheduler.capture.state import model_device
@@ -201,7 +202,7 @@ def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not self.training or not torch.is_grad_enabled():
+        if not self.training or not torch.is_grad_enabled() or within_a_plan():
             return plain_forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():
             return _eagerly(self, args, kwargs)

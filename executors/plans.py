@@ -29,6 +29,7 @@ from scheduler.capture.environment import (
     environment_text,
 )
 from scheduler.capture.flat import flatten
+from scheduler.capture.nested_plans import inner_plans_left_out
 from scheduler.capture.sample import Call, CallReader, CallSignature, forward_signature, kind_of
 from scheduler.capture.sharded import CollectiveCall, NoCollectives, is_distributed, sharded_within
 from scheduler.capture.state import HostRandomState, aliased, bare, model_device, preserved
@@ -131,7 +132,8 @@ class Plans:
         flat, spec = flatten(*call)
         self._judge(model)
         try:
-            runner = self.last = self._find(model, call, flat, spec)
+            with inner_plans_left_out():
+                runner = self.last = self._find(model, call, flat, spec)
         except SampleError:  # the plain forward raises too, and leaves behind what it does until then
             return plain_forward(model, *args, **kwargs)
         if runner is None:
@@ -142,7 +144,8 @@ class Plans:
             self.tighten(model, runner, "in the last step", "run_step() would have run that step again")
         self._watch(model, runner)
         self.in_flight.begins(runner.plan)
-        output = self._run(model, runner, call, flat)
+        with inner_plans_left_out():
+            output = self._run(model, runner, call, flat)
         self.in_flight.gave(runner.plan, output)
         if self.watched is not None:
             self.watched[1].until_backward_ends(output)

@@ -15,7 +15,7 @@ from scheduler.budget import format_bytes, free_machine_bytes, machine_bytes, pa
 from scheduler.capture.call_reads import CallReads
 from scheduler.capture.callables import CallableChain
 from scheduler.capture.dry import capture_dry, without_hardware
-from scheduler.capture.eager import replaced
+from scheduler.capture.eager import own_attributes, replaced
 from scheduler.capture.environment import environment_text
 from scheduler.capture.fake import has_data
 from scheduler.capture.flat import map_tensors, tree_leaves
@@ -24,6 +24,7 @@ from scheduler.capture.layouts import is_plain, tensor_bytes
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.module_calls import Recurrence, intercepted, is_compiled
 from scheduler.capture.module_capture import ModuleCapture, capture_blocks
+from scheduler.capture.nested_plans import inner_plans_left_out
 from scheduler.capture.sample import (
     Call,
     CallSignature,
@@ -206,11 +207,12 @@ def priced(request: Request, *, options: bool = True) -> Priced:
         options: whether to look for options of stages that keep less than all.
     """
     name = type(request.model).__name__
-    with met(
+    cannot = met(
         f"solve: {name} cannot be planned",
         "pass capture=[blocks], the modules that run in order",
         (ValueError,),
-    ):
+    )
+    with cannot, inner_plans_left_out():
         return _priced(request, options)
 
 
@@ -582,7 +584,7 @@ def _planned_call(
     def forward(*args: Any, **kwargs: Any) -> Any:
         return captured.trial(model, canonical_call(signature, args, kwargs))
 
-    with replaced(vars(model), forward=forward):
+    with replaced(own_attributes(model), forward=forward):
         return model(*args, **kwargs)
 
 

@@ -63,12 +63,14 @@ def test_prediction_rehearsal_and_measurement_agree(name: str, share: float) -> 
     assert fake.uncounted == real.uncounted == ()
     assert abs(fake.peak - real.peak) <= 0.001 * real.peak
     # Action by action, the step without data is the real one, what kernels take within themselves included.
-    # A backward whose gradients arrive in another order is seen in one of them alone, now and then.
-    assert (
-        sum((a.observed is None) != (b.observed is None) for a, b in zip(fake.rows, real.rows, strict=True))
-        <= 1
-    )
-    for seen, true in zip(fake.rows, real.rows, strict=True):
+    # Where a re-run has nothing to compute, all there is to see is the comparison of what it reads, which takes data.
+    rows = list(zip(fake.rows, real.rows, strict=True))
+    assert not [
+        (seen, true)
+        for seen, true in rows
+        if (seen.observed is None) != (true.observed is None) and true.op != "aten::cat"
+    ]
+    for seen, true in rows:
         if seen.observed is None or true.observed is None:
             continue
         assert abs(true.observed - seen.observed) <= 0.001 * plan.predicted_peak, (seen, true)

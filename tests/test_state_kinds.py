@@ -19,7 +19,7 @@ from tests.training_loops import EXTRAS, MIDWAY, SHAPES
 from tests.training_models import LATE, LEVELS, ROOTS, Held, Recipe, Step
 
 # These may be refused: more is live than under the plan's budget, or the forward itself has made another model of it.
-REFUSED = ("Optional", "LazyParameter", "frozen at first")
+REFUSED = ("Optional", "Int", "LazyParameter", "frozen at first")
 
 BASE = Recipe(
     seed=5,

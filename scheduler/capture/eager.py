@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-__all__ = ["as_eager", "replaced", "wrapped_forward"]
+__all__ = ["as_eager", "own_attributes", "replaced", "wrapped_forward"]
 
 _MAKERS = (torch.arange, torch.full, torch.ones, torch.tensor, torch.zeros)
 _READERS = (Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.item, Tensor.tolist)
@@ -47,7 +47,7 @@ def as_eager(model: nn.Module) -> Iterator[None]:
     forward.eager = True  # type: ignore[attr-defined] # ``wrapped_forward`` knows it by that
     transformers = sys.modules.get("transformers.utils.import_utils")
     with (
-        replaced(_own(model), forward=forward),
+        replaced(own_attributes(model), forward=forward),
         replaced(vars(transformers) if transformers else {}, is_fake_tensor=lambda x: False),
     ):
         yield
@@ -55,11 +55,11 @@ def as_eager(model: nn.Module) -> Iterator[None]:
 
 def wrapped_forward(model: nn.Module) -> Any:
     """The ``forward`` that somebody put on the object, around that of its class; None if nobody but ``as_eager`` did."""
-    found = _own(model).get("forward")
+    found = own_attributes(model).get("forward")
     return None if getattr(found, "eager", False) else found
 
 
-def _own(model: nn.Module) -> dict[str, Any]:
+def own_attributes(model: nn.Module) -> dict[str, Any]:
     """Where a ``forward`` that is put on the object is kept: a planned model has a place of its own for it."""
     own: dict[str, Any] = getattr(model, "_rematplan_own", vars(model))
     return own

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from scheduler.capture.call_reads import CallReads
-from scheduler.capture.eager import replaced
+from scheduler.capture.eager import own_attributes, replaced
 from scheduler.capture.flat import tree_flatten, tree_leaves, tree_unflatten
 from scheduler.capture.graph import OUTPUT, SPARSE, Face, OpGraph, analyse
 from scheduler.capture.layouts import is_plain as is_view
@@ -276,7 +276,7 @@ class _Trace:
 
         flat.eager = True  # type: ignore[attr-defined] # not somebody's own (eager.wrapped_forward)
         try:
-            with bare(self.model) as root, replaced(vars(self.model), forward=flat):
+            with bare(self.model) as root, replaced(own_attributes(self.model), forward=flat):
                 yield root
         finally:
             whole.restore()  # export itself binds copies of containers

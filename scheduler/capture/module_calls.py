@@ -22,6 +22,7 @@ from torch._C import _functorch as functorch
 
 from scheduler.capture.block_state import BlockState
 from scheduler.capture.call_state import CallState
+from scheduler.capture.eager import own_attributes
 from scheduler.capture.fake import Watch
 from scheduler.capture.flat import tensor_leaves
 from scheduler.capture.sample import Call
@@ -95,15 +96,16 @@ def intercepted(
                     "_compiled_call_impl",
                     module._call_impl,
                 )  # torch calls the former instead of the latter
-            originals.append((module, name, module.__dict__.get(name)))
-            module.__dict__[name] = _Intercept(module, name, wrap(call))
+            own = own_attributes(module)
+            originals.append((own, name, own.get(name)))
+            own[name] = _Intercept(module, name, wrap(call))
         yield
     finally:
-        for module, name, original in reversed(originals):
+        for own, name, original in reversed(originals):
             if original is None:
-                module.__dict__.pop(name, None)
+                own.pop(name, None)
             else:
-                module.__dict__[name] = original
+                own[name] = original
 
 
 class _Intercept:
