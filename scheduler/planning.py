@@ -569,10 +569,24 @@ def _exact_graph(request: Request, plain: StepResult) -> GraphCapture:
             refused = refused or error
             continue
         return captured
-    step = functools.partial(model, *args, **kwargs)
-    again = difference(plain, run_step(model, step, offload=True, call=request.call))
-    why = "; the plain model itself is not deterministic" if again else ""
+    why = _unrepeatable(model, plain, functools.partial(model, *args, **kwargs), request.call)
     raise CaptureError(f"{refused}{why}") from refused
+
+
+def _unrepeatable(model: nn.Module, plain: StepResult, step: Callable[[], Any], call: Call) -> str:
+    """Why another plain step differs from the first one, in words; "" if it does not.
+
+    Python's and NumPy's generators go on between plain steps, as in training: it is for the same numbers that two are compared.
+    """
+    random = HostRandomState()
+    later = run_step(model, step, offload=True, call=call)
+    random.restore()
+    again = run_step(model, step, offload=True, call=call)
+    if difference(later, again) is not None:
+        return "; the plain model itself is not deterministic"
+    if difference(plain, later) is not None:
+        return "; the forward draws from the generators of Python or NumPy, which a graph would do once and for all"
+    return ""
 
 
 def _planned_call(

@@ -32,10 +32,12 @@ def test_random_training_loops_train_bit_equal_and_within_budget_or_are_refused(
     """benchmarks/random_training_loops.py runs a thousand."""
     found: Counter[str] = Counter()
     for seed in range(2000, 2025):
-        verdict = judge(draw(seed), measured=seed % 5 == 0)
-        assert not verdict.bad, f"{verdict.kind}: {verdict.reason} | {draw(seed)}"
-        found[verdict.kind] += 1
-    assert found["refused"] <= 0.3 * found.total()
+        recipe = draw(seed)
+        verdict = judge(recipe, measured=seed % 5 == 0)
+        assert not verdict.bad, f"{verdict.kind}: {verdict.reason} | {recipe}"
+        if recipe.capture != "graph":  # where a graph is asked for, there often is none
+            found[verdict.kind] += 1
+    assert found["refused"] <= 0.1 * found.total()
 
 
 def test_a_seed_draws_one_recipe_and_most_of_what_there_is_is_drawn() -> None:

@@ -7,7 +7,7 @@ the graph alone. Transients and seconds are measured, once per distinct stage.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -24,7 +24,15 @@ from scheduler.capture.sample import Call
 from scheduler.capture.state import CPU_RANDOM_STATE
 from scheduler.chain import Carried, Chain, Option, Stage
 from scheduler.costs.gradients import GradFlows, gradients_at_hand, parameter_grads
-from scheduler.costs.measure import Enter, OptionCost, StageCost, StageRun, fresh_grads, measure_stage
+from scheduler.costs.measure import (
+    Enter,
+    OptionCost,
+    StageCost,
+    StageRun,
+    cached_casts,
+    fresh_grads,
+    measure_stage,
+)
 from scheduler.costs.options import measure_options
 from scheduler.costs.peak import allocated
 from scheduler.costs.resident import rerun_state, storage_bytes
@@ -87,6 +95,7 @@ def measure_graph(
         how = (
             clock,
             options,
+            capture.clearing,
             *surroundings,
             carried,
             k == last,
@@ -105,6 +114,8 @@ def measure_graph(
             if options:
                 found, gap = measure_options(capture, k, run, arguments, clock=clock)
                 cost = replace(cost, options=found, gap=gap)
+            if not capture.clearing:
+                cost = replace(cost, cached=cached_casts(lambda: stage.function(*arguments), capture.place))
             costs[key] = cost
             model.zero_grad(set_to_none=True)
         progress(k + 1, len(capture))
@@ -259,12 +270,15 @@ def graph_chain(
         [cost.lead for cost in costs],
         [made + max(0, more) for made, more in zip(created, change, strict=True)],
     )
+    casts = _cached(capture, costs)
+    change[-1] -= sum(casts)  # the forward is over then
     stages = []
     for k, stage in enumerate(capture.stages):
         cost = costs[k]
         carried = total(linear.carried[k])
         # The last stage is not run again, which would make them once more.
         new = carried if k == count - 1 else 0
+        carried += casts[k]
         entering = [key for key in linear.boundaries[k] if graph.groups[key].producer >= 0]
         following = total(linear.boundaries[k + 1])
         made = total(set(linear.boundaries[k + 1]) - set(linear.boundaries[k]))
@@ -332,6 +346,9 @@ def graph_chain(
         for made, keys in enumerate(linear.carried)
         for key in keys
     ]
+    carried_values += [
+        Carried(number, k, freed=count - 1) for k, size in enumerate(casts) for number in values.unseen(size)
+    ]
     return Chain(tuple(stages), 0, output_grad, fixed, name, tuple(values.sizes), tuple(carried_values))
 
 
@@ -356,6 +373,19 @@ class _Values:
             return ()
         self.sizes.append(size)
         return (len(self.sizes) - 1,)
+
+
+def _cached(capture: GraphCapture, costs: Sequence[StageCost]) -> list[int]:
+    """(L,) bytes of casts that each stage adds to autocast's cache: of what the stages before have cast there is one."""
+    met: set[tuple[str, Any]] = set()
+    sizes = []
+    for stage, cost in zip(capture.stages, costs, strict=True):
+        leaves = {
+            (s.kind, s.key) for s in stage.sources if s.requires_grad and s.kind in ("parameter", "input")
+        }
+        sizes.append(cost.cached if leaves - met else 0)
+        met |= leaves
+    return sizes
 
 
 def _freed(capture: GraphCapture, saved_by: list[set[int]], waiting: Collection[int]) -> dict[int, int]:

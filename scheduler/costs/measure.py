@@ -26,6 +26,7 @@ __all__ = [
     "OptionCost",
     "StageCost",
     "StageRun",
+    "cached_casts",
     "fresh_grads",
     "measure_stage",
     "rebuild_peak",
@@ -79,6 +80,7 @@ class StageCost:
         left: bytes that stay when it is reversed, besides gradients: its code holds on to what it made (a state).
         gap: share by which the seconds of an option may exceed the least for its bytes.
         rebuild_peak: most bytes above the inputs while it is run again to its last saved tensor.
+        cached: bytes of weights that autocast casts for it, where its cache holds them until the forward is over.
     """
 
     forward: float
@@ -94,6 +96,7 @@ class StageCost:
     left: int = 0
     gap: float = 0.0
     rebuild_peak: int | None = None
+    cached: int = 0
 
 
 Enter = Callable[[int, Tensor], Tensor]
@@ -281,6 +284,28 @@ def rebuild_peak(
 
     with uncached():
         return count_bytes(again, device).peak
+
+
+def cached_casts(run: Callable[[], Any], device: Device) -> int:
+    """Bytes of cast weights that autocast's cache holds once something has run.
+
+    Args:
+        run: without inputs that require grad and are leaves: autocast would take them for weights.
+    """
+    if isinstance(device, Target) or not torch.is_autocast_enabled(device.type):
+        return 0
+
+    def step(_: Callable[[], None]) -> None:
+        with (
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(shielded(lambda _: None), lambda _: torch.empty(0)),
+        ):
+            run()
+
+    torch.clear_autocast_cache()
+    cached = count_bytes(step, device).end
+    torch.clear_autocast_cache()
+    return cached
 
 
 def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: bool = True) -> StageCost:

@@ -19,9 +19,17 @@ from scheduler.capture.flat import map_tensors, tensor_leaves, tree_flatten, tre
 from scheduler.capture.layouts import held_bytes, storage_key, storage_keys, tensor_bytes
 from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.state import shielded
-from scheduler.costs.measure import Enter, StageCost, StageRun, as_leaf, fresh_grads, measure_stage
+from scheduler.costs.measure import (
+    Enter,
+    StageCost,
+    StageRun,
+    as_leaf,
+    cached_casts,
+    fresh_grads,
+    measure_stage,
+)
 from scheduler.costs.op_trace import trace_of_ops
-from scheduler.costs.peak import allocated, count_bytes
+from scheduler.costs.peak import allocated
 from scheduler.costs.roofline import estimate_run
 from scheduler.costs.skeleton import Box
 
@@ -148,7 +156,7 @@ class BlockRun:
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(pack), lambda t: t):
                 return tensor_leaves(self(as_leaf))
 
-        cached = _cached_casts(capture, self)
+        cached = cached_casts(lambda: self(as_leaf), capture.place)
         outputs = saving()
         everything = frozenset(kept)
         kept.clear()
@@ -179,21 +187,3 @@ class BlockRun:
             (casts, max(0, cached - casts)),
             Box({i: t.requires_grad for i, t in outputs}, cost.input_grads),
         )
-
-
-def _cached_casts(capture: ModuleCapture, run: Callable[[Enter], Any]) -> int:
-    """Bytes of cast weights that autocast's cache holds once a block has run."""
-    if not torch.is_autocast_enabled(capture.device.type):
-        return 0
-
-    def step(_: Callable[[], None]) -> None:
-        with (
-            torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(shielded(lambda _: None), lambda _: torch.empty(0)),
-        ):
-            run(as_leaf)
-
-    torch.clear_autocast_cache()
-    cached = count_bytes(step, capture.place).end
-    torch.clear_autocast_cache()
-    return cached
