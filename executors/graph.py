@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from executors.as_read import AsRead, Sampler
@@ -16,6 +16,7 @@ from scheduler.capture.flat import tree_unflatten
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.recompute import Rebuild, compile_rebuilds, origin_of_pack
 from scheduler.capture.stages import GraphStage, Source
+from scheduler.capture.state import uncached
 from scheduler.program import ReplayProgram
 from scheduler.schedule import Keep
 
@@ -107,23 +108,24 @@ class GraphExecutor:
         step = None if self.keeps_all and self.observe is None else GraphStep(self, flat_inputs)
         carried: dict[str, Tensor] = {}
         boundary: tuple[Tensor, ...] = ()
-        for k, stage in enumerate(self.stages):
-            if step is not None:
-                results = step.first_run(k, boundary, carried)
-            else:
-                own = [values[key] for _, values, key in self.lookups[k]]
-                results = stage.function(*self.gather[k](own, boundary, carried, flat_inputs, self.constants))
-            if self.capture.clearing:
-                torch.clear_autocast_cache()
-            boundary = self.follow[k](results, boundary)
-            for name, index in zip(stage.carried, stage.carried_from, strict=True):
-                carried[name] = results[index]
+        with uncached() if self.capture.uncached else nullcontext():
+            for k, stage in enumerate(self.stages):
                 if step is not None:
-                    step.carry(name, results[index])
-            if step is not None:
-                step.watch(k, results)
-                step.after_first_run(k, results, boundary)
-            del results
+                    results = step.first_run(k, boundary, carried)
+                else:
+                    own = [values[key] for _, values, key in self.lookups[k]]
+                    results = stage.function(
+                        *self.gather[k](own, boundary, carried, flat_inputs, self.constants)
+                    )
+                boundary = self.follow[k](results, boundary)
+                for name, index in zip(stage.carried, stage.carried_from, strict=True):
+                    carried[name] = results[index]
+                    if step is not None:
+                        step.carry(name, results[index])
+                if step is not None:
+                    step.watch(k, results)
+                    step.after_first_run(k, results, boundary)
+                del results
         output = [self._output(leaf, flat_inputs, carried) for leaf in self.capture.outputs]
         if step is not None:
             step.sweep_is_over()

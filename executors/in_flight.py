@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from executors.replay import ReplayError
 from scheduler.budget import format_bytes
 from scheduler.capture.loss import output_tensors
 from scheduler.errors import PeakWarning
@@ -27,6 +28,30 @@ _STEP_FUNCTION = (
     "plan the whole step: solve(step_function, budget, sample=batch) takes a function that makes all these calls and returns "
     "the loss"
 )
+
+
+class _CastMark:
+    """Tells whether autocast's cache still holds what it held after a forward: whether its context goes on.
+
+    A cast that is taken from the cache has the node in the graph of the one that put it there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.weight = torch.ones(1, 1, device=device, requires_grad=True)
+        self.node: Any = None
+
+    def put(self) -> None:
+        """Put a cast into the cache."""
+        self.node = self._cast()
+
+    def stays(self) -> bool:
+        """Whether it is there still; it is afterwards."""
+        before, self.node = self.node, self._cast()
+        return before is not None and self.node is before
+
+    def _cast(self) -> Any:
+        with torch.enable_grad():
+            return torch.mm(self.weight.detach(), self.weight).grad_fn.next_functions[1][0]  # type: ignore[union-attr] # of a product
 
 
 class _Graph:
@@ -53,26 +78,58 @@ class InFlight:
 
     Args:
         name: of the model, for warnings.
+        device: that holds it.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, device: torch.device) -> None:
         self.name = name
+        self.device = device
+        self.mark: _CastMark | None = None
         self.said: set[str] = set()
         self.graphs: list[weakref.ref[_Graph]] = []  # not reversed yet, when last looked at
         self._waiting: dict[int, tuple[Plan, int]] = {}
 
-    def begins(self, plan: Plan) -> None:
+    def shares_casts(self) -> bool:
+        """Whether a forward that begins now has casts in common with earlier ones, in the plain model."""
+        return self.mark is not None and self._caches() and bool(self._earlier()) and self.mark.stays()
+
+    def begins(self, plan: Plan, shares_casts: bool = False) -> None:
         """A forward by this plan is about to run.
+
+        Args:
+            shares_casts: what the method of this name said before the plan was looked for.
+
+        Raises:
+            ReplayError: the plain model casts each weight once for this forward and earlier ones that still wait for their
+                backward, in which the gradients of all are summed before they are cast back; by these plans it does not.
 
         Warns:
             PeakWarning: earlier ones still wait for their backward, and together they will not fit the budget.
         """
+        earlier = self._earlier()
+        if shares_casts and (
+            any(each.capture.uncached for each in (plan, *earlier)) or not self.shares_casts()
+        ):
+            raise ReplayError(
+                f"planned {self.name}: another forward runs within the same torch.autocast while an earlier one waits for its "
+                "backward. There the plain model casts each weight once, and sums its gradients in the lower precision, which "
+                "a plan for one forward does not. Enter torch.autocast for each forward anew, or call backward on each loss "
+                f"before the next forward; or {_STEP_FUNCTION}"
+            )
+        if earlier and "forward" not in self.said:
+            self._overlap(plan, earlier)
+
+    def _earlier(self) -> list[Plan]:
+        """The plans of forwards that wait for their backward."""
         if not self.graphs or _in_backward():
-            return
+            return []
         alive = [(ref, graph) for ref in self.graphs if (graph := ref()) is not None and not graph.reversed]
         self.graphs = [ref for ref, _ in alive]
-        if alive and "forward" not in self.said:
-            self._overlap(plan, [graph.plan for _, graph in alive])
+        return [graph.plan for _, graph in alive]
+
+    def _caches(self) -> bool:
+        """Whether autocast keeps casts of weights, as things are."""
+        return torch.is_autocast_enabled(self.device.type) and torch.is_autocast_cache_enabled()
 
     def gave(self, plan: Plan, output: Any) -> None:
         """A forward by this plan is over, and gave ``output``."""
@@ -85,6 +142,9 @@ class InFlight:
                 tensor.grad_fn.register_prehook(graph)
         if graph is not None:
             self.graphs.append(weakref.ref(graph))
+            if self._caches():
+                self.mark = self.mark or _CastMark(self.device)
+                self.mark.put()
 
     def _overlap(self, plan: Plan, earlier: list[Plan]) -> None:
         waiting = sum(map(self._waiting_of, earlier))

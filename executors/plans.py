@@ -113,7 +113,7 @@ class Plans:
         self.evicted = False
         self.last: Runner | None = None
         self.watched: tuple[Runner, Watch] | None = None
-        self.in_flight = InFlight(type(model).__name__)
+        self.in_flight = InFlight(type(model).__name__, self.device)
         self.trace: Trace | None = None
         replan = self.alone and self.device.type == "cuda"
         if settings.on_oom is not None:
@@ -131,6 +131,7 @@ class Plans:
         call = self.read(args, kwargs)
         flat, spec = flatten(*call)
         self._judge(model)
+        shares_casts = self.in_flight.shares_casts()
         try:
             with inner_plans_left_out():
                 runner = self.last = self._find(model, call, flat, spec)
@@ -143,7 +144,7 @@ class Plans:
             runner.ran_out = executor.ran_out = False
             self.tighten(model, runner, "in the last step", "run_step() would have run that step again")
         self._watch(model, runner)
-        self.in_flight.begins(runner.plan)
+        self.in_flight.begins(runner.plan, shares_casts)
         with inner_plans_left_out():
             output = self._run(model, runner, call, flat)
         self.in_flight.gave(runner.plan, output)

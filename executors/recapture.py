@@ -72,7 +72,7 @@ def recaptured(plan: Plan, model: nn.Module, call: Call) -> GraphCapture | Modul
         if isinstance(found, GraphCapture):
             with uncached():  # or casts of runs without grad would be those of the step
                 _check_graph(plan, model, call, found)
-            found.clearing = _clears(plan, model, call, found)
+            found.uncached = _runs_uncached(plan, model, call, found)
     except (CaptureError, PlanMismatch) as error:
         raise PlanMismatch(f"{where}: {error}; make a new plan with solve()") from error
     return found
@@ -236,22 +236,22 @@ def _check_options(plan: Plan, model: nn.Module, call: Call, found: GraphCapture
             return
 
 
-def _clears(plan: Plan, model: nn.Module, call: Call, found: GraphCapture) -> bool:
-    """Whether autocast's casts go after each stage: they do under autocast, unless gradients are then summed otherwise."""
-    clearing = plan.capture.clearing
+def _runs_uncached(plan: Plan, model: nn.Module, call: Call, found: GraphCapture) -> bool:
+    """Whether stages run without autocast's cache: they do under autocast, unless gradients are then summed otherwise."""
+    without = plan.capture.uncached
     if not torch.is_autocast_enabled(found.device.type):
-        if clearing:
+        if without:
             raise CaptureError("the plan was made within autocast, and this forward runs outside of it")
         return False
     if is_distributed() or detect_fake_mode() is not None:
-        return clearing
+        return without
     torch.clear_autocast_cache()
     plain = run_step(model, lambda: model(*call[0], **call[1]), offload=True)
-    found.clearing = True
+    found.uncached = True
     exact = difference(plain, run_step(model, lambda: found.sweep(model, call), offload=True)) is None
     torch.clear_autocast_cache()
-    if exact != clearing:
+    if exact != without:
         raise CaptureError(
-            f"autocast's casts {'can' if exact else 'cannot'} go after each stage, and the plan says otherwise"
+            f"stages {'can' if exact else 'cannot'} run without autocast's cache, and the plan says otherwise"
         )
-    return clearing
+    return without

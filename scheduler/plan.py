@@ -48,7 +48,7 @@ class CaptureRecord:
         rerun: (L,) for each option of a stage, the ops that run again, by their places in it (empty for modules).
         gaps: (L,) share by which the seconds of an option may exceed the least for its bytes; 0 if proven (likewise).
         ops: (L,) for each op of a stage, its name and the bytes that autograd saves of what it makes (likewise).
-        clearing: whether what autocast has cached is let go of after each stage.
+        uncached: whether stages run without autocast's cache of casts.
         begins: (L - 1,) why each stage but the first begins where it does (empty for modules, and in old plans).
         left_out: (why, how many) gaps that are no cuts after all.
         evaluating: names of submodules that were in eval mode.
@@ -73,7 +73,7 @@ class CaptureRecord:
     dropped: tuple[tuple[tuple[int, ...], ...], ...] = ()
     rerun: tuple[tuple[tuple[int, ...], ...], ...] = ()
     gaps: tuple[float, ...] = ()
-    clearing: bool = False
+    uncached: bool = False
     ops: tuple[tuple[tuple[str, int], ...], ...] = ()
     begins: tuple[Cut, ...] = ()
     left_out: tuple[tuple[str, int], ...] = ()

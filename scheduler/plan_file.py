@@ -168,7 +168,7 @@ _RECORD = objects(
         "dropped": rows(rows(rows(count))),
         "rerun": rows(rows(rows(count))),
         "gaps": rows(seconds),
-        "clearing": flag,
+        "uncached": flag,
         "ops": rows(rows(tuples(text, count))),
         "begins": rows(_CUT),
         "left_out": rows(tuples(choice(*LEFT_OUT), count)),

@@ -556,10 +556,10 @@ def _exact_graph(request: Request, plain: StepResult) -> GraphCapture:
             with met("the exported graph cannot be run stage by stage"):
                 captured = capture_graph(graph, model)
                 trial = functools.partial(_planned_call, captured, model, args, kwargs)
-                captured.clearing = torch.is_autocast_enabled(request.device.type)
+                captured.uncached = torch.is_autocast_enabled(request.device.type)
                 differs = difference(plain, run_step(model, trial, offload=True, call=request.call))
-                if differs is not None and captured.clearing:
-                    captured.clearing = False
+                if differs is not None and captured.uncached:
+                    captured.uncached = False
                     differs = difference(plain, run_step(model, trial, offload=True, call=request.call))
                 if differs is not None:
                     raise CaptureError(f"the exported graph does not train like the plain model: {differs}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import time
 import warnings
@@ -12,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from executors import execute, measure_peak
+from executors import ReplayError, execute, measure_peak
 from executors.in_flight import InFlight, retained_peak, waiting_bytes
 from executors.planned import plan_of
 from scheduler import Plan, solve
 from scheduler.errors import PeakWarning
 from tests.helpers import smallest
-from tests.steps import EITHER_CAPTURE
+from tests.steps import EITHER_CAPTURE, OVERLAPPING
 
 BATCH = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -223,9 +224,82 @@ def test_bytes_that_wait_are_those_that_a_forward_leaves() -> None:
     assert retained_peak(plan(model)) > plan(model).predicted_peak
 
 
+def gradients_of(model: nn.Module, contexts: int, others: nn.Module | None = None) -> list[Tensor]:
+    """Of a sum of two losses, whose forwards run within one autocast context or two, and of another model called around it."""
+    weights = [p for each in (model, others) if each is not None for p in each.parameters()]
+    for weight in weights:
+        weight.grad = None
+    losses: list[Tensor] = []
+    for number in range(contexts):
+        with torch.autocast("cpu", torch.bfloat16):
+            for scale in (1.0, 0.7)[number : number + 3 - contexts]:
+                losses.append(model(scale * BATCH))
+                if others is not None:
+                    losses.append(others(scale * BATCH))
+    torch.stack([loss.float() for loss in losses]).sum().backward()
+    return [weight.grad for weight in weights if weight.grad is not None]
+
+
+def in_bfloat16(capture: str) -> tuple[nn.Module, nn.Module]:
+    """A model, and the same by a plan for autocast."""
+    torch.manual_seed(0)
+    plain = Net()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = solve(plain, "1GiB", sample=BATCH, capture=capture)
+    return plain, execute(found.within(smallest(found.chain)), copy.deepcopy(plain))
+
+
+@OVERLAPPING
+@EITHER_CAPTURE
+def test_forwards_within_one_autocast_context_share_casts_or_are_refused(capture: str) -> None:
+    plain, model = in_bfloat16(capture)
+    assert all(map(torch.equal, gradients_of(model, 2), gradients_of(plain, 2)))
+    assert not all(
+        map(torch.equal, gradients_of(plain, 1), gradients_of(plain, 2))
+    )  # which the test is about
+    if plan(model).capture.uncached:
+        with pytest.raises(ReplayError, match=r"within the same torch\.autocast"):
+            gradients_of(model, 1)
+    else:
+        assert all(map(torch.equal, gradients_of(model, 1), gradients_of(plain, 1)))
+    # Microbatches, each reversed before the next, share no sum.
+    for each in (plain, model):
+        each.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            for scale in (1.0, 0.7):
+                each(scale * BATCH).backward()
+    for a, b in zip(plain.parameters(), model.parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        assert torch.equal(a.grad, b.grad)
+
+
+@OVERLAPPING
+def test_a_plan_leaves_what_autocast_has_cached_for_other_models() -> None:
+    plain, model = in_bfloat16("graph")
+    torch.manual_seed(1)
+    other = Net()
+    gradients_of(model, 2)  # the first forward verifies the plan
+    expected = gradients_of(Pair(plain), 1, other)
+    assert all(map(torch.equal, gradients_of(Pair(model), 1, other), expected))
+
+
+class Pair(nn.Module):
+    """A model whose second call runs nothing of the first."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.inner(x) if self.calls % 2 else x.square().mean()
+
+
 @pytest.mark.slow
 def test_looking_costs_no_more_than_an_op_on_a_few_numbers() -> None:
-    steps, made = InFlight("Net"), plan(planned())
+    steps, made = InFlight("Net", torch.device("cpu")), plan(planned())
     one = torch.ones(1, requires_grad=True)
 
     def least(look: Callable[[Tensor], object]) -> float:

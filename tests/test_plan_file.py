@@ -256,7 +256,7 @@ def test_what_a_plan_leaves_out_is_found_on_the_model() -> None:
     [
         ("graph", ("changed", 0), ["nowhere"], "names 'nowhere', which is no buffer of this model"),
         ("graph", ("evaluating",), ["nowhere"], "names 'nowhere', which is no submodule of this model"),
-        ("graph", ("clearing",), True, "made within autocast"),
+        ("graph", ("uncached",), True, "made within autocast"),
         ("modules", ("stages", 0), "nowhere", "names 'nowhere', which is no submodule"),
         ("modules", ("stages", 0), "", "names '', which is no submodule"),
         ("modules", ("fed", 1), [[0, 1, 1]], r"is fed \(\(0, 0, 1\),\).* and \(\(0, 1, 1\),\) in the plan"),

@@ -24,7 +24,7 @@ from scheduler.capture.linearize import Linear, linearize
 from scheduler.capture.recompute import op_rows
 from scheduler.capture.sample import Call
 from scheduler.capture.stages import GraphStage, Source, compile_stages
-from scheduler.capture.state import RandomState, model_device, on_gradient
+from scheduler.capture.state import RandomState, model_device, on_gradient, uncached
 from scheduler.capture.target import Device, Target
 from scheduler.capture.unwind import met
 from scheduler.errors import CaptureError
@@ -43,9 +43,8 @@ class GraphCapture:
         changed: (L,) names of the buffers that the stage changes.
         dropped: (L,) for each option of the stage, the packs (``recompute.py``) that it does not keep.
         rerun: (L,) for each option of the stage, the ops that run again, by their places in it.
-        clearing: whether what autocast has cached is let go of after each stage, or the casts of all weights would stay until
-            the forward is over. Gradients of a weight that several stages read are then summed in another order, so that
-            it is to be tried.
+        uncached: whether stages run without autocast's cache, in which the casts of all weights would stay until the forward
+            is over. The gradient of a weight that is cast twice is then summed otherwise, so that it is to be tried.
         layouts: of values that cross a cut, strides of their gradients in the trial step where they are a permutation, ()
             where not; None if no gradient arrived. Empty without a trial.
         gaps: (L,) share by which the seconds of an option may exceed the least for its bytes; 0 if proven.
@@ -64,7 +63,7 @@ class GraphCapture:
     dropped: list[tuple[frozenset[int], ...]] = field(default_factory=list)
     rerun: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
-    clearing: bool = False
+    uncached: bool = False
     layouts: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
     target: Target | None = None
 
@@ -119,10 +118,9 @@ class GraphCapture:
             arguments = self.arguments(k, model, flat, boundary, carried)
             if visit is not None:
                 visit(k, arguments)
-            results = stage.function(*arguments)
+            with uncached() if self.uncached else nullcontext():
+                results = stage.function(*arguments)
             del arguments
-            if self.clearing:
-                torch.clear_autocast_cache()
             boundary = tuple(results[i] if i >= 0 else boundary[-1 - i] for i in stage.boundary_from)
             for name, index in zip(stage.carried, stage.carried_from, strict=True):
                 carried[name] = results[index]
@@ -179,7 +177,7 @@ class GraphCapture:
             "dropped": tuple(tuple(tuple(sorted(packs)) for packs in options) for options in self.dropped),
             "rerun": tuple(self.rerun),
             "gaps": tuple(self.gaps),
-            "clearing": self.clearing,
+            "uncached": self.uncached,
             "begins": self.linear.reasons,
             "left_out": tuple(self.linear.left_out.items()),
             "ops": tuple(op_rows(self.graph, self.linear, k, int) for k in range(len(self))),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +22,7 @@ from scheduler.capture.layouts import storage_keys
 from scheduler.capture.loss import find_loss
 from scheduler.capture.recompute import packs_of
 from scheduler.capture.sample import Call
-from scheduler.capture.state import CPU_RANDOM_STATE
+from scheduler.capture.state import CPU_RANDOM_STATE, uncached
 from scheduler.chain import Carried, Chain, Option, Stage
 from scheduler.costs.gradients import GradFlows, gradients_at_hand, parameter_grads
 from scheduler.costs.measure import (
@@ -95,7 +96,7 @@ def measure_graph(
         how = (
             clock,
             options,
-            capture.clearing,
+            capture.uncached,
             *surroundings,
             carried,
             k == last,
@@ -114,7 +115,7 @@ def measure_graph(
             if options:
                 found, gap = measure_options(capture, k, run, arguments, clock=clock)
                 cost = replace(cost, options=found, gap=gap)
-            if not capture.clearing:
+            if not capture.uncached:
                 cost = replace(cost, cached=cached_casts(lambda: stage.function(*arguments), capture.place))
             costs[key] = cost
             model.zero_grad(set_to_none=True)
@@ -157,7 +158,8 @@ def _isolated(
         ]
         torch.clear_autocast_cache()
         try:
-            return stage.function(*fresh)
+            with uncached() if capture.uncached else nullcontext():
+                return stage.function(*fresh)
         finally:  # a run may be stopped half-way
             torch.clear_autocast_cache()
 
