@@ -33,6 +33,7 @@ NAMES = (
     "plan_without_hardware",
     "roofline_check",
     "training_run",
+    "guards",
     "host_overhead",
     "recurrent",
 )

@@ -46,7 +46,9 @@ class Guard:
         self.names = [name for name, _ in moded]
         self.attributes = [attributes for _, attributes in moded]
         self.modes = [name not in evaluating for name in self.names]
-        self.children = [(name, m._modules, {**m._modules}) for name, m in named if m._modules]
+        self.parents = [name for name, m in named if m._modules]
+        self.children = [m._modules for _, m in named if m._modules]
+        self.before = [dict(each) for each in self.children]
         hooked = [
             d for _, m in named[1:] for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
         ]  # fmt: skip # four dicts a module
@@ -63,10 +65,12 @@ class Guard:
         Raises:
             PlanMismatch: a submodule was put in the place of another, added or removed, or has a hook that would not fire.
         """
-        for name, children, before in self.children:
-            if children != before:
+        if self.children != self.before:
+            for name, children, before in zip(self.parents, self.children, self.before, strict=True):
                 other = [key for key, module in before.items() if children.get(key) is not module]
                 other += [key for key in children if key not in before]
+                if not other:
+                    continue
                 names = ", ".join(repr(".".join(filter(None, (name, key)))) for key in other[:3])
                 raise PlanMismatch(
                     f"planned {type(model).__name__}: submodules of {name or 'the model'!r} were added, replaced or removed ({names}) "
