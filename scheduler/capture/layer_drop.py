@@ -11,12 +11,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from scheduler.capture.eager import replaced
 
 __all__ = ["VALUES", "Effort", "fixed_draws"]
 
@@ -76,7 +77,7 @@ def fixed_draws(value: float | None, *, counting: bool = False) -> Iterator[_Dra
         places += [(numpy.random, name) for name in ("rand", "random", "random_sample", "uniform")]
     with ExitStack() as stack:
         for module, name in places:
-            stack.enter_context(mock.patch.object(module, name, draws.on_host(getattr(module, name))))
+            stack.enter_context(replaced(vars(module), **{name: draws.on_host(getattr(module, name))}))
         stack.enter_context(draws)
         yield draws
 

@@ -7,7 +7,6 @@ unrolls over time), is seen here too.
 from __future__ import annotations
 
 import functools
-import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -27,7 +26,7 @@ from scheduler.capture.fake import Watch
 from scheduler.capture.flat import tensor_leaves
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import sharded_within
-from scheduler.capture.state import RandomState, shielded
+from scheduler.capture.state import RandomState, shielded, uncompiled
 from scheduler.capture.verify import equal_bits
 from scheduler.errors import CaptureError
 
@@ -42,7 +41,6 @@ __all__ = [
     "profile",
     "recurrent",
     "repeatable",
-    "uncompiled",
 ]
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # they have no forward
@@ -60,17 +58,6 @@ def makes_weights(module: nn.Module) -> bool:
     """Whether a pre-hook of the module makes what its forward reads: legacy weight and spectral norm, pruning."""
     kinds = (kind for hook in module._forward_pre_hooks.values() for kind in type(hook).__mro__)
     return any(kind.__module__.startswith("torch.nn.utils.") for kind in kinds)
-
-
-def uncompiled() -> AbstractContextManager[Any]:
-    """Within it compiled modules run their own code.
-
-    Of code that it meets under a dispatch mode Dynamo takes note, and compiles it no more.
-    """
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and loading it takes seconds
-        return nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
 
 
 @contextmanager

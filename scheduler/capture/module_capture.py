@@ -34,11 +34,10 @@ from scheduler.capture.module_calls import (
     profile,
     recurrent,
     repeatable,
-    uncompiled,
 )
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import sharded_within
-from scheduler.capture.state import model_device
+from scheduler.capture.state import model_device, uncompiled
 from scheduler.capture.target import Device, Target
 from scheduler.capture.unwind import met
 from scheduler.errors import CaptureError

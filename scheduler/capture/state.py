@@ -7,7 +7,7 @@ import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ __all__ = [
     "set_apart",
     "shielded",
     "uncached",
+    "uncompiled",
 ]
 
 CPU_RANDOM_STATE = 5056  # bytes of torch's CPU generator state, an allocation of its own
@@ -361,6 +362,17 @@ class _Moving(Watch):
             self.copies[each] = each.detach().clone()
 
 
+def uncompiled() -> AbstractContextManager[Any]:
+    """Within it compiled modules run their own code.
+
+    Of code that it meets under a dispatch mode Dynamo takes note, and compiles it no more.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and loading it takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
 @contextmanager
 def moving(model: nn.Module) -> Iterator[None]:
     """Within it, note which parameters and tensors of Python state a forward changes; they are put back here and, from now on, by ``preserved``.
@@ -370,10 +382,8 @@ def moving(model: nn.Module) -> Iterator[None]:
     """
     surroundings = _surroundings(model)
     noted = _Moving([*model.parameters(), *surroundings.tensors(model)])
-    # Dynamo would give up for good on compiled code that it meets under a dispatch mode.
-    compiler = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     try:
-        with compiler, noted:
+        with uncompiled(), noted:
             yield
     finally:
         surroundings.moved.update(noted.copies)

@@ -22,11 +22,11 @@ from scheduler.capture.flat import tree_leaves
 from scheduler.capture.layer_drop import fixed_draws
 from scheduler.capture.layouts import storage_key, tensor_bytes
 from scheduler.capture.loss import find_loss, output_tensors
-from scheduler.capture.module_calls import is_compiled, uncompiled
+from scheduler.capture.module_calls import is_compiled
 from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import holders, sharded_within, unshard
-from scheduler.capture.state import preserved, shielded
+from scheduler.capture.state import preserved, shielded, uncompiled
 from scheduler.chain import Chain
 from scheduler.costs.gather import measure_gather, resharding, standing_bytes, with_gather
 from scheduler.costs.measure import fresh_grads
