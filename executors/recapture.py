@@ -19,7 +19,7 @@ from scheduler.capture.module_capture import ModuleCapture, capture_modules, rec
 from scheduler.capture.recompute import check_dropped
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import CollectiveCall, NoCollectives, is_distributed
-from scheduler.capture.state import model_device, preserved, uncached
+from scheduler.capture.state import model_device, moving, preserved, uncached
 from scheduler.capture.verify import difference, run_step
 from scheduler.costs.graph_chain import kept_storages
 from scheduler.costs.options import makes_again
@@ -92,8 +92,11 @@ def _modules(plan: Plan, model: nn.Module, call: Call) -> ModuleCapture:
             _check_recorded(model, found)
     else:
         blocks = [model.get_submodule(name) for name in dict.fromkeys(record.stages)]
-        with preserved(model):
+        with preserved(model), moving(model) as moved:
             found = capture_modules(model, call, blocks)
+        if moved:  # solve knew of it: `preserved` puts it back at each trial from now on
+            with preserved(model):
+                found = capture_modules(model, call, blocks)
         if tuple(block.name for block in found.blocks) != record.stages:
             raise CaptureError("its blocks run in another order than in the plan")
         # A plan of an earlier version has feeds by the block before alone.

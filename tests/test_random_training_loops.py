@@ -40,6 +40,14 @@ def test_random_training_loops_train_bit_equal_and_within_budget_or_are_refused(
     assert found["refused"] <= 0.1 * found.total()
 
 
+@pytest.mark.parametrize(
+    "seed", [pytest.param(193, id="a copy of a planned model finds again which parameters its forward moves")]
+)
+def test_training_loops_that_were_wrong(seed: int) -> None:
+    verdict = judge(draw(seed))
+    assert not verdict.bad, verdict.reason
+
+
 def test_a_seed_draws_one_recipe_and_most_of_what_there_is_is_drawn() -> None:
     assert draw(7) == draw(7)
     drawn = {name for seed in range(400) for name in blamed(draw(seed))}

@@ -374,7 +374,7 @@ def uncompiled() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def moving(model: nn.Module) -> Iterator[None]:
+def moving(model: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
     """Within it, note which parameters and tensors of Python state a forward changes; they are put back here and, from now on, by ``preserved``.
 
     Parameters are too many to be copied at each trial for the few models that change them: a frozen teacher that
@@ -384,7 +384,7 @@ def moving(model: nn.Module) -> Iterator[None]:
     noted = _Moving([*model.parameters(), *surroundings.tensors(model)])
     try:
         with uncompiled(), noted:
-            yield
+            yield noted.copies
     finally:
         surroundings.moved.update(noted.copies)
         for tensor, value in noted.copies.items():
