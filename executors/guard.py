@@ -170,8 +170,9 @@ class Trainable:
         return tuple(map(_requires_grad, self.known))
 
     def frozen(self, flags: Sequence[bool]) -> tuple[str, ...]:
-        """The names of those that do not require grad."""
-        return tuple(name for name, flag in zip(self.names, flags, strict=True) if not flag)
+        """The names of those that do not require grad; of tied ones, the first, as ``named_parameters`` has it."""
+        each = enumerate(zip(self.names, flags, self.tied, strict=True))
+        return tuple(name for place, (name, flag, first) in each if not flag and first == place)
 
 
 def _tied(parameters: Sequence[Any]) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class MeasuredPeak:
     peak: int
     resident: int
     added: int
-    result: Any
+    result: Any = field(repr=False)
     requested: int | None = None
 
 

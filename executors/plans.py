@@ -30,7 +30,14 @@ from scheduler.capture.environment import (
 )
 from scheduler.capture.flat import flatten
 from scheduler.capture.nested_plans import inner_plans_left_out
-from scheduler.capture.sample import Call, CallReader, CallSignature, forward_signature, kind_of
+from scheduler.capture.sample import (
+    Call,
+    CallReader,
+    CallSignature,
+    forward_signature,
+    kind_of,
+    nothing_to_train,
+)
 from scheduler.capture.sharded import CollectiveCall, NoCollectives, is_distributed, sharded_within
 from scheduler.capture.state import HostRandomState, aliased, bare, model_device, preserved
 from scheduler.costs.resident import storage_bytes
@@ -211,6 +218,9 @@ class Plans:
             if not alike:
                 self.plain.add(signature)
             return None
+        trains = self.trainable is not None and len(self.first.frozen) < len({*map(id, self.trainable.known)})
+        if trains and nothing_to_train(model, call):  # a loss that is looked at: there is no backward
+            return None
         hindrance = self._hindrance(model, call)
         if hindrance is not None:
             warnings.warn(
@@ -336,7 +346,7 @@ class Plans:
                     first, model, apart, lambda line: logger.info("%s: %s", where, line), capture
                 )
         except InfeasibleBudget as error:
-            note = f"{where}: this call has {differs}. {error.note}"
+            note = f"{where}: a new plan was needed: {differs}. {error.note}"
             raise InfeasibleBudget(error.budget, error.smallest, error.solver, note) from error
         except CaptureError as error:
             raise CaptureError(

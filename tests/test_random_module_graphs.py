@@ -34,6 +34,7 @@ def test_random_module_graphs_train_bit_equal_and_within_budget_or_are_refused()
 @pytest.mark.parametrize(
     "seed",
     [
+        pytest.param(63, id="random-number states that torch's checkpoint holds in a block that is dropped"),
         pytest.param(180, id="an input whose gradient comes from several stages"),
         pytest.param(270, id="slices of an input, under autocast"),
         pytest.param(452, id="an output of a block that nobody uses"),

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from executors import execute
-from scheduler import solve
+from executors import execute, plans_of
+from scheduler import PlanMismatch, solve
 from tests.models import Case
 from tests.steps import (
     OVERLAPPING,
     Record,
     assert_equal,
     assert_same,
+    loss_of,
     planned,
     restored,
     state,
@@ -274,3 +275,48 @@ def test_two_losses_one_after_the_other_and_an_output_that_the_user_keeps(captur
         return {"hidden": result.hidden.detach().clone(), "loss": result.loss.detach()}
 
     assert_same(model, trained, procedure)
+
+
+# ---- what requires grad ------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the head's, too, and is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(32, 16)
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.GELU()) for _ in range(4)))
+        self.head = nn.Linear(16, 32, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        loss: Tensor = self.head(self.blocks(self.embedding(ids))).square().mean()
+        return loss
+
+
+@BOTH
+def test_a_frozen_weight_that_is_tied_is_as_it_was(capture: str) -> None:
+    torch.manual_seed(0)
+    model, ids = Tied(), torch.randint(0, 32, (8, 6))
+    model.embedding.weight.requires_grad_(False)
+    plan = tightest(solve(model, "1GiB", sample=ids, capture=capture))
+    found = execute(plan, model, on_new_shape="error")
+    found(ids).backward()
+    model.embedding.weight.requires_grad_(True)
+    with pytest.raises(PlanMismatch, match=r"embedding\.weight"):
+        found(ids)
+
+
+@BOTH
+def test_a_loss_of_a_model_that_is_frozen_for_a_moment_is_the_plain_one(capture: str) -> None:
+    case = stack()
+    found = execute(tightest(solve(case.model, "1GiB", sample=case.sample, capture=capture)), case.model)
+    case.model.requires_grad_(False)
+    torch.manual_seed(1)
+    expected = case(case.model)
+    torch.manual_seed(1)
+    assert torch.equal(case(found), expected)
+    case.model.requires_grad_(True)
+    loss_of(case(found)).backward()
+    assert len(plans_of(found)) == 1

@@ -81,6 +81,8 @@ class StageCost:
         gap: share by which the seconds of an option may exceed the least for its bytes.
         rebuild_peak: most bytes above the inputs while it is run again to its last saved tensor.
         cached: bytes of weights that autocast casts for it, where its cache holds them until the forward is over.
+        held: bytes that its graph holds though its saved tensors are dropped: what code keeps for itself, as the random-number
+            states of torch's checkpoint.
     """
 
     forward: float
@@ -97,6 +99,7 @@ class StageCost:
     gap: float = 0.0
     rebuild_peak: int | None = None
     cached: int = 0
+    held: int = 0
 
 
 Enter = Callable[[int, Tensor], Tensor]
@@ -324,12 +327,15 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
         result: Tensor = _Sink.apply(as_leaf(position, tensor), position, arrived)
         return result
 
-    def dropping(_: Callable[[], None]) -> None:
+    def dropping(mark: Callable[[], None]) -> None:
         pack, unpack = (_unowned, _itself) if stage.reversing else (_drop, _never)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(pack), unpack):
             outputs = stage.run(as_leaf)
             root = stage.loss(outputs) if stage.loss is not None else None
+            graph = [output.grad_fn for output in outputs if isinstance(output, Tensor)]
             del outputs, root
+        mark()
+        del graph
 
     def keeping(mark: Callable[[], None]) -> None:
         nonlocal output_grads
@@ -394,6 +400,7 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
         kept=stays,
         left=max(0, kept.end),
         rebuild_peak=again,
+        held=max(0, dropped.marks[0] - max(0, kept.end)),
     )
 
 

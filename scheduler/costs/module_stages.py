@@ -214,7 +214,8 @@ def assemble(
                 carried_change=change[k],
                 recomputable=index is not None and index >= frozen,
                 enters=values.enters[k],
-                rerun_state=rerun_state(capture, model, k),
+                rerun_state=rerun_state(capture, model, k)
+                + (0 if index is None else parts.blocks[index].cost.held),
             )
         )
     fixed = resident + SMALL_TENSORS + capture.gathering + sum(stage.rerun_state for stage in stages)
