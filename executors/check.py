@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scheduler.capture.layouts import nonzeros, parts
+from scheduler.capture.state import may_be_seed
 
 __all__ = ["CHECKS", "Fingerprint", "checksum", "difference", "sums"]
 
@@ -39,8 +40,8 @@ def metadata(tensor: Tensor) -> Fingerprint:
 
 
 def values(tensor: Tensor) -> Fingerprint:
-    """The metadata, and a checksum."""
-    return *metadata(tensor), checksum(tensor)
+    """The metadata, and a checksum; of what may be a seed, the metadata alone."""
+    return metadata(tensor) if may_be_seed(tensor) else (*metadata(tensor), checksum(tensor))
 
 
 CHECKS: dict[str, Callable[[Tensor], Fingerprint]] = {

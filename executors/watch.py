@@ -108,7 +108,7 @@ def tightened(plan: Plan, measured: int, name: str, requested: int | None = None
     else:
         text += f", over the budget of {format_bytes(plan.memory_budget)}; "
         try:
-            found = plan.within(plan.memory_budget - excess)
+            found = plan.within(max(1, plan.memory_budget - excess))
         except InfeasibleBudget as error:
             text += (
                 f"no schedule is tighter by so much: raise the budget by {format_bytes(error.smallest + excess - plan.memory_budget)}, "

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from executors import execute, measure_peak
 from executors.check import checksum, sums
+from scheduler import solve
+from scheduler.costs.options import _equal
 from tests.helpers import smallest
 from tests.steps import EITHER_CAPTURE, case_of, peak_of_a_step, plan_for, replan, restored
 
@@ -145,3 +148,50 @@ def test_a_step_that_compares_values_stays_within_its_budget(capture: str, name:
 def test_values_of_what_wraps_tensors_are_compared() -> None:
     a, b = torch.randn(5), torch.randn(5)
     assert checksum(TwoTensor(a, b)) == checksum(TwoTensor(a.clone(), b)) != checksum(TwoTensor(b, a))
+
+
+class _Fused(torch.autograd.Function):
+    """Saves a seed that it never sets, as attention without dropout does on CUDA (``at::empty``)."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        _Fused.calls += 1
+        ctx.save_for_backward(x, torch.tensor(_Fused.calls))
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x, _ = ctx.saved_tensors
+        return grad * (1 - x.tanh() ** 2)
+
+
+class Attends(nn.Module):
+    """A layer with such an op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = _Fused.apply(self.linear(x))
+        return result
+
+
+def test_seeds_that_nobody_has_set_are_not_compared() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(Attends(), Attends(), Attends()) for _ in range(5)))
+    batch = torch.randn(256, 16)
+    plan = solve(model, "1GiB", sample=batch)
+    tight = plan.within(smallest(plan.chain))
+    assert max(tight.timeline.runs) > 1
+    execute(tight, model, check="values")(batch).sum().backward()
+
+
+def test_options_that_make_such_seeds_again_are_taken() -> None:
+    a, b = torch.tensor(3), torch.tensor(4)
+    assert _equal(a, b, data=True)
+    assert _equal(torch.tensor([1, 2]), torch.tensor([1, 3]), data=True)
+    assert not _equal(a.float(), b.float(), data=True)
+    assert not _equal(torch.arange(3), torch.arange(3) + 1, data=True)

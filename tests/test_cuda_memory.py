@@ -13,7 +13,8 @@ from torch import nn
 from executors import rehearse
 from scheduler import DeviceSpec, Plan, estimate, solve
 from scheduler.capture.target import Target
-from scheduler.costs.cuda_memory import SAFETY, simulated_slack, workspace_bytes
+from scheduler.costs import cuda_memory
+from scheduler.costs.cuda_memory import SAFETY, simulated_slack, stays, workspace_bytes
 from scheduler.costs.live import Event
 from scheduler.costs.peak import count_bytes
 from scheduler.cuda_allocator import CachingAllocator, block_bytes
@@ -151,3 +152,49 @@ def rehearsed(plan: Plan, model: nn.Module, batch: torch.Tensor) -> list[Event]:
     # What goes at a point goes before what comes there.
     changes += [(b.end, 0, i, -block_bytes(b.size)) for i, b in enumerate(blocks) if b.begin]
     return [Event("op", change, 0, i) for _, _, i, change in sorted(changes)]
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "known", "expected"),
+    [
+        pytest.param(32, 32, None, 64, id="each thread takes its own"),
+        pytest.param(32, 0, None, 32, id="one for the stream"),
+        pytest.param(0, 32, None, 64, id="this thread had multiplied before"),
+        pytest.param(0, 0, None, 16, id="both had: what one has by default"),
+        pytest.param(0, 0, 64, 64, id="known"),
+        pytest.param(32, 0, 64, 64, id="one was cleared, and taken again"),
+    ],
+)
+def test_workspaces_are_what_stays_when_threads_multiply(
+    forward: int, backward: int, known: int | None, expected: int
+) -> None:
+    assert stays(forward, backward, known, lambda: 8) == expected
+
+
+def test_workspaces_are_measured_once_and_not_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An allocator that has what two threads have taken: a device is not at hand."""
+    readings = iter([(32 * MIB, 32 * MIB), (0, 0)])
+    monkeypatch.setattr(cuda_memory, "_KNOWN", {})
+    monkeypatch.setattr(cuda_memory, "_taken", lambda index: next(readings))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", None, raising=False)
+    device = torch.device("cuda:1")
+    assert workspace_bytes(device) == workspace_bytes(device) == 64 * MIB
+
+
+@pytest.mark.parametrize(
+    ("setting", "capability", "expected"),
+    [
+        ("", (9, 0), 32 * MIB),
+        ("", (8, 0), (2 * 4096 + 8 * 16) * 1024),
+        (":4096:8", (8, 0), 32 * MIB),
+        (":16:8", (9, 0), 128 * 1024),
+    ],
+)
+def test_a_workspace_has_the_bytes_that_aten_chooses(
+    setting: str, capability: tuple[int, int], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", setting)
+    monkeypatch.delattr(torch.backends.cuda, "cublas_workspace_size", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert cuda_memory._default_bytes(0) == expected

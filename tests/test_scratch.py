@@ -172,3 +172,40 @@ def test_the_live_bytes_of_a_step_without_data_are_those_of_the_step(autocast: b
     assert sum(size > 1000 for size in scratch._KNOWN.values()) == 2  # the convolution and its backward
     assert live.peak == max(event.live for event in live.events) == truth.peak
     assert live.live == truth.end
+
+
+@pytest.mark.parametrize(("dropout", "run"), [(0.1, False), (0.0, True)])
+def test_ops_that_read_seeds_are_not_run_on_made_up_ones(
+    dropout: float, run: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Any] = []
+
+    def noting(fn: Any, device: Any) -> Any:
+        ran.append(device)
+        raise RuntimeError("an op of CUDA's")
+
+    monkeypatch.setattr(scratch, "count_bytes", noting)
+    account = Scratch(torch.device("cpu"))
+    backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
+    q, seed = torch.zeros(1, 2, 8, 4), torch.zeros((), dtype=torch.int64)
+    mask = [True, True, True, False]
+    account(backward, (q, q, q, q, None, q, q, seed, seed, dropout, mask), {}, (q, q, q, None))
+    assert bool(ran) is run
+    (text,) = account.uncounted
+    assert ("seed of random numbers" in text) is not run
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [
+        (torch.ops.aten._assert_async.msg, (torch.zeros(()), "never")),
+        (torch.ops.aten.multinomial.default, (torch.zeros(4), 1)),
+    ],
+)
+def test_ops_that_check_values_are_not_run_on_zeros(
+    op: Any, arguments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scratch, "count_bytes", None)  # would raise
+    account = Scratch(torch.device("cpu"))
+    assert account(op, arguments, {}, None) == 0
+    assert "checks the values" in account.uncounted[0]

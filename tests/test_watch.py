@@ -11,6 +11,7 @@ from torch import nn
 
 from executors import execute, measure_peak
 from executors.planned import plan_of
+from executors.watch import step_bytes, tightened
 from scheduler import Plan, solve
 from scheduler.errors import PeakWarning
 from tests.helpers import smallest
@@ -137,3 +138,9 @@ def test_on_cuda_the_first_step_is_watched_unasked() -> None:
     step(on_cuda, watched)
     with pytest.warns(PeakWarning):
         step(on_cuda, watched)
+
+
+def test_a_step_that_is_over_by_more_than_the_budget_is_said() -> None:
+    _, plan = planned()
+    with pytest.warns(PeakWarning, match="no schedule is tighter by so much"):
+        assert tightened(plan, step_bytes(plan) + 2 * plan.memory_budget, "Net") is None

@@ -225,7 +225,12 @@ class OpGraph:
 
 
 def _unscaled(value: Any, kind: str) -> Any:
-    """An argument of an op; a sign in the place of a number that is no size, dimension or flag."""
+    """An argument of an op; a sign in the place of a number that is no size, dimension or flag, and a device without its index.
+
+    A plan of cuda:0 is one for cuda:1: ranks of one job capture the same graph, each on its own device.
+    """
+    if isinstance(value, torch.device):
+        return torch.device(value.type)
     # A number in the place of a tensor is wrapped in one.
     scalar = kind in ("number", "float", "Optional[number]", "Optional[float]", "Tensor", "Optional[Tensor]")
     return "scalar" if scalar and isinstance(value, (int, float)) else value

@@ -34,6 +34,7 @@ __all__ = [
     "autocast_contexts",
     "autocast_state",
     "bare",
+    "may_be_seed",
     "model_device",
     "moving",
     "on_gradient",
@@ -131,6 +132,14 @@ class HostRandomState:
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
+
+
+def may_be_seed(tensor: torch.Tensor) -> bool:
+    """Whether a saved tensor may be the seed or the offset of attention's dropout: one integer of 64 bits, or two.
+
+    Without dropout the kernels save them as they find them in memory (``at::empty``): their values say nothing.
+    """
+    return tensor.dtype in (torch.int64, torch.uint64) and tuple(tensor.shape) in ((), (2,))
 
 
 def model_device(model: nn.Module) -> torch.device:

@@ -2,14 +2,16 @@
 
 cuBLAS (ATen/cuda/CublasHandlePool.cpp) keeps a workspace for each handle and stream, taken from the caching allocator
 when the handle first multiplies and never given back. A step has two handles on one stream: that of the thread that runs
-the forward, and that of autograd's own thread. cuBLASLt shares them by default. A model that multiplies on further streams
-has more, which are not counted. cuDNN's workspaces come and go with each convolution: they are in the transients that
-``measure.py`` counts on a device, and unknown without one.
+the forward, and that of autograd's own thread; later versions of torch may have them share one. What stays is measured where a
+device is at hand. A model that multiplies on further streams has more, which are not counted. cuDNN's workspaces come and go
+with each convolution: they are in the transients that ``measure.py`` counts on a device, and unknown without one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,36 +28,67 @@ from scheduler.costs.live import Event, LiveBytes
 from scheduler.costs.peak import allocated
 from scheduler.cuda_allocator import LARGEST_SLACK, CachingAllocator, block_bytes
 
-__all__ = ["allocator_slack", "expandable_segments", "simulated_slack", "workspace_bytes"]
+__all__ = ["allocator_slack", "expandable_segments", "simulated_slack", "stays", "workspace_bytes"]
 
 HANDLES = 2  # that of the forward's thread and that of autograd's
+_KNOWN: dict[int, int] = {}  # workspaces that are there, by device
 # Another schedule is another stream of sizes. Of 72 rehearsed ones (GPT-2, Llama, ViT, ResNet-50, odd sizes among them, with
 # Adam's state and without) the slack was up to 1.9 times that of the plain step, mostly less than it.
 SAFETY = 2
 
 
 def workspace_bytes(device: Device) -> int:
-    """Bytes of cuBLAS's workspaces of a step on one stream. On a device that is there, they are there afterwards."""
+    """Bytes of cuBLAS's workspaces of a step on one stream. On a device that is there, they are there afterwards.
+
+    They are measured when they are first taken, and never cleared: CUDA graphs that were captured before may point to them.
+    """
     if isinstance(device, Target):
         return HANDLES * allocated(device.spec.workspace, device) if device.type == "cuda" else 0
     if device.type != "cuda" or not torch.cuda.is_available():
         return 0
-    with torch.cuda.device(device), torch.enable_grad(), torch.autocast("cuda", enabled=False):
-        factor = torch.ones(8, 8, device=device, requires_grad=True)
-        torch.autograd.grad((factor @ factor).sum(), factor)  # either thread has its handle now
-        return HANDLES * allocated(_cublas_workspace(factor.detach()), device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    _KNOWN[index] = stays(*_taken(index), _KNOWN.get(index), lambda: allocated(_default_bytes(index), device))
+    return _KNOWN[index]
 
 
-def _cublas_workspace(factor: Tensor) -> int:
-    """Bytes of the workspace of one handle."""
+def stays(forward: int, backward: int, known: int | None, one: Callable[[], int]) -> int:
+    """Bytes of the workspaces of both threads.
+
+    Args:
+        forward, backward: bytes that a product has taken for good in this thread, then in autograd's.
+        known: what was found before; less may have been taken again, by whoever cleared them.
+        one: bytes of one workspace, if they were there before anybody looked.
+    """
+    if known is not None:
+        return max(known, forward + backward)
+    if forward:
+        return forward + backward  # autograd's thread takes none where a stream has one
+    return HANDLES * (backward or one())
+
+
+def _taken(index: int) -> tuple[int, int]:
+    """Bytes that stay when this thread multiplies, and when autograd's does."""
+    with torch.cuda.device(index), torch.enable_grad(), torch.autocast("cuda", enabled=False):
+        factor = torch.ones(8, 8, device=f"cuda:{index}", requires_grad=True)
+        bias, product = torch.ones(8, device=factor.device), torch.empty_like(factor)
+        before = torch.cuda.memory_allocated(index)
+        with torch.no_grad():
+            torch.mm(factor, factor, out=product)
+            torch.addmm(bias, factor, factor, out=product)  # by cuBLASLt
+        forward = torch.cuda.memory_allocated(index) - before
+        torch.autograd.grad((factor @ factor).sum(), factor)
+        torch.cuda.synchronize(index)
+        return forward, torch.cuda.memory_allocated(index) - before - forward
+
+
+def _default_bytes(index: int) -> int:
+    """Bytes of one workspace, as ATen chooses them (CUDABlas.cpp): by the environment, or by the device."""
     if hasattr(torch.backends.cuda, "cublas_workspace_size"):
         return int(torch.backends.cuda.cublas_workspace_size())
-    # Before torch 2.13 nothing tells: let go of all workspaces, and see what this thread's takes.
-    product = factor @ factor
-    torch._C._cuda_clearCublasWorkspaces()
-    without = torch.cuda.memory_allocated(factor.device)
-    torch.mm(factor, factor, out=product)
-    return torch.cuda.memory_allocated(factor.device) - without
+    pairs = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    if pairs:
+        return sum(int(kibibytes) * int(count) for kibibytes, count in pairs) * 1024
+    return 32 * 2**20 if torch.cuda.get_device_capability(index)[0] >= 9 else (2 * 4096 + 8 * 16) * 1024
 
 
 def expandable_segments(device: Device) -> bool:

@@ -22,6 +22,10 @@ from scheduler.costs.peak import CpuEvents, count_bytes
 
 __all__ = ["Scratch"]
 
+# On CUDA these may end the process. Kernels read a seed on the host, where eager code has it and tensors without data do not;
+# on zeros probabilities add up to nothing and what is asserted is false, which is the end of the device's context.
+SEEDS = frozenset({"philox_seed", "philox_offset", "rng_state"})
+CHECKING = frozenset({"_assert_async", "_functional_assert_async", "_assert_scalar", "multinomial"})
 MOST = 4  # an op whose tensors take more than the 4th part of the free memory is not run
 
 
@@ -63,7 +67,7 @@ class Scratch:
     may fill caches that stay. It runs below autograd and autocast, outside of all modes, and generators are set back.
     Switches of torch's backends (``torch.backends``) are taken to stay as they are.
 
-    Not run are views, ops of other libraries (nobody knows what they do on zeros, or whom they talk to), ops on
+    Not run are ops that check values or read seeds, which zeros are not, views, ops of other libraries (nobody knows what they do on zeros, or whom they talk to), ops on
     tensors that are not strided, and ops whose tensors take more than a quarter of the memory that is free now.
 
     Args:
@@ -100,6 +104,13 @@ class Scratch:
             return 0
         if not isinstance(func, OpOverload) or func.namespace != "aten":
             self._uncounted[func] = f"{func} (of another library)"
+            return 0
+        if func._schema.name.removeprefix("aten::") in CHECKING:
+            self._uncounted[func] = f"{func} (checks the values that it is given)"
+            return 0
+        named = {a.name: given for a, given in zip(func._schema.arguments, args, strict=False)}
+        if not SEEDS.isdisjoint(named) and named.get("dropout_p", 1.0):
+            self._uncounted[func] = f"{func} (reads the seed of random numbers)"
             return 0
         if not all(tensor.layout == torch.strided for tensor in tensors):
             self._uncounted[func] = f"{func} (not strided)"
