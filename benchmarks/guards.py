@@ -12,7 +12,7 @@ from executors import execute
 from executors.runner import plans_within
 from scheduler import solve
 from scheduler.capture.environment import environment
-from scheduler.capture.flat import flatten
+from scheduler.capture.flat import flatten, repeats
 from tests.models import make_gpt2
 
 CALLS = 50  # of a comparison for each time that it is timed
@@ -40,10 +40,10 @@ def report() -> str:
     assert trainable is not None
     call = plans.read(case.args, case.kwargs)
     flat, spec = flatten(*call)
-    guard = runner.guard
+    guard, repeated = runner.guard, tuple(repeats(flat))
     found = medians(
         {
-            "Python state that the graph took for constant": many(runner.holds),
+            "Python state that the graph took for constant": many(lambda: runner.holds(repeated)),
             "parameters, and which of them require grad": many(lambda: trainable.flags(model)),
             "submodules and hooks": many(lambda: guard.check(model, fires_hooks=False)),
             "autocast, deterministic algorithms, attention kernels, precision": many(

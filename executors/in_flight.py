@@ -8,12 +8,14 @@ the graph is reversed. If that will not fit the budget, a PeakWarning says so, o
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from executors.replay import ReplayError
 from scheduler.budget import format_bytes
@@ -39,10 +41,16 @@ class _CastMark:
     def __init__(self, device: torch.device) -> None:
         self.weight = torch.ones(1, 1, device=device, requires_grad=True)
         self.node: Any = None
+        self.versions = 0
 
-    def put(self) -> None:
-        """Put a cast into the cache."""
+    def put(self, weights: Iterable[Tensor]) -> None:
+        """Put a cast into the cache, beside those of the weights."""
         self.node = self._cast()
+        self.versions = _versions(weights)
+
+    def changed(self, weights: Iterable[Tensor]) -> bool:
+        """Whether the weights have changed since ``put``."""
+        return _versions(weights) != self.versions
 
     def stays(self) -> bool:
         """Whether it is there still; it is afterwards."""
@@ -89,9 +97,31 @@ class InFlight:
         self.graphs: list[weakref.ref[_Graph]] = []  # not reversed yet, when last looked at
         self._waiting: dict[int, tuple[Plan, int]] = {}
 
-    def shares_casts(self) -> bool:
-        """Whether a forward that begins now has casts in common with earlier ones, in the plain model."""
-        return self.mark is not None and self._caches() and bool(self._earlier()) and self.mark.stays()
+    def shares_casts(self, model: nn.Module) -> bool:
+        """Whether a forward that begins now has casts in common with earlier ones, in the plain model.
+
+        Raises:
+            ReplayError: of those casts some are not those of the weights any more.
+        """
+        if self.mark is None or not self._caches() or _in_backward() or not self.mark.stays():
+            return False
+        if self.mark.changed(model.parameters()):
+            raise ReplayError(
+                f"planned {self.name}: weights have changed within the torch.autocast in which an earlier forward ran. The plain "
+                "model would go on with the casts of the old ones, which autocast keeps until its context ends, and a plan does "
+                "not; leave torch.autocast before optimizer.step()"
+            )
+        return bool(self._earlier())
+
+    def plainly(self, model: nn.Module, forward: Callable[[], Any], plan: Plan) -> Any:
+        """Run a forward of the plain model in grad mode, in eval mode say: it has casts in common with planned ones, too."""
+        if not self._caches():
+            return forward()
+        if self.shares_casts(model) and any(each.capture.uncached for each in self._earlier()):
+            self._refuse_shared_casts()
+        output = forward()
+        self.gave(model, plan, output)
+        return output
 
     def begins(self, plan: Plan, shares_casts: bool = False) -> None:
         """A forward by this plan is about to run.
@@ -107,17 +137,25 @@ class InFlight:
             PeakWarning: earlier ones still wait for their backward, and together they will not fit the budget.
         """
         earlier = self._earlier()
-        if shares_casts and (
-            any(each.capture.uncached for each in (plan, *earlier)) or not self.shares_casts()
-        ):
+        emptied = shares_casts and self.mark is not None and not self.mark.stays()  # by what was planned
+        if shares_casts and (emptied or any(each.capture.uncached for each in (plan, *earlier))):
+            self._refuse_shared_casts()
+        if earlier and _parametrizations_are_cached():
             raise ReplayError(
-                f"planned {self.name}: another forward runs within the same torch.autocast while an earlier one waits for its "
-                "backward. There the plain model casts each weight once, and sums its gradients in the lower precision, which "
-                "a plan for one forward does not. Enter torch.autocast for each forward anew, or call backward on each loss "
-                f"before the next forward; or {_STEP_FUNCTION}"
+                f"planned {self.name}: another forward runs within torch.nn.utils.parametrize.cached() while an earlier one waits "
+                "for its backward. The plain model computes each parametrized weight once for both, which a plan for one forward "
+                "does not. Leave cached() out, or call backward on each loss before the next forward"
             )
         if earlier and "forward" not in self.said:
             self._overlap(plan, earlier)
+
+    def _refuse_shared_casts(self) -> None:
+        raise ReplayError(
+            f"planned {self.name}: another forward runs within the same torch.autocast while an earlier one waits for its "
+            "backward. There the plain model casts each weight once, and sums its gradients in the lower precision, which "
+            "a plan for one forward does not. Enter torch.autocast for each forward anew, or call backward on each loss "
+            f"before the next forward; or {_STEP_FUNCTION}"
+        )
 
     def _earlier(self) -> list[Plan]:
         """The plans of forwards that wait for their backward."""
@@ -131,7 +169,7 @@ class InFlight:
         """Whether autocast keeps casts of weights, as things are."""
         return torch.is_autocast_enabled(self.device.type) and torch.is_autocast_cache_enabled()
 
-    def gave(self, plan: Plan, output: Any) -> None:
+    def gave(self, model: nn.Module, plan: Plan, output: Any) -> None:
         """A forward by this plan is over, and gave ``output``."""
         if _in_backward():
             return
@@ -144,7 +182,7 @@ class InFlight:
             self.graphs.append(weakref.ref(graph))
             if self._caches():
                 self.mark = self.mark or _CastMark(self.device)
-                self.mark.put()
+                self.mark.put(model.parameters())
 
     def _overlap(self, plan: Plan, earlier: list[Plan]) -> None:
         waiting = sum(map(self._waiting_of, earlier))
@@ -211,6 +249,15 @@ class InFlight:
             PeakWarning,
             stacklevel=level,
         )
+
+
+def _versions(weights: Iterable[Tensor]) -> int:
+    return sum(weight._version for weight in weights if weight.requires_grad)
+
+
+def _parametrizations_are_cached() -> bool:
+    parametrize = sys.modules.get("torch.nn.utils.parametrize")
+    return parametrize is not None and bool(parametrize._cache_enabled)
 
 
 def _in_backward() -> bool:

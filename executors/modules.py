@@ -19,7 +19,7 @@ from executors.handles import Handle
 from executors.replay import ReplayError, Step
 from executors.trace import Observer
 from scheduler.capture.block_state import BlockState
-from scheduler.capture.flat import flatten, tensor_leaves, unflatten
+from scheduler.capture.flat import flatten, repeats, tensor_leaves, unflatten
 from scheduler.capture.layouts import storage_key
 from scheduler.capture.module_calls import intercepted, is_compiled
 from scheduler.capture.module_capture import Block, ModuleCapture
@@ -143,13 +143,14 @@ class _Run:
         leaves: of its arguments; None in the places of its boundary.
         spec: how they are put together.
         places: (leaf, position in the boundary) of the arguments that are fed.
+        repeats: (leaf, earlier leaf) of arguments that are one tensor.
         external: places of all other tensors.
         reads: the parameters and steady buffers, then the external tensors and those of its state, as it found them.
         taken: the state that it found.
         given: that of generators and objects among the arguments, if there are any.
     """
 
-    __slots__ = ("external", "forward", "given", "leaves", "places", "reads", "spec", "taken")
+    __slots__ = ("external", "forward", "given", "leaves", "places", "reads", "repeats", "spec", "taken")
 
     def __init__(
         self,
@@ -161,6 +162,7 @@ class _Run:
         sampled: bool,
     ) -> None:
         self.forward, self.leaves, self.spec, self.places = forward, leaves, spec, places
+        self.repeats = repeats(leaves)
         for i, _ in places:
             leaves[i] = None
         self.external = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -426,6 +428,8 @@ class ModuleStep(Step):
             leaves[i] = leaves[i].detach().requires_grad_(leaves[i].requires_grad)
         for place, position in run.places:
             leaves[place] = boundary[position]
+        for i, earlier in run.repeats:
+            leaves[i] = leaves[earlier]
         after = self._following(index)
         passing = zip(block.boundary, boundary, strict=False)
         there = {value: tensor for value, tensor in passing if value in after}

@@ -202,8 +202,12 @@ def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not self.training or not torch.is_grad_enabled() or within_a_plan():
+        if not torch.is_grad_enabled() or within_a_plan():
             return plain_forward(self, *args, **kwargs)
+        if not self.training:
+            plans = plans_within(self)
+            plainly = functools.partial(plain_forward, self, *args, **kwargs)
+            return plainly() if plans is None else plans.in_flight.plainly(self, plainly, plans.first.plan)
         if torch.compiler.is_compiling():
             return _eagerly(self, args, kwargs)
         plans = plans_within(self)

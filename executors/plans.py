@@ -28,7 +28,7 @@ from scheduler.capture.environment import (
     environment_difference,
     environment_text,
 )
-from scheduler.capture.flat import flatten
+from scheduler.capture.flat import flatten, repeats
 from scheduler.capture.nested_plans import inner_plans_left_out
 from scheduler.capture.sample import (
     Call,
@@ -138,7 +138,7 @@ class Plans:
         call = self.read(args, kwargs)
         flat, spec = flatten(*call)
         self._judge(model)
-        shares_casts = self.in_flight.shares_casts()
+        shares_casts = self.in_flight.shares_casts(model)
         try:
             with inner_plans_left_out():
                 runner = self.last = self._find(model, call, flat, spec)
@@ -154,7 +154,7 @@ class Plans:
         self.in_flight.begins(runner.plan, shares_casts)
         with inner_plans_left_out():
             output = self._run(model, runner, call, flat)
-        self.in_flight.gave(runner.plan, output)
+        self.in_flight.gave(model, runner.plan, output)
         if self.watched is not None:
             self.watched[1].until_backward_ends(output)
         return output
@@ -164,18 +164,19 @@ class Plans:
     def _find(self, model: nn.Module, call: Call, flat: list[Any], spec: Any) -> Runner | None:
         """What runs calls like this one, as things are; None if they run plainly."""
         kinds = [kind_of(leaf) for leaf in flat]
+        repeated = tuple(repeats(flat))
         now = environment(self.device.type)
         flags = () if self.trainable is None else self.trainable.flags(model)
         if self.seen is not None and self.seen[:4] == (spec, kinds, now, flags):
             runner = self.seen[4]
-            if runner is None or runner.holds():
+            if runner is None or runner.holds(repeated):
                 return runner
         signature = CallSignature.of(call)
         frozen = self.first.frozen if self.trainable is None else self.trainable.frozen(flags)
         alike = [r for r in (*reversed(self.others), self.first) if r.takes(signature)]
         usable = [r for r in alike if r.frozen == frozen and r.runs_in(now, self.device.type)]
-        found = next((r for r in usable if r.reads_alike(signature) and r.holds()), None)
-        blocks = [r for r in usable if r.plan.capture.kind == "modules" and r.holds()]
+        found = next((r for r in usable if r.reads_alike(signature) and r.holds(repeated)), None)
+        blocks = [r for r in usable if r.plan.capture.kind == "modules" and r.holds(repeated)]
         if found is None and len(blocks) >= MANY_CHANGES:  # their code reads plain values itself
             found = blocks[0]
         if found is not None:
@@ -218,7 +219,8 @@ class Plans:
             if not alike:
                 self.plain.add(signature)
             return None
-        trains = self.trainable is not None and len(self.first.frozen) < len({*map(id, self.trainable.known)})
+        known = () if self.trainable is None else self.trainable.known
+        trains = len(self.first.frozen) < len({*map(id, known)}) or self.first.want.trains_input()
         if trains and nothing_to_train(model, call):  # a loss that is looked at: there is no backward
             return None
         hindrance = self._hindrance(model, call)

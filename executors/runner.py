@@ -125,10 +125,15 @@ class Runner:
             self._environment = environment
         return environment == self._environment
 
-    def holds(self) -> bool:
-        """Whether what the plan took for constant of Python state is still so."""
+    def holds(self, repeated: tuple[tuple[int, int], ...]) -> bool:
+        """Whether what the plan took for constant is still so: Python state, and which tensors of the call are one.
+
+        Args:
+            repeated: (leaf, earlier leaf) of the tensors that are; of a graph the code may have asked.
+        """
         if isinstance(self.executor, GraphExecutor):
-            return self.executor.capture.graph.face.guards.holds()
+            face = self.executor.capture.graph.face
+            return face.repeats == repeated and face.guards.holds()
         return self.guard.in_modes()
 
     def changes(self) -> str:
@@ -136,6 +141,8 @@ class Runner:
         if not isinstance(self.executor, GraphExecutor):
             return self.guard.mode_difference() or ""
         found = self.executor.capture.graph.face.guards.changes()
+        if not found:
+            return "other arguments are one and the same tensor"
         shown = [f"{path} is {in_words(now)} instead of {in_words(then)}" for path, then, now in found[:3]]
         return ", ".join(shown) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 

@@ -274,6 +274,54 @@ def test_forwards_within_one_autocast_context_share_casts_or_are_refused(capture
         assert torch.equal(a.grad, b.grad)
 
 
+@EITHER_CAPTURE
+def test_weights_that_change_within_an_autocast_context_are_refused(capture: str) -> None:
+    _, model = in_bfloat16(capture)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(BATCH).backward()
+        optimizer.step()
+        with pytest.raises(ReplayError, match=r"weights have changed within the torch\.autocast"):
+            model(BATCH)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(BATCH).backward()
+
+
+@OVERLAPPING
+@pytest.mark.parametrize("train_first", [False, True])
+@EITHER_CAPTURE
+def test_forwards_in_eval_mode_share_casts_too(capture: str, train_first: bool) -> None:
+    plain, model = in_bfloat16(capture)
+
+    def both(called: nn.Module) -> list[Tensor]:
+        called.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = [called.train(mode)(0.7 * BATCH) for mode in (train_first, not train_first)]
+        called.train()
+        (losses[0].float() + losses[1].float()).backward()
+        return [p.grad for p in called.parameters() if p.grad is not None]
+
+    if plan(model).capture.uncached:
+        with pytest.raises(ReplayError, match=r"within the same torch\.autocast"):
+            both(model)
+    else:
+        assert all(map(torch.equal, both(model), both(plain)))
+
+
+@OVERLAPPING
+@EITHER_CAPTURE
+def test_forwards_within_cached_parametrizations_are_refused(capture: str) -> None:
+    torch.manual_seed(0)
+    norm = torch.nn.utils.parametrizations.weight_norm
+    net = nn.Sequential(*(nn.Sequential(norm(nn.Linear(64, 64)), nn.GELU()) for _ in range(4)))
+    model = execute(solve(net, "1GiB", sample=BATCH, capture=capture), net)
+    with torch.nn.utils.parametrize.cached():
+        first = model(BATCH).square().mean()
+        with pytest.raises(ReplayError, match="cached"):
+            model(0.7 * BATCH)
+    first.backward()
+
+
 @OVERLAPPING
 def test_a_plan_leaves_what_autocast_has_cached_for_other_models() -> None:
     plain, model = in_bfloat16("graph")
@@ -299,7 +347,8 @@ class Pair(nn.Module):
 
 @pytest.mark.slow
 def test_looking_costs_no_more_than_an_op_on_a_few_numbers() -> None:
-    steps, made = InFlight("Net", torch.device("cpu")), plan(planned())
+    model = planned()
+    steps, made = InFlight("Net", torch.device("cpu")), plan(model)
     one = torch.ones(1, requires_grad=True)
 
     def least(look: Callable[[Tensor], object]) -> float:
@@ -314,7 +363,7 @@ def test_looking_costs_no_more_than_an_op_on_a_few_numbers() -> None:
 
     def looked(output: Tensor) -> None:
         steps.begins(made)
-        steps.gave(made, output)
+        steps.gave(model, made, output)
         steps.graphs.clear()
 
     assert least(looked) < 2.5 * least(lambda output: output * 2)  # some 1 µs each

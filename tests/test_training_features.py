@@ -9,9 +9,10 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from executors import execute, plans_of
-from scheduler import PlanMismatch, solve
+from scheduler import CaptureError, PlanMismatch, solve
 from tests.models import Case
 from tests.steps import (
     OVERLAPPING,
@@ -320,3 +321,56 @@ def test_a_loss_of_a_model_that_is_frozen_for_a_moment_is_the_plain_one(capture:
     case.model.requires_grad_(True)
     loss_of(case(found)).backward()
     assert len(plans_of(found)) == 1
+
+
+@BOTH
+def test_a_net_that_is_frozen_all_along_gives_features_of_a_target_plainly(capture: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.GELU()) for _ in range(4))).requires_grad_(
+        False
+    )
+    made, target = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)
+    found = execute(tightest(solve(net, "1GiB", sample=made, capture=capture)), net)
+    expected = torch.autograd.grad((net(made) - net(target)).square().mean(), made)
+    (got,) = torch.autograd.grad((found(made) - found(target)).square().mean(), made)
+    assert torch.equal(got, expected[0])
+
+
+class Decorated(nn.Module):
+    """A forward that is one region of autocast: as a graph, one op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)) for _ in range(6)
+        )
+
+    @torch.autocast("cpu", dtype=torch.bfloat16)
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def test_where_a_graph_cannot_be_cut_blocks_are_taken() -> None:
+    torch.manual_seed(0)
+    batch = torch.randn(64, 16)
+    plan = solve(Decorated(), "1GiB", sample=batch)
+    assert plan.capture.kind == "modules"
+    assert "a graph of one stage" in plan.capture.reason
+    assert len(solve(Decorated(), "1GiB", sample=batch, capture="graph").chain) == 1
+
+
+def test_blocks_under_torchs_checkpoint_are_refused_with_what_to_do() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block(16) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+            return x
+
+    with pytest.raises(CaptureError, match="leave that to the plan"):
+        solve(Checkpointed(), "1GiB", sample=torch.randn(4, 16), capture="modules")

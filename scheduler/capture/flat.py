@@ -6,7 +6,7 @@ pytree takes for leaves although they hold tensors (batches of tokenizers, datac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -20,6 +20,7 @@ from scheduler.capture.python_state import is_plain, slots_of
 __all__ = [
     "flatten",
     "map_tensors",
+    "repeats",
     "tensor_leaves",
     "tree_flatten",
     "tree_leaves",
@@ -160,6 +161,15 @@ def unflatten(leaves: list[Any], spec: Any) -> tuple[tuple[Any, ...], dict[str, 
         return tuple(leaves[:count]), dict(zip(names, leaves[count:], strict=True))
     args, kwargs = tree_unflatten(leaves, spec)
     return args, kwargs
+
+
+def repeats(leaves: Sequence[Any]) -> list[tuple[int, int]]:
+    """(leaf, first leaf) for every tensor that stands among ``leaves`` a second time: code may ask whether two are one."""
+    first: dict[int, int] = {}
+    tensors = [
+        (i, first.setdefault(id(leaf), i)) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)
+    ]
+    return [(i, earlier) for i, earlier in tensors if i != earlier]
 
 
 def tensor_leaves(value: Any) -> list[tuple[int, Tensor]]:

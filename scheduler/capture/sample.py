@@ -195,6 +195,10 @@ class CallSignature:
         found: list[list[Any]] = json.loads(self.leaves)
         return found
 
+    def trains_input(self) -> bool:
+        """Whether a tensor of the call requires grad."""
+        return any(kind == "tensor" and what[3] for kind, *what in self.described)
+
     def check(self, call: Call, where: str) -> None:
         """Compare with the signature of another call.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scheduler.capture.block_state import BlockState
-from scheduler.capture.flat import map_tensors, tensor_leaves, tree_flatten, tree_unflatten
+from scheduler.capture.flat import map_tensors, repeats, tensor_leaves, tree_flatten, tree_unflatten
 from scheduler.capture.layouts import held_bytes, storage_key, storage_keys, tensor_bytes
 from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.state import shielded
@@ -87,6 +87,7 @@ class BlockRun:
         self.capture, self.module, self.forward, self.existing = capture, module, forward, existing
         self.leaves, self.spec = tree_flatten((args, kwargs))
         self.tensors = tensor_leaves((args, kwargs))
+        self.repeats = repeats(self.leaves)
         self.fed = frozenset(argument for argument, *_ in capture.blocks[index].fed) or frozenset(
             i for i, _ in self.tensors
         )
@@ -96,9 +97,15 @@ class BlockRun:
 
     def __call__(self, enter: Enter) -> Any:
         """Run the block; see ``StageRun.run``."""
-        fresh = [enter(i, leaf) if i in self.grad else leaf for i, leaf in enumerate(self.leaves)]
+        again = dict(self.repeats)
+        fresh = [
+            enter(i, leaf) if i in self.grad and i not in again else leaf
+            for i, leaf in enumerate(self.leaves)
+        ]
         # As in a step, no leaf: autocast would put casts of a leaf into its cache.
         fresh = [t.view_as(t) if i in self.grad and t.is_leaf else t for i, t in enumerate(fresh)]
+        for i, earlier in self.repeats:
+            fresh[i] = fresh[earlier]
         positional, named = tree_unflatten(fresh, self.spec)
         self.state.put(self.found)
         return self.forward(*positional, **named)

@@ -227,6 +227,10 @@ def run_skeleton(
             def loose(*args: Any, **kwargs: Any) -> Any:
                 nonlocal ran
                 index, ran = ran, ran + 1
+                if torch._C._current_graph_task_id() != -1:
+                    raise CaptureError(
+                        f"{name} runs again in the backward, as under torch.utils.checkpoint; leave that to the plan"
+                    )
                 if index >= len(capture.blocks) or capture.blocks[index].name != name:
                     raise CaptureError(f"{name} does not run at the same place in every forward")
                 produced = visitor.enter(index, forward, args, kwargs)
