@@ -400,7 +400,7 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
         kept=stays,
         left=max(0, kept.end),
         rebuild_peak=again,
-        held=max(0, dropped.marks[0] - max(0, kept.end)),
+        held=0 if stage.reversing else max(0, dropped.marks[0] - max(0, kept.end)),
     )
 
 
