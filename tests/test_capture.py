@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from executors import ReplayError, execute
 from scheduler import CaptureError, InfeasibleBudget, solve, solve_chain
 from scheduler.capture.export import export_graph
+from scheduler.capture.graph import Op, OpGraph
 from scheduler.capture.linearize import linearize, op_dag
 from scheduler.capture.module_capture import capture_modules
 from scheduler.capture.sample import canonical_call, read_sample
@@ -450,3 +451,17 @@ def test_the_cut_of_a_block_without_saved_tensors_is_replayed_at_the_right_momen
         budget = caught.value.smallest
         tight = replace(plan, memory_budget=budget, schedule=solve_chain(plan.chain, budget))
         _trains_equally(model, batch, tight)
+
+
+def test_a_graph_of_one_device_is_that_of_another_of_its_kind() -> None:
+    """Ranks of one job make positions by torch.arange, each on its own device: one plan is for all of them."""
+
+    def fingerprint(index: int) -> str:
+        graph = fx.Graph()
+        arguments = {"device": torch.device("cuda", index)}
+        node = graph.call_function(torch.ops.aten.arange.default, (4,), arguments)
+        graph.output(node)
+        op = Op(node, (), (), (), requires_grad=False)
+        return OpGraph(fx.GraphModule(nn.Module(), graph), [op], {}, [], {}, {}, {}, [], None).fingerprint()
+
+    assert fingerprint(0) == fingerprint(1)

@@ -18,7 +18,9 @@ import scheduler
 from executors import execute, measure_peak
 from scheduler import CaptureError, InfeasibleBudget, Plan, solve
 from scheduler.budget import format_bytes, parse_budget
+from scheduler.capture.target import Target
 from scheduler.costs.resident import optimizer_bytes, optimizer_step_bytes
+from scheduler.device import DeviceSpec
 from scheduler.host import HostMemory
 from scheduler.solvers import SOLVERS
 
@@ -286,6 +288,28 @@ def test_the_state_of_an_optimizer_is_known_before_its_first_step(
     assert (real == 0) == (name == "SGD")
     assert own is not None
     assert own == pytest.approx(measure_peak(optimizer.step, device="cpu").added, abs=64)
+
+
+@pytest.mark.parametrize(
+    "device", [Target(DeviceSpec.of("H100")), pytest.param(torch.device("cuda"), marks=pytest.mark.cuda)]
+)
+def test_on_cuda_an_optimizer_steps_over_all_parameters_at_once(device: Any) -> None:
+    parameters = [nn.Parameter(torch.zeros(512, 512)) for _ in range(16)]
+    if isinstance(device, torch.device):
+        parameters = [nn.Parameter(p.detach().to(device)) for p in parameters]
+    size = sum(p.nbytes for p in parameters)
+    unsaid = optimizer_step_bytes(torch.optim.AdamW(parameters), device)
+    one_by_one = optimizer_step_bytes(torch.optim.AdamW(parameters, foreach=False), device)
+    assert unsaid == optimizer_step_bytes(torch.optim.AdamW(parameters, foreach=True), device)
+    assert unsaid is not None
+    assert one_by_one is not None
+    assert one_by_one < size / 2 < size <= unsaid
+    if isinstance(device, torch.device):
+        optimizer = torch.optim.AdamW(parameters)
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert measure_peak(optimizer.step, device=device).added == pytest.approx(unsaid, rel=0.01)
 
 
 def test_optimizer_state_and_existing_gradients_count_towards_the_budget() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.optim.optimizer import _default_to_fused_or_foreach
 from torch.utils import _pytree as pytree
 
 from scheduler.capture.block_state import named_tensors
@@ -109,8 +110,8 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> 
 def optimizer_step_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> int | None:
     """The most bytes that a step of the optimizer takes above parameters, gradients and state; None if not known.
 
-    By a step of a copy on fake tensors, the second one, when its state is there. For a device that is described, the
-    step is the CPU's, one parameter after the other.
+    By a step of a copy on fake tensors, the second one, when its state is there; on CUDA over all parameters at once, unless
+    the optimizer is told otherwise.
     """
     if optimizer is None:
         return 0
@@ -121,6 +122,26 @@ def optimizer_step_bytes(optimizer: torch.optim.Optimizer | None, device: Device
     except Exception:  # noqa: BLE001 # whatever a third-party optimizer does on fake tensors
         return None
     return counter.peak
+
+
+def _foreach(group: dict[str, Any], device: Device) -> dict[str, bool]:
+    """What torch takes for a group's ``foreach`` where nobody has said it; nothing if somebody has.
+
+    On CUDA a step goes over all parameters at once then, and has a temporary of each. torch decides by the parameters' type,
+    and fake ones are of none that it knows (``torch.optim.optimizer._default_to_fused_or_foreach``).
+    """
+    if group.get("foreach", False) is not None or group.get("fused") is not None:
+        return {}
+    parameters = [local(p) for p in group["params"]]
+    if isinstance(device, Target):
+        foreach = device.type == "cuda" and not group.get("differentiable", False)
+    else:
+        _, foreach = _default_to_fused_or_foreach(
+            parameters, group.get("differentiable", False), use_fused=False
+        )
+    if isinstance(group.get("lr"), Tensor) and not group.get("capturable", False):
+        foreach = False  # as the optimizers have it
+    return {"foreach": foreach}
 
 
 def _stepped(
@@ -147,7 +168,7 @@ def _stepped(
                 with fake:
                     double.grad = torch.empty_like(double)
             parameters.append(double)
-        groups.append({**group, "params": parameters})
+        groups.append({**group, **_foreach(group, device), "params": parameters})
     stand_in.param_groups = groups
     with fake, torch.no_grad():
         type(optimizer).step(stand_in)
