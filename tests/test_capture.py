@@ -458,7 +458,7 @@ def test_a_graph_of_one_device_is_that_of_another_of_its_kind() -> None:
 
     def fingerprint(index: int) -> str:
         graph = fx.Graph()
-        arguments = {"device": torch.device("cuda", index)}
+        arguments: dict[str, Any] = {"device": torch.device("cuda", index)}
         node = graph.call_function(torch.ops.aten.arange.default, (4,), arguments)
         graph.output(node)
         op = Op(node, (), (), (), requires_grad=False)
