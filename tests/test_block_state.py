@@ -285,8 +285,8 @@ def test_a_block_whose_effect_cannot_be_put_back_is_refused_with_the_reason() ->
 
 def test_an_abandoned_forward_with_state_leaves_no_graph_behind() -> None:
     model, plan = planned_like(stack_of(Remembering))
-    run = execute(replan(plan, smallest(plan.chain)), model)
-    batch = torch.randn(BATCH, WIDTH, requires_grad=True)
+    batch = torch.randn(BATCH, WIDTH, requires_grad=True)  # whose gradient the plan does not know yet
+    run = execute(replan(plan, smallest(plan.chain) + 2 * batch.nbytes), model)
     gone: list[int] = []
 
     class Noted(torch.autograd.Function):
