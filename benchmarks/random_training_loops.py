@@ -10,10 +10,15 @@ import functools
 import re
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import torch
 
 from tests.state_kinds import STATES
 from tests.training_loop_steps import Verdict, blamed, judge, shrunk
 from tests.training_loops import draw
+from tests.training_models import Recipe
 
 LOOPS = 1000
 MEASURED = 4  # one loop in so many has a peak measured
@@ -33,20 +38,19 @@ def report(first: int = 0, count: int = LOOPS, shrink: bool = False) -> str:
     states: defaultdict[str, Counter[str]] = defaultdict(Counter)
     refusals: Counter[str] = Counter()
     failures = []
-    for seed in range(first, first + count):
-        recipe = draw(seed)
-        judged = functools.partial(judge, measured=seed % MEASURED == 0)
-        verdict = judged(recipe)
+    one_thread = functools.partial(torch.set_num_threads, 1)
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=one_thread) as pool:
+        found = [
+            *pool.map(functools.partial(_judged, shrink=shrink), range(first, first + count), chunksize=10)
+        ]
+    for recipe, verdict in found:
         kinds[verdict.kind] += 1
-        if verdict.bad and shrink:
-            recipe, verdict = shrunk(recipe, verdict, judged)
         for name in blamed(recipe):
             states[name][verdict.kind] += 1
         if verdict.kind == "refused":
             refusals[_in_short(verdict)] += 1
         if verdict.bad:
             failures.append(f"{verdict.kind}: {verdict.reason[:200]} | {recipe}")
-            print(failures[-1], flush=True)
     rows = (
         ("planned as a graph, equal after each step", kinds["graph"]),
         ("planned as blocks, equal after each step", kinds["modules"]),
@@ -86,6 +90,18 @@ def report(first: int = 0, count: int = LOOPS, shrink: bool = False) -> str:
             *(["", "Not as they should be:", "", *(f"- {each}" for each in failures)] * bool(failures)),
         ]
     )
+
+
+def _judged(seed: int, shrink: bool) -> tuple[Recipe, Verdict]:
+    """The loop of a seed, and how it went; what goes wrong is printed at once."""
+    recipe = draw(seed)
+    judged = functools.partial(judge, measured=seed % MEASURED == 0)
+    verdict = judged(recipe)
+    if verdict.bad and shrink:
+        recipe, verdict = shrunk(recipe, verdict, judged)
+    if verdict.bad:
+        print(f"{verdict.kind}: {verdict.reason[:200]} | {recipe}", flush=True)
+    return recipe, verdict
 
 
 def _in_short(verdict: Verdict) -> str:
