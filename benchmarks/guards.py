@@ -12,7 +12,7 @@ from executors import execute
 from executors.runner import plans_within
 from scheduler import solve
 from scheduler.capture.environment import environment
-from scheduler.capture.flat import flatten, repeats
+from scheduler.capture.flat import flatten, repeated_floats
 from tests.models import make_gpt2
 
 CALLS = 50  # of a comparison for each time that it is timed
@@ -40,7 +40,7 @@ def report() -> str:
     assert trainable is not None
     call = plans.read(case.args, case.kwargs)
     flat, spec = flatten(*call)
-    guard, repeated = runner.guard, tuple(repeats(flat))
+    guard, repeated = runner.guard, repeated_floats(flat)
     found = medians(
         {
             "Python state that the graph took for constant": many(lambda: runner.holds(repeated)),

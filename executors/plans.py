@@ -28,7 +28,7 @@ from scheduler.capture.environment import (
     environment_difference,
     environment_text,
 )
-from scheduler.capture.flat import flatten, repeats
+from scheduler.capture.flat import flatten, repeated_floats
 from scheduler.capture.nested_plans import inner_plans_left_out
 from scheduler.capture.sample import (
     Call,
@@ -164,7 +164,7 @@ class Plans:
     def _find(self, model: nn.Module, call: Call, flat: list[Any], spec: Any) -> Runner | None:
         """What runs calls like this one, as things are; None if they run plainly."""
         kinds = [kind_of(leaf) for leaf in flat]
-        repeated = tuple(repeats(flat))
+        repeated = repeated_floats(flat)
         now = environment(self.device.type)
         flags = () if self.trainable is None else self.trainable.flags(model)
         if self.seen is not None and self.seen[:4] == (spec, kinds, now, flags):

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from scheduler.capture.call_reads import CallReads
 from scheduler.capture.eager import own_attributes, replaced
-from scheduler.capture.flat import repeats, tree_flatten, tree_leaves, tree_unflatten
+from scheduler.capture.flat import repeated_floats, tree_flatten, tree_leaves, tree_unflatten
 from scheduler.capture.graph import OUTPUT, SPARSE, Face, OpGraph, analyse
 from scheduler.capture.layouts import is_plain as is_view
 from scheduler.capture.python_state import MISSING, Snapshot, is_plain
@@ -292,6 +292,6 @@ class _Trace:
             self.calls.unread(),
             tuple(OUTPUT if isinstance(leaf, Tensor) else leaf for leaf in self.outputs),
             self.output_spec,
-            tuple(repeats(self.leaves)),
+            repeated_floats(self.leaves),
         )
         return graph.shown_as(face)

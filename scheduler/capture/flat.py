@@ -20,6 +20,7 @@ from scheduler.capture.python_state import is_plain, slots_of
 __all__ = [
     "flatten",
     "map_tensors",
+    "repeated_floats",
     "repeats",
     "tensor_leaves",
     "tree_flatten",
@@ -170,6 +171,11 @@ def repeats(leaves: Sequence[Any]) -> list[tuple[int, int]]:
         (i, first.setdefault(id(leaf), i)) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)
     ]
     return [(i, earlier) for i, earlier in tensors if i != earlier]
+
+
+def repeated_floats(leaves: Sequence[Any]) -> tuple[tuple[int, int], ...]:
+    """``repeats`` of those that code asks about: query, key and value, not ids that are labels, too."""
+    return tuple((i, earlier) for i, earlier in repeats(leaves) if leaves[i].is_floating_point())
 
 
 def tensor_leaves(value: Any) -> list[tuple[int, Tensor]]:

@@ -120,7 +120,7 @@ class Face:
         state: for each state tensor among the inputs, its places; none of one that the graph does not read.
         guards: the Python state that the traced forward read.
         unread: leaves of the call, other than tensors, that the forward did not read.
-        repeats: (leaf, earlier leaf) of tensors of the call that were one; the graph takes each by itself.
+        repeats: (leaf, earlier leaf) of floating-point tensors of the call that were one; the graph takes each by itself.
         outputs: the leaves of the model's output; OUTPUT in the places of what the graph gives.
         output_spec: how to put them together.
     """
