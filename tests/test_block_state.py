@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from executors import execute
-from scheduler import CaptureError, solve
+from scheduler import CaptureError, Schedule, solve
+from scheduler.schedule import Action, Backward, Checkpoint, Forward, Keep
 from tests.helpers import smallest
-from tests.state_training import BATCH, WIDTH, Layer, Stack, assert_trains_like_plain, planned_like
-from tests.steps import replan
+from tests.state_training import BATCH, WIDTH, Layer, Stack, assert_trains_like_plain, planned_like, train
+from tests.steps import assert_equal, replan, scheduled
 
 LOG: list[int] = []
 DEPTH = 4
@@ -191,6 +192,25 @@ KINDS = [Counting, Stashing, Remembering, Rebinding, InPlace, Closed, Drawing, D
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_block_with_state_of_its_own_trains_as_it_does_plainly(kind: Any, given: bool) -> None:
     assert_trains_like_plain(stack_of(kind), given=given)
+
+
+@pytest.mark.parametrize(
+    "make", [*map(stack_of, KINDS), shared], ids=[*(k.__name__ for k in KINDS), "Shared"]
+)
+def test_a_block_with_state_of_its_own_may_run_again_more_than_once(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    plain = make().train()
+    want = train(plain, plain, 3, None, None)
+    model, plan = planned_like(make, roots=[("LOG", LOG)])
+    # Of the first three blocks only the first one's input is held: each runs from there, after those before it.
+    dropped, kept = [1, 2, 3], range(4, len(plan.chain))
+    assert all(plan.chain.stages[k].recomputable for k in dropped)
+    actions: list[Action] = [Keep(0), Checkpoint(1), Forward(2), Forward(3), *map(Keep, kept)]
+    actions += map(Backward, reversed(kept))
+    for stage in reversed(dropped):
+        actions += [*map(Forward, dropped[: stage - 1]), Keep(stage), Backward(stage)]
+    run = execute(scheduled(plan, Schedule((*actions, Backward(0)))), model)
+    assert_equal(train(run, model, 3, None, None), want)
 
 
 def test_a_config_a_class_and_a_global_list_that_blocks_share_count_once_a_step() -> None:

@@ -16,7 +16,7 @@ import re
 import sys
 import types
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from operator import is_
 from typing import Any
 
@@ -394,8 +394,11 @@ class BlockState:
         removed = layout.put(then, now) if differs else []
         for tensor, value in then.copies:
             tensor.data.copy_(value)
+        changed = tuple([tensor for tensor, _ in current if not tensor.is_inference()])
         try:
-            yield
+            # What the block changes in place meanwhile is put back: to autograd, too, it is what it was.
+            with torch.autograd._unsafe_preserve_version_counter(changed) if changed else nullcontext():
+                yield
         finally:
             after = layout.now()
             if differs or not _equal(now, after):
