@@ -146,13 +146,13 @@ class Plans:
             return plain_forward(model, *args, **kwargs)
         if runner is None:
             return plain_forward(model, *args, **kwargs)
-        executor = runner.prepare(model, call)
-        if (runner.ran_out or executor.ran_out) and self.changes is not None:
-            runner.ran_out = executor.ran_out = False
-            self.tighten(model, runner, "in the last step", "run_step() would have run that step again")
-        self._watch(model, runner)
-        self.in_flight.begins(runner.plan, shares_casts)
         with inner_plans_left_out():
+            executor = runner.prepare(model, call)
+            if (runner.ran_out or executor.ran_out) and self.changes is not None:
+                runner.ran_out = executor.ran_out = False
+                self.tighten(model, runner, "in the last step", "run_step() would have run that step again")
+            self._watch(model, runner)
+            self.in_flight.begins(runner.plan, shares_casts)
             output = self._run(model, runner, call, flat)
         self.in_flight.gave(model, runner.plan, output)
         if self.watched is not None:
