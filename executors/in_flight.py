@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from executors.replay import ReplayError
 from scheduler.budget import format_bytes
 from scheduler.capture.loss import output_tensors
+from scheduler.capture.state import in_backward
 from scheduler.errors import PeakWarning
 from scheduler.plan import Plan
 from scheduler.schedule import Backward, Checkpoint, Keep
@@ -103,7 +104,7 @@ class InFlight:
         Raises:
             ReplayError: of those casts some are not those of the weights any more.
         """
-        if self.mark is None or not self._caches() or _in_backward() or not self.mark.stays():
+        if self.mark is None or not self._caches() or in_backward() or not self.mark.stays():
             return False
         if self.mark.changed(model.parameters()):
             raise ReplayError(
@@ -159,7 +160,7 @@ class InFlight:
 
     def _earlier(self) -> list[Plan]:
         """The plans of forwards that wait for their backward."""
-        if not self.graphs or _in_backward():
+        if not self.graphs or in_backward():
             return []
         alive = [(ref, graph) for ref in self.graphs if (graph := ref()) is not None and not graph.reversed]
         self.graphs = [ref for ref, _ in alive]
@@ -171,7 +172,7 @@ class InFlight:
 
     def gave(self, model: nn.Module, plan: Plan, output: Any) -> None:
         """A forward by this plan is over, and gave ``output``."""
-        if _in_backward():
+        if in_backward():
             return
         graph = None
         for tensor in (output,) if type(output) is Tensor else output_tensors(output):
@@ -258,11 +259,6 @@ def _versions(weights: Iterable[Tensor]) -> int:
 def _parametrizations_are_cached() -> bool:
     parametrize = sys.modules.get("torch.nn.utils.parametrize")
     return parametrize is not None and bool(parametrize._cache_enabled)
-
-
-def _in_backward() -> bool:
-    """Whether autograd runs a backward: a forward within it (torch's checkpoint, a plan around this one) runs one again."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def waiting_bytes(plan: Plan) -> int:

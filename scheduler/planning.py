@@ -508,12 +508,10 @@ def _captured(request: Request) -> tuple[Captured, str, bool]:
         request.progress("capturing the op graph")
         try:
             captured = _exact_graph(request, plain)
-            if how == "graph" or len(captured) > 1:
-                return captured, "torch.export; one step is bit-equal to the plain model", own_loss
-            with suppress(CaptureError):
-                return *_as_blocks(
-                    request, "it is a graph of one stage (code under a decorator, say)", seen
-                ), own_loss
+            if how == "auto" and len(captured) == 1:
+                with suppress(CaptureError):
+                    why = "it is a graph of one stage (code under a decorator, say)"
+                    return *_as_blocks(request, why, seen), own_loss
             return captured, "torch.export; one step is bit-equal to the plain model", own_loss
         except CaptureError as error:
             if how == "graph":

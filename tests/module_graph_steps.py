@@ -1,4 +1,4 @@
-"""Random module graphs for hypothesis: drawn, trained in a drawn way by a drawn plan, and held against the plain model."""
+"""Random module graphs: drawn, trained in a drawn way by a drawn plan, and held against the plain model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from executors import ReplayError, execute, measure_peak
@@ -216,12 +215,6 @@ def recipe_by(choose: Callable[[Sequence[Any]], Any]) -> Recipe:
         share=choose((0.0, 0.0, 0.2, 0.5, 1.0)),
         procedure=choose(("step",) * 6 + tuple(PROCEDURES)),
     )
-
-
-@st.composite
-def recipes(draw: st.DrawFn) -> Recipe:
-    """Random module graphs, for hypothesis."""
-    return recipe_by(lambda options: draw(st.sampled_from(options)))
 
 
 # ---- judged ------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from executors import execute
 from scheduler import solve
 from tests.helpers import smallest
-from tests.steps import EITHER_CAPTURE
+from tests.steps import EITHER_CAPTURE, Record, assert_equal, state
 
 ROWS, OTHERS = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0)).unbind()
 
@@ -68,16 +68,12 @@ class TwoInputs(nn.Module):
         return (self.blocks(x) * scale + self.blocks(memory)).square().mean()
 
 
-def gradients(called: nn.Module, model: nn.Module, *arguments: Any) -> list[Tensor | None]:
+def step(called: nn.Module, model: nn.Module, *arguments: Any) -> Record:
+    """The loss, and all that a step leaves behind."""
     model.zero_grad()
     loss = called(*arguments)
     loss.backward()
-    return [loss.detach(), *(p.grad for p in model.parameters())]
-
-
-def assert_equal(found: list[Tensor | None], expected: list[Tensor | None]) -> None:
-    for a, b in zip(found, expected, strict=True):
-        assert (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+    return {"loss": loss.detach(), **state(model)}
 
 
 @pytest.mark.parametrize("capture", ["auto", "modules"])
@@ -88,8 +84,8 @@ def test_blocks_are_given_one_tensor_twice_in_re_runs_too(make: Any, capture: st
     plan = solve(model, "1GiB", sample=batch, capture=capture)
     planned = execute(plan.within(smallest(plan.chain)), model)
     for _ in range(2):
-        expected = gradients(model, model, batch)
-        assert_equal(gradients(planned, model, batch), expected)
+        expected = step(model, model, batch)
+        assert_equal(step(planned, model, batch), expected)
 
 
 @EITHER_CAPTURE
@@ -100,4 +96,4 @@ def test_a_model_may_be_called_with_one_tensor_or_with_two(sample: Any, capture:
     how = "auto" if capture == "graph" else capture
     planned = execute(solve(model, "1GiB", sample=sample, capture=how), model, on_new_shape="error")
     for arguments in ((ROWS, ROWS), (ROWS, OTHERS), (OTHERS, OTHERS)):
-        assert_equal(gradients(planned, model, *arguments), gradients(model, model, *arguments))
+        assert_equal(step(planned, model, *arguments), step(model, model, *arguments))

@@ -34,6 +34,7 @@ __all__ = [
     "autocast_contexts",
     "autocast_state",
     "bare",
+    "in_backward",
     "may_be_seed",
     "model_device",
     "moving",
@@ -132,6 +133,11 @@ class HostRandomState:
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward: a forward within it (torch's checkpoint, a plan around this one) runs one again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def may_be_seed(tensor: torch.Tensor) -> bool:

@@ -293,7 +293,7 @@ def cached_casts(run: Callable[[], Any], device: Device) -> int:
     """Bytes of cast weights that autocast's cache holds once something has run.
 
     Args:
-        run: without inputs that require grad and are leaves: autocast would take them for weights.
+        run: leaves among its inputs that require grad are weights to autocast, and count.
     """
     if isinstance(device, Target) or not torch.is_autocast_enabled(device.type):
         return 0

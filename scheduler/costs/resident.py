@@ -132,10 +132,10 @@ def _foreach(group: dict[str, Any], device: Device) -> dict[str, bool]:
     """
     if group.get("foreach", False) is not None or group.get("fused") is not None:
         return {}
-    parameters = [local(p) for p in group["params"]]
     if isinstance(device, Target):
         foreach = device.type == "cuda" and not group.get("differentiable", False)
     else:
+        parameters = [local(p) for p in group["params"]]
         _, foreach = _default_to_fused_or_foreach(
             parameters, group.get("differentiable", False), use_fused=False
         )

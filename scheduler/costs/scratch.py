@@ -67,8 +67,9 @@ class Scratch:
     may fill caches that stay. It runs below autograd and autocast, outside of all modes, and generators are set back.
     Switches of torch's backends (``torch.backends``) are taken to stay as they are.
 
-    Not run are ops that check values or read seeds, which zeros are not, views, ops of other libraries (nobody knows what they do on zeros, or whom they talk to), ops on
-    tensors that are not strided, and ops whose tensors take more than a quarter of the memory that is free now.
+    Not run are views, ops that read seeds or check the values that they are given, ops of other libraries (nobody knows what
+    they do on zeros, or whom they talk to), ops on tensors that are not strided, and ops whose tensors take more than a
+    quarter of the memory that is free now.
 
     Args:
         device: at hand, "cpu" or "cuda"; ops that touch no tensor on it have no scratch bytes.

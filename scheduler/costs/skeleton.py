@@ -25,7 +25,7 @@ from scheduler.capture.module_calls import intercepted
 from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import sharded_within
-from scheduler.capture.state import uncached
+from scheduler.capture.state import in_backward, uncached
 from scheduler.capture.target import Device
 from scheduler.costs.measure import seed_gradients
 from scheduler.costs.peak import allocated
@@ -227,7 +227,7 @@ def run_skeleton(
             def loose(*args: Any, **kwargs: Any) -> Any:
                 nonlocal ran
                 index, ran = ran, ran + 1
-                if torch._C._current_graph_task_id() != -1:
+                if in_backward():
                     raise CaptureError(
                         f"{name} runs again in the backward, as under torch.utils.checkpoint; leave that to the plan"
                     )
