@@ -115,6 +115,7 @@ class Trainable:
                     self.holders.append(module._parameters)
                     self.keys.append(name)
         self.known: list[nn.Parameter] = [*map(getitem, self.holders, self.keys)]
+        self._note()
         self.kinds = [_kind(parameter) for parameter in self.known]
         self.tied = _tied(self.known)
         # Of buffers only those that several names share: others are looked up by name.
@@ -125,17 +126,33 @@ class Trainable:
                     shared.setdefault(id(buffer), []).append((module._buffers, name))
         self.shared = [places for places in shared.values() if len(places) > 1]
 
+    def _note(self) -> None:
+        """Note which parameters are where."""
+        self._now = list({id(values): values for values in self.holders}.values())
+        self._then = [dict(values) for values in self._now]
+        single = [place for place, p in enumerate(self.known) if p.numel() == 1]
+        self._single: list[list[Any]] = [
+            [each[place] for place in single] for each in (self.holders, self.keys, self.known)
+        ]
+
+    def _are_known(self) -> bool:
+        """Whether every parameter is the same object as before."""
+        # Dicts are compared at the speed of C, by identity first. Where two tensors differ, the comparison goes on to
+        # their values, which are many, so that it raises; those of one element are looked at apart.
+        try:
+            same = self._now == self._then
+        except Exception:  # noqa: BLE001 # whatever a comparison of two tensors raises
+            return False
+        holders, keys, known = self._single
+        return same and all(map(is_, map(getitem, holders, keys), known))
+
     def flags(self, model: nn.Module) -> tuple[bool, ...]:
         """Which parameters require grad now.
 
         Raises:
             PlanMismatch: one was removed, or another of another kind took its place.
         """
-        try:
-            same = all(map(is_, map(getitem, self.holders, self.keys), self.known))
-        except KeyError:
-            same = False
-        if not same:
+        if not self._are_known():
             now = [values.get(key) for values, key in zip(self.holders, self.keys, strict=True)]
             for name, parameter, kind in zip(self.names, now, self.kinds, strict=True):
                 if parameter is None or _kind(parameter) != kind:
@@ -160,6 +177,7 @@ class Trainable:
                     "no longer so, or the other way round; call solve() and execute() again on the model as it is now"
                 )
             self.known = now  # type: ignore[assignment] # none of them is None
+            self._note()
         for places in self.shared:
             (first, key), *others = places
             if any(values.get(name) is not first.get(key) for values, name in others):

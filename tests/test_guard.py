@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from executors import execute
+from executors.guard import Trainable
 from scheduler import PlanMismatch, solve
 from tests.models import Case
 from tests.steps import OVERLAPPING, assert_equal, planned, restored, tightest, train, within
@@ -163,3 +164,24 @@ def test_blocks_that_draw_random_numbers_on_some_data_only() -> None:
         expected = train(case, model)
     with restored(model):
         assert_equal(train(case, trained), expected)
+
+
+class Scaled(nn.Module):
+    """A linear layer and a scale of one element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(1))
+
+
+@pytest.mark.parametrize("name", ["layer.weight", "layer.bias", "scale"])
+def test_another_parameter_of_the_same_values_is_another_one(name: str) -> None:
+    model = Scaled()
+    trainable = Trainable(model)
+    assert trainable.flags(model) == (True, True, True)
+    path, _, key = name.rpartition(".")
+    other = nn.Parameter(model.get_parameter(name).detach().clone(), requires_grad=False)
+    setattr(model.get_submodule(path), key, other)
+    flags = trainable.flags(model)
+    assert [n for n, flag in zip(trainable.names, flags, strict=True) if not flag] == [name]
+    assert any(p is other for p in trainable.known)
