@@ -6,6 +6,7 @@ derived from this model once more, and the file is refused where it says otherwi
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 
 import torch
@@ -16,11 +17,13 @@ from scheduler.capture.environment import environment_difference, environment_te
 from scheduler.capture.graph import OpGraph
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
 from scheduler.capture.module_capture import ModuleCapture, capture_modules, recorded_modules
+from scheduler.capture.plain_steps import PlainSteps
 from scheduler.capture.recompute import check_dropped
+from scheduler.capture.repeat import ELSEWHERE, draws_elsewhere
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import CollectiveCall, NoCollectives, is_distributed
 from scheduler.capture.state import model_device, moving, preserved, uncached
-from scheduler.capture.verify import difference, run_step
+from scheduler.capture.verify import run_step
 from scheduler.costs.graph_chain import kept_storages
 from scheduler.costs.options import makes_again
 from scheduler.costs.peak import allocated
@@ -106,7 +109,12 @@ def _modules(plan: Plan, model: nn.Module, call: Call) -> ModuleCapture:
                 raise CaptureError(
                     f"block {block.label} is fed {block.fed} (argument, output, blocks back), and {fed} in the plan"
                 )
+    elsewhere = draws_elsewhere(model, model_device(model))
     for stage, (index, costs) in enumerate(zip(found.stages, plan.chain.stages, strict=False)):
+        if elsewhere and costs.recomputable and found.random[stage]:
+            raise CaptureError(
+                f"stage {stage} must run once ({ELSEWHERE}), and the plan has it as recomputable"
+            )
         if index is None and costs.recomputable:
             raise CaptureError(
                 f"stage {stage} is code between blocks, which runs once, and the plan has it as recomputable"
@@ -168,10 +176,15 @@ def _check_graph(plan: Plan, model: nn.Module, call: Call, found: GraphCapture) 
             drew = found.observe(model, call)
         except CollectiveCall:  # the other ranks do not make it now
             drew, found.random, found.changed = [], found.may_draw(), list(record.changed) or [()] * stages
+            found.once = [""] * stages
     for k, stage in enumerate(found.stages):
         if drew and record.random and drew[k] and not record.random[k] and not fake:
             raise CaptureError(
                 f"stage {k} ({stage.name}) draws random numbers, and the plan says that it does not"
+            )
+        if found.once[k] and plan.chain.stages[k].recomputable:
+            raise CaptureError(
+                f"stage {k} ({stage.name}) must run once ({found.once[k]}), and the plan has it as recomputable"
             )
         missing = sorted({*found.changed[k]} - {*record.changed[k]}) if record.changed else []
         if missing and not fake:
@@ -248,10 +261,14 @@ def _runs_uncached(plan: Plan, model: nn.Module, call: Call, found: GraphCapture
         return False
     if is_distributed() or detect_fake_mode() is not None:
         return without
+    step = functools.partial(run_step, model, lambda: model(*call[0], **call[1]), offload=True)
     torch.clear_autocast_cache()
-    plain = run_step(model, lambda: model(*call[0], **call[1]), offload=True)
+    plain = PlainSteps(step(), step, found.device)
     found.uncached = True
-    exact = difference(plain, run_step(model, lambda: found.sweep(model, call), offload=True)) is None
+    differs, _ = plain.judge(
+        functools.partial(run_step, model, lambda: found.sweep(model, call), offload=True)
+    )
+    exact = differs is None
     torch.clear_autocast_cache()
     if exact != without:
         raise CaptureError(

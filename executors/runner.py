@@ -21,11 +21,12 @@ from scheduler.capture.flat import flatten, map_tensors
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.layouts import is_plain as is_view
 from scheduler.capture.module_capture import ModuleCapture
+from scheduler.capture.plain_steps import PlainSteps
 from scheduler.capture.python_state import MISSING
 from scheduler.capture.sample import Call, CallSignature
 from scheduler.capture.sharded import is_distributed, sharded_within, share_sharding
-from scheduler.capture.state import HostRandomState, bare
-from scheduler.capture.verify import difference, run_step
+from scheduler.capture.state import HostRandomState, bare, model_device
+from scheduler.capture.verify import run_step
 from scheduler.errors import PlanMismatch
 from scheduler.plan import Plan
 
@@ -189,8 +190,9 @@ class Runner:
             return
         plain = plain_copy(model)
         with bare(plain) as root:
-            want = run_step(plain, lambda: root(*call[0], **call[1]), offload=True)
-        differs = difference(want, run_step(plain, planned))
+            step = functools.partial(run_step, plain, lambda: root(*call[0], **call[1]), offload=True)
+            steps = PlainSteps(step(), step, model_device(plain))
+            differs, _ = steps.judge(functools.partial(run_step, plain, planned))
         if differs is not None:
             raise PlanMismatch(
                 f"planned {type(model).__name__}: a step of the captured graph, which was never run with data, is not the plain "

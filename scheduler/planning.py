@@ -25,6 +25,7 @@ from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.module_calls import Recurrence, intercepted, is_compiled
 from scheduler.capture.module_capture import ModuleCapture, capture_blocks
 from scheduler.capture.nested_plans import inner_plans_left_out
+from scheduler.capture.plain_steps import PlainSteps
 from scheduler.capture.sample import (
     Call,
     CallSignature,
@@ -507,12 +508,12 @@ def _captured(request: Request) -> tuple[Captured, str, bool]:
     if plain is not None and to_compare:
         request.progress("capturing the op graph")
         try:
-            captured = _exact_graph(request, plain)
+            captured, exact = _exact_graph(request, plain)
             if how == "auto" and len(captured) == 1:
                 with suppress(CaptureError):
                     why = "it is a graph of one stage (code under a decorator, say)"
                     return *_as_blocks(request, why, seen), own_loss
-            return captured, "torch.export; one step is bit-equal to the plain model", own_loss
+            return captured, f"torch.export; {exact}{_once(captured)}", own_loss
         except CaptureError as error:
             if how == "graph":
                 raise CaptureError(
@@ -536,8 +537,17 @@ def _as_blocks(request: Request, refused: str, seen: Recurrence | None = None) -
     return blocks, reason + (f"; not as a graph, since {refused}" if refused else "")
 
 
-def _exact_graph(request: Request, plain: StepResult) -> GraphCapture:
-    """The op graph, once it has been seen to train like the plain model.
+def _once(captured: GraphCapture) -> str:
+    """Which stages run once, and why, in words."""
+    stages = [(stage.name, why) for stage, why in zip(captured.stages, captured.once, strict=True) if why]
+    if not stages:
+        return ""
+    names = ", ".join(name for name, _ in stages[:3]) + (" and others" if len(stages) > 3 else "")
+    return f"; {names} {'run' if len(stages) > 1 else 'runs'} once: {stages[0][1]}"
+
+
+def _exact_graph(request: Request, plain: StepResult) -> tuple[GraphCapture, str]:
+    """The op graph, once it has been seen to train like the plain model, and how it does.
 
     Raises:
         CaptureError: it cannot be captured, or one step of it differs.
@@ -554,17 +564,18 @@ def _exact_graph(request: Request, plain: StepResult) -> GraphCapture:
         raise CaptureError(
             f"the custom autograd.Function {plain.custom[0]} is used, whose backward torch.export drops"
         )
+    steps = PlainSteps(plain, _step(request, functools.partial(model, *args, **kwargs)), model_device(model))
     refused: CaptureError | None = None
     for graph in op_graphs(model, call):
         try:
             with met("the exported graph cannot be run stage by stage"):
                 captured = capture_graph(graph, model)
-                trial = functools.partial(_planned_call, captured, model, args, kwargs)
+                trial = _step(request, functools.partial(_planned_call, captured, model, args, kwargs))
                 captured.uncached = torch.is_autocast_enabled(request.device.type)
-                differs = difference(plain, run_step(model, trial, offload=True, call=request.call))
+                differs, how = steps.judge(trial)
                 if differs is not None and captured.uncached:
                     captured.uncached = False
-                    differs = difference(plain, run_step(model, trial, offload=True, call=request.call))
+                    differs, how = steps.judge(trial)
                 if differs is not None:
                     raise CaptureError(f"the exported graph does not train like the plain model: {differs}")
                 with preserved(model):
@@ -572,25 +583,13 @@ def _exact_graph(request: Request, plain: StepResult) -> GraphCapture:
         except CaptureError as error:
             refused = refused or error
             continue
-        return captured
-    why = _unrepeatable(model, plain, functools.partial(model, *args, **kwargs), request.call)
-    raise CaptureError(f"{refused}{why}") from refused
+        return captured, how
+    raise CaptureError(f"{refused}{steps.hint()}") from refused
 
 
-def _unrepeatable(model: nn.Module, plain: StepResult, step: Callable[[], Any], call: Call) -> str:
-    """Why another plain step differs from the first one, in words; "" if it does not.
-
-    Python's and NumPy's generators go on between plain steps, as in training: it is for the same numbers that two are compared.
-    """
-    random = HostRandomState()
-    later = run_step(model, step, offload=True, call=call)
-    random.restore()
-    again = run_step(model, step, offload=True, call=call)
-    if difference(later, again) is not None:
-        return "; the plain model itself is not deterministic"
-    if difference(plain, later) is not None:
-        return "; the forward draws from the generators of Python or NumPy, which a graph would do once and for all"
-    return ""
+def _step(request: Request, forward: Callable[[], Any]) -> Callable[[], StepResult]:
+    """A step by that forward, saved tensors offloaded where the device is not the host."""
+    return functools.partial(run_step, request.model, forward, offload=True, call=request.call)
 
 
 def _planned_call(

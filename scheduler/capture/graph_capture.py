@@ -18,10 +18,11 @@ from scheduler.capture.eager import as_eager
 from scheduler.capture.export import export_graph
 from scheduler.capture.fake import Watch
 from scheduler.capture.flat import tree_leaves, tree_unflatten
-from scheduler.capture.graph import OpGraph, resolve
+from scheduler.capture.graph import Op, OpGraph, resolve
 from scheduler.capture.inner_gradients import noted_gradients, traced_graph
 from scheduler.capture.linearize import Linear, linearize
 from scheduler.capture.recompute import op_rows
+from scheduler.capture.repeat import ELSEWHERE, unlike
 from scheduler.capture.sample import Call
 from scheduler.capture.stages import GraphStage, Source, compile_stages
 from scheduler.capture.state import RandomState, model_device, on_gradient, uncached
@@ -30,6 +31,8 @@ from scheduler.capture.unwind import met
 from scheduler.errors import CaptureError
 
 __all__ = ["GraphCapture", "capture_graph", "op_graphs"]
+
+RECURRENT = ("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu")
 
 
 @dataclass(slots=True)
@@ -41,6 +44,7 @@ class GraphCapture:
         constants: tensors that the export lifted out of the model's code.
         random: (L,) whether the stage draws random numbers.
         changed: (L,) names of the buffers that the stage changes.
+        once: (L,) why the stage may not be run again, in words; "" if it may.
         dropped: (L,) for each option of the stage, the packs (``recompute.py``) that it does not keep.
         rerun: (L,) for each option of the stage, the ops that run again, by their places in it.
         uncached: whether stages run without autocast's cache, in which the casts of all weights would stay until the forward
@@ -60,6 +64,7 @@ class GraphCapture:
     device: torch.device
     random: list[bool] = field(default_factory=list)
     changed: list[tuple[str, ...]] = field(default_factory=list)
+    once: list[str] = field(default_factory=list)
     dropped: list[tuple[frozenset[int], ...]] = field(default_factory=list)
     rerun: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
@@ -105,11 +110,13 @@ class GraphCapture:
         model: nn.Module,
         call: Call,
         visit: Callable[[int, list[Any]], None] | None = None,
+        after: Callable[[int, tuple[Tensor, ...]], None] | None = None,
     ) -> Any:
         """Run all stages in order, in the grad mode of the caller; gives the model's output.
 
         Args:
             visit: called with (stage, arguments) before each stage runs.
+            after: called with (stage, results) when it has run.
         """
         flat = self.graph.flat(tree_leaves(call))
         boundary: tuple[Tensor, ...] = ()
@@ -120,6 +127,8 @@ class GraphCapture:
                 visit(k, arguments)
             with uncached() if self.uncached else nullcontext():
                 results = stage.function(*arguments)
+            if after is not None:
+                after(k, results)
             del arguments
             boundary = tuple(results[i] if i >= 0 else boundary[-1 - i] for i in stage.boundary_from)
             for name, index in zip(stage.carried, stage.carried_from, strict=True):
@@ -240,13 +249,65 @@ class GraphCapture:
                         f"buffer {source.key!r} is changed by one stage and read by another ({stage.name}), which "
                         "could not be replayed on what it was"
                     )
+        elsewhere = self.place.type == "cuda" and any(map(_draws_elsewhere, self.graph.ops))
+        self.once = [ELSEWHERE if elsewhere and random else "" for random in self.random]
+        if not dry:
+            self._run_again(model, call)
         return drew
+
+    def _run_again(self, model: nn.Module, call: Call) -> None:
+        """Run each stage twice, the second time within a backward: it is to run once if that gives other bits."""
+        run: list[Callable[[], list[Tensor]]] = []
+        random: list[RandomState] = []
+
+        def visit(k: int, arguments: list[Any]) -> None:
+            sources, function = self.stages[k].sources, self.stages[k].function
+            fresh = {
+                i: arguments[i].clone()
+                for i, source in enumerate(sources)
+                if source.kind == "buffer" and source.key in self.changed[k]
+            }
+
+            def again() -> list[Tensor]:
+                given = [fresh[i].clone() if i in fresh else a for i, a in enumerate(arguments)]
+                return list(function(*given))
+
+            run[:], random[:] = [again], [RandomState(self.device)]
+
+        def after(k: int, results: tuple[Tensor, ...]) -> None:
+            if not self.once[k]:
+                moved = RandomState(self.device)
+                self.once[k] = unlike(results, run[0], random[0])
+                moved.restore()
+
+        # In grad mode, by which ops choose their kernels; nothing is saved.
+        saves_nothing = torch.autograd.graph.saved_tensors_hooks(_discard, _discard)
+        with torch.enable_grad(), uncached(), saves_nothing:
+            self.sweep(model, call, visit, after)
 
     def may_draw(self) -> list[bool]:
         """(L,) whether the stage has an op that may draw random numbers."""
         return [
             any(op.random for op in self.graph.ops[start:stop]) for start, stop in pairwise(self.linear.cuts)
         ]
+
+
+def _draws_elsewhere(op: Op) -> bool:
+    """Whether on a GPU an op's dropout has random state outside of the generator: cuDNN's, between layers of an RNN.
+
+    It goes on from call to call, and begins with a new seed once somebody has set the generator.
+    """
+    schema = getattr(op.node.target, "_schema", None)
+    if schema is None or schema.name not in RECURRENT:
+        return False
+    values = {
+        a.name: value for a, value in zip(schema.arguments, op.node.args, strict=False)
+    } | op.node.kwargs
+    return bool(values.get("train")) and values.get("dropout") not in (0, 0.0, None)
+
+
+def _discard(_: Any) -> Any:
+    return None
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -95,7 +95,7 @@ def measure_graph(
         held = held_results(capture, k, waiting)
         how = (
             clock,
-            options,
+            options and not capture.once[k],
             capture.uncached,
             *surroundings,
             carried,
@@ -112,7 +112,7 @@ def measure_graph(
             if capture.target is not None:
                 forward, backward = estimate_run(run, capture.place)
                 cost = replace(cost, forward=forward, backward=backward)
-            if options:
+            if options and not capture.once[k]:
                 found, gap = measure_options(capture, k, run, arguments, clock=clock)
                 cost = replace(cost, options=found, gap=gap)
             if not capture.uncached:
@@ -326,7 +326,7 @@ def graph_chain(
                 grad=created[k] + lasting[k],
                 carried=carried,
                 carried_change=change[k],
-                recomputable=not prefix,
+                recomputable=not prefix and not capture.once[k],
                 enters=tuple(map(values.number, entering)),
                 rerun_state=rerun_state(capture, model, k),
             )

@@ -11,6 +11,7 @@ from torch import nn
 
 from scheduler.capture.block_state import named_tensors
 from scheduler.capture.module_capture import ModuleCapture
+from scheduler.capture.repeat import draws_elsewhere
 from scheduler.capture.state import CPU_RANDOM_STATE
 from scheduler.capture.target import Device
 from scheduler.chain import Chain, Option, Stage
@@ -149,6 +150,7 @@ def assemble(
             change[each.freed] -= values.sizes[each.value]
     # The blocks that need no gradient: they save nothing, and run once.
     frozen = len(list(takewhile(lambda each: not any(each.box.requires_grad.values()), parts.blocks)))
+    elsewhere = draws_elsewhere(model, device)
     drawn = CPU_RANDOM_STATE if device.type == "cpu" else 0  # by which a block's end knows whether it drew
     enters = [*map(set, values.enters), set()]
     lasting = {each.value for each in values.carried}
@@ -212,7 +214,7 @@ def assemble(
                 grad=created[k] + by_glue[k] + stays,
                 carried=values.total(making[k]),
                 carried_change=change[k],
-                recomputable=index is not None and index >= frozen,
+                recomputable=index is not None and index >= frozen and not (elsewhere and capture.random[k]),
                 enters=values.enters[k],
                 rerun_state=rerun_state(capture, model, k)
                 + (0 if index is None else parts.blocks[index].cost.held),

@@ -1,0 +1,290 @@
+"""Kernels as GPUs have them, emulated: backwards that sum in no fixed order, random state outside of the generator."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from executors import execute
+from scheduler import CaptureError, Plan, PlanMismatch, solve
+from scheduler.capture.repeat import deterministic, in_backward_of, rounds_alike
+from scheduler.capture.state import in_backward
+from tests.helpers import smallest
+from tests.steps import CPU, Record, assert_equal, state
+
+WIDTH, ROWS = 16, 128
+CALLS = itertools.count()
+
+
+# ---- a backward whose last bits are others each time -------------------------------------------------------
+
+
+@torch.library.custom_op("rematplan_tests::atomic", mutates_args=())
+def atomic(x: Tensor, supported: bool) -> Tensor:
+    """The sine; the op's backward adds in an order that nobody knows, unless deterministic algorithms are asked for."""
+    return x.sin()
+
+
+@torch.library.custom_op("rematplan_tests::atomic_backward", mutates_args=())
+def atomic_backward(grad: Tensor, x: Tensor, supported: bool) -> Tensor:
+    """The gradient, with noise in its last bits."""
+    exact = grad * x.cos()
+    if torch.are_deterministic_algorithms_enabled():
+        if not supported:
+            raise RuntimeError("atomic_backward does not have a deterministic implementation")
+        return exact
+    return exact * (1 + 1e-6 * (next(CALLS) % 7))
+
+
+@atomic.register_fake
+def _(x: Tensor, supported: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+@atomic_backward.register_fake
+def _(grad: Tensor, x: Tensor, supported: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+    ctx.supported = inputs[1]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return atomic_backward(grad, *ctx.saved_tensors, ctx.supported), None
+
+
+atomic.register_autograd(_backward, setup_context=_setup)
+
+
+class Noisy(nn.Module):
+    """Layers of which each has a noisy backward; with ``jitter``, a number of Python's that a graph would have once and for all."""
+
+    def __init__(self, supported: bool, jitter: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+        self.supported, self.jitter = supported, jitter
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + atomic(layer(x), self.supported)
+        if self.jitter:
+            x = x * (1 + self.jitter * random.random())
+        return x.square().mean()
+
+
+def planned_noisily(supported: bool, jitter: float = 0.0, capture: str = "auto") -> tuple[Noisy, Plan]:
+    torch.manual_seed(0)
+    model = Noisy(supported, jitter)
+    return model, solve(model, "1GiB", sample=torch.randn(ROWS, WIDTH), capture=capture)
+
+
+def test_a_noisy_backward_is_tried_under_deterministic_algorithms() -> None:
+    _, plan = planned_noisily(supported=True)
+    assert plan.capture.kind == "graph"
+    assert (
+        "bit-equal to the plain model under deterministic algorithms; by default plain steps differ: the gradient"
+        in (plan.capture.reason)
+    )
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_where_there_are_none_plain_steps_say_how_much_a_step_may_differ() -> None:
+    _, plan = planned_noisily(supported=False)
+    assert plan.capture.kind == "graph"
+    assert (
+        "gradients of one step differ from the plain ones as those do from one another: the gradient of"
+        in plan.capture.reason
+    )
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_noise_does_not_cover_a_graph_that_is_another_model(supported: bool) -> None:
+    with pytest.raises(
+        CaptureError,
+        match=r"does not train like the plain model.*is not deterministic.*use_deterministic_algorithms",
+    ):
+        planned_noisily(supported, jitter=1e-2, capture="graph")
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_noisy_model_trains_by_its_graph_as_exactly_as_its_kernels_allow(supported: bool) -> None:
+    model, plan = planned_noisily(supported)
+    batch = torch.randn(ROWS, WIDTH)
+    planned = execute(plan.within(smallest(plan.chain)), model)
+
+    def step(called: nn.Module) -> Record:
+        model.zero_grad()
+        called(batch).backward()
+        return state(model)
+
+    if supported:
+        with deterministic(CPU):
+            assert_equal(step(planned), step(model))
+    else:
+        for a, b in zip(step(planned).values(), step(model).values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+# ---- random state outside of the generator, as cuDNN keeps it for the dropout of RNNs ------------------------
+
+
+class Outside:
+    """Where the emulated library stands: it goes on from call to call, and begins anew when the generator has been set."""
+
+    seed, calls, was_set = 0, 0, True
+
+
+@pytest.fixture(autouse=True)
+def noticing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the library notice that the generator is set."""
+    real = torch.set_rng_state
+
+    def noticed(state: Tensor) -> None:
+        Outside.was_set = True
+        real(state)
+
+    monkeypatch.setattr(torch, "set_rng_state", noticed)
+
+
+@torch.library.custom_op("rematplan_tests::outside", mutates_args=())
+def outside(x: Tensor) -> Tensor:
+    """A mask of the library's own random numbers, times the input's size."""
+    if Outside.was_set:
+        Outside.was_set, Outside.calls = False, 0
+        Outside.seed = int(torch.randint(1 << 30, ()))
+    Outside.calls += 1
+    generator = torch.Generator().manual_seed(Outside.seed + Outside.calls)
+    return torch.rand(x.shape, generator=generator)
+
+
+@outside.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Masked(nn.Module):
+    """A layer whose dropout is the emulated library's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).tanh() * outside(x[:, :1].detach()))
+
+
+class Dropped(Masked):
+    """A layer whose dropout is torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.dropout(self.up(x).tanh(), 0.2))
+
+
+class Plain(Masked):
+    """The same without dropout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).tanh())
+
+
+def test_a_stage_with_random_state_of_its_own_is_found_and_runs_once() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Plain(), Masked(), Plain(), Plain(), Masked(), Plain())
+    batch = torch.randn(ROWS, WIDTH)
+    plan = solve(model, "1GiB", sample=batch, capture="graph")
+    assert sum(not stage.recomputable for stage in plan.chain.stages) == 2
+    assert "run once: run again on the same random numbers, it gives other values" in plan.capture.reason
+    tight = plan.within(smallest(plan.chain))
+    assert None in tight.program.kept
+    planned = execute(tight, model)
+    records: list[list[Record]] = []
+    for called in (model, planned):
+        Outside.was_set, Outside.seed, Outside.calls = False, 7, 0
+        steps = []
+        for _ in range(3):
+            model.zero_grad()
+            called(batch).square().mean().backward()
+            steps.append(state(model))
+        records.append(steps)
+    assert_equal(records[1], records[0])
+
+
+def test_it_is_found_behind_stages_whose_generators_are_set_back() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Dropped(), Masked(), Dropped(), Masked())
+    plan = solve(model, "1GiB", sample=torch.randn(ROWS, WIDTH), capture="graph")
+    assert sum(not stage.recomputable for stage in plan.chain.stages) == 2
+
+
+def test_such_a_block_is_no_stage_that_runs_again() -> None:
+    model = nn.Sequential(Plain(), Masked(), Plain(), Plain())
+    plan = solve(model, "1GiB", sample=torch.randn(ROWS, WIDTH), capture="modules")
+    assert plan.capture.stages == ("0", "2", "3")
+    with pytest.raises(
+        CaptureError, match=r"1 does not do the same when it is run again.*on the same random numbers"
+    ):
+        solve(model, "1GiB", sample=torch.randn(ROWS, WIDTH), capture=[model[1]])
+
+
+def test_a_plan_file_cannot_have_such_a_stage_run_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Plain(), Masked(), Plain(), Plain())
+    batch = torch.randn(ROWS, WIDTH)
+    plan = solve(model, "1GiB", sample=batch, capture="graph")
+    plan.save(tmp_path / "plan.json")
+    data = json.loads((tmp_path / "plan.json").read_text())
+    for stage in data["chain"]["stages"]:
+        stage["recomputable"] = True
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    planned = execute(Plan.load(tmp_path / "plan.json"), model)
+    with pytest.raises(PlanMismatch, match=r"must run once .*and the plan has it as recomputable"):
+        planned(batch)
+
+
+# ---- the parts -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_code_runs_within_a_backward_in_the_callers_modes(grad: bool) -> None:
+    def look() -> tuple[bool, bool, bool, torch.dtype]:
+        return (
+            in_backward(),
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"),
+        )
+
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert in_backward_of(CPU, look) == (True, grad, True, torch.bfloat16)
+    assert in_backward_of(CPU, look)[1:3] == (True, False)
+
+
+def test_deterministic_algorithms_are_left_as_they_were() -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with deterministic(CPU):
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_sums_in_another_order_are_told_from_other_values() -> None:
+    values = torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0))
+    one, other = values.sum(0), values.flip(0).cumsum(0)[-1]
+    assert not torch.equal(one, other)
+    assert rounds_alike(one, other)
+    assert not rounds_alike(one, one * (1 + 1e-4))
+    assert not rounds_alike(one, one.double())
+    assert rounds_alike(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.nan]))
+    assert not rounds_alike(torch.tensor([1.0, torch.nan]), torch.tensor([torch.nan, 1.0]))
+    assert not rounds_alike(torch.tensor([1, 2]), torch.tensor([1, 3]))
