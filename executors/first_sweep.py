@@ -16,6 +16,7 @@ from executors.handles import Handle, Held, Thinned
 from executors.offload import Moved, Store
 from executors.trace import Observer
 from scheduler.actions import CopyAction
+from scheduler.capture.environment import switches
 from scheduler.capture.layouts import storage_key, storage_keys
 from scheduler.capture.recompute import Rebuild
 from scheduler.capture.state import RandomState, autocast_state, on_gradient, shielded
@@ -93,6 +94,7 @@ class FirstSweep:
         self.working: tuple[int, tuple[Tensor, ...]] | None = None
         self.task = -1  # autograd's id of the backward pass that the position belongs to
         self.autocast = autocast_state(device)
+        self.switches = switches(device.type)
 
     # ---- what a kind of capture supplies -------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from executors.handles import Handle
 from executors.replay import ReplayError, Step
 from executors.trace import Observer
 from scheduler.capture.block_state import BlockState
+from scheduler.capture.environment import switched, switches
 from scheduler.capture.flat import flatten, repeats, tensor_leaves, unflatten
 from scheduler.capture.layouts import storage_key
 from scheduler.capture.module_calls import intercepted, is_compiled
@@ -228,8 +229,9 @@ class ModuleStep(Step):
         # (block, output leaf) -> (tensor, version): what crosses into the next block, while that is awaited
         self.crossing: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self.runs: dict[int, _Run] = {}
-        # Where it is not that of the step: the model's code sets it.
+        # Where they are not those of the step: the model's code sets them.
         self.autocasts: dict[int, AutocastState] = {}
+        self.kernels: dict[int, list[Any]] = {}
 
     def finish(self) -> None:
         """The forward is over."""
@@ -372,6 +374,8 @@ class ModuleStep(Step):
         self.before_first_run(stage, boundary)
         if (autocast := autocast_state(self.device)) != self.autocast:
             self.autocasts[stage] = autocast
+        if (kernels := switches(self.device.type)) != self.switches:
+            self.kernels[stage] = kernels
         draws = None if self.faked else Draws(self.device)
         with self._dropping_late(stage) if stage in self.reversing else self.dropping(stage):
             result = run.forward(*args, **kwargs)
@@ -443,6 +447,8 @@ class ModuleStep(Step):
                 contexts.enter_context(_as_then(run, own))
             for context in autocast_contexts(self.autocasts[stage]) if stage in self.autocasts else ():
                 contexts.enter_context(context)
+            if stage in self.kernels:
+                contexts.enter_context(switched(self.kernels[stage], self.device.type))
             result = run.forward(*args, **kwargs)
         del args, kwargs
         for output, tensor in tensor_leaves(result):

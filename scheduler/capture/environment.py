@@ -1,13 +1,22 @@
-"""What of the process's state decides which ops a step runs: autocast, deterministic algorithms, attention kernels, precision."""
+"""What of the process's state decides which ops and kernels a step runs: autocast, deterministic algorithms, attention kernels, precision."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-__all__ = ["Environment", "environment", "environment_difference", "environment_text"]
+__all__ = [
+    "Environment",
+    "environment",
+    "environment_difference",
+    "environment_text",
+    "switched",
+    "switches",
+]
 
 Environment = tuple[Any, ...]
 
@@ -29,6 +38,63 @@ _ON_CUDA = (
     ("reduced precision of fp16 sums", torch._C._get_cublas_allow_fp16_reduced_precision_reduction),
     ("reduced precision of bf16 sums", torch._C._get_cublas_allow_bf16_reduced_precision_reduction),
 )
+
+
+def _deterministic() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _of(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    return lambda: getattr(owner, name), lambda value: setattr(owner, name, value)
+
+
+# What the code of a re-run finds as its first run found it: (read, set). Autocast is of each thread (``state.py``).
+_KERNELS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch._C._get_flash_sdp_enabled, torch._C._set_sdp_use_flash),
+    (torch._C._get_mem_efficient_sdp_enabled, torch._C._set_sdp_use_mem_efficient),
+    (torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math),
+    (torch._C._get_cudnn_sdp_enabled, torch._C._set_sdp_use_cudnn),
+    (torch._C._get_sdp_priority_order, torch._C._set_sdp_priority_order),
+    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (_deterministic, lambda now: torch.use_deterministic_algorithms(now[0], warn_only=now[1])),
+)
+_CUDA_KERNELS = (
+    (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
+    (torch._C._get_cudnn_benchmark, torch._C._set_cudnn_benchmark),
+    (torch._C._get_cudnn_deterministic, torch._C._set_cudnn_deterministic),
+    (torch._C._get_cudnn_allow_tf32, torch._C._set_cudnn_allow_tf32),
+    _of(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction"),
+    _of(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"),
+)
+
+
+def switches(kind: str) -> list[Any]:
+    """What chooses kernels, all of the process, as it is now.
+
+    Args:
+        kind: type of the device that the model lies on.
+    """
+    return [read() for read, _ in (_KERNELS if kind == "cpu" else _KERNELS + _CUDA_KERNELS)]
+
+
+@contextmanager
+def switched(then: list[Any], kind: str) -> Iterator[None]:
+    """Within it, what chooses kernels is as it was when ``switches`` gave ``then``: a backward may lie outside of ``sdpa_kernel``."""
+    now = switches(kind)
+    differs = [
+        (write, before, after)
+        for (_, write), before, after in zip(_KERNELS + _CUDA_KERNELS, then, now, strict=False)
+        if before != after
+    ]
+    for write, before, _ in differs:
+        write(before)
+    try:
+        yield
+    finally:
+        for write, _, after in differs:
+            write(after)
 
 
 def _names(kind: str) -> list[str]:

@@ -1,0 +1,117 @@
+"""What chooses kernels (attention's, determinism, precision) is in re-runs as it was in the first run, and left as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from executors import execute
+from scheduler import solve
+from scheduler.capture.environment import switched, switches
+from tests.helpers import smallest
+from tests.steps import EITHER_CAPTURE, Record, assert_equal, state
+
+WIDTH, HEADS = 32, 4
+BATCH = torch.randn(4, 16, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+class Attention(nn.Module):
+    """Attention with a residual connection, under a context of its own."""
+
+    def __init__(self, context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        super().__init__()
+        self.read, self.write, self.context = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), context
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.read(x).view(*x.shape[:2], 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        with self.context():
+            found = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return x + self.write(found.transpose(1, 2).reshape(x.shape)).tanh()
+
+
+def math() -> AbstractContextManager[Any]:
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+@contextmanager
+def rounding() -> Any:
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@contextmanager
+def deterministic() -> Any:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def step(called: nn.Module, model: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> Record:
+    """A forward within the context, its backward outside."""
+    model.zero_grad()
+    with context():
+        loss = called(BATCH).square().mean()
+    before = switches("cpu")
+    loss.backward()
+    assert switches("cpu") == before
+    return {"loss": loss.detach(), **state(model)}
+
+
+@EITHER_CAPTURE
+@pytest.mark.parametrize("context", [math, rounding, deterministic])
+def test_a_backward_outside_of_the_context_of_its_forward_is_the_plain_one(
+    context: Callable[[], AbstractContextManager[Any]], capture: str
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Attention() for _ in range(4)))
+    with context():
+        plan = solve(model, "1GiB", sample=BATCH, capture=capture)
+    tight = plan.within(smallest(plan.chain))
+    assert None in tight.program.kept
+    planned = execute(tight, model, on_new_shape="error", check="values")
+    for _ in range(2):
+        assert_equal(step(planned, model, context), step(model, model, context))
+
+
+def test_a_block_under_a_context_of_the_models_own_runs_again_under_it() -> None:
+    class Within(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Attention() for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for number, block in enumerate(self.blocks):
+                with math() if number % 2 else nullcontext():
+                    x = block(x)
+            return x
+
+    torch.manual_seed(0)
+    model = Within()
+    plan = solve(model, "1GiB", sample=BATCH, capture="modules")
+    planned = execute(plan.within(smallest(plan.chain)), model, check="values")
+    assert_equal(step(planned, model, nullcontext), step(model, model, nullcontext))
+
+
+def test_switches_of_cuda_are_put_back_too() -> None:
+    then, cudnn = switches("cuda"), torch.backends.cudnn
+    try:
+        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = True, True, False
+        now = switches("cuda")
+        assert now != then
+        with switched(then, "cuda"):
+            assert switches("cuda") == then
+        assert switches("cuda") == now
+    finally:
+        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = False, False, True
+    assert switches("cuda") == then
