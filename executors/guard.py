@@ -6,13 +6,15 @@ from collections.abc import Collection, Sequence
 from operator import attrgetter, getitem, is_
 from typing import Any
 
+import torch
 from torch import nn
 from torch._C import _functorch as functorch
+from torch.nn.modules.conv import _ConvNd
 
 from scheduler.capture.export import unfired_hook
 from scheduler.errors import PlanMismatch
 
-__all__ = ["Guard", "Trainable", "reject_transforms"]
+__all__ = ["Guard", "Trainable", "benchmarks_convolutions", "reject_recording", "reject_transforms"]
 
 _requires_grad = attrgetter("requires_grad")
 
@@ -29,6 +31,27 @@ def reject_transforms(model: nn.Module) -> None:
             "which a plan cannot be followed in; transform the plain model, the one given to execute(), or train by "
             "torch.autograd"
         )
+
+
+def reject_recording(model: nn.Module) -> None:
+    """Refuse a planned forward while a CUDA graph records it: that would hold neither replays nor their random numbers.
+
+    Raises:
+        PlanMismatch: says what to do.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise PlanMismatch(
+            f"planned {type(model).__name__}: called while a CUDA graph records (torch.cuda.graph, make_graphed_callables), which "
+            "cannot hold the decisions and random numbers of replays; run planned steps outside of it, or record the plain "
+            "model, the one given to execute()"
+        )
+
+
+def benchmarks_convolutions(model: nn.Module, device: torch.device) -> bool:
+    """Whether cuDNN tries algorithms for the model's convolutions: anew in autograd's thread, where replays run."""
+    cudnn = torch.backends.cudnn
+    on = device.type == "cuda" and cudnn.enabled and cudnn.benchmark and not cudnn.deterministic
+    return on and any(isinstance(module, _ConvNd) for module in model.modules())
 
 
 class Guard:

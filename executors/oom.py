@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from executors.watch import step_bytes
-from scheduler.capture.state import HostRandomState, RandomState
+from scheduler.capture.state import Draws, HostRandomState
 from scheduler.errors import InfeasibleBudget
 from scheduler.plan import Plan
 
@@ -26,10 +27,8 @@ class State:
     """
 
     def __init__(self, device: torch.device, changing: list[Place], others: list[Place], host: bool) -> None:
-        self.random, self.host_random = RandomState(device), HostRandomState()
-        self.copies = [
-            (place, t, t.detach().to("cpu" if host else t.device, copy=True)) for place, t in _there(changing)
-        ]
+        self.random, self.host_random = Draws(device), HostRandomState()
+        self.copies = [(place, t, _copied(t, host=host)) for place, t in _there(changing)]
         self.versions = [(place, t, t._version) for place, t in _there(others)]
 
     def hindrance(self) -> str | None:
@@ -41,7 +40,9 @@ class State:
 
     def restore(self) -> None:
         """Put generators and buffers back."""
-        self.random.restore()
+        random = self.random.state()
+        if random is not None:
+            random.restore()
         self.host_random.restore()
         for (buffers, name), tensor, copy in self.copies:
             tensor.data.copy_(copy)  # .data: the version that autograd saw stays
@@ -73,6 +74,15 @@ class Changes:
             for place, tensor, copy in state.copies:
                 same = place[0][place[1]] is tensor and torch.equal(tensor.cpu(), copy)
                 (self.others if same else self.changing).append(place)
+
+
+def _copied(tensor: Tensor, *, host: bool) -> Tensor:
+    """A copy beside the tensor, in memory that plans for CUDA count; or on the host, outside of torch's allocator."""
+    beside = tensor.device.type == "cuda" and not host
+    if beside or tensor.layout is not torch.strided or tensor.is_quantized:
+        return tensor.detach().to(tensor.device if beside else "cpu", copy=True)
+    copy = torch.from_numpy(np.empty(tensor.numel() * tensor.element_size(), dtype=np.uint8))
+    return copy.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
 
 
 def _there(places: list[Place]) -> list[tuple[Place, Tensor]]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from executors.guard import benchmarks_convolutions
 from executors.plans import Plans, Settings
 from executors.runner import plain_copy, plain_forward, plans_within, sharing, wrappers
 from scheduler.capture.eager import wrapped_forward
@@ -108,6 +109,13 @@ def execute(
                 f"execute: the plan was made for another {type(model).__name__}: parameters that require grad differ "
                 f"({', '.join(sorted(now ^ then)[:3])}); call solve() on the model as it is trained"
             )
+    if benchmarks_convolutions(model, model_device(model)):
+        warnings.warn(
+            f"execute: torch.backends.cudnn.benchmark is on, and replays of {type(model).__name__} run in autograd's thread, where "
+            "cuDNN tries its algorithms once more and may choose others: gradients may then differ in their last bits, and the "
+            "first step may take more than was predicted. Set torch.backends.cudnn.deterministic = True, or benchmark = False",
+            stacklevel=2,
+        )
     return _executed(plans, model, settings)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from executors.check import CHECKS
-from executors.guard import Trainable, reject_transforms
+from executors.guard import Trainable, benchmarks_convolutions, reject_recording, reject_transforms
 from executors.in_flight import InFlight
 from executors.oom import Changes, lowered, release
 from executors.runner import Runner, cut_off, forward_of, plain_copy, plain_forward
@@ -135,6 +135,8 @@ class Plans:
     def forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One training forward, by the plan for its shapes."""
         reject_transforms(model)
+        if self.device.type == "cuda":
+            reject_recording(model)
         call = self.read(args, kwargs)
         flat, spec = flatten(*call)
         self._judge(model)
@@ -380,8 +382,7 @@ class Plans:
 
     def _run(self, model: nn.Module, runner: Runner, call: Call, flat: list[Any]) -> Any:
         """The forward; once more, by a tighter plan, if it runs out of memory."""
-        recording = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self.changes is None or recording:  # a CUDA graph has no place for copies of generators
+        if self.changes is None:
             return self._once(model, runner, call, flat)
         state = self.changes.before(model)
         try:
@@ -452,6 +453,11 @@ class Plans:
     def _watch(self, model: nn.Module, runner: Runner) -> None:
         """Watch the step that begins, if nothing has been measured of this plan and the step is as planned."""
         if not runner.watching:
+            return
+        if not runner.benchmarked and benchmarks_convolutions(model, self.device):
+            runner.benchmarked = (
+                True  # in the first step cuDNN tries algorithms, in workspaces that later ones do not take
+            )
             return
         existing = storage_bytes((p.grad for p in model.parameters() if p.grad is not None), self.device)
         profiled = self.device.type == "cpu" and torch._C._autograd._profiler_enabled()

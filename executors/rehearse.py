@@ -23,7 +23,7 @@ from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.loss import find_loss
 from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.sample import Call, canonical_call, forward_signature, read_sample, unplanned
-from scheduler.capture.state import preserved
+from scheduler.capture.state import model_device, preserved
 from scheduler.capture.target import Device, Target
 from scheduler.costs.live import LiveBytes
 from scheduler.costs.peak import CudaBytes, cpu_events
@@ -170,16 +170,17 @@ def _observed(planned: nn.Module, notes: _Notes) -> Iterator[None]:
 
 
 def _faked(plan: Plan, model: nn.Module, call: Call, notes: _Notes, scratch: bool) -> Rehearsal:
-    device = plan.capture.device
-    at_hand = not plan.capture.target and (torch.device(device).type == "cpu" or torch.cuda.is_available())
-    kernels = Scratch(torch.device(device)) if scratch and at_hand else None
+    place = _place(plan, model)
+    device = str(place)
+    at_hand = not plan.capture.target and (place.type == "cpu" or torch.cuda.is_available())
+    kernels = Scratch(place) if scratch and at_hand else None
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     twin = fake_model(model, mode, device)
     planned = execute(plan, twin, on_oom="raise")
     call = fake_call(call, mode, device)
     runner = _runner(planned)
     runner.want.check(call, f"rehearse: {type(model).__name__}")
-    live = LiveBytes(_rules(plan).type, only=device, record=True, scratch=kernels)
+    live = LiveBytes(_rules(plan).type, only=place.type, record=True, scratch=kernels)
     notes.now, notes.number = lambda: len(live.events), live.number
     # The user's code, which a capture of modules runs, must not take another way for fake tensors.
     with as_eager(twin), mode:
@@ -208,6 +209,12 @@ def _capture_of(plan: Plan, model: nn.Module, twin: nn.Module, call: Call) -> Gr
     return _runner(planned).capture_again(planned, call)
 
 
+def _place(plan: Plan, model: nn.Module) -> torch.device:
+    """The device that the step is rehearsed on: the model's, or, of one without data, one of the plan's kind."""
+    own, planned = model_device(model), torch.device(plan.capture.device)
+    return own if own.type == planned.type else planned
+
+
 def _rules(plan: Plan) -> Device:
     """Whose allocator's rules the plan's bytes follow."""
     target = plan.capture.target
@@ -227,7 +234,7 @@ def _op(label: str) -> str:
 
 
 def _real(plan: Plan, model: nn.Module, call: Call, notes: _Notes) -> Rehearsal:
-    device = torch.device(plan.capture.device)
+    device = model_device(model)
     planned = execute(plan, model, on_oom="raise")
     _runner(planned).want.check(call, f"rehearse: {type(model).__name__}")
 
@@ -250,7 +257,7 @@ def _real(plan: Plan, model: nn.Module, call: Call, notes: _Notes) -> Rehearsal:
         resident = _resident(plan, model, call, executor.capture)
         with _observed(planned, notes):
             if device.type == "cuda":
-                changes, requested = _measured_cuda(step, notes)
+                changes, requested = _measured_cuda(step, notes, device)
             else:
                 changes, requested = _measured_cpu(step, notes), None
     resident.pop("allocator slack", None)  # what was counted has it
@@ -321,9 +328,8 @@ class _Counters(TorchDispatchMode):
         return result
 
 
-def _measured_cuda(step: Callable[[], Any], notes: _Notes) -> tuple[list[_Change], int]:
+def _measured_cuda(step: Callable[[], Any], notes: _Notes, device: torch.device) -> tuple[list[_Change], int]:
     """The caching allocator's counters between ops, their peaks included; the most bytes that were asked for."""
-    device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     counters = _Counters(device)

@@ -53,6 +53,7 @@ class Runner:
     Attributes:
         want: the signature of the calls that the plan is for.
         watching: whether the next step is to be the first that is measured.
+        benchmarked: whether cuDNN has tried its algorithms in a step of this plan.
         ran_out: whether the last step ran out of memory, so that the next one is to follow a tighter plan.
         frozen: names of the parameters that do not require grad in its steps.
         trying: whether the capture that is made at the first forward is to be tried against a plain step.
@@ -77,6 +78,7 @@ class Runner:
         self._environment: Environment | None = None
         self.want = CallSignature(plan.capture.structure, plan.capture.leaves)
         self.watching = watching
+        self.benchmarked = False
         self.check = check
         self.ran_out = False
         self.guard = Guard(model, frozenset(plan.capture.evaluating))

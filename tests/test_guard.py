@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from executors import execute
-from executors.guard import Trainable
+from executors.guard import Trainable, benchmarks_convolutions, reject_recording
 from scheduler import PlanMismatch, solve
 from tests.models import Case
 from tests.steps import OVERLAPPING, assert_equal, planned, restored, tightest, train, within
@@ -185,3 +185,25 @@ def test_another_parameter_of_the_same_values_is_another_one(name: str) -> None:
     flags = trainable.flags(model)
     assert [n for n, flag in zip(trainable.names, flags, strict=True) if not flag] == [name]
     assert any(p is other for p in trainable.known)
+
+
+def test_a_planned_model_is_not_recorded_as_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(
+        PlanMismatch, match=r"planned Scaled: called while a CUDA graph records .* record the plain model"
+    ):
+        reject_recording(Scaled())
+
+
+def test_benchmarked_convolutions_are_known() -> None:
+    convolving, cudnn, cuda = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.backends.cudnn, torch.device("cuda")
+    try:
+        assert not benchmarks_convolutions(convolving, cuda)
+        cudnn.benchmark = True
+        assert benchmarks_convolutions(convolving, cuda)
+        assert not benchmarks_convolutions(convolving, torch.device("cpu"))
+        assert not benchmarks_convolutions(Scaled(), cuda)
+        cudnn.deterministic = True
+        assert not benchmarks_convolutions(convolving, cuda)
+    finally:
+        cudnn.benchmark = cudnn.deterministic = False

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from executors import execute, plan_of, run_step
+from executors import execute, measure_peak, plan_of, run_step
 from scheduler import Plan, solve
 from scheduler.errors import PeakWarning
 from tests.helpers import smallest
@@ -406,6 +406,43 @@ def test_run_step_is_for_planned_models_and_returns_what_the_step_does() -> None
 
 def _raise(error: Exception) -> None:
     raise error
+
+
+@EITHER_CAPTURE
+def test_copies_of_what_a_forward_changes_are_within_the_budget(capture: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Sequential(nn.Linear(256, 256), nn.BatchNorm1d(256), nn.ReLU()) for _ in range(12))
+    ).train()
+    batch = torch.randn(64, 256)
+    plan = solve(model, "1GiB", sample=batch, capture=capture)
+    planned = execute(plan.within(smallest(plan.chain)), model, on_oom="replan")
+
+    def step() -> Tensor:
+        loss = planned(batch).square().mean()
+        loss.backward()
+        return loss
+
+    step()  # what a forward changes is found in the first
+    model.zero_grad()
+    held = plan_of(planned)
+    assert held is not None
+    assert measure_peak(step, resident=[model, batch]).peak <= held.memory_budget
+
+
+def test_on_cuda_those_copies_are_in_the_plan() -> None:
+    def fixed(*layers: nn.Module) -> int:
+        batch = torch.randn(64, 64)
+        return solve(
+            nn.Sequential(*layers, nn.Linear(64, 64)), "1GiB", sample=batch, device="H100"
+        ).chain.fixed
+
+    norm = nn.BatchNorm1d(64)
+    kept = nn.BatchNorm1d(64)
+    kept.eval()
+    copies = 3 * 512  # a block for each of mean, variance and count
+    # Of what changes there is the buffer itself, its copy for a re-run, and that for a forward that runs out of memory.
+    assert fixed(nn.Linear(64, 64), norm) - fixed(nn.Linear(64, 64), kept) == 2 * copies
 
 
 # ---- on the device ---------------------------------------------------------------------------------------

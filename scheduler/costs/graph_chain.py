@@ -36,7 +36,7 @@ from scheduler.costs.measure import (
 )
 from scheduler.costs.options import measure_options
 from scheduler.costs.peak import allocated
-from scheduler.costs.resident import rerun_state, storage_bytes
+from scheduler.costs.resident import copied_buffers, rerun_state, storage_bytes
 from scheduler.costs.roofline import estimate_run
 from scheduler.costs.unreversed import (
     held_by_user,
@@ -334,7 +334,7 @@ def graph_chain(
     state = [places[0].get() for places in graph.face.state if places]
     held = storage_bytes([*capture.constants.values(), *state], capture.place)
     fixed = resident + SMALL_TENSORS + held
-    fixed += sum(stage.rerun_state for stage in stages)
+    fixed += sum(stage.rerun_state for stage in stages) + copied_buffers(capture, model)
     if capture.place.type == "cpu":
         fixed += CPU_RANDOM_STATE * any(capture.random)  # what a replay puts back when it is done
     carried_values = [

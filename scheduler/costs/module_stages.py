@@ -20,7 +20,7 @@ from scheduler.costs.graph_chain import SMALL_TENSORS
 from scheduler.costs.module_blocks import BlockCost
 from scheduler.costs.module_values import ModuleValues
 from scheduler.costs.peak import allocated
-from scheduler.costs.resident import rerun_state, storage_bytes
+from scheduler.costs.resident import copied_buffers, rerun_state, storage_bytes
 from scheduler.costs.skeleton import Piece
 
 __all__ = ["Parts", "assemble"]
@@ -223,7 +223,7 @@ def assemble(
     fixed = resident + SMALL_TENSORS + capture.gathering + sum(stage.rerun_state for stage in stages)
     # Copies of the buffers that a block changes, while it runs again.
     fixed += max(storage_bytes(named_tensors(model, names), device) for names in capture.changed)
-    fixed += capture.state_bytes
+    fixed += capture.state_bytes + copied_buffers(capture, model)
     fixed += drawn * any(capture.random)  # what a replay puts back when it is done
     return Chain(tuple(stages), 0, output_grad, fixed, name, tuple(values.sizes), tuple(values.carried))
 

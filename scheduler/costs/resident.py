@@ -26,7 +26,14 @@ from scheduler.costs.cuda_memory import workspace_bytes
 from scheduler.costs.live import LiveBytes
 from scheduler.costs.peak import allocated
 
-__all__ = ["optimizer_bytes", "optimizer_step_bytes", "rerun_state", "resident_parts", "storage_bytes"]
+__all__ = [
+    "copied_buffers",
+    "optimizer_bytes",
+    "optimizer_step_bytes",
+    "rerun_state",
+    "resident_parts",
+    "storage_bytes",
+]
 
 
 def storage_bytes(tensors: Iterable[Tensor], device: Device) -> int:
@@ -58,6 +65,14 @@ def rerun_state(capture: GraphCapture | ModuleCapture, model: nn.Module, k: int)
     if capture.place.type != "cpu":
         state += SAMPLES
     return state + storage_bytes(named_tensors(model, capture.changed[k]), capture.place)
+
+
+def copied_buffers(capture: GraphCapture | ModuleCapture, model: nn.Module) -> int:
+    """Bytes of the copies of changing buffers that are held during a forward on CUDA, where it may run out of memory."""
+    if capture.place.type != "cuda":
+        return 0
+    changed = {name for names in capture.changed for name in names}
+    return storage_bytes((b for name, b in model.named_buffers() if name in changed), capture.place)
 
 
 def resident_parts(model: nn.Module, call: Any, device: Device) -> dict[str, int]:
