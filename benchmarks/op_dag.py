@@ -61,7 +61,7 @@ def op_seconds(capture: GraphCapture, flat: Sequence[Any], *, clock: bool = Fals
     timed = TimedOps(capture.graph.module, capture.device, clock)
     with torch.enable_grad():
         timed.run(*flat, enable_io_processing=False)
-    return timed.seconds
+    return timed.seconds()
 
 
 def measured_seconds(

@@ -26,7 +26,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["LARGEST_SLACK", "AllocatorPeaks", "CachingAllocator", "block_bytes", "replay"]
+__all__ = ["LARGEST_SLACK", "SMALLEST_BLOCK", "AllocatorPeaks", "CachingAllocator", "block_bytes", "replay"]
 
 SMALLEST_BLOCK = 512
 SMALL = 2**20  # the largest size of the small pool

@@ -54,7 +54,7 @@ def measure_gather(modules: Sequence[Any], device: torch.device) -> Gather:
     unshard(modules)  # a warm-up
     kept = storage_bytes((p for module in modules for p in own_parameters(module)), device)
     shard()
-    counted = count_bytes(lambda _: unshard(modules), device)
+    counted = count_bytes(lambda _: unshard(modules), device, slack=False)
     shard()
     seconds = []
     for _ in range(REPEATS):

@@ -20,6 +20,7 @@ from scheduler.capture.layouts import held_bytes, storage_key
 from scheduler.capture.sharded import is_distributed
 from scheduler.capture.state import reverse, shielded, uncached
 from scheduler.capture.target import Device, Target
+from scheduler.costs.clock import Spans
 from scheduler.costs.peak import allocated, count_bytes
 
 __all__ = [
@@ -286,7 +287,7 @@ def rebuild_peak(
             run(as_leaf)
 
     with uncached():
-        return count_bytes(again, device).peak
+        return count_bytes(again, device, slack=False).peak
 
 
 def cached_casts(run: Callable[[], Any], device: Device) -> int:
@@ -306,7 +307,7 @@ def cached_casts(run: Callable[[], Any], device: Device) -> int:
             run()
 
     torch.clear_autocast_cache()
-    cached = count_bytes(step, device).end
+    cached = count_bytes(step, device, slack=False).end
     torch.clear_autocast_cache()
     return cached
 
@@ -371,12 +372,12 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
     if not isinstance(device, Target):
         keeping(lambda: None)  # warm-up: lazy initialisation, workspaces
     # First of those that count: on the CPU a state of the run before, which this one lets go of, would hide what it leaves.
-    kept = count_bytes(keeping, device)
-    dropped = count_bytes(dropping, device)
+    kept = count_bytes(keeping, device, slack=False)
+    dropped = count_bytes(dropping, device, slack=False)
     keeping_peak, stays = kept.peaks[0], kept.marks[0]
     if torch.is_autocast_enabled(device.type):
         with uncached():  # as in a re-run, which saves each cast of a weight that is used twice
-            twice = count_bytes(keeping, device)
+            twice = count_bytes(keeping, device, slack=False)
         keeping_peak, stays = max(keeping_peak, twice.peaks[0]), max(stays, twice.marks[0])
     again = (
         keeping_peak
@@ -413,28 +414,20 @@ def _time(stage: StageRun, device: Device, repeats: int) -> tuple[float, float]:
     for done in range(repeats if together else 10 * repeats):
         if done >= repeats and time.perf_counter() - started > 0.05:
             break
+        spans = Spans(device)
         with torch.enable_grad():
-            _wait(device)
-            begin = time.perf_counter()
-            outputs = stage.run(as_leaf)
-            _wait(device)
-            middle = time.perf_counter()
+            with spans.span():
+                outputs = stage.run(as_leaf)
             seed, _ = _root(stage, outputs)
             del outputs
-        _wait(device)
-        reversing = time.perf_counter()
-        if seed is not None and seed.requires_grad:
-            reverse(seed)
-        _wait(device)
-        backwards.append(time.perf_counter() - reversing)
-        forwards.append(middle - begin)
+        with spans.span():
+            if seed is not None and seed.requires_grad:
+                reverse(seed)
+        forward, backward = spans.seconds()
+        forwards.append(forward)
+        backwards.append(backward)
         del seed
         stage.reset()
         if done >= 2 and not together and time.perf_counter() - started > 3.0:
             break
     return statistics.median(forwards), statistics.median(backwards)
-
-
-def _wait(device: Device) -> None:
-    if isinstance(device, torch.device) and device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -157,7 +157,7 @@ def _module_chain(
     glue = {k for k, block in enumerate(capture.stages) if block is None}
     with preserved(model):
         fresh_grads((p for p in existing if glue.intersection(readers[p])), existing)
-        counted = count_bytes(step, capture.place)
+        counted = count_bytes(step, capture.place, slack=False)
     assert traffic is not None
     blocks = [costs[index] for index in range(len(modules))]
     values = ModuleValues(

@@ -28,6 +28,7 @@ from scheduler.capture.state import (
     reverse,
 )
 from scheduler.capture.target import Device, Target
+from scheduler.costs.clock import Spans
 from scheduler.costs.measure import (
     OptionCost,
     StageRun,
@@ -35,7 +36,6 @@ from scheduler.costs.measure import (
     _root,
     _Sink,
     _unowned,
-    _wait,
     as_leaf,
     rebuild_peak,
 )
@@ -55,23 +55,23 @@ class TimedOps(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, device: Device, clock: bool) -> None:
         super().__init__(module)
-        self.device, self.clock = device, clock
-        self.seconds: list[float] = []
+        self.device, self.spans = device, Spans(device) if clock else None
+        self.estimates: list[float] = []
+
+    def seconds(self) -> list[float]:
+        """Of each op, in order."""
+        return self.estimates if self.spans is None else self.spans.seconds()
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node."""
         if n.op != "call_function":
             return super().run_node(n)
-        if not self.clock:
-            with Tally(device_rates(self.device)) as tally:
-                result = super().run_node(n)
-            self.seconds.append(tally.seconds)
-            return result
-        _wait(self.device)
-        began = time.perf_counter()
-        result = super().run_node(n)
-        _wait(self.device)
-        self.seconds.append(time.perf_counter() - began)
+        if self.spans is not None:
+            with self.spans.span():
+                return super().run_node(n)
+        with Tally(device_rates(self.device)) as tally:
+            result = super().run_node(n)
+        self.estimates.append(tally.seconds)
         return result
 
 
@@ -96,7 +96,7 @@ def measure_options(
         timed = TimedOps(module, device, clock)
         with torch.enable_grad():
             timed.run(*_fresh(capture, k, arguments))
-        timings.append(timed.seconds)
+        timings.append(timed.seconds())
     seconds = [statistics.median(times) for times in zip(*timings, strict=True)]
     values = stage_values(capture.graph, capture.linear, k, lambda size: allocated(size, device), seconds)
     packs = packs_of(capture.graph, capture.linear, k)
@@ -235,14 +235,13 @@ def _tried(
         for part in parts:
             arguments = fresh()
             random.restore()
-            _wait(random.device)
-            began = time.perf_counter()
+            spans = Spans(random.device)
             try:
-                filled = _again(part, arguments, given, autocast)
+                with spans.span():
+                    filled = _again(part, arguments, given, autocast)
             except RuntimeError:  # other ops than before, or fewer: not an option
                 return None
-            _wait(random.device)
-            seconds += time.perf_counter() - began
+            seconds += sum(spans.seconds())
             same = took or filled.keys() == part.dropped
             if not same or not (took or all(_equal(filled[n], saved[n], data) for n in filled)):
                 return None
@@ -316,6 +315,6 @@ def _peaks(
             reverse(seed)
         del held
 
-    counted = count_bytes(step, capture.place)
+    counted = count_bytes(step, capture.place, slack=False)
     run.reset()
     return counted.peaks[0], max(0, *counted.peaks[1:]), counted.marks[0]

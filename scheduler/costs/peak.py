@@ -19,6 +19,7 @@ from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_lega
 
 from scheduler.capture.target import Device, Target
 from scheduler.costs.live import LiveBytes, rounded
+from scheduler.cuda_allocator import SMALLEST_BLOCK
 
 __all__ = ["Counted", "CpuEvents", "CudaBytes", "allocated", "count_bytes", "cpu_events"]
 
@@ -45,23 +46,43 @@ class Counted:
 
 
 class CudaBytes(NamedTuple):
-    """Of the caching allocator's counters: bytes of blocks in use, and bytes that were asked for; now and at most."""
+    """Of the caching allocator's counters: bytes of blocks in use, bytes that were asked for, and blocks; now and at most."""
 
     allocated: int
     highest: int
     requested: int
     highest_requested: int
+    blocks: int
+    highest_blocks: int
 
     @classmethod
     def read(cls, device: torch.device) -> CudaBytes:
         """What they are, since the last ``torch.cuda.reset_peak_memory_stats``."""
         stats = torch.cuda.memory_stats_as_nested_dict(device)
         blocks, asked = stats["allocated_bytes"]["all"], stats["requested_bytes"]["all"]
-        return cls(blocks["current"], blocks["peak"], asked["current"], asked["peak"])
+        count = stats["allocation"]["all"]
+        pairs = ((each["current"], each["peak"]) for each in (blocks, asked, count))
+        return cls(*(value for pair in pairs for value in pair))
+
+    def without_slack(self, start: CudaBytes) -> tuple[int, int]:
+        """Bytes above those of ``start``, now and at most, of blocks that have no more than their tensors rounded up to 512.
+
+        What a block that is not split has too much depends on which blocks are free: it is set aside for the whole step.
+        """
+        now = self.requested - start.requested + SMALLEST_BLOCK * max(0, self.blocks - start.blocks)
+        most = (
+            self.highest_requested
+            - start.requested
+            + SMALLEST_BLOCK * max(0, self.highest_blocks - start.blocks)
+        )
+        return min(now, self.allocated - start.allocated), min(most, self.highest - start.allocated)
 
 
-def count_bytes(fn: Callable[[Callable[[], None]], Any], device: Device) -> Counted:
+def count_bytes(fn: Callable[[Callable[[], None]], Any], device: Device, *, slack: bool = True) -> Counted:
     """Run ``fn(mark)`` and count; ``mark()`` separates phases.
+
+    Args:
+        slack: on CUDA, whether to count what blocks have above their tensors' bytes rounded up to 512.
 
     Python's cyclic garbage collector is off meanwhile: it would let go of tensors of long ago in the middle of
     the count, and hide as many bytes of what the function takes.
@@ -74,13 +95,13 @@ def count_bytes(fn: Callable[[Callable[[], None]], Any], device: Device) -> Coun
     try:
         if isinstance(device, Target):
             return _count_fake(fn, device)
-        return _count_cuda(fn, device) if device.type == "cuda" else _count_cpu(fn)
+        return _count_cuda(fn, device, slack) if device.type == "cuda" else _count_cpu(fn)
     finally:
         if collecting:
             gc.enable()
 
 
-def _count_cuda(fn: Callable[[Callable[[], None]], Any], device: torch.device) -> Counted:
+def _count_cuda(fn: Callable[[Callable[[], None]], Any], device: torch.device, slack: bool) -> Counted:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     start = CudaBytes.read(device)
@@ -93,8 +114,14 @@ def _count_cuda(fn: Callable[[Callable[[], None]], Any], device: torch.device) -
     result = fn(mark)
     torch.cuda.synchronize(device)
     mark()
-    *marks, end = (each.allocated - start.allocated for each in seen)
-    peaks = tuple(each.highest - start.allocated for each in seen)
+    above = [
+        (each.allocated - start.allocated, each.highest - start.allocated)
+        if slack
+        else each.without_slack(start)
+        for each in seen
+    ]
+    *marks, end = (now for now, _ in above)
+    peaks = tuple(most for _, most in above)
     requested = max(0, *(each.highest_requested - start.requested for each in seen))
     return Counted(max(0, *peaks), end, tuple(marks), peaks, result, requested)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -27,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.loss import find_loss
 from scheduler.capture.target import Device, Target
+from scheduler.costs.clock import Spans
 from scheduler.costs.measure import StageCost, StageRun, as_leaf, seed_gradients
 from scheduler.costs.unreversed import unread_results
 from scheduler.device import DeviceSpec
@@ -44,12 +44,13 @@ class Rates:
         flops: floating-point operations per second.
         bandwidth: bytes per second.
         launch: seconds that any op takes at least.
-        by_dtype: floating-point operations per second on numbers of a dtype, where they are not ``flops``.
+        by_dtype: floating-point operations per second on numbers of a dtype, where they are known not to be ``flops``.
+        measure: measures them for another dtype.
         element: op -> seconds that it takes for each element, if it computes much with one.
         fresh: seconds for each byte of a new storage of ``MAPPED`` bytes or more, above those that it takes to write it.
     """
 
-    __slots__ = ("bandwidth", "by_dtype", "element", "flops", "fresh", "launch")
+    __slots__ = ("bandwidth", "by_dtype", "element", "flops", "fresh", "launch", "measure")
 
     def __init__(
         self,
@@ -59,10 +60,17 @@ class Rates:
         by_dtype: Mapping[torch.dtype, float] | None = None,
         element: Mapping[Any, float] | None = None,
         fresh: float = 0.0,
+        measure: Callable[[torch.dtype], float] | None = None,
     ) -> None:
         self.flops, self.bandwidth, self.launch = flops, bandwidth, launch
         self.by_dtype = dict(by_dtype or {})
-        self.element, self.fresh = dict(element or {}), fresh
+        self.element, self.fresh, self.measure = dict(element or {}), fresh, measure
+
+    def flops_on(self, dtype: torch.dtype) -> float:
+        """Floating-point operations per second on numbers of that dtype."""
+        if dtype not in self.by_dtype:
+            self.by_dtype[dtype] = self.flops if self.measure is None else self.measure(dtype)
+        return self.by_dtype[dtype]
 
     @classmethod
     def of(cls, spec: DeviceSpec) -> Rates:
@@ -71,27 +79,33 @@ class Rates:
         return cls(spec.rate("float32"), spec.bandwidth, spec.launch, by_dtype)
 
 
-def device_rates(device: Device, dtype: torch.dtype = torch.float32) -> Rates:
+def device_rates(device: Device) -> Rates:
     """The device's rates: by its description, or measured."""
     if isinstance(device, Target):
         return Rates.of(device.spec)
-    return _measured_rates(device, dtype, torch.get_num_threads())
+    return _measured_rates(device, torch.get_num_threads())
 
 
 @functools.cache
-def _measured_rates(device: torch.device, dtype: torch.dtype, _threads: int) -> Rates:
+def _measured_rates(device: torch.device, _threads: int) -> Rates:
     """The best of a few runs, with the threads that torch has now."""
     size = 1024 if device.type == "cpu" else 4096
-    a = torch.ones(size, size, device=device, dtype=dtype)
+
+    def product(dtype: torch.dtype) -> float:
+        try:
+            a = torch.ones(size, size, device=device, dtype=dtype)
+            return 2 * size**3 / _best(lambda: a @ a, device)
+        except RuntimeError:  # nothing multiplies such numbers here
+            return flops
+
+    flops = product(torch.float32)
     small = torch.ones(1, device=device)
-    product = _best(lambda: a @ a, device)
     launch = _best(lambda: small + 1, device)
     big, other = (torch.ones(2**24, device=device) for _ in range(2))
     copy = _best(lambda: other.copy_(big), device)  # more than caches hold, to where there are pages already
     fresh = max(0.0, _best(big.clone, device) - copy) / big.nbytes if device.type == "cpu" else 0.0
-    return Rates(
-        2 * size**3 / product, 2 * big.nbytes / copy, launch, element=_element_seconds(device), fresh=fresh
-    )
+    known = {torch.float32: flops}
+    return Rates(flops, 2 * big.nbytes / copy, launch, known, _element_seconds(device), fresh, product)
 
 
 _aten = torch.ops.aten
@@ -162,16 +176,11 @@ def _mapped(args: Any, result: Any) -> int:
 
 
 def _best(run: Any, device: torch.device, repeats: int = 7) -> float:
-    times = []
+    spans = Spans(device)
     for _ in range(repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begin = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begin)
-    return min(times[1:])
+        with spans.span():
+            run()
+    return min(spans.seconds()[1:])
 
 
 # Ops that move nothing.
@@ -202,8 +211,10 @@ class Tally(TorchDispatchMode):
         count = _FLOPS.get(func._overloadpacket)
         flops = count(*args, **kwargs, out_val=result) if count is not None else 0
         rate = self.rates.flops
-        if flops and self.rates.by_dtype:
-            rate = self.rates.by_dtype.get(next(t.dtype for t in tensors if t.is_floating_point()), rate)
+        if flops:
+            rate = self.rates.flops_on(
+                next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+            )
         fresh = self.rates.fresh * _mapped(args, result) if self.rates.fresh else 0.0
         op = func._overloadpacket
         each = self.rates.element.get(op, 0.0) * _elements(op, args, tensors)

@@ -1,0 +1,78 @@
+"""Seconds of pieces of work on a device: by the host's clock, or, on CUDA, by events on the stream."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from scheduler.capture.target import Device
+
+__all__ = ["Spans", "wait"]
+
+AHEAD = 4_000_000  # cycles of the device, some milliseconds, by which the host's launches run ahead of what is timed
+
+
+class Spans:
+    """Times pieces of work, one after the other.
+
+    On CUDA nothing waits between them: the device is kept busy first, so that kernels that are shorter than their launch follow
+    each other closely, as in a step that the device is the bottleneck of. What two events take with nothing between them is
+    subtracted. Elsewhere the host's clock is read.
+
+    Args:
+        device: at hand.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.cuda = isinstance(device, torch.device) and device.type == "cuda"
+        self.device = device
+        self._seconds: list[float] = []
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        if self.cuda:
+            wait(device)
+            torch.cuda._sleep(AHEAD)
+
+    @contextmanager
+    def span(self) -> Iterator[None]:
+        """Time what runs within it."""
+        if not self.cuda:
+            began = time.perf_counter()
+            yield
+            self._seconds.append(time.perf_counter() - began)
+            return
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events[0].record()
+        yield
+        events[1].record()
+        self._events.append(events)
+
+    def seconds(self) -> list[float]:
+        """Of each piece, in order."""
+        if self.cuda:
+            wait(self.device)
+            none = _nothing(self.device)
+            self._seconds += [max(0.0, a.elapsed_time(b) / 1e3 - none) for a, b in self._events]
+            self._events.clear()
+        return self._seconds
+
+
+@functools.cache
+def _nothing(device: Device) -> float:
+    """Seconds between two events that nothing lies between."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(20)]
+    torch.cuda._sleep(AHEAD)
+    for event in events:
+        event.record()
+    wait(device)
+    return statistics.median(a.elapsed_time(b) / 1e3 for a, b in zip(events[::2], events[1::2], strict=True))
+
+
+def wait(device: Device) -> None:
+    """Wait until the device has done what it was given."""
+    if isinstance(device, torch.device) and device.type == "cuda":
+        torch.cuda.synchronize(device)
