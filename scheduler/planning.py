@@ -18,13 +18,14 @@ from scheduler.capture.dry import capture_dry, without_hardware
 from scheduler.capture.eager import own_attributes, replaced
 from scheduler.capture.environment import environment_text
 from scheduler.capture.fake import has_data
-from scheduler.capture.flat import map_tensors, tree_leaves
+from scheduler.capture.flat import map_tensors, tensor_leaves, tree_leaves
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
 from scheduler.capture.layouts import is_plain, tensor_bytes
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.module_calls import Recurrence, intercepted, is_compiled
 from scheduler.capture.module_capture import ModuleCapture, capture_blocks
 from scheduler.capture.nested_plans import inner_plans_left_out
+from scheduler.capture.offloaded import offloaded
 from scheduler.capture.plain_steps import PlainSteps
 from scheduler.capture.sample import (
     Call,
@@ -437,18 +438,20 @@ def _warm_up(request: Request) -> tuple[Recurrence, bool]:
 
         return noted
 
-    offloaded: AbstractContextManager[Any] = (
-        nullcontext() if request.device.type == "cpu" else torch.autograd.graph.save_on_cpu()
-    )
+    lasting = [*model.parameters(), *model.buffers(), *(t for _, t in tensor_leaves(request.call))]
+
+    def on_host() -> AbstractContextManager[Any]:
+        return nullcontext() if request.device.type == "cpu" else offloaded(lasting, request.device.type)
+
     seen = Recurrence()
     try:
         if isinstance(model, StepFunction):
-            with preserved(model), offloaded:
+            with preserved(model), on_host():
                 model.check(args, kwargs)
         with (
             preserved(model),
             torch.enable_grad(),
-            offloaded,
+            on_host(),
             nullcontext() if sharded_within(model) else moving(model),
             intercepted([(model, note)]),
             seen.watching(model),
@@ -457,7 +460,7 @@ def _warm_up(request: Request) -> tuple[Recurrence, bool]:
         if isinstance(model, CallableChain):
             with preserved(model):
                 model.check(args, kwargs)
-    except (torch.OutOfMemoryError, Refused):
+    except (torch.OutOfMemoryError, CaptureError, Refused):
         raise
     except Exception as error:  # whatever the model's code raises on a sample that does not suit it
         raise SampleError(

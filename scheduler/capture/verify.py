@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils import _pytree as pytree
 
+from scheduler.capture.flat import tensor_leaves
 from scheduler.capture.layouts import parts
 from scheduler.capture.loss import find_loss, output_tensors
+from scheduler.capture.offloaded import offloaded
 from scheduler.capture.state import RandomState, model_device, preserved, reverse
 
 __all__ = ["StepResult", "custom_functions", "difference", "equal_bits", "of_an_op", "run_step"]
@@ -50,7 +52,9 @@ def run_step(
     with preserved(model):
         context: AbstractContextManager[Any] = nullcontext()
         if offload and device.type != "cpu":
-            context = torch.autograd.graph.save_on_cpu()
+            context = offloaded(
+                [*model.parameters(), *model.buffers(), *(t for _, t in tensor_leaves(call))], device.type
+            )
         with context, torch.enable_grad():
             output = forward()
             loss, own = find_loss(output)

@@ -1,0 +1,85 @@
+"""Trial steps whose saved tensors wait on the host, for a model that may not fit on its device otherwise."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from scheduler.budget import format_bytes, free_machine_bytes
+from scheduler.capture.layouts import storage_key, storage_keys
+from scheduler.errors import CaptureError
+
+__all__ = ["offloaded"]
+
+
+class _OnHost:
+    """A copy of a saved tensor on the host, for all nodes that saved it."""
+
+    __slots__ = ("__weakref__", "copy", "device", "held")
+
+    def __init__(self, tensor: Tensor, held: _Bytes) -> None:
+        held.take(tensor.numel() * tensor.element_size())
+        self.held, self.device = held, tensor.device
+        self.copy = tensor.detach().to("cpu", copy=True)  # with the same strides, where it is dense
+
+    def __del__(self) -> None:
+        if hasattr(self, "copy"):
+            self.held.now -= self.copy.numel() * self.copy.element_size()
+
+
+class _Bytes:
+    """What is on the host now, and may be at most."""
+
+    def __init__(self, most: int) -> None:
+        self.now, self.most = 0, most
+
+    def take(self, size: int) -> None:
+        if self.now + size > self.most:
+            raise CaptureError(
+                f"a plain step on the sample saves more for its backward than the {format_bytes(self.most)} of host memory that "
+                "are free; pass a smaller sample, or plan without data: solve(..., device=...)"
+            )
+        self.now += size
+
+
+@contextmanager
+def offloaded(lasting: Iterable[Tensor], kind: str = "cuda", most: int | None = None) -> Iterator[_Bytes]:
+    """Within it what autograd saves is kept on the host, each tensor once.
+
+    Args:
+        lasting: parameters, buffers, arguments: tensors on their storages stay where they are.
+        kind: of the device whose tensors are copied.
+        most: bytes on the host; default: those that are free.
+
+    Raises:
+        CaptureError: within, where the host has no room for more.
+    """
+    keys = storage_keys(lasting)
+    held = _Bytes(free_machine_bytes() if most is None else most)
+    # What lies at a place, while its storage is there, unchanged.
+    known: dict[Any, tuple[StorageWeakRef, weakref.ref[_OnHost]]] = {}
+
+    def pack(tensor: Tensor) -> Tensor | _OnHost:
+        if tensor.device.type != kind or tensor.layout is not torch.strided or storage_key(tensor) in keys:
+            return tensor if tensor.is_leaf else tensor.detach()
+        storage = tensor.untyped_storage()
+        lies = tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor._version
+        place = (storage._cdata, tensor.is_conj(), tensor.is_neg(), *lies)
+        there, ref = known.get(place, (None, None))
+        if there is not None and ref is not None and not there.expired() and (copy := ref()) is not None:
+            return copy
+        made = _OnHost(tensor, held)
+        known[place] = StorageWeakRef(storage), weakref.ref(made)
+        return made
+
+    def unpack(packed: Tensor | _OnHost) -> Tensor:
+        return packed if isinstance(packed, Tensor) else packed.copy.to(packed.device, copy=True)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield held
