@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.nn import Parameter
 
+from executors.arena import Arena
 from executors.as_read import AsRead, Sampler
 from executors.check import CHECKS, Fingerprint
 from executors.handles import Handle, Held, Thinned
@@ -58,6 +59,7 @@ class FirstSweep:
         random: Sequence[bool],
         observe: Observer | None = None,
         check: str = "metadata",
+        arena: Arena | None = None,
     ) -> None:
         stages = len(program.kept)
         self.program = program
@@ -66,7 +68,7 @@ class FirstSweep:
         self.observe = observe
         self.faked = detect_fake_mode() is not None
         self.boundaries: dict[int, tuple[Tensor | Moved, ...]] = {}
-        self.store = Store() if program.copies else None
+        self.store = None if arena is None else Store(arena)
         self.reads: dict[int, AsRead] = {}  # boundary -> its tensors as they were when it was held
         self.sampled = (
             check != "none" and not self.faked

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from executors.arena import Arena
 from executors.as_read import AsRead, Sampler
 from executors.replay import Step
 from executors.trace import Observer
@@ -32,6 +33,7 @@ class GraphExecutor:
         model: whose parameters and buffers are read at every step.
         observe: is told where each step is.
         check: what a replayed tensor is compared by; a key of ``executors.check.CHECKS``.
+        host_bytes: that the program has on the host at most.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class GraphExecutor:
         model: nn.Module,
         observe: Observer | None = None,
         check: str = "metadata",
+        host_bytes: int = 0,
     ) -> None:
         self.capture = capture
         self.check = check
@@ -48,6 +51,7 @@ class GraphExecutor:
         self.device = capture.device
         self.observe = observe
         self.ran_out = False  # whether a replay of a step ran out of memory
+        self.arena = Arena(host_bytes, capture.device) if program.copies else None
         self.stages = capture.stages
         self.random = capture.random
         self.constants = capture.constants
@@ -174,7 +178,8 @@ class GraphStep(Step):
     """One step of a GraphExecutor."""
 
     def __init__(self, executor: GraphExecutor, flat_inputs: list[Any]) -> None:
-        super().__init__(executor.program, executor.device, executor.random, executor.observe, executor.check)
+        how = executor.observe, executor.check, executor.arena
+        super().__init__(executor.program, executor.device, executor.random, *how)
         self.executor = executor
         self.inputs = flat_inputs
         self.carried: dict[str, Tensor] = {}

@@ -6,9 +6,9 @@ i+1 among them, are *items* of the referee (``scheduler.host.Item``). A block is
 belongs to is to be there, and its last copy goes with the last Moved: an order of backwards that the program does not foresee
 is slower, never wrong.
 
-On CUDA copies run on streams of their own, from and to pinned memory, beside the compute, which waits for a copy where it
-needs what is read, or is about to let go of what is written. On the CPU "the host" is memory outside of torch's allocator, so
-that the bytes counted for the device are those of a device.
+On CUDA copies run on streams of their own, from and to page-locked memory, beside the compute, which waits for a copy where
+it needs what is read, or is about to release what is written. The host's memory is outside of torch's allocators (``arena.py``):
+on the CPU, the bytes counted for the device are those of a device.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from executors.arena import Arena
 from scheduler.actions import (
     CopyAction,
     Free,
@@ -72,18 +72,22 @@ class HostSide:
         blocks: those on the device, by the identity of their storage.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, arena: Arena) -> None:
+        self.arena = arena
         self.bytes = self.peak = 0
         self.blocks: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
         self._streams: dict[bool, torch.cuda.Stream] = {}
 
-    def buffer(self, size: int, device: torch.device) -> Tensor:
-        """(size,) of uint8 on the host."""
+    def take(self, size: int) -> tuple[Tensor, int]:
+        """(size,) of uint8 on the host, and where it lies in the arena."""
         self.bytes += size
         self.peak = max(self.peak, self.bytes)
-        if device.type == "cuda":
-            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        return torch.from_numpy(np.empty(size, dtype=np.uint8))
+        return self.arena.take(size)
+
+    def give(self, offset: int, size: int) -> None:
+        """Take it back."""
+        self.bytes -= size
+        self.arena.give(offset, size)
 
     def copy(self, target: Tensor, source: Tensor, device: torch.device, *, reading: bool) -> Any:
         """Copy between host and device; on CUDA, the event at whose end it is done."""
@@ -121,6 +125,7 @@ class Block:
         self._versions: dict[Place, int] = {}  # of the tensors, when they left the device
         self._flat: Tensor | None = None  # all of the storage, once it has come back
         self._host: Tensor | bool | None = None  # the copy on the host; True if tensors have no data
+        self._offset = -1  # in the arena
         self._written = 0  # version of what is on the host, as tensors on the device count
         self._began = 0  # where they began to count: at what wrote the bytes that came back
         self._copied: Any = None  # the event at the end of the copy under way
@@ -164,7 +169,7 @@ class Block:
         with torch.no_grad():
             whole = torch.empty(0, dtype=torch.uint8, device=self.device)
             whole.set_(tensor.untyped_storage(), 0, (self.bytes,), (1,))
-            self._host = self.side.buffer(self.bytes, self.device)
+            self._host, self._offset = self.side.take(self.bytes)
             self._copied = self.side.copy(self._host, whole, self.device, reading=False)
 
     def read(self) -> None:
@@ -204,8 +209,9 @@ class Block:
 
     def _drop_host(self) -> None:
         self._wait()
+        # What is under way there comes before all that the compute stream does from now on, and copies wait for that.
         if isinstance(self._host, Tensor):
-            self.side.bytes -= self.bytes
+            self.side.give(self._offset, self.bytes)
         self._host = None
 
     def __del__(self) -> None:
@@ -234,10 +240,14 @@ class Moved:
 
 
 class Store:
-    """The blocks of one step, and which items they belong to."""
+    """The blocks of one step, and which items they belong to.
 
-    def __init__(self) -> None:
-        self.side = HostSide()
+    Args:
+        arena: of all steps, for the copies on the host.
+    """
+
+    def __init__(self, arena: Arena) -> None:
+        self.side = HostSide(arena)
         self._items: dict[Item, list[weakref.ref[Block]]] = {}
         self._entering: list[Block] = []  # of the boundary that the next stage of the first sweep starts from
         # By the stage of the first sweep that runs; those of a node that dies meanwhile (argsort's) go with it.

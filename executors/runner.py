@@ -94,7 +94,8 @@ class Runner:
     ) -> GraphExecutor | ModuleExecutor:
         """What runs the plan on this capture."""
         if isinstance(capture, GraphCapture):
-            return GraphExecutor(capture, self.plan.program, model, check=self.check)
+            host = self.plan.timeline.host_peak
+            return GraphExecutor(capture, self.plan.program, model, check=self.check, host_bytes=host)
         plain = functools.partial(plain_forward, model)
         return ModuleExecutor(capture, self.plan.program, model, plain, check=self.check)
 

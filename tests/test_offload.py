@@ -17,6 +17,7 @@ from torch import nn
 
 import executors.first_sweep
 from executors import execute, rehearse
+from executors.arena import Arena
 from executors.offload import Store
 from scheduler import HostMemory, Plan, Schedule, solve
 from scheduler.host import apart
@@ -42,6 +43,7 @@ from tests.brute_force_host import legal_walk
 from tests.helpers import smallest
 from tests.models import Case
 from tests.steps import (
+    CPU,
     OVERLAPPING,
     Record,
     assert_equal,
@@ -92,8 +94,8 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     sides: list[Any] = []
 
     class Noted(Store):
-        def __init__(self) -> None:
-            super().__init__()
+        def __init__(self, arena: Arena) -> None:
+            super().__init__(arena)
             sides.append(self.side)
 
     monkeypatch.setattr(executors.first_sweep, "Store", Noted)
@@ -244,7 +246,7 @@ def test_a_plan_with_copies_is_rehearsed_and_drawn(name: str) -> None:
 
 
 def test_what_was_changed_in_place_is_refused_wherever_it_was() -> None:
-    store = Store()
+    store = Store(Arena(2**16, CPU))
     tensor = torch.arange(8.0)
     packed = store.pack(0, tensor[2:6])
     store.ran(0, (), set(), kept=True)
@@ -254,7 +256,7 @@ def test_what_was_changed_in_place_is_refused_wherever_it_was() -> None:
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         packed.tensor()
 
-    store, tensor = Store(), torch.arange(8.0)
+    store, tensor = Store(Arena(2**16, CPU)), torch.arange(8.0)
     packed = store.pack(0, tensor[2:6])
     store.ran(0, (), set(), kept=True)
     for _ in range(2):
@@ -279,7 +281,7 @@ def test_tensors_come_back_as_they_lay() -> None:
         whole.conj().imag,
         whole[:0],
     ]
-    store = Store()
+    store = Store(Arena(2**16, CPU))
     packed = [store.pack(0, view) for view in views]
     want = [view.clone() for view in views]
     store.ran(0, (), set(), kept=True)

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from executors.arena import Arena
 from executors.offload import Store
 from scheduler.capture.state import on_gradient
 from scheduler.schedule import Free, FreeSaved, Offload, OffloadSaved
 from tests.op_graphs import judge
+from tests.steps import CPU
 
 
 @pytest.mark.parametrize("seed", [seed for seed in range(24) if seed not in (11, 13, 23)])
@@ -42,7 +44,7 @@ def test_graphs_of_ops_that_were_over_budget_or_ended_the_process(seed: int) -> 
 
 
 def test_a_boundary_that_was_only_passed_on_keeps_nothing_on_the_device() -> None:
-    store, value = Store(), torch.arange(8.0)
+    store, value = Store(Arena(2**10, CPU)), torch.arange(8.0)
     store.ran(0, (value,), set(), kept=False)
     store.ran(1, (value,), set(), kept=False)
     store.passed(1)
@@ -54,7 +56,7 @@ def test_a_boundary_that_was_only_passed_on_keeps_nothing_on_the_device() -> Non
 
 
 def test_what_a_node_saved_that_died_within_its_stage_is_not_kept() -> None:
-    store, value = Store(), torch.arange(8.0)
+    store, value = Store(Arena(2**10, CPU)), torch.arange(8.0)
     gone = weakref.ref(value.untyped_storage())
     packed = store.pack(0, value)
     del packed, value
