@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,17 +17,14 @@ import pytest
 import torch
 
 from executors import execute, measure_peak, rehearse
-from scheduler import Plan, solve
+from scheduler import Plan, PlanMismatch, solve
+from scheduler.costs.clock import Spans, wait
 from scheduler.costs.cuda_memory import expandable_segments, workspace_bytes
 from tests.helpers import smallest
 from tests.models import SEVEN, Case
 from tests.steps import assert_equal, on_device, peak_of_a_step, replan, restored, train
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*not deterministic because it uses CuBLAS:UserWarning"),
-]
+pytestmark = pytest.mark.cuda  # conftest.py: under deterministic algorithms
 CONTEXTS: dict[str, Callable[[], Any]] = {
     "float32": contextlib.nullcontext,
     "bfloat16": functools.partial(torch.autocast, "cuda", dtype=torch.bfloat16),
@@ -41,9 +39,9 @@ def expandable(request: pytest.FixtureRequest) -> Iterator[bool]:
     before, wanted = expandable_segments(torch.device("cuda")), bool(request.param)
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.memory._set_allocator_settings(f"expandable_segments:{wanted}")
+    torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{wanted}")
     yield wanted
-    torch.cuda.memory._set_allocator_settings(f"expandable_segments:{before}")
+    torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{before}")
 
 
 ON = pytest.mark.parametrize("expandable", [True], indirect=True, ids=["expandable"])
@@ -52,9 +50,7 @@ EITHER = pytest.mark.parametrize("expandable", [True, False], indirect=True, ids
 
 
 def on_cuda(name: str) -> Case:
-    """A case with its model and batch on the device; convolutions pinned to one algorithm."""
-    torch.backends.cudnn.deterministic = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    """A case with its model and batch on the device."""
     return on_device(SEVEN[name](), "cuda")
 
 
@@ -192,6 +188,97 @@ def test_a_rehearsal_for_real_says_what_was_asked_for() -> None:
     assert 0.9 * seen.peak < seen.requested <= seen.peak
     assert "asked for at most" in str(seen)
     assert rehearse(plan, case.model, case.sample).requested is None
+
+
+# ---- what GPUs alone have ------------------------------------------------------------------------------
+
+
+class Recurrent(torch.nn.Module):
+    """Two LSTMs whose dropout cuDNN draws, between layers with dropout of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.LSTM(64, 64, 2, dropout=0.5, batch_first=True)
+        self.second = torch.nn.LSTM(64, 64, 2, dropout=0.5, batch_first=True)
+        self.drop, self.head = torch.nn.Dropout(0.2), torch.nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.second(self.drop(self.head(self.first(x)[0]).tanh()))[0]
+        return self.head(found).tanh()
+
+
+def test_dropout_that_cudnn_draws_is_not_drawn_again() -> None:
+    torch.manual_seed(0)
+    model, batch = Recurrent().cuda().train(), torch.randn(16, 32, 64, device="cuda")
+    plan = solve(model, 2**40, sample=batch, capture="graph")
+    assert "run once" in plan.capture.reason
+    case = Case(model, batch, (batch,))
+    planned = execute(replan(plan, smallest(plan.chain)), model)
+    with restored(model):
+        expected = train(case, model)
+    with restored(model):
+        assert_equal(train(case, planned), expected)
+
+
+def test_a_model_whose_kernels_sum_in_no_fixed_order_is_a_graph_all_the_same() -> None:
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+    layer = torch.nn.TransformerEncoderLayer(256, 4, 1024, 0.0, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False).cuda().train()
+    batch = torch.randn(4, 1024, 256, device="cuda", requires_grad=True)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        plan = solve(model, 2**40, sample=batch)
+    assert plan.capture.kind == "graph", plan.capture.reason
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_values_are_compared_where_attention_leaves_seeds_unset() -> None:
+    case = on_cuda("gpt2")
+    plan = solve(case.model, 2**50, sample=case.sample)
+    planned = execute(replan(plan, smallest(plan.chain)), case.model, check="values")
+    with restored(case.model):
+        expected = train(case, case.model)
+    with restored(case.model):
+        assert_equal(train(case, planned), expected)
+
+
+def test_ops_are_timed_by_events_one_by_one() -> None:
+    device = torch.device("cuda")
+    small, large = torch.ones(8, device=device), torch.ones(8192, 8192, device=device)
+    spans = Spans(device)
+    for work in (lambda: small + 1, lambda: large @ large, lambda: small.view(-1), lambda: small + 1):
+        with spans.span():
+            work()
+    add, product, view, again = spans.seconds()
+    assert 0 <= view < add + again < 100e-6 < product
+    began = time.perf_counter()
+    for _ in range(10):
+        large @ large
+    wait(device)
+    assert product == pytest.approx((time.perf_counter() - began) / 10, rel=0.3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_plan_of_one_device_trains_on_another_that_is_not_current() -> None:
+    plan = solve(
+        on_device(SEVEN["gpt2"](), "cuda:0").model, 2**50, sample=on_device(SEVEN["gpt2"](), "cuda:0").sample
+    )
+    other = on_device(SEVEN["gpt2"](), "cuda:1")
+    assert torch.cuda.current_device() == 0
+    loaded = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+    planned = execute(replan(loaded, smallest(plan.chain)), other.model)
+    with restored(other.model):
+        expected = train(other, other.model)
+    with restored(other.model):
+        assert_equal(train(other, planned), expected)
+    assert rehearse(plan, other.model, other.sample, real=True).peak > 0
+
+
+def test_a_planned_step_is_not_recorded_as_a_cuda_graph() -> None:
+    model, batch = torch.nn.Linear(8, 8).cuda(), torch.randn(4, 8, device="cuda")
+    planned = execute(solve(model, 2**40, sample=batch), model)
+    with pytest.raises(PlanMismatch, match="a CUDA graph records"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        planned(batch)
 
 
 # In a process of its own: the trace must have everything since the first allocation.

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from executors import execute
 from scheduler import CaptureError, Plan, PlanMismatch, solve
+from scheduler.capture.graph import Op
+from scheduler.capture.graph_capture import draws_elsewhere_in
 from scheduler.capture.repeat import deterministic, in_backward_of, rounds_alike
 from scheduler.capture.state import in_backward
 from tests.helpers import smallest
@@ -248,6 +250,55 @@ def test_a_plan_file_cannot_have_such_a_stage_run_again(tmp_path: Path) -> None:
     planned = execute(Plan.load(tmp_path / "plan.json"), model)
     with pytest.raises(PlanMismatch, match=r"must run once .*and the plan has it as recomputable"):
         planned(batch)
+
+
+class Recurrent(nn.Module):
+    """Two LSTMs with dropout between their layers, and layers with dropout of torch's and without."""
+
+    def __init__(self, between: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [nn.LSTM(WIDTH, WIDTH, 2, dropout=between, batch_first=True), Dropped(), Plain()] * 2
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            found = layer(x)
+            x = found[0] if isinstance(found, tuple) else found
+        return x
+
+
+@pytest.mark.parametrize("between", [0.5, 0.0])
+def test_on_cuda_blocks_that_draw_beside_an_rnn_with_dropout_run_once(between: float) -> None:
+    batch = torch.randn(8, 16, WIDTH)
+    for device in ("H100", None):
+        plan = solve(Recurrent(between), "8GiB", sample=batch, capture="modules", device=device)
+        drawing = [k for k, random in enumerate(plan.capture.random) if random]
+        assert len(drawing) >= 2
+        once = device is not None and between > 0
+        assert all(plan.chain.stages[k].recomputable is not once for k in drawing)
+        assert any(stage.recomputable for stage in plan.chain.stages)
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [
+        (torch.ops.aten.lstm.input, (None, (), (), True, 2)),
+        (torch.ops.aten.gru.data, (None, None, None, (), True, 2)),
+        (torch.ops.aten._cudnn_rnn.default, (None, (), 4, None, None, None, 2, WIDTH, 0, 2, True)),
+    ],
+)
+def test_ops_whose_dropout_cudnn_draws_are_known(op: Any, arguments: tuple[Any, ...]) -> None:
+    def found(dropout: float, train: bool) -> bool:
+        node = fx.Graph().call_function(op, (*arguments, dropout, train))
+        return draws_elsewhere_in(Op(node, (), (), (), True))
+
+    assert found(0.5, True)
+    assert not found(0.0, True)
+    assert not found(0.5, False)
+    assert not draws_elsewhere_in(
+        Op(fx.Graph().call_function(torch.ops.aten.sin.default, (None,)), (), (), (), True)
+    )
 
 
 # ---- the parts -----------------------------------------------------------------------------------------------

@@ -30,9 +30,9 @@ from scheduler.capture.target import Device, Target
 from scheduler.capture.unwind import met
 from scheduler.errors import CaptureError
 
-__all__ = ["GraphCapture", "capture_graph", "op_graphs"]
+__all__ = ["GraphCapture", "capture_graph", "draws_elsewhere_in", "op_graphs"]
 
-RECURRENT = ("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu")
+RECURRENT = ("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu", "aten::_cudnn_rnn")
 
 
 @dataclass(slots=True)
@@ -249,7 +249,7 @@ class GraphCapture:
                         f"buffer {source.key!r} is changed by one stage and read by another ({stage.name}), which "
                         "could not be replayed on what it was"
                     )
-        elsewhere = self.place.type == "cuda" and any(map(_draws_elsewhere, self.graph.ops))
+        elsewhere = self.place.type == "cuda" and any(map(draws_elsewhere_in, self.graph.ops))
         self.once = [ELSEWHERE if elsewhere and random else "" for random in self.random]
         if not dry:
             self._run_again(model, call)
@@ -292,8 +292,8 @@ class GraphCapture:
         ]
 
 
-def _draws_elsewhere(op: Op) -> bool:
-    """Whether on a GPU an op's dropout has random state outside of the generator: cuDNN's, between layers of an RNN.
+def draws_elsewhere_in(op: Op) -> bool:
+    """Whether, on a GPU, an op's dropout has random state outside of the generator: cuDNN's, between layers of an RNN.
 
     It goes on from call to call, and begins with a new seed once somebody has set the generator.
     """
