@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scheduler.capture.sample import model_fingerprint, unplanned
-from scheduler.errors import PlanMismatch
+from scheduler.capture.graph_capture import op_graphs
+from scheduler.capture.sample import (
+    canonical_call,
+    forward_signature,
+    model_fingerprint,
+    read_sample,
+    unplanned,
+)
+from scheduler.capture.state import preserved
+from scheduler.errors import CaptureError, PlanMismatch
 from scheduler.plan import Plan
 
 __all__ = ["broadcast_plan"]
@@ -19,6 +28,7 @@ def broadcast_plan(
     plan: Plan | None,
     model: nn.Module | None = None,
     *,
+    sample: Any = None,
     src: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> Plan:
@@ -30,6 +40,9 @@ def broadcast_plan(
         plan: on rank ``src`` the plan; what other ranks pass is not used, except that the capture of a plan of
             their own that was captured alike saves a second one.
         model: if given, each rank compares its model with the plan's, and all raise if one differs.
+        sample: as for ``solve``, of this rank's batch. If given with ``model``, a plan of an op graph is compared with that of each
+            rank's model, which is exported for it (nothing is run): what would otherwise show at a rank's first forward, while
+            the others wait for it in a collective.
         src: global rank that has the plan.
         group: default: the whole world.
 
@@ -39,7 +52,7 @@ def broadcast_plan(
     Raises:
         RuntimeError: torch.distributed is not initialised.
         ValueError: rank ``src`` has no plan; raised on every rank.
-        PlanMismatch: some rank's model is not the one the plan was made for; raised on every rank.
+        PlanMismatch: some rank's model, or its op graph, is not the one the plan was made for; raised on every rank.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(
@@ -68,24 +81,49 @@ def broadcast_plan(
         if isinstance(plan, Plan) and plan.capture == result.capture:
             object.__setattr__(result, "live", plan.live)
     if model is not None:
-        _compare(result, model, device, group)
+        plain = unplanned(model)
+        _agree(
+            model_fingerprint(plain) == result.capture.model,
+            "the model of rank {} is not the one the plan was made for: class, or names, shapes, dtypes, requires_grad or "
+            "sharding of parameters or buffers differ; build the same model on every rank",
+            device,
+            group,
+        )
+        if sample is not None and result.capture.kind == "graph":
+            _agree(
+                _has_graph(plain, sample, result.capture.graph),
+                "the op graph of rank {} is not the plan's: the code of its model takes another way, its batch has another "
+                "shape, or torch or autocast are others; make them alike, or solve(capture='modules')",
+                device,
+                group,
+            )
     return result
 
 
-def _compare(plan: Plan, model: nn.Module, device: torch.device, group: dist.ProcessGroup | None) -> None:
-    """Refuse on every rank, if one rank's model differs from the plan's."""
-    same = torch.tensor(
-        [model_fingerprint(unplanned(model)) == plan.capture.model], dtype=torch.uint8, device=device
-    )
+def _has_graph(model: nn.Module, sample: Any, fingerprint: str) -> bool:
+    """Whether the model exports as that graph."""
+    args, kwargs = read_sample(sample)
+    call = canonical_call(forward_signature(model), args, kwargs)
+    with preserved(model):
+        try:
+            return any(graph.fingerprint() == fingerprint for graph in op_graphs(model, call))
+        except CaptureError:
+            return False
+
+
+def _agree(alike: bool, what: str, device: torch.device, group: dist.ProcessGroup | None) -> None:
+    """Refuse on every rank, if something is not alike on one.
+
+    Raises:
+        PlanMismatch: ``what``, with the ranks.
+    """
+    same = torch.tensor([alike], dtype=torch.uint8, device=device)
     verdicts: list[Tensor] = [torch.empty_like(same) for _ in range(dist.get_world_size(group))]
     dist.all_gather(verdicts, same, group=group)
     members = dist.get_process_group_ranks(group)
     others = [rank for rank, verdict in zip(members, verdicts, strict=True) if not verdict.item()]
     if others:
-        raise PlanMismatch(
-            f"broadcast_plan: the model of rank {', '.join(map(str, others))} is not the one the plan was made for: class, or names, "
-            "shapes, dtypes, requires_grad or sharding of parameters or buffers differ; build the same model on every rank"
-        )
+        raise PlanMismatch(f"broadcast_plan: {what.format(', '.join(map(str, others)))}")
 
 
 def _device(group: dist.ProcessGroup | None) -> torch.device:

@@ -117,6 +117,7 @@ def solve(
 
     The model is left as it is: parameters, gradients, buffers, random-number state; so is the sample. What its stages cost
     is remembered as long as it lives: to plan it again, for another budget, takes less time and meets the same figures.
+    On CUDA the peaks that ``torch.cuda.max_memory_allocated`` tells of are reset.
 
     Args:
         model: in train mode, on one device, or sharded by fully_shard; then every rank makes this call. One that trains by a plan already is planned anew. With ``device`` it may

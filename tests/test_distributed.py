@@ -326,6 +326,29 @@ def another_model_on_rank_1() -> None:
         broadcast_plan(plan, model)
 
 
+class Switched(nn.Module):
+    """The same parameters, and two ways through the code."""
+
+    def __init__(self, smooth: bool) -> None:
+        super().__init__()
+        self.layers, self.smooth = nn.ModuleList(nn.Linear(16, 16) for _ in range(4)), smooth
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + (layer(x).tanh() if self.smooth else layer(x).relu())
+        return x
+
+
+def another_way_on_rank_1() -> None:
+    batch, rank = torch.randn(8, 16), dist.get_rank()
+    plan = solve(Switched(True), "1GiB", sample=batch, capture="graph") if rank == 0 else None
+    alike = broadcast_plan(plan, Switched(True), sample=batch)
+    assert alike.capture.kind == "graph"
+    broadcast_plan(plan, Switched(rank == 0))  # parameters alone do not tell
+    with pytest.raises(PlanMismatch, match=r"the op graph of rank 1 is not the plan's"):
+        broadcast_plan(plan, Switched(rank == 0), sample=batch)
+
+
 def test_all_ranks_get_the_source_s_plan_and_train_bit_equal(ranks: Run) -> None:
     first, second = ranks(one_plan)
     assert Plan.from_json(first) == Plan.from_json(second)
@@ -341,6 +364,10 @@ def test_a_source_without_a_plan_is_an_error_on_every_rank(ranks: Run) -> None:
 
 def test_a_model_that_differs_on_one_rank_is_an_error_on_every_rank(ranks: Run) -> None:
     ranks(another_model_on_rank_1)
+
+
+def test_code_that_takes_another_way_on_one_rank_is_an_error_on_every_rank(ranks: Run) -> None:
+    ranks(another_way_on_rank_1)
 
 
 def test_broadcasting_without_a_process_group_says_what_to_do() -> None:
