@@ -1,0 +1,97 @@
+"""Checks of copies to the host: whether they change bits or bytes, and whether they run beside the compute."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from benchmarks import baselines
+from benchmarks.cuda.findings import Findings
+from benchmarks.cuda.machine import Machine
+from benchmarks.cuda.steps import MIB, Training, capture_words, difference, timed
+from executors import execute
+from scheduler import HostMemory, Plan
+from scheduler.actions import Offload, OffloadSaved, Prefetch, PrefetchSaved
+from scheduler.host import apart
+from tests.helpers import smallest
+from tests.models import make_gpt2
+
+__all__ = ["copied_bytes", "copies", "link", "two_level"]
+
+REPEATS = 5
+
+
+def copies(found: Findings, machine: Machine) -> None:
+    """Train a GPT-2 by a plan that copies to the host: equality of two steps, peak, and whether copies run beside compute."""
+    host = link(machine)
+    found.add("GB/s to the host, from it", [host.write_bandwidth / 1e9, host.read_bandwidth / 1e9])
+    layers, width, batch, tokens = machine.pick((8, 512, 8, 512), (2, 32, 2, 32))
+    torch.manual_seed(0)
+    case = make_gpt2(batch, tokens, machine.pick(512, 64), n_layer=layers, n_embd=width, n_head=4)
+    training = Training(case, machine)
+    want = training.outcome(training.model)
+    twice = difference(training.outcome(training.model), want)
+    found.add("the plain step twice", twice or "equal")
+    whole = training.solve(capture="graph")
+    found.add("captured as", capture_words(whole))
+    low = smallest(whole.chain, "two_level", host=host)
+    moved = two_level(whole, low + (whole.predicted_peak - low) * 3 // 10, host)
+    planned = execute(moved, training.model)
+    for step in ("first", "second"):
+        found.equal(f"{step} planned step", difference(training.outcome(planned), want), repeatable=not twice)
+    measured = training.peaks(planned)
+    figures = {"predicted MiB": moved.predicted_peak / MIB, **measured}
+    found.add("peak", figures, measured["bytes"] <= moved.predicted_peak)
+    times = timed(training, {"plain": baselines.plain, "with copies": baselines.planned(moved)}, REPEATS)
+    sizes = copied_bytes(moved)
+    alone = 1e3 * (sizes[0] / host.write_bandwidth + sizes[1] / host.read_bandwidth)
+    plain, step_ms = times["plain"]["step ms"], times["with copies"]["step ms"]
+    figures = {
+        "MiB to the host": sizes[0] / MIB,
+        "MiB from it": sizes[1] / MIB,
+        "copies alone ms": alone,
+        "plain step ms": plain,
+        "predicted extra of compute": moved.predicted_overhead,
+        "predicted wait ms": 1e3 * moved.timeline.stall,
+        "step with copies ms": step_ms,
+        "plain step and copies one after the other ms": plain + alone,
+    }
+    found.add("beside the compute", figures)
+
+
+def link(machine: Machine) -> HostMemory:
+    """Measure the link to the host's memory: a large copy each way, of the kind that a plan makes."""
+    size = machine.pick(256 * MIB, 4 * MIB)
+    on_device = torch.empty(size, dtype=torch.uint8, device=machine.device)
+    on_host = torch.empty(size, dtype=torch.uint8, pin_memory=machine.cuda)
+    rates = []
+    for target, source in ((on_host, on_device), (on_device, on_host)):
+        target.copy_(source)
+        machine.wait()
+        began = time.perf_counter()
+        for _ in range(3):
+            target.copy_(source, non_blocking=True)
+        machine.wait()
+        rates.append(3 * size / (time.perf_counter() - began))
+    return HostMemory(machine.pick(64, 1) * 2**30, *rates, asynchronous=True)
+
+
+def two_level(plan: Plan, budget: int, host: HostMemory) -> Plan:
+    """Plan again with copies to the host."""
+    return plan.within(budget, solver="two_level", parameters={"host": host})
+
+
+def copied_bytes(plan: Plan) -> tuple[int, int]:
+    """Count the bytes that a step copies to the host, and back."""
+    stages, written, read = apart(plan.chain).stages, 0, 0
+    for action in plan.schedule:
+        if isinstance(action, Offload):
+            written += stages[action.boundary].input
+        elif isinstance(action, Prefetch):
+            read += stages[action.boundary].input
+        elif isinstance(action, OffloadSaved):
+            written += stages[action.stage].options[plan.option(action.stage)].saved
+        elif isinstance(action, PrefetchSaved):
+            read += stages[action.stage].options[plan.option(action.stage)].saved
+    return written, read
