@@ -126,7 +126,7 @@ def _peak(found: Findings, name: str, training: Training, plan: Any) -> None:
     with said() as messages:
         measured = training.peaks(execute(plan, training.model))
     figures = {"predicted MiB": plan.predicted_peak / MIB, **measured, "said": "; ".join(messages)}
-    found.add(name, figures, measured["bytes"] <= plan.predicted_peak and not messages)
+    found.add(name, figures, measured["measured bytes"] <= plan.predicted_peak and not messages)
 
 
 def expandable_peaks(found: Findings, machine: Machine) -> None:

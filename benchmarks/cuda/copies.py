@@ -42,7 +42,7 @@ def copies(found: Findings, machine: Machine) -> None:
         found.equal(f"{step} planned step", difference(training.outcome(planned), want), repeatable=not twice)
     measured = training.peaks(planned)
     figures = {"predicted MiB": moved.predicted_peak / MIB, **measured}
-    found.add("peak", figures, measured["bytes"] <= moved.predicted_peak)
+    found.add("peak", figures, measured["measured bytes"] <= moved.predicted_peak)
     times = timed(training, {"plain": baselines.plain, "with copies": baselines.planned(moved)}, REPEATS)
     sizes = copied_bytes(moved)
     alone = 1e3 * (sizes[0] / host.write_bandwidth + sizes[1] / host.read_bandwidth)

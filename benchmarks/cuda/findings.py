@@ -31,7 +31,8 @@ class Findings:
         Args:
             ok: whether it is as it should be; None if nobody says what it should be.
         """
-        print(json.dumps({"name": name, "value": value, "ok": ok}, default=str), file=self._file, flush=True)
+        found = {"name": name, "value": _rounded(value), "ok": ok}
+        print(json.dumps(found, default=str), file=self._file, flush=True)
 
     def equal(self, name: str, differs: str, *, repeatable: bool = True) -> None:
         """Write whether two steps were equal bit for bit.
@@ -50,6 +51,15 @@ class Findings:
         except Exception as error:  # noqa: BLE001 # whatever it is, the other figures are wanted
             traceback.print_exc()
             self.add(name, f"{type(error).__name__}: {str(error)[:LONGEST]}", ok=False)
+
+
+def _rounded(value: Any) -> Any:
+    """The same with six digits of each float."""
+    if isinstance(value, dict):
+        return {name: _rounded(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def read_findings(file: Path) -> tuple[dict[str, Any], list[str], bool | None]:

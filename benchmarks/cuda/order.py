@@ -18,7 +18,7 @@ TIMES = "benchmarks.cuda.step_times"
 COMPILED = "benchmarks.cuda.compiled"
 
 CHECKS = (
-    Check("environment", BYTES, 60),
+    Check("environment", BYTES, 90),
     Check("workspaces", BYTES, 30),
     Check("attention_backends", BITS, 30),
     Check("equality", BITS, 60),

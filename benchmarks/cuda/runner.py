@@ -18,7 +18,9 @@ from benchmarks.cuda.processes import run_within
 __all__ = ["LINES", "Check", "failures", "latest", "run_checks"]
 
 LINES = "checks.jsonl"
-DRY = {"OMP_NUM_THREADS": "1"}  # tiny models gain nothing from threads, which wait for each other on busy cores
+DRY = {
+    "OMP_NUM_THREADS": "1"
+}  # tiny models gain nothing from threads, which wait for each other on busy cores
 LEAST = 3.0  # seconds with which a check is not worth its start
 TAIL = 1500  # characters of the output of a check that came to no good end
 

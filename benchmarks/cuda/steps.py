@@ -102,7 +102,7 @@ class Training:
         measured = measure_peak(
             lambda: self.step(trained), resident=[self.model, self.case.args, self.case.kwargs]
         )
-        found = {"measured MiB": measured.peak / MIB, "bytes": measured.peak}
+        found = {"measured MiB": measured.peak / MIB, "measured bytes": measured.peak}
         if measured.requested is not None:
             found["requested MiB"] = measured.requested / MIB
             found["max_memory_allocated MiB"] = torch.cuda.max_memory_allocated() / MIB
