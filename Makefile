@@ -9,6 +9,10 @@ PYTEST_ARGS ?=
 # How many processes share the tests; each needs a core and a gigabyte.
 WORKERS ?= 2
 DEMO_ARGS ?=
+# Of 'make cuda' and 'make cuda-tests': the folder of the results; of the first, the kind of device, and which checks.
+OUT ?= out
+DEVICE ?= cuda
+CHECKS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -23,7 +27,7 @@ WHEEL = $$(echo build/wheel/rematplan-*.whl)
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
-.PHONY: help demo test lint format bench docs clean
+.PHONY: help demo test lint format bench docs cuda cuda-tests clean
 
 help:
 	@echo "make demo    install and run examples/train_gpt.py"
@@ -32,7 +36,9 @@ help:
 	@echo "make format  rewrite the code the way 'make lint' wants it"
 	@echo "make bench   run the benchmarks"
 	@echo "make docs    write the tables and figures of docs/ anew"
-	@echo "make clean   remove everything that make made"
+	@echo "make cuda    check and measure on a GPU, within 8 minutes (DEVICE=cpu: a dry run)"
+	@echo "make cuda-tests  run the tests that need a GPU, one file per process"
+	@echo "make clean   remove everything that make made, except for the results of make cuda"
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/train_gpt.py $(DEMO_ARGS)
@@ -56,6 +62,13 @@ bench: $(VENV)/.bench
 
 docs: $(VENV)/.bench
 	$(BIN)/python -m benchmarks --write
+
+# These two take $(PYTHON) with what is installed for it, and make no environment: the machine may have no network.
+cuda:
+	PYTHONPATH=. $(PYTHON) -m benchmarks.cuda --device $(DEVICE) --out $(OUT) $(CHECKS)
+
+cuda-tests:
+	PYTHONPATH=. $(PYTHON) -m benchmarks.cuda.suite --out $(OUT)
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

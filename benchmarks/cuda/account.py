@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from benchmarks.cuda.findings import Findings
 from benchmarks.cuda.machine import Machine
 from benchmarks.cuda.processes import ROOT
-from benchmarks.cuda.steps import MIB, Training, said, small_gpt2, tight
+from benchmarks.cuda.steps import MIB, Training, planned_as, said, tight
+from benchmarks.cuda.transformer import gpt
 from executors import execute, rehearse
 from scheduler import solve
 from scheduler.costs.cuda_memory import expandable_segments, workspace_bytes
 from scheduler.costs.peak import count_bytes
-from tests.models import make_gpt2
 
 __all__ = [
     "environment",
@@ -108,15 +108,12 @@ def _taken_one_by_one(found: Findings, factor: Tensor, bias: Tensor, seed: Tenso
 
 
 def peaks(found: Findings, machine: Machine) -> None:
-    """Compare predicted with measured peaks of a GPT-2, at three budgets by either capture; note what the watched step says."""
+    """Compare predicted with measured peaks of a GPT, at three budgets by either capture; note what the watched step says."""
     found.add("expandable segments", expandable_segments(machine.device))
-    layers, width, batch, tokens = machine.pick((6, 512, 8, 512), (2, 32, 2, 32))
-    torch.manual_seed(0)
-    case = make_gpt2(batch, tokens, machine.pick(512, 64), n_layer=layers, n_embd=width, n_head=4)
-    training = Training(case, machine)
+    training = Training(gpt(machine, 0.1, layers=6, width=512, batch=8, tokens=512), machine)
     for capture in ("graph", "modules"):
         with found.attempt(capture):
-            plan = training.solve(capture=capture)
+            plan = planned_as(found, training, capture)
             for share in (0.0, 0.5, 1.0):
                 with found.attempt(f"{capture}, budget {share:.0%}"):
                     _peak(found, f"{capture}, budget {share:.0%}", training, tight(plan, share))
@@ -139,7 +136,7 @@ def expandable_peaks(found: Findings, machine: Machine) -> None:
 
 
 def rehearse_without_data(found: Findings, machine: Machine) -> None:
-    """Rehearse a GPT-2 with dropout in its attention on tensors without data, its kernels run one by one on zeros."""
+    """Rehearse a GPT with dropout in its attention on tensors without data, its kernels run one by one on zeros."""
     _rehearse(found, machine, real=False)
 
 
@@ -149,10 +146,10 @@ def rehearse_real(found: Findings, machine: Machine) -> None:
 
 
 def _rehearse(found: Findings, machine: Machine, *, real: bool) -> None:
-    training = Training(small_gpt2(machine, 0.1), machine)
+    training = Training(gpt(machine, 0.1), machine)
     for capture in ("graph", "modules"):
         with found.attempt(capture):
-            plan = tight(training.solve(capture=capture), 0.2)
+            plan = tight(planned_as(found, training, capture), 0.2)
             seen = rehearse(plan, training.model, training.case.sample, real=real)
             figures: dict[str, Any] = {
                 "predicted MiB": plan.predicted_peak / MIB,
@@ -181,13 +178,9 @@ def optimizer(found: Findings, machine: Machine) -> None:
             batch = torch.randn(64, width, device=machine.device)
             stepper = make(model.parameters())
             plan = solve(model, 2**50, sample=batch, optimizer=stepper)
-            for _ in range(2):  # the first makes the state
-                model(batch).square().mean().backward()
-                taken = count_bytes(lambda _, stepper=stepper: stepper.step(), machine.device)  # type: ignore[misc]
-                model.zero_grad()
-            said_bytes = plan.optimizer_step
-            figures = {
-                "predicted MiB": None if said_bytes is None else said_bytes / MIB,
-                "measured MiB": taken.peak / MIB,
-            }
-            found.add(name, figures, said_bytes is not None and taken.peak <= said_bytes + SCALARS)
+            model(batch).square().mean().backward()
+            stepper.step()  # which makes the state
+            taken = count_bytes(lambda _, stepper=stepper: stepper.step(), machine.device).peak  # type: ignore[misc]
+            predicted = plan.optimizer_step
+            figures = {"predicted MiB": predicted and predicted / MIB, "measured MiB": taken / MIB}
+            found.add(name, figures, predicted is not None and taken <= predicted + SCALARS)

@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cuda.findings import Findings
 from benchmarks.cuda.machine import Machine
-from benchmarks.cuda.steps import Training, capture_words, difference, said, small_gpt2, tight
+from benchmarks.cuda.steps import Training, capture_words, difference, planned_as, said, tight
+from benchmarks.cuda.transformer import gpt
 from executors import execute
 from scheduler import CaptureError
 from tests.models import Case, ResidualNet
@@ -66,14 +67,14 @@ def equality(found: Findings, machine: Machine) -> None:
     """
     with sdpa_kernel(SDPBackend.MATH):
         for dropout in (0.0, 0.1):
-            training = Training(small_gpt2(machine, dropout), machine)
+            training = Training(gpt(machine, dropout), machine)
             _equal(found, f"dropout {dropout}, ", training, (0.0, 0.4, 0.8))
 
 
 def autocast_equality(found: Findings, machine: Machine) -> None:
     """Do the same under bfloat16 autocast."""
     with sdpa_kernel(SDPBackend.MATH):
-        _equal(found, "", Training(small_gpt2(machine, 0.1), machine, autocast=True), (0.0, 0.4))
+        _equal(found, "", Training(gpt(machine, 0.1), machine, autocast=True), (0.0, 0.4))
 
 
 def _equal(found: Findings, what: str, training: Training, shares: tuple[float, ...]) -> None:
@@ -104,10 +105,10 @@ def determinism_asked_for(found: Findings, machine: Machine) -> None:
 
 
 def _determinism(found: Findings, machine: Machine, *, asked_for: bool) -> None:
-    for dtype, tokens in zip(2 * DTYPES, (64, 64, 1024, 2048), strict=True):
+    for dtype, tokens in zip(2 * DTYPES, machine.pick((64, 64, 1024, 2048), (16, 32)), strict=False):
         name = f"{_short(dtype)}, {tokens} tokens"
         with found.attempt(name):
-            case = small_gpt2(machine, tokens=tokens)
+            case = gpt(machine, tokens=tokens)
             case.model.to(dtype)
             training = Training(case, machine)
             first = training.outcome(training.model)
@@ -120,10 +121,10 @@ def _determinism(found: Findings, machine: Machine, *, asked_for: bool) -> None:
 
 def values(found: Findings, machine: Machine) -> None:
     """Train with check="values", on memory in which other numbers lay before; nothing may be taken for a difference."""
-    training = Training(small_gpt2(machine), machine)
+    training = Training(gpt(machine), machine)
     for capture in CAPTURES:
         with found.attempt(capture):
-            plan = tight(training.solve(capture=capture), 0.0)
+            plan = tight(planned_as(found, training, capture), 0.0)
             found.add(f"{capture}, options", sum(len(stage.options) for stage in plan.chain.stages))
             _litter(machine)
             planned = execute(plan, training.model, check="values")

@@ -13,6 +13,7 @@ from benchmarks.cuda.copies import link, two_level
 from benchmarks.cuda.findings import Findings
 from benchmarks.cuda.machine import Machine
 from benchmarks.cuda.steps import MIB, Training, capture_words, said, tight, timed
+from benchmarks.cuda.transformer import gpt
 from scheduler import InfeasibleBudget, Plan
 from tests.models import make_gpt2, make_llama, make_resnet
 
@@ -68,10 +69,8 @@ MODELS: Mapping[str, Callable[[Machine], Training]] = {"gpt2": _gpt2, "llama": _
 
 
 def overhead(found: Findings, machine: Machine) -> None:
-    """Compare predicted with measured overheads of a GPT-2 in bfloat16, 16 sequences of 1024 tokens, at three budgets."""
-    torch.manual_seed(0)
-    small = {"n_layer": 2, "n_embd": 32, "n_head": 2}
-    case = make_gpt2(16, 1024, 2048) if machine.cuda else make_gpt2(2, 16, 64, **small)
+    """Compare predicted with measured overheads of a GPT-2 in plain PyTorch, bfloat16, 16 sequences of 1024 tokens, at three budgets."""
+    case = gpt(machine, 0.1, layers=12, width=768, batch=16, tokens=1024, vocabulary=50257)
     case.model.to(torch.bfloat16)
     training = Training(case, machine)
     whole = whole_plan(found, training)

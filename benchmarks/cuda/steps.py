@@ -15,20 +15,21 @@ import torch
 from torch import Tensor
 
 from benchmarks import baselines
+from benchmarks.cuda.findings import Findings
 from benchmarks.cuda.machine import Machine
 from executors import measure_peak
-from scheduler import Plan, solve
+from scheduler import CaptureError, Plan, solve
 from scheduler.capture.loss import find_loss
 from tests.helpers import smallest
-from tests.models import Case, make_gpt2
+from tests.models import Case
 
 __all__ = [
     "MIB",
     "Training",
     "capture_words",
     "difference",
+    "planned_as",
     "said",
-    "small_gpt2",
     "tight",
     "timed",
 ]
@@ -133,26 +134,26 @@ def tight(plan: Plan, share: float) -> Plan:
     return plan.within(int(low + share * (plan.predicted_peak - low)), solver="optimal")
 
 
+def planned_as(found: Findings, training: Training, capture: str) -> Plan:
+    """Plan by a capture; if a graph is refused, which shows in ``determinism``, under deterministic algorithms from here on.
+
+    The check's process needs CUBLAS_WORKSPACE_CONFIG for that.
+    """
+    try:
+        return training.solve(capture=capture)
+    except CaptureError as error:
+        if capture != "graph" or torch.are_deterministic_algorithms_enabled():
+            raise
+        found.add(
+            "a graph at default settings", f"refused, so under deterministic algorithms: {str(error)[:300]}"
+        )
+    torch.use_deterministic_algorithms(True)
+    return training.solve(capture=capture)
+
+
 def capture_words(plan: Plan) -> str:
     """Say how a model was captured, and why so."""
     return f"{plan.capture.kind}: {plan.capture.reason[-300:]}"
-
-
-def small_gpt2(machine: Machine, dropout: float = 0.0, *, tokens: int = 128, batch: int = 4) -> Case:
-    """A GPT-2 whose steps take milliseconds: 4 layers of 256 on a GPU, 2 of 32 in the dry run."""
-    torch.manual_seed(0)
-    layers, width = machine.pick((4, 256), (2, 32))
-    return make_gpt2(
-        batch,
-        machine.pick(tokens, min(tokens, 32)),
-        machine.pick(512, 64),
-        n_layer=layers,
-        n_embd=width,
-        n_head=4,
-        resid_pdrop=dropout,
-        embd_pdrop=dropout,
-        attn_pdrop=dropout,
-    )
 
 
 @contextlib.contextmanager
