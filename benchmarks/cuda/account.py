@@ -90,10 +90,8 @@ def workspaces(found: Findings, machine: Machine) -> None:
 def _taken_one_by_one(found: Findings, factor: Tensor, bias: Tensor, seed: Tensor) -> None:
     """Clear the workspaces, and see which product takes how much of them."""
     torch._C._cuda_clearCublasWorkspaces()
-    before = torch.cuda.memory_allocated()
     factor.grad, bias.grad = torch.zeros_like(factor), torch.zeros_like(bias)
     start = torch.cuda.memory_allocated()
-    found.add("cleared MiB, then each product's", 0.0)
     for name, make in (
         ("a product", lambda: factor @ factor),
         ("a product with a bias", lambda: torch.addmm(bias, factor, factor)),
@@ -104,7 +102,6 @@ def _taken_one_by_one(found: Findings, factor: Tensor, bias: Tensor, seed: Tenso
         made.backward(seed)
         del made
         found.add(f"{name} and its backward, MiB", (torch.cuda.memory_allocated() - start) / MIB)
-    del before
 
 
 def peaks(found: Findings, machine: Machine) -> None:
