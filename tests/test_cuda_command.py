@@ -193,3 +193,29 @@ def test_each_file_is_a_process_and_a_failure_stops_none(tmp_path: Path) -> None
     assert done.returncode == 1
     assert "failed: no_such_file.py" in done.stdout
     assert "2 files, 1 failed" in done.stdout
+
+
+def test_what_needs_hypothesis_or_diffusers_is_skipped_without_them() -> None:
+    plugins = ["tests.without_extras", "no:hypothesispytest", "no:cacheprovider"]
+    options = [option for plugin in plugins for option in ("-p", plugin)]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            *options,
+            "-k",
+            "unet",
+            "tests/test_chain.py",
+            "tests/test_offload.py",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "REMATPLAN_WHEEL": "0"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_chain.py:0: needs hypothesis" in done.stdout
+    assert "needs diffusers" in done.stdout
+    assert "passed" not in done.stdout

@@ -7,8 +7,10 @@ python -m benchmarks.cuda --page out      (write docs/cuda.md's tables from a fo
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from benchmarks.cuda.findings import Findings
 from benchmarks.cuda.machine import Machine
 from benchmarks.cuda.order import CHECKS, SECONDS
 from benchmarks.cuda.runner import failures, run_checks
+
+PATIENCE = 3  # how many times its limit a check has in a dry run, on cores that others may use
 
 
 def main() -> int:
@@ -49,9 +53,14 @@ def main() -> int:
     if arguments.device == "cuda" and not _has_cuda():
         parser.error("torch finds no CUDA device here; the dry run is --device cpu (make cuda DEVICE=cpu)")
     chosen = [check for check in CHECKS if not arguments.names or check.name in arguments.names]
-    lines = run_checks(chosen, arguments.device, arguments.out.resolve(), arguments.seconds, _say)
+    if arguments.device == "cpu":
+        chosen = [dataclasses.replace(check, seconds=PATIENCE * check.seconds) for check in chosen]
+    began, workers = time.monotonic(), 1 if arguments.device == "cuda" else 2
+    lines = run_checks(
+        chosen, arguments.device, arguments.out.resolve(), arguments.seconds, _say, workers=workers
+    )
     wrong = failures(lines)
-    print(f"{len(lines)} checks, {sum(line['seconds'] for line in lines):.0f} s; results in {arguments.out}")
+    print(f"{len(lines)} checks, {time.monotonic() - began:.0f} s; results in {arguments.out}")
     if wrong:
         print("\n".join(["", "failed:", *wrong]))
     return 1 if wrong else 0

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ def run_checks(
     folder: Path,
     seconds: float,
     say: Callable[[dict[str, Any]], None] = lambda line: None,
+    *,
+    workers: int = 1,
 ) -> list[dict[str, Any]]:
     """Run the checks; one line of JSON each is added to ``checks.jsonl`` in ``folder`` as soon as the check has ended.
 
@@ -53,6 +56,7 @@ def run_checks(
         device: "cuda" or "cpu".
         seconds: for all of them.
         say: is told each line.
+        workers: how many run at once; more than one is for dry runs, whose times and peaks mean nothing.
 
     Returns:
         the lines. ``ok`` is True, False or None (only figures); ``ended`` is "" or says why the check did not come to its
@@ -61,10 +65,12 @@ def run_checks(
     folder.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + seconds
     lines = []
-    with (folder / LINES).open("a", encoding="utf-8") as file:
-        for check in checks:
-            left = until - time.monotonic()
-            line = _run(check, device, folder, left, seconds)
+
+    def run(check: Check) -> dict[str, Any]:
+        return _run(check, device, folder, until - time.monotonic(), seconds)
+
+    with (folder / LINES).open("a", encoding="utf-8") as file, ThreadPoolExecutor(workers) as pool:
+        for line in map(run, checks) if workers == 1 else pool.map(run, checks):
             lines.append(line)
             print(json.dumps(line), file=file, flush=True)
             say(line)
