@@ -13,6 +13,8 @@ DEMO_ARGS ?=
 OUT ?= out
 DEVICE ?= cuda
 CHECKS ?=
+# Of 'make test-torch'.
+TORCH ?= 2.11.0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -27,7 +29,7 @@ WHEEL = $$(echo build/wheel/rematplan-*.whl)
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
-.PHONY: help demo test lint format bench docs cuda cuda-tests clean
+.PHONY: help demo test lint format bench docs cuda cuda-tests test-torch clean
 
 help:
 	@echo "make demo    install and run examples/train_gpt.py"
@@ -38,6 +40,7 @@ help:
 	@echo "make docs    write the tables and figures of docs/ anew"
 	@echo "make cuda    check and measure on a GPU, within 8 minutes (DEVICE=cpu: a dry run)"
 	@echo "make cuda-tests  run the tests that need a GPU, one file per process"
+	@echo "make test-torch  run the tests under another torch (TORCH=2.11.0), in an environment of its own"
 	@echo "make clean   remove everything that make made, except for the results of make cuda"
 
 demo: $(VENV)/.examples
@@ -63,12 +66,30 @@ bench: $(VENV)/.bench
 docs: $(VENV)/.bench
 	$(BIN)/python -m benchmarks --write
 
-# These two take $(PYTHON) with what is installed for it, and make no environment: the machine may have no network.
+# These two take $(PYTHON) with what is installed for it, for a machine with a GPU may have no network. Where it has no torch,
+# they take the tests' environment.
+WITH_TORCH = $$($(PYTHON) -c 'import torch' 2>/dev/null && echo $(PYTHON) || { $(MAKE) $(VENV)/.test >&2 && echo $(BIN)/python; })
+
 cuda:
-	PYTHONPATH=. $(PYTHON) -m benchmarks.cuda --device $(DEVICE) --out $(OUT) $(CHECKS)
+	PYTHONPATH=. $(WITH_TORCH) -m benchmarks.cuda --device $(DEVICE) --out $(OUT) $(CHECKS)
 
 cuda-tests:
-	PYTHONPATH=. $(PYTHON) -m benchmarks.cuda.suite --out $(OUT)
+	PYTHONPATH=. $(WITH_TORCH) -m benchmarks.cuda.suite --out $(OUT)
+
+# The tests under another torch, in an environment of its own: its wheel is that for CUDA, of several gigabytes, and runs on a
+# CPU. What is pinned for the torch of constraints.txt alone is left to pip.
+OTHER := $(VENV)-$(TORCH)
+
+test-torch: $(OTHER)/.made
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(OTHER)/bin/pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+$(OTHER)/.made: $(REQUIREMENTS)
+	rm -rf $(OTHER) && $(PYTHON) -m venv $(OTHER) && mkdir -p build
+	grep -vE '^(torch|triton|nvidia-[a-z0-9-]*|setuptools|sympy|fsspec)==' constraints.txt >build/constraints-$(TORCH).txt
+	$(OTHER)/bin/python -m pip --disable-pip-version-check install --quiet --constraint build/constraints-$(TORCH).txt \
+		torch==$(TORCH) ".[examples,test]"
+	$(OTHER)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes rematplan
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

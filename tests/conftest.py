@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,20 @@ def _cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def _repeatable_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests on CUDA ask for equal bits: kernels that sum in no fixed order would give others each time."""
+    if request.node.get_closest_marker("cuda") is None:
+        yield
+        return
+    import torch
+
+    from scheduler.capture.repeat import deterministic
+
+    with deterministic(torch.device("cuda")):
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
