@@ -76,3 +76,34 @@ def test_the_shares_of_a_tied_weight_s_gradient_are_in_the_peak(existing: bool, 
     plan = solve(case.model, "1GiB", sample=ids, capture=capture)
     for each in (plan, replan(plan, smallest(plan.chain)), thinnest(plan)):
         assert peak_of(each, case, existing) <= each.predicted_peak
+
+
+class Listed(nn.Module):
+    """Has a parameter in a list, where ``parameters`` does not find it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+        self.shifts = [nn.Parameter(torch.zeros(16))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = (layer(x) + self.shifts[0]).tanh()
+        return x
+
+
+@pytest.mark.parametrize("capture", ["graph", "modules"])
+def test_a_gradient_of_a_parameter_in_a_list_may_exist(capture: str) -> None:
+    torch.manual_seed(0)
+    model, batch = Listed(), torch.randn(64, 16)
+    model(batch).sum().backward()
+    plan = solve(model, "1GiB", sample=batch, capture=capture)
+    shift = model.shifts[0]
+    before = shift.grad
+    assert before is not None
+    want = before.clone()
+    model(batch).sum().backward()
+    twice = shift.grad.clone()  # type: ignore[union-attr]
+    shift.grad = want
+    execute(plan.within(smallest(plan.chain)), model)(batch).sum().backward()
+    assert torch.equal(shift.grad, twice)

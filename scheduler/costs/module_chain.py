@@ -91,7 +91,8 @@ def _module_chain(
     modules = capture.modules(model)
     readers = _readers(capture, model)
     costs: dict[int, BlockCost] = {}
-    added = {p for p in existing if len(readers[p]) == 1}
+    # A parameter in a list is none of the model: nobody has counted who reads it.
+    added = {p for p in existing if len(readers.get(p, ())) == 1}
     gathering: dict[int, list[Any]] = {}
     known: dict[Hashable, BlockCost] = {}
     # What is compiled runs no ops that can be seen, and collectives are every rank's.
@@ -156,7 +157,7 @@ def _module_chain(
 
     glue = {k for k, block in enumerate(capture.stages) if block is None}
     with preserved(model):
-        fresh_grads((p for p in existing if glue.intersection(readers[p])), existing)
+        fresh_grads((p for p in existing if glue.intersection(readers.get(p, glue))), existing)
         counted = count_bytes(step, capture.place, slack=False)
     assert traffic is not None
     blocks = [costs[index] for index in range(len(modules))]
