@@ -53,12 +53,14 @@ def rehearse(
         model: the model of the plan; left as it is. Without ``real`` its parameters may be fake.
         sample: as for ``solve``; its values do not matter unless ``real``.
         real: run the step on the model's device with its data, twice (the first is a warm-up), and measure: on the
-            CPU every allocation, on CUDA the caching allocator's counters at every op. Where there are gradients,
-            zeros stand in for them, which takes their bytes once more.
+            CPU every allocation, on CUDA the caching allocator's counters at every op, whose peaks are reset. Where there
+            are gradients, zeros stand in for them, which takes their bytes once more.
         scratch: without ``real``, whether to count what kernels take within themselves. It takes the memory of one
             op's tensors at a time (ops that would take more than a quarter of the free memory are left out, and the
             table names them), and the seconds of each distinct op once or twice in a process. False: nothing is
             computed. No effect on a plan for a described device, or for one that is not there.
+
+    On CUDA kernels that are counted by themselves reset the peaks that ``torch.cuda.max_memory_allocated`` tells of, too.
 
     Copies to the host are made ``real``, and cost nothing without; they count with the action before them.
 
