@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import roofline_check
 from benchmarks.roofline_check import OpTime, kind_of, rank_correlation, rows
 from scheduler.capture.target import Target
+from scheduler.costs import roofline
 from scheduler.costs.roofline import MAPPED, Rates, Tally, device_rates
 from scheduler.device import DeviceSpec
 from tests.models import tiny
@@ -117,6 +120,29 @@ def test_measured_rates_are_positive_and_leave_random_numbers_alone() -> None:
     assert rates.element[aten.bernoulli_] > rates.element[aten.sqrt], (
         "a random number takes longer than a root"
     )
+
+
+def test_rates_are_those_outside_of_autocast_and_of_each_dtype() -> None:
+    device = torch.device("cpu")
+    roofline._measured_rates.cache_clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        seen: list[torch.dtype] = []
+
+        class Noting(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                result = func(*args, **(kwargs or {}))
+                if str(func) == "aten.mm.default":
+                    seen.append(result.dtype)
+                return result
+
+        with Noting():
+            rates = device_rates(device)
+            assert set(seen) == {torch.float32}
+            slow = rates.flops_on(torch.bfloat16)
+    assert set(seen) == {torch.float32, torch.bfloat16}
+    assert rates.flops_on(torch.bfloat16) == slow > 0
+    assert rates.flops_on(torch.float32) == rates.flops
+    assert rates.flops_on(torch.int8) > 0
 
 
 def test_a_described_device_is_bound_by_its_two_rates_alone() -> None:

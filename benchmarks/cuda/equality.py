@@ -29,9 +29,6 @@ __all__ = [
 ]
 
 CAPTURES = ("graph", "modules")
-ON_CPU = (
-    "graph",
-)  # under autocast: pricing modules there takes the rates of bfloat16 products, and half a minute
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -77,27 +74,15 @@ def equality(found: Findings, machine: Machine) -> None:
 def autocast_equality(found: Findings, machine: Machine) -> None:
     """Do the same under bfloat16 autocast."""
     with sdpa_kernel(SDPBackend.MATH):
-        _equal(
-            found,
-            "",
-            Training(gpt(machine, 0.1), machine, autocast=True),
-            (0.0, 0.4),
-            machine.pick(CAPTURES, ON_CPU),
-        )
+        _equal(found, "", Training(gpt(machine, 0.1), machine, autocast=True), (0.0, 0.4))
 
 
-def _equal(
-    found: Findings,
-    what: str,
-    training: Training,
-    shares: tuple[float, ...],
-    captures: tuple[str, ...] = CAPTURES,
-) -> None:
+def _equal(found: Findings, what: str, training: Training, shares: tuple[float, ...]) -> None:
     """Compare steps by plans with the plain one."""
     want = training.outcome(training.model)
     twice = difference(training.outcome(training.model), want)
     found.add(f"{what}the plain step twice", twice or "equal")
-    for capture in captures:
+    for capture in CAPTURES:
         with found.attempt(f"{what}{capture}"):
             plan = training.solve(capture=capture)
             for share in shares:

@@ -214,9 +214,9 @@ def _seconds(
     """Seconds of each piece of the user's code, forward and backward."""
     runs: list[tuple[list[Piece], list[Piece]]] = []
     for _ in range(3 if clock and len(capture) < MANY_STAGES else 1):
-        tally = Tally(device_rates(capture.place))
-        timed = Timed() if clock else Timed(lambda: tally.seconds)  # noqa: B023 # is used before the next
-        with preserved(model), nullcontext() if clock else uncompiled(), nullcontext() if clock else tally:
+        tally = None if clock else Tally(device_rates(capture.place))
+        timed = Timed() if tally is None else Timed(lambda: tally.seconds)  # noqa: B023 # is used before the next
+        with preserved(model), nullcontext() if clock else uncompiled(), tally or nullcontext():
             run_skeleton(capture, model, call, boxes, timed, own_loss=own_loss)
         runs.append(pieces(timed.events, len(capture.blocks), times=timed.times))
     forward, backward = (
