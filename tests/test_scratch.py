@@ -60,7 +60,7 @@ def counted(account: Scratch, func: Any, args: tuple[Any, ...]) -> int:
 def profiled(func: Any, args: tuple[Any, ...]) -> int:
     """The literal definition: the most that torch's profiler sees live, less what stays."""
     func(*args)
-    with profile(profile_memory=True) as seen:
+    with profile(profile_memory=True, acc_events=True) as seen:
         result = func(*args)
     live = most = 0
     assert seen.profiler is not None

@@ -472,7 +472,7 @@ def test_while_a_profiler_counts_the_shape_runs_plainly() -> None:
     model, planned = three(), planned_three()
     with (
         restored(model),
-        torch.profiler.profile(profile_memory=True),
+        torch.profiler.profile(profile_memory=True, acc_events=True),
         pytest.warns(NewShapeWarning, match="a profiler is running"),
     ):
         planned(batch(40))
