@@ -147,7 +147,7 @@ def test_what_is_not_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_needs_the_profiler_for_itself() -> None:
-    with profile(), pytest.raises(RuntimeError, match="profiler"):
+    with profile(acc_events=True), pytest.raises(RuntimeError, match="profiler"):
         Scratch(CPU)
 
 
