@@ -183,18 +183,18 @@ def make_unet(batch: int, pixels: int, context: int, channels: tuple[int, ...], 
 # The same, small.
 
 
-def gpt2() -> Case:
+def gpt2(layers: int = 4) -> Case:
     torch.manual_seed(3)
-    return make_gpt2(8, 64, 128, n_layer=4, n_embd=64, n_head=4)
+    return make_gpt2(8, 64, 128, n_layer=layers, n_embd=64, n_head=4)
 
 
-def llama() -> Case:
+def llama(layers: int = 4) -> Case:
     torch.manual_seed(4)
     return make_llama(
         8,
         64,
         128,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         hidden_size=64,
         intermediate_size=128,
         num_attention_heads=4,
@@ -216,13 +216,13 @@ def resnet() -> Case:
     )
 
 
-def vit() -> Case:
+def vit(layers: int = 4) -> Case:
     torch.manual_seed(6)
     return make_vit(
         8,
         64,
         hidden_size=64,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         intermediate_size=128,
         patch_size=8,
@@ -230,14 +230,15 @@ def vit() -> Case:
     )
 
 
-def unet() -> Case:
+def unet(layers: int = 2) -> Case:
+    """Layers are those of each block of the way down; each of the way up has one more."""
     torch.manual_seed(7)
     return make_unet(
         4,
         16,
         8,
         (16, 32),
-        layers_per_block=2,
+        layers_per_block=layers,
         cross_attention_dim=16,
         attention_head_dim=8,
         norm_num_groups=8,
