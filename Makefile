@@ -48,8 +48,10 @@ demo: $(VENV)/.examples
 
 # PYTHONPATH is dropped and pytest imports by importlib (pyproject.toml), so that the tests see the installed
 # wheel and not the checkout; tests/test_packaging.py checks that it is so.
+# worksteal: each process gets files that follow one another, so that what they share (the plans of tests/steps.py, a
+# file's ranks) is made in one process and not in each, and whoever is done first takes from what the others have left.
 test: $(VENV)/.test
-	env -u PYTHONPATH REMATPLAN_WHEEL=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) $(PYTEST_ARGS)
+	env -u PYTHONPATH REMATPLAN_WHEEL=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -203,10 +204,10 @@ def llama(layers: int = 4) -> Case:
     )
 
 
-def resnet() -> Case:
+def resnet(batch: int = 24) -> Case:
     torch.manual_seed(5)
     return make_resnet(
-        24,
+        batch,
         64,
         embedding_size=16,
         hidden_sizes=[16, 32, 48, 64],
@@ -255,4 +256,5 @@ SEVEN: dict[str, Callable[[], Case]] = {
     "vit": vit,
     "unet": unet,
 }
-BUILDERS: dict[str, Callable[[], Case]] = {"tiny": tiny, **SEVEN}
+# What the tests share. A U-Net with one layer a block has every kind of stage and skip, and two thirds of the stages.
+BUILDERS: dict[str, Callable[[], Case]] = {"tiny": tiny, **SEVEN, "unet": functools.partial(unet, 1)}

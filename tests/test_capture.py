@@ -183,12 +183,12 @@ def test_the_tables_that_all_blocks_read_are_carried_once() -> None:
 
 
 def test_the_skips_of_a_unet_are_carried_and_released_in_reverse() -> None:
-    graph, linear = _linear(unet())
+    graph, linear = _linear(case := unet(1))
     skips = [
         k for k, readers in linear.readers.items() if graph.groups[k].requires_grad and len(readers) >= 2
     ]
     assert len(skips) >= 3
-    plan = solve(unet().model, "1GiB", sample=unet().sample)
+    plan = solve(case.model, "1GiB", sample=case.sample)
     stages = plan.chain.stages
     assert sum(s.carried for s in stages) > 0
     assert sum(s.carried for s in stages) + sum(s.carried_change for s in stages) >= 0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from executors import execute, measure_peak
 from scheduler import Plan, solve
 from tests.helpers import smallest
-from tests.models import SEVEN, Case
+from tests.models import BUILDERS, SEVEN, Case
 from tests.steps import loss_of, replan, thinnest
 
 
@@ -38,7 +38,7 @@ def peak_of(plan: Plan, case: Case, existing: bool) -> int:
 def test_where_gradients_exist_the_peak_is_predicted_as_closely(name: str, capture: str) -> None:
     """They are added to one by one, so that a stage's new gradients are not there all at once."""
     torch.manual_seed(0)
-    case = SEVEN[name]()
+    case = BUILDERS[name]()
     loss_of(case(case.model)).backward()
     plan = solve(case.model, "4GiB", sample=case.sample, capture=capture)
     assert plan.resident["existing gradients"] > 0

@@ -18,7 +18,7 @@ from scheduler.capture.loss import find_loss
 from scheduler.capture.state import preserved
 from scheduler.schedule import Backward, Checkpoint, Forward, Keep
 from tests.helpers import smallest
-from tests.models import SEVEN, Block, Case
+from tests.models import SEVEN, Block, Case, gpt2
 from tests.steps import case_of, plan_for, replan, restored, scheduled, state, thinnest, tightest
 
 
@@ -223,7 +223,7 @@ def test_a_loaded_plan_is_rehearsed_on_a_model_without_weights() -> None:
 
 @pytest.mark.parametrize("capture", ["graph", "modules"])
 def test_a_plan_for_a_device_that_is_not_there_is_rehearsed_by_its_rules(capture: str) -> None:
-    case = case_of("gpt2")
+    case = gpt2(layers=2)
     with torch.device("meta"):
         empty = type(case.model)(case.model.config).train()
     batch = {name: value.to("meta") for name, value in case.kwargs.items()}
@@ -236,7 +236,7 @@ def test_a_plan_for_a_device_that_is_not_there_is_rehearsed_by_its_rules(capture
 
 
 def test_existing_gradients_and_optimizer_state_count() -> None:
-    case = case_of("gpt2")
+    case = gpt2(layers=2)
     model = copy.deepcopy(case.model)
     case(model).loss.backward()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -249,7 +249,7 @@ def test_existing_gradients_and_optimizer_state_count() -> None:
 
 
 def test_autocast_around_the_call_is_rehearsed() -> None:
-    case = case_of("gpt2")
+    case = gpt2(layers=2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         plan = tightest(solve(case.model, "1GiB", sample=case.sample, capture="graph"))
         fake, real = (rehearse(plan, case.model, case.sample, real=real) for real in (False, True))
