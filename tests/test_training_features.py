@@ -361,6 +361,8 @@ def test_where_a_graph_cannot_be_cut_blocks_are_taken() -> None:
     assert len(solve(Decorated(), "1GiB", sample=batch, capture="graph").chain) == 1
 
 
+# torch 2.11's checkpoint, which is left half-way, finds its hooks left already.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_blocks_under_torchs_checkpoint_are_refused_with_what_to_do() -> None:
     class Checkpointed(nn.Module):
         def __init__(self) -> None:

@@ -86,8 +86,10 @@ class _Surroundings:
 
     def restore(self) -> None:
         """Leave what was entered since, the last first; set back what was set."""
-        if functorch.get_dynamic_layer_stack_depth() > self.level:
-            functorch.pop_dynamic_layer_stack_and_undo_to_depth(self.level)
+        while functorch.get_dynamic_layer_stack_depth() > self.level:
+            # Before torch 2.13 an assertion fails once the last level has been left.
+            with suppress(RuntimeError):
+                functorch.pop_dynamic_layer_stack_and_undo_to_depth(self.level)
         self._leave_dual_level()
         self._leave_modes()
         if torch.is_inference_mode_enabled() is not self.inference:
