@@ -70,10 +70,16 @@ def plan_of(name: str) -> Plan:
     return solve(case.model, "64GiB", sample=case.sample, capture="graph", costs="roofline")
 
 
+@functools.cache
+def least_of(name: str, host: HostMemory) -> int:
+    """The least bytes that a plan with copies meets."""
+    return smallest(plan_of(name).chain, "two_level", host=host)
+
+
 def two_level(name: str, fraction: float, host: HostMemory = HOST) -> Plan:
     """A plan by two_level; the budget lies so far between the smallest and the peak of the plain step."""
     plan = plan_of(name)
-    low = smallest(plan.chain, "two_level", host=host)
+    low = least_of(name, host)
     budget = low + int(fraction * (plan.plain.peak - low))
     return plan.within(budget, solver="two_level", parameters={"host": host})
 
