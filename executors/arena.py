@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import mmap
+import threading
 import weakref
 from bisect import insort
+from collections import deque
 from functools import cached_property
 
 import numpy as np
@@ -33,6 +35,9 @@ class Arena:
         self.size = _up(size + size // ROOM + mmap.PAGESIZE, mmap.PAGESIZE)
         self.beyond = 0  # blocks that found no gap
         self._free = [(0, self.size)]  # (offset, bytes), ascending, none beside another
+        # Blocks are given back by whatever thread, in the middle of whatever Python's garbage collector interrupts.
+        self._given: deque[tuple[int, int]] = deque()
+        self._lock = threading.Lock()
 
     @cached_property
     def _region(self) -> Tensor:
@@ -45,24 +50,33 @@ class Arena:
     def take(self, size: int) -> tuple[Tensor, int]:
         """A block, (size,) of uint8, and its offset, to give it back by; -1 for one of its own."""
         needed = _up(size, ALIGNED)
-        for number, (offset, room) in enumerate(self._free):
-            if room >= needed:
-                self._free[number : number + 1] = [(offset + needed, room - needed)] if room > needed else []
+        with self._lock:
+            gaps = self.gaps()
+            number = next((i for i, (_, room) in enumerate(gaps) if room >= needed), None)
+            if number is not None:
+                offset, room = gaps[number]
+                gaps[number : number + 1] = [(offset + needed, room - needed)] if room > needed else []
                 return self._region[offset : offset + size], offset
-        self.beyond += 1
+            self.beyond += 1
         if self.pinned:
             return torch.empty(size, dtype=torch.uint8, pin_memory=True), -1
         return torch.from_numpy(np.empty(size, dtype=np.uint8)), -1
 
     def give(self, offset: int, size: int) -> None:
         """Take a block back."""
-        if offset < 0:
-            return
-        begin, end = offset, offset + _up(size, ALIGNED)
-        for each in [(o, s) for o, s in self._free if o + s == begin or o == end]:
-            self._free.remove(each)
-            begin, end = min(begin, each[0]), max(end, sum(each))
-        insort(self._free, (begin, end - begin))
+        if offset >= 0:
+            self._given.append((offset, size))
+
+    def gaps(self) -> list[tuple[int, int]]:
+        """(offset, bytes) of what is free, ascending, none beside another."""
+        while self._given:
+            offset, size = self._given.popleft()
+            begin, end = offset, offset + _up(size, ALIGNED)
+            for each in [(o, s) for o, s in self._free if o + s == begin or o == end]:
+                self._free.remove(each)
+                begin, end = min(begin, each[0]), max(end, sum(each))
+            insort(self._free, (begin, end - begin))
+        return self._free
 
 
 def _up(size: int, unit: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,7 +31,7 @@ def test_blocks_do_not_overlap_and_leave_the_whole_region(steps: list[tuple[int,
     for block, offset, length, value in there:
         assert block.eq(value).all()
         arena.give(offset, length)
-    assert arena._free == [(0, arena.size)]
+    assert arena.gaps() == [(0, arena.size)]
 
 
 def test_where_there_is_no_gap_a_block_is_memory_of_its_own() -> None:
@@ -48,3 +50,21 @@ def test_where_there_is_no_gap_a_block_is_memory_of_its_own() -> None:
 
 def test_nothing_is_taken_from_the_system_before_the_first_block() -> None:
     assert "_region" not in vars(Arena(2**50, CPU))
+
+
+def test_threads_take_and_give_at_once() -> None:
+    arena = Arena(200_000, CPU)
+
+    def work(number: int) -> int:
+        for turn in range(200):
+            size = 1 + (37 * turn + 11 * number) % 3000
+            block, offset = arena.take(size)
+            block.fill_(number)
+            assert block.eq(number).all()
+            arena.give(offset, size)
+        return number
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(work, range(8))) == list(range(8))
+    assert arena.beyond == 0
+    assert arena.gaps() == [(0, arena.size)]
