@@ -86,7 +86,7 @@ class _Surroundings:
 
     def restore(self) -> None:
         """Leave what was entered since, the last first; set back what was set."""
-        while functorch.get_dynamic_layer_stack_depth() > self.level:
+        for _ in range(self.level, functorch.get_dynamic_layer_stack_depth()):
             # Before torch 2.13 an assertion fails once the last level has been left.
             with suppress(RuntimeError):
                 functorch.pop_dynamic_layer_stack_and_undo_to_depth(self.level)

@@ -29,13 +29,13 @@ class Spans:
     """
 
     def __init__(self, device: Device) -> None:
-        self.cuda = isinstance(device, torch.device) and device.type == "cuda"
         self.device = device
+        self.cuda = isinstance(device, torch.device) and device.type == "cuda"
         self._seconds: list[float] = []
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        if self.cuda:
+        if isinstance(device, torch.device) and self.cuda:
             wait(device)
-            torch.cuda._sleep(AHEAD)
+            _keep_busy(device)
 
     @contextmanager
     def span(self) -> Iterator[None]:
@@ -46,14 +46,15 @@ class Spans:
             self._seconds.append(time.perf_counter() - began)
             return
         events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        events[0].record()
+        stream = torch.cuda.current_stream(self.device)
+        events[0].record(stream)
         yield
-        events[1].record()
+        events[1].record(stream)
         self._events.append(events)
 
     def seconds(self) -> list[float]:
         """Of each piece, in order."""
-        if self.cuda:
+        if isinstance(self.device, torch.device) and self.cuda:
             wait(self.device)
             none = _nothing(self.device)
             self._seconds += [max(0.0, a.elapsed_time(b) / 1e3 - none) for a, b in self._events]
@@ -62,14 +63,23 @@ class Spans:
 
 
 @functools.cache
-def _nothing(device: Device) -> float:
+def _nothing(device: torch.device) -> float:
     """Seconds between two events that nothing lies between."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(20)]
-    torch.cuda._sleep(AHEAD)
+    events, stream = (
+        [torch.cuda.Event(enable_timing=True) for _ in range(20)],
+        torch.cuda.current_stream(device),
+    )
+    _keep_busy(device)
     for event in events:
-        event.record()
+        event.record(stream)
     wait(device)
     return statistics.median(a.elapsed_time(b) / 1e3 for a, b in zip(events[::2], events[1::2], strict=True))
+
+
+def _keep_busy(device: torch.device) -> None:
+    """Give the device something to do while the host launches what is timed."""
+    with torch.cuda.device(device):
+        torch.cuda._sleep(AHEAD)
 
 
 def wait(device: Device) -> None:
