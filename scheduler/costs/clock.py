@@ -29,24 +29,23 @@ class Spans:
     """
 
     def __init__(self, device: Device) -> None:
-        self.device = device
-        self.cuda = isinstance(device, torch.device) and device.type == "cuda"
+        self.cuda = device if isinstance(device, torch.device) and device.type == "cuda" else None
         self._seconds: list[float] = []
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        if isinstance(device, torch.device) and self.cuda:
-            wait(device)
-            _keep_busy(device)
+        if self.cuda is not None:
+            wait(self.cuda)
+            _keep_busy(self.cuda)
 
     @contextmanager
     def span(self) -> Iterator[None]:
         """Time what runs within it."""
-        if not self.cuda:
+        if self.cuda is None:
             began = time.perf_counter()
             yield
             self._seconds.append(time.perf_counter() - began)
             return
         events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        stream = torch.cuda.current_stream(self.device)
+        stream = torch.cuda.current_stream(self.cuda)
         events[0].record(stream)
         yield
         events[1].record(stream)
@@ -54,9 +53,9 @@ class Spans:
 
     def seconds(self) -> list[float]:
         """Of each piece, in order."""
-        if isinstance(self.device, torch.device) and self.cuda:
-            wait(self.device)
-            none = _nothing(self.device)
+        if self.cuda is not None:
+            wait(self.cuda)
+            none = _nothing(self.cuda)
             self._seconds += [max(0.0, a.elapsed_time(b) / 1e3 - none) for a, b in self._events]
             self._events.clear()
         return self._seconds
@@ -82,7 +81,7 @@ def _keep_busy(device: torch.device) -> None:
         torch.cuda._sleep(AHEAD)
 
 
-def wait(device: Device) -> None:
-    """Wait until the device has done what it was given."""
-    if isinstance(device, torch.device) and device.type == "cuda":
+def wait(device: torch.device) -> None:
+    """Wait until a CUDA device has done what it was given."""
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
