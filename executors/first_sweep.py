@@ -17,7 +17,7 @@ from executors.handles import Handle, Held, Thinned
 from executors.offload import Moved, Store
 from executors.trace import Observer
 from scheduler.actions import CopyAction
-from scheduler.capture.environment import switches
+from scheduler.capture.environment import default_device, switches
 from scheduler.capture.layouts import storage_key, storage_keys
 from scheduler.capture.recompute import Rebuild
 from scheduler.capture.state import RandomState, autocast_state, on_gradient, shielded
@@ -97,6 +97,7 @@ class FirstSweep:
         self.task = -1  # autograd's id of the backward pass that the position belongs to
         self.autocast = autocast_state(device)
         self.switches = switches(device.type)
+        self.default_device = default_device()
 
     # ---- what a kind of capture supplies -------------------------------------------------------------
 

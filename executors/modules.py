@@ -19,7 +19,7 @@ from executors.handles import Handle
 from executors.replay import ReplayError, Step
 from executors.trace import Observer
 from scheduler.capture.block_state import BlockState
-from scheduler.capture.environment import switched, switches
+from scheduler.capture.environment import default_device, on_default_device, switched, switches
 from scheduler.capture.flat import flatten, repeats, tensor_leaves, unflatten
 from scheduler.capture.layouts import storage_key
 from scheduler.capture.module_calls import intercepted, is_compiled
@@ -232,6 +232,7 @@ class ModuleStep(Step):
         # Where they are not those of the step: the model's code sets them.
         self.autocasts: dict[int, AutocastState] = {}
         self.kernels: dict[int, list[Any]] = {}
+        self.default_devices: dict[int, torch.device | None] = {}
 
     def finish(self) -> None:
         """The forward is over."""
@@ -376,6 +377,8 @@ class ModuleStep(Step):
             self.autocasts[stage] = autocast
         if (kernels := switches(self.device.type)) != self.switches:
             self.kernels[stage] = kernels
+        if (device := default_device()) != self.default_device:
+            self.default_devices[stage] = device
         draws = None if self.faked else Draws(self.device)
         with self._dropping_late(stage) if stage in self.reversing else self.dropping(stage):
             result = run.forward(*args, **kwargs)
@@ -449,6 +452,9 @@ class ModuleStep(Step):
                 contexts.enter_context(context)
             if stage in self.kernels:
                 contexts.enter_context(switched(self.kernels[stage], self.device.type))
+            if stage in self.default_devices:
+                for each in on_default_device(self.default_devices[stage]):
+                    contexts.enter_context(each)
             result = run.forward(*args, **kwargs)
         del args, kwargs
         for output, tensor in tensor_leaves(result):

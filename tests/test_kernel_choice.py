@@ -103,6 +103,62 @@ def test_a_block_under_a_context_of_the_models_own_runs_again_under_it() -> None
     assert_equal(step(planned, model, nullcontext), step(model, model, nullcontext))
 
 
+class Ramp(nn.Module):
+    """Makes a tensor on the default device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).tanh()) * torch.linspace(0.5, 1, WIDTH)
+
+
+@EITHER_CAPTURE
+@pytest.mark.parametrize("set_", [False, True])
+def test_tensors_are_made_where_the_first_run_made_them(capture: str, set_: bool) -> None:
+    """A backward on a GPU has a thread of its own, with no default device; here another one stands for that."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Ramp() for _ in range(4)))
+    plan = solve(model, "1GiB", sample=BATCH, capture=capture)
+    planned = execute(plan.within(smallest(plan.chain)), model)
+    records = []
+    for called in (planned, model):
+        model.zero_grad()
+        if set_:
+            torch.set_default_device("cpu")
+        try:
+            loss = called(BATCH).square().mean()
+        finally:
+            torch.set_default_device(None)
+        with torch.device("meta"):
+            loss.backward()
+            assert torch.empty(1).device.type == "meta"
+        records.append(state(model))
+    assert_equal(*records)
+
+
+def test_precision_that_backends_are_told_one_by_one_is_known_and_put_back() -> None:
+    then = switches("cuda")
+    model = nn.Sequential(*(Attention() for _ in range(2)))
+    planned = execute(solve(model, "1GiB", sample=BATCH), model)
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        with pytest.raises(RuntimeError, match="mix"):
+            torch.get_float32_matmul_precision()
+        mixed = switches("cuda")
+        assert mixed != then
+        with switched(then, "cuda"):
+            assert switches("cuda") == then
+        assert switches("cuda") == mixed
+        assert_equal(step(planned, model, nullcontext), step(model, model, nullcontext))
+        solve(model, "1GiB", sample=BATCH)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = True
+    assert switches("cuda") == then
+
+
 def test_switches_of_cuda_are_put_back_too() -> None:
     then, cudnn = switches("cuda"), torch.backends.cudnn
     try:

@@ -4,21 +4,62 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 __all__ = [
     "Environment",
+    "default_device",
     "environment",
     "environment_difference",
     "environment_text",
+    "on_default_device",
     "switched",
     "switches",
 ]
 
 Environment = tuple[Any, ...]
+
+# (backend, op) whose precision torch.backends sets one by one, where that is not done by set_float32_matmul_precision.
+_PRECISIONS = (
+    *(("generic", "all"), ("cuda", "matmul"), ("cuda", "conv"), ("cuda", "rnn")),
+    *(("mkldnn", "matmul"), ("mkldnn", "conv"), ("mkldnn", "rnn")),
+)
+
+
+def _precision() -> Any:
+    """``torch.get_float32_matmul_precision``; where a mix of settings makes that raise, each of them."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return tuple([torch._C._get_fp32_precision_getter(*each) for each in _PRECISIONS])
+
+
+def _set_precision(then: Any) -> None:
+    if isinstance(then, str):
+        torch.set_float32_matmul_precision(then)
+        return
+    for each, precision in zip(_PRECISIONS, then, strict=True):
+        torch._C._set_fp32_precision_setter(*each, precision)
+
+
+def _cudnn_tf32() -> Any:
+    try:
+        return torch._C._get_cudnn_allow_tf32()
+    except RuntimeError:
+        return _precision()
+
+
+def _set_cudnn_tf32(then: Any) -> None:
+    if isinstance(then, bool):
+        torch._C._set_cudnn_allow_tf32(then)
+    else:
+        _set_precision(then)
+
 
 _SWITCHES = (
     ("deterministic algorithms", torch.are_deterministic_algorithms_enabled),
@@ -27,14 +68,14 @@ _SWITCHES = (
     ("math attention", torch._C._get_math_sdp_enabled),
     ("cuDNN attention", torch._C._get_cudnn_sdp_enabled),
     ("oneDNN", torch._C._get_mkldnn_enabled),
-    ("float32 matmul precision", torch.get_float32_matmul_precision),
+    ("float32 matmul precision", _precision),
     ("default dtype", torch.get_default_dtype),
     ("quantized engine", torch._C._get_qengine),
 )
 _ON_CUDA = (
     ("cuDNN", torch._C._get_cudnn_enabled),
     ("cuDNN benchmark", torch._C._get_cudnn_benchmark),
-    ("TF32 in cuDNN", torch._C._get_cudnn_allow_tf32),
+    ("TF32 in cuDNN", _cudnn_tf32),
     ("reduced precision of fp16 sums", torch._C._get_cublas_allow_fp16_reduced_precision_reduction),
     ("reduced precision of bf16 sums", torch._C._get_cublas_allow_bf16_reduced_precision_reduction),
 )
@@ -56,7 +97,7 @@ _KERNELS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch._C._get_cudnn_sdp_enabled, torch._C._set_sdp_use_cudnn),
     (torch._C._get_sdp_priority_order, torch._C._set_sdp_priority_order),
     (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
-    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (_precision, _set_precision),
     (torch.get_default_dtype, torch.set_default_dtype),
     (_deterministic, lambda now: torch.use_deterministic_algorithms(now[0], warn_only=now[1])),
 )
@@ -64,7 +105,7 @@ _CUDA_KERNELS = (
     (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
     (torch._C._get_cudnn_benchmark, torch._C._set_cudnn_benchmark),
     (torch._C._get_cudnn_deterministic, torch._C._set_cudnn_deterministic),
-    (torch._C._get_cudnn_allow_tf32, torch._C._set_cudnn_allow_tf32),
+    (_cudnn_tf32, _set_cudnn_tf32),
     _of(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction"),
     _of(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"),
 )
@@ -95,6 +136,18 @@ def switched(then: list[Any], kind: str) -> Iterator[None]:
     finally:
         for write, _, after in differs:
             write(after)
+
+
+def default_device() -> torch.device | None:
+    """Where this thread makes tensors that are told no device: what ``set_default_device`` or a device's context say, if they do."""
+    modes = reversed(_get_current_function_mode_stack())
+    context = next((mode for mode in modes if isinstance(mode, DeviceContext)), None)
+    return None if context is None else context.device
+
+
+def on_default_device(then: torch.device | None) -> list[AbstractContextManager[Any]]:
+    """What brings that default back, where it is another now: autograd's thread of a GPU has none."""
+    return [] if default_device() == then else [torch.device("cpu" if then is None else then)]
 
 
 def _names(kind: str) -> list[str]:
