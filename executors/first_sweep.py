@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
 from executors.arena import Arena
@@ -18,7 +19,7 @@ from executors.offload import Moved, Store
 from executors.trace import Observer
 from scheduler.actions import CopyAction
 from scheduler.capture.environment import default_device, switches
-from scheduler.capture.layouts import storage_key, storage_keys
+from scheduler.capture.layouts import storage_key, storage_keys, storage_of
 from scheduler.capture.recompute import Rebuild
 from scheduler.capture.state import RandomState, autocast_state, on_gradient, shielded
 from scheduler.program import ReplayProgram
@@ -87,6 +88,7 @@ class FirstSweep:
         self.entries: dict[int, tuple[Fingerprint, ...]] = {}
         self.states: dict[int, RandomState] = {}
         self.lasting: set[int] = set()  # identities of storages that are packed by reference
+        self.identities: list[StorageWeakRef] = []  # of those that may go meanwhile
         # One of each: Python's collector goes through all that a step of many stages leaves behind, again and again.
         self.known: dict[Fingerprint, Fingerprint] = {}
         self.leaves: dict[int, Held] = {}
@@ -225,9 +227,16 @@ class FirstSweep:
     def _shielded(self, hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
         return shielded(hook) if self.compiled else hook
 
-    def last(self, tensors: Sequence[Tensor]) -> None:
-        """These storages live on through the step: saved tensors among them are packed by reference."""
+    def last(self, tensors: Sequence[Tensor], *, bound: bool = True) -> None:
+        """These storages live on through the step: saved tensors among them are packed by reference.
+
+        Args:
+            bound: whether that is sure. Code may bind others in their place (``p.data = other``): what is made where one of these
+                lay would then pass for it, unless its identity is held.
+        """
         self.lasting |= storage_keys(tensors)
+        if not bound:
+            self.identities += [StorageWeakRef(s) for s in map(storage_of, tensors) if s is not None]
 
     def after_first_run(self, stage: int, results: Sequence[Tensor], following: tuple[Tensor, ...]) -> None:
         """Copy what the program copies once the stage has run; ``following`` is the next boundary (rule 8)."""

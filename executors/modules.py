@@ -369,9 +369,9 @@ class ModuleStep(Step):
         """The first run of a block whose saved tensors are dropped."""
         self.runs[stage] = run
         self.last(run.reads[0].tensors)
-        self.last(run.reads[1].tensors)
+        self.last(run.reads[1].tensors, bound=False)
         if run.taken.copies:
-            self.last([tensor for tensor, _ in run.taken.copies])
+            self.last([tensor for tensor, _ in run.taken.copies], bound=False)
         self.before_first_run(stage, boundary)
         if (autocast := autocast_state(self.device)) != self.autocast:
             self.autocasts[stage] = autocast

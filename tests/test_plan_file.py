@@ -316,7 +316,7 @@ def test_a_cut_where_a_live_value_is_changed_in_place_later_is_refused() -> None
     assert refused
 
 
-@torch.library.custom_op("rematplan_tests::moody", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
+@torch.library.custom_op("rematplan_tests::moody", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def moody(x: Tensor) -> Tensor:
     """A mask that is random only where the input is positive on average."""
     return (torch.rand_like(x) > 0.5).to(x.dtype) if x.mean() > 0 else torch.ones_like(x)
