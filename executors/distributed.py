@@ -80,50 +80,65 @@ def broadcast_plan(
         result = Plan.from_json(json.loads(content.cpu().numpy().tobytes()))
         if isinstance(plan, Plan) and plan.capture == result.capture:
             object.__setattr__(result, "live", plan.live)
-    if model is not None:
-        plain = unplanned(model)
-        _agree(
-            model_fingerprint(plain) == result.capture.model,
-            "the model of rank {} is not the one the plan was made for: class, or names, shapes, dtypes, requires_grad or "
-            "sharding of parameters or buffers differ; build the same model on every rank",
-            device,
-            group,
-        )
-        if sample is not None and result.capture.kind == "graph":
-            _agree(
-                _has_graph(plain, sample, result.capture.graph),
-                "the op graph of rank {} is not the plan's: the code of its model takes another way, its batch has another "
-                "shape, or torch or autocast are others; make them alike, or solve(capture='modules')",
-                device,
-                group,
-            )
+    own_error: Exception | None = None
+    try:
+        verdict = _verdict(result, model, sample)
+    except Exception as error:  # noqa: BLE001 # whatever a sample or the model's code raises: the others wait
+        verdict, own_error = UNUSABLE, error
+    _agree(verdict, own_error, device, group)
     return result
 
 
-def _has_graph(model: nn.Module, sample: Any, fingerprint: str) -> bool:
-    """Whether the model exports as that graph."""
+# What is wrong on a rank; 0 for nothing.
+MODEL, GRAPH, UNUSABLE = 1, 2, 3
+WRONG = {
+    MODEL: "the model of rank {} is not the one the plan was made for: class, or names, shapes, dtypes, requires_grad or "
+    "sharding of parameters or buffers differ; build the same model on every rank",
+    GRAPH: "the op graph of rank {} is not the plan's: the code of its model takes another way, its batch has another "
+    "shape, or torch or autocast are others; make them alike, or solve(capture='modules')",
+    UNUSABLE: "the model or the sample of rank {} cannot be compared with the plan's (that rank says why); pass a module, and what it "
+    "is called with",
+}
+
+
+def _verdict(plan: Plan, model: nn.Module | None, sample: Any) -> int:
+    """What is wrong with this rank's model for the plan."""
+    if model is None:
+        return 0
+    plain = unplanned(model)
+    if model_fingerprint(plain) != plan.capture.model:
+        return MODEL
+    if sample is None or plan.capture.kind != "graph":
+        return 0
     args, kwargs = read_sample(sample)
-    call = canonical_call(forward_signature(model), args, kwargs)
-    with preserved(model):
+    call = canonical_call(forward_signature(plain), args, kwargs)
+    with preserved(plain):
         try:
-            return any(graph.fingerprint() == fingerprint for graph in op_graphs(model, call))
+            graphs = op_graphs(plain, call)
+            alike = any(graph.fingerprint() == plan.capture.graph for graph in graphs)
         except CaptureError:
-            return False
+            alike = False
+    return 0 if alike else GRAPH
 
 
-def _agree(alike: bool, what: str, device: torch.device, group: dist.ProcessGroup | None) -> None:
-    """Refuse on every rank, if something is not alike on one.
+def _agree(
+    verdict: int, own_error: Exception | None, device: torch.device, group: dist.ProcessGroup | None
+) -> None:
+    """Refuse on every rank, if something is wrong on one.
 
     Raises:
-        PlanMismatch: ``what``, with the ranks.
+        PlanMismatch: what, and on which ranks.
     """
-    same = torch.tensor([alike], dtype=torch.uint8, device=device)
-    verdicts: list[Tensor] = [torch.empty_like(same) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(verdicts, same, group=group)
-    members = dist.get_process_group_ranks(group)
-    others = [rank for rank, verdict in zip(members, verdicts, strict=True) if not verdict.item()]
-    if others:
-        raise PlanMismatch(f"broadcast_plan: {what.format(', '.join(map(str, others)))}")
+    own = torch.tensor([verdict], dtype=torch.uint8, device=device)
+    verdicts: list[Tensor] = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(verdicts, own, group=group)
+    found = dict(
+        zip(dist.get_process_group_ranks(group), (int(each.item()) for each in verdicts), strict=True)
+    )
+    for wrong, what in WRONG.items():
+        ranks = [rank for rank, each in found.items() if each == wrong]
+        if ranks:
+            raise PlanMismatch(f"broadcast_plan: {what.format(', '.join(map(str, ranks)))}") from own_error
 
 
 def _device(group: dist.ProcessGroup | None) -> torch.device:

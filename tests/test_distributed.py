@@ -349,6 +349,18 @@ def another_way_on_rank_1() -> None:
         broadcast_plan(plan, Switched(rank == 0), sample=batch)
 
 
+def a_sample_that_does_not_fit_on_rank_1() -> None:
+    batch, rank = torch.randn(8, 16), dist.get_rank()
+    plan = solve(Switched(True), "1GiB", sample=batch, capture="graph") if rank == 0 else None
+    for strange in ((batch, batch), object(), {"y": batch}):
+        with pytest.raises(PlanMismatch, match=r"the sample of rank 1 cannot be compared") as caught:
+            broadcast_plan(plan, Switched(True), sample=strange if rank else batch)
+        assert (caught.value.__cause__ is not None) is (rank == 1)
+    # A rank that has nothing to compare keeps nobody waiting.
+    broadcast_plan(plan, Switched(True), sample=None if rank else batch)
+    broadcast_plan(plan, None if rank else Switched(True), sample=batch)
+
+
 def test_all_ranks_get_the_source_s_plan_and_train_bit_equal(ranks: Run) -> None:
     first, second = ranks(one_plan)
     assert Plan.from_json(first) == Plan.from_json(second)
@@ -364,6 +376,10 @@ def test_a_source_without_a_plan_is_an_error_on_every_rank(ranks: Run) -> None:
 
 def test_a_model_that_differs_on_one_rank_is_an_error_on_every_rank(ranks: Run) -> None:
     ranks(another_model_on_rank_1)
+
+
+def test_a_sample_that_does_not_fit_on_one_rank_is_an_error_on_every_rank(ranks: Run) -> None:
+    ranks(a_sample_that_does_not_fit_on_rank_1)
 
 
 def test_code_that_takes_another_way_on_one_rank_is_an_error_on_every_rank(ranks: Run) -> None:
