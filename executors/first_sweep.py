@@ -18,7 +18,7 @@ from executors.handles import Handle, Held, Thinned
 from executors.offload import Moved, Store
 from executors.trace import Observer
 from scheduler.actions import CopyAction
-from scheduler.capture.environment import default_device, switches
+from scheduler.capture.environment import default_device, function_modes, switches
 from scheduler.capture.layouts import storage_key, storage_keys, storage_of
 from scheduler.capture.recompute import Rebuild
 from scheduler.capture.state import RandomState, autocast_state, on_gradient, shielded
@@ -99,7 +99,7 @@ class FirstSweep:
         self.task = -1  # autograd's id of the backward pass that the position belongs to
         self.autocast = autocast_state(device)
         self.switches = switches(device.type)
-        self.default_device = default_device()
+        self.default_device, self.modes = default_device(), function_modes()
 
     # ---- what a kind of capture supplies -------------------------------------------------------------
 

@@ -18,7 +18,7 @@ The rules, referred to by number below:
    program is at the stage's backward, runs the part of the option's own program (``Rebuild``) that makes it, on
    what was kept; any other request is answered as for a dropped stage.
 6. Random numbers: each stage that draws is re-run from its own state, and the generators are put back
-   after every replay. So are autocast, what chooses kernels (attention's, determinism, precision) and the default device. Buffers that a stage changes are changed by its first run only.
+   after every replay. So are autocast, what chooses kernels (attention's, determinism, precision), the default device and function modes. Buffers that a stage changes are changed by its first run only.
 7. Once the program has kept a stage again whole, no run of it starts from that stage's input any more. The input is let
    go of, and autograd holds what it saved of it; not so where it may be asked for again: the graph is retained, or
    saved tensors of stages that are reversed already are still wanted.
@@ -44,7 +44,7 @@ from executors.check import Fingerprint, difference
 from executors.first_sweep import FirstSweep, tensors_of
 from executors.handles import Handle, Held, Thinned
 from executors.offload import Moved
-from scheduler.capture.environment import on_default_device, switched, switches
+from scheduler.capture.environment import on_default_device, switched, switches, under_modes
 from scheduler.capture.recompute import Rebuild
 from scheduler.capture.state import RandomState, autocast_contexts
 from scheduler.schedule import COPY_ACTIONS, Backward, Checkpoint, Free, Keep
@@ -128,6 +128,7 @@ class Step(FirstSweep):
         contexts: list[AbstractContextManager[Any]] = [*autocast_contexts(self.autocast)]
         if switches(self.device.type) != self.switches:
             contexts.append(switched(self.switches, self.device.type))
+        contexts += under_modes(self.modes)
         contexts += on_default_device(self.default_device)
         try:
             if contexts:

@@ -14,7 +14,7 @@ from torch import nn
 from scheduler.budget import format_bytes, free_machine_bytes, machine_bytes, parse_budget
 from scheduler.capture.call_reads import CallReads
 from scheduler.capture.callables import CallableChain
-from scheduler.capture.dry import capture_dry, without_hardware
+from scheduler.capture.dry import DRAWS, capture_dry, without_hardware
 from scheduler.capture.eager import own_attributes, replaced
 from scheduler.capture.environment import environment_text
 from scheduler.capture.fake import has_data
@@ -505,14 +505,16 @@ def _captured(request: Request) -> tuple[Captured, str, bool]:
     refused = seen.unrolled() if how == "auto" else ""
     to_compare = how in ("auto", "graph") and not refused
     to_see = any(getattr(module, "sparse", False) is True for module in request.model.modules())  # embeddings
+    random = HostRandomState()
     plain = _plain_step(request) if to_compare or request.cacheless or to_see else None
+    draws = random.differs()
     if plain is not None:
         grads = ((name, grad) for name, grad in plain.grads.items() if grad is not None)
         request.sparse = {name: tensor_bytes(grad) for name, grad in grads if not is_plain(grad)}
     if plain is not None and to_compare:
         request.progress("capturing the op graph")
         try:
-            captured, exact = _exact_graph(request, plain)
+            captured, exact = _exact_graph(request, plain, draws)
             if how == "auto" and len(captured) == 1:
                 with suppress(CaptureError):
                     why = "it is a graph of one stage (code under a decorator, say)"
@@ -550,8 +552,12 @@ def _once(captured: GraphCapture) -> str:
     return f"; {names} {'run' if len(stages) > 1 else 'runs'} once: {stages[0][1]}"
 
 
-def _exact_graph(request: Request, plain: StepResult) -> tuple[GraphCapture, str]:
+def _exact_graph(request: Request, plain: StepResult, draws: bool) -> tuple[GraphCapture, str]:
     """The op graph, once it has been seen to train like the plain model, and how it does.
+
+    Args:
+        draws: whether the plain step drew from the generators of Python or NumPy. Even if the numbers made no difference in it (a
+            branch that is taken seldom), they may in another.
 
     Raises:
         CaptureError: it cannot be captured, or one step of it differs.
@@ -559,6 +565,8 @@ def _exact_graph(request: Request, plain: StepResult) -> tuple[GraphCapture, str
     model = request.model
     call = request.call if request.arrives is None else request.arrives
     args, kwargs = request.call
+    if draws:
+        raise CaptureError(DRAWS)
     if sharded_within(model):
         raise CaptureError("fully_shard's hooks gather its parameters, and an exported graph has no hooks")
     compiled = next((name for name, module in model.named_modules() if is_compiled(module)), None)

@@ -19,11 +19,14 @@ from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.module_calls import Recurrence
 from scheduler.capture.module_capture import ModuleCapture, capture_blocks
 from scheduler.capture.sample import Call
+from scheduler.capture.state import HostRandomState
 from scheduler.capture.target import Target
 from scheduler.capture.verify import custom_functions
 from scheduler.errors import CaptureError
 
-__all__ = ["UNTRIED", "capture_dry", "without_hardware"]
+__all__ = ["DRAWS", "UNTRIED", "capture_dry", "without_hardware"]
+
+DRAWS = "the forward draws from the generators of Python or NumPy, which a graph would do once and for all"
 
 UNTRIED = "not tried against the plain model: no data"
 
@@ -60,13 +63,16 @@ def capture_dry(
         ValueError: it rejects the call.
     """
     progress("running one step without data")
-    seen = Recurrence()
+    seen, random = Recurrence(), HostRandomState()
     with seen.watching(model):
         own_loss, custom = _dry_step(model, call)
+    draws = random.differs()
     refused = seen.unrolled() if how == "auto" else ""
     if not refused and how in ("auto", "graph"):
         progress("capturing the op graph")
         try:
+            if draws:
+                raise CaptureError(DRAWS)
             if custom:
                 raise CaptureError(
                     f"the custom autograd.Function {custom[0]} is used, whose backward torch.export drops"

@@ -17,48 +17,52 @@ __all__ = [
     "environment",
     "environment_difference",
     "environment_text",
+    "function_modes",
     "on_default_device",
     "switched",
     "switches",
+    "under_modes",
 ]
 
 Environment = tuple[Any, ...]
 
-# (backend, op) whose precision torch.backends sets one by one, where that is not done by set_float32_matmul_precision.
-_PRECISIONS = (
-    *(("generic", "all"), ("cuda", "matmul"), ("cuda", "conv"), ("cuda", "rnn")),
-    *(("mkldnn", "matmul"), ("mkldnn", "conv"), ("mkldnn", "rnn")),
-)
+# (backend, op) whose precision of float32 torch.backends sets, and where it comes from if it is "none" there.
+_PRECISIONS = {
+    ("generic", "all"): None,
+    **{(kind, op): ("generic", "all") for kind in ("cuda", "mkldnn") for op in ("matmul", "conv", "rnn")},
+}
 
 
-def _precision() -> Any:
-    """``torch.get_float32_matmul_precision``; where a mix of settings makes that raise, each of them."""
+Precision = tuple[str | None, bool | None, tuple[str, ...]]
+
+
+def _or_mixed(read: Callable[[], Any]) -> Any:
+    """What an older setting says; None where it raises, since torch.backends was told one by one."""
     try:
-        return torch.get_float32_matmul_precision()
+        return read()
     except RuntimeError:
-        return tuple([torch._C._get_fp32_precision_getter(*each) for each in _PRECISIONS])
+        return None
 
 
-def _set_precision(then: Any) -> None:
-    if isinstance(then, str):
-        torch.set_float32_matmul_precision(then)
-        return
-    for each, precision in zip(_PRECISIONS, then, strict=True):
-        torch._C._set_fp32_precision_setter(*each, precision)
+def _precision() -> Precision:
+    """That of float32 products, as both older settings have it, and as torch.backends has it one by one."""
+    each = [torch._C._get_fp32_precision_getter(*place) for place in _PRECISIONS]
+    named = _or_mixed(torch.get_float32_matmul_precision)
+    return named, _or_mixed(torch._C._get_cudnn_allow_tf32), tuple(each)
 
 
-def _cudnn_tf32() -> Any:
-    try:
-        return torch._C._get_cudnn_allow_tf32()
-    except RuntimeError:
-        return _precision()
-
-
-def _set_cudnn_tf32(then: Any) -> None:
-    if isinstance(then, bool):
-        torch._C._set_cudnn_allow_tf32(then)
-    else:
-        _set_precision(then)
+def _set_precision(then: Precision) -> None:
+    named, tf32, each = _precision()
+    if then[0] is not None and named not in (None, then[0]):
+        torch.set_float32_matmul_precision(then[0])
+    if then[1] is not None and tf32 not in (None, then[1]):
+        torch._C._set_cudnn_allow_tf32(then[1])
+    wanted, each = dict(zip(_PRECISIONS, then[2], strict=True)), _precision()[2]
+    for (place, parent), now in zip(_PRECISIONS.items(), each, strict=True):
+        if now != wanted[place]:
+            # What a setting has of its parent it has by being none itself.
+            inherited = parent is not None and wanted[place] == wanted[parent]
+            torch._C._set_fp32_precision_setter(*place, "none" if inherited else wanted[place])
 
 
 _SWITCHES = (
@@ -75,7 +79,7 @@ _SWITCHES = (
 _ON_CUDA = (
     ("cuDNN", torch._C._get_cudnn_enabled),
     ("cuDNN benchmark", torch._C._get_cudnn_benchmark),
-    ("TF32 in cuDNN", _cudnn_tf32),
+    ("TF32 in cuDNN", lambda: _or_mixed(torch._C._get_cudnn_allow_tf32)),
     ("reduced precision of fp16 sums", torch._C._get_cublas_allow_fp16_reduced_precision_reduction),
     ("reduced precision of bf16 sums", torch._C._get_cublas_allow_bf16_reduced_precision_reduction),
 )
@@ -105,7 +109,6 @@ _CUDA_KERNELS = (
     (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
     (torch._C._get_cudnn_benchmark, torch._C._set_cudnn_benchmark),
     (torch._C._get_cudnn_deterministic, torch._C._set_cudnn_deterministic),
-    (_cudnn_tf32, _set_cudnn_tf32),
     _of(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction"),
     _of(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"),
 )
@@ -148,6 +151,19 @@ def default_device() -> torch.device | None:
 def on_default_device(then: torch.device | None) -> list[AbstractContextManager[Any]]:
     """What brings that default back, where it is another now: autograd's thread of a GPU has none."""
     return [] if default_device() == then else [torch.device("cpu" if then is None else then)]
+
+
+def function_modes() -> list[Any]:
+    """The modes that see torch's functions in this thread, the default device's left out."""
+    return [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
+
+
+def under_modes(then: list[Any]) -> list[AbstractContextManager[Any]]:
+    """What brings back those of these modes that are not entered now: within a backward's hooks there are none."""
+    if not then:
+        return []
+    now = function_modes()
+    return [mode for mode in then if not any(mode is other for other in now)]
 
 
 def _names(kind: str) -> list[str]:

@@ -9,15 +9,14 @@ steps do from one another, if that is no more than rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from scheduler.capture.repeat import MOST, deterministic, rounds_alike
-from scheduler.capture.state import HostRandomState
+from scheduler.capture.repeat import LARGEST, MOST, as_real, deterministic, largest, rounds_alike
 from scheduler.capture.verify import StepResult, difference, equal_bits
 
 __all__ = ["BIT_EQUAL", "PlainSteps"]
@@ -32,7 +31,7 @@ class PlainSteps:
 
     Args:
         first: a plain step.
-        step: makes one more, from the same state.
+        step: makes one more, from the same state; it draws no random numbers but torch's.
         device: of the model.
     """
 
@@ -41,42 +40,34 @@ class PlainSteps:
 
     @cached_property
     def samples(self) -> list[StepResult]:
-        """Plain steps that begin with the same random numbers, Python's and NumPy's included."""
-        random = HostRandomState()
-        found = [self.step()]
-        while len(found) < SAMPLES and (len(found) < 2 or self._apart(found)):
-            random.restore()
+        """Plain steps, the first one included; two of them where these are equal bit for bit."""
+        found = [self.first, self.step()]
+        while len(found) < SAMPLES and difference(*found[-2:]):
             found.append(self.step())
         return found
-
-    @staticmethod
-    def _apart(steps: list[StepResult]) -> str | None:
-        return next(filter(None, (difference(steps[0], other) for other in steps[1:])), None)
 
     @cached_property
     def apart(self) -> str | None:
         """In what plain steps differ from one another, in words; None if they are equal bit for bit."""
-        return self._apart(self.samples)
+        return _apart(self.samples)
 
     @cached_property
     def wide(self) -> str | None:
-        """What plain steps differ in by more than rounding, in words: that is no matter of an order of sums."""
-        seen = [_tensors(step) for step in self.samples]
-        for name, tensor in seen[0].items():
-            for other in seen[1:]:
-                if _distance(tensor, other[name]) > 0 and not _rounds(tensor, other[name]):
-                    return f"{name} differs by up to {_distance(tensor, other[name]):.3g}"
+        """In what the forwards of plain steps differ by more than rounding, in words: no order of sums does that."""
+        for index, plain in enumerate(self.first.outputs):
+            if not all(rounds_alike(plain, other.outputs[index], MOST) for other in self.samples[1:]):
+                return f"output {index} differs"
+        for name, plain in self.first.buffers.items():
+            if not all(rounds_alike(plain, other.buffers[name], MOST) for other in self.samples[1:]):
+                return f"buffer {name} differs"
         return None
 
     @cached_property
     def exact(self) -> StepResult | None:
         """A plain step under deterministic algorithms; None where that is not repeated to the bit, or an op has none."""
-        random = HostRandomState()
         try:
             with deterministic(self.device):
-                one = self.step()
-                random.restore()
-                other = self.step()
+                one, other = self.step(), self.step()
         except RuntimeError:
             return None
         return one if difference(one, other) is None else None
@@ -97,7 +88,7 @@ class PlainSteps:
         if self.apart is None:
             return differs, ""
         if self.wide is not None:
-            return f"{differs}, and between plain steps {self.wide}, which is more than rounding", ""
+            return f"{differs}, and between plain steps {self.wide} by more than rounding", ""
         if self.exact is not None:
             try:
                 with deterministic(self.device):
@@ -112,30 +103,37 @@ class PlainSteps:
 
     def hint(self) -> str:
         """What to say when no captured step is like the plain one; "" if there is nothing to say."""
-        if self.apart is not None:
-            cublas = (
-                ", and CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment"
-                if self.device.type == "cuda"
-                else ""
-            )
-            return (
-                f"; the plain model itself is not deterministic: {self.apart} (torch.use_deterministic_algorithms(True){cublas} "
-                "makes it so, where each of its ops has such an algorithm)"
-            )
-        if difference(self.first, self.samples[0]) is not None:
-            return "; the forward draws from the generators of Python or NumPy, which a graph would do once and for all"
-        return ""
+        if self.apart is None:
+            return ""
+        cublas = ", and CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment" * (self.device.type == "cuda")
+        return (
+            f"; the plain model itself is not deterministic: {self.apart} (torch.use_deterministic_algorithms(True){cublas} "
+            "makes it so, where each of its ops has such an algorithm)"
+        )
 
     def _beyond(self, found: StepResult) -> str | None:
         """The first thing in which a step differs from the plain one by more than plain steps from one another."""
-        plain, seen = _gradients(self.first), [_gradients(step) for step in self.samples]
+        rest = _apart([replace(each, grads={}, given=()) for each in (*self.samples, found)])
+        if rest is not None:
+            return rest
+        plain, *others = (_gradients(step) for step in self.samples)
+        # Of gradients that are zero but for rounding, the noise is as large as they are.
+        scale = max((largest(as_real(each)) for each in plain.values() if each is not None), default=0.0)
         for name, tensor in _gradients(found).items():
-            off = _distance(plain[name], tensor)
-            spread = max(_distance(seen[0][name], other[name]) for other in seen[1:])
+            own = plain[name]
+            off, spread = _distance(own, tensor), max(_distance(own, other[name]) for other in others)
             if off > SPREAD * spread:
                 return f"{name} differs by up to {off:.3g}, between plain steps by {spread:.3g}"
-        steps = (self.first, *self.samples, found)
-        return self._apart([replace(each, grads={}, given=()) for each in steps])
+            if own is not None and spread > _rounding(own) * scale:
+                return (
+                    f"{name} differs between plain steps by up to {spread:.3g}, which is more than rounding"
+                )
+        return None
+
+
+def _apart(steps: Iterable[StepResult]) -> str | None:
+    first, *others = steps
+    return next(filter(None, (difference(first, other) for other in others)), None)
 
 
 def _gradients(step: StepResult) -> dict[str, Tensor | None]:
@@ -146,18 +144,10 @@ def _gradients(step: StepResult) -> dict[str, Tensor | None]:
     }
 
 
-def _tensors(step: StepResult) -> dict[str, Tensor | None]:
-    """All that a step left behind, by name."""
-    return {
-        **{f"output {i}": each for i, each in enumerate(step.outputs)},
-        **{f"buffer {name}": each for name, each in step.buffers.items()},
-        **_gradients(step),
-    }
-
-
-def _rounds(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two tensors differ by no more than rounding."""
-    return a is not None and b is not None and rounds_alike(a, b, MOST)
+def _rounding(tensor: Tensor) -> float:
+    """What sums in another order may differ by, as a share of the largest value."""
+    real = as_real(tensor)
+    return min(MOST * torch.finfo(real.dtype).eps, LARGEST) if real.is_floating_point() else 0.0
 
 
 def _distance(a: Tensor | None, b: Tensor | None) -> float:
@@ -166,10 +156,12 @@ def _distance(a: Tensor | None, b: Tensor | None) -> float:
         return 0.0 if a is b else math.inf
     if equal_bits(a, b):
         return 0.0
-    if a.shape != b.shape or a.dtype != b.dtype or a.layout is not b.layout or not a.is_floating_point():
+    if a.shape != b.shape or a.dtype != b.dtype or a.layout is not b.layout:
         return math.inf
-    a, b = (each.to_dense().double() for each in (a, b))
-    off = (a - b).abs()
+    a, b = as_real(a), as_real(b)
+    if not a.is_floating_point():
+        return math.inf
+    off = (a.double() - b.double()).abs()
     off[a.isnan() & b.isnan()] = 0.0
     most = float(off.max())
     return math.inf if math.isnan(most) else most

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scheduler.capture.environment import default_device, on_default_device
+from scheduler.capture.environment import default_device, function_modes, on_default_device, under_modes
 from scheduler.capture.sharded import is_distributed
 from scheduler.capture.state import RandomState, autocast_contexts, autocast_state, on_gradient
 from scheduler.capture.target import Device
@@ -60,19 +60,20 @@ def deterministic(device: torch.device) -> Iterator[None]:
 
 
 def in_backward_of(device: torch.device, run: Callable[[], Any]) -> Any:
-    """What ``run`` gives within a backward, in the caller's grad mode, autocast and default device.
+    """What ``run`` gives within a backward, in the caller's grad mode, autocast, default device and function modes.
 
     Backwards on a GPU have a thread of their own, in which libraries choose their algorithms anew.
     """
     if is_distributed():  # hooks that gather parameters take a backward for one of theirs
         return run()
     found: list[Any] = []
-    autocast, grad, default = autocast_state(device), torch.is_grad_enabled(), default_device()
+    autocast, grad = autocast_state(device), torch.is_grad_enabled()
+    default, modes = default_device(), function_modes()
 
     def hook(_: Tensor) -> None:
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(grad))
-            for context in (*autocast_contexts(autocast), *on_default_device(default)):
+            for context in (*autocast_contexts(autocast), *under_modes(modes), *on_default_device(default)):
                 stack.enter_context(context)
             found.append(run())
 
@@ -139,14 +140,26 @@ def rounds_alike(a: Tensor, b: Tensor, units: int = ROUNDING) -> bool:
     Args:
         units: of the data type's precision, against the largest value.
     """
-    if a.shape != b.shape or a.dtype != b.dtype or a.layout is not b.layout or a.layout is not torch.strided:
+    if a.shape != b.shape or a.dtype != b.dtype or a.layout is not b.layout:
         return False
+    a, b = as_real(a), as_real(b)
     if not a.is_floating_point() or not a.numel():
         return equal_bits(a, b)
-    finite = a.detach()[a.isfinite()]
-    scale = float(finite.abs().max()) if finite.numel() else 0.0
-    tolerance = min(units * torch.finfo(a.dtype).eps, LARGEST) * scale
-    return torch.allclose(a.detach(), b.detach(), rtol=0.0, atol=tolerance, equal_nan=True)
+    tolerance = min(units * torch.finfo(a.dtype).eps, LARGEST) * largest(a)
+    return torch.allclose(a, b, rtol=0.0, atol=tolerance, equal_nan=True)
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """The tensor's numbers: of a sparse one all, of a complex one both parts."""
+    tensor = tensor.detach()
+    tensor = tensor if tensor.layout is torch.strided else tensor.to_dense()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest finite magnitude; 0 if there is none."""
+    finite = tensor[tensor.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 def draws_elsewhere(model: nn.Module, device: Device) -> bool:

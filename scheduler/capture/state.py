@@ -128,6 +128,15 @@ class HostRandomState:
         numpy = sys.modules.get("numpy")  # nothing draws from what nobody imported
         self.numpy = None if numpy is None else numpy.random.get_state()
 
+    def differs(self) -> bool:
+        """Whether any number was drawn since."""
+        if random.getstate() != self.python:
+            return True
+        if self.numpy is None:
+            return False
+        now = sys.modules["numpy"].random.get_state()
+        return any(not np.array_equal(a, b) for a, b in zip(self.numpy, now, strict=True))
+
     def restore(self) -> None:
         """Set the generators back."""
         random.setstate(self.python)
