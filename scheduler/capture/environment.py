@@ -51,6 +51,11 @@ def _precision() -> Precision:
     return named, _or_mixed(torch._C._get_cudnn_allow_tf32), tuple(each)
 
 
+def _matmul_precision() -> Any:
+    """``torch.get_float32_matmul_precision``, for every forward; all there is where that raises."""
+    return _or_mixed(torch.get_float32_matmul_precision) or _precision()
+
+
 def _set_precision(then: Precision) -> None:
     named, tf32, each = _precision()
     if then[0] is not None and named not in (None, then[0]):
@@ -72,7 +77,7 @@ _SWITCHES = (
     ("math attention", torch._C._get_math_sdp_enabled),
     ("cuDNN attention", torch._C._get_cudnn_sdp_enabled),
     ("oneDNN", torch._C._get_mkldnn_enabled),
-    ("float32 matmul precision", _precision),
+    ("float32 matmul precision", _matmul_precision),
     ("default dtype", torch.get_default_dtype),
     ("quantized engine", torch._C._get_qengine),
 )
