@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,14 +18,14 @@ from scheduler.capture.dry import DRAWS, capture_dry, without_hardware
 from scheduler.capture.eager import own_attributes, replaced
 from scheduler.capture.environment import environment_text
 from scheduler.capture.fake import has_data
-from scheduler.capture.flat import map_tensors, tensor_leaves, tree_leaves
+from scheduler.capture.flat import map_tensors, tree_leaves
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
 from scheduler.capture.layouts import is_plain, tensor_bytes
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.module_calls import Recurrence, intercepted, is_compiled
 from scheduler.capture.module_capture import ModuleCapture, capture_blocks
 from scheduler.capture.nested_plans import inner_plans_left_out
-from scheduler.capture.offloaded import offloaded
+from scheduler.capture.offloaded import on_host
 from scheduler.capture.plain_steps import PlainSteps
 from scheduler.capture.sample import (
     Call,
@@ -439,20 +439,15 @@ def _warm_up(request: Request) -> tuple[Recurrence, bool]:
 
         return noted
 
-    lasting = [*model.parameters(), *model.buffers(), *(t for _, t in tensor_leaves(request.call))]
-
-    def on_host() -> AbstractContextManager[Any]:
-        return nullcontext() if request.device.type == "cpu" else offloaded(lasting, request.device.type)
-
     seen = Recurrence()
     try:
         if isinstance(model, StepFunction):
-            with preserved(model), on_host():
+            with preserved(model), on_host(model, request.call):
                 model.check(args, kwargs)
         with (
             preserved(model),
             torch.enable_grad(),
-            on_host(),
+            on_host(model, request.call),
             nullcontext() if sharded_within(model) else moving(model),
             intercepted([(model, note)]),
             seen.watching(model),

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from scheduler.budget import format_bytes, free_machine_bytes
+from scheduler.capture.flat import tensor_leaves
 from scheduler.capture.layouts import storage_key, storage_keys
+from scheduler.capture.state import model_device
 from scheduler.errors import CaptureError
 
-__all__ = ["offloaded"]
+__all__ = ["offloaded", "on_host"]
 
 
 class _OnHost:
@@ -46,6 +48,14 @@ class _Bytes:
                 "are free; pass a smaller sample, or plan without data: solve(..., device=...)"
             )
         self.now += size
+
+
+def on_host(model: nn.Module, call: Any) -> AbstractContextManager[Any]:
+    """The context of a trial of the model on a call: where it lies on the host itself, none is needed."""
+    kind = model_device(model).type
+    if kind == "cpu":
+        return nullcontext()
+    return offloaded([*model.parameters(), *model.buffers(), *(t for _, t in tensor_leaves(call))], kind)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils import _pytree as pytree
 
-from scheduler.capture.flat import tensor_leaves
 from scheduler.capture.layouts import parts
 from scheduler.capture.loss import find_loss, output_tensors
-from scheduler.capture.offloaded import offloaded
+from scheduler.capture.offloaded import on_host
 from scheduler.capture.state import RandomState, model_device, preserved, reverse
 
 __all__ = ["StepResult", "custom_functions", "difference", "equal_bits", "of_an_op", "run_step"]
@@ -50,12 +49,7 @@ def run_step(
     """
     device = model_device(model)
     with preserved(model):
-        context: AbstractContextManager[Any] = nullcontext()
-        if offload and device.type != "cpu":
-            context = offloaded(
-                [*model.parameters(), *model.buffers(), *(t for _, t in tensor_leaves(call))], device.type
-            )
-        with context, torch.enable_grad():
+        with on_host(model, call) if offload else nullcontext(), torch.enable_grad():
             output = forward()
             loss, own = find_loss(output)
         outputs = [t.detach().cpu().clone() for t in output_tensors(output)]
