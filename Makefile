@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 REQUIREMENTS := pyproject.toml constraints.txt
 # What the wheel is made of; folders too, so that a deleted file counts as a change.
-SOURCES := pyproject.toml README.md LICENSE $(shell find scheduler executors \
+SOURCES := pyproject.toml README.md LICENSE $(shell find src scheduler executors \
 	-name __pycache__ -prune -o -name '.*' -prune -o -print)
 # Expanded by the shell when a step runs: the wheel may not be there when make starts.
 WHEEL = $$(echo build/wheel/rematplan-*.whl)
@@ -73,17 +73,17 @@ docs: $(VENV)/.bench
 WITH_TORCH = $$($(PYTHON) -c 'import torch' 2>/dev/null && echo $(PYTHON) || { $(MAKE) $(VENV)/.test >&2 && echo $(BIN)/python; })
 
 cuda:
-	PYTHONPATH=. $(WITH_TORCH) -m benchmarks.cuda --device $(DEVICE) --out $(OUT) $(CHECKS)
+	PYTHONPATH=src:. $(WITH_TORCH) -m benchmarks.cuda --device $(DEVICE) --out $(OUT) $(CHECKS)
 
 cuda-tests:
-	PYTHONPATH=. $(WITH_TORCH) -m benchmarks.cuda.suite --out $(OUT)
+	PYTHONPATH=src:. $(WITH_TORCH) -m benchmarks.cuda.suite --out $(OUT)
 
 # The tests under another torch, in an environment of its own: its wheel is that for CUDA, of several gigabytes, and runs on a
 # CPU. What is pinned for the torch of constraints.txt alone is left to pip.
 OTHER := $(VENV)-$(TORCH)
 
 test-torch: $(OTHER)/.made
-	PYTHONPATH=. OMP_NUM_THREADS=1 $(OTHER)/bin/pytest -n $(WORKERS) $(PYTEST_ARGS)
+	PYTHONPATH=src OMP_NUM_THREADS=1 $(OTHER)/bin/pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 $(OTHER)/.made: $(REQUIREMENTS)
 	rm -rf $(OTHER) && $(PYTHON) -m venv $(OTHER) && mkdir -p build
@@ -95,7 +95,7 @@ $(OTHER)/.made: $(REQUIREMENTS)
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find scheduler executors tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src scheduler executors tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each file below marks a step that is done: it is repeated only when what it depends on is newer.
 

@@ -5,12 +5,15 @@ import importlib.util
 import os
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import rematplan
+
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("scheduler", "executors")
+FOLDERS = ("scheduler", "executors")  # of the repository, installed within the package
 
 only_the_wheel = pytest.mark.skipif(
     os.environ.get("REMATPLAN_WHEEL") != "1", reason="about the installed wheel: run `make test`"
@@ -26,6 +29,16 @@ def location(package: str) -> Path:
     return Path(folder).resolve()
 
 
+def source_files() -> set[str]:
+    """Paths of the wheel's files, as the checkout has them."""
+    inside = {
+        f"rematplan/{path.relative_to(ROOT).as_posix()}"
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    return inside | {"rematplan/__init__.py", "rematplan/py.typed"}
+
+
 @pytest.fixture
 def distribution() -> importlib.metadata.Distribution:
     try:
@@ -36,15 +49,13 @@ def distribution() -> importlib.metadata.Distribution:
         pytest.skip("rematplan is not installed in this environment: run `make test`")
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_each_package_says_that_it_is_typed(package):
-    assert (location(package) / "py.typed").is_file()
+def test_the_package_says_that_it_is_typed():
+    assert (location("rematplan") / "py.typed").is_file()
 
 
 @only_the_wheel
-@pytest.mark.parametrize("package", PACKAGES)
-def test_the_tests_import_the_installed_wheel(package):
-    assert location(package).parent == Path(sysconfig.get_path("purelib")).resolve()
+def test_the_tests_import_the_installed_wheel():
+    assert location("rematplan").parent == Path(sysconfig.get_path("purelib")).resolve()
 
 
 @only_the_wheel
@@ -54,23 +65,17 @@ def test_the_checkout_is_not_on_the_import_path():
 
 @only_the_wheel
 def test_the_wheel_holds_every_source_file_and_nothing_else(distribution):
-    sources = {
-        path.relative_to(ROOT).as_posix()
-        for package in PACKAGES
-        for path in (ROOT / package).rglob("*")
-        if path.name == "py.typed" or path.suffix == ".py"
-    }
+    sources = source_files()
     installed = {file.as_posix() for file in distribution.files or () if "__pycache__" not in file.parts}
     metadata = {file for file in installed if file.startswith("rematplan-")}
     assert installed - metadata == sources
 
 
 def test_the_metadata_is_that_of_pyproject(distribution):
-    tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     metadata = distribution.metadata
     assert metadata["Name"] == project["name"]
-    assert metadata["Version"] == project["version"]
+    assert metadata["Version"] == rematplan.__version__
     assert metadata["Requires-Python"] == project["requires-python"]
     assert metadata["License-Expression"] == project["license"]
     assert metadata.get_all("License-File") == project["license-files"]
@@ -80,7 +85,6 @@ def test_the_metadata_is_that_of_pyproject(distribution):
 
 
 def test_every_declared_dependency_is_pinned():
-    tomllib = pytest.importorskip("tomllib")
     requirements = pytest.importorskip("packaging.requirements")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     pins = {}

@@ -53,8 +53,8 @@ PLAIN = (
 # Objects of these packages are their own business: engines, loggers, progress bars, locks; not those that are modules.
 FOREIGN = frozenset(
     {
-        "_io", "_thread", "builtins", "accelerate", "asyncio", "concurrent", "ctypes", "executors", "importlib", "io", "lightning",
-        "logging", "multiprocessing", "numpy", "pathlib", "pytorch_lightning", "queue", "re", "rich", "scheduler", "socket",
+        "_io", "_thread", "builtins", "accelerate", "asyncio", "concurrent", "ctypes", "importlib", "io", "lightning",
+        "logging", "multiprocessing", "numpy", "pathlib", "pytorch_lightning", "queue", "re", "rematplan", "rich", "socket",
         "subprocess", "tensorboard", "threading", "torch", "tqdm", "typing", "wandb", "weakref",
     }
 )  # fmt: skip # one table
