@@ -25,8 +25,8 @@ ORDER = (
     "scheduler.torch_layer",
     "scheduler.capture",
     "scheduler.costs",
-    "scheduler.estimate",
     "scheduler.solve",
+    "scheduler.estimate",
     "executors",
 )
 TORCH_FREE = ORDER[:4]
