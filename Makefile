@@ -47,8 +47,8 @@ demo: $(VENV)/.examples
 	$(BIN)/python examples/train_gpt.py $(DEMO_ARGS)
 
 # PYTHONPATH is dropped and pytest imports by importlib (pyproject.toml), so that the tests see the installed
-# wheel and not the checkout; tests/test_packaging.py checks that it is so.
-# worksteal: each process gets files that follow one another, so that what they share (the plans of tests/steps.py, a
+# wheel and not the checkout; tests/packaging/test_packaging.py checks that it is so.
+# worksteal: each process gets files that follow one another, so that what they share (the plans of tests/shared/steps.py, a
 # file's ranks) is made in one process and not in each, and whoever is done first takes from what the others have left.
 test: $(VENV)/.test
 	env -u PYTHONPATH REMATPLAN_WHEEL=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
