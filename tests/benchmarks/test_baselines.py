@@ -17,7 +17,7 @@ baselines: Any = importlib.import_module("benchmarks.baselines")
 op_level: Any = importlib.import_module("benchmarks.op_level")
 
 
-@pytest.fixture(params=["residual", "gpt2", "unet"])
+@pytest.fixture(params=["residual", "gpt2", pytest.param("unet", marks=pytest.mark.slow)])
 def case(request: pytest.FixtureRequest) -> Any:
     found = case_of(request.param)
     config: Any = getattr(found.model, "config", None)

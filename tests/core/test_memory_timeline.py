@@ -16,12 +16,12 @@ from torch.cuda import _memory_viz as viz
 
 from executors import rehearse
 from scheduler.memory_timeline import CATEGORIES, Block, MemoryTimeline, Point
-from tests.shared.steps import case_of, plan_for, replan, tightest
+from tests.shared.steps import case_of, each_model, plan_for, replan, tightest
 
 pytestmark = pytest.mark.filterwarnings("ignore:device argument is deprecated")
 
 
-@pytest.mark.parametrize("name", ["tiny", "gpt2", "unet"])
+@each_model(["tiny", "gpt2", "unet"])
 def test_the_categories_of_a_plan_add_up_to_what_the_referee_says(name: str) -> None:
     plan = plan_for(name, "graph")
     for each in (plan, tightest(plan), replan(plan, plan.plain.peak - 1)):

@@ -7,7 +7,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +18,7 @@ from scheduler.solvers import solve_chain
 from scheduler.solvers.frontier import pareto
 from scheduler.solvers.optimal import solve_optimal
 from tests.shared.brute_force import persistent_schedules
-from tests.shared.steps import plan_for
+from tests.shared.steps import each_model, plan_for
 
 # Stage 0 makes a (10); stage 1 makes b (20) of it and saves nothing; stage 2 makes c (4) of b and saves c.
 A, B, C = 0, 1, 2
@@ -221,7 +220,7 @@ def test_the_literal_union_bites() -> None:
 # ---- solvers -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tiny", "unet"])
+@each_model(["tiny", "unet"])
 def test_storages_never_take_more_than_the_sums(name: str) -> None:
     plan: Plan = plan_for(name, "graph")
     chain = plan.chain

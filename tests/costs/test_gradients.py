@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from executors import execute, measure_peak
 from scheduler import Plan, solve
 from tests.shared.helpers import smallest
-from tests.shared.models import BUILDERS, SEVEN, Case
-from tests.shared.steps import loss_of, replan, thinnest
+from tests.shared.models import BUILDERS, Case
+from tests.shared.steps import each_model, loss_of, replan, thinnest
 
 
 def peak_of(plan: Plan, case: Case, existing: bool) -> int:
@@ -34,7 +34,7 @@ def peak_of(plan: Plan, case: Case, existing: bool) -> int:
 
 
 @pytest.mark.parametrize("capture", ["graph", "modules"])
-@pytest.mark.parametrize("name", [name for name in SEVEN if name != "mlp"])
+@each_model(["residual", "gpt2", "resnet"])
 def test_where_gradients_exist_the_peak_is_predicted_as_closely(name: str, capture: str) -> None:
     """They are added to one by one, so that a stage's new gradients are not there all at once."""
     torch.manual_seed(0)

@@ -49,6 +49,7 @@ from tests.shared.steps import (
     assert_equal,
     assert_same,
     case_of,
+    each_model,
     loss_of,
     on_device,
     peak_of_a_step,
@@ -115,9 +116,16 @@ def plain_records(name: str) -> list[Record]:
 
 
 @pytest.mark.parametrize(
-    ("fraction", "host"), [(0.0, HOST), (0.1, SLOW), (0.5, HOST)], ids=["least", "beside", "half"]
+    ("name", "fraction", "host"),
+    [
+        pytest.param("gpt2", 0.0, HOST, id="gpt2-least"),
+        pytest.param("gpt2", 0.1, SLOW, id="gpt2-beside"),
+        pytest.param("gpt2", 0.5, HOST, id="gpt2-half"),
+        pytest.param("resnet", 0.0, HOST, id="resnet-least", marks=pytest.mark.slow),
+        pytest.param("resnet", 0.1, SLOW, id="resnet-beside", marks=pytest.mark.slow),
+        pytest.param("unet", 0.0, HOST, id="unet-least", marks=pytest.mark.slow),  # values that stages carry
+    ],
 )
-@pytest.mark.parametrize("name", ["gpt2", "resnet", "unet"])
 def test_a_step_with_copies_is_bit_equal_and_within_its_budget(
     name: str, fraction: float, host: HostMemory, stores: list[Any]
 ) -> None:
@@ -185,7 +193,9 @@ def test_random_schedules_with_copies_are_bit_equal_and_within_their_peaks(
         assert all(side.bytes == 0 and side.peak <= walked.timeline.host_peak for side in stores)
 
 
-@pytest.mark.parametrize(("name", "fraction"), [("tiny", 0.0), ("tiny", 0.3), ("resnet", 0.1)])
+@pytest.mark.parametrize(
+    ("name", "fraction"), [("tiny", 0.0), ("tiny", 0.3), pytest.param("resnet", 0.1, marks=pytest.mark.slow)]
+)
 def test_repeated_partial_and_out_of_order_backwards_come_right(
     name: str, fraction: float, stores: list[Any]
 ) -> None:
@@ -236,7 +246,7 @@ def test_a_plan_with_copies_is_written_down_and_trains_when_read() -> None:
     assert plan.within(plan.memory_budget, solver="optimal").host is None
 
 
-@pytest.mark.parametrize("name", ["resnet", "gpt2"])
+@each_model(["resnet", "gpt2"])
 def test_a_plan_with_copies_is_rehearsed_and_drawn(name: str) -> None:
     case, plan = case_of(name), two_level(name, 0.1)
     assert copies(plan)

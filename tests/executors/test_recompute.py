@@ -24,6 +24,7 @@ from tests.shared.models import SEVEN, Case
 from tests.shared.steps import (
     assert_equal,
     case_of,
+    each_model,
     peak_of_a_step,
     plan_for,
     replan,
@@ -64,7 +65,7 @@ def plan_call(case: Case) -> Any:
     return canonical_call(inspect.signature(case.model.forward), args, kwargs)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@each_model(MODELS)
 def test_whatever_is_dropped_is_made_again_bit_for_bit(name: str) -> None:
     """Not only the options that pay: any set of storages that a stage makes and autograd saves."""
     case, capture = case_of(name), capture_of(name)
@@ -126,7 +127,7 @@ def random_options(plan: Plan, generator: random.Random) -> Plan:
     return scheduled(plan, build(len(stages), decide, None))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@each_model(MODELS)
 def test_any_schedule_with_any_options_trains_bit_equal_and_within_its_peak(name: str) -> None:
     case = case_of(name)
     with restored(case.model):
@@ -141,7 +142,7 @@ def test_any_schedule_with_any_options_trains_bit_equal_and_within_its_peak(name
         assert peak <= plan.predicted_peak
 
 
-@pytest.mark.parametrize("name", ["gpt2", "unet"])
+@each_model(["gpt2", "unet"])
 def test_options_need_less_time_than_whole_stages_do(name: str) -> None:
     """At half of the activations, by the solver's own figures."""
     from dataclasses import replace

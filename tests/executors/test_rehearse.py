@@ -19,7 +19,17 @@ from scheduler.capture.state import preserved
 from scheduler.schedule import Backward, Checkpoint, Forward, Keep
 from tests.shared.helpers import smallest
 from tests.shared.models import SEVEN, Block, Case, gpt2
-from tests.shared.steps import case_of, plan_for, replan, restored, scheduled, state, thinnest, tightest
+from tests.shared.steps import (
+    case_of,
+    each_model,
+    plan_for,
+    replan,
+    restored,
+    scheduled,
+    state,
+    thinnest,
+    tightest,
+)
 
 
 def at(plan: Plan, share: float) -> Plan:
@@ -53,7 +63,7 @@ def reserve(plan: Plan) -> int:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
-@pytest.mark.parametrize("name", SEVEN)
+@each_model(SEVEN)
 def test_prediction_rehearsal_and_measurement_agree(name: str, share: float) -> None:
     plan, case = at(plan_for(name, "graph"), share), case_of(name)
     real = rehearse(plan, case.model, case.sample, real=True)
@@ -77,7 +87,7 @@ def test_prediction_rehearsal_and_measurement_agree(name: str, share: float) -> 
         assert true.observed <= true.predicted + 0.005 * plan.predicted_peak
 
 
-@pytest.mark.parametrize("name", ["tiny", "gpt2", "vit"])
+@each_model(["tiny", "gpt2", "vit"])
 def test_blocks_are_rehearsed_as_they_run(name: str) -> None:
     plan, case = at(plan_for(name, "modules"), 0.3), case_of(name)
     fake = rehearse(plan, case.model, case.sample)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]  # the checkout
 ORACLES = ROOT / "tests" / "oracles"
 
 
+@functools.lru_cache(maxsize=64)
 def smallest(chain: Chain, solver: str = "optimal", **parameters: Any) -> int:
-    """The smallest budget (bytes) that the solver says it can meet."""
+    """Return the smallest budget (bytes) that the solver says it can meet; parameters as ``solve_chain`` takes them."""
     try:
         schedule = solve_chain(chain, 1, solver, **parameters)
     except InfeasibleBudget as error:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,15 @@ OVERLAPPING = pytest.mark.filterwarnings(
     r"ignore:planned \w+. (another forward runs|a backward (retains|makes)):scheduler.errors.PeakWarning"
 )
 CPU = torch.device("cpu")
+# Planning one of these takes seconds: what they show beside the small ones is left out by -m "not slow".
+LARGE = ("llama", "resnet", "vit", "unet")
 Procedure = Callable[[nn.Module], Record]
+
+
+def each_model(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Parametrize ``name`` with these models of ``tests.shared.models``, the large ones marked ``slow``."""
+    marked = [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in names]
+    return pytest.mark.parametrize("name", marked)
 
 
 def loss_of(output: Any) -> Tensor:
