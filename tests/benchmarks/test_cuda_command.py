@@ -87,6 +87,7 @@ def test_the_seconds_of_all_checks_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.slow
 def test_make_runs_the_checks_that_are_named_with_the_python_that_has_torch(tmp_path: Path) -> None:
     own = {"PYTHON": sys.executable, "VENV": str(tmp_path / "environment"), "OUT": str(tmp_path)}
     named = [f"{name}={value}" for name, value in {**own, "DEVICE": "cpu", "CHECKS": "optimizer"}.items()]
@@ -167,6 +168,7 @@ def test_the_files_with_marked_tests_come_in_order_of_importance() -> None:
     assert "test_chain.py" not in names
 
 
+@pytest.mark.slow
 def test_each_file_is_a_process_and_a_failure_stops_none(tmp_path: Path) -> None:
     done = subprocess.run(
         [
@@ -191,6 +193,7 @@ def test_each_file_is_a_process_and_a_failure_stops_none(tmp_path: Path) -> None
     assert "2 files, 1 failed" in done.stdout
 
 
+@pytest.mark.slow
 def test_what_needs_hypothesis_or_diffusers_is_skipped_without_them() -> None:
     plugins = ["tests.shared.without_extras", "no:hypothesispytest", "no:cacheprovider"]
     options = [option for plugin in plugins for option in ("-p", plugin)]

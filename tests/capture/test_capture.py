@@ -182,6 +182,7 @@ def test_the_tables_that_all_blocks_read_are_carried_once() -> None:
     assert all(not graph.groups[key].requires_grad for key in far)
 
 
+@pytest.mark.slow
 def test_the_skips_of_a_unet_are_carried_and_released_in_reverse() -> None:
     graph, linear = _linear(case := unet(1))
     skips = [

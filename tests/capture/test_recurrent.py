@@ -155,6 +155,7 @@ def test_each_call_is_a_stage_and_trains_bit_equal_within_the_predicted_peak(nam
     assert max(at(plan, 0.0).timeline.runs) > 1
 
 
+@pytest.mark.slow
 def test_five_hundred_steps_are_planned_by_themselves_and_train_bit_equal() -> None:
     case = unrolled(steps=500)
     plan = solve(case.model, "1GiB", sample=case.sample)
@@ -209,6 +210,7 @@ def test_weights_that_autocast_casts_once_are_counted_once(share: float) -> None
     assert measured.peak <= each.predicted_peak <= 1.12 * measured.peak
 
 
+@pytest.mark.slow
 def test_a_saved_plan_trains_in_another_process(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Layers()

@@ -93,6 +93,7 @@ def _edited(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS, most: int = 3) -> A
 
 
 @given(_edited())
+@pytest.mark.slow
 def test_an_edited_plan_is_loaded_or_refused_by_a_value_error(data: Any) -> None:
     began = time.perf_counter()
     try:

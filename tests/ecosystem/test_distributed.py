@@ -34,6 +34,8 @@ from tests.shared.steps import (
     tightest,
 )
 
+pytestmark = pytest.mark.slow  # a minute of processes that train together
+
 Run = Callable[..., list[Any]]
 
 

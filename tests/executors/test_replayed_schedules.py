@@ -292,6 +292,7 @@ def test_nested_refuses_what_is_no_persistent_schedule(actions: tuple[Action, ..
         nested(Schedule(actions), [nn.Identity(), nn.Identity()], recompute)
 
 
+@pytest.mark.slow
 def test_deep_chains_do_not_hit_python_s_recursion_limit() -> None:
     case = smooth(300)
     plan = tightest(solve(case.model, "1GiB", sample=case.sample, capture="modules", costs="roofline"))

@@ -16,6 +16,7 @@ README = ROOT / "README.md"
 
 # The compiler looks at .grad of a block's input, which is no leaf; it does so for the plain model, too.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.slow
 def test_the_code_of_the_readme_runs_from_top_to_bottom() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) >= 4
@@ -41,6 +42,7 @@ def test_the_readme_leads_with_make_demo_and_make_test() -> None:
         ("train_digits.py", ["--epochs", "6"], "test accuracy 9"),
     ],
 )
+@pytest.mark.slow
 def test_the_example_runs_and_shows_what_it_promises(
     script: str, arguments: list[str], expected: str
 ) -> None:

@@ -10,6 +10,8 @@ import pytest
 from tests.shared.module_graph_steps import judge, recipe_by
 from tests.shared.steps import OVERLAPPING
 
+pytestmark = pytest.mark.slow  # half a second a graph, and several a graph that was once over budget
+
 
 @OVERLAPPING
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own, of mixed precision and of flattened weights

@@ -28,6 +28,7 @@ PLAIN = replace(
 )
 
 
+@pytest.mark.slow
 def test_random_training_loops_train_bit_equal_and_within_budget_or_are_refused() -> None:
     """benchmarks/random_training_loops.py runs a thousand."""
     found: Counter[str] = Counter()
