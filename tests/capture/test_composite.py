@@ -136,6 +136,7 @@ def test_a_stage_keeps_the_draws_of_a_dropout_and_drops_its_result() -> None:
         assert_executed_like(case, replan(plan, int(least + share * (plan.predicted_peak - least))))
 
 
+@pytest.mark.slow
 def test_a_loaded_plan_captures_the_parts_again(tmp_path: Path) -> None:
     case = stacked()
     plan = solve(case.model, "1GiB", sample=case.sample, costs="roofline")

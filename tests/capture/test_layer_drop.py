@@ -45,6 +45,7 @@ class Dropped(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["a tensor", "survival", "python", "uniform", "bernoulli", "at once"])
+@pytest.mark.slow
 def test_a_step_that_leaves_layers_out_is_met_within_the_plan_of_all(how: str) -> None:
     assert_trains_like_plain(lambda: Dropped(how), steps=8)
 

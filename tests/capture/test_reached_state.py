@@ -209,6 +209,7 @@ def trained(model: Net, run: Callable[..., Tensor]) -> list[Tensor]:
 # Under the smallest budget of a graph blocks may not be able to take over: then it is captured at every change, and said.
 @pytest.mark.filterwarnings("ignore:.*the op graph is captured again at every such change")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.slow
 def test_what_a_forward_reaches_is_followed(kind: type[Net]) -> None:
     plain = begin(kind)
     want = trained(plain, plain)

@@ -136,6 +136,7 @@ def at(plan: Plan, share: float, solver: str = "optimal") -> Plan:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_each_call_is_a_stage_and_trains_bit_equal_within_the_predicted_peak(name: str) -> None:
     case = CASES[name]()
     plan = solve(case.model, "1GiB", sample=case.sample, capture="modules")
@@ -175,6 +176,7 @@ def test_five_hundred_steps_are_planned_by_themselves_and_train_bit_equal() -> N
 
 
 @pytest.mark.parametrize("solver", ["revolve", "chen", "sqrt"])
+@pytest.mark.slow
 def test_other_solvers_plan_time_steps_too(solver: str) -> None:
     case = of_vectors(StepByStep())
     plan = solve(case.model, "1GiB", sample=case.sample, capture=[case.model.step])  # type: ignore[list-item]
@@ -282,6 +284,7 @@ def test_a_shorter_last_sequence_is_planned_for() -> None:
     assert_equal(train(shorter, execute(plan, case.model)), expected)
 
 
+@pytest.mark.slow
 def test_layers_of_cells_unrolled_one_after_the_other_are_found_inside() -> None:
     class Layer(nn.Module):
         def __init__(self) -> None:
@@ -432,6 +435,7 @@ def steps_of(cell: nn.LSTMCell, x: Tensor) -> list[Callable[..., Any]]:
     return [*(functools.partial(step, t) for t in range(x.shape[1])), loss]
 
 
+@pytest.mark.slow
 def test_a_list_of_callables_is_the_chain() -> None:
     torch.manual_seed(0)
     cell, x = nn.LSTMCell(16, 16), torch.randn(64, 60, 16)

@@ -63,6 +63,7 @@ def test_a_chain_without_data_is_the_chain_with_it(name: str) -> None:
     assert -0.001 <= below <= BLIND.get(name, 0.001)
 
 
+@pytest.mark.slow
 def test_blocks_without_data_are_the_blocks_with_it() -> None:
     case = residual()
     real = solve(case.model, "8GiB", sample=case.sample, costs="roofline", capture="modules")
@@ -92,6 +93,7 @@ def test_a_plan_made_without_data_trains_like_the_plain_model(name: str, device:
     assert difference(replace(want, outputs=want.outputs[: len(got.outputs)]), got) is None
 
 
+@pytest.mark.slow
 def test_models_on_meta_and_fake_models_give_the_plan_of_a_real_one() -> None:
     model = mlp_like(layers=4)
     real = solve(model, "3MB", sample=torch.randn(1024, 64), device=HOST)
@@ -239,6 +241,7 @@ def test_optimizer_state_counts_without_data() -> None:
     assert found["optimizer state"] == want["optimizer state"]
 
 
+@pytest.mark.slow
 def test_an_estimate_has_the_bytes_of_the_plain_step() -> None:
     case = llama(layers=2)
     optimizer = torch.optim.AdamW(case.model.parameters())
@@ -257,6 +260,7 @@ def test_an_estimate_has_the_bytes_of_the_plain_step() -> None:
     assert (found.budget, found.largest_plain) == (None, None)
 
 
+@pytest.mark.slow
 def test_the_largest_batches_fit_and_one_more_does_not() -> None:
     with torch.device("meta"):
         model = mlp_like(layers=4)

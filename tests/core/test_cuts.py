@@ -6,6 +6,7 @@ import inspect
 import json
 from functools import cache
 
+import pytest
 import torch
 
 from benchmarks.cuts import FOUND, rows, section
@@ -58,6 +59,7 @@ def test_a_resnet_is_cut_at_the_ends_of_its_blocks() -> None:
     assert ends == [f"resnet.encoder.stages.{i}.layers.{j}" for i in range(4) for j in range(2)][:-1]
 
 
+@pytest.mark.slow
 def test_every_level_of_a_unet_is_cut_from_the_next_and_inside() -> None:
     _, linear = _linear(unet())
     inside = [cut.inside for cut in linear.reasons]

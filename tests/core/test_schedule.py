@@ -201,6 +201,7 @@ def test_the_referee_is_the_literal_definition(chain, seed, changes, data):
 
 @settings(max_examples=500)
 @given(chains(6), st.data())
+@pytest.mark.slow
 def test_no_change_to_a_schedule_goes_unnoticed(chain, data):
     stages = tuple(  # nothing is free, and no two options are alike
         Stage(

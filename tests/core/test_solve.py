@@ -231,6 +231,7 @@ def test_a_sample_that_the_model_changes_in_place_is_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("solver", [s.name for s in SOLVERS.values() if s.executable and not s.required])
+@pytest.mark.slow
 def test_the_smallest_budget_that_the_error_names_is_met_by_a_real_step(solver: str) -> None:
     model, batch = _model(), _batch()
     with pytest.raises(InfeasibleBudget) as caught:
@@ -336,6 +337,7 @@ def test_roofline_costs_price_every_stage_without_timing(capture: str) -> None:
     assert plan.chain.plain_seconds > 0
 
 
+@pytest.mark.slow
 def test_roofline_costs_grow_with_the_work() -> None:
     small, large = (
         solve(_model(), "1GiB", sample=torch.randn(rows, 32), costs="roofline", capture="modules")

@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -237,6 +238,7 @@ def test_storages_never_take_more_than_the_sums(name: str) -> None:
 
 
 @given(graphs(), st.integers(0, 100))
+@pytest.mark.slow
 def test_every_schedule_found_fits_and_the_bound_holds(chain: Chain, share: int) -> None:
     lines = [simulate(chain, schedule) for schedule in persistent_schedules(chain)]
     least, most = min(line.peak for line in lines), max(line.peak for line in lines)

@@ -92,6 +92,7 @@ def test_optimizer_state_takes_part_in_the_slack() -> None:
 
 
 @pytest.mark.parametrize("capture", ["graph", "modules"])
+@pytest.mark.slow
 def test_rehearsed_steps_of_tighter_schedules_stay_within_the_slack(capture: str) -> None:
     model, batch = odd_sizes()
     plan = solve(model, 2**33, sample=batch, device=CARD, capture=capture)

@@ -34,8 +34,6 @@ from tests.shared.steps import (
     tightest,
 )
 
-pytestmark = pytest.mark.slow  # a minute of processes that train together
-
 Run = Callable[..., list[Any]]
 
 
@@ -213,6 +211,7 @@ def ddp_in_all_its_ways(capture: str, device: str = "cpu") -> int:
 
 
 @EITHER_CAPTURE
+@pytest.mark.slow
 def test_ddp_around_a_planned_model_trains_bit_equal(ranks: Run, capture: str) -> None:
     assert ranks(ddp_in_all_its_ways, capture) == [7, 7]
 
@@ -468,6 +467,7 @@ def fsdp(how: str) -> list[int]:
 
 
 @pytest.mark.parametrize("how", ["blocks", "nested", "root", "mixed", "hybrid", "compiled"])
+@pytest.mark.slow
 def test_fully_sharded_blocks_are_gathered_for_their_re_runs_and_train_bit_equal(
     ranks: Run, how: str
 ) -> None:

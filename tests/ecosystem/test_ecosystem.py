@@ -47,6 +47,7 @@ def recomputes(model: nn.Module) -> bool:
     return bool(plans) and all(plan.predicted_peak < plan.plain.peak for plan in plans[:1])
 
 
+@pytest.mark.slow
 def test_the_trainer_trains_saves_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     train = example("train_with_trainer").train
 
@@ -81,6 +82,7 @@ def _fresh_accelerator() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_fresh_accelerator")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.slow
 def test_accelerate_trains_and_goes_on_from_a_saved_state(precision: str, tmp_path: Path) -> None:
     train = example("train_with_accelerate").train
     losses, plain = train(budget=None, mixed_precision=precision)
@@ -115,6 +117,7 @@ def test_a_forward_that_accelerate_wrapped_leads_to_the_plan_and_never_around_it
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.slow
 def test_lightning_trains_by_the_callback_and_has_its_module_back(precision: str, tmp_path: Path) -> None:
     module = example("train_with_lightning")
     plain = module.train(budget=None, precision=precision)
@@ -138,6 +141,7 @@ def test_the_callback_says_which_module_it_wants() -> None:
         Rematerialize("1GiB").on_fit_start(None, module)  # type: ignore[arg-type] # not reached
 
 
+@pytest.mark.slow
 def test_a_diffusion_model_trains_with_its_loss_outside_and_an_average_of_its_weights() -> None:
     train = example("train_diffusion").train
     losses, plain = train(budget=None)

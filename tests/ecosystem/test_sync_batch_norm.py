@@ -81,6 +81,7 @@ def ranks() -> Iterator[Callable[..., list[Any]]]:
         yield run
 
 
+@pytest.mark.slow
 def test_over_gloo_it_raises_torch_s_own_error_with_a_plan_and_without(
     ranks: Callable[..., list[Any]], tmp_path: Path
 ) -> None:

@@ -70,6 +70,7 @@ def step(called: nn.Module, model: nn.Module, context: Callable[[], AbstractCont
 
 @EITHER_CAPTURE
 @pytest.mark.parametrize("context", [math, rounding, deterministic])
+@pytest.mark.slow
 def test_a_backward_outside_of_the_context_of_its_forward_is_the_plain_one(
     context: Callable[[], AbstractContextManager[Any]], capture: str
 ) -> None:

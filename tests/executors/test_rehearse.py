@@ -220,6 +220,7 @@ def test_scratch_space_is_left_out_where_nothing_may_be_computed() -> None:
     assert "kernels are not counted: aten.mm.default (3.00 GiB, too large to try)" in str(odd)
 
 
+@pytest.mark.slow
 def test_a_loaded_plan_is_rehearsed_on_a_model_without_weights() -> None:
     case = case_of("gpt2")
     plan = at(plan_for("gpt2", "graph"), 0.3)
@@ -232,6 +233,7 @@ def test_a_loaded_plan_is_rehearsed_on_a_model_without_weights() -> None:
 
 
 @pytest.mark.parametrize("capture", ["graph", "modules"])
+@pytest.mark.slow
 def test_a_plan_for_a_device_that_is_not_there_is_rehearsed_by_its_rules(capture: str) -> None:
     case = gpt2(layers=2)
     with torch.device("meta"):
@@ -245,6 +247,7 @@ def test_a_plan_for_a_device_that_is_not_there_is_rehearsed_by_its_rules(capture
     assert all(block.size % 512 == 0 for block in seen.timeline.blocks if block.begin)
 
 
+@pytest.mark.slow
 def test_existing_gradients_and_optimizer_state_count() -> None:
     case = gpt2(layers=2)
     model = copy.deepcopy(case.model)
@@ -258,6 +261,7 @@ def test_existing_gradients_and_optimizer_state_count() -> None:
             assert seen.resident[part] == plan.resident[part]
 
 
+@pytest.mark.slow
 def test_autocast_around_the_call_is_rehearsed() -> None:
     case = gpt2(layers=2)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -309,6 +309,7 @@ def test_after_an_exception_in_a_re_run_the_next_step_is_right(monkeypatch: pyte
 
 
 @EACH_CAPTURE
+@pytest.mark.slow
 def test_an_abandoned_forward_leaves_nothing_alive(capture: str) -> None:
     case, planned = planned_tiny(capture)
 

@@ -290,9 +290,9 @@ def wide() -> Case:
 @pytest.mark.parametrize(
     "build",
     [
-        pytest.param(functools.partial(gpt2, 2), id="gpt2"),
-        pytest.param(functools.partial(resnet, 8), id="resnet"),
-        pytest.param(BUILDERS["unet"], id="unet"),
+        pytest.param(functools.partial(gpt2, 2), id="gpt2", marks=pytest.mark.slow),
+        pytest.param(functools.partial(resnet, 8), id="resnet", marks=pytest.mark.slow),
+        pytest.param(BUILDERS["unet"], id="unet", marks=pytest.mark.slow),
         wide,
     ],
 )

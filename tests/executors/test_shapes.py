@@ -100,6 +100,7 @@ def test_a_larger_batch_is_within_the_same_budget(capture: str) -> None:
     assert plans_of(planned)[1].plain.peak > plan_of_three(capture).memory_budget
 
 
+@pytest.mark.slow
 def test_buckets_of_sequences_train_bit_equal() -> None:
     torch.manual_seed(0)
     case = make_gpt2(4, 48, 64, n_layer=2, n_embd=32, n_head=2)

@@ -65,6 +65,7 @@ def test_four_stages_take_as_long_as_the_fastest_sequence_of_actions(chain, data
 
 
 @pytest.mark.parametrize(("length", "number"), [(4, 60), (5, 12)])
+@pytest.mark.slow
 def test_where_inputs_of_kept_stages_go_early_the_search_is_exact_too(length, number):
     # Such chains reward letting go: little is lost to transients, gradients or what stays after a backward.
     rng = np.random.default_rng(length)

@@ -173,6 +173,7 @@ def test_misuse_is_an_error_at_once(arguments, error, why):
 
 
 @pytest.mark.parametrize("build", [gpt2, residual])
+@pytest.mark.slow
 def test_the_floor_of_a_captured_step_is_below_every_plan_and_not_far_below(build):
     case = build()
     plan = solve(case.model, 2**50, sample=case.sample, capture="graph")

@@ -171,6 +171,7 @@ def test_two_phases_lose_the_last_state():
 
 @TWO_PHASE
 @given(steps=st.integers(1, 300), slots=st.integers(1, 300), chunk=st.integers(2, 100))
+@pytest.mark.slow
 def test_the_packed_form_is_the_same_actions(two_phase, steps, slots, chunk):
     packed = unpacked(revolve_packed(steps, slots, two_phase=two_phase, chunk=chunk))
     assert list(packed) == list(revolve_actions(steps, slots, two_phase=two_phase))

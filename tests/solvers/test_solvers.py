@@ -125,6 +125,7 @@ def test_optimal_is_the_literal_recurrence(chain, data):
 
 @settings(max_examples=300)
 @given(chains(7, largest=1000, signed=True), st.data())
+@pytest.mark.slow
 def test_optimal_is_the_literal_recurrence_when_sizes_have_no_common_divisor(chain, data):
     budget = data.draw(budgets(chain))
     assert seconds(chain, budget) == fastest_persistent(chain, budget)
@@ -256,6 +257,7 @@ def test_every_solver_keeps_to_the_budget_and_its_smallest_budget_is_tight(solve
 
 @EVERY_SOLVER
 @given(chain=chains(6), data=st.data())
+@pytest.mark.slow
 def test_no_solver_beats_one_that_claims_to_be_exact(solver, chain, data):
     budget = data.draw(budgets(chain))
     exact = [other for other in SOLVERS.values() if other.exact and not other.required]

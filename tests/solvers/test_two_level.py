@@ -251,6 +251,7 @@ def simulate_compute(chain: Chain, actions: tuple[Action, ...]) -> float:
 
 @settings(max_examples=800)
 @given(chains(4), hosts(asynchronous=True), st.integers(0, 2**32))
+@pytest.mark.slow
 def test_asynchronous_seconds_are_those_of_the_literal_definition(chain, host, seed):
     actions = legal_walk(chain, host, seed)
     line = simulate(chain, actions, host)
@@ -271,6 +272,7 @@ def one_level(chain: Chain, budget: int) -> float:
 
 @settings(max_examples=150)
 @given(chains(4), hosts())
+@pytest.mark.slow
 def test_two_level_traces_the_frontier_of_every_schedule_of_its_class(chain, host):
     assume(len(chain) < 4 or max(len(stage.options) for stage in chain.stages) == 1)
     # With room on the host all of them are legal.
@@ -404,6 +406,7 @@ def test_with_a_fast_host_two_level_beats_one_level_and_reaches_smaller_budgets(
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.slow
 def test_fifty_unlike_stages_and_a_host_that_binds_are_solved_in_seconds(asynchronous):
     rng = np.random.default_rng(0)
     stages = []

@@ -8,8 +8,6 @@ from benchmarks.peak_accuracy import SETTINGS, Setting, errors, random_case, sin
 from tests.shared.models import SEVEN
 from tests.shared.random_models import check
 
-pytestmark = pytest.mark.slow  # half a minute of models that are planned each for itself
-
 PLAIN = Setting(autocast=False, optimizer="SGD", existing=False)
 BUILDERS = {**{name: SEVEN[name] for name in ("gpt2", "llama", "resnet", "vit")}, "layers": single_layers}
 

@@ -10,11 +10,10 @@ import pytest
 from tests.shared.module_graph_steps import judge, recipe_by
 from tests.shared.steps import OVERLAPPING
 
-pytestmark = pytest.mark.slow  # half a second a graph, and several a graph that was once over budget
-
 
 @OVERLAPPING
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own, of mixed precision and of flattened weights
+@pytest.mark.slow
 def test_random_module_graphs_train_bit_equal_and_within_budget_or_are_refused() -> None:
     """benchmarks/random_module_graphs.py runs a thousand; each costs half a second."""
     found: Counter[str] = Counter()

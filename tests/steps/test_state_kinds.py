@@ -18,8 +18,6 @@ from tests.shared.training_loop_steps import judge
 from tests.shared.training_loops import EXTRAS, MIDWAY, SHAPES
 from tests.shared.training_models import LATE, LEVELS, ROOTS, Held, Recipe, Step
 
-pytestmark = pytest.mark.slow  # two minutes of half a second each
-
 # These may be refused: more is live than under the plan's budget, or the forward itself has made another model of it.
 REFUSED = ("Optional", "Int", "LazyParameter", "frozen at first")
 
