@@ -95,7 +95,7 @@ def _edited(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS, most: int = 3) -> A
 @given(_edited())
 @pytest.mark.slow
 def test_an_edited_plan_is_loaded_or_refused_by_a_value_error(data: Any) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     try:
         plan = Plan.from_json(data)
         str(plan)
@@ -103,7 +103,7 @@ def test_an_edited_plan_is_loaded_or_refused_by_a_value_error(data: Any) -> None
             plan.explain(0)
     except ValueError:
         pass
-    assert time.perf_counter() - began < 10
+    assert time.process_time() - began < 10
 
 
 @pytest.mark.slow

@@ -318,7 +318,7 @@ def test_a_thousand_unlike_stages_are_searched_within_seconds(solver):
     chain = dataclasses.replace(chain, fixed=10**9)
     with pytest.raises(InfeasibleBudget) as caught:
         solve_chain(chain, 1, solver)
-    start = time.perf_counter()
+    start = time.process_time()
     line = simulate(chain, solve_chain(chain, caught.value.smallest * 2, solver))
-    assert time.perf_counter() - start < 5  # about 0.2 on an idle core
+    assert time.process_time() - start < 5  # about 0.2 on an idle core
     assert line.peak <= caught.value.smallest * 2

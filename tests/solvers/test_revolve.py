@@ -179,10 +179,10 @@ def test_the_packed_form_is_the_same_actions(two_phase, steps, slots, chunk):
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 10, 1000, 10**6, 10**9])
 def test_a_billion_steps_begin_at_once_and_alike(slots):
-    start = time.perf_counter()
+    start = time.process_time()
     actions = list(islice(revolve_actions(10**9, slots), 5000))
     packed = list(islice(unpacked(revolve_packed(10**9, slots)), 5000))
-    assert time.perf_counter() - start < 5  # about 0.05
+    assert time.process_time() - start < 5  # about 0.05
     assert actions == packed
     assert isinstance(actions[0], Checkpoint)
 
@@ -246,9 +246,9 @@ def test_the_chain_solver_and_the_stream_are_one(slots):
 def test_two_thousand_stages_are_solved_within_seconds():
     with pytest.raises(InfeasibleBudget) as caught:
         solve_chain(uniform(2000), 1, "revolve")
-    start = time.perf_counter()
+    start = time.process_time()
     schedule = solve_chain(uniform(2000), 2 * caught.value.smallest, "revolve")
-    assert time.perf_counter() - start < 10  # about 0.7 on an idle core
+    assert time.process_time() - start < 10  # about 0.7 on an idle core
     assert simulate(uniform(2000), schedule).peak <= 2 * caught.value.smallest
 
 
