@@ -29,11 +29,12 @@ WHEEL = $$(echo build/wheel/rematplan-*.whl)
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
-.PHONY: help demo test lint format bench docs cuda cuda-tests test-torch clean
+.PHONY: help demo test test-fast lint format bench docs cuda cuda-tests test-torch clean
 
 help:
 	@echo "make demo    install and run examples/train_gpt.py"
 	@echo "make test    build the wheel, install it, and run the tests against it"
+	@echo "make test-fast  the same without whole training loops and what takes long, within two minutes"
 	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make format  rewrite the code the way 'make lint' wants it"
 	@echo "make bench   run the benchmarks"
@@ -47,11 +48,16 @@ demo: $(VENV)/.examples
 	$(BIN)/python examples/train_gpt.py $(DEMO_ARGS)
 
 # PYTHONPATH is dropped and pytest imports by importlib (pyproject.toml), so that the tests see the installed
-# wheel and not the checkout; tests/test_packaging.py checks that it is so.
-# worksteal: each process gets files that follow one another, so that what they share (the plans of tests/steps.py, a
+# wheel and not the checkout; tests/packaging/test_packaging.py checks that it is so.
+# worksteal: each process gets files that follow one another, so that what they share (the plans of tests/shared/steps.py, a
 # file's ranks) is made in one process and not in each, and whoever is done first takes from what the others have left.
 test: $(VENV)/.test
 	env -u PYTHONPATH REMATPLAN_WHEEL=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+# Every package on small models.
+test-fast: $(VENV)/.test
+	env -u PYTHONPATH REMATPLAN_WHEEL=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal -m "not slow" \
+		--ignore=tests/steps --ignore=tests/ecosystem $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -23,8 +23,8 @@ from benchmarks.coverage_cases import FAMILIES
 from executors import execute, measure_peak
 from scheduler import CaptureError, InfeasibleBudget, Plan, solve
 from scheduler.capture.loss import find_loss
-from tests.models import Case
-from tests.steps import Record, assert_equal, restored, state, tensors
+from tests.shared.models import Case
+from tests.shared.steps import Record, assert_equal, restored, state, tensors
 
 LIMIT = 400  # seconds for one architecture
 STEPS = 2

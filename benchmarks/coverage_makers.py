@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.models import Case, keywords
+from tests.shared.models import Case, keywords
 
 BATCH, TOKENS, VOCABULARY, PIXELS = 4, 32, 128, 32
 Make = Callable[[], Case]

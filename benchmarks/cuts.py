@@ -25,9 +25,9 @@ from scheduler.costs.resident import resident_parts
 from scheduler.costs.roofline import roofline_graph
 from scheduler.errors import InfeasibleBudget
 from scheduler.schedule import simulate
-from tests import models
-from tests.helpers import smallest
-from tests.models import Case
+from tests.shared import models
+from tests.shared.helpers import smallest
+from tests.shared.models import Case
 
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75)  # of the way from today's smallest budget to keeping all
 

@@ -13,7 +13,7 @@ from executors.runner import plans_within
 from scheduler import solve
 from scheduler.capture.environment import environment
 from scheduler.capture.flat import flatten, repeated_floats
-from tests.models import make_gpt2
+from tests.shared.models import make_gpt2
 
 CALLS = 50  # of a comparison for each time that it is timed
 

@@ -23,8 +23,8 @@ from executors.nested import nested
 from scheduler import Chain, Plan, Schedule, solve
 from scheduler.schedule import Action, Backward, Checkpoint, Forward, Keep
 from scheduler.solvers import solve_chain
-from tests.models import make_gpt2
-from tests.steps import scheduled
+from tests.shared.models import make_gpt2
+from tests.shared.steps import scheduled
 
 REPEATS = 60
 WARM = 3  # runs right before the one that is timed

@@ -17,7 +17,7 @@ from scheduler.errors import InfeasibleBudget
 from scheduler.schedule import simulate
 from scheduler.solvers import SOLVERS, solve_chain
 from scheduler.solvers.milp import relaxed_seconds, solve_dag
-from tests.helpers import smallest
+from tests.shared.helpers import smallest
 
 LENGTHS = (4, 6, 8, 10, 12, 16)
 TIME_LIMIT = 15.0  # seconds of one call

@@ -37,8 +37,8 @@ from scheduler.capture.loss import find_loss
 from scheduler.capture.sample import canonical_call
 from scheduler.dag import Dag
 from scheduler.solvers.floor import Floor, dag_floor
-from tests import models
-from tests.models import Case
+from tests.shared import models
+from tests.shared.models import Case
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -25,8 +25,8 @@ from scheduler.dag import simulate_dag
 from scheduler.solvers import solve_chain
 from scheduler.solvers.floor import dag_floor
 from scheduler.solvers.milp import solve_dag
-from tests import models
-from tests.helpers import smallest
+from tests.shared import models
+from tests.shared.helpers import smallest
 
 SHARES = (0.75, 0.5, 0.25, 0.0)  # of the way from the smallest budget to keeping all
 STEPS = 40  # budgets at which the chain is solved

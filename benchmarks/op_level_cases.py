@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from tests import models
-from tests.models import Case
+from tests.shared import models
+from tests.shared.models import Case
 
 __all__ = ["CASES", "DEVICE"]
 

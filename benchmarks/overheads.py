@@ -18,7 +18,7 @@ from scheduler.chain import Chain
 from scheduler.host import HostMemory
 from scheduler.solvers import SOLVERS
 from scheduler.solvers.compare import Comparison, compare
-from tests.helpers import smallest
+from tests.shared.helpers import smallest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from executors import execute, measure_peak
 from scheduler import CaptureError, Plan, solve
 from scheduler.costs.cuda_memory import expandable_segments
-from tests.helpers import smallest
-from tests.models import SEVEN, Case
-from tests.steps import loss_of, on_device
-from tests.test_random_models import WIDTH, drawn
+from tests.shared.helpers import smallest
+from tests.shared.models import SEVEN, Case
+from tests.shared.random_models import WIDTH, drawn
+from tests.shared.steps import loss_of, on_device
 
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 RANDOM = 100  # random models

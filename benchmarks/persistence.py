@@ -13,7 +13,7 @@ import numpy as np
 from scheduler.chain import Chain, Option, Stage
 from scheduler.schedule import simulate
 from scheduler.solvers import solve_chain
-from tests.helpers import smallest
+from tests.shared.helpers import smallest
 
 LENGTHS = (6, 8, 10)
 CHAINS = 20  # of each length

@@ -16,7 +16,7 @@ from scheduler.errors import InfeasibleBudget
 from scheduler.schedule import simulate
 from scheduler.solvers import solve_chain
 from scheduler.solvers.optimal import solve_optimal
-from tests.brute_force import fastest_persistent
+from tests.shared.brute_force import fastest_persistent
 
 CHAINS = 100_000
 LITERAL = 10  # every so many chains

@@ -1,7 +1,7 @@
 """Claim: of 1,000 random module graphs none is trained wrong by its plan, and none takes more than its budget.
 
 Each is a model, a capture, a budget between the smallest and keeping all, and a way to train: what is drawn is in
-``tests/module_graph_steps.py``, and hypothesis draws the same in ``tests/test_random_module_graphs.py``. What is refused is
+``tests/shared/module_graph_steps.py``, and hypothesis draws the same in ``tests/steps/test_random_module_graphs.py``. What is refused is
 refused with a message; what raises in the plain model raises in the planned one.
 """
 
@@ -13,7 +13,7 @@ import time
 import warnings
 from collections import Counter
 
-from tests.module_graph_steps import OverBudget, Verdict, judge, recipe_by
+from tests.shared.module_graph_steps import OverBudget, Verdict, judge, recipe_by
 
 GRAPHS = 1000
 

@@ -1,6 +1,6 @@
 """Claim: of 1,000 random graphs of ops none is trained wrong by its plans, and none takes more than its budget.
 
-The ops sort, index, scatter, view and write in place (``tests/op_graphs.py``). Each model is planned by ``two_level``, which
+The ops sort, index, scatter, view and write in place (``tests/shared/op_graphs.py``). Each model is planned by ``two_level``, which
 copies to a host drawn with it, and by ``optimal``, each at its smallest budget and one in the middle.
 """
 
@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
-from tests.op_graphs import LAYERS, OPS, Fault, Trained, judge
+from tests.shared.op_graphs import LAYERS, OPS, Fault, Trained, judge
 
 GRAPHS = 1000
 

@@ -1,7 +1,7 @@
 """Claim: of 1,000 random training loops none trains otherwise by its plan, and none takes more than its budget without a word.
 
-What a forward reads and writes besides parameters, buffers and arguments is drawn from ``tests/state_kinds.py`` and ``tests/state_written.py``,
-what the loop does between from ``tests/training_loops.py``; ``tests/training_loop_steps.py`` compares all of it after each of five steps.
+What a forward reads and writes besides parameters, buffers and arguments is drawn from ``tests/shared/state_kinds.py`` and ``tests/shared/state_written.py``,
+what the loop does between from ``tests/shared/training_loops.py``; ``tests/shared/training_loop_steps.py`` compares all of it after each of five steps.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from multiprocessing import get_context
 
 import torch
 
-from tests.state_kinds import STATES
-from tests.training_loop_steps import Verdict, blamed, judge, shrunk
-from tests.training_loops import draw
-from tests.training_models import Recipe
+from tests.shared.state_kinds import STATES
+from tests.shared.training_loop_steps import Verdict, blamed, judge, shrunk
+from tests.shared.training_loops import draw
+from tests.shared.training_models import Recipe
 
 LOOPS = 1000
 MEASURED = 4  # one loop in so many has a peak measured

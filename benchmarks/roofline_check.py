@@ -30,9 +30,9 @@ from scheduler.costs.graph_chain import graph_chain, measure_graph
 from scheduler.costs.resident import resident_parts
 from scheduler.costs.roofline import device_rates, roofline_graph
 from scheduler.solvers.checks import by_sums
-from tests import models
-from tests.helpers import smallest
-from tests.models import Case
+from tests.shared import models
+from tests.shared.helpers import smallest
+from tests.shared.models import Case
 
 SHARES = (0.3, 0.5, 0.7)  # of the way from the smallest budget to keeping all
 SOLVERS = ("optimal", "revolve", "sqrt", "chen", "recursive", "periodic")  # whose plans are ranked

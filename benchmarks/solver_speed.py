@@ -23,7 +23,7 @@ from scheduler.schedule import simulate
 from scheduler.solvers import solve_chain
 from scheduler.solvers.frontier import pareto
 from scheduler.solvers.optimal import Optimum, Table, solve_optimal
-from tests.helpers import oracle, oracle_chain
+from tests.shared.helpers import oracle, oracle_chain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,8 +17,8 @@ from scheduler import CaptureError, Plan, solve
 from scheduler.capture.loss import find_loss
 from scheduler.capture.state import preserved
 from scheduler.capture.verify import difference, run_step
-from tests.helpers import smallest
-from tests.models import SEVEN, Case
+from tests.shared.helpers import smallest
+from tests.shared.models import SEVEN, Case
 
 REPEATS = 7
 

@@ -11,8 +11,8 @@ import torch
 from executors import Rehearsal, rehearse
 from scheduler import Plan, solve, solve_chain
 from scheduler.memory_timeline import MemoryTimeline
-from tests.helpers import smallest
-from tests.models import SEVEN, Case
+from tests.shared.helpers import smallest
+from tests.shared.models import SEVEN, Case
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,7 +17,7 @@ from executors import execute
 from scheduler import HostMemory, Plan
 from scheduler.actions import Offload, OffloadSaved, Prefetch, PrefetchSaved
 from scheduler.host import apart
-from tests.helpers import smallest
+from tests.shared.helpers import smallest
 
 __all__ = ["copied_bytes", "copies", "link", "two_level"]
 

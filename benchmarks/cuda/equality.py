@@ -15,7 +15,7 @@ from benchmarks.cuda.steps import Training, capture_words, difference, planned_a
 from benchmarks.cuda.transformer import gpt
 from executors import execute
 from scheduler import CaptureError
-from tests.models import Case, ResidualNet
+from tests.shared.models import Case, ResidualNet
 
 __all__ = [
     "attention_backends",

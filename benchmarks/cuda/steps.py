@@ -20,8 +20,8 @@ from benchmarks.cuda.machine import Machine
 from executors import measure_peak
 from scheduler import CaptureError, Plan, solve
 from scheduler.capture.loss import find_loss
-from tests.helpers import smallest
-from tests.models import Case
+from tests.shared.helpers import smallest
+from tests.shared.models import Case
 
 __all__ = [
     "MIB",

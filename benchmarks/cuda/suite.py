@@ -33,7 +33,7 @@ MARK = re.compile(r"\bmark\.cuda\b")
 def marked_files() -> list[Path]:
     """The files with tests marked ``cuda``, the most important first."""
     files = [
-        file for file in (ROOT / "tests").glob("test_*.py") if MARK.search(file.read_text(encoding="utf-8"))
+        file for file in (ROOT / "tests").rglob("test_*.py") if MARK.search(file.read_text(encoding="utf-8"))
     ]
     rank = {name: i for i, name in enumerate(FIRST)}
     return sorted(files, key=lambda file: (rank.get(file.name, len(rank)), file.name))
@@ -44,7 +44,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="*", help="names of test files; default: all with a test marked cuda")
+    parser.add_argument(
+        "files", nargs="*", help="test files, as paths in tests/; default: all with a test marked cuda"
+    )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the results")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for one file")
     parser.add_argument("--in-all", type=float, default=float("inf"), help="seconds for all files")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cuda.machine import Machine
-from tests.models import Case
+from tests.shared.models import Case
 
 __all__ = ["Gpt", "gpt"]
 

@@ -1,0 +1,39 @@
+"""What tests and benchmarks share, and needs neither torch nor hypothesis."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from scheduler.chain import Chain
+from scheduler.errors import InfeasibleBudget
+from scheduler.schedule import simulate
+from scheduler.solvers import solve_chain
+
+ROOT = Path(__file__).resolve().parents[2]  # the checkout
+ORACLES = ROOT / "tests" / "oracles"
+
+
+@functools.lru_cache(maxsize=64)
+def smallest(chain: Chain, solver: str = "optimal", **parameters: Any) -> int:
+    """Return the smallest budget (bytes) that the solver says it can meet; parameters as ``solve_chain`` takes them."""
+    try:
+        schedule = solve_chain(chain, 1, solver, **parameters)
+    except InfeasibleBudget as error:
+        return error.smallest
+    return simulate(chain, schedule, parameters.get("host")).peak
+
+
+def oracle(name: str) -> Any:
+    """What ``tests/oracles/name`` holds."""
+    return json.loads((ORACLES / name).read_text(encoding="utf-8"))
+
+
+def oracle_chain(data: dict[str, Any]) -> Chain:
+    """A chain in the oracles' notation: xbar[i + 1] is what stage i saves."""
+    count = len(data["fwd"])
+    return Chain.from_arrays(
+        data["fwd"], data["bwd"], data["x"], data["xbar"][1:], data["fwd_tmp"], data["bwd_tmp"][:count]
+    )
