@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scheduler.capture.layouts import nonzeros, parts
+from scheduler.capture.private import neg_view
 from scheduler.capture.state import may_be_seed
 
 __all__ = ["CHECKS", "Fingerprint", "checksum", "difference", "sums"]
@@ -125,7 +126,7 @@ def sums(tensor: Tensor) -> tuple[int]:
     with torch.no_grad():
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
-        tensor = tensor._neg_view() if tensor.is_neg() else tensor
+        tensor = neg_view(tensor) if tensor.is_neg() else tensor
         bits = tensor.view(INTEGERS[tensor.element_size()]).as_strided(*_as_it_lies(tensor))
         total = torch.zeros((), dtype=torch.int64, device=bits.device)
         for words in _words(bits):

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from executors.planned import execute
 from executors.plans import Plans
@@ -22,6 +20,7 @@ from scheduler.capture.fake import fake_call, fake_model
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.loss import find_loss
 from scheduler.capture.module_capture import ModuleCapture
+from scheduler.capture.private import FakeTensorMode, TorchDispatchMode
 from scheduler.capture.sample import Call, canonical_call, forward_signature, read_sample, unplanned
 from scheduler.capture.state import model_device, preserved
 from scheduler.capture.target import Device, Target

@@ -8,21 +8,19 @@ of its own (flash attention, layer_norm) stays as it is: its parts would save mo
 
 from __future__ import annotations
 
-import functools
 import operator
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from scheduler.capture.graph import Op, OpGraph, analyse, resolve
+from scheduler.capture.private import FakeTensorMode, codegen_of, composite_kernel
 from scheduler.capture.sample import Call
 
 __all__ = ["in_parts"]
 
-COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 # Storages smaller than this share of the largest that an op makes are no reason to take it apart: a norm's means, counts.
 SMALL = 1 / 16
 # An op of more parts stays whole: a recurrent layer may be a series of ops for each time step.
@@ -55,7 +53,10 @@ def _one_level_down(graph: OpGraph) -> fx.GraphModule | None:
     for index, op in enumerate(graph.ops):
         made = {key for key in (*op.writes, *op.saved) if graph.groups[key].producer == index}
         least = SMALL * max((graph.groups[key].bytes for key in made), default=0)
-        if sum(graph.groups[key].bytes >= least for key in made & saved) < 2 or not _composite(op.node):
+        if (
+            sum(graph.groups[key].bytes >= least for key in made & saved) < 2
+            or composite_kernel(op.node.target) is None
+        ):
             continue
         described = _described(graph, op)
         if described not in known:
@@ -68,18 +69,11 @@ def _one_level_down(graph: OpGraph) -> fx.GraphModule | None:
     copy = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     copy.output(copy.graph_copy(graph.module.graph, copies))
-    copy.set_codegen(graph.module.graph._codegen)
+    copy.set_codegen(codegen_of(graph.module.graph))
     for node, parts in found.items():
         _inline(copy, copies[node], parts)
     copy.lint()
     return fx.GraphModule(graph.module, copy)
-
-
-def _composite(node: fx.Node) -> bool:
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), COMPOSITE)
 
 
 def _tensor(graph: OpGraph, node: fx.Node) -> torch.Tensor | None:
@@ -109,8 +103,7 @@ def _parts(graph: OpGraph, op: Op) -> fx.GraphModule | None:
     """
     nodes = op.node.all_input_nodes
     target: Any = op.node.target
-    # The kernel that a plain step runs. ``target.decompose`` prefers one in Python, which may run other ops.
-    kernel = functools.partial(target._op_dk, COMPOSITE)
+    kernel: Any = composite_kernel(target)
 
     def run(*tensors: torch.Tensor) -> Any:
         env = dict(zip(nodes, tensors, strict=True))
@@ -134,7 +127,7 @@ def _parts(graph: OpGraph, op: Op) -> fx.GraphModule | None:
     calls = [n for n in parts.graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
     if any(n.op == "get_attr" for n in parts.graph.nodes) or len(calls) > MOST:
         return None
-    return parts if len(calls) > 1 or any(map(_composite, calls)) else None
+    return parts if len(calls) > 1 or any(composite_kernel(n.target) for n in calls) else None
 
 
 def _inline(graph: fx.Graph, node: fx.Node, parts: fx.GraphModule) -> None:

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-__all__ = ["as_eager", "own_attributes", "replaced", "wrapped_forward"]
+from scheduler.capture.private import TorchDispatchMode, modes_disabled, pytree, replaced, version_of
+
+__all__ = ["as_eager", "own_attributes", "wrapped_forward"]
 
 _MAKERS = (torch.arange, torch.full, torch.ones, torch.tensor, torch.zeros)
 _READERS = (Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.item, Tensor.tolist)
@@ -39,7 +39,7 @@ def as_eager(model: nn.Module) -> Iterator[None]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         # Only around the model's code: torch.export itself goes by these flags too.
         with (
-            replaced(vars(torch.compiler), _is_compiling_flag=False, _is_exporting_flag=False),
+            replaced(torch.compiler, _is_compiling_flag=False, _is_exporting_flag=False),
             _Constants(),
         ):
             return original(*args, **kwargs)
@@ -65,19 +65,6 @@ def own_attributes(model: nn.Module) -> dict[str, Any]:
     return own
 
 
-@contextmanager
-def replaced(namespace: Any, **values: Any) -> Iterator[None]:
-    """Other values of some names, until the block ends."""
-    before = {name: namespace[name] for name in values if name in namespace}
-    namespace.update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            del namespace[name]
-        namespace.update(before)
-
-
 class _Constants(TorchFunctionMode):
     """Answers the reads of tensors that depend on nothing but code.
 
@@ -98,7 +85,7 @@ class _Constants(TorchFunctionMode):
         constant = all(self._known(t) for t in tensors)
         if func in _READERS and constant:
             try:
-                with _disable_current_modes(), _NoRandom():
+                with modes_disabled(), _NoRandom():
                     return func(*(self._value(a) for a in args), **kwargs)
             except _Random:
                 pass
@@ -110,7 +97,7 @@ class _Constants(TorchFunctionMode):
 
     def _known(self, tensor: Tensor) -> bool:
         """Whether the tensor is a constant, and neither it nor what it is a view of was changed in place."""
-        return id(tensor) in self.made and tensor._version == 0
+        return id(tensor) in self.made and version_of(tensor) == 0
 
     def _value(self, leaf: Any) -> Any:
         """The leaf; a constant with its data."""

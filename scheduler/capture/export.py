@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from scheduler.capture.call_reads import CallReads
-from scheduler.capture.eager import own_attributes, replaced
+from scheduler.capture.eager import own_attributes
 from scheduler.capture.flat import repeated_floats, tree_flatten, tree_leaves, tree_unflatten
 from scheduler.capture.graph import OUTPUT, SPARSE, Face, OpGraph, analyse
 from scheduler.capture.layouts import is_plain as is_view
+from scheduler.capture.private import is_of_library_op, replaced
 from scheduler.capture.python_state import MISSING, Snapshot, is_plain
 from scheduler.capture.reads import Reads, state_tensors
 from scheduler.capture.sample import Call
 from scheduler.capture.state import bare
 from scheduler.capture.unwind import met
-from scheduler.capture.verify import of_an_op
 from scheduler.errors import CaptureError
 
 __all__ = ["export_graph", "graph_by", "unfired_hook"]
@@ -43,10 +43,10 @@ Tracer = Callable[[nn.Module, Sequence[Tensor]], fx.GraphModule]
 def _dropped() -> Iterator[list[str]]:
     """Note what the model's code does that an export would drop: custom autograd.Functions, hooks on tensors."""
     seen: list[str] = []
-    original = torch.autograd.Function.__dict__["apply"]
+    original = vars(torch.autograd.Function)["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if not of_an_op(cls):
+        if not is_of_library_op(cls):
             seen.append(
                 f"the custom autograd.Function {cls.__module__}.{cls.__qualname__} is used, whose backward torch.export drops"
             )
@@ -58,13 +58,8 @@ def _dropped() -> Iterator[list[str]]:
         seen.append("the forward sets a hook on a tensor, which an exported graph does not fire")
         return register_hook(tensor, hook)
 
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign] # until the block ends
-    Tensor.register_hook = hooked  # type: ignore[method-assign] # likewise
-    try:
+    with replaced(torch.autograd.Function, apply=classmethod(apply)), replaced(Tensor, register_hook=hooked):
         yield seen
-    finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign] # as it was
-        Tensor.register_hook = register_hook  # type: ignore[method-assign] # likewise
 
 
 @contextmanager

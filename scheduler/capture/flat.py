@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from scheduler.capture.private import pytree
 from scheduler.capture.python_state import is_plain, slots_of
 
 __all__ = [

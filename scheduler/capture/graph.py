@@ -10,12 +10,22 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses import FakeTensor, FakeTensorMode
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.utils import _pytree as pytree
 
 from scheduler.capture.flat import tree_leaves
 from scheduler.capture.layouts import is_plain
+from scheduler.capture.private import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    HigherOrderOperator,
+    OpOverload,
+    is_transform,
+    pytree,
+    schema_of,
+    storage_id,
+    version_of,
+)
 from scheduler.capture.reads import Guards, StateTensor
 from scheduler.capture.sample import Call
 from scheduler.errors import CaptureError
@@ -61,7 +71,7 @@ class Layout:
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Layout:
         """The layout of a tensor; its group is the identity of its storage."""
-        key = tensor.untyped_storage()._cdata
+        key = storage_id(tensor.untyped_storage())
         return cls(key, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
 
 
@@ -91,7 +101,7 @@ class Op:
 def _may_draw(node: fx.Node) -> bool:
     """Whether a node may draw random numbers: by its op's tag, or that of an op in a block of ops (a branch, say)."""
     target: Any = node.target
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         owner = node.graph.owning_module
         blocks = [resolve(owner, str(n.target)) for n in node.all_input_nodes if n.op == "get_attr" and owner]
         return any(
@@ -102,9 +112,9 @@ def _may_draw(node: fx.Node) -> bool:
         )
     if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
         return False
-    given = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
+    given = {a.name: a.default_value for a in schema_of(target).arguments if a.has_default_value()}
     given |= {
-        a.name: value for a, value in zip(target._schema.arguments, node.args, strict=False)
+        a.name: value for a, value in zip(schema_of(target).arguments, node.args, strict=False)
     } | node.kwargs
     share = given.get("dropout_p", given.get("dropout", given.get("p") if "dropout" in str(target) else None))
     # A dropout that drops nothing draws nothing; nor does one in eval mode.
@@ -209,7 +219,7 @@ class OpGraph:
             numbered(key)
         for op in self.ops:
             number[op.node] = len(number)
-            schema = getattr(op.node.target, "_schema", None)
+            schema = schema_of(op.node.target)
             kinds = {a.name: str(a.type) for a in schema.arguments} if schema is not None else {}
             args = [
                 _unscaled(value, kind)
@@ -289,7 +299,7 @@ def analyse(module: fx.GraphModule, inputs: Sequence[Any]) -> OpGraph:
                     raise CaptureError(SPARSE)
                 storage = leaf.untyped_storage()
                 alive.append(storage)
-                key = storage._cdata
+                key = storage_id(storage)
                 if key not in groups:
                     groups[key] = Group(storage.nbytes(), producer)
                 groups[key].requires_grad |= leaf.requires_grad
@@ -310,7 +320,7 @@ def analyse(module: fx.GraphModule, inputs: Sequence[Any]) -> OpGraph:
                 env[node] = faked(resolve(module, str(node.target)))
                 group_of[node] = note(env[node], -1)
             elif node.op == "call_function":
-                if getattr(node.target, "__module__", "") == "torch._functorch.predispatch":
+                if is_transform(node.target):
                     raise CaptureError(
                         "the forward uses torch.func or torch.vmap, and no stage can begin within a transform"
                     )
@@ -318,7 +328,7 @@ def analyse(module: fx.GraphModule, inputs: Sequence[Any]) -> OpGraph:
                 index = len(ops)
                 saved_now.clear()
                 given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-                versions = [t._version for t in given]
+                versions = [*map(version_of, given)]
                 try:
                     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
                         result = node.target(*args, **kwargs)
@@ -342,7 +352,7 @@ def analyse(module: fx.GraphModule, inputs: Sequence[Any]) -> OpGraph:
                     if groups[key].first_use < 0:
                         groups[key].first_use = index
                 # By the op's schema, and by what was seen: a block of ops run without grad has no schema.
-                seen = [t for t, before in zip(given, versions, strict=True) if t._version != before]
+                seen = [t for t, before in zip(given, versions, strict=True) if version_of(t) != before]
                 for key in dict.fromkeys((*_changed(node, group_of), *note(seen, index))):
                     groups[key].mutated.append(index)
             elif node.op not in ("placeholder", "output"):
@@ -381,9 +391,9 @@ def _idle(node: fx.Node) -> bool:
         return True
     # Norms with running statistics change them, whatever their schemas say.
     return (
-        isinstance(target, torch._ops.OpOverload)
+        isinstance(target, OpOverload)
         and target.namespace == "aten"
-        and not target._schema.is_mutable
+        and not schema_of(target).is_mutable
         and torch.Tag.nondeterministic_seeded not in target.tags
         and not any(name in str(target) for name in ("batch_norm", "instance_norm", "fake_quant"))
     )
@@ -391,7 +401,7 @@ def _idle(node: fx.Node) -> bool:
 
 def _changed(node: fx.Node, group_of: dict[fx.Node, tuple[int, ...]]) -> list[int]:
     """Storages that the op changes in place, by its schema."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if schema is None or not schema.is_mutable:
         return []
     found: list[int] = []

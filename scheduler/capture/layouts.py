@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scheduler.capture.private import coo_parts, storage_id
+
 __all__ = [
     "held_bytes",
     "is_plain",
@@ -37,7 +39,7 @@ def parts(tensor: Tensor) -> tuple[Tensor, ...]:
         return (tensor,)
     tensor = tensor.detach()
     if tensor.layout is torch.sparse_coo:
-        return tensor._indices(), tensor._values()
+        return coo_parts(tensor)
     if tensor.layout in ROWS:
         return tensor.crow_indices(), tensor.col_indices(), tensor.values()
     if tensor.layout in COLUMNS:
@@ -89,7 +91,7 @@ def storage_of(tensor: Tensor) -> Any:
 def storage_key(tensor: Tensor) -> int | None:
     """What tells the storage that stands for a tensor from others while it lives; None if it has none."""
     storage = storage_of(tensor)
-    return None if storage is None else int(storage._cdata)
+    return None if storage is None else int(storage_id(storage))
 
 
 def storage_keys(tensors: Iterable[Tensor]) -> frozenset[int]:

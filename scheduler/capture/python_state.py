@@ -16,11 +16,13 @@ import types
 import weakref
 from collections import UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from scheduler.capture.private import replaced
 
 __all__ = [
     "MISSING",
@@ -223,25 +225,15 @@ def reads_recorded(
     Yields:
         the classes written in C, of which reads cannot be seen.
     """
-    before: list[tuple[Any, Any]] = []
     unseen: set[type] = set()
     kind: Any
-    try:
+    with ExitStack() as stack:
         for kind in dict.fromkeys(kinds):
-            own = vars(kind).get("__getattribute__")
             try:
-                kind.__getattribute__ = recorder(kind.__getattribute__)
-            except TypeError:
+                stack.enter_context(replaced(kind, __getattribute__=recorder(kind.__getattribute__)))
+            except TypeError:  # noqa: PERF203 # a few classes
                 unseen.add(kind)
-                continue
-            before.append((kind, own))
         yield unseen
-    finally:
-        for kind, own in before:
-            if own is None:
-                del kind.__getattribute__
-            else:
-                kind.__getattribute__ = own
 
 
 class Snapshot:

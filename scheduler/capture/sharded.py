@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from scheduler.capture.private import TorchDispatchMode, share_fsdp_state
 
 __all__ = [
     "CollectiveCall",
@@ -138,11 +139,7 @@ def reshard(model: nn.Module) -> None:
 def share_sharding(model: nn.Module, twin: nn.Module) -> None:
     """Let fully_shard's methods (unshard, set_requires_gradient_sync, ...) work on a shallow copy of a model, too."""
     if isinstance(model, _kind("torch.distributed.fsdp", "FSDPModule")):
-        from torch.distributed._composable_state import _get_module_state, _insert_module_state
-
-        state = _get_module_state(model)
-        if state is not None:
-            _insert_module_state(twin, state)
+        share_fsdp_state(model, twin)
 
 
 def unshard(modules: Sequence[Any]) -> list[Any]:

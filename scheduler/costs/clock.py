@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
+from scheduler.capture.private import keep_gpu_busy
 from scheduler.capture.target import Device
 
 __all__ = ["Spans", "wait"]
@@ -78,7 +79,7 @@ def _nothing(device: torch.device) -> float:
 def _keep_busy(device: torch.device) -> None:
     """Give the device something to do while the host launches what is timed."""
     with torch.cuda.device(device):
-        torch.cuda._sleep(AHEAD)
+        keep_gpu_busy(AHEAD)
 
 
 def wait(device: torch.device) -> None:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from scheduler.capture.private import TorchDispatchMode, pytree, storage_id
 
 __all__ = ["Event", "LiveBytes", "rounded"]
 
@@ -83,7 +83,7 @@ class LiveBytes(TorchDispatchMode):
     def number(self, tensor: Tensor) -> int | None:
         """The number of a tensor's storage in the events; None if it was made before, or elsewhere."""
         storage = _storage(tensor)
-        known = None if storage is None else self._known.get(storage._cdata)
+        known = None if storage is None else self._known.get(storage_id(storage))
         return None if known is None else known[3]
 
     def restart(self) -> int:
@@ -103,13 +103,13 @@ class LiveBytes(TorchDispatchMode):
                 if isinstance(leaf, Tensor):
                     storage = _storage(leaf)
                     if storage is not None:
-                        given[storage._cdata] = storage
+                        given[storage_id(storage)] = storage
         for leaf in (result,) if isinstance(result, Tensor) else pytree.tree_leaves(result):
             if isinstance(leaf, Tensor) and (self.only is None or leaf.device.type == self.only):
                 storage = _storage(leaf)
-                if storage is not None and storage._cdata not in given:
+                if storage is not None and storage_id(storage) not in given:
                     self._follow(storage, leaf.device.type)
-                    given[storage._cdata] = storage
+                    given[storage_id(storage)] = storage
         for key, storage in given.items():
             if key in self._known and self._known[key][2] != storage.nbytes():
                 self._resized(key, storage.nbytes())
@@ -122,7 +122,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _follow(self, storage: Any, device: str) -> None:
-        key = storage._cdata
+        key = storage_id(storage)
         if key in self._known:
             return
         size = storage.nbytes()

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import HigherOrderOperator
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from scheduler.capture.flat import tensor_leaves
 from scheduler.capture.layouts import held_bytes, nonzeros, storage_key, storage_of
+from scheduler.capture.private import HigherOrderOperator, TorchDispatchMode
 
 __all__ = ["trace_of_ops"]
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from scheduler.capture.graph_capture import GraphCapture
+from scheduler.capture.private import storage_id
 from scheduler.capture.recompute import Rebuild, compile_rebuilds, divisible, packs_of, stage_values
 from scheduler.capture.state import (
     AutocastState,
@@ -125,7 +126,7 @@ def measure_options(
             run.run,
             lambda n, tensor, needed=needed: (
                 n in needed  # type: ignore[misc] # bound now
-                and tensor.untyped_storage()._cdata not in run.lasting
+                and storage_id(tensor.untyped_storage()) not in run.lasting
             ),
             device,
         )
@@ -286,7 +287,7 @@ def _peaks(
         def pack(tensor: Tensor) -> int | Tensor:
             nonlocal count
             number, count = count, count + 1
-            if number in waiting and tensor.untyped_storage()._cdata not in run.lasting:
+            if number in waiting and storage_id(tensor.untyped_storage()) not in run.lasting:
                 return number
             held = _unowned(tensor)
             if number in reads:

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch._C._profiler import _ExperimentalConfig
-from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_legacy, _enable_profiler_legacy
 
+from scheduler.capture.private import legacy_memory_events, profiler_is_on, public_memory_events
 from scheduler.capture.target import Device, Target
 from scheduler.costs.live import LiveBytes, rounded
 from scheduler.cuda_allocator import SMALLEST_BLOCK
@@ -170,13 +169,11 @@ class CpuEvents:
     """
 
     def __init__(self) -> None:
-        if torch._C._autograd._profiler_enabled():
+        if profiler_is_on():
             raise RuntimeError(
                 "measuring CPU memory needs torch's profiler, and one is running already; measure outside of it"
             )
-        _enable_profiler_legacy(
-            ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
-        )
+        self.stop_noting = legacy_memory_events() or public_memory_events()
 
     def stop(self) -> list[tuple[str, str, int]]:
         """Note no more.
@@ -185,8 +182,7 @@ class CpuEvents:
             (kind, name, bytes) of each event in order. A "push" opens what is named (an op, or a ``record_function``)
             and a "pop" closes it; a "memory_alloc" is an allocation, or, negative, a release.
         """
-        threads = _disable_profiler_legacy()
-        return [(str(e.kind()), e.name(), e.cpu_memory_usage()) for events in threads for e in events]
+        return self.stop_noting()
 
 
 def cpu_events(fn: Callable[[], Any]) -> tuple[Any, list[tuple[str, str, int]]]:

@@ -12,11 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
 from scheduler.budget import format_bytes, free_machine_bytes
+from scheduler.capture.private import (
+    OpOverload,
+    autocast_disabled,
+    modes_disabled,
+    pytree,
+    schema_of,
+    torch_functions_disabled,
+)
 from scheduler.capture.state import RandomState
 from scheduler.costs.peak import CpuEvents, count_bytes
 
@@ -106,10 +111,10 @@ class Scratch:
         if not isinstance(func, OpOverload) or func.namespace != "aten":
             self._uncounted[func] = f"{func} (of another library)"
             return 0
-        if func._schema.name.removeprefix("aten::") in CHECKING:
+        if schema_of(func).name.removeprefix("aten::") in CHECKING:
             self._uncounted[func] = f"{func} (checks the values that it is given)"
             return 0
-        named = {a.name: given for a, given in zip(func._schema.arguments, args, strict=False)}
+        named = {a.name: given for a, given in zip(schema_of(func).arguments, args, strict=False)}
         if not SEEDS.isdisjoint(named) and named.get("dropout_p", 1.0):
             self._uncounted[func] = f"{func} (reads the seed of random numbers)"
             return 0
@@ -129,9 +134,9 @@ class Scratch:
             return
         # Whoever asks may be in the middle of a step: in its autocast, its modes, its backward.
         with (
-            _disable_current_modes(),
-            torch._C.DisableTorchFunction(),
-            torch._C._DisableAutocast(),
+            modes_disabled(),
+            torch_functions_disabled(),
+            autocast_disabled(),
             torch.no_grad(),
         ):
             random = RandomState(self.device)
