@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from scheduler.capture.private import legacy_memory_events, profiler_is_on, public_memory_events
+from scheduler.capture.private import legacy_memory_events, profiler_is_on
 from scheduler.capture.target import Device, Target
 from scheduler.costs.live import LiveBytes, rounded
 from scheduler.cuda_allocator import SMALLEST_BLOCK
@@ -159,6 +159,27 @@ def _count_cpu(fn: Callable[[Callable[[], None]], Any]) -> Counted:
     if len(marks) != count:
         raise RuntimeError("measuring CPU memory: another allocation of the marker's size got in the way")
     return Counted(max(0, *peaks), live, tuple(marks), tuple(peaks), result)
+
+
+def public_memory_events() -> Callable[[], list[tuple[str, str, int]]]:
+    """As ``private.legacy_memory_events``, by ``torch.autograd.profiler.profile``."""
+    profile = torch.autograd.profiler.profile(profile_memory=True)
+    profile.__enter__()
+
+    def stop() -> list[tuple[str, str, int]]:
+        profile.__exit__(None, None, None)
+        assert profile.kineto_results is not None  # it has been entered and left
+        rows: list[tuple[int, int, tuple[str, str, int]]] = []  # (ns, place among events of one ns, event)
+        for number, event in enumerate(profile.kineto_results.events()):
+            began, name = event.start_ns(), event.name()
+            if name == "[memory]":
+                rows.append((began, number, ("memory_alloc", "", event.nbytes())))
+            else:
+                rows.append((began, number, ("push", name, 0)))
+                rows.append((began + event.duration_ns(), number, ("pop", "", 0)))
+        return [event for *_, event in sorted(rows)]
+
+    return stop
 
 
 class CpuEvents:
