@@ -5,6 +5,7 @@ import importlib.util
 import os
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,6 @@ def test_the_wheel_holds_every_source_file_and_nothing_else(distribution):
 
 
 def test_the_metadata_is_that_of_pyproject(distribution):
-    tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     metadata = distribution.metadata
     assert metadata["Name"] == project["name"]
@@ -80,7 +80,6 @@ def test_the_metadata_is_that_of_pyproject(distribution):
 
 
 def test_every_declared_dependency_is_pinned():
-    tomllib = pytest.importorskip("tomllib")
     requirements = pytest.importorskip("packaging.requirements")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     pins = {}

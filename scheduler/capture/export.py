@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -98,16 +99,40 @@ def unfired_hook(model: nn.Module) -> str | None:
     return None
 
 
+class _Inert:
+    """Stands for what a hook is given: all that it allows is ``requires_grad_``, which it notes."""
+
+    __hash__ = None  # type: ignore[assignment] # nor may it be a key
+
+    def __init__(self) -> None:
+        self.asked: list[bool] = []
+
+    def requires_grad_(self, requires_grad: bool = True) -> _Inert:
+        self.asked.append(requires_grad)
+        return self
+
+    def __bool__(self) -> bool:
+        raise TypeError
+
+    def __eq__(self, _: object) -> bool:
+        raise TypeError
+
+
 def _only_requires_grad(hook: Any) -> bool:
-    """Whether a hook is the one that gradient_checkpointing_enable of transformers and peft leaves on embeddings."""
+    """Whether a hook only sets ``requires_grad`` of an output, as that of transformers and peft on embeddings does.
 
-    def ours(_module: Any, _given: Any, output: Any) -> None:
-        output.requires_grad_(True)
-
-    same = ("co_code", "co_names", "co_consts", "co_argcount")
-    return all(
-        getattr(getattr(hook, "__code__", None), part, None) == getattr(ours.__code__, part) for part in same
-    )
+    It is run on stand-ins, but only where that can have no effect: a function that names nothing but ``requires_grad_``, closes
+    over nothing and has no defaults reaches nothing but the stand-ins, which allow nothing else.
+    """
+    plain = isinstance(hook, types.FunctionType) and not hook.__defaults__ and not hook.__kwdefaults__
+    if not plain or hook.__code__.co_names != ("requires_grad_",) or hook.__closure__:
+        return False
+    output = _Inert()
+    try:
+        given = hook(_Inert(), _Inert(), output)
+    except TypeError:
+        return False
+    return given is None and output.asked == [True]
 
 
 def export_graph(model: nn.Module, call: Call) -> OpGraph:

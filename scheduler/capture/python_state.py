@@ -231,7 +231,7 @@ def reads_recorded(
         for kind in dict.fromkeys(kinds):
             try:
                 stack.enter_context(replaced(kind, __getattribute__=recorder(kind.__getattribute__)))
-            except TypeError:  # noqa: PERF203 # a few classes
+            except TypeError:
                 unseen.add(kind)
         yield unseen
 

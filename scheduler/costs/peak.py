@@ -173,7 +173,8 @@ def public_memory_events() -> Callable[[], list[tuple[str, str, int]]]:
         for number, event in enumerate(profile.kineto_results.events()):
             began, name = event.start_ns(), event.name()
             if name == "[memory]":
-                rows.append((began, number, ("memory_alloc", "", event.nbytes())))
+                size = event.nbytes()  # type: ignore[attr-defined] # torch's stubs lack it
+                rows.append((began, number, ("memory_alloc", "", size)))
             else:
                 rows.append((began, number, ("push", name, 0)))
                 rows.append((began + event.duration_ns(), number, ("pop", "", 0)))
