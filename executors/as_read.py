@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from executors.check import INTEGERS
+from scheduler.capture.layouts import INTEGERS
 from scheduler.capture.private import FakeTensor, version_of
 
 __all__ = ["AsRead", "Sampler", "address", "unlike"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from executors.watch import step_bytes
+from scheduler.capture.layouts import equal_bits
 from scheduler.capture.private import version_of
 from scheduler.capture.state import Draws, HostRandomState
 from scheduler.errors import InfeasibleBudget
@@ -73,7 +74,7 @@ class Changes:
         if self.changing is None:
             self.changing = []
             for place, tensor, copy in state.copies:
-                same = place[0][place[1]] is tensor and torch.equal(tensor.cpu(), copy)
+                same = place[0][place[1]] is tensor and equal_bits(tensor.cpu(), copy)
                 (self.others if same else self.changing).append(place)
 
 

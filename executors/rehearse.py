@@ -24,6 +24,7 @@ from scheduler.capture.private import FakeTensorMode, TorchDispatchMode
 from scheduler.capture.sample import Call, canonical_call, forward_signature, read_sample, unplanned
 from scheduler.capture.state import model_device, preserved
 from scheduler.capture.target import Device, Target
+from scheduler.costs.clock import wait
 from scheduler.costs.live import LiveBytes
 from scheduler.costs.peak import CudaBytes, cpu_events
 from scheduler.costs.resident import resident_parts, storage_bytes
@@ -331,7 +332,7 @@ class _Counters(TorchDispatchMode):
 
 def _measured_cuda(step: Callable[[], Any], notes: _Notes, device: torch.device) -> tuple[list[_Change], int]:
     """The caching allocator's counters between ops, their peaks included; the most bytes that were asked for."""
-    torch.cuda.synchronize(device)
+    wait(device)
     torch.cuda.reset_peak_memory_stats(device)
     counters = _Counters(device)
 
@@ -342,7 +343,7 @@ def _measured_cuda(step: Callable[[], Any], notes: _Notes, device: torch.device)
     notes.now = now
     with counters:
         held = step()
-    torch.cuda.synchronize(device)
+    wait(device)
     counters.read("")
     del held
     return counters.changes, counters.requested

@@ -12,6 +12,7 @@ from torch import Tensor
 from scheduler.budget import format_bytes
 from scheduler.capture.loss import output_tensors
 from scheduler.capture.private import at_end_of_backward
+from scheduler.costs.clock import wait
 from scheduler.costs.cuda_memory import workspace_bytes
 from scheduler.costs.peak import CpuEvents, CudaBytes
 from scheduler.errors import InfeasibleBudget, PeakWarning
@@ -57,7 +58,7 @@ class Watch:
 
     def _end(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            wait(self.device)
             now = CudaBytes.read(self.device)
             self.peak = now.highest - self.before.allocated
             self.requested = now.highest_requested - self.before.requested

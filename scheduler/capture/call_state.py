@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from scheduler.capture.block_state import BlockState, Taken, is_walked
 from scheduler.capture.fake import Watch
+from scheduler.capture.layouts import equal_bits
 from scheduler.capture.private import pytree, version_of
 from scheduler.capture.python_state import is_plain
 from scheduler.capture.state import CPU_RANDOM_STATE
-from scheduler.capture.verify import equal_bits
 
 __all__ = ["CallState"]
 

@@ -19,6 +19,7 @@ from scheduler.capture.fake import Watch
 from scheduler.capture.flat import tree_leaves, tree_unflatten
 from scheduler.capture.graph import Op, OpGraph, resolve
 from scheduler.capture.inner_gradients import noted_gradients, traced_graph
+from scheduler.capture.layouts import equal_bits
 from scheduler.capture.linearize import Linear, linearize
 from scheduler.capture.private import detect_fake_mode, schema_of, version_of
 from scheduler.capture.recompute import op_rows
@@ -218,7 +219,9 @@ class GraphCapture:
                 drew.append(before["random"].differs())
                 # Kernels of batch norm change statistics without a new version; a fill may put the same values in again.
                 changed = [
-                    n for n, (b, value, version) in buffers if version_of(b) != version or not _same(b, value)
+                    n
+                    for n, (b, value, version) in buffers
+                    if version_of(b) != version or not equal_bits(b, value)
                 ]
             else:
                 drew.append(watch.random)
@@ -308,10 +311,6 @@ def draws_elsewhere_in(op: Op) -> bool:
 
 def _discard(_: Any) -> Any:
     return None
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a, b) or bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
 
 
 def op_graphs(model: nn.Module, call: Call) -> Iterator[OpGraph]:

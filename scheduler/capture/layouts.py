@@ -11,6 +11,8 @@ from torch import Tensor
 from scheduler.capture.private import coo_parts, storage_id
 
 __all__ = [
+    "INTEGERS",
+    "equal_bits",
     "held_bytes",
     "is_plain",
     "nonzeros",
@@ -26,6 +28,7 @@ __all__ = [
 
 ROWS = (torch.sparse_csr, torch.sparse_bsr)
 COLUMNS = (torch.sparse_csc, torch.sparse_bsc)
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -102,6 +105,23 @@ def storage_keys(tensors: Iterable[Tensor]) -> frozenset[int]:
 def held_bytes(tensor: Tensor) -> int:
     """Bytes of the storages that a tensor holds."""
     return sum(part.untyped_storage().nbytes() for part in parts(tensor))
+
+
+def equal_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal bit for bit, NaNs and the signs of zeros included; they may differ in strides."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.layout is not b.layout:
+        return False
+    if a.layout is not torch.strided:
+        return all(map(equal_bits, parts(a), parts(b)))
+    return bool(torch.equal(_integers(a), _integers(b)))
+
+
+def _integers(tensor: Tensor) -> Tensor:
+    """Return the bits of a tensor's elements as integers, without a copy."""
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.view(INTEGERS[tensor.element_size()])
 
 
 def unusual(tensor: Tensor) -> str | None:

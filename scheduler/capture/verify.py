@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scheduler.capture.layouts import parts
+from scheduler.capture.layouts import equal_bits
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.offloaded import on_host
 from scheduler.capture.private import BackwardHookFunction, function_of_node, is_of_library_op, pytree
 from scheduler.capture.state import RandomState, model_device, preserved, reverse
 
-__all__ = ["StepResult", "custom_functions", "difference", "equal_bits", "run_step"]
+__all__ = ["StepResult", "custom_functions", "difference", "run_step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,19 +121,6 @@ def difference(plain: StepResult, other: StepResult) -> str | None:
     if before is not None and after is not None and not torch.equal(before, after):
         return "the state of the device's random-number generator differs after the step"
     return None
-
-
-def equal_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal bit for bit, NaNs included."""
-    if a.shape != b.shape or a.dtype != b.dtype or a.layout is not b.layout:
-        return False
-    if a.layout is not torch.strided:
-        return all(map(equal_bits, parts(a), parts(b)))
-    return (
-        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-        if a.ndim
-        else bool(torch.equal(a.reshape(1).view(torch.uint8), b.reshape(1).view(torch.uint8)))
-    )
 
 
 def _amount(a: Tensor, b: Tensor) -> str:

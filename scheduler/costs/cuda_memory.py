@@ -25,6 +25,7 @@ from scheduler.capture.private import expandable_segments_are_on
 from scheduler.capture.sample import Call
 from scheduler.capture.state import preserved, reverse
 from scheduler.capture.target import Device, Target
+from scheduler.costs.clock import wait
 from scheduler.costs.live import Event, LiveBytes
 from scheduler.costs.peak import allocated
 from scheduler.cuda_allocator import LARGEST_SLACK, CachingAllocator, block_bytes
@@ -78,7 +79,7 @@ def _taken(index: int) -> tuple[int, int]:
             torch.addmm(bias, factor, factor, out=product)  # by cuBLASLt
         forward = torch.cuda.memory_allocated(index) - before
         torch.autograd.grad((factor @ factor).sum(), factor)
-        torch.cuda.synchronize(index)
+        wait(factor.device)
         return forward, torch.cuda.memory_allocated(index) - before - forward
 
 

@@ -17,6 +17,7 @@ import torch
 
 from scheduler.capture.private import legacy_memory_events, profiler_is_on
 from scheduler.capture.target import Device, Target
+from scheduler.costs.clock import wait
 from scheduler.costs.live import LiveBytes, rounded
 from scheduler.cuda_allocator import SMALLEST_BLOCK
 
@@ -101,7 +102,7 @@ def count_bytes(fn: Callable[[Callable[[], None]], Any], device: Device, *, slac
 
 
 def _count_cuda(fn: Callable[[Callable[[], None]], Any], device: torch.device, slack: bool) -> Counted:
-    torch.cuda.synchronize(device)
+    wait(device)
     torch.cuda.reset_peak_memory_stats(device)
     start = CudaBytes.read(device)
     seen: list[CudaBytes] = []
@@ -111,7 +112,7 @@ def _count_cuda(fn: Callable[[Callable[[], None]], Any], device: torch.device, s
         torch.cuda.reset_peak_memory_stats(device)
 
     result = fn(mark)
-    torch.cuda.synchronize(device)
+    wait(device)
     mark()
     above = [
         (each.allocated - start.allocated, each.highest - start.allocated)
