@@ -23,7 +23,7 @@ from scheduler.capture.eager import own_attributes
 from scheduler.capture.flat import repeated_floats, tree_flatten, tree_leaves, tree_unflatten
 from scheduler.capture.graph import OUTPUT, SPARSE, Face, OpGraph, analyse
 from scheduler.capture.layouts import is_plain as is_view
-from scheduler.capture.private import is_of_library_op, replaced
+from scheduler.capture.private import EXPORT_LOGGERS, is_of_library_op, replaced
 from scheduler.capture.python_state import MISSING, Snapshot, is_plain
 from scheduler.capture.reads import Reads, state_tensors
 from scheduler.capture.sample import Call
@@ -66,9 +66,7 @@ def _dropped() -> Iterator[list[str]]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Export warns, logs and prints (the graph where it gave up) things that do not concern a plan's user."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")
-    ]
+    loggers = [logging.getLogger(name) for name in EXPORT_LOGGERS]
     levels = [log.level for log in loggers]
     for log in loggers:
         log.setLevel(logging.ERROR)

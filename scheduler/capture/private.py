@@ -244,6 +244,10 @@ def composite_kernel(op: Any) -> Callable[..., Any] | None:
     return functools.partial(op._op_dk, composite)
 
 
+# What torch.export and all that it calls log to. Without it: their notes of what they gave up on reach the user.
+EXPORT_LOGGERS = ("torch.export", "torch._export", "torch.fx", "torch._dynamo")
+
+
 def is_transform(target: Any) -> bool:
     """Whether a node of an exported graph enters or leaves a function of torch.func; without it, graphs are cut within one."""
     return getattr(target, "__module__", "") == "torch._functorch.predispatch"
