@@ -259,129 +259,166 @@ def resolve(root: nn.Module, target: str) -> Any:
 def analyse(module: fx.GraphModule, inputs: Sequence[Any]) -> OpGraph:
     """Run the graph once on fake tensors: which storages are made, viewed, changed, and saved by autograd.
 
-    No data, no memory. Storage identity is taken from the fake tensors, so that an op that may or may
-    not alias (reshape, contiguous, to) is seen doing what it does.
+    No data, no memory. Storage identity is taken from the fake tensors, so that an op that may or may not alias (reshape,
+    contiguous, to) is seen doing what it does. Ops without a reader or an effect are erased from ``module``.
+
+    Raises:
+        CaptureError: the graph cannot be run without data, or a step by it could not be replayed; says why.
     """
-    for node in list(module.graph.nodes):
-        check = node.op == "call_module" or (node.op == "call_function" and str(node.target) in _CHECKS)
-        if check and not node.users:
-            module.graph.erase_node(node)
-    for node in reversed(module.graph.nodes):
-        if not node.users and _idle(node):
-            module.graph.erase_node(node)
+    _prune(module.graph)
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     if len(inputs) != len(placeholders):
         raise CaptureError(f"the graph takes {len(placeholders)} inputs, the call has {len(inputs)}")
-    tensors = [*inputs, *module.parameters(), *module.buffers()]
-    known = next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None)
-    fake = FakeTensorMode(allow_non_fake_inputs=True) if known is None else known
-    memo: dict[int, torch.Tensor] = {}
-    env: dict[fx.Node, Any] = {}
-    groups: dict[int, Group] = {}
-    group_of: dict[fx.Node, tuple[int, ...]] = {}
-    attributes: dict[fx.Node, str] = {}
-    alive: list[Any] = []  # fake storages stay alive, so that their identity stays theirs
-    ops: list[Op] = []
-    saved_now: list[torch.Tensor] = []
+    run = _FakeRun(module, inputs)
+    with run.fake, torch.enable_grad():
+        for node, value in zip(placeholders, inputs, strict=True):
+            run.give(node, value)
+        for node in module.graph.nodes:
+            if node.op == "get_attr":
+                run.attributes[node] = str(node.target)
+                run.give(node, resolve(module, str(node.target)))
+            elif node.op == "call_function":
+                run.call(node)
+            elif node.op not in ("placeholder", "output"):
+                raise CaptureError(f"the graph has a node of kind {node.op}: {node.name}")
+    run.reject_unreplayable(placeholders)
+    outputs = list(module.graph.output_node().args[0])  # type: ignore[arg-type] # a tuple, as torch.export has it
+    for leaf in outputs:
+        if isinstance(leaf, fx.Node):
+            for key in run.group_of[leaf]:
+                run.groups[key].last_use = len(run.ops)
+    return OpGraph(
+        module,
+        run.ops,
+        run.groups,
+        placeholders,
+        run.attributes,
+        run.group_of,
+        {node: _requires_grad(value) for node, value in run.env.items()},
+        outputs,
+        None,
+        {node: Layout.of(value) for node, value in run.env.items() if isinstance(value, torch.Tensor)},
+    )
 
-    def faked(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
-            return value
-        if id(value) not in memo:
-            memo[id(value)] = fake.from_tensor(value)
-        return memo[id(value)]
 
-    def note(value: Any, producer: int) -> tuple[int, ...]:
-        ids = []
+def _prune(graph: fx.Graph) -> None:
+    """Erase checks that nothing reads, and ops whose results nothing reads."""
+    for node in list(graph.nodes):
+        check = node.op == "call_module" or (node.op == "call_function" and str(node.target) in _CHECKS)
+        if check and not node.users:
+            graph.erase_node(node)
+    for node in reversed(graph.nodes):
+        if not node.users and _idle(node):
+            graph.erase_node(node)
+
+
+def _requires_grad(value: Any) -> bool:
+    """Whether a tensor of a node's result requires grad."""
+    return any(isinstance(t, torch.Tensor) and t.requires_grad for t in pytree.tree_leaves(value))
+
+
+class _FakeRun:
+    """A run of a graph on fake tensors, node by node.
+
+    Attributes:
+        fake: the mode to run within.
+        env: the result of each node. groups, group_of, attributes, ops: as in OpGraph.
+    """
+
+    def __init__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        self.module = module
+        tensors = [*inputs, *module.parameters(), *module.buffers()]
+        known = next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None)
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True) if known is None else known
+        self.env: dict[fx.Node, Any] = {}
+        self.groups: dict[int, Group] = {}
+        self.group_of: dict[fx.Node, tuple[int, ...]] = {}
+        self.attributes: dict[fx.Node, str] = {}
+        self.ops: list[Op] = []
+        self._memo: dict[int, torch.Tensor] = {}  # a tensor that is given twice is one
+        self._alive: list[Any] = []  # fake storages stay alive, so that their identity stays theirs
+
+    def give(self, node: fx.Node, value: Any) -> None:
+        """Let a node stand for a value from outside, without its data."""
+        if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
+            if id(value) not in self._memo:
+                self._memo[id(value)] = self.fake.from_tensor(value)
+            value = self._memo[id(value)]
+        self.env[node] = value
+        self.group_of[node] = self._note(value, -1)
+
+    def call(self, node: fx.Node) -> None:
+        """Run an op, and note what it reads, makes, saves and changes."""
+        if is_transform(node.target):
+            raise CaptureError(
+                "the forward uses torch.func or torch.vmap, and no stage can begin within a transform"
+            )
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.env.__getitem__)
+        index, packed = len(self.ops), list[torch.Tensor]()
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        versions = [*map(version_of, given)]
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            packed.append(tensor)
+            return tensor
+
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                result = node.target(*args, **kwargs)  # type: ignore[operator] # of a call_function
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise CaptureError(f"what {node.name} gives depends on the data: {error.func}") from error
+        except (
+            RuntimeError
+        ) as error:  # of code without grad within autocast, whose export forgets that there is none
+            raise CaptureError(f"{node.name} of the exported graph raises: {error}") from error
+        self.env[node] = result
+        reads = tuple(dict.fromkeys(g for a in node.all_input_nodes for g in self.group_of[a]))
+        writes = self.group_of[node] = self._note(result, index)
+        saved = self._note(packed, index)
+        packs = tuple(map(Layout.of, packed))
+        self.ops.append(Op(node, reads, writes, saved, _requires_grad(result), packs))
+        for group in (self.groups[key] for key in (*reads, *writes)):
+            group.last_use = index
+            group.first_use = index if group.first_use < 0 else group.first_use
+        # By the op's schema, and by what was seen: a block of ops run without grad has no schema.
+        seen = [t for t, before in zip(given, versions, strict=True) if version_of(t) != before]
+        for key in dict.fromkeys((*_changed(node, self.group_of), *self._note(seen, index))):
+            self.groups[key].mutated.append(index)
+
+    def _note(self, value: Any, producer: int) -> tuple[int, ...]:
+        """The storages of a value, each once; those that are new are made by op ``producer``."""
+        keys = []
         for leaf in pytree.tree_leaves(value):
             if isinstance(leaf, torch.Tensor):
                 if not is_plain(leaf):
                     raise CaptureError(SPARSE)
                 storage = leaf.untyped_storage()
-                alive.append(storage)
-                key = storage_id(storage)
-                if key not in groups:
-                    groups[key] = Group(storage.nbytes(), producer)
-                groups[key].requires_grad |= leaf.requires_grad
-                ids.append(key)
-        return tuple(dict.fromkeys(ids))
+                self._alive.append(storage)
+                group = self.groups.setdefault(storage_id(storage), Group(storage.nbytes(), producer))
+                group.requires_grad |= leaf.requires_grad
+                keys.append(storage_id(storage))
+        return tuple(dict.fromkeys(keys))
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        saved_now.append(tensor)
-        return tensor
-
-    with fake, torch.enable_grad():
-        for node, value in zip(placeholders, inputs, strict=True):
-            env[node] = faked(value)
-            group_of[node] = note(env[node], -1)
-        for node in module.graph.nodes:
-            if node.op == "get_attr":
-                attributes[node] = str(node.target)
-                env[node] = faked(resolve(module, str(node.target)))
-                group_of[node] = note(env[node], -1)
-            elif node.op == "call_function":
-                if is_transform(node.target):
-                    raise CaptureError(
-                        "the forward uses torch.func or torch.vmap, and no stage can begin within a transform"
-                    )
-                args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-                index = len(ops)
-                saved_now.clear()
-                given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-                versions = [*map(version_of, given)]
-                try:
-                    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-                        result = node.target(*args, **kwargs)
-                except (DataDependentOutputException, DynamicOutputShapeException) as error:
-                    raise CaptureError(f"what {node.name} gives depends on the data: {error.func}") from error
-                except (
-                    RuntimeError
-                ) as error:  # of code without grad within autocast an export forgets that there is none
-                    raise CaptureError(f"{node.name} of the exported graph raises: {error}") from error
-                env[node] = result
-                reads = tuple(dict.fromkeys(g for a in node.all_input_nodes for g in group_of[a]))
-                writes = note(result, index)
-                saved = note(list(saved_now), index)
-                group_of[node] = writes
-                grad = any(
-                    isinstance(t, torch.Tensor) and t.requires_grad for t in pytree.tree_leaves(result)
+    def reject_unreplayable(self, placeholders: Sequence[fx.Node]) -> None:
+        """Refuse changes in place of inputs and parameters, and generators of the forward's own."""
+        changed = {
+            node for node, keys in self.group_of.items() if any(self.groups[key].mutated for key in keys)
+        }
+        for node in placeholders:
+            if node in changed:
+                raise CaptureError(
+                    f"the input {node.name!r} is changed in place, so that it cannot be replayed"
                 )
-                ops.append(Op(node, reads, writes, saved, grad, tuple(map(Layout.of, saved_now))))
-                for key in (*reads, *writes):
-                    groups[key].last_use = index
-                    if groups[key].first_use < 0:
-                        groups[key].first_use = index
-                # By the op's schema, and by what was seen: a block of ops run without grad has no schema.
-                seen = [t for t, before in zip(given, versions, strict=True) if version_of(t) != before]
-                for key in dict.fromkeys((*_changed(node, group_of), *note(seen, index))):
-                    groups[key].mutated.append(index)
-            elif node.op not in ("placeholder", "output"):
-                raise CaptureError(f"the graph has a node of kind {node.op}: {node.name}")
-    output_node = next(n for n in module.graph.nodes if n.op == "output")
-    outputs = list(output_node.args[0])
-    for leaf in outputs:
-        if isinstance(leaf, fx.Node):
-            for key in group_of[leaf]:
-                groups[key].last_use = len(ops)
-    for node in placeholders:
-        if any(groups[g].mutated for g in group_of[node]):
-            raise CaptureError(f"the input {node.name!r} is changed in place, so that it cannot be replayed")
-    for node, target in attributes.items():
-        value = resolve(module, target)
-        if isinstance(value, nn.Parameter) and any(groups[g].mutated for g in group_of[node]):
-            raise CaptureError(
-                f"the forward changes the parameter {target!r} in place, so that it cannot be replayed"
-            )
-        if isinstance(value, torch.Generator):
-            raise CaptureError(
-                "the forward draws from a generator of its own, which an exported graph would keep"
-            )
-    grad_of = {
-        node: any(isinstance(t, torch.Tensor) and t.requires_grad for t in pytree.tree_leaves(value))
-        for node, value in env.items()
-    }
-    layout_of = {node: Layout.of(value) for node, value in env.items() if isinstance(value, torch.Tensor)}
-    return OpGraph(module, ops, groups, placeholders, attributes, group_of, grad_of, outputs, None, layout_of)
+        for node, target in self.attributes.items():
+            value = resolve(self.module, target)
+            if isinstance(value, nn.Parameter) and node in changed:
+                raise CaptureError(
+                    f"the forward changes the parameter {target!r} in place, so that it cannot be replayed"
+                )
+            if isinstance(value, torch.Generator):
+                raise CaptureError(
+                    "the forward draws from a generator of its own, which an exported graph would keep"
+                )
 
 
 def _idle(node: fx.Node) -> bool:

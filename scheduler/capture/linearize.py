@@ -92,18 +92,15 @@ def linearize(graph: OpGraph, max_stages: int = 100, cuts: Sequence[int] | None 
         valleys, left_out["dip"] = _valleys(graph, prefix)
         inner = _merge_small(graph, valleys, prefix, max_stages)
         left_out["small"] = len(valleys) - len(inner)
-        why = dict.fromkeys(inner, "valley")
-        if prefix in why:
-            why[prefix] = "frozen" if prefix else why[prefix]
+        why = {cut: "frozen" if cut == prefix and prefix else "valley" for cut in inner}
     else:
         inner = list(cuts)
         _check_cuts(graph, inner)
         why = dict.fromkeys(inner, "given")
     edges = (0, *inner, len(graph.ops))
-    stage_of = {}
-    for stage in range(len(edges) - 1):
-        for index in range(edges[stage], edges[stage + 1]):
-            stage_of[index] = stage
+    stage_of = [
+        stage for stage, (start, stop) in enumerate(itertools.pairwise(edges)) for _ in range(start, stop)
+    ]
     outputs = _output_groups(graph)
     boundaries: list[list[int]] = [[] for _ in edges]
     carried: list[list[int]] = [[] for _ in edges[:-1]]

@@ -367,18 +367,7 @@ class Reads:
             if name not in _INTERNAL and not name.endswith("_hooks"):
                 self._guard_attribute(found, self._objects[key], name)
         for holder in self._holders:
-            if holder.kind == "slots" or holder.owner in self._unseen:
-                container, items = _items(holder)
-                for name, _ in items:
-                    found.hold(container, name, holder.named(name))
-            if holder.kind == "class":
-                self._guard_class(found, holder)
-            elif holder.owner is types.FunctionType:
-                function = _Slots(holder.about)
-                for name in ("__defaults__", "__kwdefaults__"):
-                    found.hold(function, name, f"{holder.path}.{name}")
-                for name in holder.thing:
-                    found.hold(holder.thing, name, holder.named(name))
+            self._guard_unseen(found, holder)
         for namespace, name, path in self._named.values:
             found.hold(namespace, name, path)
         for path, cell in self._named.cells:
@@ -390,6 +379,21 @@ class Reads:
         for places in tensors:
             found.hold_tensor(places)
         return found
+
+    def _guard_unseen(self, found: Guards, holder: Holder) -> None:
+        """Guard what is read without a recorder: slots, attributes of classes written in C, of classes, of functions."""
+        if holder.kind == "slots" or holder.owner in self._unseen:
+            container, items = _items(holder)
+            for name, _ in items:
+                found.hold(container, name, holder.named(name))
+        if holder.kind == "class":
+            self._guard_class(found, holder)
+        elif holder.owner is types.FunctionType:
+            function = _Slots(holder.about)
+            for name in ("__defaults__", "__kwdefaults__"):
+                found.hold(function, name, f"{holder.path}.{name}")
+            for name in holder.thing:
+                found.hold(holder.thing, name, holder.named(name))
 
     def _guard_class(self, found: Guards, holder: Holder) -> None:
         """Guard the values of a class that code reads through the class itself, by the names of attributes in it."""
