@@ -1,9 +1,10 @@
-"""Composite ops, taken apart.
+"""Replace composite ops in an op graph by the ops that they consist of.
 
-PyTorch runs an op without a kernel of its own (CompositeImplicitAutograd) as a series of other ops, and autograd saves
-what those need. Attention with dropout on a CPU is one: two matrix products, a softmax, a dropout. As one op it can
-be run again as a whole only; as its parts, the dropout can be made again and the products be kept. An op with a kernel
-of its own (flash attention, layer_norm) stays as it is: its parts would save more.
+PyTorch runs an op without a kernel of its own (CompositeImplicitAutograd) as a series of other ops, and
+autograd saves what those need. Attention with dropout on a CPU is one: two matrix products, a softmax, a
+dropout. As one op it can be recomputed as a whole only; in parts, the dropout can be recomputed and the
+products be kept. An op with a kernel of its own (flash attention, layer_norm) stays as it is: its parts would
+save more.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from scheduler.capture.sample import Call
 
 __all__ = ["in_parts"]
 
-# Storages smaller than this share of the largest that an op makes are no reason to take it apart: a norm's means, counts.
+# Storages smaller than this share of the largest that an op makes are no reason to take it apart: a norm's
+# means, counts.
 SMALL = 1 / 16
 # An op of more parts stays whole: a recurrent layer may be a series of ops for each time step.
 MOST = 64
 
 
 def in_parts(graph: OpGraph, call: Call) -> OpGraph:
-    """The graph with the ops that composite ops consist of, where an option could keep some of what they save.
+    """Take composite ops apart where an option could keep some of what they save.
 
     These are the ops of which autograd saves two or more large storages that they make themselves.
 
@@ -46,7 +48,7 @@ def in_parts(graph: OpGraph, call: Call) -> OpGraph:
 
 
 def _one_level_down(graph: OpGraph) -> fx.GraphModule | None:
-    """The graph's module with composite ops replaced by what they call; None if there are none to replace."""
+    """Return the graph's module with composite ops replaced by what they call; None if it has none."""
     known: dict[str, fx.GraphModule | None] = {}
     found: dict[fx.Node, fx.GraphModule] = {}
     saved = {key for op in graph.ops for key in op.saved}
@@ -77,13 +79,13 @@ def _one_level_down(graph: OpGraph) -> fx.GraphModule | None:
 
 
 def _tensor(graph: OpGraph, node: fx.Node) -> torch.Tensor | None:
-    """A tensor like the node's, or None if it is no tensor."""
+    """Return a tensor like the node's; None if it is no tensor."""
     value = resolve(graph.module, str(node.target)) if node.op == "get_attr" else node.meta.get("val")
     return value if isinstance(value, torch.Tensor) else None
 
 
 def _described(graph: OpGraph, op: Op) -> str:
-    """Text that is equal for two ops with the same parts."""
+    """Return text that is equal for two ops with the same parts."""
     number = {node: i for i, node in enumerate(op.node.all_input_nodes)}
 
     def argument(node: fx.Node) -> str:
@@ -97,7 +99,7 @@ def _described(graph: OpGraph, op: Op) -> str:
 
 
 def _parts(graph: OpGraph, op: Op) -> fx.GraphModule | None:
-    """The ops that the op calls, as a function of the tensors that it reads.
+    """Return the ops that the op calls, as a function of the tensors that it reads.
 
     None if they cannot be had, are too many, or are one op with a kernel of its own.
     """

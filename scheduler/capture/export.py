@@ -1,8 +1,9 @@
 """Model -> op graph, by torch.export.
 
-The model is traced as a function of tensors alone: those of the call, and those that Python state holds. The exported graph
-calls the same kernels on the same Parameters as the plain model. What it would lose is refused here: a custom
-autograd.Function (its backward would be dropped), module hooks (they would not fire), Python state that the forward changes.
+The model is traced as a function of tensors alone: those of the call, and those that Python state holds. The
+exported graph calls the same kernels on the same Parameters as the plain model. What it would lose is refused
+here: a custom autograd.Function (its backward would be dropped), module hooks (they would not fire), Python
+state that the forward changes.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from scheduler.errors import CaptureError
 
 __all__ = ["export_graph", "graph_by", "unfired_hook"]
 
-# Hooks by which transformers collects what a call asked for (output_hidden_states, output_router_logits), and which stay
-# on the submodules ever after. They run while the model is exported: what they collected is in the graph.
+# Hooks by which transformers collects what a call asked for (output_hidden_states, output_router_logits), and
+# which stay on the submodules ever after. They run while the model is exported: what they collected is in the
+# graph.
 _COLLECTING = "transformers.utils.output_capturing"
 
 Tracer = Callable[[nn.Module, Sequence[Tensor]], fx.GraphModule]
@@ -42,7 +44,7 @@ Tracer = Callable[[nn.Module, Sequence[Tensor]], fx.GraphModule]
 
 @contextmanager
 def _dropped() -> Iterator[list[str]]:
-    """Note what the model's code does that an export would drop: custom autograd.Functions, hooks on tensors."""
+    """Note what an export would drop of the model's code: custom autograd.Functions, hooks on tensors."""
     seen: list[str] = []
     original = vars(torch.autograd.Function)["apply"]
 
@@ -65,7 +67,7 @@ def _dropped() -> Iterator[list[str]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Export warns, logs and prints (the graph where it gave up) things that do not concern a plan's user."""
+    """Silence what an export warns of, logs and prints (the graph where it gave up)."""
     loggers = [logging.getLogger(name) for name in EXPORT_LOGGERS]
     levels = [log.level for log in loggers]
     for log in loggers:
@@ -80,7 +82,7 @@ def _quiet() -> Iterator[None]:
 
 
 def unfired_hook(model: nn.Module) -> str | None:
-    """Which hook would not fire in the exported graph, in words."""
+    """Say which hook the exported graph would not fire; None if there is none."""
     for name, module in model.named_modules():
         if module is model:
             continue  # the planned model is a module itself: its own hooks fire
@@ -117,10 +119,11 @@ class _Inert:
 
 
 def _only_requires_grad(hook: Any) -> bool:
-    """Whether a hook only sets ``requires_grad`` of an output, as that of transformers and peft on embeddings does.
+    """Whether a hook only sets ``requires_grad`` of an output, as transformers' and peft's on embeddings do.
 
-    It is run on stand-ins, but only where that can have no effect: a function that names nothing but ``requires_grad_``, closes
-    over nothing and has no defaults reaches nothing but the stand-ins, which allow nothing else.
+    It is run on stand-ins, but only where that can have no effect: a function that names nothing but
+    ``requires_grad_``, closes over nothing and has no defaults reaches nothing but the stand-ins, which allow
+    nothing else.
     """
     plain = isinstance(hook, types.FunctionType) and not hook.__defaults__ and not hook.__kwdefaults__
     if not plain or hook.__code__.co_names != ("requires_grad_",) or hook.__closure__:
@@ -179,7 +182,8 @@ def graph_by(tracer: Tracer, model: nn.Module, call: Call) -> OpGraph:
         return trace.told(_analysed(traced, trace))
     if writes is None:
         raise _Writes(trace.written)
-    # A first forward may fill in what is not set yet. If another one then leaves all as it is, so may the graph.
+    # A first forward may fill in what is not set yet. If another one then leaves all as it is, so may the
+    # graph.
     with _made(writes):
         traced, trace = _traced(tracer, model, call)
         if trace.written:
@@ -205,7 +209,7 @@ class _Writes(CaptureError):
 
 @contextmanager
 def _made(writes: Sequence[tuple[Any, Any, Any, Any]]) -> Iterator[None]:
-    """Within it, these (dict, key, before, after) are made."""
+    """Make these writes, (dict, key, before, after) each, within the block; undo them on leaving."""
     for container, key, _, after in writes:
         container[key] = after
     try:
@@ -219,7 +223,7 @@ def _made(writes: Sequence[tuple[Any, Any, Any, Any]]) -> Iterator[None]:
 
 
 def _traced(tracer: Tracer, model: nn.Module, call: Call) -> tuple[fx.GraphModule, _Trace]:
-    """What a tracer makes of a call, and what was seen of the model's code meanwhile."""
+    """Trace a call, and return the module with what was seen of the model's code meanwhile."""
     trace = _Trace(model, call)
     with _dropped() as dropped, _quiet(), trace.flattened() as root:
         module = tracer(root, trace.inputs)
@@ -229,7 +233,7 @@ def _traced(tracer: Tracer, model: nn.Module, call: Call) -> tuple[fx.GraphModul
 
 
 class _Trace:
-    """An export of a model as a function of tensors alone: those of the call, and those that Python state holds.
+    """An export of a model as a function of tensors alone: those of the call and of Python state.
 
     Attributes:
         inputs: the tensors, in this order.
@@ -257,7 +261,7 @@ class _Trace:
 
     @contextmanager
     def flattened(self) -> Iterator[nn.Module]:
-        """The model, without hooks and calls of its own, whose forward takes ``inputs``; what that changes is put back."""
+        """Yield the model with a forward that takes ``inputs``; restore Python state on leaving."""
         whole, forward = Snapshot(self.reads.roots), self.model.forward
 
         def flat(*tensors: Any) -> Any:
@@ -300,7 +304,7 @@ class _Trace:
             whole.restore()  # export itself binds copies of containers
 
     def told(self, graph: OpGraph) -> OpGraph:
-        """The graph with what the trace knows of its inputs."""
+        """Return the graph with what the trace knows of its inputs and outputs."""
         count = len(self.given)
         used = [bool(node.users) or node in graph.outputs for node in graph.placeholders[count:]]
         face = Face(

@@ -1,4 +1,4 @@
-"""The op graph of a model: ops in order, storages, aliases, and what autograd saves, found by one run on fake tensors."""
+"""Find ops, storages, aliases and saved tensors of a model's op graph, by one run on fake tensors."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Layout:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Layout:
-        """The layout of a tensor; its group is the identity of its storage."""
+        """Return the layout of a tensor; its group is the identity of its storage."""
         key = storage_id(tensor.untyped_storage())
         return cls(key, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
 
@@ -99,7 +99,7 @@ class Op:
 
 
 def _may_draw(node: fx.Node) -> bool:
-    """Whether a node may draw random numbers: by its op's tag, or that of an op in a block of ops (a branch, say)."""
+    """Whether a node may draw random numbers: by the tag of its op, or of one in its block of ops."""
     target: Any = node.target
     if isinstance(target, HigherOrderOperator):
         owner = node.graph.owning_module
@@ -123,16 +123,14 @@ def _may_draw(node: fx.Node) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Face:
-    """What the inputs and outputs of an op graph are to those who call the model.
+    """How the inputs and outputs of an op graph relate to a call of the model.
 
-    Attributes:
-        positions: for each placeholder, its place among the leaves of the call; state tensors follow these.
-        state: for each state tensor among the inputs, its places; none of one that the graph does not read.
-        guards: the Python state that the traced forward read.
-        unread: leaves of the call, other than tensors, that the forward did not read.
-        repeats: (leaf, earlier leaf) of floating-point tensors of the call that were one; the graph takes each by itself.
-        outputs: the leaves of the model's output; OUTPUT in the places of what the graph gives.
-        output_spec: how to put them together.
+    Attributes: positions: for each placeholder, its place among the leaves of the call; state tensors follow
+        these. state: for each state tensor among the inputs, its places; none of one that the graph does not
+        read. guards: the Python state that the traced forward read. unread: leaves of the call, other than
+        tensors, that the forward did not read. repeats: (leaf, earlier leaf) of floating-point tensors of the
+        call that were one; the graph takes each by itself. outputs: the leaves of the model's output; OUTPUT
+        in the places of what the graph gives. output_spec: how to put them together.
     """
 
     positions: tuple[int, ...] = ()
@@ -178,23 +176,23 @@ class OpGraph:
     face: Face = field(default_factory=Face)
 
     def flat(self, leaves: Sequence[Any]) -> list[Any]:
-        """The leaves of a call, and the state tensors after them."""
+        """Return the leaves of a call, and the state tensors after them."""
         return [*leaves, *(places[0].get() if places else None for places in self.face.state)]
 
     def inputs(self, call: Call) -> list[Any]:
-        """What the placeholders stand for in a call."""
+        """Return the values of the placeholders in a call."""
         flat = self.flat(tree_leaves(call))
         return [flat[position] for position in self.face.positions]
 
     def shown_as(self, face: Face) -> OpGraph:
-        """The same graph to callers of a model."""
+        """Set the face, and put the output together as it says; return this graph."""
         given = iter(self.outputs)
         self.face, self.output_spec = face, face.output_spec
         self.outputs = [next(given) if leaf is OUTPUT else leaf for leaf in face.outputs]
         return self
 
     def constants(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """Tensors that the export lifted out of the code: in the graph, but not in the model."""
+        """Return tensors that the export lifted out of the code: in the graph, but not in the model."""
         own = {id(t) for t in (*model.parameters(), *model.buffers())}
         found = {}
         for target in self.attributes.values():
@@ -204,9 +202,10 @@ class OpGraph:
         return found
 
     def fingerprint(self) -> str:
-        """SHA-256 of the ops, how they are wired, what they make and save: equal for graphs that one plan fits.
+        """Return SHA-256 of ops, wiring, and what they make and save: equal for graphs that one plan fits.
 
-        Numbers that ops take as scalars do not count: a plan stays good when a temperature or a dropout's p changes.
+        Numbers that ops take as scalars do not count: a plan stays good when a temperature or a dropout's p
+        changes.
         """
         digest = hashlib.sha256()
         number = {node: i for i, node in enumerate((*self.attributes, *self.placeholders))}
@@ -237,7 +236,7 @@ class OpGraph:
 
 
 def _unscaled(value: Any, kind: str) -> Any:
-    """An argument of an op; a sign in the place of a number that is no size, dimension or flag, and a device without its index.
+    """Return an argument of an op; "scalar" for a number that is no size or flag, and devices unindexed.
 
     A plan of cuda:0 is one for cuda:1: ranks of one job capture the same graph, each on its own device.
     """
@@ -249,7 +248,7 @@ def _unscaled(value: Any, kind: str) -> Any:
 
 
 def resolve(root: nn.Module, target: str) -> Any:
-    """The attribute of ``root`` that a dotted name stands for."""
+    """Return the attribute of ``root`` that a dotted name stands for."""
     value: Any = root
     for part in target.split("."):
         value = getattr(value, part)
@@ -259,8 +258,9 @@ def resolve(root: nn.Module, target: str) -> Any:
 def analyse(module: fx.GraphModule, inputs: Sequence[Any]) -> OpGraph:
     """Run the graph once on fake tensors: which storages are made, viewed, changed, and saved by autograd.
 
-    No data, no memory. Storage identity is taken from the fake tensors, so that an op that may or may not alias (reshape,
-    contiguous, to) is seen doing what it does. Ops without a reader or an effect are erased from ``module``.
+    No data, no memory. Storage identity is taken from the fake tensors, so that an op that may or may not
+    alias (reshape, contiguous, to) is seen doing what it does. Ops without a reader or an effect are erased
+    from ``module``.
 
     Raises:
         CaptureError: the graph cannot be run without data, or a step by it could not be replayed; says why.
@@ -282,7 +282,7 @@ def analyse(module: fx.GraphModule, inputs: Sequence[Any]) -> OpGraph:
             elif node.op not in ("placeholder", "output"):
                 raise CaptureError(f"the graph has a node of kind {node.op}: {node.name}")
     run.reject_unreplayable(placeholders)
-    outputs = list(module.graph.output_node().args[0])  # type: ignore[arg-type] # a tuple, as torch.export has it
+    outputs = list(module.graph.output_node().args[0])  # type: ignore[arg-type] # a tuple
     for leaf in outputs:
         if isinstance(leaf, fx.Node):
             for key in run.group_of[leaf]:
@@ -386,7 +386,7 @@ class _FakeRun:
             self.groups[key].mutated.append(index)
 
     def _note(self, value: Any, producer: int) -> tuple[int, ...]:
-        """The storages of a value, each once; those that are new are made by op ``producer``."""
+        """Return the storages of a value, each once; new ones are made by op ``producer``."""
         keys = []
         for leaf in pytree.tree_leaves(value):
             if isinstance(leaf, torch.Tensor):
@@ -422,7 +422,7 @@ class _FakeRun:
 
 
 def _idle(node: fx.Node) -> bool:
-    """Whether an op does nothing beside its result: it draws no random numbers and changes nothing in place."""
+    """Whether an op has no effect but its result: no random numbers, no change in place."""
     target = node.target
     if target is operator.getitem:
         return True
@@ -437,7 +437,7 @@ def _idle(node: fx.Node) -> bool:
 
 
 def _changed(node: fx.Node, group_of: dict[fx.Node, tuple[int, ...]]) -> list[int]:
-    """Storages that the op changes in place, by its schema."""
+    """Return the storages that the op changes in place, by its schema."""
     schema = schema_of(node.target)
     if schema is None or not schema.is_mutable:
         return []

@@ -1,9 +1,9 @@
-"""The op graph of a forward that takes gradients itself: gradient penalties, forces, inner steps of meta-learning.
+"""Capture the op graph of a forward that takes gradients itself: gradient penalties, forces, meta-learning.
 
-torch.export cannot follow ``torch.autograd.grad``. Here the forward is traced below autograd, on tensors without data,
-where the ops of the inner backward are ops like any other: to run them in grad mode makes the graph that
-``create_graph=True`` makes. What autograd does by itself is taken out again: it detaches what it saves. What the
-user's code cuts off, by ``detach`` or without grad, stays cut off.
+torch.export cannot follow ``torch.autograd.grad``. Here the forward is traced below autograd, on tensors
+without data, where the ops of the inner backward are ops like any other: to run them in grad mode makes the
+graph that ``create_graph=True`` makes. What autograd does by itself is taken out again: it detaches what it
+saves. What the user's code cuts off, by ``detach`` or without grad, stays cut off.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _DETACH = torch.ops.aten.detach.default
 
 @contextmanager
 def noted_gradients() -> Iterator[list[str]]:
-    """Note whether the code within takes gradients; gives a list that is empty if it does not."""
+    """Note whether the code within takes gradients; yield a list that stays empty if it does not."""
     seen: list[str] = []
     original = torch.autograd.grad
 
@@ -102,7 +102,7 @@ class _Cuts(TorchFunctionMode):
 
 
 def _note_grad_mode(tracer: Any) -> None:
-    """From now on what is run without grad is marked."""
+    """Mark, from now on, each node that is made without grad."""
     create = tracer.create_node
 
     def create_node(*args: Any, **kwargs: Any) -> fx.Node:

@@ -1,7 +1,8 @@
-"""Leave what a trial has entered: levels of functorch, modes, and the settings of torch that a thread goes by.
+"""Leave what a trial has entered: levels of functorch, modes, and settings of torch of this thread.
 
-A model's code that raises half-way, or an export of it, may leave the process within a level of ``torch.vmap``, a mode
-of dispatch or other settings; every op that follows, the user's too, would then run within them.
+A model's code that raises half-way, or an export of it, may leave the process within a level of
+``torch.vmap``, a mode of dispatch or other settings; every op that follows, the user's too, would then run
+within them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _LEFT: list[Any] = []  # guards that nobody leaves
 
 @contextmanager
 def unwound() -> Iterator[None]:
-    """On leaving, everything that was entered within it and not left is left, and settings are as before."""
+    """Leave, at the end of the block, everything entered within it and not left; restore settings."""
     before = _Surroundings()
     try:
         yield
@@ -48,7 +49,7 @@ def unwound() -> Iterator[None]:
 
 @contextmanager
 def met(what: str, advice: str = "", ours: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Within it any exception comes out as a CaptureError that begins with ``what``, and what was entered is left.
+    """Turn any exception in the block into a CaptureError that begins with ``what``; leave what was entered.
 
     Out of memory stays what it is: a smaller batch is the cure, not another capture.
 
@@ -66,14 +67,14 @@ def met(what: str, advice: str = "", ours: tuple[type[Exception], ...] = ()) -> 
 
 
 def in_words(error: BaseException) -> str:
-    """The kind of an error and the first line of its message."""
+    """Return the kind of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     name = type(error).__name__
     return f"{name}: {lines[0][:300]}" if lines else name
 
 
 class _Surroundings:
-    """What ops of this thread run within at present."""
+    """The modes, levels and settings that ops of this thread run under, as they are now."""
 
     def __init__(self) -> None:
         self.dual = dual_level()
@@ -96,7 +97,7 @@ class _Surroundings:
         self.refused = saved_tensors_refusal()
 
     def restore(self) -> None:
-        """Leave what was entered since, the last first; set back what was set."""
+        """Leave what was entered since, the last first; restore settings."""
         leave_transforms(self.level)
         if self.dual < 0:
             leave_dual_level()

@@ -1,9 +1,9 @@
 """Count the bytes that are live at once while a function runs.
 
 CUDA: the caching allocator's own counters. CPU: every allocation and release that torch's CPU allocator
-reports to the autograd profiler with memory events, summed in order: a count, not a sample of RSS. A device that is
-not there (``Target``): the storages that ops on fake tensors make (``live.py``), which leaves out what kernels take
-within themselves.
+reports to the autograd profiler with memory events, summed in order: a count, not a sample of RSS. A device
+that is absent (``Target``): the storages that ops on fake tensors make (``live.py``), which leaves out what
+kernels take within themselves.
 """
 
 from __future__ import annotations
@@ -28,13 +28,10 @@ __all__ = ["Counted", "CpuEvents", "CudaBytes", "allocated", "count_bytes", "cpu
 class Counted:
     """Bytes above those live at the start.
 
-    Attributes:
-        peak: the most bytes live at once.
-        end: bytes live at the end.
-        marks: (marks,) bytes live at each call of ``mark``.
-        peaks: (marks + 1,) the most bytes live before the first mark, between marks, and after the last.
-        result: what the function returned.
-        requested: CUDA: as ``peak``, of what was asked for, before it was rounded up to blocks; None elsewhere.
+    Attributes: peak: the most bytes live at once. end: bytes live at the end. marks: (marks,) bytes live at
+        each call of ``mark``. peaks: (marks + 1,) the most bytes live before the first mark, between marks,
+        and after the last. result: what the function returned. requested: CUDA: as ``peak``, of what was
+        asked for, before it was rounded up to blocks; None elsewhere.
     """
 
     peak: int
@@ -46,7 +43,7 @@ class Counted:
 
 
 class CudaBytes(NamedTuple):
-    """Of the caching allocator's counters: bytes of blocks in use, bytes that were asked for, and blocks; now and at most."""
+    """Counters of the caching allocator, now and at most: bytes of blocks in use, bytes asked for, blocks."""
 
     allocated: int
     highest: int
@@ -57,7 +54,7 @@ class CudaBytes(NamedTuple):
 
     @classmethod
     def read(cls, device: torch.device) -> CudaBytes:
-        """What they are, since the last ``torch.cuda.reset_peak_memory_stats``."""
+        """Read them; peaks are since the last ``torch.cuda.reset_peak_memory_stats``."""
         stats = torch.cuda.memory_stats_as_nested_dict(device)
         blocks, asked = stats["allocated_bytes"]["all"], stats["requested_bytes"]["all"]
         count = stats["allocation"]["all"]
@@ -65,9 +62,10 @@ class CudaBytes(NamedTuple):
         return cls(*(value for pair in pairs for value in pair))
 
     def without_slack(self, start: CudaBytes) -> tuple[int, int]:
-        """Bytes above those of ``start``, now and at most, of blocks that have no more than their tensors rounded up to 512.
+        """Return the bytes above those of ``start``, now and at most, each tensor rounded up to 512 only.
 
-        What a block that is not split has too much depends on which blocks are free: it is set aside for the whole step.
+        The slack of a block that is not split depends on which blocks are free: it is set aside for the whole
+        step.
         """
         now = self.requested - start.requested + SMALLEST_BLOCK * max(0, self.blocks - start.blocks)
         most = (
@@ -84,8 +82,8 @@ def count_bytes(fn: Callable[[Callable[[], None]], Any], device: Device, *, slac
     Args:
         slack: on CUDA, whether to count what blocks have above their tensors' bytes rounded up to 512.
 
-    Python's cyclic garbage collector is off meanwhile: it would let go of tensors of long ago in the middle of
-    the count, and hide as many bytes of what the function takes.
+    Python's cyclic garbage collector is off meanwhile: it would release older tensors in the
+    middle of the count, and hide as many bytes of what the function takes.
 
     Raises:
         RuntimeError: an autograd profiler is active already (CPU).
@@ -163,7 +161,7 @@ def _count_cpu(fn: Callable[[Callable[[], None]], Any]) -> Counted:
 
 
 def public_memory_events() -> Callable[[], list[tuple[str, str, int]]]:
-    """As ``private.legacy_memory_events``, by ``torch.autograd.profiler.profile``."""
+    """Do as ``private.legacy_memory_events``, by ``torch.autograd.profiler.profile``."""
     profile = torch.autograd.profiler.profile(profile_memory=True)
     profile.__enter__()
 
@@ -199,17 +197,17 @@ class CpuEvents:
         self.stop_noting = legacy_memory_events() or public_memory_events()
 
     def stop(self) -> list[tuple[str, str, int]]:
-        """Note no more.
+        """Stop noting.
 
-        Returns:
-            (kind, name, bytes) of each event in order. A "push" opens what is named (an op, or a ``record_function``)
-            and a "pop" closes it; a "memory_alloc" is an allocation, or, negative, a release.
+        Returns: (kind, name, bytes) of each event in order. A "push" opens what is named (an op, or a
+            ``record_function``) and a "pop" closes it; a "memory_alloc" is an allocation, or, negative, a
+            release.
         """
         return self.stop_noting()
 
 
 def cpu_events(fn: Callable[[], Any]) -> tuple[Any, list[tuple[str, str, int]]]:
-    """The result of ``fn()``, and its ``CpuEvents``."""
+    """Run ``fn()``; return its result, and its ``CpuEvents``."""
     noting = CpuEvents()
     try:
         result = fn()
@@ -234,5 +232,5 @@ def _count_fake(fn: Callable[[Callable[[], None]], Any], target: Target) -> Coun
 
 
 def allocated(size: int, device: Device) -> int:
-    """Bytes that the device's allocator sets aside for a tensor of ``size`` bytes: CUDA rounds up to 512."""
+    """Return the bytes that the device's allocator takes for ``size`` bytes: CUDA rounds up to 512."""
     return rounded(size, device.type)
