@@ -85,8 +85,8 @@ def _found(source: str, own: set[str]) -> Iterator[str]:
             if not isinstance(node.ctx, ast.Load) and root in ("torch", "Tensor", "nn"):
                 yield f"{node.lineno}: {ast.unparse(node)} is patched"
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            name = node.args[1] if node.func.id in ("getattr", "hasattr", "setattr") else None
-            value = name.value if isinstance(name, ast.Constant) else None
+            argument = node.args[1] if node.func.id in ("getattr", "hasattr", "setattr") else None
+            value = argument.value if isinstance(argument, ast.Constant) else None
             if isinstance(value, str) and _is_private(value) and value not in {*ALLOWED, *own}:
                 yield f"{node.lineno}: {ast.unparse(node)}"
         elif isinstance(node, ast.Constant) and str(node.value).startswith("torch._"):
@@ -347,8 +347,7 @@ def test_functions_of_torch_func_are_counted_and_left() -> None:
 
     torch.vmap(inner)(torch.ones(2))
     assert (depths, private.transform_depth()) == ([1], 0)
-    functorch = private.functorch
-    functorch._vmap_increment_nesting(2, "error")
+    torch._C._functorch._vmap_increment_nesting(2, "error")
     assert private.transform_depth() == 1
     private.leave_transforms(0)
     assert private.transform_depth() == 0
@@ -384,8 +383,8 @@ def test_an_exported_graph_shows_transforms_and_gives_its_codegen() -> None:
     assert not private.is_transform(torch.ops.aten.sin.default)
     module = torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)).module()
     copy, copies = torch.fx.Graph(), dict[torch.fx.Node, torch.fx.Node]()
-    copy.output(copy.graph_copy(module.graph, copies))  # type: ignore[arg-type]
-    copy.set_codegen(private.codegen_of(module.graph))  # type: ignore[arg-type]
+    copy.output(copy.graph_copy(module.graph, copies))
+    copy.set_codegen(private.codegen_of(module.graph))
     given = torch.randn(1, 2)
     assert equal_bits(torch.fx.GraphModule(module, copy)(given), module(given))
 
@@ -437,7 +436,7 @@ def test_a_switch_is_read_as_it_was_set(read: Callable[[], bool], write: Callabl
 
 
 def test_switches_are_those_of_torch_backends() -> None:
-    assert private.onednn_enabled() == BACKENDS.mkldnn.enabled  # type: ignore[attr-defined]
+    assert private.onednn_enabled() is bool(BACKENDS.mkldnn.enabled)
     assert private.cudnn_enabled() == BACKENDS.cudnn.enabled
     assert private.cudnn_benchmark() == BACKENDS.cudnn.benchmark
     assert private.cudnn_deterministic() == BACKENDS.cudnn.deterministic
@@ -601,7 +600,7 @@ def test_what_is_replaced_is_put_back_where_it_was() -> None:
     with private.replaced(_Derived, name="other"):
         assert (_Derived.name, _Base.name) == ("other", "base")
     assert "name" not in vars(_Derived)
-    with pytest.raises(KeyError), private.replaced(random, random=lambda: {}["met"], other=1):
+    with pytest.raises(KeyError), private.replaced(random, random=lambda: dict[str, float]()["met"], other=1):
         random.random()
     assert 0 <= random.random() < 1
     assert not hasattr(random, "other")

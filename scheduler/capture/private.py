@@ -9,8 +9,8 @@ Not here, for they are stable in fact: the attributes of nn.Module (``_parameter
 ``_forward_hooks``, ``_compiled_call_impl``, ...), which pickled models carry, so that other names would break
 them; and the names of ops (``aten._softmax``), which exported programs carry.
 
-Patches. All are made by ``replaced``, which puts back what was there. They are of the whole process while a
-plan is made; no forward of a planned model makes one:
+Patches. These are made by ``replaced``, which puts back what was there. They are of the whole process while a
+plan is made or a graph is captured; other forwards of a planned model make none:
 
 * ``autograd.Function.apply`` and ``Tensor.register_hook`` (export.py): an export drops custom backwards and
   hooks on tensors silently; seen, they refuse the graph.
@@ -22,10 +22,12 @@ plan is made; no forward of a planned model makes one:
   given (call_reads.py): a graph is good while what its forward has read is unchanged.
 * ``backward`` and ``zero_grad`` (step_function.py): a step function must not call them.
 * draws of ``random`` and ``numpy.random`` (layer_drop.py): layers that are left out at random all run.
-* ``forward`` of one module (eager.py, export.py, planning.py): its calls are led through a capture.
+* ``forward`` and the dicts of hooks of one model (eager.py, export.py, planning.py, state.py): its calls are
+  led through a capture.
 
-module_calls.py and lightning.py set ``forward`` or ``_compiled_call_impl`` of modules, to see their calls.
-A planned model, and the module that ``state.bare`` gives, are no patches: they are objects of a subclass that
+Two set attributes of single modules themselves, not of the process: module_calls.py the ``forward`` (or
+``_compiled_call_impl``) of blocks, at every step, so that it must be quick; lightning.py the ``forward`` of one
+module until its first call. A planned model, and the module that ``state.bare`` gives, are no patches: they are objects of a subclass that
 share the ``__dict__`` of the model, which keeps its class.
 """
 

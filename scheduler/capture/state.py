@@ -22,6 +22,7 @@ from scheduler.capture.private import (
     dynamo_is_loaded,
     graph_task,
     hooks_of_gradients,
+    replaced,
     storage_id,
     version_of,
 )
@@ -239,18 +240,14 @@ def bare(model: nn.Module) -> Iterator[nn.Module]:
     It shares everything with the model.
     """
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    before = {name: vars(model)[name] for name in names}
     root = model
     if type(model).__call__ is not nn.Module.__call__:
         cls = type(model)
         plain = type(cls.__name__, (cls,), {"__call__": nn.Module.__call__, "__module__": cls.__module__})
         root = object.__new__(plain)
         object.__setattr__(root, "__dict__", vars(model))
-    vars(model).update({name: OrderedDict() for name in names})
-    try:
+    with replaced(vars(model), **{name: OrderedDict() for name in names}):
         yield root
-    finally:
-        vars(model).update(before)
 
 
 @contextmanager

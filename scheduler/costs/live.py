@@ -108,9 +108,9 @@ class LiveBytes(TorchDispatchMode):
         for leaf in (result,) if isinstance(result, Tensor) else pytree.tree_leaves(result):
             if isinstance(leaf, Tensor) and (self.only is None or leaf.device.type == self.only):
                 storage = _storage(leaf)
-                if storage is not None and storage_id(storage) not in given:
-                    self._follow(storage, leaf.device.type)
-                    given[storage_id(storage)] = storage
+                if storage is not None and (key := storage_id(storage)) not in given:
+                    self._follow(key, storage, leaf.device.type)
+                    given[key] = storage
         for key, storage in given.items():
             if key in self._known and self._known[key][2] != storage.nbytes():
                 self._resized(key, storage.nbytes())
@@ -122,8 +122,7 @@ class LiveBytes(TorchDispatchMode):
             self._change(-taken, number)
         return result
 
-    def _follow(self, storage: Any, device: str) -> None:
-        key = storage_id(storage)
+    def _follow(self, key: int, storage: Any, device: str) -> None:
         if key in self._known:
             return
         size = storage.nbytes()
