@@ -25,10 +25,10 @@ plan is made or a graph is captured; other forwards of a planned model make none
 * ``forward`` and the dicts of hooks of one model (eager.py, export.py, planning.py, state.py): its calls are
   led through a capture.
 
-Two set attributes of single modules themselves, not of the process: module_calls.py the ``forward`` (or
-``_compiled_call_impl``) of blocks, at every step, so that it must be quick; lightning.py the ``forward`` of one
-module until its first call. A planned model, and the module that ``state.bare`` gives, are no patches: they are objects of a subclass that
-share the ``__dict__`` of the model, which keeps its class.
+Two files set attributes of single modules themselves: module_calls.py the ``forward`` (or
+``_compiled_call_impl``) of blocks, at every step, so that it must be quick; lightning.py the ``forward`` of
+one module until its first call. A planned model, and the module that ``state.bare`` yields, are no patches:
+they are objects of a subclass that share the ``__dict__`` of the model, which keeps its class.
 """
 
 from __future__ import annotations
