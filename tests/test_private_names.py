@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from scheduler.capture import private
 from scheduler.capture.layouts import equal_bits
-from scheduler.costs.peak import public_memory_events
+from scheduler.costs import peak
 
 ROOT = Path(__file__).resolve().parent.parent
 PRIVATE = ROOT / "scheduler" / "capture" / "private.py"
@@ -511,7 +511,7 @@ def test_both_profilers_give_the_same_bytes_in_the_same_order(work: Callable[[],
     """What ``costs.peak`` counts does not change on the day that torch has the older one no more."""
     work()  # what is made once
     found = []
-    for start in (private.legacy_memory_events, public_memory_events):
+    for start in (private.legacy_memory_events, peak.public_memory_events):
         torch.manual_seed(0)
         assert not private.profiler_is_on()
         stop = start()
@@ -531,6 +531,30 @@ def test_both_profilers_give_the_same_bytes_in_the_same_order(work: Callable[[],
     assert found[0][:2] == found[1][:2]
     assert "mark" in found[0][1]
     assert found[1][2] == 0
+
+
+def test_bytes_are_counted_alike_where_torch_has_no_older_profiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(32, 32, requires_grad=True)
+
+    def step(mark: Callable[[], None]) -> Tensor:
+        product = torch.nn.functional.gelu(weight @ weight)
+        mark()
+        loss = product.sum()
+        del product
+        loss.backward()
+        return loss
+
+    step(lambda: None)
+    before = peak.count_bytes(step, torch.device("cpu"))
+    monkeypatch.setattr(peak, "legacy_memory_events", lambda: None)
+    after = peak.count_bytes(step, torch.device("cpu"))
+    assert (after.peak, after.end, after.marks, after.peaks) == (
+        before.peak,
+        before.end,
+        before.marks,
+        before.peaks,
+    )
+    assert before.marks[0] >= 32 * 32 * 4
 
 
 @pytest.mark.cuda
