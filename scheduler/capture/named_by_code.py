@@ -21,7 +21,7 @@ from scheduler.capture.python_state import MISSING, is_own_code, is_plain
 __all__ = ["Named", "named_by"]
 
 LOADS = ("LOAD_GLOBAL", "LOAD_NAME")
-ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
+ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")  # LOAD_METHOD before Python 3.12, the last since
 
 
 @dataclass(slots=True)
