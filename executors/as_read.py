@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
-from executors.check import INTEGERS
+from scheduler.capture.layouts import INTEGERS
+from scheduler.capture.private import FakeTensor, version_of
 
 __all__ = ["AsRead", "Sampler", "address", "unlike"]
 
@@ -101,13 +101,13 @@ class AsRead:
 
     def __init__(self, tensors: Sequence[Tensor], sampler: Sampler | None = None) -> None:
         self.tensors, self.sampler = tensors, sampler
-        self.versions = [tensor._version for tensor in tensors]
+        self.versions = [*map(version_of, tensors)]
         self.addresses = [*map(address, tensors)]
         self.sample = [] if sampler is None else sampler.take(tensors, self.addresses)
 
     def changed(self) -> Sequence[int]:
         """The numbers of those that were changed in place since, by their versions, or that have other data."""
-        versions = [tensor._version for tensor in self.tensors]
+        versions = [*map(version_of, self.tensors)]
         addresses = [*map(address, self.tensors)]
         if versions == self.versions and addresses == self.addresses:
             return ()

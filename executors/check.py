@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scheduler.capture.layouts import nonzeros, parts
+from scheduler.capture.layouts import INTEGERS, nonzeros, parts
+from scheduler.capture.private import neg_view
 from scheduler.capture.state import may_be_seed
 
 __all__ = ["CHECKS", "Fingerprint", "checksum", "difference", "sums"]
@@ -24,7 +25,6 @@ LONGEST = (
 )  # places along a dimension that has a sum for each of them: bounds what a checksum takes on a device
 COPIED = 2**15  # elements that are copied at once where they are not aligned, on a device
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the golden ratio in 64 bits: multiples of it are spread evenly
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
 def nothing(_: Tensor) -> Fingerprint:
@@ -125,7 +125,7 @@ def sums(tensor: Tensor) -> tuple[int]:
     with torch.no_grad():
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
-        tensor = tensor._neg_view() if tensor.is_neg() else tensor
+        tensor = neg_view(tensor) if tensor.is_neg() else tensor
         bits = tensor.view(INTEGERS[tensor.element_size()]).as_strided(*_as_it_lies(tensor))
         total = torch.zeros((), dtype=torch.int64, device=bits.device)
         for words in _words(bits):

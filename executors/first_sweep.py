@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
@@ -20,6 +19,7 @@ from executors.trace import Observer
 from scheduler.actions import CopyAction
 from scheduler.capture.environment import default_device, function_modes, switches
 from scheduler.capture.layouts import storage_key, storage_keys, storage_of
+from scheduler.capture.private import detect_fake_mode, version_of
 from scheduler.capture.recompute import Rebuild
 from scheduler.capture.state import RandomState, autocast_state, on_gradient, shielded
 from scheduler.program import ReplayProgram
@@ -220,7 +220,7 @@ class FirstSweep:
         if not isinstance(tensor, Parameter):  # another leaf (an index, a mask) goes with those who saved it
             return Held(tensor)
         found = self.leaves.get(id(tensor))
-        if found is None or found.version != tensor._version:
+        if found is None or found.version != version_of(tensor):
             found = self.leaves[id(tensor)] = Held(tensor)
         return found
 

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._C import _functorch as functorch
-from torch.nn.modules.conv import _ConvNd
 
 from scheduler.capture.export import unfired_hook
+from scheduler.capture.private import Convolution, transform_depth
 from scheduler.errors import PlanMismatch
 
 __all__ = ["Guard", "Trainable", "benchmarks_convolutions", "reject_recording", "reject_transforms"]
@@ -25,7 +24,7 @@ def reject_transforms(model: nn.Module) -> None:
     Raises:
         PlanMismatch: says what to call instead.
     """
-    if functorch.get_dynamic_layer_stack_depth():
+    if transform_depth():
         raise PlanMismatch(
             f"planned {type(model).__name__}: called within torch.vmap or a transform of torch.func (grad, vjp, jvp, jacrev), "
             "which a plan cannot be followed in; transform the plain model, the one given to execute(), or train by "
@@ -51,7 +50,7 @@ def benchmarks_convolutions(model: nn.Module, device: torch.device) -> bool:
     """Whether cuDNN tries algorithms for the model's convolutions: anew in autograd's thread, where replays run."""
     cudnn = torch.backends.cudnn
     on = device.type == "cuda" and cudnn.enabled and cudnn.benchmark and not cudnn.deterministic
-    return on and any(isinstance(module, _ConvNd) for module in model.modules())
+    return on and any(isinstance(module, Convolution) for module in model.modules())
 
 
 class Guard:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from scheduler.capture.private import version_of
 from scheduler.capture.recompute import Rebuild
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Held:
     def __init__(self, tensor: Tensor) -> None:
         # A non-leaf is detached, for a node must not own its own output.
         self.tensor = tensor if tensor.is_leaf else tensor.detach()
-        self.version = tensor._version
+        self.version = version_of(tensor)
 
 
 class Thinned:

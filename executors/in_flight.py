@@ -8,7 +8,6 @@ the graph is reversed. If that will not fit the budget, a PeakWarning says so, o
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from executors.replay import ReplayError
 from scheduler.budget import format_bytes
 from scheduler.capture.loss import output_tensors
+from scheduler.capture.private import keeps_graph, parametrizations_are_cached, version_of
 from scheduler.capture.state import in_backward
 from scheduler.errors import PeakWarning
 from scheduler.plan import Plan
@@ -76,7 +76,7 @@ class _Graph:
         self.steps, self.plan, self.reversed = steps, plan, False
 
     def __call__(self, _: Any) -> None:
-        if torch._C._autograd._get_current_graph_task_keep_graph():
+        if keeps_graph():
             self.steps.retained(self.plan)
         else:
             self.reversed = True
@@ -141,7 +141,7 @@ class InFlight:
         emptied = shares_casts and self.mark is not None and not self.mark.stays()  # by what was planned
         if shares_casts and (emptied or any(each.capture.uncached for each in (plan, *earlier))):
             self._refuse_shared_casts()
-        if earlier and _parametrizations_are_cached():
+        if earlier and parametrizations_are_cached():
             raise ReplayError(
                 f"planned {self.name}: another forward runs within torch.nn.utils.parametrize.cached() while an earlier one waits "
                 "for its backward. The plain model computes each parametrized weight once for both, which a plan for one forward "
@@ -253,12 +253,7 @@ class InFlight:
 
 
 def _versions(weights: Iterable[Tensor]) -> int:
-    return sum(weight._version for weight in weights if weight.requires_grad)
-
-
-def _parametrizations_are_cached() -> bool:
-    parametrize = sys.modules.get("torch.nn.utils.parametrize")
-    return parametrize is not None and bool(parametrize._cache_enabled)
+    return sum(version_of(weight) for weight in weights if weight.requires_grad)
 
 
 def waiting_bytes(plan: Plan) -> int:

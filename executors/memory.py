@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from scheduler.capture.flat import tree_leaves
+from scheduler.capture.private import pytree
 from scheduler.costs.cuda_memory import workspace_bytes
 from scheduler.costs.peak import count_bytes
 from scheduler.costs.resident import storage_bytes

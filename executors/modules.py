@@ -25,6 +25,7 @@ from scheduler.capture.layouts import storage_key
 from scheduler.capture.module_calls import intercepted, is_compiled
 from scheduler.capture.module_capture import Block, ModuleCapture
 from scheduler.capture.nested_plans import inner_plans_left_out
+from scheduler.capture.private import version_of
 from scheduler.capture.python_state import is_plain
 from scheduler.capture.sharded import gathered, holders, sharded_within
 from scheduler.capture.state import AutocastState, Draws, autocast_contexts, autocast_state
@@ -199,7 +200,7 @@ class _Run:
         # first run began: others than the re-run finds.
         then = dict(zip(map(id, self.reads[0].tensors), self.reads[0].versions, strict=True))
         now = AsRead([values[key] for values, key in own.constant])
-        now.versions = [then.get(id(t), t._version) for t in now.tensors]
+        now.versions = [then.get(id(t), version_of(t)) for t in now.tensors]
         self.reads = now, self.reads[1]
 
     def is_as_then(self, own: _Own) -> bool:
@@ -283,7 +284,7 @@ class ModuleStep(Step):
         outputs = tensor_leaves(result)
         for output, tensor in outputs:
             if (index, output) in following:
-                self.crossing[index, output] = tensor, tensor._version
+                self.crossing[index, output] = tensor, version_of(tensor)
         if self.observe is not None:
             self.watch(stage, [t for _, t in outputs])
             self.observe("first", stage + 1)
@@ -329,7 +330,7 @@ class ModuleStep(Step):
             there = crossing.get((end - back, output))
             given = leaves[argument] if argument < len(leaves) else None
             if there is not None and not isinstance(there, tuple) and isinstance(given, Tensor):
-                known[id(there)] = given, given._version
+                known[id(there)] = given, version_of(given)
         for index, boundary in boundaries.items():
             resolved = [known.get(id(each), each) for each in boundary]
             tensors = tuple([each[0] for each in resolved if isinstance(each, tuple)])
@@ -481,7 +482,7 @@ class ModuleStep(Step):
 
 def _same_value(tensor: Tensor, made: Tensor | None, version: int) -> bool:
     """Whether a tensor is what was made, unchanged, or a view of just that: hooks of modules wrap in views."""
-    if made is None or tensor._version != version:
+    if made is None or version_of(tensor) != version:
         return False
     return tensor is made or (
         storage_key(tensor) == storage_key(made)

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from executors.arena import Arena
 from scheduler.actions import (
@@ -33,6 +32,7 @@ from scheduler.actions import (
     Prefetch,
     PrefetchSaved,
 )
+from scheduler.capture.private import FakeTensor, set_conj_and_neg, storage_id, version_of
 from scheduler.host import Item
 
 __all__ = ["Moved", "Store"]
@@ -59,8 +59,7 @@ class Place(NamedTuple):
         whole = flat[: flat.numel() // self.dtype.itemsize * self.dtype.itemsize].view(self.dtype)
         tensor = whole.as_strided(self.size, self.stride, self.offset)
         if self.conj or self.neg:
-            torch._C._set_conj(tensor, self.conj)
-            torch._C._set_neg(tensor, self.neg)
+            set_conj_and_neg(tensor, self.conj, self.neg)
         return tensor
 
 
@@ -116,7 +115,7 @@ class Block:
         storage = tensor.untyped_storage()
         self.side = side
         self.device = tensor.device
-        self.key = storage._cdata
+        self.key = storage_id(storage)
         self.bytes = storage.nbytes()
         self.on_device: dict[Place, Tensor] | None = {}
         self.holders: set[Item] = set()
@@ -155,14 +154,14 @@ class Block:
 
     def version(self, tensor: Tensor, place: Place) -> int:
         """The version of a tensor of this storage; that of a copy goes on from what was copied."""
-        return tensor._version - self._began + self._versions.get(place, 0)
+        return version_of(tensor) - self._began + self._versions.get(place, 0)
 
     def write(self) -> None:
         """Start to copy it to the host, if it is not there."""
         if self._host is not None or self.on_device is None or self.pinned:
             return
         tensor = next(iter(self.on_device.values()))
-        self._written = tensor._version
+        self._written = version_of(tensor)
         if isinstance(tensor, FakeTensor):
             self._host = True
             return
@@ -180,9 +179,9 @@ class Block:
         if isinstance(self._host, Tensor):
             with torch.no_grad():
                 self._copied = self.side.copy(flat, self._host, self.device, reading=True)
-        self._written = self._began = flat._version
+        self._written = self._began = version_of(flat)
         self.on_device = {Place.of(flat): flat}
-        self.key = flat.untyped_storage()._cdata
+        self.key = storage_id(flat.untyped_storage())
         self.side.blocks[self.key] = self
 
     def settle(self) -> None:
@@ -190,14 +189,14 @@ class Block:
         if self._host is None or self.on_device is None:
             return
         tensor = next(iter(self.on_device.values()))  # all of them have one version
-        if not self.holders and tensor._version == self._written:
+        if not self.holders and version_of(tensor) == self._written:
             self._wait()
             places = (*self._versions, *self.on_device)
             self._versions = {place: self.version(tensor, place) for place in places}
             self.on_device = self._flat = None
             self.side.blocks.pop(self.key, None)
         elif (
-            not self.hosts or tensor._version != self._written
+            not self.hosts or version_of(tensor) != self._written
         ):  # or it was changed in place since it was copied
             self._drop_host()
 
@@ -344,7 +343,7 @@ class Store:
         return _alive(self._items.get(item, ()))
 
     def _block(self, tensor: Tensor) -> Block:
-        key = tensor.untyped_storage()._cdata
+        key = storage_id(tensor.untyped_storage())
         block = self.side.blocks.get(key)
         if block is None:
             block = self.side.blocks[key] = Block(self.side, tensor)

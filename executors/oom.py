@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from executors.watch import step_bytes
+from scheduler.capture.layouts import equal_bits
+from scheduler.capture.private import version_of
 from scheduler.capture.state import Draws, HostRandomState
 from scheduler.errors import InfeasibleBudget
 from scheduler.plan import Plan
@@ -29,12 +31,12 @@ class State:
     def __init__(self, device: torch.device, changing: list[Place], others: list[Place], host: bool) -> None:
         self.random, self.host_random = Draws(device), HostRandomState()
         self.copies = [(place, t, _copied(t, host=host)) for place, t in _there(changing)]
-        self.versions = [(place, t, t._version) for place, t in _there(others)]
+        self.versions = [(place, t, version_of(t)) for place, t in _there(others)]
 
     def hindrance(self) -> str | None:
         """Why the state cannot be put back; None if it can."""
         for (buffers, name), tensor, version in self.versions:
-            if buffers[name] is not tensor or tensor._version != version:
+            if buffers[name] is not tensor or version_of(tensor) != version:
                 return f"buffer {name!r} has changed, which it did not at the first forward"
         return None
 
@@ -72,7 +74,7 @@ class Changes:
         if self.changing is None:
             self.changing = []
             for place, tensor, copy in state.copies:
-                same = place[0][place[1]] is tensor and torch.equal(tensor.cpu(), copy)
+                same = place[0][place[1]] is tensor and equal_bits(tensor.cpu(), copy)
                 (self.others if same else self.changing).append(place)
 
 

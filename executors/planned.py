@@ -18,6 +18,7 @@ from executors.plans import Plans, Settings
 from executors.runner import plain_copy, plain_forward, plans_within, sharing, wrappers
 from scheduler.capture.eager import wrapped_forward
 from scheduler.capture.nested_plans import within_a_plan
+from scheduler.capture.private import never_compiled
 from scheduler.capture.sample import model_fingerprint
 from scheduler.capture.sharded import reject_wrapped
 from scheduler.capture.state import model_device
@@ -199,9 +200,8 @@ def _eagerly(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return torch.compiler.disable(plans_within(model).forward)(model, args, kwargs)
 
 
-# What torch.compiler.disable sets; itself it would load the compiler, which takes seconds, for everyone.
-_eagerly._torchdynamo_disable = True  # type: ignore[attr-defined]
-_eagerly._torchdynamo_disable_msg = "a planned model is not compiled as a whole; compile its blocks"  # type: ignore[attr-defined]
+_WHOLE = "a planned model is not compiled as a whole; compile its blocks"
+never_compiled(_eagerly, _WHOLE)
 
 
 @functools.cache
@@ -256,8 +256,7 @@ def _bound(function: Any, model: Any) -> Any:
 
 
 # The compiler stops here, and says why a planned model is no full graph.
-_bound._torchdynamo_disable = True  # type: ignore[attr-defined]
-_bound._torchdynamo_disable_msg = _eagerly._torchdynamo_disable_msg  # type: ignore[attr-defined]
+never_compiled(_bound, _WHOLE)
 
 
 class _Own:

@@ -30,6 +30,7 @@ from scheduler.capture.environment import (
 )
 from scheduler.capture.flat import flatten, repeated_floats
 from scheduler.capture.nested_plans import inner_plans_left_out
+from scheduler.capture.private import profiler_is_on
 from scheduler.capture.sample import (
     Call,
     CallReader,
@@ -327,7 +328,7 @@ class Plans:
                     plain(*args, **kwargs)
             except CollectiveCall as error:
                 return f"a trial would wait for other ranks of torch.distributed ({error})"
-        if self.device.type == "cpu" and torch._C._autograd._profiler_enabled():
+        if self.device.type == "cpu" and profiler_is_on():
             return "a profiler is running, and it takes one to count bytes on the CPU"
         return None
 
@@ -460,7 +461,7 @@ class Plans:
             )
             return
         existing = storage_bytes((p.grad for p in model.parameters() if p.grad is not None), self.device)
-        profiled = self.device.type == "cpu" and torch._C._autograd._profiler_enabled()
+        profiled = self.device.type == "cpu" and profiler_is_on()
         if existing == runner.plan.resident.get("existing gradients") and not profiled:
             self.watched = (runner, Watch(self.device))
 

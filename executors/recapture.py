@@ -11,13 +11,13 @@ from contextlib import nullcontext
 
 import torch
 from torch import nn
-from torch._guards import detect_fake_mode
 
 from scheduler.capture.environment import environment_difference, environment_text
 from scheduler.capture.graph import OpGraph
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
 from scheduler.capture.module_capture import ModuleCapture, capture_modules, recorded_modules
 from scheduler.capture.plain_steps import PlainSteps
+from scheduler.capture.private import NormBase, detect_fake_mode
 from scheduler.capture.recompute import check_dropped
 from scheduler.capture.repeat import ELSEWHERE, draws_elsewhere
 from scheduler.capture.sample import Call
@@ -136,11 +136,7 @@ def _check_recorded(model: nn.Module, found: ModuleCapture) -> None:
                     f"buffer {name!r} does not belong to block {block.label}, which the plan says changes it"
                 )
         for path, module in model.get_submodule(block.name).named_modules(prefix=block.name):
-            if (
-                isinstance(module, nn.modules.batchnorm._NormBase)
-                and module.training
-                and module.track_running_stats
-            ):
+            if isinstance(module, NormBase) and module.training and module.track_running_stats:
                 missing = [n for n, _ in module.named_buffers(prefix=path) if n not in changed]
                 if missing:
                     raise CaptureError(

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from executors.planned import execute
 from executors.plans import Plans
@@ -22,9 +20,11 @@ from scheduler.capture.fake import fake_call, fake_model
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.loss import find_loss
 from scheduler.capture.module_capture import ModuleCapture
+from scheduler.capture.private import FakeTensorMode, TorchDispatchMode
 from scheduler.capture.sample import Call, canonical_call, forward_signature, read_sample, unplanned
 from scheduler.capture.state import model_device, preserved
 from scheduler.capture.target import Device, Target
+from scheduler.costs.clock import wait
 from scheduler.costs.live import LiveBytes
 from scheduler.costs.peak import CudaBytes, cpu_events
 from scheduler.costs.resident import resident_parts, storage_bytes
@@ -332,7 +332,7 @@ class _Counters(TorchDispatchMode):
 
 def _measured_cuda(step: Callable[[], Any], notes: _Notes, device: torch.device) -> tuple[list[_Change], int]:
     """The caching allocator's counters between ops, their peaks included; the most bytes that were asked for."""
-    torch.cuda.synchronize(device)
+    wait(device)
     torch.cuda.reset_peak_memory_stats(device)
     counters = _Counters(device)
 
@@ -343,7 +343,7 @@ def _measured_cuda(step: Callable[[], Any], notes: _Notes, device: torch.device)
     notes.now = now
     with counters:
         held = step()
-    torch.cuda.synchronize(device)
+    wait(device)
     counters.read("")
     del held
     return counters.changes, counters.requested

@@ -45,6 +45,7 @@ from executors.first_sweep import FirstSweep, tensors_of
 from executors.handles import Handle, Held, Thinned
 from executors.offload import Moved
 from scheduler.capture.environment import on_default_device, switched, switches, under_modes
+from scheduler.capture.private import graph_task, keeps_graph, version_of
 from scheduler.capture.recompute import Rebuild
 from scheduler.capture.state import RandomState, autocast_contexts
 from scheduler.schedule import COPY_ACTIONS, Backward, Checkpoint, Free, Keep
@@ -111,17 +112,17 @@ class Step(FirstSweep):
             self.replay_until(packed.stage)
             return packed.tensor()
         assert isinstance(packed, Held)
-        if packed.tensor._version != packed.version:
+        if version_of(packed.tensor) != packed.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace "
                 f"operation: a tensor of shape {tuple(packed.tensor.shape)} is at version "
-                f"{packed.tensor._version}, expected version {packed.version}"
+                f"{version_of(packed.tensor)}, expected version {packed.version}"
             )
         return packed.tensor
 
     def replay_until(self, stage: int, index: int | None = None) -> None:
         """Run the program up to the backward of ``stage``, so that this handle of it, if any, is filled (rules 2, 4, 5)."""
-        task = torch._C._current_graph_task_id()
+        task = graph_task()
         if index is None and task == self.task and self.position >= self.program.backward_at[stage]:
             return
         generators = RandomState(self.device, self.faked) if self.states else None
@@ -213,7 +214,7 @@ class Step(FirstSweep):
 
     def _reversed_for_good(self, stage: int) -> bool:
         """Whether nothing of the stages after this one can be asked for again (rule 7)."""
-        if torch._C._autograd._get_current_graph_task_keep_graph():
+        if keeps_graph():
             return False
         return not any(self.handles[stage + 1 : self.top() + 1])
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from executors.plans import Plans
 from executors.runner import plans_within
+from scheduler.capture.private import version_of
 
 __all__ = ["run_step"]
 
@@ -87,21 +88,21 @@ class _Gradients:
     """The gradients of parameters as they are before a step."""
 
     def __init__(self, parameters: Iterable[Tensor], copies: bool) -> None:
-        self.parameters = [(p, p._version) for p in parameters]
+        self.parameters = [(p, version_of(p)) for p in parameters]
         self.before: list[tuple[Tensor, Tensor | None, int, Tensor | None]] = []
         for parameter, _ in self.parameters:
             grad = parameter.grad
             copy = grad.detach().to("cpu", copy=True) if copies and grad is not None else None
-            self.before.append((parameter, grad, 0 if grad is None else grad._version, copy))
+            self.before.append((parameter, grad, 0 if grad is None else version_of(grad), copy))
 
     def hindrance(self) -> str | None:
         """Why they cannot be put back; None if they can."""
-        if any(p._version != version for p, version in self.parameters):
+        if any(version_of(p) != version for p, version in self.parameters):
             return "parameters have changed in it"
         touched = [
             g
             for _, g, version, copy in self.before
-            if g is not None and copy is None and g._version != version
+            if g is not None and copy is None and version_of(g) != version
         ]
         if touched:
             return (
@@ -113,6 +114,6 @@ class _Gradients:
     def restore(self) -> None:
         """Put them back."""
         for parameter, grad, version, copy in self.before:
-            if grad is not None and copy is not None and grad._version != version:
+            if grad is not None and copy is not None and version_of(grad) != version:
                 grad.data.copy_(copy)
             parameter.grad = grad

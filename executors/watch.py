@@ -11,6 +11,8 @@ from torch import Tensor
 
 from scheduler.budget import format_bytes
 from scheduler.capture.loss import output_tensors
+from scheduler.capture.private import at_end_of_backward
+from scheduler.costs.clock import wait
 from scheduler.costs.cuda_memory import workspace_bytes
 from scheduler.costs.peak import CpuEvents, CudaBytes
 from scheduler.errors import InfeasibleBudget, PeakWarning
@@ -52,11 +54,11 @@ class Watch:
     def _reversing(self, _: Tensor) -> None:
         if not self.queued:
             self.queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._end)
+            at_end_of_backward(self._end)
 
     def _end(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            wait(self.device)
             now = CudaBytes.read(self.device)
             self.peak = now.highest - self.before.allocated
             self.requested = now.highest_requested - self.before.requested

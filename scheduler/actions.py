@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from scheduler.checks import is_integer
 from scheduler.json_data import shown
 
 __all__ = [
@@ -198,7 +199,7 @@ class Schedule:
                 or not row
                 or not isinstance(row[0], str)
                 or row[0] not in _KINDS
-                or not all(isinstance(v, int) and not isinstance(v, bool) for v in row[1:])
+                or not all(map(is_integer, row[1:]))
                 or len(row) - 1 != len(_KINDS[row[0]].__slots__)  # type: ignore[attr-defined] # a slotted dataclass
             ):
                 raise ValueError(f"Schedule.from_json: actions[{i}] is {shown(row)}, which is no action")

@@ -7,11 +7,11 @@ A model is cut into stages 0..L-1 that run in order. *Boundary* i is what crosse
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from scheduler.checks import is_integer, is_number
 from scheduler.json_data import shown
 from scheduler.plan_file import check_chain
 
@@ -22,7 +22,7 @@ CHAIN_FORMAT = 1
 
 def _bytes(owner: str, field: str, value: Any, *, signed: bool = False) -> int:
     """``value`` as a plain int, or a ValueError that names the field."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if not is_integer(value):
         raise ValueError(
             f"{owner}: {field}={value!r} must be an integer number of bytes; "
             "round sizes up to whole bytes first"
@@ -35,7 +35,7 @@ def _bytes(owner: str, field: str, value: Any, *, signed: bool = False) -> int:
 
 def _seconds(owner: str, field: str, value: Any) -> float:
     """``value`` as a float, or a ValueError that names the field."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not is_number(value):
         raise ValueError(f"{owner}: {field}={value!r} must be a number of seconds")
     try:
         result = float(value)

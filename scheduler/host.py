@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import numbers
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from scheduler.chain import Chain, Option
+from scheduler.checks import is_integer, is_number
 
 __all__ = ["Copies", "HostMemory", "Item", "apart"]
 
@@ -36,14 +36,14 @@ class HostMemory:
     asynchronous: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.capacity, bool) or not isinstance(self.capacity, numbers.Integral):
+        if not is_integer(self.capacity):
             raise ValueError(f"HostMemory: capacity={self.capacity!r} must be an integer number of bytes")
         object.__setattr__(self, "capacity", int(self.capacity))
         if self.capacity < 0:
             raise ValueError(f"HostMemory: capacity={self.capacity} must not be negative (bytes)")
         for field in ("write_bandwidth", "read_bandwidth", "latency"):
             value: Any = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
+            if not is_number(value) or math.isnan(value):
                 raise ValueError(f"HostMemory: {field}={value!r} must be a number")
             try:
                 object.__setattr__(self, field, float(value))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import numbers
 import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
+
+from scheduler.checks import is_integer, is_number
 
 __all__ = [
     "LARGEST",
@@ -77,26 +78,21 @@ def flag(where: str, value: Any) -> None:
         raise refused(where, value, "true or false")
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
 def integer(where: str, value: Any) -> None:
     """A whole number of either sign, below ``LARGEST``."""
-    if not _whole(value) or not -LARGEST < value < LARGEST:
+    if not is_integer(value) or not -LARGEST < value < LARGEST:
         raise refused(where, value, "an integer between -2**62 and 2**62")
 
 
 def count(where: str, value: Any) -> None:
     """A whole number that is not negative, below ``LARGEST``."""
-    if not _whole(value) or not 0 <= value < LARGEST:
+    if not is_integer(value) or not 0 <= value < LARGEST:
         raise refused(where, value, "an integer of at least 0, below 2**62")
 
 
 def number(where: str, value: Any) -> None:
     """A number that is not negative; infinity is one."""
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not value >= 0 or (_whole(value) and value >= LARGEST):
+    if not is_number(value) or not value >= 0 or (is_integer(value) and value >= LARGEST):
         raise refused(where, value, "a number of at least 0")
 
 

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scheduler.checks import is_integer
 from scheduler.cuts import LEFT_OUT, REASONS
 from scheduler.json_data import (
     choice,
@@ -71,7 +72,7 @@ def _version(where: str, value: Any) -> None:
 
 
 def _budget(where: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**63:
+    if not is_integer(value) or not 0 < value < 2**63:
         raise refused(where, value, "an integer in 1 .. 2**63 - 1 (bytes)")
 
 

@@ -15,7 +15,7 @@ from scheduler.budget import format_bytes, free_machine_bytes, machine_bytes, pa
 from scheduler.capture.call_reads import CallReads
 from scheduler.capture.callables import CallableChain
 from scheduler.capture.dry import DRAWS, capture_dry, without_hardware
-from scheduler.capture.eager import own_attributes, replaced
+from scheduler.capture.eager import own_attributes
 from scheduler.capture.environment import environment_text
 from scheduler.capture.fake import has_data
 from scheduler.capture.flat import map_tensors, tree_leaves
@@ -27,6 +27,7 @@ from scheduler.capture.module_capture import ModuleCapture, capture_blocks
 from scheduler.capture.nested_plans import inner_plans_left_out
 from scheduler.capture.offloaded import on_host
 from scheduler.capture.plain_steps import PlainSteps
+from scheduler.capture.private import replaced
 from scheduler.capture.sample import (
     Call,
     CallSignature,

@@ -81,7 +81,7 @@ def _run(check: Check, device: str, folder: Path, left: float, seconds: float) -
     line: dict[str, Any] = {
         "check": check.name,
         "device": device,
-        "when": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
+        "when": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "ok": False,
         "seconds": 0.0,
         "ended": f"not started: the {seconds:.0f} s of all checks are used up",

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scheduler.capture.private import versions_kept
 from scheduler.capture.python_state import MISSING, Holder, holders_of, is_plain, is_users_code
 
 __all__ = ["BlockState", "Taken", "is_walked", "named_tensors"]
@@ -397,7 +398,7 @@ class BlockState:
         changed = tuple([tensor for tensor, _ in current if not tensor.is_inference()])
         try:
             # What the block changes in place meanwhile is put back: to autograd, too, it is what it was.
-            with torch.autograd._unsafe_preserve_version_counter(changed) if changed else nullcontext():
+            with versions_kept(changed) if changed else nullcontext():
                 yield
         finally:
             after = layout.now()

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from scheduler.capture.block_state import BlockState, Taken, is_walked
 from scheduler.capture.fake import Watch
+from scheduler.capture.layouts import equal_bits
+from scheduler.capture.private import pytree, version_of
 from scheduler.capture.python_state import is_plain
 from scheduler.capture.state import CPU_RANDOM_STATE
-from scheduler.capture.verify import equal_bits
 
 __all__ = ["CallState"]
 
@@ -39,7 +39,7 @@ class CallState:
         ]
         self.given = BlockState("argument", objects, everything=True).take(cut=False) if objects else None
         self.values = {
-            name: (tensor, tensor.detach().clone() if data else tensor, tensor._version)
+            name: (tensor, tensor.detach().clone() if data else tensor, version_of(tensor))
             for name, tensor in _tensors(state.name, state.module, self.taken)
         }
         self.outside = [
@@ -63,7 +63,7 @@ class CallState:
         # Kernels of batch norm change statistics without a new version; a fill may put the same values in again.
         if not self.data:
             return ops is not None and ops.has_changed(tensor)
-        return tensor._version != version or tensor.shape != value.shape or not equal_bits(tensor, value)
+        return version_of(tensor) != version or tensor.shape != value.shape or not equal_bits(tensor, value)
 
     def replaced(self) -> set[str]:
         """Names of the places in which another tensor is now than before."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from scheduler.capture.found import modules_in, name_of
+from scheduler.capture.private import pytree
 
 __all__ = ["CallableChain", "cut_off", "variables"]
 

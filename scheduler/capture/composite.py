@@ -1,36 +1,36 @@
-"""Composite ops, taken apart.
+"""Replace composite ops in an op graph by the ops that they consist of.
 
-PyTorch runs an op without a kernel of its own (CompositeImplicitAutograd) as a series of other ops, and autograd saves
-what those need. Attention with dropout on a CPU is one: two matrix products, a softmax, a dropout. As one op it can
-be run again as a whole only; as its parts, the dropout can be made again and the products be kept. An op with a kernel
-of its own (flash attention, layer_norm) stays as it is: its parts would save more.
+PyTorch runs an op without a kernel of its own (CompositeImplicitAutograd) as a series of other ops, and
+autograd saves what those need. Attention with dropout on a CPU is one: two matrix products, a softmax, a
+dropout. As one op it can be recomputed as a whole only; in parts, the dropout can be recomputed and the
+products be kept. An op with a kernel of its own (flash attention, layer_norm) stays as it is: its parts would
+save more.
 """
 
 from __future__ import annotations
 
-import functools
 import operator
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from scheduler.capture.graph import Op, OpGraph, analyse, resolve
+from scheduler.capture.private import FakeTensorMode, codegen_of, composite_kernel
 from scheduler.capture.sample import Call
 
 __all__ = ["in_parts"]
 
-COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
-# Storages smaller than this share of the largest that an op makes are no reason to take it apart: a norm's means, counts.
+# Storages smaller than this share of the largest that an op makes are no reason to take it apart: a norm's
+# means, counts.
 SMALL = 1 / 16
 # An op of more parts stays whole: a recurrent layer may be a series of ops for each time step.
 MOST = 64
 
 
 def in_parts(graph: OpGraph, call: Call) -> OpGraph:
-    """The graph with the ops that composite ops consist of, where an option could keep some of what they save.
+    """Take composite ops apart where an option could keep some of what they save.
 
     These are the ops of which autograd saves two or more large storages that they make themselves.
 
@@ -48,14 +48,17 @@ def in_parts(graph: OpGraph, call: Call) -> OpGraph:
 
 
 def _one_level_down(graph: OpGraph) -> fx.GraphModule | None:
-    """The graph's module with composite ops replaced by what they call; None if there are none to replace."""
+    """Return the graph's module with composite ops replaced by what they call; None if it has none."""
     known: dict[str, fx.GraphModule | None] = {}
     found: dict[fx.Node, fx.GraphModule] = {}
     saved = {key for op in graph.ops for key in op.saved}
     for index, op in enumerate(graph.ops):
         made = {key for key in (*op.writes, *op.saved) if graph.groups[key].producer == index}
         least = SMALL * max((graph.groups[key].bytes for key in made), default=0)
-        if sum(graph.groups[key].bytes >= least for key in made & saved) < 2 or not _composite(op.node):
+        if (
+            sum(graph.groups[key].bytes >= least for key in made & saved) < 2
+            or composite_kernel(op.node.target) is None
+        ):
             continue
         described = _described(graph, op)
         if described not in known:
@@ -68,28 +71,21 @@ def _one_level_down(graph: OpGraph) -> fx.GraphModule | None:
     copy = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     copy.output(copy.graph_copy(graph.module.graph, copies))
-    copy.set_codegen(graph.module.graph._codegen)
+    copy.set_codegen(codegen_of(graph.module.graph))
     for node, parts in found.items():
         _inline(copy, copies[node], parts)
     copy.lint()
     return fx.GraphModule(graph.module, copy)
 
 
-def _composite(node: fx.Node) -> bool:
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), COMPOSITE)
-
-
 def _tensor(graph: OpGraph, node: fx.Node) -> torch.Tensor | None:
-    """A tensor like the node's, or None if it is no tensor."""
+    """Return a tensor like the node's; None if it is no tensor."""
     value = resolve(graph.module, str(node.target)) if node.op == "get_attr" else node.meta.get("val")
     return value if isinstance(value, torch.Tensor) else None
 
 
 def _described(graph: OpGraph, op: Op) -> str:
-    """Text that is equal for two ops with the same parts."""
+    """Return text that is equal for two ops with the same parts."""
     number = {node: i for i, node in enumerate(op.node.all_input_nodes)}
 
     def argument(node: fx.Node) -> str:
@@ -103,14 +99,13 @@ def _described(graph: OpGraph, op: Op) -> str:
 
 
 def _parts(graph: OpGraph, op: Op) -> fx.GraphModule | None:
-    """The ops that the op calls, as a function of the tensors that it reads.
+    """Return the ops that the op calls, as a function of the tensors that it reads.
 
     None if they cannot be had, are too many, or are one op with a kernel of its own.
     """
     nodes = op.node.all_input_nodes
     target: Any = op.node.target
-    # The kernel that a plain step runs. ``target.decompose`` prefers one in Python, which may run other ops.
-    kernel = functools.partial(target._op_dk, COMPOSITE)
+    kernel: Any = composite_kernel(target)
 
     def run(*tensors: torch.Tensor) -> Any:
         env = dict(zip(nodes, tensors, strict=True))
@@ -134,7 +129,7 @@ def _parts(graph: OpGraph, op: Op) -> fx.GraphModule | None:
     calls = [n for n in parts.graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
     if any(n.op == "get_attr" for n in parts.graph.nodes) or len(calls) > MOST:
         return None
-    return parts if len(calls) > 1 or any(map(_composite, calls)) else None
+    return parts if len(calls) > 1 or any(composite_kernel(n.target) for n in calls) else None
 
 
 def _inline(graph: fx.Graph, node: fx.Node, parts: fx.GraphModule) -> None:

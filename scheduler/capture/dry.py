@@ -8,9 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.utils._python_dispatch import _disable_current_modes
 
 from scheduler.capture.eager import as_eager
 from scheduler.capture.fake import fake_call, fake_model
@@ -18,6 +15,12 @@ from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_grap
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.module_calls import Recurrence
 from scheduler.capture.module_capture import ModuleCapture, capture_blocks
+from scheduler.capture.private import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    modes_disabled,
+)
 from scheduler.capture.sample import Call
 from scheduler.capture.state import HostRandomState
 from scheduler.capture.target import Target
@@ -77,7 +80,7 @@ def capture_dry(
                 raise CaptureError(
                     f"the custom autograd.Function {custom[0]} is used, whose backward torch.export drops"
                 )
-            with _disable_current_modes():
+            with modes_disabled():
                 graph = next(op_graphs(model, call))
             captured = capture_graph(graph, model)
             captured.target = target

@@ -1,12 +1,12 @@
 """Export what the plain model runs, not what its code does for exporters.
 
-Libraries ask whether they are being exported, and then run other ops: transformers makes attention masks that it
-skips otherwise, and repeats the heads of grouped-query attention, so that gradients differ in their last bits.
-Within ``as_eager``
+Libraries ask whether they are being exported, and then run other ops: transformers makes attention masks that
+it skips otherwise, and repeats the heads of grouped-query attention, so that gradients differ in their last
+bits. Within ``as_eager``
 
-* ``torch.compiler.is_exporting`` and ``is_compiling`` say no to the model's code, and transformers takes no tensor
-  for a fake one;
-* a branch on a tensor that depends on no input, parameter or random number (positions from ``torch.arange``, say)
+* ``torch.compiler.is_exporting`` and ``is_compiling`` say no to the model's code, and transformers takes no
+  tensor for a fake one;
+* a branch on a tensor that depends on no input, parameter or random number (positions from ``torch.arange``)
   is decided by its value. A branch on any other tensor fails to export, as ever.
 """
 
@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-__all__ = ["as_eager", "own_attributes", "replaced", "wrapped_forward"]
+from scheduler.capture.private import TorchDispatchMode, modes_disabled, pytree, replaced, version_of
+
+__all__ = ["as_eager", "own_attributes", "wrapped_forward"]
 
 _MAKERS = (torch.arange, torch.full, torch.ones, torch.tensor, torch.zeros)
 _READERS = (Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.item, Tensor.tolist)
@@ -32,14 +32,14 @@ _READERS = (Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.item, Tens
 
 @contextmanager
 def as_eager(model: nn.Module) -> Iterator[None]:
-    """Exports of ``model`` in this block run its code as a plain step does."""
+    """Have exports of ``model`` run its code as a plain step does, within the block."""
     original = model.forward
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         # Only around the model's code: torch.export itself goes by these flags too.
         with (
-            replaced(vars(torch.compiler), _is_compiling_flag=False, _is_exporting_flag=False),
+            replaced(torch.compiler, _is_compiling_flag=False, _is_exporting_flag=False),
             _Constants(),
         ):
             return original(*args, **kwargs)
@@ -54,32 +54,19 @@ def as_eager(model: nn.Module) -> Iterator[None]:
 
 
 def wrapped_forward(model: nn.Module) -> Any:
-    """The ``forward`` that somebody put on the object, around that of its class; None if nobody but ``as_eager`` did."""
+    """Return the ``forward`` that somebody has set on the object; None if nobody but ``as_eager`` did."""
     found = own_attributes(model).get("forward")
     return None if getattr(found, "eager", False) else found
 
 
 def own_attributes(model: nn.Module) -> dict[str, Any]:
-    """Where a ``forward`` that is put on the object is kept: a planned model has a place of its own for it."""
+    """Return the dict of what is set on the object itself: a planned model keeps its ``forward`` apart."""
     own: dict[str, Any] = getattr(model, "_rematplan_own", vars(model))
     return own
 
 
-@contextmanager
-def replaced(namespace: Any, **values: Any) -> Iterator[None]:
-    """Other values of some names, until the block ends."""
-    before = {name: namespace[name] for name in values if name in namespace}
-    namespace.update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            del namespace[name]
-        namespace.update(before)
-
-
 class _Constants(TorchFunctionMode):
-    """Answers the reads of tensors that depend on nothing but code.
+    """Answers reads of tensors that depend on nothing but code.
 
     It notes how such tensors are made, and makes them with data when one is read.
     """
@@ -98,7 +85,7 @@ class _Constants(TorchFunctionMode):
         constant = all(self._known(t) for t in tensors)
         if func in _READERS and constant:
             try:
-                with _disable_current_modes(), _NoRandom():
+                with modes_disabled(), _NoRandom():
                     return func(*(self._value(a) for a in args), **kwargs)
             except _Random:
                 pass
@@ -110,10 +97,10 @@ class _Constants(TorchFunctionMode):
 
     def _known(self, tensor: Tensor) -> bool:
         """Whether the tensor is a constant, and neither it nor what it is a view of was changed in place."""
-        return id(tensor) in self.made and tensor._version == 0
+        return id(tensor) in self.made and version_of(tensor) == 0
 
     def _value(self, leaf: Any) -> Any:
-        """The leaf; a constant with its data."""
+        """Return the leaf; for a constant, a tensor with its data."""
         if not isinstance(leaf, Tensor):
             return leaf
         _, func, args, kwargs = self.made[id(leaf)]

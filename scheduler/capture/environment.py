@@ -8,8 +8,32 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
+
+from scheduler.capture.private import (
+    DeviceContext,
+    cudnn_attention_enabled,
+    cudnn_benchmark,
+    cudnn_deterministic,
+    cudnn_enabled,
+    cudnn_tf32,
+    flash_attention_enabled,
+    fp32_precision,
+    function_mode_stack,
+    math_attention_enabled,
+    mem_efficient_attention_enabled,
+    onednn_enabled,
+    quantized_engine,
+    reduced_bf16,
+    reduced_fp16,
+    sdp_priority,
+    set_cudnn_benchmark,
+    set_cudnn_deterministic,
+    set_cudnn_enabled,
+    set_cudnn_tf32,
+    set_fp32_precision,
+    set_onednn_enabled,
+    set_sdp_priority,
+)
 
 __all__ = [
     "Environment",
@@ -46,9 +70,9 @@ def _or_mixed(read: Callable[[], Any]) -> Any:
 
 def _precision() -> Precision:
     """That of float32 products, as both older settings have it, and as torch.backends has it one by one."""
-    each = [torch._C._get_fp32_precision_getter(*place) for place in _PRECISIONS]
+    each = [fp32_precision(*place) for place in _PRECISIONS]
     named = _or_mixed(torch.get_float32_matmul_precision)
-    return named, _or_mixed(torch._C._get_cudnn_allow_tf32), tuple(each)
+    return named, _or_mixed(cudnn_tf32), tuple(each)
 
 
 def _matmul_precision() -> Any:
@@ -61,32 +85,32 @@ def _set_precision(then: Precision) -> None:
     if then[0] is not None and named not in (None, then[0]):
         torch.set_float32_matmul_precision(then[0])
     if then[1] is not None and tf32 not in (None, then[1]):
-        torch._C._set_cudnn_allow_tf32(then[1])
+        set_cudnn_tf32(then[1])
     wanted, each = dict(zip(_PRECISIONS, then[2], strict=True)), _precision()[2]
     for (place, parent), now in zip(_PRECISIONS.items(), each, strict=True):
         if now != wanted[place]:
             # What a setting has of its parent it has by being none itself.
             inherited = parent is not None and wanted[place] == wanted[parent]
-            torch._C._set_fp32_precision_setter(*place, "none" if inherited else wanted[place])
+            set_fp32_precision(*place, "none" if inherited else wanted[place])
 
 
 _SWITCHES = (
     ("deterministic algorithms", torch.are_deterministic_algorithms_enabled),
-    ("flash attention", torch._C._get_flash_sdp_enabled),
-    ("memory-efficient attention", torch._C._get_mem_efficient_sdp_enabled),
-    ("math attention", torch._C._get_math_sdp_enabled),
-    ("cuDNN attention", torch._C._get_cudnn_sdp_enabled),
-    ("oneDNN", torch._C._get_mkldnn_enabled),
+    ("flash attention", flash_attention_enabled),
+    ("memory-efficient attention", mem_efficient_attention_enabled),
+    ("math attention", math_attention_enabled),
+    ("cuDNN attention", cudnn_attention_enabled),
+    ("oneDNN", onednn_enabled),
     ("float32 matmul precision", _matmul_precision),
     ("default dtype", torch.get_default_dtype),
-    ("quantized engine", torch._C._get_qengine),
+    ("quantized engine", quantized_engine),
 )
 _ON_CUDA = (
-    ("cuDNN", torch._C._get_cudnn_enabled),
-    ("cuDNN benchmark", torch._C._get_cudnn_benchmark),
-    ("TF32 in cuDNN", lambda: _or_mixed(torch._C._get_cudnn_allow_tf32)),
-    ("reduced precision of fp16 sums", torch._C._get_cublas_allow_fp16_reduced_precision_reduction),
-    ("reduced precision of bf16 sums", torch._C._get_cublas_allow_bf16_reduced_precision_reduction),
+    ("cuDNN", cudnn_enabled),
+    ("cuDNN benchmark", cudnn_benchmark),
+    ("TF32 in cuDNN", lambda: _or_mixed(cudnn_tf32)),
+    ("reduced precision of fp16 sums", reduced_fp16),
+    ("reduced precision of bf16 sums", reduced_bf16),
 )
 
 
@@ -100,20 +124,20 @@ def _of(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], None]
 
 # What the code of a re-run finds as its first run found it: (read, set). Autocast is of each thread (``state.py``).
 _KERNELS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
-    (torch._C._get_flash_sdp_enabled, torch._C._set_sdp_use_flash),
-    (torch._C._get_mem_efficient_sdp_enabled, torch._C._set_sdp_use_mem_efficient),
-    (torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math),
-    (torch._C._get_cudnn_sdp_enabled, torch._C._set_sdp_use_cudnn),
-    (torch._C._get_sdp_priority_order, torch._C._set_sdp_priority_order),
-    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+    (flash_attention_enabled, torch.backends.cuda.enable_flash_sdp),
+    (mem_efficient_attention_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (math_attention_enabled, torch.backends.cuda.enable_math_sdp),
+    (cudnn_attention_enabled, torch.backends.cuda.enable_cudnn_sdp),
+    (sdp_priority, set_sdp_priority),
+    (onednn_enabled, set_onednn_enabled),
     (_precision, _set_precision),
     (torch.get_default_dtype, torch.set_default_dtype),
     (_deterministic, lambda now: torch.use_deterministic_algorithms(now[0], warn_only=now[1])),
 )
 _CUDA_KERNELS = (
-    (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
-    (torch._C._get_cudnn_benchmark, torch._C._set_cudnn_benchmark),
-    (torch._C._get_cudnn_deterministic, torch._C._set_cudnn_deterministic),
+    (cudnn_enabled, set_cudnn_enabled),
+    (cudnn_benchmark, set_cudnn_benchmark),
+    (cudnn_deterministic, set_cudnn_deterministic),
     _of(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction"),
     _of(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"),
 )
@@ -148,7 +172,7 @@ def switched(then: list[Any], kind: str) -> Iterator[None]:
 
 def default_device() -> torch.device | None:
     """Where this thread makes tensors that are told no device: what ``set_default_device`` or a device's context say, if they do."""
-    modes = reversed(_get_current_function_mode_stack())
+    modes = reversed(function_mode_stack())
     context = next((mode for mode in modes if isinstance(mode, DeviceContext)), None)
     return None if context is None else context.device
 
@@ -160,7 +184,7 @@ def on_default_device(then: torch.device | None) -> list[AbstractContextManager[
 
 def function_modes() -> list[Any]:
     """The modes that see torch's functions in this thread, the default device's left out."""
-    return [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
+    return [mode for mode in function_mode_stack() if not isinstance(mode, DeviceContext)]
 
 
 def under_modes(then: list[Any]) -> list[AbstractContextManager[Any]]:

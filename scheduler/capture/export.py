@@ -1,14 +1,16 @@
 """Model -> op graph, by torch.export.
 
-The model is traced as a function of tensors alone: those of the call, and those that Python state holds. The exported graph
-calls the same kernels on the same Parameters as the plain model. What it would lose is refused here: a custom
-autograd.Function (its backward would be dropped), module hooks (they would not fire), Python state that the forward changes.
+The model is traced as a function of tensors alone: those of the call, and those that Python state holds. The
+exported graph calls the same kernels on the same Parameters as the plain model. What it would lose is refused
+here: a custom autograd.Function (its backward would be dropped), module hooks (they would not fire), Python
+state that the forward changes.
 """
 
 from __future__ import annotations
 
 import io
 import logging
+import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -18,22 +20,23 @@ import torch
 from torch import Tensor, fx, nn
 
 from scheduler.capture.call_reads import CallReads
-from scheduler.capture.eager import own_attributes, replaced
+from scheduler.capture.eager import own_attributes
 from scheduler.capture.flat import repeated_floats, tree_flatten, tree_leaves, tree_unflatten
 from scheduler.capture.graph import OUTPUT, SPARSE, Face, OpGraph, analyse
 from scheduler.capture.layouts import is_plain as is_view
+from scheduler.capture.private import EXPORT_LOGGERS, is_of_library_op, replaced
 from scheduler.capture.python_state import MISSING, Snapshot, is_plain
 from scheduler.capture.reads import Reads, state_tensors
 from scheduler.capture.sample import Call
 from scheduler.capture.state import bare
 from scheduler.capture.unwind import met
-from scheduler.capture.verify import of_an_op
 from scheduler.errors import CaptureError
 
 __all__ = ["export_graph", "graph_by", "unfired_hook"]
 
-# Hooks by which transformers collects what a call asked for (output_hidden_states, output_router_logits), and which stay
-# on the submodules ever after. They run while the model is exported: what they collected is in the graph.
+# Hooks by which transformers collects what a call asked for (output_hidden_states, output_router_logits), and
+# which stay on the submodules ever after. They run while the model is exported: what they collected is in the
+# graph.
 _COLLECTING = "transformers.utils.output_capturing"
 
 Tracer = Callable[[nn.Module, Sequence[Tensor]], fx.GraphModule]
@@ -41,12 +44,12 @@ Tracer = Callable[[nn.Module, Sequence[Tensor]], fx.GraphModule]
 
 @contextmanager
 def _dropped() -> Iterator[list[str]]:
-    """Note what the model's code does that an export would drop: custom autograd.Functions, hooks on tensors."""
+    """Note what an export would drop of the model's code: custom autograd.Functions, hooks on tensors."""
     seen: list[str] = []
-    original = torch.autograd.Function.__dict__["apply"]
+    original = vars(torch.autograd.Function)["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if not of_an_op(cls):
+        if not is_of_library_op(cls):
             seen.append(
                 f"the custom autograd.Function {cls.__module__}.{cls.__qualname__} is used, whose backward torch.export drops"
             )
@@ -58,21 +61,14 @@ def _dropped() -> Iterator[list[str]]:
         seen.append("the forward sets a hook on a tensor, which an exported graph does not fire")
         return register_hook(tensor, hook)
 
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign] # until the block ends
-    Tensor.register_hook = hooked  # type: ignore[method-assign] # likewise
-    try:
+    with replaced(torch.autograd.Function, apply=classmethod(apply)), replaced(Tensor, register_hook=hooked):
         yield seen
-    finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign] # as it was
-        Tensor.register_hook = register_hook  # type: ignore[method-assign] # likewise
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Export warns, logs and prints (the graph where it gave up) things that do not concern a plan's user."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")
-    ]
+    """Silence what an export warns of, logs and prints (the graph where it gave up)."""
+    loggers = [logging.getLogger(name) for name in EXPORT_LOGGERS]
     levels = [log.level for log in loggers]
     for log in loggers:
         log.setLevel(logging.ERROR)
@@ -86,7 +82,7 @@ def _quiet() -> Iterator[None]:
 
 
 def unfired_hook(model: nn.Module) -> str | None:
-    """Which hook would not fire in the exported graph, in words."""
+    """Say which hook the exported graph would not fire; None if there is none."""
     for name, module in model.named_modules():
         if module is model:
             continue  # the planned model is a module itself: its own hooks fire
@@ -103,16 +99,41 @@ def unfired_hook(model: nn.Module) -> str | None:
     return None
 
 
+class _Inert:
+    """Stands for what a hook is given: all that it allows is ``requires_grad_``, which it notes."""
+
+    __hash__ = None  # type: ignore[assignment] # nor may it be a key
+
+    def __init__(self) -> None:
+        self.asked: list[bool] = []
+
+    def requires_grad_(self, requires_grad: bool = True) -> _Inert:
+        self.asked.append(requires_grad)
+        return self
+
+    def __bool__(self) -> bool:
+        raise TypeError
+
+    def __eq__(self, _: object) -> bool:
+        raise TypeError
+
+
 def _only_requires_grad(hook: Any) -> bool:
-    """Whether a hook is the one that gradient_checkpointing_enable of transformers and peft leaves on embeddings."""
+    """Whether a hook only sets ``requires_grad`` of an output, as transformers' and peft's on embeddings do.
 
-    def ours(_module: Any, _given: Any, output: Any) -> None:
-        output.requires_grad_(True)
-
-    same = ("co_code", "co_names", "co_consts", "co_argcount")
-    return all(
-        getattr(getattr(hook, "__code__", None), part, None) == getattr(ours.__code__, part) for part in same
-    )
+    It is run on stand-ins, but only where that can have no effect: a function that names nothing but
+    ``requires_grad_``, closes over nothing and has no defaults reaches nothing but the stand-ins, which allow
+    nothing else.
+    """
+    plain = isinstance(hook, types.FunctionType) and not hook.__defaults__ and not hook.__kwdefaults__
+    if not plain or hook.__code__.co_names != ("requires_grad_",) or hook.__closure__:
+        return False
+    output = _Inert()
+    try:
+        given = hook(_Inert(), _Inert(), output)
+    except TypeError:
+        return False
+    return given is None and output.asked == [True]
 
 
 def export_graph(model: nn.Module, call: Call) -> OpGraph:
@@ -161,7 +182,8 @@ def graph_by(tracer: Tracer, model: nn.Module, call: Call) -> OpGraph:
         return trace.told(_analysed(traced, trace))
     if writes is None:
         raise _Writes(trace.written)
-    # A first forward may fill in what is not set yet. If another one then leaves all as it is, so may the graph.
+    # A first forward may fill in what is not set yet. If another one then leaves all as it is, so may the
+    # graph.
     with _made(writes):
         traced, trace = _traced(tracer, model, call)
         if trace.written:
@@ -187,7 +209,7 @@ class _Writes(CaptureError):
 
 @contextmanager
 def _made(writes: Sequence[tuple[Any, Any, Any, Any]]) -> Iterator[None]:
-    """Within it, these (dict, key, before, after) are made."""
+    """Make these writes, (dict, key, before, after) each, within the block; undo them on leaving."""
     for container, key, _, after in writes:
         container[key] = after
     try:
@@ -201,7 +223,7 @@ def _made(writes: Sequence[tuple[Any, Any, Any, Any]]) -> Iterator[None]:
 
 
 def _traced(tracer: Tracer, model: nn.Module, call: Call) -> tuple[fx.GraphModule, _Trace]:
-    """What a tracer makes of a call, and what was seen of the model's code meanwhile."""
+    """Trace a call, and return the module with what was seen of the model's code meanwhile."""
     trace = _Trace(model, call)
     with _dropped() as dropped, _quiet(), trace.flattened() as root:
         module = tracer(root, trace.inputs)
@@ -211,7 +233,7 @@ def _traced(tracer: Tracer, model: nn.Module, call: Call) -> tuple[fx.GraphModul
 
 
 class _Trace:
-    """An export of a model as a function of tensors alone: those of the call, and those that Python state holds.
+    """An export of a model as a function of tensors alone: those of the call and of Python state.
 
     Attributes:
         inputs: the tensors, in this order.
@@ -239,7 +261,7 @@ class _Trace:
 
     @contextmanager
     def flattened(self) -> Iterator[nn.Module]:
-        """The model, without hooks and calls of its own, whose forward takes ``inputs``; what that changes is put back."""
+        """Yield the model with a forward that takes ``inputs``; restore Python state on leaving."""
         whole, forward = Snapshot(self.reads.roots), self.model.forward
 
         def flat(*tensors: Any) -> Any:
@@ -282,7 +304,7 @@ class _Trace:
             whole.restore()  # export itself binds copies of containers
 
     def told(self, graph: OpGraph) -> OpGraph:
-        """The graph with what the trace knows of its inputs."""
+        """Return the graph with what the trace knows of its inputs and outputs."""
         count = len(self.given)
         used = [bool(node.users) or node in graph.outputs for node in graph.placeholders[count:]]
         face = Face(

@@ -8,12 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from scheduler.capture.flat import map_tensors
 from scheduler.capture.layouts import is_plain
+from scheduler.capture.private import (
+    FakeTensor,
+    FakeTensorMode,
+    OpOverload,
+    TorchDispatchMode,
+    pytree,
+    schema_of,
+    storage_id,
+)
 from scheduler.capture.sharded import sharded_within
 from scheduler.errors import CaptureError
 
@@ -107,14 +113,14 @@ class Watch(TorchDispatchMode):
 
     def has_changed(self, tensor: Tensor) -> bool:
         """Whether the tensor's storage was changed."""
-        return tensor.untyped_storage()._cdata in self.changed
+        return storage_id(tensor.untyped_storage()) in self.changed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one op and note."""
         kwargs = kwargs or {}
-        if not isinstance(func, torch._ops.OpOverload):  # an op of higher order
+        if not isinstance(func, OpOverload):  # an op of higher order
             return func(*args, **kwargs)
-        schema = func._schema
+        schema = schema_of(func)
         given = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
         given |= {a.name: value for a, value in zip(schema.arguments, args, strict=False)} | kwargs
         if torch.Tag.nondeterministic_seeded in func.tags and given.get("dropout_p") != 0.0:
@@ -126,7 +132,7 @@ class Watch(TorchDispatchMode):
         for leaf in pytree.tree_leaves(written):
             if isinstance(leaf, Tensor):
                 self.before_change(leaf)
-                self.changed.add(leaf.untyped_storage()._cdata)
+                self.changed.add(storage_id(leaf.untyped_storage()))
         return func(*args, **kwargs)
 
     def before_change(self, tensor: Tensor) -> None:

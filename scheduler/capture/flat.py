@@ -1,7 +1,6 @@
-"""Flatten and unflatten calls and outputs.
+"""Fast pytree flatten/unflatten for tensors, scalars and flat tuples; anything else falls back to pytree.
 
-As torch's pytree does, with two differences: tensors, plain values and flat tuples of these go a short way; and objects that
-pytree takes for leaves although they hold tensors (batches of tokenizers, dataclasses, namespaces, mappings) are opened.
+Beyond pytree, objects that hold tensors are opened: batches of tokenizers, dataclasses, namespaces, mappings.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from scheduler.capture.private import pytree
 from scheduler.capture.python_state import is_plain, slots_of
 
 __all__ = [
@@ -50,7 +49,7 @@ class ObjectSpec:
 
 
 def _members(value: Any) -> dict[str, Any] | None:
-    """The attributes of an object that may be opened; None of any other."""
+    """Return the attributes of an object that may be opened; None for any other."""
     closed = (Tensor, nn.Module, type, torch.Generator)
     if type(value) in LEAVES or is_plain(value) or callable(value) or isinstance(value, closed):
         return None
@@ -74,7 +73,7 @@ def _holds_tensors(value: Any, depth: int = 0) -> bool:
 
 
 def tree_flatten(value: Any) -> tuple[list[Any], Any]:
-    """The leaves of a tree, objects that hold tensors opened, and what ``tree_unflatten`` needs to undo it."""
+    """Return the leaves of a tree, objects that hold tensors opened, and the spec for ``tree_unflatten``."""
     leaves, outer = pytree.tree_flatten(value)
     if LEAVES.issuperset(map(type, leaves)) or not any(
         _members(leaf) is not None and _holds_tensors(leaf) for leaf in leaves
@@ -98,7 +97,7 @@ def tree_flatten(value: Any) -> tuple[list[Any], Any]:
 
 
 def tree_unflatten(leaves: list[Any], spec: Any) -> Any:
-    """A tree of these leaves; opened objects are others, of the same classes."""
+    """Rebuild a tree from leaves; opened objects are new ones of the same classes."""
     if not isinstance(spec, ObjectSpec):
         return pytree.tree_unflatten(leaves, spec)
     each = iter(leaves)
@@ -124,18 +123,18 @@ def _blank(kind: type) -> Any:
 
 
 def tree_leaves(value: Any) -> list[Any]:
-    """The leaves of a tree, numbered as by ``tree_flatten``."""
+    """Return the leaves of a tree, in the order of ``tree_flatten``."""
     return tree_flatten(value)[0]
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """The same tree with other tensors."""
+    """Return the same tree with ``function`` applied to each tensor."""
     leaves, spec = tree_flatten(value)
     return tree_unflatten([function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
 
 
 def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
-    """The leaves of ``(args, kwargs)``, numbered as by ``tree_flatten``, and what ``unflatten`` needs to undo it."""
+    """Return the leaves of ``(args, kwargs)``, as ``tree_flatten`` does, and the spec for ``unflatten``."""
     if LEAVES.issuperset(map(type, args)) and LEAVES.issuperset(map(type, kwargs.values())):
         return [*args, *kwargs.values()], (len(args), tuple(kwargs), None)
     leaves: list[Any] = []
@@ -153,7 +152,7 @@ def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], A
 
 
 def unflatten(leaves: list[Any], spec: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """``(args, kwargs)`` of these leaves."""
+    """Rebuild ``(args, kwargs)`` from leaves."""
     if type(spec) is tuple:
         count, names, groups = spec
         if groups is not None:
@@ -165,7 +164,7 @@ def unflatten(leaves: list[Any], spec: Any) -> tuple[tuple[Any, ...], dict[str, 
 
 
 def repeats(leaves: Sequence[Any]) -> list[tuple[int, int]]:
-    """(leaf, first leaf) for every tensor that stands among ``leaves`` a second time: code may ask whether two are one."""
+    """Return (leaf, first leaf) for every tensor that occurs again: code may ask whether two are one."""
     first: dict[int, int] = {}
     tensors = [
         (i, first.setdefault(id(leaf), i)) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)
@@ -174,12 +173,12 @@ def repeats(leaves: Sequence[Any]) -> list[tuple[int, int]]:
 
 
 def repeated_floats(leaves: Sequence[Any]) -> tuple[tuple[int, int], ...]:
-    """``repeats`` of those that code asks about: query, key and value, not ids that are labels, too."""
+    """Return the ``repeats`` that code asks about: query, key and value, not ids that are labels, too."""
     return tuple((i, earlier) for i, earlier in repeats(leaves) if leaves[i].is_floating_point())
 
 
 def tensor_leaves(value: Any) -> list[tuple[int, Tensor]]:
-    """(index, tensor) for every tensor among the leaves of ``value``."""
+    """Return (index, tensor) for every tensor among the leaves of ``value``."""
     if type(value) is Tensor:
         return [(0, value)]
     if type(value) is tuple and LEAVES.issuperset(map(type, value)):

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._guards import detect_fake_mode
 
 from scheduler.capture.composite import in_parts
 from scheduler.capture.eager import as_eager
@@ -20,7 +19,9 @@ from scheduler.capture.fake import Watch
 from scheduler.capture.flat import tree_leaves, tree_unflatten
 from scheduler.capture.graph import Op, OpGraph, resolve
 from scheduler.capture.inner_gradients import noted_gradients, traced_graph
+from scheduler.capture.layouts import equal_bits
 from scheduler.capture.linearize import Linear, linearize
+from scheduler.capture.private import detect_fake_mode, schema_of, version_of
 from scheduler.capture.recompute import op_rows
 from scheduler.capture.repeat import ELSEWHERE, unlike
 from scheduler.capture.sample import Call
@@ -218,7 +219,9 @@ class GraphCapture:
                 drew.append(before["random"].differs())
                 # Kernels of batch norm change statistics without a new version; a fill may put the same values in again.
                 changed = [
-                    n for n, (b, value, version) in buffers if b._version != version or not _same(b, value)
+                    n
+                    for n, (b, value, version) in buffers
+                    if version_of(b) != version or not equal_bits(b, value)
                 ]
             else:
                 drew.append(watch.random)
@@ -230,7 +233,7 @@ class GraphCapture:
             before["random"] = RandomState(self.device)
             watch.restart()
             before["buffers"] = {
-                source.key: (arguments[i], arguments[i].clone(), arguments[i]._version)
+                source.key: (arguments[i], arguments[i].clone(), version_of(arguments[i]))
                 for i, source in enumerate(self.stages[k].sources)
                 if source.kind == "buffer"
             }
@@ -297,7 +300,7 @@ def draws_elsewhere_in(op: Op) -> bool:
 
     It goes on from call to call, and begins with a new seed once somebody has set the generator.
     """
-    schema = getattr(op.node.target, "_schema", None)
+    schema = schema_of(op.node.target)
     if schema is None or schema.name not in RECURRENT:
         return False
     values = {
@@ -308,10 +311,6 @@ def draws_elsewhere_in(op: Op) -> bool:
 
 def _discard(_: Any) -> Any:
     return None
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a, b) or bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
 
 
 def op_graphs(model: nn.Module, call: Call) -> Iterator[OpGraph]:

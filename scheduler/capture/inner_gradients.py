@@ -1,9 +1,9 @@
-"""The op graph of a forward that takes gradients itself: gradient penalties, forces, inner steps of meta-learning.
+"""Capture the op graph of a forward that takes gradients itself: gradient penalties, forces, meta-learning.
 
-torch.export cannot follow ``torch.autograd.grad``. Here the forward is traced below autograd, on tensors without data,
-where the ops of the inner backward are ops like any other: to run them in grad mode makes the graph that
-``create_graph=True`` makes. What autograd does by itself is taken out again: it detaches what it saves. What the
-user's code cuts off, by ``detach`` or without grad, stays cut off.
+torch.export cannot follow ``torch.autograd.grad``. Here the forward is traced below autograd, on tensors
+without data, where the ops of the inner backward are ops like any other: to run them in grad mode makes the
+graph that ``create_graph=True`` makes. What autograd does by itself is taken out again: it detaches what it
+saves. What the user's code cuts off, by ``detach`` or without grad, stays cut off.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensorMode
+from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
-from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
 
 from scheduler.capture.export import graph_by
 from scheduler.capture.graph import OpGraph
+from scheduler.capture.private import FakeTensorMode, replaced, schema_of
 from scheduler.capture.sample import Call
 from scheduler.errors import CaptureError
 
@@ -32,7 +32,7 @@ _DETACH = torch.ops.aten.detach.default
 
 @contextmanager
 def noted_gradients() -> Iterator[list[str]]:
-    """Note whether the code within takes gradients; gives a list that is empty if it does not."""
+    """Note whether the code within takes gradients; yield a list that stays empty if it does not."""
     seen: list[str] = []
     original = torch.autograd.grad
 
@@ -40,11 +40,8 @@ def noted_gradients() -> Iterator[list[str]]:
         seen.append("torch.autograd.grad")
         return original(*args, **kwargs)
 
-    torch.autograd.grad = grad
-    try:
+    with replaced(torch.autograd, grad=grad):
         yield seen
-    finally:
-        torch.autograd.grad = original
 
 
 def traced_graph(model: nn.Module, call: Call) -> OpGraph:
@@ -64,12 +61,8 @@ def _below_autograd(root: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphModule
         assert mode is not None  # make_fx has entered it
         _note_grad_mode(mode.tracer)
         tensors = dict(zip(own, given, strict=False))
-        with (
-            _reparametrize_module(root, tensors, tie_weights=True),
-            torch.enable_grad(),
-            _Cuts(mode.tracer),
-        ):
-            return list(root(*given[len(own) :]))
+        with torch.enable_grad(), _Cuts(mode.tracer):
+            return list(functional_call(root, tensors, given[len(own) :], tie_weights=True))
 
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         faked = [fake.from_tensor(tensor) for tensor in (*own.values(), *inputs)]
@@ -109,7 +102,7 @@ class _Cuts(TorchFunctionMode):
 
 
 def _note_grad_mode(tracer: Any) -> None:
-    """From now on what is run without grad is marked."""
+    """Mark, from now on, each node that is made without grad."""
     create = tracer.create_node
 
     def create_node(*args: Any, **kwargs: Any) -> fx.Node:
@@ -138,5 +131,5 @@ def _reconnect(graph: fx.Graph) -> None:
 
 
 def _changes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return schema is not None and bool(schema.is_mutable)

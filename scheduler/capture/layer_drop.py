@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from scheduler.capture.eager import replaced
+from scheduler.capture.private import TorchDispatchMode, replaced
 
 __all__ = ["VALUES", "Effort", "fixed_draws"]
 
@@ -77,7 +76,7 @@ def fixed_draws(value: float | None, *, counting: bool = False) -> Iterator[_Dra
         places += [(numpy.random, name) for name in ("rand", "random", "random_sample", "uniform")]
     with ExitStack() as stack:
         for module, name in places:
-            stack.enter_context(replaced(vars(module), **{name: draws.on_host(getattr(module, name))}))
+            stack.enter_context(replaced(module, **{name: draws.on_host(getattr(module, name))}))
         stack.enter_context(draws)
         yield draws
 

@@ -1,4 +1,4 @@
-"""Op graph -> stages in a line.
+"""Cut an op graph into stages in a line.
 
 Every gap between ops is a possible cut; its state is the set of values that are live there. A good cut
 is a valley: a run of gaps where fewer values are live than before and after it. In a transformer those are
@@ -28,8 +28,8 @@ __all__ = ["Linear", "linearize", "op_dag"]
 # A value that crosses more cuts than this is carried. Carrying pins it in memory, so a value that merely
 # spans a few stages (the residual around a cut inside a block) is better left to the solver.
 MAX_CROSSED = 3
-# Of the bytes that the model makes: a stage of less is merged with a neighbour. docs/cuts.md compares the cuts that
-# come of it with coarser and finer ones.
+# Of the bytes that the model makes: a stage of less is merged with a neighbour. docs/cuts.md compares the
+# cuts that come of it with coarser and finer ones.
 SMALLEST = 1 / 400
 
 
@@ -61,7 +61,7 @@ class Linear:
 
 
 def op_dag(graph: OpGraph) -> nx.DiGraph:
-    """The ops as a directed graph: an edge from the op that makes or changes a storage to each later reader."""
+    """Return the ops as a directed graph: edges from what makes or changes a storage to its later readers."""
     dag = nx.DiGraph()
     last_writer: dict[int, int] = {}
     for index, op in enumerate(graph.ops):
@@ -92,18 +92,15 @@ def linearize(graph: OpGraph, max_stages: int = 100, cuts: Sequence[int] | None 
         valleys, left_out["dip"] = _valleys(graph, prefix)
         inner = _merge_small(graph, valleys, prefix, max_stages)
         left_out["small"] = len(valleys) - len(inner)
-        why = dict.fromkeys(inner, "valley")
-        if prefix in why:
-            why[prefix] = "frozen" if prefix else why[prefix]
+        why = {cut: "frozen" if cut == prefix and prefix else "valley" for cut in inner}
     else:
         inner = list(cuts)
         _check_cuts(graph, inner)
         why = dict.fromkeys(inner, "given")
     edges = (0, *inner, len(graph.ops))
-    stage_of = {}
-    for stage in range(len(edges) - 1):
-        for index in range(edges[stage], edges[stage + 1]):
-            stage_of[index] = stage
+    stage_of = [
+        stage for stage, (start, stop) in enumerate(itertools.pairwise(edges)) for _ in range(start, stop)
+    ]
     outputs = _output_groups(graph)
     boundaries: list[list[int]] = [[] for _ in edges]
     carried: list[list[int]] = [[] for _ in edges[:-1]]
@@ -154,13 +151,13 @@ def _check_cuts(graph: OpGraph, inner: Sequence[int]) -> None:
 
 
 def _output_groups(graph: OpGraph) -> set[int]:
-    """Storages that the user holds when the forward is over."""
+    """Return the storages that the user holds when the forward is over."""
     nodes = [leaf for leaf in graph.outputs if leaf in graph.group_of]
     return {g for node in nodes for g in graph.group_of[node] if graph.groups[g].producer >= 0}
 
 
 def _prefix(graph: OpGraph) -> int:
-    """Number of leading ops that need no gradient."""
+    """Return the number of leading ops that need no gradient."""
     for index, op in enumerate(graph.ops):
         if op.requires_grad:
             return index
@@ -208,12 +205,12 @@ def _gaps(graph: OpGraph) -> _Gaps:
 
 
 def _forbidden(graph: OpGraph) -> set[int]:
-    """Gaps that no cut may use.
+    """Return the gaps that no cut may use.
 
     A value live there would be changed in place later, so that a replay would see the changed value. A buffer
     that is changed may be changed again by the next forward before this one is replayed: all that reads it
-    belongs to one stage, which is re-run on a copy of what it was. Or the gap parts an op with several results
-    from the ops that take them apart.
+    belongs to one stage, which is re-run on a copy of what it was. Or the gap parts an op with several
+    results from the ops that take them apart.
     """
     bad: set[int] = set()
     for group in graph.groups.values():
@@ -233,7 +230,7 @@ def _forbidden(graph: OpGraph) -> set[int]:
 
 
 def _valleys(graph: OpGraph, prefix: int) -> tuple[list[int], int]:
-    """Gaps of every valley, ascending, and how many valleys among many live values were left out.
+    """Return the gaps of every valley, ascending, and how many valleys among many live values were left out.
 
     After a frozen prefix that computes something, its end is a gap too.
     """
@@ -251,9 +248,10 @@ def _valleys(graph: OpGraph, prefix: int) -> tuple[list[int], int]:
         left = start == 0 or count[gaps[start - 1]] > level
         right = stop + 1 == len(gaps) or count[gaps[stop + 1]] > level
         if left and right:
-            # Within a plateau only the gaps that hold the fewest bytes around them are worth a cut, and of those
-            # the ones at which a later op, or any op, saves what crosses: a chain charges a kept stage for its
-            # input and its output, too much for a value that autograd lets go (between GELU and Dropout).
+            # Within a plateau only the gaps that hold the fewest bytes around them are worth a cut, and of
+            # those the ones at which a later op, or any op, saves what crosses: a chain charges a kept stage
+            # for its input and its output, too much for a value that autograd releases (between GELU and
+            # Dropout).
             run = gaps[start : stop + 1]
             run = [g for g in run if not live.unneeded[g]] or [g for g in run if not live.unsaved[g]] or run
             best = [
@@ -275,7 +273,7 @@ def _valleys(graph: OpGraph, prefix: int) -> tuple[list[int], int]:
 
 
 def _without_dimples(valleys: list[tuple[int, list[int]]]) -> list[tuple[int, list[int]]]:
-    """Drop each valley that lies higher than both neighbours: a dip inside a block, where many values live."""
+    """Drop each valley that lies higher than both neighbours: a dip inside a block."""
     kept = list(valleys)
     index = 1
     while index < len(kept) - 1:
@@ -288,7 +286,7 @@ def _without_dimples(valleys: list[tuple[int, list[int]]]) -> list[tuple[int, li
 
 
 def _weights(graph: OpGraph) -> list[int]:
-    """(n + 1,) prefix sums over the ops of the bytes that they make, saved for backward or not."""
+    """Return (n + 1,) prefix sums over the ops of the bytes that they make, saved for backward or not."""
     made = [0] * len(graph.ops)
     for group in graph.groups.values():
         if group.producer >= 0:
@@ -321,7 +319,7 @@ def _merge_small(graph: OpGraph, gaps: list[int], prefix: int, max_stages: int) 
 
 
 def _explained(graph: OpGraph, why: Mapping[int, str]) -> tuple[Cut, ...]:
-    """The facts about each cut, in order; ``why`` says the reason of each."""
+    """Return the facts about each cut, in order; ``why`` has the reason of each."""
     live = _gaps(graph)
     held, size = live.held, len(graph.ops)
 
@@ -337,7 +335,7 @@ def _explained(graph: OpGraph, why: Mapping[int, str]) -> tuple[Cut, ...]:
 
 
 def _inside(graph: OpGraph, gap: int) -> str:
-    """The innermost module that the ops on both sides of a gap belong to; ops that make no storage do not count."""
+    """Return the innermost module of the ops on both sides of a gap, ops without a storage aside."""
 
     def stack(indices: range) -> list[str]:
         for index in indices:

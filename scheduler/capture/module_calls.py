@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch as functorch
 
 from scheduler.capture.block_state import BlockState
 from scheduler.capture.call_state import CallState
 from scheduler.capture.eager import own_attributes
 from scheduler.capture.fake import Watch
 from scheduler.capture.flat import tensor_leaves
+from scheduler.capture.private import transform_depth, version_of
 from scheduler.capture.repeat import unlike
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import sharded_within
@@ -170,7 +170,7 @@ class ModuleCall:
 
 def _version(tensor: Tensor) -> int:
     """How often a tensor has been changed in place; of those made in inference mode nobody counts."""
-    return -1 if tensor.is_inference() else tensor._version
+    return -1 if tensor.is_inference() else version_of(tensor)
 
 
 class _Tokens:
@@ -395,9 +395,7 @@ def profile(
                 entry = ModuleCall(name, current)
                 given = tensor_leaves((args, kwargs))
                 current.children.append(entry)
-                entry.transformed = (
-                    bool(functorch.get_dynamic_layer_stack_depth()) or torch.is_inference_mode_enabled()
-                )
+                entry.transformed = bool(transform_depth()) or torch.is_inference_mode_enabled()
                 known = tokens.count
                 entry.inputs = [(leaf, tokens.of(t)) for leaf, t in given]
                 entry.new_input = tokens.count > known

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._guards import detect_fake_mode
 
 from scheduler.capture.inner_gradients import noted_gradients
 from scheduler.capture.layer_drop import VALUES, Effort, fixed_draws
@@ -35,6 +34,7 @@ from scheduler.capture.module_calls import (
     recurrent,
     repeatable,
 )
+from scheduler.capture.private import detect_fake_mode
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import sharded_within
 from scheduler.capture.state import model_device, uncompiled

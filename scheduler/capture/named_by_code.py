@@ -1,8 +1,8 @@
-"""Which globals, closures and objects the code of a model can reach by name, from its functions without running them.
+"""Find the globals, closures and objects that a model's code can reach by name, without running it.
 
-A forward reads more than its modules: module-level constants, singletons of configuration, variables of enclosing
-functions, a helper module's flags. Functions are followed by the names in their byte code: globals that they load,
-attributes of Python modules, methods of the classes at hand, closures.
+A forward reads more than its modules: module-level constants, singletons of configuration, variables of
+enclosing functions, a helper module's flags. Functions are followed by the names in their byte code: globals
+that they load, attributes of Python modules, methods of the classes of known objects, closures.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from scheduler.capture.python_state import MISSING, is_own_code, is_plain
 __all__ = ["Named", "named_by"]
 
 LOADS = ("LOAD_GLOBAL", "LOAD_NAME")
-ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
+ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")  # LOAD_METHOD before Python 3.12, the last since
 
 
 @dataclass(slots=True)
 class Named:
-    """What code names.
+    """Everything that code names.
 
     Attributes:
         values: (namespace, name, how a user would write it) of what is no function, class or module.
@@ -43,7 +43,7 @@ class Named:
     names: set[str] = field(default_factory=set)
 
     def objects(self) -> Iterator[tuple[str, Any]]:
-        """What is reachable: roots for ``python_state.holders_of``."""
+        """Yield (path, object) of what is named: roots for ``python_state.holders_of``."""
         for namespace, name, path in self.values:
             if not is_plain(namespace.get(name)):
                 yield path, namespace.get(name)
@@ -53,10 +53,10 @@ class Named:
 
 
 def named_by(objects: Iterable[Any], kinds: Iterable[type] = ()) -> Named:
-    """What the code of these modules can reach by name: their forwards, and what these call.
+    """Return what the code of these modules can reach by name: their forwards, and what these call.
 
     Args:
-        kinds: classes of further objects at hand, whose methods may be called.
+        kinds: classes of further objects, whose methods may be called.
     """
     walk = _Walk()
     for kind in kinds:
@@ -77,14 +77,14 @@ class _Walk:
         self.found = Named()
         self.waiting: list[types.FunctionType] = []
         self.seen: set[Any] = set()
-        self.methods: dict[str, list[Any]] = {}  # of the classes at hand, by name
+        self.methods: dict[str, list[Any]] = {}  # of known classes, by name
         self.names = self.found.names  # that code calls or reads as attributes
         self.known: set[type] = set()
         self.cells: set[int] = set()
         self.places: set[tuple[int, str]] = set()
 
     def know(self, kind: type) -> None:
-        """The class of an object at hand: its methods may be called by name."""
+        """Add the class of an object that code can reach: its methods may be called by name."""
         for base in kind.__mro__:
             if base in self.known or not is_own_code(base.__module__):
                 continue
@@ -96,7 +96,7 @@ class _Walk:
                     self.visit(value)
 
     def visit(self, value: Any) -> None:
-        """A value that may be a function, or hold one."""
+        """Queue the functions that a value is or holds."""
         if isinstance(value, functools.partial):
             self.visit(value.func)
         elif isinstance(value, types.MethodType):
@@ -161,7 +161,7 @@ class _Walk:
                 self.visit(value)
 
     def _place(self, namespace: dict[str, Any], name: str, path: str) -> Any:
-        """Note what a name stands for; gives it if it is a Python module of user code."""
+        """Note what a name stands for; return it if it is a Python module of user code."""
         value = namespace.get(name, MISSING)
         if isinstance(value, types.ModuleType):
             return value if is_own_code(value.__name__) else None

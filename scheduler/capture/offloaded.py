@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from scheduler.budget import format_bytes, free_machine_bytes
 from scheduler.capture.flat import tensor_leaves
 from scheduler.capture.layouts import storage_key, storage_keys
+from scheduler.capture.private import storage_id, version_of
 from scheduler.capture.state import model_device
 from scheduler.errors import CaptureError
 
@@ -79,8 +80,8 @@ def offloaded(lasting: Iterable[Tensor], kind: str = "cuda", most: int | None = 
         if tensor.device.type != kind or tensor.layout is not torch.strided or storage_key(tensor) in keys:
             return tensor if tensor.is_leaf else tensor.detach()
         storage = tensor.untyped_storage()
-        lies = tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor._version
-        place = (storage._cdata, tensor.is_conj(), tensor.is_neg(), *lies)
+        lies = tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype, version_of(tensor)
+        place = (storage_id(storage), tensor.is_conj(), tensor.is_neg(), *lies)
         there, ref = known.get(place, (None, None))
         if there is not None and ref is not None and not there.expired() and (copy := ref()) is not None:
             return copy

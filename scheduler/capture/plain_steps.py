@@ -16,8 +16,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from scheduler.capture.layouts import equal_bits
 from scheduler.capture.repeat import LARGEST, MOST, as_real, deterministic, largest, rounds_alike
-from scheduler.capture.verify import StepResult, difference, equal_bits
+from scheduler.capture.verify import StepResult, difference
 
 __all__ = ["BIT_EQUAL", "PlainSteps"]
 

@@ -1,9 +1,10 @@
-"""Python state of a model: what hangs on its modules beside the values of tensors, taken down and put back.
+"""Snapshot and restore the Python state of a model: everything on its modules but the values of tensors.
 
-A forward may rebind attributes, append to lists, count in config objects, replace buffers, draw from generators of its
-own. ``Snapshot`` walks all that is reachable from some roots (modules, their attributes, containers, plain objects,
-closures of functions, class attributes of user code), says what has changed since, and puts it back: objects by
-identity, containers by content. Values of tensors are not copied (``state.preserved`` does that for those that change).
+A forward may rebind attributes, append to lists, count in config objects, replace buffers, draw from
+generators of its own. ``Snapshot`` walks all that is reachable from some roots (modules, their attributes,
+containers, plain objects, closures of functions, class attributes of user code), says what has changed since,
+and puts it back: objects by identity, containers by content. Values of tensors are not copied
+(``state.preserved`` does that for those that change).
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import types
 import weakref
 from collections import UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from scheduler.capture.private import replaced
 
 __all__ = [
     "MISSING",
@@ -50,7 +53,8 @@ PLAIN = (
     type(None), bool, int, float, complex, str, bytes, range, slice, type(Ellipsis),
     torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format,
 )  # fmt: skip # one table
-# Objects of these packages are their own business: engines, loggers, progress bars, locks; not those that are modules.
+# Objects of these packages are their own business: engines, loggers, progress bars, locks; not those that are
+# modules.
 FOREIGN = frozenset(
     {
         "_io", "_thread", "builtins", "accelerate", "asyncio", "concurrent", "ctypes", "importlib", "io", "lightning",
@@ -70,14 +74,14 @@ _SKIPPED = frozenset(
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value says all of itself: numbers, text, flags, dtypes, devices, enum members, tuples of these."""
+    """Whether a value is immutable data: numbers, text, dtypes, devices, enum members, tuples of these."""
     if isinstance(value, tuple):
         return all(map(is_plain, value))
     return isinstance(value, PLAIN) or type(type(value)).__name__ == "EnumType"
 
 
 def same_value(a: Any, b: Any) -> bool:
-    """Whether two plain values are one for code that reads them: True is not 1, 0.0 is not -0.0, NaN is NaN."""
+    """Whether two plain values are one to code: True is not 1, 0.0 is not -0.0, NaN is NaN."""
     if a is b:
         return True
     if type(a) is not type(b):
@@ -90,7 +94,7 @@ def same_value(a: Any, b: Any) -> bool:
 
 
 def is_users_code(module: str | None) -> bool:
-    """Whether code of a module may be a user's: not the standard library's, torch's or a foreign package's."""
+    """Whether a module may be a user's: not of the standard library, torch or a foreign package."""
     root = (module or "").partition(".")[0]
     return root not in FOREIGN and (root == "__main__" or root not in sys.stdlib_module_names)
 
@@ -106,13 +110,13 @@ def is_own_code(module: str | None) -> bool:
 
 
 def slots_of(kind: type) -> list[str]:
-    """The names of the ``__slots__`` of a class."""
+    """Return the names of the ``__slots__`` of a class and its bases."""
     found = [vars(base).get("__slots__", ()) for base in kind.__mro__]
     return [name for names in found for name in ((names,) if isinstance(names, str) else names)]
 
 
 class Holder:
-    """One place that holds values under keys: the attributes of an object, a container, a cell of a closure, a generator.
+    """A place that holds values under keys: an object's attributes, a container, a cell, a generator.
 
     Attributes:
         path: how it is reached, for messages.
@@ -130,7 +134,7 @@ class Holder:
         self.path, self.thing, self.kind, self.owner, self.about = path, thing, kind, owner, about
 
     def content(self) -> Any:
-        """What it holds now: a copy of the container, not of the values in it."""
+        """Return a shallow copy of what it holds now."""
         thing = self.thing
         if self.kind in ("dict", "class"):
             return dict(thing.__dict__ if self.kind == "class" else thing)
@@ -149,7 +153,7 @@ class Holder:
         return _generator_state(thing)
 
     def changed(self, before: Any) -> list[Any]:
-        """The keys under which it holds something else than ``before``; [MISSING] if it has no keys."""
+        """Return the keys whose values differ from ``before``; [MISSING] for a change of what has no keys."""
         now = self.content()
         if self.kind in ("dict", "slots", "class"):
             keys = [k for k, v in before.items() if not _one(now.get(k, MISSING), v)]
@@ -167,7 +171,7 @@ class Holder:
         return [] if _equal_states(now, before) else [MISSING]
 
     def put_back(self, before: Any) -> None:
-        """Hold again what it held."""
+        """Restore the content ``before``."""
         thing = self.thing
         if self.kind == "dict":
             if list(thing) != list(before):  # an order is part of a dict
@@ -205,7 +209,7 @@ class Holder:
             _set_generator_state(thing, before)
 
     def named(self, key: Any) -> str:
-        """The place under a key, as a user would write it."""
+        """Return the path of a key, as a user would write it."""
         if key is MISSING or self.kind in ("cell", "set", "array", "generator", "iterator"):
             return self.path
         attribute = isinstance(key, str) and self.kind != "list" and not self.path.endswith("]")
@@ -218,30 +222,20 @@ class Holder:
 def reads_recorded(
     kinds: Iterable[type], recorder: Callable[[Callable[[Any, str], Any]], Callable[[Any, str], Any]]
 ) -> Iterator[set[type]]:
-    """Within it ``__getattribute__`` of some classes is ``recorder`` of their own.
+    """Replace ``__getattribute__`` of some classes by ``recorder`` of their own, within the block.
 
     Yields:
         the classes written in C, of which reads cannot be seen.
     """
-    before: list[tuple[Any, Any]] = []
     unseen: set[type] = set()
     kind: Any
-    try:
+    with ExitStack() as stack:
         for kind in dict.fromkeys(kinds):
-            own = vars(kind).get("__getattribute__")
             try:
-                kind.__getattribute__ = recorder(kind.__getattribute__)
+                stack.enter_context(replaced(kind, __getattribute__=recorder(kind.__getattribute__)))
             except TypeError:
                 unseen.add(kind)
-                continue
-            before.append((kind, own))
         yield unseen
-    finally:
-        for kind, own in before:
-            if own is None:
-                del kind.__getattribute__
-            else:
-                kind.__getattribute__ = own
 
 
 class Snapshot:
@@ -255,11 +249,11 @@ class Snapshot:
         self.before = [(holder, holder.content()) for holder in holders_of(roots)]
 
     def changes(self) -> list[str]:
-        """The places where something else is held now, as a user would write them; equal plain values are no change."""
+        """Return the paths of what has changed; equal plain values are no change."""
         return [holder.named(key) for holder, before in self.before for key in holder.changed(before)]
 
     def plain_writes(self) -> list[tuple[Any, Any, Any, Any]] | None:
-        """The changes as (dict, key, before, after), MISSING for nothing; None if one is of anything but a plain value."""
+        """Return (dict, key, before, after) of each change, MISSING for nothing; None if one is not plain."""
         found = []
         for holder, before in self.before:
             for key in holder.changed(before):
@@ -270,14 +264,14 @@ class Snapshot:
         return found
 
     def restore(self) -> None:
-        """Put everything back; what has not changed is not touched."""
+        """Restore everything; what has not changed is not touched."""
         for holder, before in self.before:
             if holder.changed(before):
                 holder.put_back(before)
 
 
 def holders_of(roots: Iterable[tuple[str, Any]]) -> Iterator[Holder]:
-    """All places reachable from the roots, each once, breadth first."""
+    """Yield all holders reachable from the roots, each once, breadth first."""
     waiting: deque[tuple[str, Any]] = deque(roots)
     seen: set[int] = set()
     alive: list[Any] = []  # or the identity of a temporary would be given to another object
@@ -294,7 +288,7 @@ def holders_of(roots: Iterable[tuple[str, Any]]) -> Iterator[Holder]:
 
 
 def _opened(path: str, value: Any) -> tuple[Holder | None, Iterable[tuple[str, Any]]]:
-    """The holder that a value is, if it is one, and what is reachable from it."""
+    """Return the holder that a value is, if it is one, and what is reachable from it."""
     if isinstance(value, nn.Module):
         own, attributes = Holder(path, vars(value), "dict", type(value)), vars(value)
         start = f"{path}." if path else ""
@@ -372,7 +366,7 @@ class _Raw:
 
 
 def _classes(kind: type) -> Iterator[tuple[str, Any]]:
-    """The classes of user code that an object gets attributes and methods from."""
+    """Return the classes of user code that an object gets attributes and methods from."""
     return ((c.__name__, c) for c in kind.__mro__ if is_own_code(c.__module__))
 
 

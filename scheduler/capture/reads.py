@@ -1,9 +1,10 @@
-"""What a captured graph took for constant: the Python state that the traced forward read, and whether it is still so.
+"""Record the Python state that a traced forward reads, constants to its graph, and guard that it stays so.
 
-While a model is traced, attribute reads of its modules and of the plain objects that hang on them are recorded:
-``__getattribute__`` of their classes is replaced meanwhile. What the user's code names besides (globals, closures) is
-found in its byte code. At each forward plain values are compared, by identity first. Tensors are inputs of the graph, and
-are fetched from their place again, so that another one, or one with a gradient, takes part in the step.
+While a model is traced, attribute reads of its modules and of the plain objects that hang on them are
+recorded: ``__getattribute__`` of their classes is replaced meanwhile. What the user's code names besides
+(globals, closures) is found in its byte code. At each forward plain values are compared, by identity first.
+Tensors are inputs of the graph, and are fetched from their place again, so that another one, or one with a
+gradient, takes part in the step.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from scheduler.capture.python_state import (
 
 __all__ = ["Guards", "Reads", "StateTensor", "roots_of", "state_tensors"]
 
-# What torch's machinery reads of every module. Parameters, buffers, submodules and hooks are guarded elsewhere.
+# What torch's machinery reads of every module. Parameters, buffers, submodules and hooks are guarded
+# elsewhere.
 _INTERNAL = frozenset(
     {
         "__class__", "__dict__", "_parameters", "_buffers", "_modules", "_compiled_call_impl", "_is_full_backward_hook",
@@ -50,14 +52,14 @@ _MOST_TENSORS = 256  # reachable ones that are offered to an export as inputs
 
 
 def roots_of(model: nn.Module) -> tuple[list[tuple[str, Any]], Named]:
-    """What the Python state of a model is reachable from: its modules, and what their own code names."""
+    """Return the roots of a model's Python state: its modules and what their code names; and the latter."""
     kinds = dict.fromkeys(holder.owner for holder in holders_of([("", model)]) if holder.owner is not None)
     named = named_by(model.modules(), kinds)
     return [("", model), *named.objects()], named
 
 
 class StateTensor:
-    """A place in Python state that holds a tensor: an attribute, an entry of a container, a closure's variable, a global.
+    """A place in Python state that holds a tensor: an attribute, an item, a closure's variable, a global.
 
     Attributes:
         path: as a user would write it.
@@ -69,7 +71,7 @@ class StateTensor:
         self._container, self._key, self._inner, self.path = container, key, inner, path
 
     def get(self) -> Any:
-        """The tensor that is there now; MISSING if none is."""
+        """Return the tensor in this place now; MISSING if it holds none."""
         try:
             value = self._container[self._key]
             value = value if self._inner is None else value[self._inner]
@@ -78,7 +80,7 @@ class StateTensor:
         return value if isinstance(value, Tensor) else MISSING
 
     def put(self, value: Any) -> None:
-        """Put another tensor there."""
+        """Put another tensor in this place."""
         if self._inner is not None:
             items = list(self._container[self._key])
             items[self._inner] = value
@@ -116,7 +118,7 @@ class _Slots:
 
 
 def _items(holder: Holder) -> tuple[Any, list[tuple[Any, Any]]]:
-    """A holder as a container, and its (key, value) pairs; a container of None for what has none."""
+    """Return a holder as a container, and its (key, value) pairs; (None, []) where it has no keys."""
     thing = holder.thing
     if holder.kind == "dict":
         return thing, list(thing.items())
@@ -131,7 +133,7 @@ def _items(holder: Holder) -> tuple[Any, list[tuple[Any, Any]]]:
 
 
 def state_tensors(model: nn.Module, roots: Sequence[tuple[str, Any]]) -> list[list[StateTensor]]:
-    """For each tensor beside parameters and buffers that Python state holds, all places that hold it."""
+    """Return, for each tensor in Python state that is no parameter or buffer, all places that hold it."""
     own = {id(t) for t in (*model.parameters(), *model.buffers())}
     found: dict[int, list[StateTensor]] = {}
     for holder in holders_of(roots):
@@ -175,7 +177,7 @@ class Guards:
     # ---- what is guarded -----------------------------------------------------------------------------
 
     def hold(self, container: Any, key: Any, path: str) -> None:
-        """Guard what a container holds under a key: plain values by value, containers by content, all else by identity.
+        """Guard an item of a container: plain values by value, containers by content, all else by identity.
 
         Tensors are guarded by ``hold_tensor``, as inputs of the graph.
         """
@@ -224,18 +226,18 @@ class Guards:
         self._absent_paths.append(path)
 
     def hold_tensor(self, places: list[StateTensor]) -> None:
-        """Guard the kind of a tensor that is an input of the graph, and that its places hold one and the same."""
+        """Guard the kind of a tensor that is an input of the graph, and that all its places hold it."""
         self.tensors.append(places)
         self._kinds.append(_kind(places[0].get()))
 
     def settle_by(self, writes: list[tuple[Any, Any, Any, Any]]) -> None:
-        """Tell of what a first forward writes, once: (dict, key, before, after). All else is as these have been made."""
+        """Allow writes, (dict, key, before, after) each, that only a first forward makes."""
         self._writes = writes
 
     # ---- the check -----------------------------------------------------------------------------------
 
     def holds(self) -> bool:
-        """Whether everything is as it was; what a first forward writes, once, is written here."""
+        """Whether everything is as it was; writes that only a first forward makes are made here."""
         if self._holds():
             return True
         due = [w for w in self._writes if same_value(w[0].get(w[1], MISSING), w[2])]
@@ -272,7 +274,7 @@ class Guards:
         return tensor is not MISSING and _kind(tensor) == kind and all(p.get() is tensor for p in places[1:])
 
     def changes(self) -> list[tuple[str, Any, Any]]:
-        """What is not as it was: (place, then, now), MISSING for nothing."""
+        """Return what has changed, (path, then, now) each, MISSING for nothing."""
         found: list[tuple[str, Any, Any]] = []
         rows = zip(self._containers, self._keys, self._values, self._paths, strict=True)
         for container, key, then, path in rows:
@@ -357,7 +359,7 @@ class Reads:
         return __getattribute__
 
     def guards(self, tensors: Sequence[list[StateTensor]] = ()) -> Guards:
-        """Guards of all that was read, as it is now.
+        """Return guards of all that was read, as it is now.
 
         Args:
             tensors: the state tensors that are inputs of the graph.
@@ -367,18 +369,7 @@ class Reads:
             if name not in _INTERNAL and not name.endswith("_hooks"):
                 self._guard_attribute(found, self._objects[key], name)
         for holder in self._holders:
-            if holder.kind == "slots" or holder.owner in self._unseen:
-                container, items = _items(holder)
-                for name, _ in items:
-                    found.hold(container, name, holder.named(name))
-            if holder.kind == "class":
-                self._guard_class(found, holder)
-            elif holder.owner is types.FunctionType:
-                function = _Slots(holder.about)
-                for name in ("__defaults__", "__kwdefaults__"):
-                    found.hold(function, name, f"{holder.path}.{name}")
-                for name in holder.thing:
-                    found.hold(holder.thing, name, holder.named(name))
+            self._guard_unseen(found, holder)
         for namespace, name, path in self._named.values:
             found.hold(namespace, name, path)
         for path, cell in self._named.cells:
@@ -391,8 +382,23 @@ class Reads:
             found.hold_tensor(places)
         return found
 
+    def _guard_unseen(self, found: Guards, holder: Holder) -> None:
+        """Guard what no recorder sees: slots, objects of classes written in C, classes, functions."""
+        if holder.kind == "slots" or holder.owner in self._unseen:
+            container, items = _items(holder)
+            for name, _ in items:
+                found.hold(container, name, holder.named(name))
+        if holder.kind == "class":
+            self._guard_class(found, holder)
+        elif holder.owner is types.FunctionType:
+            function = _Slots(holder.about)
+            for name in ("__defaults__", "__kwdefaults__"):
+                found.hold(function, name, f"{holder.path}.{name}")
+            for name in holder.thing:
+                found.hold(holder.thing, name, holder.named(name))
+
     def _guard_class(self, found: Guards, holder: Holder) -> None:
-        """Guard the values of a class that code reads through the class itself, by the names of attributes in it."""
+        """Guard the values of a class that code names as attributes."""
         kind = holder.thing
         view = self._classes.setdefault(kind, vars(kind))
         for name, value in view.items():

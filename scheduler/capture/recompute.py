@@ -1,12 +1,12 @@
-"""Options of a stage: which saved tensors stay, and the program that makes the others again.
+"""Compile the options of a stage: the programs that recompute the saved tensors that an option drops.
 
 A *pack* is one tensor that autograd saves, numbered in the order in which a run of the stage saves them. An
-option drops some packs. To make them again, just the ops that they need run, in grad mode and in their order: an op
-reads what is kept (as a view of the kept tensor's storage), what the stage was given, and what ops before it made.
-Dropped packs are then what those ops save, or views of what they made.
+option drops some packs. To recompute them, just the ops that they need run, in grad mode and in their order:
+an op reads what is kept (as a view of the kept tensor's storage), the stage's arguments, and results of ops
+before it. Dropped packs are then what those ops save, or views of what they made.
 
-Ops that do not hang together (neither reads what the other makes again, views aside) are programs of their own,
-each run when the first of its packs is asked for, so that what they make is not there all at once.
+Ops that are not connected (neither reads what the other recomputes, views aside) are programs of their own,
+each run when the first of its packs is asked for, so that their results are not live all at once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Rebuild:
-    """How dropped packs of an option are made again: all of them, or those that hang together.
+    """How dropped packs of an option are recomputed: all of them, or those that are connected.
 
     Attributes:
         dropped: numbers of the packs.
@@ -79,14 +79,14 @@ def _slice(graph: OpGraph, linear: Linear, k: int) -> list[Op]:
 
 
 def _made(graph: OpGraph, linear: Linear, k: int) -> list[int]:
-    """The storages that stage k makes."""
+    """Return the storages that stage k makes."""
     first = linear.cuts[k]
     named = dict.fromkeys(g for op in _slice(graph, linear, k) for g in (*op.writes, *op.saved))
     return [g for g in named if first <= graph.groups[g].producer]
 
 
 def _changes(graph: OpGraph, linear: Linear, k: int) -> dict[int, list[int]]:
-    """For each storage that stage k makes, the ops that change it in place, by their places in the stage."""
+    """Return, for each storage that stage k makes, the ops of the stage (by place) that change it."""
     made = _made(graph, linear, k)
     return {g: sorted({i - linear.cuts[k] for i in graph.groups[g].mutated}) for g in made}
 
@@ -94,8 +94,8 @@ def _changes(graph: OpGraph, linear: Linear, k: int) -> dict[int, list[int]]:
 def divisible(graph: OpGraph, linear: Linear, k: int) -> bool:
     """Whether stage k can be kept in part.
 
-    It cannot if it holds a block of ops (a higher-order op), or saves a storage under another dtype than it was
-    made with.
+    It cannot if it holds a block of ops (a higher-order op), or saves a storage under another dtype than it
+    was made with.
     """
     ops = _slice(graph, linear, k)
     dtypes = {
@@ -114,10 +114,10 @@ def divisible(graph: OpGraph, linear: Linear, k: int) -> bool:
 def stage_values(
     graph: OpGraph, linear: Linear, k: int, size: Callable[[int], int], seconds: Sequence[float]
 ) -> StageValues:
-    """The ops and storages of stage k, which is ``divisible``.
+    """Return the ops and storages of stage k, which is ``divisible``.
 
-    A storage that is changed in place is one value before each change and one after the last; autograd saves the
-    last.
+    A storage that is changed in place is one value before each change and one after the last; autograd saves
+    the last.
 
     Args:
         size: bytes that the allocator sets aside for so many bytes.
@@ -134,7 +134,7 @@ def stage_values(
     values = []
     for g, version in versions:
         kept = g in saved and version == last[g]
-        # What leaves the stage is there until its backward anyway.
+        # What leaves the stage is live until its backward anyway.
         held = 0 if g in carried else size(graph.groups[g].bytes)
         values.append(StageValue(held, kept, pinned=kept and g in leaving))
     stage_ops = []
@@ -160,7 +160,7 @@ def stage_values(
 def op_rows(
     graph: OpGraph, linear: Linear, k: int, size: Callable[[int], int]
 ) -> tuple[tuple[str, int], ...]:
-    """(name, bytes that autograd saves of what it makes) of each op of stage k."""
+    """Return (name, bytes that autograd saves of what it makes) of each op of stage k."""
     ops, first = _slice(graph, linear, k), linear.cuts[k]
     saved = {pack.group for op in ops for pack in op.packs}
     rows = []
@@ -171,12 +171,12 @@ def op_rows(
 
 
 def packs_of(graph: OpGraph, linear: Linear, k: int) -> list[Layout]:
-    """The packs of stage k, in order."""
+    """Return the packs of stage k, in order."""
     return [pack for op in _slice(graph, linear, k) for pack in op.packs]
 
 
 def origin_of_pack(graph: OpGraph, linear: Linear, k: int, number: int) -> str:
-    """The ops that make and save a pack of stage k, in words; "" if the graph does not know it."""
+    """Name the ops that make and save a pack of stage k; "" if the graph does not know it."""
     packs = [(op, pack) for op in _slice(graph, linear, k) for pack in op.packs]
     if number >= len(packs):
         return ""
@@ -196,7 +196,7 @@ def origin_of_pack(graph: OpGraph, linear: Linear, k: int, number: int) -> str:
 def compile_rebuilds(
     graph: OpGraph, linear: Linear, k: int, argument_names: tuple[str, ...], dropped: frozenset[int]
 ) -> tuple[Rebuild, ...]:
-    """Compile what makes the dropped packs of stage k again, in parts that can be run one without the other.
+    """Compile what recomputes the dropped packs of stage k, in parts that can be run one without the other.
 
     Args:
         argument_names: of the stage (``GraphStage.argument_names``).
@@ -212,8 +212,8 @@ def compile_rebuilds(
 def check_dropped(graph: OpGraph, linear: Linear, k: int, dropped: frozenset[int]) -> None:
     """Refuse packs of stage k that no option drops.
 
-    Raises:
-        ValueError: a number that is no pack of a storage that the stage makes, a storage of which only a part is dropped, or
+    Raises: ValueError: a number that is no pack of a storage that the stage makes, a storage of which only a
+        part is dropped, or
             a stage that cannot be kept in part.
     """
     packs, made = packs_of(graph, linear, k), set(_made(graph, linear, k))
@@ -231,7 +231,7 @@ def check_dropped(graph: OpGraph, linear: Linear, k: int, dropped: frozenset[int
 
 
 class _Rerun:
-    """The ops of stage k that run again when ``dropped`` is not kept. Ops are named by their places in the stage."""
+    """The ops of stage k that run again when ``dropped`` is not kept, named by their places in the stage."""
 
     def __init__(self, graph: OpGraph, linear: Linear, k: int, dropped: frozenset[int]) -> None:
         self.graph, self.k, self.dropped = graph, k, dropped
@@ -248,7 +248,7 @@ class _Rerun:
         self.lost = {self.packs[number].group for number in dropped}
         self.again: set[int] = (
             set()
-        )  # storages changed in place that are made again, though they are kept too
+        )  # storages changed in place that are recomputed, though they are kept too
         self.base: dict[int, fx.Node] = {}  # dropped storage -> the first node that is a view of it
         for op in self.ops:
             if op.node in graph.layout_of:
@@ -266,7 +266,7 @@ class _Rerun:
             self.running = self._closure(self._wanted(self.lost))
 
     def producer(self, group: int) -> int:
-        """The op that makes a storage."""
+        """Return the op that makes a storage."""
         return self.graph.groups[group].producer - self.first
 
     def makes(self, i: int) -> bool:
@@ -280,7 +280,7 @@ class _Rerun:
         return group in self.kept and group not in self.again and all(i < reader for i in self.changes[group])
 
     def needs(self, i: int) -> list[int]:
-        """The ops that must run before op i does, if it runs again."""
+        """Return the ops that must run before op i does, if it runs again."""
         found = []
         for node in self.ops[i].node.all_input_nodes:
             if node in self.position and not self.there(node, i):
@@ -292,7 +292,7 @@ class _Rerun:
         return found
 
     def _wanted(self, groups: Iterable[int]) -> list[int]:
-        """The ops that make these dropped storages what they were when they were saved."""
+        """Return the ops that make these dropped storages what they were when they were saved."""
         found = []
         for group in groups:
             found += [self.producer(group), *self.changes[group]]
@@ -312,7 +312,7 @@ class _Rerun:
         return running
 
     def parts(self) -> list[list[int]]:
-        """The dropped storages, such that those of different parts share no op but views."""
+        """Return the dropped storages in parts that share no op but views."""
         hanging: nx.Graph[int] = nx.Graph()
         for i in self.running:
             if self.makes(i):
@@ -332,7 +332,7 @@ class _Rerun:
         return list(found.values())
 
     def compile(self, groups: list[int], argument_names: tuple[str, ...]) -> Rebuild:
-        """The program that makes the packs of some dropped storages again."""
+        """Return the program that recomputes the packs of some dropped storages."""
         graph, ops, position, packs = self.graph, self.ops, self.position, self.packs
         running = sorted(self._closure(self._wanted(groups)))
         wanted = frozenset(number for number in self.dropped if packs[number].group in groups)
@@ -384,7 +384,7 @@ class _Rerun:
 
 
 def _view(subgraph: fx.Graph, base: fx.Node, held: Layout, wanted: Layout) -> fx.Node:
-    """The wanted view of the storage of ``base``, which lies in it as ``held`` says."""
+    """Return the wanted view of the storage of ``base``, which lies in it as ``held`` says."""
     if (held.shape, held.stride, held.offset) == (wanted.shape, wanted.stride, wanted.offset):
         return base
     arguments: tuple[Any, ...] = (base, wanted.shape, wanted.stride, wanted.offset)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from scheduler.capture.environment import default_device, function_modes, on_default_device, under_modes
+from scheduler.capture.layouts import equal_bits
 from scheduler.capture.sharded import is_distributed
 from scheduler.capture.state import RandomState, autocast_contexts, autocast_state, on_gradient
 from scheduler.capture.target import Device
-from scheduler.capture.verify import equal_bits
 
 __all__ = [
     "ELSEWHERE",

@@ -1,6 +1,7 @@
-"""Models on many devices: wrappers that are planned from inside, and parameters that fully_shard (FSDP2) has sharded.
+"""Handle models on many devices: refuse wrappers, and gather parameters that fully_shard (FSDP2) has sharded.
 
-Whatever of torch.distributed a model uses is imported already; nothing is imported here for the sake of others.
+Whatever of torch.distributed a model uses is imported already; nothing is imported here for the sake of
+others.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from scheduler.capture.private import TorchDispatchMode, share_fsdp_state
 
 __all__ = [
     "CollectiveCall",
@@ -101,7 +103,7 @@ def _kind(module: str, name: str) -> Any:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What of a tensor lies on this device: the shard of a DTensor, else the tensor itself."""
+    """Return the part of a tensor on this device: the shard of a DTensor, else the tensor itself."""
     if not placement(tensor):
         return tensor
     with torch.no_grad():
@@ -110,43 +112,39 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def placement(tensor: Tensor) -> str:
-    """How a DTensor lies on its mesh of devices, the same on all of them; "" for any other tensor."""
+    """Describe how a DTensor lies on its mesh, the same text on all devices; "" for any other tensor."""
     if not isinstance(tensor, _kind("torch.distributed.tensor", "DTensor")):
         return ""
     return f"{tensor.placements} over {tuple(tensor.device_mesh.shape)}"
 
 
 def sharded_within(module: nn.Module) -> list[Any]:
-    """The modules, itself among them, that fully_shard was called on."""
+    """Return the modules, itself among them, that fully_shard was called on."""
     kind = _kind("torch.distributed.fsdp", "FSDPModule")
     return [inner for inner in module.modules() if isinstance(inner, kind)] if kind else []
 
 
 def holders(model: nn.Module, name: str) -> list[Any]:
-    """The modules on the path to submodule ``name`` that fully_shard was called on: they gather its parameters."""
+    """Return the modules above ``name``, itself included, that fully_shard was called on: they gather it."""
     parts = name.split(".") if name else []
     path = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
     return [module for module in path if isinstance(module, _kind("torch.distributed.fsdp", "FSDPModule"))]
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of gathered parameters: fully_shard's root has its own still, after a forward without backward."""
+    """Release gathered parameters: fully_shard's root still has its own after a forward without backward."""
     for module in sharded_within(model):
         module.reshard()
 
 
 def share_sharding(model: nn.Module, twin: nn.Module) -> None:
-    """Let fully_shard's methods (unshard, set_requires_gradient_sync, ...) work on a shallow copy of a model, too."""
+    """Make fully_shard's methods (unshard, ...) work on an object that shares a model's ``__dict__``, too."""
     if isinstance(model, _kind("torch.distributed.fsdp", "FSDPModule")):
-        from torch.distributed._composable_state import _get_module_state, _insert_module_state
-
-        state = _get_module_state(model)
-        if state is not None:
-            _insert_module_state(twin, state)
+        share_fsdp_state(model, twin)
 
 
 def unshard(modules: Sequence[Any]) -> list[Any]:
-    """Gather the parameters of ``modules``; gives those that were sharded. A collective call."""
+    """Gather the parameters of ``modules``, and return those modules that were sharded. Collective."""
     before = [own_parameters(module) for module in modules]
     for module in modules:
         module.unshard()
@@ -154,10 +152,10 @@ def unshard(modules: Sequence[Any]) -> list[Any]:
 
 
 def take_gathered_grads(model: nn.Module) -> dict[nn.Parameter, Tensor | None]:
-    """The gradients of gathered parameters, which are None from now on; then all is sharded. A collective call.
+    """Take away and return the gradients of gathered parameters, then reshard all. Collective.
 
-    A backward that does not run from the end of the model to its beginning leaves some there, and fully_shard would add them
-    to those of the next step.
+    A backward that does not run from the end of the model to its beginning leaves some there, and fully_shard
+    would add them to those of the next step.
     """
     found: dict[nn.Parameter, Tensor | None] = {}
     for module in sharded_within(model):
@@ -170,7 +168,7 @@ def take_gathered_grads(model: nn.Module) -> dict[nn.Parameter, Tensor | None]:
 
 @contextmanager
 def gathered(outer: Sequence[Any], inner: Sequence[Any]) -> Iterator[None]:
-    """Within it, the parameters of ``outer`` are there; what was sharded before is sharded again on leaving.
+    """Gather the parameters of ``outer`` within the block; reshard what was sharded before on leaving.
 
     A collective call: every rank must come here in the same order.
 
@@ -189,7 +187,7 @@ def gathered(outer: Sequence[Any], inner: Sequence[Any]) -> Iterator[None]:
 
 
 def own_parameters(module: nn.Module) -> set[nn.Parameter]:
-    """The parameters that a module gathers itself, as they are now: gathered ones are other objects than shards."""
+    """Return the parameters that a module gathers itself, as they are now (gathered or shards)."""
     kind = _kind("torch.distributed.fsdp", "FSDPModule")
     found: set[nn.Parameter] = set()
     waiting = [module]

@@ -1,4 +1,4 @@
-"""Stages of an op graph as Python functions, and what each needs and gives.
+"""Compile the stages of an op graph to Python functions, and tell what each takes and returns.
 
 Each stage is compiled once, by fx, into a plain function of its tensors: no interpreter, no dispatch mode.
 """
@@ -25,9 +25,8 @@ class Source:
 
     Attributes:
         kind: "boundary" (index into the boundary's tensors), "carried" (name), "input" (index into the
-            leaves of the call, and state tensors after them), "parameter" or "buffer" (dotted name in the model), "constant" (name).
-        key: index or name.
-        requires_grad: of the tensor, in the step.
+            leaves of the call, and state tensors after them), "parameter" or "buffer" (dotted name in the
+        model), "constant" (name). key: index or name. requires_grad: of the tensor, in the step.
     """
 
     kind: str
@@ -164,7 +163,7 @@ def _source(
 
 
 def _last_stage_of_use(graph: OpGraph, linear: Linear) -> dict[fx.Node, int]:
-    """The last stage that reads each node; L for outputs."""
+    """Return the last stage that reads each node; L for outputs."""
     last: dict[fx.Node, int] = {}
     for k in range(len(linear)):
         for op in graph.ops[linear.cuts[k] : linear.cuts[k + 1]]:
@@ -177,7 +176,7 @@ def _last_stage_of_use(graph: OpGraph, linear: Linear) -> dict[fx.Node, int]:
 
 
 def _stage_name(ops: list[Any]) -> str:
-    """The common module path of the ops, or the paths of the first and last op."""
+    """Return the common module path of the ops, or the paths of the first and last op."""
     paths = []
     for op in ops:
         stack = op.node.meta.get("nn_module_stack")
@@ -204,9 +203,10 @@ def _signature(
     graph: OpGraph, first: int, ops: list[Any], sources: list[Source], originals: list[fx.Node],
     results: list[fx.Node], subgraph: fx.Graph,
 ) -> str:  # fmt: skip # one line per kind of thing
-    """Text that is equal for stages that run the same ops on arguments of the same kinds and shapes.
+    """Return text that is equal for stages that run the same ops on arguments of the same kinds and shapes.
 
-    And save storages of their own alike: under autocast a weight that an earlier stage has cast may come from the cache.
+    They save storages of their own alike, too: under autocast a weight that an earlier stage has cast may be
+    cached.
     """
     number = {node: index for index, node in enumerate(subgraph.nodes)}
     rows = []

@@ -13,11 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
 
 from scheduler.capture.fake import Watch
 from scheduler.capture.flat import map_tensors, tree_leaves
 from scheduler.capture.layouts import storage_key
+from scheduler.capture.private import (
+    detect_fake_mode,
+    dynamo_is_loaded,
+    graph_task,
+    hooks_of_gradients,
+    replaced,
+    storage_id,
+    version_of,
+)
 from scheduler.capture.python_state import Snapshot
 from scheduler.capture.reads import StateTensor, roots_of, state_tensors
 from scheduler.capture.sample import Call
@@ -146,7 +154,7 @@ class HostRandomState:
 
 def in_backward() -> bool:
     """Whether autograd runs a backward: a forward within it (torch's checkpoint, a plan around this one) runs one again."""
-    return torch._C._current_graph_task_id() != -1
+    return graph_task() != -1
 
 
 def may_be_seed(tensor: torch.Tensor) -> bool:
@@ -175,7 +183,7 @@ def model_device(model: nn.Module) -> torch.device:
 
 def shielded(hook: Callable[..., Any]) -> Callable[..., Any]:
     """A hook for saved tensors that torch.compile leaves alone, as it is called from compiled blocks."""
-    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
+    return torch.compiler.disable(hook) if dynamo_is_loaded() else hook
 
 
 AutocastState = tuple[tuple[str, bool, torch.dtype], ...]  # (device type, enabled, dtype)
@@ -232,18 +240,14 @@ def bare(model: nn.Module) -> Iterator[nn.Module]:
     It shares everything with the model.
     """
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    before = {name: vars(model)[name] for name in names}
     root = model
     if type(model).__call__ is not nn.Module.__call__:
         cls = type(model)
         plain = type(cls.__name__, (cls,), {"__call__": nn.Module.__call__, "__module__": cls.__module__})
         root = object.__new__(plain)
         object.__setattr__(root, "__dict__", vars(model))
-    vars(model).update({name: OrderedDict() for name in names})
-    try:
+    with replaced(vars(model), **{name: OrderedDict() for name in names}):
         yield root
-    finally:
-        vars(model).update(before)
 
 
 @contextmanager
@@ -298,7 +302,7 @@ def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:
     storages = [(t, t.data, storage_key(t)) for t in bound]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     # Autograd calls what is in these dicts when a gradient arrives.
-    hooks = [d for p in grads for d in (p._backward_hooks, p._post_accumulate_grad_hooks) if d]
+    hooks = [d for p in grads for d in hooks_of_gradients(p)]
     silent = [dict(each) for each in hooks]
     for tensor in grads:
         tensor.grad = None
@@ -377,12 +381,12 @@ class _Moving(Watch):
         super().__init__()
         self.waiting: dict[int, list[Tensor]] = {}
         for tensor in tensors:
-            self.waiting.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+            self.waiting.setdefault(storage_id(tensor.untyped_storage()), []).append(tensor)
         self.copies: dict[Tensor, Tensor] = {}
 
     def before_change(self, tensor: Tensor) -> None:
         """See ``Watch``."""
-        for each in self.waiting.pop(tensor.untyped_storage()._cdata, ()):
+        for each in self.waiting.pop(storage_id(tensor.untyped_storage()), ()):
             self.copies[each] = each.detach().clone()
 
 
@@ -391,7 +395,7 @@ def uncompiled() -> AbstractContextManager[Any]:
 
     Of code that it meets under a dispatch mode Dynamo takes note, and compiles it no more.
     """
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and loading it takes seconds
+    if not dynamo_is_loaded():  # nothing is compiled, and loading it takes seconds
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
@@ -422,7 +426,7 @@ def set_apart(call: Call) -> Iterator[Call]:
     Storages are those of the given tensors.
     """
     given = {id(t): t for t in tree_leaves(call) if isinstance(t, torch.Tensor)}
-    before = {name: (t._version, t.detach().to("cpu", copy=True)) for name, t in given.items()}
+    before = {name: (version_of(t), t.detach().to("cpu", copy=True)) for name, t in given.items()}
     apart = {name: t.detach().requires_grad_() if t.requires_grad else t for name, t in given.items()}
     others = [leaf for leaf in tree_leaves(call) if not isinstance(leaf, torch.Tensor)]
     state = Snapshot((f"argument {i}", leaf) for i, leaf in enumerate(others))  # generators, say
@@ -431,5 +435,5 @@ def set_apart(call: Call) -> Iterator[Call]:
     finally:
         state.restore()
         for name, (version, value) in before.items():
-            if given[name]._version != version:  # the model changes its input in place
+            if version_of(given[name]) != version:  # the model changes its input in place
                 given[name].data.copy_(value)

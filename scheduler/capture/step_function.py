@@ -6,15 +6,15 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from scheduler.capture.callables import CallableChain, cut_off, variables
 from scheduler.capture.found import modules_in, name_of
+from scheduler.capture.private import is_compiled_function, pytree, replaced
 from scheduler.capture.sample import read_sample
 from scheduler.capture.sharded import reject_wrapped
 
@@ -179,7 +179,7 @@ def _step_function(
     Raises:
         ValueError: there are none, or one must not be planned from inside; or the function is compiled.
     """
-    if hasattr(function, "_torchdynamo_orig_callable"):
+    if is_compiled_function(function):
         raise ValueError(
             f"solve: the step function {name_of(function)} is compiled, which would lose the schedule; pass the function itself, "
             "and compile blocks of its modules instead (block.compile())"
@@ -235,7 +235,6 @@ def _only_forward(name: str) -> Iterator[None]:
     places = [
         (Tensor, "backward"), (torch.autograd, "backward"), (nn.Module, "zero_grad"), (torch.optim.Optimizer, "zero_grad")
     ]  # fmt: skip # four places
-    before = [(owner, what, vars(owner)[what]) for owner, what in places]
 
     def refusing(what: str) -> Callable[..., None]:
         def refuse(*_: Any, **__: Any) -> None:
@@ -246,10 +245,7 @@ def _only_forward(name: str) -> Iterator[None]:
 
         return refuse
 
-    for owner, what, _ in before:
-        setattr(owner, what, refusing(what))
-    try:
+    with ExitStack() as stack:
+        for owner, what in places:
+            stack.enter_context(replaced(owner, **{what: refusing(what)}))
         yield
-    finally:
-        for owner, what, original in before:
-            setattr(owner, what, original)

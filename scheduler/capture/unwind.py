@@ -1,7 +1,8 @@
-"""Leave what a trial has entered: levels of functorch, modes, and the settings of torch that a thread goes by.
+"""Leave what a trial has entered: levels of functorch, modes, and settings of torch of this thread.
 
-A model's code that raises half-way, or an export of it, may leave the process within a level of ``torch.vmap``, a mode
-of dispatch or other settings; every op that follows, the user's too, would then run within them.
+A model's code that raises half-way, or an export of it, may leave the process within a level of
+``torch.vmap``, a mode of dispatch or other settings; every op that follows, the user's too, would then run
+within them.
 """
 
 from __future__ import annotations
@@ -11,11 +12,22 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch._C import _functorch as functorch
-from torch.autograd import forward_ad
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode
 
+from scheduler.capture.private import (
+    default_device_context,
+    dispatch_modes,
+    dual_level,
+    function_mode_stack,
+    inference_mode_entered,
+    leave_dual_level,
+    leave_transforms,
+    pop_dispatch_mode,
+    pop_function_modes,
+    saved_tensors_hooks,
+    saved_tensors_refusal,
+    set_saved_tensors_hooks,
+    transform_depth,
+)
 from scheduler.errors import CaptureError
 
 __all__ = ["in_words", "met", "unwound"]
@@ -27,7 +39,7 @@ _LEFT: list[Any] = []  # guards that nobody leaves
 
 @contextmanager
 def unwound() -> Iterator[None]:
-    """On leaving, everything that was entered within it and not left is left, and settings are as before."""
+    """Leave, at the end of the block, everything entered within it and not left; restore settings."""
     before = _Surroundings()
     try:
         yield
@@ -37,7 +49,7 @@ def unwound() -> Iterator[None]:
 
 @contextmanager
 def met(what: str, advice: str = "", ours: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Within it any exception comes out as a CaptureError that begins with ``what``, and what was entered is left.
+    """Turn any exception in the block into a CaptureError that begins with ``what``; leave what was entered.
 
     Out of memory stays what it is: a smaller batch is the cure, not another capture.
 
@@ -55,21 +67,21 @@ def met(what: str, advice: str = "", ours: tuple[type[Exception], ...] = ()) -> 
 
 
 def in_words(error: BaseException) -> str:
-    """The kind of an error and the first line of its message."""
+    """Return the kind of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     name = type(error).__name__
     return f"{name}: {lines[0][:300]}" if lines else name
 
 
 class _Surroundings:
-    """What ops of this thread run within at present."""
+    """The modes, levels and settings that ops of this thread run under, as they are now."""
 
     def __init__(self) -> None:
-        self.dual = forward_ad._current_level
-        self.level = functorch.get_dynamic_layer_stack_depth()
-        self.dispatch = _get_current_dispatch_mode_stack()
-        self.function = _get_current_function_mode_stack()
-        self.default_device = _default_device()
+        self.dual = dual_level()
+        self.level = transform_depth()
+        self.dispatch = dispatch_modes()
+        self.function = function_mode_stack()
+        self.default_device = default_device_context()
         self.grad = torch.is_grad_enabled()
         self.inference = torch.is_inference_mode_enabled()
         self.anomaly = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
@@ -81,19 +93,17 @@ class _Surroundings:
         self.autocast = _autocast()
         self.nesting = _autocast_nesting()
         self.cached = torch.is_autocast_cache_enabled()
-        self.hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        self.refused = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+        self.hooks = saved_tensors_hooks()
+        self.refused = saved_tensors_refusal()
 
     def restore(self) -> None:
-        """Leave what was entered since, the last first; set back what was set."""
-        for _ in range(self.level, functorch.get_dynamic_layer_stack_depth()):
-            # Before torch 2.13 an assertion fails once the last level has been left.
-            with suppress(RuntimeError):
-                functorch.pop_dynamic_layer_stack_and_undo_to_depth(self.level)
-        self._leave_dual_level()
+        """Leave what was entered since, the last first; restore settings."""
+        leave_transforms(self.level)
+        if self.dual < 0:
+            leave_dual_level()
         self._leave_modes()
         if torch.is_inference_mode_enabled() is not self.inference:
-            _LEFT.append(torch._C._InferenceMode(self.inference))
+            _LEFT.append(inference_mode_entered(self.inference))
         torch.set_grad_enabled(self.grad)
         if (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()) != self.anomaly:
             torch.set_anomaly_enabled(*self.anomaly)
@@ -107,28 +117,18 @@ class _Surroundings:
         if now != self.deterministic:
             torch.use_deterministic_algorithms(mode, warn_only=only_warned)
         self._set_autocast()
-        self._drop_hooks()
-
-    def _leave_dual_level(self) -> None:
-        """Of forward-mode AD. There is one level, and nothing but entering it tells whether it has been entered."""
-        if self.dual >= 0:
-            return
-        with suppress(RuntimeError):
-            torch._C._enter_dual_level()
-        torch._C._exit_dual_level(level=0)
-        forward_ad._current_level = -1
+        set_saved_tensors_hooks(self.hooks, self.refused)
 
     def _leave_modes(self) -> None:
-        for mode in reversed(_get_current_dispatch_mode_stack()):
+        for mode in reversed(dispatch_modes()):
             if not any(mode is each for each in self.dispatch):
                 with suppress(Exception):  # of its own making; it is off the stack all the same
                     mode.__exit__(None, None, None)
-                if any(mode is each for each in _get_current_dispatch_mode_stack()):
-                    _pop_mode(getattr(mode, "_mode_key", None))
-        if _default_device() is not self.default_device:
+                if any(mode is each for each in dispatch_modes()):
+                    pop_dispatch_mode(mode)
+        if default_device_context() is not self.default_device:
             torch.set_default_device(None if self.default_device is None else self.default_device.device)
-        while torch._C._len_torch_function_stack() > len(self.function):
-            torch._C._pop_torch_function_stack()
+        pop_function_modes(len(self.function))
 
     def _set_autocast(self) -> None:
         for kind, enabled, dtype in self.autocast:
@@ -141,22 +141,6 @@ class _Surroundings:
         if left > 0 and not self.nesting:
             torch.clear_autocast_cache()
 
-    def _drop_hooks(self) -> None:
-        autograd = torch._C._autograd
-        while not _same_hooks(autograd._top_saved_tensors_default_hooks(True), self.hooks):
-            if autograd._top_saved_tensors_default_hooks(True) is None:
-                break
-            autograd._pop_saved_tensors_default_hooks()
-        if autograd._saved_tensors_hooks_get_disabled_error_message() != self.refused:
-            if self.refused is None:
-                autograd._saved_tensors_hooks_enable()
-            else:
-                autograd._saved_tensors_hooks_disable(self.refused)
-
-
-def _same_hooks(a: Any, b: Any) -> bool:
-    return a is b or (a is not None and b is not None and a[0] is b[0] and a[1] is b[1])
-
 
 def _autocast() -> list[tuple[str, bool, torch.dtype]]:
     return [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in KINDS]
@@ -165,8 +149,3 @@ def _autocast() -> list[tuple[str, bool, torch.dtype]]:
 def _autocast_nesting() -> int:
     torch.autocast_increment_nesting()
     return int(torch.autocast_decrement_nesting())
-
-
-def _default_device() -> Any:
-    """What ``torch.set_default_device`` has entered."""
-    return getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)

@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules._functions import BackwardHookFunction
-from torch.utils import _pytree as pytree
 
-from scheduler.capture.layouts import parts
+from scheduler.capture.layouts import equal_bits
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.offloaded import on_host
+from scheduler.capture.private import BackwardHookFunction, function_of_node, is_of_library_op, pytree
 from scheduler.capture.state import RandomState, model_device, preserved, reverse
 
-__all__ = ["StepResult", "custom_functions", "difference", "equal_bits", "of_an_op", "run_step"]
+__all__ = ["StepResult", "custom_functions", "difference", "run_step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +75,6 @@ def run_step(
         )
 
 
-def of_an_op(function: type) -> bool:
-    """Whether an autograd.Function is how torch.library runs an op's registered backward: the op is in the graph."""
-    return function.__module__ == "torch._library.autograd"
-
-
 def custom_functions(tensors: list[Tensor]) -> tuple[str, ...]:
     """Names of the custom autograd.Functions that a backward from these tensors would run."""
     waiting: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
@@ -89,9 +83,9 @@ def custom_functions(tensors: list[Tensor]) -> tuple[str, ...]:
     while waiting:
         node = waiting.pop()
         if isinstance(node, torch.autograd.function.BackwardCFunction):
-            function = node._forward_cls  # type: ignore[attr-defined] # set by autograd for each Function
+            function = function_of_node(node)
             # Those of module hooks are looked for elsewhere.
-            if function is not BackwardHookFunction and not of_an_op(function):
+            if function is not BackwardHookFunction and not is_of_library_op(function):
                 found[f"{function.__module__}.{function.__qualname__}"] = None
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
@@ -127,19 +121,6 @@ def difference(plain: StepResult, other: StepResult) -> str | None:
     if before is not None and after is not None and not torch.equal(before, after):
         return "the state of the device's random-number generator differs after the step"
     return None
-
-
-def equal_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal bit for bit, NaNs included."""
-    if a.shape != b.shape or a.dtype != b.dtype or a.layout is not b.layout:
-        return False
-    if a.layout is not torch.strided:
-        return all(map(equal_bits, parts(a), parts(b)))
-    return (
-        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-        if a.ndim
-        else bool(torch.equal(a.reshape(1).view(torch.uint8), b.reshape(1).view(torch.uint8)))
-    )
 
 
 def _amount(a: Tensor, b: Tensor) -> str:

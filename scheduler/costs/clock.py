@@ -1,4 +1,4 @@
-"""Seconds of pieces of work on a device: by the host's clock, or, on CUDA, by events on the stream."""
+"""Time pieces of work on a device: by the host's clock, or, on CUDA, by events on the stream."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from contextlib import contextmanager
 
 import torch
 
+from scheduler.capture.private import keep_gpu_busy
 from scheduler.capture.target import Device
 
 __all__ = ["Spans", "wait"]
 
-AHEAD = 4_000_000  # cycles of the device, some milliseconds, by which the host's launches run ahead of what is timed
+AHEAD = 4_000_000  # cycles of the device, some milliseconds: the host's launches run ahead by these
 
 
 class Spans:
     """Times pieces of work, one after the other.
 
-    On CUDA nothing waits between them: the device is kept busy first, so that kernels that are shorter than their launch follow
-    each other closely, as in a step that the device is the bottleneck of. What two events take with nothing between them is
-    subtracted. Elsewhere the host's clock is read.
+    On CUDA nothing waits between them: the device is kept busy first, so that kernels that are shorter than
+    their launch follow each other closely, as in a step that the device is the bottleneck of. The seconds of
+    two events with nothing between them are subtracted. Elsewhere the host's clock is read.
 
     Args:
-        device: at hand.
+        device: present.
     """
 
     def __init__(self, device: Device) -> None:
@@ -52,7 +53,7 @@ class Spans:
         self._events.append(events)
 
     def seconds(self) -> list[float]:
-        """Of each piece, in order."""
+        """Return the seconds of each piece, in order."""
         if self.cuda is not None:
             wait(self.cuda)
             none = _nothing(self.cuda)
@@ -63,7 +64,7 @@ class Spans:
 
 @functools.cache
 def _nothing(device: torch.device) -> float:
-    """Seconds between two events that nothing lies between."""
+    """Return the seconds between two events with nothing between them."""
     events, stream = (
         [torch.cuda.Event(enable_timing=True) for _ in range(20)],
         torch.cuda.current_stream(device),
@@ -78,7 +79,7 @@ def _nothing(device: torch.device) -> float:
 def _keep_busy(device: torch.device) -> None:
     """Give the device something to do while the host launches what is timed."""
     with torch.cuda.device(device):
-        torch.cuda._sleep(AHEAD)
+        keep_gpu_busy(AHEAD)
 
 
 def wait(device: torch.device) -> None:

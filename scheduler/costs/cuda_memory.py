@@ -21,9 +21,11 @@ from scheduler.capture.dry import without_hardware
 from scheduler.capture.flat import tree_leaves
 from scheduler.capture.layouts import held_bytes, storage_key
 from scheduler.capture.loss import find_loss
+from scheduler.capture.private import expandable_segments_are_on
 from scheduler.capture.sample import Call
 from scheduler.capture.state import preserved, reverse
 from scheduler.capture.target import Device, Target
+from scheduler.costs.clock import wait
 from scheduler.costs.live import Event, LiveBytes
 from scheduler.costs.peak import allocated
 from scheduler.cuda_allocator import LARGEST_SLACK, CachingAllocator, block_bytes
@@ -77,7 +79,7 @@ def _taken(index: int) -> tuple[int, int]:
             torch.addmm(bias, factor, factor, out=product)  # by cuBLASLt
         forward = torch.cuda.memory_allocated(index) - before
         torch.autograd.grad((factor @ factor).sum(), factor)
-        torch.cuda.synchronize(index)
+        wait(factor.device)
         return forward, torch.cuda.memory_allocated(index) - before - forward
 
 
@@ -100,7 +102,7 @@ def expandable_segments(device: Device) -> bool:
     if torch.cuda.get_allocator_backend() != "native":  # cudaMallocAsync counts what is asked for
         return True
     # Not of the settings' text, which has only those that were set last.
-    return bool(torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"])
+    return expandable_segments_are_on()
 
 
 def allocator_slack(model: nn.Module, call: Call, device: Device, optimizer_state: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from scheduler.capture.sharded import own_parameters, unshard
+from scheduler.costs.clock import wait
 from scheduler.costs.measure import StageCost
 from scheduler.costs.peak import count_bytes
 from scheduler.costs.resident import storage_bytes
@@ -60,8 +61,7 @@ def measure_gather(modules: Sequence[Any], device: torch.device) -> Gather:
     for _ in range(REPEATS):
         began = time.perf_counter()
         unshard(modules)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait(device)
         seconds.append(time.perf_counter() - began)
         shard()
     return Gather(statistics.median(seconds), counted.peak, kept)

@@ -1,8 +1,8 @@
 """Count the bytes of the storages that are alive while ops run, on tensors with data or without.
 
-Every storage that an op returns is followed from there to its end. What an op allocates and lets go of within its own
-kernel is not seen but asked for (``scratch.py`` counts it on the device itself). Not seen are the few bytes of numbers
-that autograd's own code turns into tensors.
+Every storage that an op returns is followed from there to its end. What an op allocates and releases within
+its own kernel is not seen but asked for (``scratch.py`` counts it on the device itself). Not seen are the few
+bytes of numbers that autograd's own code turns into tensors.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from scheduler.capture.private import TorchDispatchMode, pytree, storage_id
 
 __all__ = ["Event", "LiveBytes", "rounded"]
 
@@ -36,21 +36,21 @@ class Event(NamedTuple):
 
 
 def rounded(size: int, kind: str) -> int:
-    """Bytes that the allocator of a kind of device ("cuda", "cpu") sets aside for ``size`` bytes."""
+    """Return the bytes that the allocator of a kind of device ("cuda", "cpu") takes for ``size`` bytes."""
     return -(-size // 512) * 512 if kind == "cuda" else size
 
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that ops make while it is entered; those made before do not count.
 
-    The peak is taken after every op, when what it made and what it was given are both there. For fake tensors it is
-    entered after their mode, or without it. A tensor that is released after the block still counts as released.
+    The peak is taken after every op, when its results and its arguments are both live. For fake tensors it is
+    entered after their mode, or without it. A tensor that is released after the block still counts as
+    released.
 
-    Args:
-        kind: whose allocator's rounding is applied: "cuda" or "cpu"; by the device of each tensor if None.
-        only: count only tensors on devices of this type; all if None.
-        record: whether to note ``events``.
-        scratch: gives the bytes that an op took and let go of within itself (func, args, kwargs, result); none if None.
+    Args: kind: whose allocator's rounding is applied: "cuda" or "cpu"; by the device of each tensor if None.
+        only: count only tensors on devices of this type; all if None. record: whether to note ``events``.
+        scratch: returns the bytes that an op took and released within itself (func, args, kwargs, result);
+        none if None.
 
     Attributes:
         live: bytes that are live now. peak: the most so far; ``restart`` forgets it.
@@ -72,7 +72,8 @@ class LiveBytes(TorchDispatchMode):
         self.label = ""
         self.events: list[Event] = []
         self._made = 0
-        # By identity, while it lives: the storage, its bytes as counted and as it says, number, kind of allocator.
+        # By identity, while it lives: the storage, its bytes as counted and as it says, number, kind of
+        # allocator.
         self._known: dict[int, tuple[weakref.ref[Any], int, int, int, str]] = {}
 
     def mark(self, label: str) -> None:
@@ -81,13 +82,13 @@ class LiveBytes(TorchDispatchMode):
             self.events.append(Event(label, 0, self.live, -1))
 
     def number(self, tensor: Tensor) -> int | None:
-        """The number of a tensor's storage in the events; None if it was made before, or elsewhere."""
+        """Return the number of a tensor's storage in the events; None if it was made before, or elsewhere."""
         storage = _storage(tensor)
-        known = None if storage is None else self._known.get(storage._cdata)
+        known = None if storage is None else self._known.get(storage_id(storage))
         return None if known is None else known[3]
 
     def restart(self) -> int:
-        """Give the peak so far, and begin a new one at what is live now."""
+        """Return the peak so far, and begin a new one at what is live now."""
         peak, self.peak = self.peak, self.live
         return peak
 
@@ -103,13 +104,13 @@ class LiveBytes(TorchDispatchMode):
                 if isinstance(leaf, Tensor):
                     storage = _storage(leaf)
                     if storage is not None:
-                        given[storage._cdata] = storage
+                        given[storage_id(storage)] = storage
         for leaf in (result,) if isinstance(result, Tensor) else pytree.tree_leaves(result):
             if isinstance(leaf, Tensor) and (self.only is None or leaf.device.type == self.only):
                 storage = _storage(leaf)
-                if storage is not None and storage._cdata not in given:
-                    self._follow(storage, leaf.device.type)
-                    given[storage._cdata] = storage
+                if storage is not None and (key := storage_id(storage)) not in given:
+                    self._follow(key, storage, leaf.device.type)
+                    given[key] = storage
         for key, storage in given.items():
             if key in self._known and self._known[key][2] != storage.nbytes():
                 self._resized(key, storage.nbytes())
@@ -121,8 +122,7 @@ class LiveBytes(TorchDispatchMode):
             self._change(-taken, number)
         return result
 
-    def _follow(self, storage: Any, device: str) -> None:
-        key = storage._cdata
+    def _follow(self, key: int, storage: Any, device: str) -> None:
         if key in self._known:
             return
         size = storage.nbytes()
@@ -152,7 +152,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> Any:
-    """The storage of a tensor; None for one that has none (sparse tensors)."""
+    """Return the storage of a tensor; None for one that has none (sparse tensors)."""
     try:
         return tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):

@@ -1,9 +1,10 @@
-"""What tells blocks that cost the same from others: the ops that a forward runs, and the graph that it leaves.
+"""Fingerprint a block's forward: blocks with equal fingerprints cost the same and are measured once.
 
-Two traces are equal if the same ops run in the same order with the same plain arguments, on tensors of the same shapes,
-strides and dtypes, whose storages are wired alike and of the same sizes; if the same storages are let go of at the same
-places; and if the graph of the outputs has the same nodes, wired alike. Seconds and bytes are then the same, whatever the
-values; an op whose cost depends on values shows in the shapes of what it makes.
+Two traces are equal if the same ops run in the same order with the same plain arguments, on tensors of the
+same shapes, strides and dtypes, whose storages are wired alike and of the same sizes; if the same storages
+are released at the same places; and if the graph of the outputs has the same nodes, wired alike. Seconds and
+bytes are then the same, whatever the values; an op whose cost depends on values shows in the shapes of what
+it makes.
 """
 
 from __future__ import annotations
@@ -13,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import HigherOrderOperator
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from scheduler.capture.flat import tensor_leaves
 from scheduler.capture.layouts import held_bytes, nonzeros, storage_key, storage_of
+from scheduler.capture.private import HigherOrderOperator, TorchDispatchMode
 
 __all__ = ["trace_of_ops"]
 
@@ -30,8 +30,8 @@ PLAIN = (
 def trace_of_ops(run: Callable[[], Any], given: Iterable[Tensor]) -> tuple[Hashable, Any]:
     """Run a forward in grad mode and trace it.
 
-    Args:
-        given: tensors that are there before: parameters, buffers, arguments. They are part of the trace, in this order.
+    Args: given: tensors that exist before: parameters, buffers, arguments. They are part of the trace, in
+        this order.
 
     Returns:
         the trace, equal to others where the cost is the same; and what the forward returned.
@@ -57,7 +57,7 @@ class _Ops(TorchDispatchMode):
         self.rows: list[Hashable] = []
         self.number: dict[int, int] = {}
         self.refs: list[StorageWeakRef] = []  # no address is used again
-        self.new: dict[int, StorageWeakRef] = {}  # those that the forward made and that are still there
+        self.new: dict[int, StorageWeakRef] = {}  # those that the forward made and that still live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one op and note it."""
@@ -83,7 +83,7 @@ class _Ops(TorchDispatchMode):
                 del self.new[number]
 
     def described(self, value: Any) -> Hashable:
-        """A value, of tensors their layout and the number of their storage."""
+        """Return a value as it is compared: a tensor by its layout and the number of its storage."""
         if isinstance(value, Tensor):
             key = storage_key(value)
             if key is None:
@@ -108,7 +108,7 @@ class _Ops(TorchDispatchMode):
 
 
 def _graph(outputs: list[Tensor], ops: _Ops) -> Hashable:
-    """The nodes of autograd behind the outputs and their edges, numbered in the order in which they are met."""
+    """Return autograd's nodes behind the outputs, and their edges, numbered in the order of the walk."""
     number: dict[Any, int] = {}
     rows: list[Hashable] = []
     waiting = [tensor.grad_fn for tensor in reversed(outputs) if tensor.grad_fn is not None]
@@ -130,7 +130,7 @@ def _graph(outputs: list[Tensor], ops: _Ops) -> Hashable:
 
 
 def _kind(node: Any) -> Hashable:
-    """What a node does: of a custom autograd.Function also the plain values that it keeps, any other is not compared."""
+    """Return what a node does: for a custom autograd.Function also the plain values on its context."""
     if not isinstance(node, torch.autograd.function.BackwardCFunction):
         return node.name()
     return type(node), tuple(

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, fx
 
 from scheduler.capture.graph_capture import GraphCapture
+from scheduler.capture.layouts import equal_bits
+from scheduler.capture.private import storage_id
 from scheduler.capture.recompute import Rebuild, compile_rebuilds, divisible, packs_of, stage_values
 from scheduler.capture.state import (
     AutocastState,
@@ -125,7 +127,7 @@ def measure_options(
             run.run,
             lambda n, tensor, needed=needed: (
                 n in needed  # type: ignore[misc] # bound now
-                and tensor.untyped_storage()._cdata not in run.lasting
+                and storage_id(tensor.untyped_storage()) not in run.lasting
             ),
             device,
         )
@@ -253,12 +255,7 @@ def _tried(
 def _equal(a: Tensor, b: Tensor, data: bool) -> bool:
     if (a.shape, a.dtype, a.stride()) != (b.shape, b.dtype, b.stride()):
         return False
-    return (
-        not data
-        or may_be_seed(a)
-        or torch.equal(a, b)
-        or bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
-    )
+    return not data or may_be_seed(a) or equal_bits(a, b)
 
 
 def _peaks(
@@ -286,7 +283,7 @@ def _peaks(
         def pack(tensor: Tensor) -> int | Tensor:
             nonlocal count
             number, count = count, count + 1
-            if number in waiting and tensor.untyped_storage()._cdata not in run.lasting:
+            if number in waiting and storage_id(tensor.untyped_storage()) not in run.lasting:
                 return number
             held = _unowned(tensor)
             if number in reads:

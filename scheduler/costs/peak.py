@@ -1,9 +1,9 @@
 """Count the bytes that are live at once while a function runs.
 
 CUDA: the caching allocator's own counters. CPU: every allocation and release that torch's CPU allocator
-reports to the autograd profiler with memory events, summed in order: a count, not a sample of RSS. A device that is
-not there (``Target``): the storages that ops on fake tensors make (``live.py``), which leaves out what kernels take
-within themselves.
+reports to the autograd profiler with memory events, summed in order: a count, not a sample of RSS. A device
+that is absent (``Target``): the storages that ops on fake tensors make (``live.py``), which leaves out what
+kernels take within themselves.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch._C._profiler import _ExperimentalConfig
-from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_legacy, _enable_profiler_legacy
 
+from scheduler.capture.private import legacy_memory_events, profiler_is_on
 from scheduler.capture.target import Device, Target
+from scheduler.costs.clock import wait
 from scheduler.costs.live import LiveBytes, rounded
 from scheduler.cuda_allocator import SMALLEST_BLOCK
 
@@ -28,13 +28,10 @@ __all__ = ["Counted", "CpuEvents", "CudaBytes", "allocated", "count_bytes", "cpu
 class Counted:
     """Bytes above those live at the start.
 
-    Attributes:
-        peak: the most bytes live at once.
-        end: bytes live at the end.
-        marks: (marks,) bytes live at each call of ``mark``.
-        peaks: (marks + 1,) the most bytes live before the first mark, between marks, and after the last.
-        result: what the function returned.
-        requested: CUDA: as ``peak``, of what was asked for, before it was rounded up to blocks; None elsewhere.
+    Attributes: peak: the most bytes live at once. end: bytes live at the end. marks: (marks,) bytes live at
+        each call of ``mark``. peaks: (marks + 1,) the most bytes live before the first mark, between marks,
+        and after the last. result: what the function returned. requested: CUDA: as ``peak``, of what was
+        asked for, before it was rounded up to blocks; None elsewhere.
     """
 
     peak: int
@@ -46,7 +43,7 @@ class Counted:
 
 
 class CudaBytes(NamedTuple):
-    """Of the caching allocator's counters: bytes of blocks in use, bytes that were asked for, and blocks; now and at most."""
+    """Counters of the caching allocator, now and at most: bytes of blocks in use, bytes asked for, blocks."""
 
     allocated: int
     highest: int
@@ -57,7 +54,7 @@ class CudaBytes(NamedTuple):
 
     @classmethod
     def read(cls, device: torch.device) -> CudaBytes:
-        """What they are, since the last ``torch.cuda.reset_peak_memory_stats``."""
+        """Read them; peaks are since the last ``torch.cuda.reset_peak_memory_stats``."""
         stats = torch.cuda.memory_stats_as_nested_dict(device)
         blocks, asked = stats["allocated_bytes"]["all"], stats["requested_bytes"]["all"]
         count = stats["allocation"]["all"]
@@ -65,9 +62,10 @@ class CudaBytes(NamedTuple):
         return cls(*(value for pair in pairs for value in pair))
 
     def without_slack(self, start: CudaBytes) -> tuple[int, int]:
-        """Bytes above those of ``start``, now and at most, of blocks that have no more than their tensors rounded up to 512.
+        """Return the bytes above those of ``start``, now and at most, each tensor rounded up to 512 only.
 
-        What a block that is not split has too much depends on which blocks are free: it is set aside for the whole step.
+        The slack of a block that is not split depends on which blocks are free: it is set aside for the whole
+        step.
         """
         now = self.requested - start.requested + SMALLEST_BLOCK * max(0, self.blocks - start.blocks)
         most = (
@@ -84,8 +82,8 @@ def count_bytes(fn: Callable[[Callable[[], None]], Any], device: Device, *, slac
     Args:
         slack: on CUDA, whether to count what blocks have above their tensors' bytes rounded up to 512.
 
-    Python's cyclic garbage collector is off meanwhile: it would let go of tensors of long ago in the middle of
-    the count, and hide as many bytes of what the function takes.
+    Python's cyclic garbage collector is off meanwhile: it would release older tensors in the
+    middle of the count, and hide as many bytes of what the function takes.
 
     Raises:
         RuntimeError: an autograd profiler is active already (CPU).
@@ -102,7 +100,7 @@ def count_bytes(fn: Callable[[Callable[[], None]], Any], device: Device, *, slac
 
 
 def _count_cuda(fn: Callable[[Callable[[], None]], Any], device: torch.device, slack: bool) -> Counted:
-    torch.cuda.synchronize(device)
+    wait(device)
     torch.cuda.reset_peak_memory_stats(device)
     start = CudaBytes.read(device)
     seen: list[CudaBytes] = []
@@ -112,7 +110,7 @@ def _count_cuda(fn: Callable[[Callable[[], None]], Any], device: torch.device, s
         torch.cuda.reset_peak_memory_stats(device)
 
     result = fn(mark)
-    torch.cuda.synchronize(device)
+    wait(device)
     mark()
     above = [
         (each.allocated - start.allocated, each.highest - start.allocated)
@@ -162,6 +160,28 @@ def _count_cpu(fn: Callable[[Callable[[], None]], Any]) -> Counted:
     return Counted(max(0, *peaks), live, tuple(marks), tuple(peaks), result)
 
 
+def public_memory_events() -> Callable[[], list[tuple[str, str, int]]]:
+    """Do as ``private.legacy_memory_events``, by ``torch.autograd.profiler.profile``."""
+    profile = torch.autograd.profiler.profile(profile_memory=True)
+    profile.__enter__()
+
+    def stop() -> list[tuple[str, str, int]]:
+        profile.__exit__(None, None, None)
+        assert profile.kineto_results is not None  # it has been entered and left
+        rows: list[tuple[int, int, tuple[str, str, int]]] = []  # (ns, place among events of one ns, event)
+        for number, event in enumerate(profile.kineto_results.events()):
+            began, name = event.start_ns(), event.name()
+            if name == "[memory]":
+                size = event.nbytes()  # type: ignore[attr-defined] # torch's stubs lack it
+                rows.append((began, number, ("memory_alloc", "", size)))
+            else:
+                rows.append((began, number, ("push", name, 0)))
+                rows.append((began + event.duration_ns(), number, ("pop", "", 0)))
+        return [event for *_, event in sorted(rows)]
+
+    return stop
+
+
 class CpuEvents:
     """Notes what torch's CPU allocator does from now on, by the autograd profiler with memory events.
 
@@ -170,27 +190,24 @@ class CpuEvents:
     """
 
     def __init__(self) -> None:
-        if torch._C._autograd._profiler_enabled():
+        if profiler_is_on():
             raise RuntimeError(
                 "measuring CPU memory needs torch's profiler, and one is running already; measure outside of it"
             )
-        _enable_profiler_legacy(
-            ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
-        )
+        self.stop_noting = legacy_memory_events() or public_memory_events()
 
     def stop(self) -> list[tuple[str, str, int]]:
-        """Note no more.
+        """Stop noting.
 
-        Returns:
-            (kind, name, bytes) of each event in order. A "push" opens what is named (an op, or a ``record_function``)
-            and a "pop" closes it; a "memory_alloc" is an allocation, or, negative, a release.
+        Returns: (kind, name, bytes) of each event in order. A "push" opens what is named (an op, or a
+            ``record_function``) and a "pop" closes it; a "memory_alloc" is an allocation, or, negative, a
+            release.
         """
-        threads = _disable_profiler_legacy()
-        return [(str(e.kind()), e.name(), e.cpu_memory_usage()) for events in threads for e in events]
+        return self.stop_noting()
 
 
 def cpu_events(fn: Callable[[], Any]) -> tuple[Any, list[tuple[str, str, int]]]:
-    """The result of ``fn()``, and its ``CpuEvents``."""
+    """Run ``fn()``; return its result, and its ``CpuEvents``."""
     noting = CpuEvents()
     try:
         result = fn()
@@ -215,5 +232,5 @@ def _count_fake(fn: Callable[[Callable[[], None]], Any], target: Target) -> Coun
 
 
 def allocated(size: int, device: Device) -> int:
-    """Bytes that the device's allocator sets aside for a tensor of ``size`` bytes: CUDA rounds up to 512."""
+    """Return the bytes that the device's allocator takes for ``size`` bytes: CUDA rounds up to 512."""
     return rounded(size, device.type)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
-from torch.optim.optimizer import _default_to_fused_or_foreach
-from torch.utils import _pytree as pytree
 
 from scheduler.capture.block_state import named_tensors
 from scheduler.capture.flat import tree_leaves
@@ -19,6 +16,7 @@ from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.layouts import held_bytes, parts, unused_room
 from scheduler.capture.module_calls import makes_weights
 from scheduler.capture.module_capture import ModuleCapture
+from scheduler.capture.private import FakeTensorMode, default_foreach, drop_step_hooks, pytree, storage_id
 from scheduler.capture.sharded import local
 from scheduler.capture.state import CPU_RANDOM_STATE
 from scheduler.capture.target import Device, Target, lies_on
@@ -49,8 +47,8 @@ def storage_bytes(tensors: Iterable[Tensor], device: Device) -> int:
             seen.add(tensor)
             for each in parts(tensor):
                 storage = each.untyped_storage()
-                _, part = found.get(storage._cdata, (0, 0))
-                found[storage._cdata] = (storage.nbytes(), part + each.numel() * each.element_size())
+                _, part = found.get(storage_id(storage), (0, 0))
+                found[storage_id(storage)] = (storage.nbytes(), part + each.numel() * each.element_size())
     return sum(allocated(min(whole, part), device) for whole, part in found.values())
 
 
@@ -143,7 +141,7 @@ def _foreach(group: dict[str, Any], device: Device) -> dict[str, bool]:
     """What torch takes for a group's ``foreach`` where nobody has said it; nothing if somebody has.
 
     On CUDA a step goes over all parameters at once then, and has a temporary of each. torch decides by the parameters' type,
-    and fake ones are of none that it knows (``torch.optim.optimizer._default_to_fused_or_foreach``).
+    and fake ones are of none that it knows.
     """
     if group.get("foreach", False) is not None or group.get("fused") is not None:
         return {}
@@ -151,9 +149,7 @@ def _foreach(group: dict[str, Any], device: Device) -> dict[str, bool]:
         foreach = device.type == "cuda" and not group.get("differentiable", False)
     else:
         parameters = [local(p) for p in group["params"]]
-        _, foreach = _default_to_fused_or_foreach(
-            parameters, group.get("differentiable", False), use_fused=False
-        )
+        foreach = default_foreach(parameters, group.get("differentiable", False))
     if isinstance(group.get("lr"), Tensor) and not group.get("capturable", False):
         foreach = False  # as the optimizers have it
     return {"foreach": foreach}
@@ -166,8 +162,7 @@ def _stepped(
     fake = FakeTensorMode()
     stand_in = copy.copy(optimizer)
     stand_in.state = defaultdict(dict)
-    stand_in._optimizer_step_pre_hooks = OrderedDict()  # the user's hooks are not for a trial
-    stand_in._optimizer_step_post_hooks = OrderedDict()
+    drop_step_hooks(stand_in)
     groups = []
     for group in optimizer.param_groups:
         parameters = []

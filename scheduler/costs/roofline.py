@@ -18,13 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensorMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.loss import find_loss
+from scheduler.capture.private import FakeTensorMode, TorchDispatchMode, pytree, storage_id
 from scheduler.capture.target import Device, Target
 from scheduler.costs.clock import Spans
 from scheduler.costs.measure import StageCost, StageRun, as_leaf, seed_gradients
@@ -172,7 +170,7 @@ def _mapped(args: Any, result: Any) -> int:
     """Bytes of the op's new storages that the system maps anew."""
     old, new = (
         {
-            t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+            storage_id(t.untyped_storage()): t.untyped_storage().nbytes()
             for t in pytree.tree_leaves(tree)
             if isinstance(t, Tensor)
         }
@@ -214,7 +212,7 @@ class Tally(TorchDispatchMode):
             return result
         tensors = [t for t in pytree.tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
         moved = sum(t.numel() * t.element_size() for t in tensors)
-        count = _FLOPS.get(func._overloadpacket)
+        count = _FLOPS.get(func.overloadpacket)
         flops = count(*args, **kwargs, out_val=result) if count is not None else 0
         rate = self.rates.flops
         if flops:
@@ -222,7 +220,7 @@ class Tally(TorchDispatchMode):
                 next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
             )
         fresh = self.rates.fresh * _mapped(args, result) if self.rates.fresh else 0.0
-        op = func._overloadpacket
+        op = func.overloadpacket
         each = self.rates.element.get(op, 0.0) * _elements(op, args, tensors)
         self.seconds += max(self.rates.launch, flops / rate + each, moved / self.rates.bandwidth + fresh)
         return result

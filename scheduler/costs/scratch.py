@@ -1,8 +1,8 @@
-"""Count the scratch bytes of single ops: what a kernel takes and lets go of within itself.
+"""Count the scratch bytes of single ops: what a kernel allocates and releases within itself.
 
-A step that runs on tensors without data shows what its ops return, not what they take meanwhile: the columns of a
-convolution, the float32 sums of attention's backward, the cast of an operand. On the device itself this can be
-counted op by op, and only one op's tensors need memory at a time.
+A step that runs on tensors without data shows what its ops return, not what they take meanwhile: the columns
+of a convolution, the float32 sums of attention's backward, the cast of an operand. On the device itself this
+can be counted op by op, and only one op's tensors need memory at a time.
 """
 
 from __future__ import annotations
@@ -12,18 +12,24 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
 from scheduler.budget import format_bytes, free_machine_bytes
+from scheduler.capture.private import (
+    OpOverload,
+    autocast_disabled,
+    modes_disabled,
+    pytree,
+    schema_of,
+    torch_functions_disabled,
+)
 from scheduler.capture.state import RandomState
 from scheduler.costs.peak import CpuEvents, count_bytes
 
 __all__ = ["Scratch"]
 
-# On CUDA these may end the process. Kernels read a seed on the host, where eager code has it and tensors without data do not;
-# on zeros probabilities add up to nothing and what is asserted is false, which is the end of the device's context.
+# On CUDA these may end the process. Kernels read a seed on the host, where eager code has it and tensors
+# without data do not; on zeros probabilities add up to nothing and what is asserted is false, which is the
+# end of the device's context.
 SEEDS = frozenset({"philox_seed", "philox_offset", "rng_state"})
 CHECKING = frozenset({"_assert_async", "_functional_assert_async", "_assert_scalar", "multinomial"})
 MOST = 4  # an op whose tensors take more than the 4th part of the free memory is not run
@@ -39,18 +45,18 @@ class _Like(NamedTuple):
 
     @property
     def extent(self) -> int:
-        """Elements from its first to its last."""
+        """Return the number of elements from its first to its last, gaps included."""
         if 0 in self.shape:
             return 0
         return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
 
     @property
     def bytes(self) -> int:
-        """Of its elements and what lies between them."""
+        """Return the bytes of ``extent``."""
         return self.extent * self.dtype.itemsize
 
     def zeros(self) -> Tensor:
-        """A tensor like it. 0 is a valid number, index and probability."""
+        """Make a tensor like it. 0 is a valid number, index and probability."""
         return torch.zeros(self.extent, dtype=self.dtype, device=self.device).as_strided(
             self.shape, self.stride
         )
@@ -61,18 +67,18 @@ _KNOWN: dict[Hashable, int] = {}
 
 
 class Scratch:
-    """Scratch bytes of ops on a device, counted once in a process for an op and the metadata of its arguments.
+    """Scratch bytes of ops on a device, counted once in a process for an op and its arguments' metadata.
 
-    The op is run on zeros of the same shapes, strides and dtypes, twice if it takes anything at all: the first run
-    may fill caches that stay. It runs below autograd and autocast, outside of all modes, and generators are set back.
-    Switches of torch's backends (``torch.backends``) are taken to stay as they are.
+    The op is run on zeros of the same shapes, strides and dtypes, twice if it takes anything at all: the
+    first run may fill caches that stay. It runs below autograd and autocast, outside of all modes, and
+    generators are set back. Switches of torch's backends (``torch.backends``) are taken to stay as they are.
 
-    Not run are views, ops that read seeds or check the values that they are given, ops of other libraries (nobody knows what
-    they do on zeros, or whom they talk to), ops on tensors that are not strided, and ops whose tensors take more than a
-    quarter of the memory that is free now.
+    Not run are views, ops that read seeds or check the values that they are given, ops of other libraries
+    (nobody knows what they do on zeros, or whom they talk to), ops on tensors that are not strided, and ops
+    whose tensors take more than a quarter of the memory that is free now.
 
     Args:
-        device: at hand, "cpu" or "cuda"; ops that touch no tensor on it have no scratch bytes.
+        device: present, "cpu" or "cuda"; ops that touch no tensor on it have no scratch bytes.
 
     Raises:
         RuntimeError: an autograd profiler is active already (CPU).
@@ -89,11 +95,11 @@ class Scratch:
 
     @property
     def uncounted(self) -> tuple[str, ...]:
-        """Ops that were not or could not be run, and why."""
+        """Return the ops that were not or could not be run, and why."""
         return tuple(dict.fromkeys(self._uncounted.values()))
 
     def __call__(self, func: Any, args: Any, kwargs: Any, result: Any) -> int:
-        """Scratch bytes of one op, which gave ``result``; 0 if they cannot be counted."""
+        """Return the scratch bytes of one op, whose result was ``result``; 0 if they cannot be counted."""
         if isinstance(func, OpOverload) and (
             func.is_view or torch.Tag.inplace_view in func.tags or func.namespace == "prim"
         ):
@@ -106,10 +112,10 @@ class Scratch:
         if not isinstance(func, OpOverload) or func.namespace != "aten":
             self._uncounted[func] = f"{func} (of another library)"
             return 0
-        if func._schema.name.removeprefix("aten::") in CHECKING:
+        if schema_of(func).name.removeprefix("aten::") in CHECKING:
             self._uncounted[func] = f"{func} (checks the values that it is given)"
             return 0
-        named = {a.name: given for a, given in zip(func._schema.arguments, args, strict=False)}
+        named = {a.name: given for a, given in zip(schema_of(func).arguments, args, strict=False)}
         if not SEEDS.isdisjoint(named) and named.get("dropout_p", 1.0):
             self._uncounted[func] = f"{func} (reads the seed of random numbers)"
             return 0
@@ -129,9 +135,9 @@ class Scratch:
             return
         # Whoever asks may be in the middle of a step: in its autocast, its modes, its backward.
         with (
-            _disable_current_modes(),
-            torch._C.DisableTorchFunction(),
-            torch._C._DisableAutocast(),
+            modes_disabled(),
+            torch_functions_disabled(),
+            autocast_disabled(),
             torch.no_grad(),
         ):
             random = RandomState(self.device)
@@ -155,7 +161,7 @@ class Scratch:
 
 
 def _described(leaf: Any) -> Any:
-    """A leaf of an op's arguments, without data or a generator's state."""
+    """Return a leaf of an op's arguments, without data or a generator's state."""
     if isinstance(leaf, Tensor):
         return _Like(leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
     return None if isinstance(leaf, torch.Generator) else leaf

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from scheduler.capture.flat import tensor_leaves, tree_flatten, tree_unflatten
 from scheduler.capture.layouts import held_bytes, is_plain, storage_key, storage_of
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.module_calls import intercepted
 from scheduler.capture.module_capture import ModuleCapture
+from scheduler.capture.private import TorchDispatchMode, is_view
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import sharded_within
 from scheduler.capture.state import in_backward, uncached
@@ -189,7 +189,7 @@ def _closed(node: _Node, args: Any, kwargs: Any, produced: Any) -> Any:
                 leaves[i] = leaf.detach()
                 continue
             leaves[i] = _Cut.apply(edge, node, [leaf])
-            if leaf._is_view():  # of which a change in place is reversed on copies of the whole base
+            if is_view(leaf):  # of which a change in place is reversed on copies of the whole base
                 leaves[i] = leaves[i].view_as(leaves[i])
     return tree_unflatten(leaves, spec)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from numbers import Integral
 from typing import Any
 
 from scheduler.chain import Chain, Option
+from scheduler.checks import is_integer, is_number
 
 __all__ = [
     "MOST_BYTES",
@@ -16,6 +17,7 @@ __all__ = [
     "checked_chain",
     "checked_count",
     "checked_sums",
+    "checked_time_limit",
 ]
 
 MOST_BYTES = 2**62  # sums of two such sums still fit an int64
@@ -24,7 +26,7 @@ MOST_SECONDS = 1e300  # the tables take more than that for "nothing fits"
 
 def checked_count(call: str, name: str, value: Any, least: int = 1) -> int:
     """``value`` as a plain int of at least ``least``, or a TypeError or ValueError that names ``call``."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not is_integer(value):
         raise TypeError(f"{call}: {name}={value!r} must be an int")
     if value < least:
         raise ValueError(f"{call}: {name}={value} must be at least {least}")
@@ -33,12 +35,19 @@ def checked_count(call: str, name: str, value: Any, least: int = 1) -> int:
 
 def checked_budget(call: str, memory_budget: Any) -> int:
     """``memory_budget`` (bytes) as a plain int, or a TypeError or ValueError that names ``call``."""
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, Integral):
+    if not is_integer(memory_budget):
         raise TypeError(f"{call}: memory_budget={memory_budget!r} must be an int number of bytes")
     budget = int(memory_budget)
     if not 0 < budget < 2**63:
         raise ValueError(f"{call}: memory_budget={budget} must be in 1 .. 2**63 - 1 (bytes)")
     return budget
+
+
+def checked_time_limit(call: str, time_limit: Any) -> float:
+    """``time_limit`` (seconds) as a float, or a ValueError that names ``call``."""
+    if not is_number(time_limit) or not 0 < float(time_limit) < math.inf:
+        raise ValueError(f"{call}: time_limit={time_limit!r} must be a positive, finite number of seconds")
+    return float(time_limit)
 
 
 def checked_chain(call: str, chain: Any) -> Chain:

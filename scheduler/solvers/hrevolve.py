@@ -27,11 +27,11 @@ Time is l^2 m for unlimited disk, and l^2 m d where the disk binds.
 from __future__ import annotations
 
 import math
-import numbers
 from dataclasses import dataclass
 
 import numpy as np
 
+from scheduler.checks import is_number
 from scheduler.schedule import (
     Action,
     Backward,
@@ -190,7 +190,7 @@ def solve_uniform(
     slots = min(checked_count("solve_uniform", "memory_slots", memory_slots), steps)
     most = None if disk_slots is None else checked_count("solve_uniform", "disk_slots", disk_slots, 0)
     for name, value in (("write", write), ("read", read)):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+        if not is_number(value) or not 0 <= value < math.inf:
             raise ValueError(f"solve_uniform: {name}={value!r} must be a finite number, not negative")
     write, read = float(write), float(read)
     # If the best with an unlimited disk needs no more slots than there are, it is the best.

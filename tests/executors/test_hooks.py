@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from executors import execute
 from scheduler import CaptureError, solve
+from scheduler.capture.export import unfired_hook
 from tests.shared.models import Block, Case
 from tests.shared.steps import (
     EACH_CAPTURE,
@@ -200,3 +202,89 @@ def test_after_an_exception_in_forward_the_next_step_is_right(capture: str) -> N
 
     with restored(case.model):
         assert_same(case.model, model, procedure)
+
+
+def _as_peft_has_it(module: Any, given: Any, output: Any) -> None:  # a hook's arguments
+    output.requires_grad_(True)
+
+
+def _by_keyword(module: Any, given: Any, output: Any) -> None:  # a hook's arguments
+    output.requires_grad_(requires_grad=True)
+
+
+RAN: list[int] = []
+
+
+def _counts(module: Any, given: Any, output: Any) -> None:  # a hook's arguments
+    RAN.append(1)
+    output.requires_grad_(True)
+
+
+def _counts_in_a_default(module: Any, given: Any, output: Any, seen: list[int] = RAN) -> None:  # likewise
+    seen += [1]
+    output.requires_grad_(True)
+
+
+def _closes_over(seen: list[int]) -> Any:
+    def hook(module: Any, given: Any, output: Any) -> None:  # a hook's arguments
+        nonlocal seen
+        seen += [1]
+        output.requires_grad_(True)
+
+    return hook
+
+
+def _doubles(module: Any, given: Any, output: Any) -> None:  # a hook's arguments
+    output *= 2
+    output.requires_grad_(True)
+
+
+def _writes(module: Any, given: Any, output: Any) -> None:
+    given[0][0] = 0
+    output.requires_grad_(True)
+
+
+def _now_and_then(module: Any, given: Any, output: Any) -> None:  # a hook's arguments
+    if output:
+        output.requires_grad_(True)
+
+
+def _replaces(module: Any, given: Any, output: Any) -> Any:  # a hook's arguments
+    output.requires_grad_(True)
+    return -output
+
+
+def _cuts(module: Any, given: Any, output: Any) -> None:  # a hook's arguments
+    output.requires_grad_(False)
+
+
+class _Method:
+    def hook(self, module: Any, given: Any, output: Any) -> None:  # a hook's arguments
+        output.requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    ("hook", "harmless"),
+    [
+        (_as_peft_has_it, True),
+        (_by_keyword, True),
+        (_counts, False),
+        (_counts_in_a_default, False),
+        (_closes_over(RAN), False),
+        (_doubles, False),
+        (_writes, False),
+        (_now_and_then, False),
+        (_replaces, False),
+        (_cuts, False),
+        (_Method().hook, False),
+        (functools.partial(_as_peft_has_it), False),
+    ],
+)
+def test_a_hook_is_left_out_of_a_graph_if_all_it_does_is_to_set_requires_grad(
+    hook: Any, harmless: bool
+) -> None:
+    model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 2))
+    model[0].register_forward_hook(hook)
+    RAN.clear()
+    assert (unfired_hook(model) is None) == harmless
+    assert not RAN  # it has not been run to see
