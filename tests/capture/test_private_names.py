@@ -10,7 +10,6 @@ import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,9 +20,9 @@ from torch.nn.utils import parametrize
 from scheduler.capture import private
 from scheduler.capture.layouts import equal_bits
 from scheduler.costs import peak
+from tests.shared.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-PRIVATE = ROOT / "scheduler" / "capture" / "private.py"
+PRIVATE = ROOT / "scheduler/capture/private.py"
 
 # Private names that are not torch's, or that private.py says are stable.
 ALLOWED = {
