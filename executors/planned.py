@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from executors.guard import benchmarks_convolutions
+from executors.plain import plain_copy, plain_forward, plans_within, sharing, wrappers
 from executors.plans import Plans, Settings
-from executors.runner import plain_copy, plain_forward, plans_within, sharing, wrappers
 from scheduler.capture.eager import wrapped_forward
 from scheduler.capture.nested_plans import within_a_plan
 from scheduler.capture.sample import model_fingerprint

@@ -18,7 +18,8 @@ from executors.check import CHECKS
 from executors.guard import Trainable, benchmarks_convolutions, reject_recording, reject_transforms
 from executors.in_flight import InFlight
 from executors.oom import Changes, lowered, release
-from executors.runner import Runner, cut_off, forward_of, plain_copy, plain_forward
+from executors.plain import plain_copy, plain_forward
+from executors.runner import Runner, cut_off
 from executors.trace import Trace
 from executors.watch import Watch, tightened
 from scheduler.budget import format_bytes
@@ -49,6 +50,7 @@ from scheduler.errors import (
     PlanMismatch,
     SampleError,
 )
+from scheduler.kinds import BLOCKS
 from scheduler.plan import Plan
 from scheduler.planning import solve_again
 
@@ -178,7 +180,7 @@ class Plans:
         alike = [r for r in (*reversed(self.others), self.first) if r.takes(signature)]
         usable = [r for r in alike if r.frozen == frozen and r.runs_in(now, self.device.type)]
         found = next((r for r in usable if r.reads_alike(signature) and r.holds(repeated)), None)
-        blocks = [r for r in usable if r.plan.capture.kind == "modules" and r.holds(repeated)]
+        blocks = [r for r in usable if r.kind.runs_code and r.holds(repeated)]
         if found is None and len(blocks) >= MANY_CHANGES:  # their code reads plain values itself
             found = blocks[0]
         if found is not None:
@@ -283,14 +285,14 @@ class Plans:
 
         A value that changes again and again would cost a capture each time: then blocks take over, whose code reads it.
         """
-        before = next((r for r in usable if r.plan.capture.kind == "graph"), None)
+        before = next((r for r in usable if not r.kind.runs_code), None)
         if before is None:
             return None
         plain = plain_copy(model)
         renewed = max(r.renewed for r in usable) + 1
         if renewed == MANY_CHANGES:
             try:
-                plan = self._plan(plain, call, where, differs, capture="modules")
+                plan = self._plan(plain, call, where, differs, capture=BLOCKS)
             except (CaptureError, InfeasibleBudget) as error:
                 warnings.warn(
                     f"{where}: {differs}, and the op graph is captured again at every such change, for blocks cannot take over "
@@ -416,7 +418,7 @@ class Plans:
         assert runner.executor is not None  # prepare() made it
         if self.settings.debug:
             runner.executor.observe = self.trace = Trace(runner.plan, type(model).__name__)
-        return forward_of(runner.executor, flat, call)
+        return runner.forward(flat, call)
 
     def tighten(self, model: nn.Module, runner: Runner, where: str, what: str) -> bool:
         """After a step ran out of memory, follow a plan that takes less; False if there is none.

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from executors.plain import plans_within
 from executors.planned import execute
 from executors.plans import Plans
 from executors.rehearsal import Difference, Rehearsal
-from executors.runner import Runner, plans_within
+from executors.runner import Runner, cut_off
 from scheduler.capture.eager import as_eager
 from scheduler.capture.fake import fake_call, fake_model
-from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.loss import find_loss
-from scheduler.capture.module_capture import ModuleCapture
+from scheduler.capture.protocol import Capture
 from scheduler.capture.sample import Call, canonical_call, forward_signature, read_sample, unplanned
 from scheduler.capture.state import model_device, preserved
 from scheduler.capture.target import Device, Target
@@ -188,9 +188,8 @@ def _faked(plan: Plan, model: nn.Module, call: Call, notes: _Notes, scratch: boo
     with as_eager(twin), mode:
         capture = _capture_of(plan, model, twin, call)
     with as_eager(planned), mode, torch.enable_grad():
-        if isinstance(capture, GraphCapture):
-            capture = replace(capture, constants=fake_call(capture.constants, mode, device))
-        capture = replace(capture, device=torch.device(_rules(plan).type))
+        place_of_bytes = torch.device(_rules(plan).type)
+        capture = capture.without_data(place_of_bytes, lambda tensors: fake_call(tensors, mode, device))
         runner.executor = runner.executor_for(capture, planned)
         resident = _resident(plan, twin, call, capture)
         with live, _observed(planned, notes):
@@ -202,13 +201,14 @@ def _faked(plan: Plan, model: nn.Module, call: Call, notes: _Notes, scratch: boo
     return _told(plan, False, resident, changes, notes, grads, uncounted)
 
 
-def _capture_of(plan: Plan, model: nn.Module, twin: nn.Module, call: Call) -> GraphCapture | ModuleCapture:
+def _capture_of(plan: Plan, model: nn.Module, twin: nn.Module, call: Call) -> Capture:
     """The plan's capture; made again, without data, for a plan that was loaded or another model."""
     live = plan.live[0] if plan.live is not None else None
     if live is not None and live._modules is model._modules and live._parameters is model._parameters:
-        return plan.live[1]
+        capture: Capture = plan.live[1]
+        return capture
     planned = execute(plan, twin)
-    return _runner(planned).capture_again(planned, call)
+    return _runner(planned).capture_again(planned, cut_off(call))
 
 
 def _place(plan: Plan, model: nn.Module) -> torch.device:
@@ -352,16 +352,13 @@ def _measured_cuda(step: Callable[[], Any], notes: _Notes, device: torch.device)
 # ---- what came of it ---------------------------------------------------------------------------------
 
 
-def _resident(
-    plan: Plan, model: nn.Module, call: Call, capture: GraphCapture | ModuleCapture
-) -> dict[str, int]:
+def _resident(plan: Plan, model: nn.Module, call: Call, capture: Capture) -> dict[str, int]:
     """What is live during the whole step; some parts are the plan's, for the model does not show them."""
     device = _rules(plan)
     parts = resident_parts(model, call, device)
     for part in ("optimizer state", "workspaces", "allocator slack"):
         parts[part] = plan.resident.get(part, 0)
-    if isinstance(capture, GraphCapture):
-        parts["constants"] = storage_bytes(capture.constants.values(), device)
+    parts["constants"] = storage_bytes(capture.constant_tensors(), device)
     return {name: size for name, size in parts.items() if size}
 
 

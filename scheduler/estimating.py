@@ -8,24 +8,23 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from scheduler.budget import format_bytes, machine_bytes, parse_budget
-from scheduler.capture.dry import without_hardware
+from scheduler.capture.fake import without_hardware
 from scheduler.capture.flat import map_tensors, tree_leaves
-from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.sample import read_sample, unplanned
 from scheduler.capture.state import model_device
 from scheduler.chain import Chain
 from scheduler.costs.cuda_memory import HANDLES, expandable_segments, workspace_bytes
-from scheduler.costs.peak import allocated
 from scheduler.device import DeviceSpec
 from scheduler.errors import CaptureError, InfeasibleBudget
-from scheduler.planning import Captured, Priced, checked, priced
+from scheduler.kinds import KINDS
+from scheduler.planning import Priced, checked, priced
 from scheduler.schedule import Backward, Keep, Schedule, simulate
 from scheduler.solvers import solve_chain
 
@@ -140,9 +139,10 @@ def estimate(
 
     def at(call: Any, *, options: bool = True) -> tuple[Priced, dict[str, int]]:
         request = checked(model, 2**62, call, "optimal", {}, "auto", "roofline", optimizer, spec, None)
-        with without_hardware(request.model, request.call) as (request.model, request.call):
-            found = priced(request, options=options)
-            return found, _activations(found.captured, found.chain)
+        with without_hardware(request.model, request.call) as (twin, fakes):
+            found = priced(replace(request, model=twin, call=fakes), options=options)
+            producer = KINDS[found.captured.kind].producer()
+            return found, producer.activations(found.captured, found.chain, _collapsed)
 
     found, activations = at(call)
     chain, resident = found.chain, dict(found.resident)
@@ -205,25 +205,6 @@ def _smallest(chain: Chain) -> int:
     except InfeasibleBudget as error:
         return error.smallest
     return 1
-
-
-def _activations(captured: Captured, chain: Chain) -> dict[str, int]:
-    """Bytes of what autograd saves and of the outputs, by module."""
-    found: Counter[str] = Counter()
-    if not isinstance(captured, GraphCapture):
-        for stage in chain.stages:
-            found[_collapsed(stage.name)] += stage.options[0].saved + stage.carried
-        return dict(found)
-    graph = captured.graph
-    kept = {key for op in graph.ops for key in op.saved}
-    kept |= {key for leaf in graph.outputs if isinstance(leaf, fx.Node) for key in graph.group_of[leaf]}
-    for key in kept:
-        group = graph.groups[key]
-        if group.producer >= 0:
-            stack = graph.ops[group.producer].node.meta.get("nn_module_stack") or {}
-            path = list(stack.values())[-1][0] if stack else ""
-            found[_collapsed(path)] += allocated(group.bytes, captured.place)
-    return dict(found.most_common())
 
 
 def _collapsed(path: str) -> str:

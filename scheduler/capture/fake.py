@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from scheduler.capture.eager import as_eager
 from scheduler.capture.flat import map_tensors
 from scheduler.capture.layouts import is_plain
 from scheduler.capture.sharded import sharded_within
 from scheduler.errors import CaptureError
 
-__all__ = ["Watch", "fake_call", "fake_model", "has_data"]
+__all__ = ["Watch", "fake_call", "fake_model", "has_data", "without_hardware"]
 
 
 def has_data(tensors: Iterable[Any]) -> bool:
@@ -131,3 +133,18 @@ class Watch(TorchDispatchMode):
 
     def before_change(self, tensor: Tensor) -> None:
         """Is called with each tensor that an op is about to change in place."""
+
+
+@contextmanager
+def without_hardware(model: nn.Module, call: Any) -> Iterator[tuple[nn.Module, Any]]:
+    """Yield a copy of the model and of the call on fake tensors; within the block ops make fake tensors.
+
+    The copy's code takes them for real ones (``eager.py``).
+
+    Raises:
+        CaptureError: the model cannot be copied.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    copies = fake_model(model, mode), fake_call(call, mode)
+    with as_eager(copies[0]), mode:
+        yield copies

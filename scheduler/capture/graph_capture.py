@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -21,12 +21,14 @@ from scheduler.capture.flat import tree_leaves, tree_unflatten
 from scheduler.capture.graph import Op, OpGraph, resolve
 from scheduler.capture.inner_gradients import noted_gradients, traced_graph
 from scheduler.capture.linearize import Linear, linearize
+from scheduler.capture.protocol import Capture
+from scheduler.capture.python_state import MISSING
 from scheduler.capture.recompute import op_rows
 from scheduler.capture.repeat import ELSEWHERE, unlike
 from scheduler.capture.sample import Call
 from scheduler.capture.stages import GraphStage, Source, compile_stages
 from scheduler.capture.state import RandomState, model_device, on_gradient, uncached
-from scheduler.capture.target import Device, Target
+from scheduler.capture.target import Target
 from scheduler.capture.unwind import met
 from scheduler.errors import CaptureError
 
@@ -36,7 +38,7 @@ RECURRENT = ("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu", "ate
 
 
 @dataclass(slots=True)
-class GraphCapture:
+class GraphCapture(Capture):
     """An op graph, its stages, and what a trial run showed of them.
 
     Attributes:
@@ -73,11 +75,6 @@ class GraphCapture:
     target: Target | None = None
 
     kind = "graph"
-
-    @property
-    def place(self) -> Device:
-        """What costs are for: the device that is planned for without being there, or the one at hand."""
-        return self.device if self.target is None else self.target
 
     def __len__(self) -> int:
         return len(self.stages)
@@ -192,6 +189,32 @@ class GraphCapture:
             "ops": tuple(op_rows(self.graph, self.linear, k, int) for k in range(len(self))),
         }
 
+    def without_data(self, device: torch.device, fake: Callable[[Any], Any]) -> GraphCapture:
+        """See ``Capture.without_data``."""
+        return replace(self, device=device, constants=fake(self.constants))
+
+    @property
+    def unread(self) -> Collection[int]:
+        """Leaves of the call, other than tensors, that the traced forward did not read."""
+        return self.graph.face.unread
+
+    def holds(self, repeated: tuple[tuple[int, int], ...]) -> bool:
+        """Whether the Python state that the trace read is still so, and the same tensors of the call are one."""
+        face = self.graph.face
+        return face.repeats == repeated and face.guards.holds()
+
+    def changes(self) -> str:
+        """Return which Python state is otherwise now, in words."""
+        found = self.graph.face.guards.changes()
+        if not found:
+            return "other arguments are one and the same tensor"
+        shown = [f"{path} is {_shown(now)} instead of {_shown(then)}" for path, then, now in found[:3]]
+        return ", ".join(shown) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+    def constant_tensors(self) -> Collection[Tensor]:
+        """See ``Capture.constant_tensors``."""
+        return self.constants.values()
+
     def observe(self, model: nn.Module, call: Call) -> list[bool]:
         """Run the stages once without grad: which draw random numbers, which change buffers.
 
@@ -304,6 +327,12 @@ def draws_elsewhere_in(op: Op) -> bool:
         a.name: value for a, value in zip(schema.arguments, op.node.args, strict=False)
     } | op.node.kwargs
     return bool(values.get("train")) and values.get("dropout") not in (0, 0.0, None)
+
+
+def _shown(value: Any) -> str:
+    """Return a value of Python state, short enough for a message."""
+    text = "nothing" if value is MISSING else repr(value)
+    return text if len(text) < 60 else f"{text[:57]}..."
 
 
 def _discard(_: Any) -> Any:

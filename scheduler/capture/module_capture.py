@@ -15,8 +15,8 @@ the others run).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -35,10 +35,11 @@ from scheduler.capture.module_calls import (
     recurrent,
     repeatable,
 )
+from scheduler.capture.protocol import Capture
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import sharded_within
 from scheduler.capture.state import model_device, uncompiled
-from scheduler.capture.target import Device, Target
+from scheduler.capture.target import Target
 from scheduler.capture.unwind import met
 from scheduler.errors import CaptureError
 
@@ -75,7 +76,7 @@ class Block:
 
 
 @dataclass(slots=True)
-class ModuleCapture:
+class ModuleCapture(Capture):
     """Blocks in the order in which they run, and where glue lies between them.
 
     Attributes:
@@ -109,11 +110,6 @@ class ModuleCapture:
 
     kind = "modules"
 
-    @property
-    def place(self) -> Device:
-        """What costs are for: the device that is planned for without being there, or the one at hand."""
-        return self.device if self.target is None else self.target
-
     def __len__(self) -> int:
         return len(self.stages)
 
@@ -121,6 +117,14 @@ class ModuleCapture:
         """The module of each block."""
         found = {name: model.get_submodule(name) for name in {block.name for block in self.blocks}}
         return [found[block.name] for block in self.blocks]
+
+    def without_data(self, device: torch.device, fake: Callable[[Any], Any]) -> ModuleCapture:  # noqa: ARG002
+        """See ``Capture.without_data``."""
+        return replace(self, device=device)
+
+    def live_besides(self) -> dict[str, int]:
+        """See ``Capture.live_besides``: what fully_shard's collectives take."""
+        return {"gathered parameters": self.gathering} if self.gathering else {}
 
     def record(self) -> dict[str, Any]:
         """What a plan keeps of this capture, to make it again; names of blocks as often as they run."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scheduler.capture.dry import without_hardware
+from scheduler.capture.fake import without_hardware
 from scheduler.capture.flat import tree_leaves
 from scheduler.capture.layouts import held_bytes, storage_key
 from scheduler.capture.loss import find_loss

@@ -31,8 +31,8 @@ from scheduler.chain import Chain
 from scheduler.costs.gather import measure_gather, resharding, standing_bytes, with_gather
 from scheduler.costs.measure import fresh_grads
 from scheduler.costs.module_blocks import BlockCost, BlockRun
-from scheduler.costs.module_stages import Parts, assemble
-from scheduler.costs.module_values import ModuleValues
+from scheduler.costs.module_stages import Parts, stages_to_chain
+from scheduler.costs.module_values import module_values
 from scheduler.costs.peak import count_bytes
 from scheduler.costs.roofline import Tally, device_rates
 from scheduler.costs.skeleton import (
@@ -64,7 +64,7 @@ def module_chain(
     once: bool = True,
     sparse: Mapping[nn.Parameter, int] = MappingProxyType({}),
 ) -> Chain:
-    """The chain of captured blocks, all of them run. Leaves the model's state as it is.
+    """Return the chain of captured blocks, all of them run; the model's state stays as it is.
 
     Args:
         existing: parameters that have a gradient before the step.
@@ -73,24 +73,56 @@ def module_chain(
         once: whether blocks that run the same ops are measured once.
         sparse: bytes of gradients that are sparse.
     """
+    readers = _readers(capture, model)
     with fixed_draws(capture.draws):
-        return _module_chain(capture, model, call, existing, resident, clock, name, once, sparse)
+        blocks, own_loss = _measured(capture, model, call, readers, existing, clock, once)
+        boxes = {index: block.box for index, block in enumerate(blocks)}
+        try:
+            lifetimes = _lifetimes(capture, model, call, boxes)
+        except Exception:
+            if not any(box.stand_in for box in boxes.values()):
+                raise
+            for box in boxes.values():  # the user's code goes by values, and these led it another way
+                box.stand_in = None
+            lifetimes = _lifetimes(capture, model, call, boxes)
+        seconds = _seconds(capture, model, call, boxes, own_loss, clock)
+        glue = {k for k, block in enumerate(capture.stages) if block is None}
+        with preserved(model):
+            fresh_grads((p for p in existing if glue.intersection(readers.get(p, glue))), existing)
+            step = _StepOfGlue(capture, model, call, boxes, own_loss)
+            counted = count_bytes(step, capture.place, slack=False)
+    traffic = step.traffic
+    live = _live(capture, traffic, counted.marks)
+    forward, backward = pieces(traffic.events, len(blocks), counted.marks, counted.peaks)
+    parts = Parts(
+        capture=capture,
+        blocks=blocks,
+        values=module_values(capture, traffic, lifetimes, blocks, step.returned, live),
+        forward=forward,
+        backward=backward,
+        seconds=seconds,
+        output_grad=step.output_grad,
+        shared=traffic.shared(counted.marks),
+        whole=_whole(capture, model),
+        waiting=traffic.waiting,
+        sparse=sparse,
+    )
+    return stages_to_chain(parts, model, readers, existing, own_loss, resident, name)
 
 
-def _module_chain(
+def _measured(
     capture: ModuleCapture,
     model: nn.Module,
     call: Call,
+    readers: dict[nn.Parameter, list[int]],
     existing: Collection[nn.Parameter],
-    resident: int,
     clock: bool,
-    name: str,
     once: bool,
-    sparse: Mapping[nn.Parameter, int],
-) -> Chain:
+) -> tuple[list[BlockCost], bool]:
+    """Return the cost of each block, gathered parameters included, and whether the model returns its own loss."""
     modules = capture.modules(model)
-    readers = _readers(capture, model)
     costs: dict[int, BlockCost] = {}
+    boxes: dict[int, Box] = {}
     # A parameter in a list is none of the model: nobody has counted who reads it.
     added = {p for p in existing if len(readers.get(p, ())) == 1}
     gathering: dict[int, list[Any]] = {}
@@ -122,71 +154,49 @@ def _module_chain(
             costs[block], boxes[block] = known[trace], known[trace].box
             return produced
 
-    boxes: dict[int, Box] = {}
     with preserved(model):
         output = run_skeleton(capture, model, call, boxes, Measuring(), inside=True)
         own_loss = find_loss(output)[1]
         del output
     with preserved(model):
         gathers = [measure_gather(gathering[index], capture.device) for index in range(len(modules))]
-    for index, gather in enumerate(gathers):
-        costs[index] = replace(costs[index], cost=with_gather(costs[index].cost, gather))
     capture.gathering = standing_bytes(gathers)
-    try:
-        lifetimes = _lifetimes(capture, model, call, boxes)
-    except Exception:
-        if not any(box.stand_in for box in boxes.values()):
-            raise
-        for box in boxes.values():  # the user's code goes by values, and these led it another way
-            box.stand_in = None
-        lifetimes = _lifetimes(capture, model, call, boxes)
-    seconds = _seconds(capture, model, call, boxes, own_loss, clock)
+    blocks = [
+        replace(costs[index], cost=with_gather(costs[index].cost, gather))
+        for index, gather in enumerate(gathers)
+    ]
+    return blocks, own_loss
 
-    traffic: Traffic | None = None
-    returned: set[int] = set()
+
+class _StepOfGlue:
+    """One step of the user's code without the blocks, to be counted.
+
+    Attributes:
+        traffic: the storages that it passes on and saves.
+        returned: storages of the model's outputs.
+        output_grad: bytes of their gradients.
+    """
+
+    traffic: Traffic
     output_grad = 0
 
-    def step(mark: Callable[[], None]) -> None:
-        nonlocal traffic, output_grad
-        traffic = Traffic(capture, [*model.parameters(), *model.buffers(), *_tensors(call)], mark)
-        with torch.autograd.graph.saved_tensors_hooks(shielded(traffic.pack), lambda tensor: tensor):
-            output = run_skeleton(capture, model, call, boxes, traffic, own_loss=own_loss)
-        tensors = output_tensors(output)
-        returned.update(key for key in map(storage_key, tensors) if key in traffic.size)
-        output_grad = sum(tensor_bytes(t) for t in tensors if t.requires_grad)
+    def __init__(
+        self, capture: ModuleCapture, model: nn.Module, call: Call, boxes: dict[int, Box], own_loss: bool
+    ) -> None:
+        self.capture, self.model, self.call, self.boxes, self.own_loss = capture, model, call, boxes, own_loss
+        self.returned: set[int] = set()
 
-    glue = {k for k, block in enumerate(capture.stages) if block is None}
-    with preserved(model):
-        fresh_grads((p for p in existing if glue.intersection(readers.get(p, glue))), existing)
-        counted = count_bytes(step, capture.place, slack=False)
-    assert traffic is not None
-    blocks = [costs[index] for index in range(len(modules))]
-    values = ModuleValues(
-        capture,
-        traffic,
-        lifetimes,
-        [(block.saved_arguments, block.saved_outputs) for block in blocks],
-        [(block.private, *block.casts) for block in blocks],
-        returned,
-        _live(capture, traffic, counted.marks),
-    )
-    forward, backward = pieces(traffic.events, len(blocks), counted.marks, counted.peaks)
-    shared = traffic.shared(counted.marks)
-    whole = _whole(capture, model)
-    parts = Parts(
-        capture,
-        blocks,
-        values,
-        forward,
-        backward,
-        seconds,
-        output_grad,
-        shared,
-        whole,
-        traffic.waiting,
-        sparse,
-    )
-    return assemble(parts, model, readers, existing, own_loss, resident, name)
+    def __call__(self, mark: Callable[[], None]) -> None:
+        """Run the step; ``mark`` is called at each event."""
+        model, call = self.model, self.call
+        self.traffic = traffic = Traffic(
+            self.capture, [*model.parameters(), *model.buffers(), *_tensors(call)], mark
+        )
+        with torch.autograd.graph.saved_tensors_hooks(shielded(traffic.pack), lambda tensor: tensor):
+            output = run_skeleton(self.capture, model, call, self.boxes, traffic, own_loss=self.own_loss)
+        tensors = output_tensors(output)
+        self.returned.update(key for key in map(storage_key, tensors) if key in traffic.size)
+        self.output_grad = sum(tensor_bytes(t) for t in tensors if t.requires_grad)
 
 
 def _lifetimes(capture: ModuleCapture, model: nn.Module, call: Call, boxes: dict[int, Box]) -> Lifetimes:

@@ -15,10 +15,9 @@ from torch.utils import _pytree as pytree
 
 from scheduler.capture.block_state import named_tensors
 from scheduler.capture.flat import tree_leaves
-from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.layouts import held_bytes, parts, unused_room
 from scheduler.capture.module_calls import makes_weights
-from scheduler.capture.module_capture import ModuleCapture
+from scheduler.capture.protocol import Capture
 from scheduler.capture.sharded import local
 from scheduler.capture.state import CPU_RANDOM_STATE
 from scheduler.capture.target import Device, Target, lies_on
@@ -59,7 +58,7 @@ SAMPLES = (
 )  # bytes, at most: a few elements of all that a stage reads, by which a re-run sees whether it has changed
 
 
-def rerun_state(capture: GraphCapture | ModuleCapture, model: nn.Module, k: int) -> int:
+def rerun_state(capture: Capture, model: nn.Module, k: int) -> int:
     """Bytes that are held while stage k may run again, besides values: the executor notes them before each first run."""
     state = CPU_RANDOM_STATE if capture.random[k] and capture.place.type == "cpu" else 0
     if capture.place.type != "cpu":
@@ -67,7 +66,7 @@ def rerun_state(capture: GraphCapture | ModuleCapture, model: nn.Module, k: int)
     return state + storage_bytes(named_tensors(model, capture.changed[k]), capture.place)
 
 
-def copied_buffers(capture: GraphCapture | ModuleCapture, model: nn.Module) -> int:
+def copied_buffers(capture: Capture, model: nn.Module) -> int:
     """Bytes of the copies of changing buffers that are held during a forward on CUDA, where it may run out of memory."""
     if capture.place.type != "cuda":
         return 0
