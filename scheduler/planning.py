@@ -211,20 +211,12 @@ def _priced(request: Request, options: bool) -> Priced:
     step = replace(step, plain=None)  # of which nothing need stay in memory
     resident["allocator slack"] = allocator_slack(model, call, request.device, request.optimizer_state)
     request.progress(f"pricing {len(captured)} stages")
-    while True:
+    resident_bytes, clock = sum(resident.values()), request.costs == "measure"
+    chain: Chain | None = None
+    while chain is None:
+        producer = KINDS[captured.kind].producer()
         try:
-            chain = (
-                KINDS[captured.kind]
-                .producer()
-                .price(
-                    captured,
-                    step,
-                    resident=sum(resident.values()),
-                    clock=request.costs == "measure",
-                    options=options,
-                )
-            )
-            break
+            chain = producer.price(captured, step, resident=resident_bytes, clock=clock, options=options)
         except CaptureError as error:
             if not kinds:
                 raise

@@ -37,15 +37,14 @@ from scheduler.costs.peak import count_bytes
 from scheduler.costs.roofline import Tally, device_rates
 from scheduler.costs.skeleton import (
     Box,
-    Lifetimes,
     Piece,
     Timed,
-    Traffic,
     Visitor,
     pieces,
     run_skeleton,
     stand_in,
 )
+from scheduler.costs.traffic import Lifetimes, Traffic
 
 __all__ = ["module_chain"]
 

@@ -10,7 +10,7 @@ from scheduler.capture.module_capture import ModuleCapture
 from scheduler.chain import Carried
 from scheduler.costs.assemble import Values
 from scheduler.costs.module_blocks import BlockCost
-from scheduler.costs.skeleton import Lifetimes, Traffic
+from scheduler.costs.traffic import Lifetimes, Traffic
 
 __all__ = ["ModuleValues", "module_values"]
 
