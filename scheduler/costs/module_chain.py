@@ -7,6 +7,7 @@ one that glue saves, is a value of the chain, so that the referee holds each of 
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import nullcontext
@@ -76,31 +77,32 @@ def module_chain(
     with fixed_draws(capture.draws):
         blocks, own_loss = _measured(capture, model, call, readers, existing, clock, once)
         boxes = {index: block.box for index, block in enumerate(blocks)}
+        run = functools.partial(run_skeleton, capture, model, call, boxes)
         try:
-            lifetimes = _lifetimes(capture, model, call, boxes)
+            lifetimes = _lifetimes(capture, model, run)
         except Exception:
             if not any(box.stand_in for box in boxes.values()):
                 raise
             for box in boxes.values():  # the user's code goes by values, and these led it another way
                 box.stand_in = None
-            lifetimes = _lifetimes(capture, model, call, boxes)
-        seconds = _seconds(capture, model, call, boxes, own_loss, clock)
+            lifetimes = _lifetimes(capture, model, run)
+        run = functools.partial(run, own_loss=own_loss)
+        seconds = _seconds(capture, model, run, clock)
         glue = {k for k, block in enumerate(capture.stages) if block is None}
+        traffic = Traffic(capture, [*model.parameters(), *model.buffers(), *_tensors(call)])
         with preserved(model):
             fresh_grads((p for p in existing if glue.intersection(readers.get(p, glue))), existing)
-            step = _StepOfGlue(capture, model, call, boxes, own_loss)
-            counted = count_bytes(step, capture.place, slack=False)
-    traffic = step.traffic
+            counted = count_bytes(functools.partial(_step_of_glue, run, traffic), capture.place, slack=False)
     live = _live(capture, traffic, counted.marks)
     forward, backward = pieces(traffic.events, len(blocks), counted.marks, counted.peaks)
     parts = Parts(
         capture=capture,
         blocks=blocks,
-        values=module_values(capture, traffic, lifetimes, blocks, step.returned, live),
+        values=module_values(capture, traffic, lifetimes, blocks, live),
         forward=forward,
         backward=backward,
         seconds=seconds,
-        output_grad=step.output_grad,
+        output_grad=traffic.output_grad,
         shared=traffic.shared(counted.marks),
         whole=_whole(capture, model),
         waiting=traffic.waiting,
@@ -167,45 +169,24 @@ def _measured(
     return blocks, own_loss
 
 
-class _StepOfGlue:
-    """One step of the user's code without the blocks, to be counted.
-
-    Attributes:
-        traffic: the storages that it passes on and saves.
-        returned: storages of the model's outputs.
-        output_grad: bytes of their gradients.
-    """
-
-    traffic: Traffic
-    output_grad = 0
-
-    def __init__(
-        self, capture: ModuleCapture, model: nn.Module, call: Call, boxes: dict[int, Box], own_loss: bool
-    ) -> None:
-        self.capture, self.model, self.call, self.boxes, self.own_loss = capture, model, call, boxes, own_loss
-        self.returned: set[int] = set()
-
-    def __call__(self, mark: Callable[[], None]) -> None:
-        """Run the step; ``mark`` is called at each event."""
-        model, call = self.model, self.call
-        self.traffic = traffic = Traffic(
-            self.capture, [*model.parameters(), *model.buffers(), *_tensors(call)], mark
-        )
-        with torch.autograd.graph.saved_tensors_hooks(shielded(traffic.pack), lambda tensor: tensor):
-            output = run_skeleton(self.capture, model, call, self.boxes, traffic, own_loss=self.own_loss)
-        tensors = output_tensors(output)
-        self.returned.update(key for key in map(storage_key, tensors) if key in traffic.size)
-        self.output_grad = sum(tensor_bytes(t) for t in tensors if t.requires_grad)
-
-
-def _lifetimes(capture: ModuleCapture, model: nn.Module, call: Call, boxes: dict[int, Box]) -> Lifetimes:
-    """How long the user's code holds on to what enters and leaves blocks."""
+def _lifetimes(capture: ModuleCapture, model: nn.Module, run: Callable[..., Any]) -> Lifetimes:
+    """Return how long the user's code holds on to what enters and leaves blocks."""
     lifetimes = Lifetimes(capture)
     with preserved(model), uncompiled(), lifetimes.watching():
-        output = run_skeleton(capture, model, call, boxes, lifetimes)
+        output = run(lifetimes)
         lifetimes.check(len(capture))
     del output  # until here, as the user holds it
     return lifetimes
+
+
+def _step_of_glue(run: Callable[..., Any], traffic: Traffic, mark: Callable[[], None]) -> None:
+    """Run one step of the user's code without the blocks; ``mark`` is called at each event."""
+    traffic.mark = mark
+    with torch.autograd.graph.saved_tensors_hooks(shielded(traffic.pack), lambda tensor: tensor):
+        output = run(traffic)
+    tensors = output_tensors(output)
+    traffic.returned.update(key for key in map(storage_key, tensors) if key in traffic.size)
+    traffic.output_grad = sum(tensor_bytes(t) for t in tensors if t.requires_grad)
 
 
 def _tensors(call: Call) -> list[Tensor]:
@@ -213,20 +194,15 @@ def _tensors(call: Call) -> list[Tensor]:
 
 
 def _seconds(
-    capture: ModuleCapture,
-    model: nn.Module,
-    call: Call,
-    boxes: dict[int, Box],
-    own_loss: bool,
-    clock: bool,
+    capture: ModuleCapture, model: nn.Module, run: Callable[..., Any], clock: bool
 ) -> tuple[list[float], list[float]]:
-    """Seconds of each piece of the user's code, forward and backward."""
+    """Return the seconds of each piece of the user's code, forward and backward."""
     runs: list[tuple[list[Piece], list[Piece]]] = []
     for _ in range(3 if clock and len(capture) < MANY_STAGES else 1):
         tally = None if clock else Tally(device_rates(capture.place))
         timed = Timed() if tally is None else Timed(lambda: tally.seconds)  # noqa: B023 # is used before the next
         with preserved(model), nullcontext() if clock else uncompiled(), tally or nullcontext():
-            run_skeleton(capture, model, call, boxes, timed, own_loss=own_loss)
+            run(timed)
         runs.append(pieces(timed.events, len(capture.blocks), times=timed.times))
     forward, backward = (
         [statistics.median(each.seconds for each in same) for same in zip(*way, strict=True)]

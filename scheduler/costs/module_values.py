@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 from scheduler.capture.module_capture import ModuleCapture
@@ -40,7 +40,6 @@ def module_values(
     traffic: Traffic,
     lifetimes: Lifetimes,
     blocks: Sequence[BlockCost],
-    returned: Collection[int],
     live: Sequence[int],
 ) -> ModuleValues:
     """Number the values of a captured model.
@@ -49,7 +48,6 @@ def module_values(
         traffic: of a step without the blocks.
         lifetimes: of one in which nothing else holds on to what enters and leaves them.
         blocks: the cost of each.
-        returned: storages of the model's outputs.
         live: (L,) bytes live in that step when the stage after each begins, or when the forward is over.
     """
     count = len(capture)
@@ -61,7 +59,7 @@ def module_values(
     enters = _boundaries(capture, traffic, made)
     reading, saving, keeps = _readers(capture, traffic, blocks, enters)
     ends = _ends(traffic, lifetimes)
-    outlive = set(returned)
+    outlive = set(traffic.returned)
     for key, m in made.items():
         first = next(iter(savers.get(key, ())), None)
         # The earliest piece of glue that saves it holds it longest.
@@ -74,7 +72,7 @@ def module_values(
             readers.add(first)
             waiting.add(first)
         ended = ends.get(key, m)
-        if key in returned or -1 in traffic.packed.get(key, ()) or (ended >= count and first is None):
+        if key in traffic.returned or -1 in traffic.packed.get(key, ()) or (ended >= count and first is None):
             outlive.add(key)
         if not (key in outlive or readers or (ended >= m + 2 and not held)):
             continue

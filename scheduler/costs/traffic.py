@@ -83,11 +83,16 @@ class Traffic(Visitor):
         arguments, outputs: (blocks,) leaf -> storage; tensors that live on anyway are left out.
         packed: storage -> the stages of glue that save it. A piece between blocks that is no stage counts as stage -1.
         incoming: block -> bytes of the storages of its outputs' gradients.
+        returned: storages of the model's outputs. output_grad: bytes of their gradients.
+        mark: called at each event.
         waiting: blocks of which an output got no gradient, though the user holds what was made of it.
     """
 
-    def __init__(self, capture: ModuleCapture, resident: Iterable[Tensor], mark: Callable[[], None]) -> None:
-        self.capture, self.mark = capture, mark
+    def __init__(self, capture: ModuleCapture, resident: Iterable[Tensor]) -> None:
+        self.capture = capture
+        self.mark: Callable[[], None] = lambda: None
+        self.returned: set[int] = set()
+        self.output_grad = 0
         self.events: list[Event] = []
         self.size: dict[int, int] = {}
         self.made: dict[int, int] = {}
