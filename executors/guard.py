@@ -86,7 +86,8 @@ class Guard:
             fires_hooks: whether a step of the plan fires the hooks of submodules.
 
         Raises:
-            PlanMismatch: a submodule was put in the place of another, added or removed, or has a hook that would not fire.
+            PlanMismatch: a submodule was put in the place of another, added or removed, or has a hook that
+                would not fire.
         """
         if self.children != self.before:
             for name, children, before in zip(self.parents, self.children, self.before, strict=True):
@@ -160,8 +161,9 @@ class Trainable:
 
     def _are_known(self) -> bool:
         """Whether every parameter is the same object as before."""
-        # Dicts are compared at the speed of C, by identity first. Where two tensors differ, the comparison goes on to
-        # their values, which are many, so that it raises; those of one element are looked at apart.
+        # Dicts are compared at the speed of C, by identity first. Where two tensors differ, the comparison
+        # goes on to their values, which are many, so that it raises; those of one element are looked at
+        # apart.
         try:
             same = self._now == self._then
         except Exception:  # noqa: BLE001 # whatever a comparison of two tensors raises

@@ -46,30 +46,33 @@ def execute(
     parameters, buffers and submodules.
 
     Args:
-        plan: from ``scheduler.solve`` or ``Plan.load``. Several, for calls of several shapes: a list, the one whose budget,
-            solver and optimizer further plans are made with first.
-        model: the model that the plan was made for, or one like it; or a list of callables (``CallableChain``); or the
-            step function, whose place the planned model takes: call it, and ``backward`` on what it returns.
-        watch: whether the peak of the first step is measured, and judged when the next begins. If it is above the
-            predicted one, a PeakWarning says by how much; if it is over the budget, later steps follow a schedule that is
-            tighter by the difference. Default: on CUDA, where it costs nothing (the allocator's peak statistics are
-            reset once). On the CPU it takes the autograd profiler from that step's forward to the next one's. Not of a model
-            sharded by fully_shard, whose ranks must not leave their common schedule one by one.
-        on_new_shape: what happens when a training call has other shapes, dtypes, plain values or arguments than any plan's.
-            "plan": the forward makes a plan first, which takes as long as ``solve`` and leaves gradients, buffers and
-            random numbers as they are; a line to the logger ``rematplan`` says so. Gradients that exist then count as
-            existing. "plain": such calls run without a plan, and may take more than the budget; the logger says so once.
-            "error": a PlanMismatch.
-        max_plans: how many plans there are at most, the first one included, which stays; the least recently used of the
-            others goes, and a NewShapeWarning says so the first time.
-        on_oom: what happens when a forward runs out of memory (torch.OutOfMemoryError). "replan": buffers and generators are
-            put back, a plan that takes less takes over (a PeakWarning says which), and the forward runs once more. After a
-            replay that ran out of memory in a backward, the next forward follows such a plan; ``run_step`` runs the
-            whole step again. "raise": the error is all. Default: "replan" on CUDA, "raise" elsewhere, where nothing raises it, and
-            for a model sharded by fully_shard.
-        check: what every replayed tensor is compared by with that of the first run: "metadata" (shape, dtype, strides,
-            device), "values" (a checksum too, which names the op that does not do the same twice; it waits for the device at
-            each tensor) or "none".
+        plan: from ``scheduler.solve`` or ``Plan.load``. Several, for calls of several shapes: a list, the one
+            whose budget, solver and optimizer further plans are made with first.
+        model: the model that the plan was made for, or one like it; or a list of callables
+            (``CallableChain``); or the step function, whose place the planned model takes: call it, and
+            ``backward`` on what it returns.
+        watch: whether the peak of the first step is measured, and judged when the next begins. If it is above
+            the predicted one, a PeakWarning says by how much; if it is over the budget, later steps follow a
+            schedule that is tighter by the difference. Default: on CUDA, where it costs nothing (the
+            allocator's peak statistics are reset once). On the CPU it takes the autograd profiler from that
+            step's forward to the next one's. Not of a model sharded by fully_shard, whose ranks must not
+            leave their common schedule one by one.
+        on_new_shape: what happens when a training call has other shapes, dtypes, plain values or arguments
+            than any plan's. "plan": the forward makes a plan first, which takes as long as ``solve`` and
+            leaves gradients, buffers and random numbers as they are; a line to the logger ``rematplan`` says
+            so. Gradients that exist then count as existing. "plain": such calls run without a plan, and may
+            take more than the budget; the logger says so once. "error": a PlanMismatch.
+        max_plans: how many plans there are at most, the first one included, which stays; the least recently
+            used of the others goes, and a NewShapeWarning says so the first time.
+        on_oom: what happens when a forward runs out of memory (torch.OutOfMemoryError). "replan": buffers and
+            generators are put back, a plan that takes less takes over (a PeakWarning says which), and the
+            forward runs once more. After a replay that ran out of memory in a backward, the next forward
+            follows such a plan; ``run_step`` runs the whole step again. "raise": the error is all. Default:
+            "replan" on CUDA, "raise" elsewhere, where nothing raises it, and for a model sharded by
+            fully_shard.
+        check: what every replayed tensor is compared by with that of the first run: "metadata" (shape, dtype,
+            strides, device), "values" (a checksum too, which names the op that does not do the same twice; it
+            waits for the device at each tensor) or "none".
         debug: whether ``trace_of`` tells what the latest step ran, replayed and freed.
 
     Returns:
@@ -77,11 +80,12 @@ def execute(
 
     Raises:
         TypeError: not a Plan, or not a module.
-        ValueError: an option that is unknown, or not for sharded models; a model whose ``forward`` was replaced on the object,
-            or a wrapper that goes around a planned model.
+        ValueError: an option that is unknown, or not for sharded models; a model whose ``forward`` was
+            replaced on the object, or a wrapper that goes around a planned model.
         PlanMismatch: the plan was made for another model. Raised by the planned model's forward if the
             inputs (with ``on_new_shape="error"``), or the modes of its submodules, are not those of the plan.
-        InfeasibleBudget, CaptureError: raised by the planned model's forward if a new shape cannot be planned for.
+        InfeasibleBudget, CaptureError: raised by the planned model's forward if a new shape cannot be planned
+            for.
     """
     plans = [plan] if isinstance(plan, Plan) else plan
     if not isinstance(plans, (list, tuple)) or not plans or not all(isinstance(each, Plan) for each in plans):
@@ -177,7 +181,8 @@ def trace_of(model: nn.Module) -> str:
     """What the latest planned step of a model ran, ran again and freed, in order, one event a line.
 
     Raises:
-        ValueError: the model does not train by a plan, was not executed with ``debug=True``, or has run no step.
+        ValueError: the model does not train by a plan, was not executed with ``debug=True``, or has run no
+            step.
     """
     plans = plans_within(model)
     if plans is None or not plans.settings.debug:

@@ -93,7 +93,8 @@ class Plans:
 
     Attributes:
         first: of the first plan, which stays.
-        others: of plans for other calls, other Python state or another environment, the least recently used first.
+        others: of plans for other calls, other Python state or another environment, the least recently used
+            first.
         last: of the latest forward; None if it was plain.
         trace: of the latest forward and its backward, if that is asked for.
         changes: what a forward changes, if one that runs out of memory is to be run again.
@@ -104,7 +105,8 @@ class Plans:
     ) -> None:
         self.settings = settings
         self.device = model_device(model)
-        # Ranks of a sharded model follow one schedule: none may take another one, or run a forward again, by itself.
+        # Ranks of a sharded model follow one schedule: none may take another one, or run a forward again, by
+        # itself.
         self.alone = not sharded_within(model)
         for name, asked in (("watch", settings.watch), ("on_oom", settings.on_oom == "replan")):
             if asked and not self.alone:
@@ -204,7 +206,8 @@ class Plans:
         """What runs calls of a kind, or with other state around them, not seen before; None if they run plainly.
 
         Args:
-            alike: what runs such calls, in another environment, with other parameters frozen, or with other Python state.
+            alike: what runs such calls, in another environment, with other parameters frozen, or with other
+                Python state.
             usable: those of them that differ in Python state alone.
             frozen: names of the parameters that do not require grad.
         """
@@ -283,7 +286,8 @@ class Plans:
     ) -> Runner | None:
         """The same plan on a graph captured with the Python state of now; None if it takes a plan of its own.
 
-        A value that changes again and again would cost a capture each time: then blocks take over, whose code reads it.
+        A value that changes again and again would cost a capture each time: then blocks take over, whose code
+        reads it.
         """
         before = next((r for r in usable if not r.kind.runs_code), None)
         if before is None:
@@ -371,7 +375,8 @@ class Plans:
     def _apart(self, model: nn.Module, call: Call) -> Iterator[Call]:
         """Trials in the middle of training: a call of their own, without hooks of the root, which are around this forward."""
         random = HostRandomState()
-        # Casts in autocast's cache would not be counted; those of a trial would stay until the user's context ends.
+        # Casts in autocast's cache would not be counted; those of a trial would stay until the user's context
+        # ends.
         torch.clear_autocast_cache()
         try:
             with aliased(model) if is_distributed() else nullcontext(), bare(model):

@@ -1,7 +1,7 @@
 """A plan that was loaded meets its model: the capture is made again, and what the model knows better is not the file's to say.
 
-What a plan says of random numbers, changed buffers, cuts, blocks and options decides whether gradients are right, so it is
-derived from this model once more, and the file is refused where it says otherwise.
+What a plan says of random numbers, changed buffers, cuts, blocks and options decides whether gradients are
+right, so it is derived from this model once more, and the file is refused where it says otherwise.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ def _modules(plan: Plan, model: nn.Module, call: Call) -> ModuleCapture:
 def _check_recorded(model: nn.Module, found: ModuleCapture) -> None:
     """What can be told of recorded blocks without running them.
 
-    Each rank sees at each first run whether a block draws; which buffers it changes is the record's, as far as modules whose
-    statistics every training step changes do not show that it is wrong.
+    Each rank sees at each first run whether a block draws; which buffers it changes is the record's, as far
+    as modules whose statistics every training step changes do not show that it is wrong.
     """
     for block in found.blocks:
         changed = found.changed[block.stage]

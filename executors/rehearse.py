@@ -42,35 +42,39 @@ def rehearse(
 ) -> Rehearsal:
     """Run one step by ``plan``, by the code that trains, and watch its live bytes.
 
-    Without data (``real=False``) the step runs on fake tensors, on a copy of the model without weights: forward,
-    loss, backward, gradients into ``.grad``. Every storage that an op makes is followed from its making to its end.
-    What a kernel takes and lets go of within itself (a convolution's columns, attention's float32 sums) shows nowhere in
-    such a step: where the plan's device is at hand, each distinct op is run there by itself, on zeros, and what it took
-    is added at each of its places in the step. The loss is found as ``solve`` finds it.
+    Without data (``real=False``) the step runs on fake tensors, on a copy of the model without weights:
+    forward, loss, backward, gradients into ``.grad``. Every storage that an op makes is followed from its
+    making to its end. What a kernel takes and lets go of within itself (a convolution's columns, attention's
+    float32 sums) shows nowhere in such a step: where the plan's device is at hand, each distinct op is run
+    there by itself, on zeros, and what it took is added at each of its places in the step. The loss is found
+    as ``solve`` finds it.
 
     Args:
         plan: from ``scheduler.solve`` or ``Plan.load``.
         model: the model of the plan; left as it is. Without ``real`` its parameters may be fake.
         sample: as for ``solve``; its values do not matter unless ``real``.
-        real: run the step on the model's device with its data, twice (the first is a warm-up), and measure: on the
-            CPU every allocation, on CUDA the caching allocator's counters at every op, whose peaks are reset. Where there
-            are gradients, zeros stand in for them, which takes their bytes once more.
-        scratch: without ``real``, whether to count what kernels take within themselves. It takes the memory of one
-            op's tensors at a time (ops that would take more than a quarter of the free memory are left out, and the
-            table names them), and the seconds of each distinct op once or twice in a process. False: nothing is
-            computed. No effect on a plan for a described device, or for one that is not there.
+        real: run the step on the model's device with its data, twice (the first is a warm-up), and measure:
+            on the CPU every allocation, on CUDA the caching allocator's counters at every op, whose peaks are
+            reset. Where there are gradients, zeros stand in for them, which takes their bytes once more.
+        scratch: without ``real``, whether to count what kernels take within themselves. It takes the memory
+            of one op's tensors at a time (ops that would take more than a quarter of the free memory are left
+            out, and the table names them), and the seconds of each distinct op once or twice in a process.
+            False: nothing is computed. No effect on a plan for a described device, or for one that is not
+                there.
 
-    On CUDA kernels that are counted by themselves reset the peaks that ``torch.cuda.max_memory_allocated`` tells of, too.
+    On CUDA kernels that are counted by themselves reset the peaks that ``torch.cuda.max_memory_allocated``
+    tells of, too.
 
     Copies to the host are made ``real``, and cost nothing without; they count with the action before them.
 
     Returns:
-        the Rehearsal: the peak in the terms of ``plan.predicted_peak``, and each action's bytes beside the referee's.
+        the Rehearsal: the peak in the terms of ``plan.predicted_peak``, and each action's bytes beside the
+        referee's.
 
     Raises:
         TypeError, PlanMismatch: as ``execute`` does; the sample is not the plan's.
-        RuntimeError: ``real`` or ``scratch``, on the CPU, while an autograd profiler is running. Without ``real``: the
-            model's code asks for the value of a tensor, which none has.
+        RuntimeError: ``real`` or ``scratch``, on the CPU, while an autograd profiler is running. Without
+            ``real``: the model's code asks for the value of a tensor, which none has.
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"rehearse: plan is a {type(plan).__name__}, expected a Plan")
@@ -407,8 +411,8 @@ def _told(
 def _actions(count: int, begins: list[tuple[int, int]]) -> list[int]:
     """(changes,) the action of the schedule that each belongs to.
 
-    Autograd reverses a part of a stage, and only then asks for what was dropped: the actions that make it come
-    first in the schedule, so what was done before them counts with them.
+    Autograd reverses a part of a stage, and only then asks for what was dropped: the actions that make it
+    come first in the schedule, so what was done before them counts with them.
     """
     actions = [0] * count
     for (begin, action), (end, _) in zip(begins, [*begins[1:], (count, 0)], strict=True):
@@ -421,7 +425,8 @@ def _actions(count: int, begins: list[tuple[int, int]]) -> list[int]:
 def _spans(changes: list[_Change]) -> list[tuple[str, int, int, int, int]]:
     """(op, bytes, first change, change at which they are gone, storage) of bytes that came and went together.
 
-    Releases of storages that are not known are of the latest bytes of the same size, or else of the latest ones.
+    Releases of storages that are not known are of the latest bytes of the same size, or else of the latest
+    ones.
     """
     spans: list[tuple[str, int, int, int, int]] = []
     there: list[list[Any]] = []  # op, bytes, first change, storage

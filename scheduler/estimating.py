@@ -45,13 +45,15 @@ class Estimate:
         parameters, optimizer_state, buffers, inputs: live during the whole step.
         gradients: of the parameters, when backward is done; those that exist already included.
         workspaces: of cuBLAS, live during the whole step.
-        allocator_slack: set aside for what CUDA's allocator gives large tensors too much; 0 with expandable segments.
+        allocator_slack: set aside for what CUDA's allocator gives large tensors too much; 0 with expandable
+            segments.
         other: live during the whole step: constants, small tensors.
         activations: what autograd saves, and the outputs, by module; members of a list are one ("layers.*").
         peak: the most bytes live at once in the plain step.
         smallest: the smallest budget that a plan can meet.
         budget: that was asked for.
-        largest_plain, largest_planned: the largest batches that fit it without a plan and with one; 0 if none does.
+        largest_plain, largest_planned: the largest batches that fit it without a plan and with one; 0 if none
+            does.
     """
 
     device: str
@@ -112,9 +114,9 @@ def estimate(
 ) -> Estimate:
     """The bytes of one plain training step of ``model`` on ``sample``, without running it.
 
-    Scratch space within kernels is not counted. The largest batches are found so: the dimension 0 that most tensors
-    of the sample share is the batch; the step is captured at this batch and at twice this; a line through the two
-    says which batch fits; one more capture, at that batch, confirms it or moves the line.
+    Scratch space within kernels is not counted. The largest batches are found so: the dimension 0 that most
+    tensors of the sample share is the batch; the step is captured at this batch and at twice this; a line
+    through the two says which batch fits; one more capture, at that batch, confirms it or moves the line.
 
     Args:
         model: in train mode; real, fake or on meta.

@@ -26,12 +26,14 @@ class Kind:
     Attributes:
         producer: loads what captures and prices models so.
         automatic: whether ``capture="auto"`` tries it; kinds are tried in the order of the table.
-        runs_code: whether its stages run the user's own code, so that hooks fire and plain values are read at every run.
+        runs_code: whether its stages run the user's own code, so that hooks fire and plain values are read at
+            every run.
         options: whether its stages may be kept in part.
         copies: whether what autograd saves of its stages can be copied to the host.
-        stages: what the stages are, for the cost table; "" where the table says why each begins where it does.
-        lengths: (stages, record) -> how many entries the fields of a record that are this kind's own may have; others
-            have none.
+        stages: what the stages are, for the cost table; "" where the table says why each begins where it
+            does.
+        lengths: (stages, record) -> how many entries the fields of a record that are this kind's own may
+            have; others have none.
         check: refuses a record that does not fit its chain, with a ValueError.
     """
 

@@ -98,36 +98,39 @@ def solve(
 ) -> Plan:
     """Plan the training step of ``model`` so that it fits ``memory_budget``, at the least extra time.
 
-    The model is left as it is: parameters, gradients, buffers, random-number state; so is the sample. What its stages cost
-    is remembered as long as it lives: to plan it again, for another budget, takes less time and meets the same figures.
-    On CUDA the peaks that ``torch.cuda.max_memory_allocated`` tells of are reset.
+    The model is left as it is: parameters, gradients, buffers, random-number state; so is the sample. What
+    its stages cost is remembered as long as it lives: to plan it again, for another budget, takes less time
+    and meets the same figures. On CUDA the peaks that ``torch.cuda.max_memory_allocated`` tells of are reset.
 
     Args:
-        model: in train mode, on one device, or sharded by fully_shard; then every rank makes this call. One that trains by a plan already is planned anew. With ``device`` it may
-            be without data: on meta, or made under FakeTensorMode. Or a list of callables, the stages: each is called with
-            what the one before returned (``CallableChain``). Or a step function: any callable (function, lambda,
-            functools.partial, bound method, callable object) that calls the models it uses, as often as it likes, and returns
-            the loss. Modules are found in its closure, in global variables that it names, in what it is bound to, and
-            in the sample; the loss that it makes of their outputs is in the plan. It leaves ``backward`` to the training loop.
+        model: in train mode, on one device, or sharded by fully_shard; then every rank makes this call. One
+            that trains by a plan already is planned anew. With ``device`` it may be without data: on meta, or
+            made under FakeTensorMode. Or a list of callables, the stages: each is called with what the one
+            before returned (``CallableChain``). Or a step function: any callable (function, lambda,
+            functools.partial, bound method, callable object) that calls the models it uses, as often as it
+            likes, and returns the loss. Modules are found in its closure, in global variables that it names,
+            in what it is bound to, and in the sample; the loss that it makes of their outputs is in the plan.
+            It leaves ``backward`` to the training loop.
         memory_budget: peak device bytes of a whole training step: parameters, buffers, gradients, optimizer
-            state if an optimizer is given, inputs, activations. An int, or text: "6GiB", "800MB", "75%" of the
-            device's memory; "auto" is what is free (and what of the step is there already) less 5 % of the device's
-            memory, "auto - 2GiB" leaves another reserve.
+            state if an optimizer is given, inputs, activations. An int, or text: "6GiB", "800MB", "75%" of
+            the device's memory; "auto" is what is free (and what of the step is there already) less 5 % of
+            the device's memory, "auto - 2GiB" leaves another reserve.
         sample: what the model is trained on, in shape: a tensor, a tuple of positional arguments, a dict of
             keyword arguments, or ``(args, kwargs)``.
         solver: a name in ``scheduler.solvers.SOLVERS``; one that is ``executable``.
         parameters: what else the solver takes, by name: ``{"keep": "attn"}`` for "selective", ``{"host":
             HostMemory(...)}`` for "two_level", which takes a graph capture.
         capture: "graph" (torch.export), "modules" (blocks that run in order), "auto" (graph where it is
-            exact, else modules; of callables, these; modules where one module is called a hundred times in a row, each
-            call fed by the one before), or the blocks themselves: a list of modules or an nn.Sequential. A module that is
-            called so is a block at each call.
-        costs: "measure" (seconds by the clock) or "roofline" (from FLOPs and bytes); bytes are counted either way.
-            Default: "measure", and "roofline" with ``device``.
+            exact, else modules; of callables, these; modules where one module is called a hundred times in a
+            row, each call fed by the one before), or the blocks themselves: a list of modules or an
+            nn.Sequential. A module that is called so is a block at each call.
+        costs: "measure" (seconds by the clock) or "roofline" (from FLOPs and bytes); bytes are counted either
+            way. Default: "measure", and "roofline" with ``device``.
         optimizer: its state counts towards the budget.
-        device: plan for this device instead of the one that holds the model: a DeviceSpec, or the name of one that is
-            built in ("H100", "A100-80GB", ...). Nothing runs on data, and no memory is taken; so that the captured
-            graph is not tried against the plain step, and kernels' own scratch space is not counted.
+        device: plan for this device instead of the one that holds the model: a DeviceSpec, or the name of one
+            that is built in ("H100", "A100-80GB", ...). Nothing runs on data, and no memory is taken; so that
+            the captured graph is not tried against the plain step, and kernels' own scratch space is not
+            counted.
         progress: called with a line of text at each step of the planning.
 
     Returns:
@@ -145,7 +148,8 @@ def solve(
     if isinstance(request.device, Target):
         with without_hardware(request.model, request.call) as (twin, call):
             return _plan(replace(request, model=twin, call=call), parameters or {})
-    # Not around each trial: a graph with a random number of Python's in it as a constant would then pass for exact.
+    # Not around each trial: a graph with a random number of Python's in it as a constant would then pass for
+    # exact.
     random = HostRandomState()
     try:
         with set_apart(request.call) as call:
@@ -157,7 +161,8 @@ def solve(
 def solve_again(plan: Plan, model: nn.Module, call: Call, progress: Progress, capture: str = "auto") -> Plan:
     """The plan for another call of the plan's model: same budget, solver, costs and optimizer, captured likewise.
 
-    Gradients that exist now count as existing. A plan that was made without its device is made anew on the one at hand.
+    Gradients that exist now count as existing. A plan that was made without its device is made anew on the
+    one at hand.
 
     Args:
         model: plain, in train mode.

@@ -100,7 +100,8 @@ class Layout:
         sticky: places that hold a tensor at times.
         tracked: containers that are taken down however large they are.
         changed: names of tensors and containers that the block changes in place.
-        everything: whether classes and globals of installed packages and large containers are taken down, too.
+        everything: whether classes and globals of installed packages and large containers are taken down,
+            too.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """Which plain values of a call a forward reads: file names, indices and step counters that ride along in a batch need no plan of their own.
 
-An argument counts as read if the code of ``forward`` loads its name; of a dict among the arguments only the entries that
-are looked up, of an object with tensors in it only the attributes. Whatever lies deeper is read with these.
+An argument counts as read if the code of ``forward`` loads its name; of a dict among the arguments only the
+entries that are looked up, of an object with tensors in it only the attributes. Whatever lies deeper is read
+with these.
 """
 
 from __future__ import annotations

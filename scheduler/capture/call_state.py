@@ -60,7 +60,8 @@ class CallState:
         }
 
     def _differs(self, tensor: Tensor, value: Tensor, version: int, ops: Watch | None) -> bool:
-        # Kernels of batch norm change statistics without a new version; a fill may put the same values in again.
+        # Kernels of batch norm change statistics without a new version; a fill may put the same values in
+        # again.
         if not self.data:
             return ops is not None and ops.has_changed(tensor)
         return tensor._version != version or tensor.shape != value.shape or not equal_bits(tensor, value)

@@ -28,7 +28,8 @@ def modules_in(function: Any, *, everywhere: bool = False) -> Iterator[tuple[str
     """(name, module) for the modules that a callable, or what it is bound to, holds; names may repeat.
 
     Args:
-        everywhere: look into the global variables that functions name, defaults of parameters, and plain objects, too.
+        everywhere: look into the global variables that functions name, defaults of parameters, and plain
+            objects, too.
     """
     yield from _found(function, "", set(), everywhere, 0)
 

@@ -49,10 +49,11 @@ class GraphCapture(Capture):
         once: (L,) why the stage may not be run again, in words; "" if it may.
         dropped: (L,) for each option of the stage, the packs (``recompute.py``) that it does not keep.
         rerun: (L,) for each option of the stage, the ops that run again, by their places in it.
-        uncached: whether stages run without autocast's cache, in which the casts of all weights would stay until the forward
-            is over. The gradient of a weight that is cast twice is then summed otherwise, so that it is to be tried.
-        layouts: of values that cross a cut, strides of their gradients in the trial step where they are a permutation, ()
-            where not; None if no gradient arrived. Empty without a trial.
+        uncached: whether stages run without autocast's cache, in which the casts of all weights would stay
+            until the forward is over. The gradient of a weight that is cast twice is then summed otherwise,
+            so that it is to be tried.
+        layouts: of values that cross a cut, strides of their gradients in the trial step where they are a
+            permutation, () where not; None if no gradient arrived. Empty without a trial.
         gaps: (L,) share by which the seconds of an option may exceed the least for its bytes; 0 if proven.
         target: the device that costs are for, if it is not there: then nothing has data.
     """
@@ -218,8 +219,8 @@ class GraphCapture(Capture):
     def observe(self, model: nn.Module, call: Call) -> list[bool]:
         """Run the stages once without grad: which draw random numbers, which change buffers.
 
-        A stage that may draw by its ops' tags is among those that do: whether it does may depend on the data. Without data,
-        tags and schemas are all there is. The caller restores the model's state.
+        A stage that may draw by its ops' tags is among those that do: whether it does may depend on the data.
+        Without data, tags and schemas are all there is. The caller restores the model's state.
 
         Returns:
             (L,) whether the stage drew in this run.
@@ -239,7 +240,8 @@ class GraphCapture(Capture):
             buffers = before["buffers"].items()
             if not dry:
                 drew.append(before["random"].differs())
-                # Kernels of batch norm change statistics without a new version; a fill may put the same values in again.
+                # Kernels of batch norm change statistics without a new version; a fill may put the same
+                # values in again.
                 changed = [
                     n for n, (b, value, version) in buffers if b._version != version or not _same(b, value)
                 ]
@@ -346,10 +348,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def op_graphs(model: nn.Module, call: Call) -> Iterator[OpGraph]:
     """The op graphs that the model exports as, the one that can be planned best first.
 
-    Whether one trains like the model is to be tried; the next one is for when it does not. First comes what a plain
-    step runs (``eager.py``), then what the model's code does for exporters; each with composite ops in their parts
-    (``composite.py``), then with whole ones. No graph comes twice. A forward that takes gradients itself is traced
-    (``inner_gradients.py``).
+    Whether one trains like the model is to be tried; the next one is for when it does not. First comes what a
+    plain step runs (``eager.py``), then what the model's code does for exporters; each with composite ops in
+    their parts (``composite.py``), then with whole ones. No graph comes twice. A forward that takes gradients
+    itself is traced (``inner_gradients.py``).
 
     Raises:
         CaptureError: the model cannot be exported at all; says why.

@@ -1,7 +1,7 @@
 """The calls of a model's submodules, as one forward makes them: what feeds what, what draws, what changes, what repeats.
 
-Which module is *recurrent*, called again and again, each call fed by the one before (a cell that the user's code
-unrolls over time), is seen here too.
+Which module is *recurrent*, called again and again, each call fed by the one before (a cell that the user's
+code unrolls over time), is seen here too.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ def intercepted(
 ) -> Iterator[None]:
     """Within it each module's ``forward`` is ``wrap(forward)``; its hooks fire around that as ever.
 
-    Of a module that ``module.compile()`` has compiled it is the compiled call, hooks included: what wraps it stays eager.
-    Of one whose weights a pre-hook makes it is the whole call, so that they are made where they are read.
+    Of a module that ``module.compile()`` has compiled it is the compiled call, hooks included: what wraps it
+    stays eager. Of one whose weights a pre-hook makes it is the whole call, so that they are made where they
+    are read.
 
     Args:
         whole: of these, too, it is the whole call, hooks included.
@@ -275,8 +276,8 @@ def repeatable(
 ) -> list[ModuleCall]:
     """Those of the blocks that give the same results when they are run again, on the state that they found.
 
-    Others change what cannot be put back: a file, an iterator. Notes what each changes. Of a module that is called many
-    times the first calls are tried; where there are no others, the forward ends with these.
+    Others change what cannot be put back: a file, an iterator. Notes what each changes. Of a module that is
+    called many times the first calls are tried; where there are no others, the forward ends with these.
 
     Raises:
         CaptureError: none does; or the model cannot go on when they have run twice.

@@ -6,10 +6,10 @@ an output of that block, and glue has made none for it since; all its other tens
 arguments (masks, rotary tables, an encoder's output) are *external*: held while the step lasts.
 
 A module that is called several times (an encoder that sees two batches) is a block at each call.
-A *recurrent* module, which is called again and again, each call fed by the one before (a cell that the user's code
-unrolls over time), is a block at each call. What glue makes for one step, its input, is external and ends no chain;
-and it may be fed by a block further back, whose output passes by those between (the state of a layer of cells while
-the others run).
+A *recurrent* module, which is called again and again, each call fed by the one before (a cell that the user's
+code unrolls over time), is a block at each call. What glue makes for one step, its input, is external and
+ends no chain; and it may be fed by a block further back, whose output passes by those between (the state of a
+layer of cells while the others run).
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class Block:
         name: dotted name of the module in the model.
         label: the same, and which call of it, if there are several.
         stage: its index in the chain.
-        fed: which outputs of blocks before are among its arguments, as (argument leaf, output leaf, how many blocks
-            back); empty if glue comes between.
-        boundary: what crosses into it, as (block, output leaf): what it is fed, then what passes by to later ones. Empty if
-            glue comes between; then all its tensor arguments do.
+        fed: which outputs of blocks before are among its arguments, as (argument leaf, output leaf, how many
+            blocks back); empty if glue comes between.
+        boundary: what crosses into it, as (block, output leaf): what it is fed, then what passes by to later
+            ones. Empty if glue comes between; then all its tensor arguments do.
     """
 
     name: str
@@ -86,10 +86,12 @@ class ModuleCapture(Capture):
         changed: (L,) names of the tensors and containers that it changes in place.
         gathering: bytes that stand by for fully_shard's collectives while a step runs, once that is priced.
         overwritten: names of attributes whose tensors blocks replace before they read them.
-        state_bytes: bytes that the state of blocks takes: what they leave on modules, and what is held for re-runs.
+        state_bytes: bytes that the state of blocks takes: what they leave on modules, and what is held for
+            re-runs.
         whole: names of blocks whose whole call is the stage, hooks included, as these make its weights.
         grad: whether the model's code runs in grad mode only.
-        draws: what random numbers are fixed at for all layers to run, if some may be left out; see layer_drop.py.
+        draws: what random numbers are fixed at for all layers to run, if some may be left out; see
+            layer_drop.py.
         reversing: names of blocks that call autograd.grad on what they have made.
     """
 
@@ -249,7 +251,8 @@ def capture_modules(
             "the modules given do not each run, once or several times, in the order given and outside of each other; "
             f"seen: {_in_words([entry.name for entry in chosen])}"
         )
-    # What the forward itself reverses would be run again in the middle of the first sweep, beside all that it holds.
+    # What the forward itself reverses would be run again in the middle of the first sweep, beside all that it
+    # holds.
     unusable |= {entry.name for entry in chosen if entry.changes_input or entry.reversed_outside}
     transformed = sorted({entry.name for entry in root.within() if entry.transformed})
     unusable.update(transformed)

@@ -1,9 +1,9 @@
 """Plain steps of a model on one call, and whether a step of its captured form is like them.
 
-Kernels that sum in no fixed order (atomic additions in the backward of attention, convolutions, scatter and embedding on a
-GPU) give the plain model other last bits at each step. A captured step is then held against the plain one under deterministic
-algorithms. Where there are none, outputs and buffers must be equal bit for bit, and gradients may differ as those of plain
-steps do from one another, if that is no more than rounding.
+Kernels that sum in no fixed order (atomic additions in the backward of attention, convolutions, scatter and
+embedding on a GPU) give the plain model other last bits at each step. A captured step is then held against
+the plain one under deterministic algorithms. Where there are none, outputs and buffers must be equal bit for
+bit, and gradients may differ as those of plain steps do from one another, if that is no more than rounding.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a kind of capture has to be: ``Capture``, a model cut into stages, and ``Producer``, which makes and prices it.
 
-``scheduler.kinds.KINDS`` names the kinds, and ``executors.recapture.ENGINES`` what runs each. A further kind is a row in
-both and these three classes; nothing else asks which kind a capture is of.
+``scheduler.kinds.KINDS`` names the kinds, and ``executors.recapture.ENGINES`` what runs each. A further kind
+is a row in both and these three classes; nothing else asks which kind a capture is of.
 """
 
 from __future__ import annotations

@@ -126,7 +126,8 @@ class CallReader:
 
     def __init__(self, signature: inspect.Signature) -> None:
         self.signature = signature
-        # How a call is written -> where each argument goes: its place in it, or (None, a value that none of them is).
+        # How a call is written -> where each argument goes: its place in it, or (None, a value that none of
+        # them is).
         self._known: dict[Any, tuple[list[tuple[int | None, Any]], list[tuple[str, int | None, Any]]]] = {}
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:

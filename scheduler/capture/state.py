@@ -53,8 +53,8 @@ CPU_RANDOM_STATE = 5056  # bytes of torch's CPU generator state, an allocation o
 class RandomState:
     """The state of the generators that a model on ``device`` draws from: the CPU's and the device's.
 
-    Under FakeTensorMode no random numbers are drawn and the generators are left alone; a tensor without data stands
-    in for what their state takes.
+    Under FakeTensorMode no random numbers are drawn and the generators are left alone; a tensor without data
+    stands in for what their state takes.
 
     Args:
         faked: whether that is so, where it is known.
@@ -94,7 +94,8 @@ class RandomState:
 class Draws:
     """Whether random numbers have been drawn since this was made, and how the generators stood then.
 
-    The CPU's generator has no counter, so its state is compared; it is kept outside of torch's allocator meanwhile.
+    The CPU's generator has no counter, so its state is compared; it is kept outside of torch's allocator
+    meanwhile.
     """
 
     __slots__ = ("cpu", "device", "on_device")
@@ -152,7 +153,8 @@ def in_backward() -> bool:
 def may_be_seed(tensor: torch.Tensor) -> bool:
     """Whether a saved tensor may be the seed or the offset of attention's dropout: one integer of 64 bits, or two.
 
-    Without dropout the kernels save them as they find them in memory (``at::empty``): their values say nothing.
+    Without dropout the kernels save them as they find them in memory (``at::empty``): their values say
+    nothing.
     """
     return tensor.dtype in (torch.int64, torch.uint64) and tuple(tensor.shape) in ((), (2,))
 
@@ -214,7 +216,8 @@ def uncached() -> Iterator[None]:
 
 def on_gradient(tensor: torch.Tensor, hook: Callable[[torch.Tensor], Any]) -> None:
     """Call the hook with the gradient of a tensor, which requires grad, when it arrives."""
-    # A view whose base was changed in place gets its node when it is asked for; without, torch's register_hook crashes.
+    # A view whose base was changed in place gets its node when it is asked for; without, torch's
+    # register_hook crashes.
     _ = tensor.grad_fn
     tensor.register_hook(hook)
 
@@ -250,8 +253,8 @@ def bare(model: nn.Module) -> Iterator[nn.Module]:
 def aliased(model: nn.Module) -> Iterator[None]:
     """Within it the model's parameters are others, on the same storages and with the same gradients.
 
-    A backward then reaches nobody who waits for gradients of the real ones: DistributedDataParallel would take those of a
-    trial for those of the step, and reduce them.
+    A backward then reaches nobody who waits for gradients of the real ones: DistributedDataParallel would
+    take those of a trial for those of the step, and reduce them.
     """
     places = [
         (module._parameters, name, parameter)
@@ -276,10 +279,11 @@ def aliased(model: nn.Module) -> Iterator[None]:
 def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:
     """Within it gradients are fresh; on leaving, the model and what hangs on it are as before.
 
-    That is: gradients, of parameters and of other leaves that Python state holds; buffers, by object and value; values of
-    parameters and tensors that ``moving`` has seen change; attributes, containers, generators of the model's own
-    (``python_state``); random numbers. Hooks of parameters are silent meanwhile: one may step an optimizer, and none of
-    these gradients is for it. Tensors with a history in Python state have none meanwhile, or a trial would reverse it.
+    That is: gradients, of parameters and of other leaves that Python state holds; buffers, by object and
+    value; values of parameters and tensors that ``moving`` has seen change; attributes, containers,
+    generators of the model's own (``python_state``); random numbers. Hooks of parameters are silent
+    meanwhile: one may step an optimizer, and none of these gradients is for it. Tensors with a history in
+    Python state have none meanwhile, or a trial would reverse it.
 
     Yields:
         the parameters that have a gradient.
@@ -340,7 +344,8 @@ class _Surroundings:
 
     Attributes:
         roots: what its Python state is reachable from.
-        moved: parameters and other tensors whose values a forward was seen to change; buffers always count as such.
+        moved: parameters and other tensors whose values a forward was seen to change; buffers always count as
+            such.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -401,8 +406,8 @@ def uncompiled() -> AbstractContextManager[Any]:
 def moving(model: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
     """Within it, note which parameters and tensors of Python state a forward changes; they are put back here and, from now on, by ``preserved``.
 
-    Parameters are too many to be copied at each trial for the few models that change them: a frozen teacher that
-    follows, weights clamped in the forward, ``Embedding(max_norm)``.
+    Parameters are too many to be copied at each trial for the few models that change them: a frozen teacher
+    that follows, weights clamped in the forward, ``Embedding(max_norm)``.
     """
     surroundings = _surroundings(model)
     noted = _Moving([*model.parameters(), *surroundings.tensors(model)])

@@ -173,8 +173,8 @@ def _step_function(
     """A step function as a model, of a class that has its name and its signature.
 
     The modules that it uses are looked for in its closure, in the global variables that it names, in what a
-    ``functools.partial`` binds or the object of a bound method holds, in lists, tuples, dicts and plain objects in these, and
-    among the arguments.
+    ``functools.partial`` binds or the object of a bound method holds, in lists, tuples, dicts and plain
+    objects in these, and among the arguments.
 
     Raises:
         ValueError: there are none, or one must not be planned from inside; or the function is compiled.

@@ -46,8 +46,8 @@ class TrialStep:
         seen: which modules it calls again and again.
         own_loss: whether the model returns its own loss.
         plain: what one plain step gives; None if none was taken.
-        draws: whether the step draws from the generators of Python or NumPy. Even if the numbers made no difference in it (a
-            branch that is taken seldom), they may in another.
+        draws: whether the step draws from the generators of Python or NumPy. Even if the numbers made no
+            difference in it (a branch that is taken seldom), they may in another.
         custom: names of the custom autograd.Functions that it uses.
         sparse: parameter -> bytes of its gradient, where that is sparse.
     """

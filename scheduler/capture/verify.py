@@ -44,7 +44,8 @@ def run_step(
     """One forward and backward from the present state, which is put back afterwards.
 
     Args:
-        call: the arguments of the forward, whose gradients are compared too; none of its tensors has a history.
+        call: the arguments of the forward, whose gradients are compared too; none of its tensors has a
+            history.
         offload: keep saved tensors in host memory meanwhile, for a model that may not fit otherwise.
     """
     device = model_device(model)

@@ -1,7 +1,7 @@
 """Facts of stages -> ``Chain``: where bytes that were counted become those of a Stage and its Options, whatever the capture.
 
-A capture's pricing fills one ``StageFacts`` a stage and the ``Values`` that cross stages, stay for a backward, or live
-long; ``assemble`` does the sums.
+A capture's pricing fills one ``StageFacts`` a stage and the ``Values`` that cross stages, stay for a
+backward, or live long; ``assemble`` does the sums.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ class OptionFacts:
 
     Attributes:
         keeps: the values that stay for the backward.
-        keeping_peak: while the stage runs forward and keeps them; values that the last stage hands out are not counted.
-        backward_peak: from there to the end of its backward, recomputation and the gradients that arrive included.
+        keeping_peak: while the stage runs forward and keeps them; values that the last stage hands out are
+            not counted.
+        backward_peak: from there to the end of its backward, recomputation and the gradients that arrive
+            included.
         rebuild_peak: while it runs again up to the last value that it keeps; None if that is no different.
         recompute: seconds to make the rest again.
         name: what is kept, in words.
@@ -77,7 +79,8 @@ class StageFacts:
         dropping_peak: the most above its input while it runs and keeps nothing; None if it never does.
         boundary_grad: the gradient of its boundary.
         lead: what its backward has made when it first asks for a saved tensor; None if it asks for none.
-        arriving: gradients of its results, as far as its backward's peak has them and they are counted elsewhere.
+        arriving: gradients of its results, as far as its backward's peak has them and they are counted
+            elsewhere.
         created: gradients of parameters that its backward creates.
         appearing: all gradients that appear with its backward but for that of its boundary.
         change: by how much its backward changes the gradients of long-lived values and of inputs.
@@ -144,19 +147,22 @@ def assemble(
     )
     stages = []
     for k, each in enumerate(facts):
-        # What stage k - 1 made and nobody saves, where it goes no further: released once stage k has been kept whole.
+        # What stage k - 1 made and nobody saves, where it goes no further: released once stage k has been
+        # kept whole.
         released = 0
         if k:
             needed = enters[k + 1] | enters[k - 1] | whole[k] | whole[k - 1] | lasting
             released = values.total(enters[k] - needed)
-        # The gradient at hand is what a replay meets; what the stage makes until then is part of its own backward too.
+        # The gradient at hand is what a replay meets; what the stage makes until then is part of its own
+        # backward too.
         led = at_hand[k + 1] - facts[k + 1].boundary_grad if k < count - 1 else 0
         gradients = at_hand[k] + led + each.arriving
         options = []
         for option in each.options:
             keeps = set(option.keeps)
             saved = values.total((keeps | enters[k + 1]) - enters[k] - making[k])
-            # What the last stage hands out and saves is among the long-lived values; other stages may run again.
+            # What the last stage hands out and saves is among the long-lived values; other stages may run
+            # again.
             shared = values.total(keeps & making[k]) if k == count - 1 else 0
             let_go = released if option.whole else 0
             options.append(

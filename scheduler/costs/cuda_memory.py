@@ -1,10 +1,11 @@
 """What CUDA takes besides tensors: the workspaces of cuBLAS, and what blocks have too much.
 
-cuBLAS (ATen/cuda/CublasHandlePool.cpp) keeps a workspace for each handle and stream, taken from the caching allocator
-when the handle first multiplies and never given back. A step has two handles on one stream: that of the thread that runs
-the forward, and that of autograd's own thread; later versions of torch may have them share one. What stays is measured where a
-device is at hand. A model that multiplies on further streams has more, which are not counted. cuDNN's workspaces come and go
-with each convolution: they are in the transients that ``measure.py`` counts on a device, and unknown without one.
+cuBLAS (ATen/cuda/CublasHandlePool.cpp) keeps a workspace for each handle and stream, taken from the caching
+allocator when the handle first multiplies and never given back. A step has two handles on one stream: that of
+the thread that runs the forward, and that of autograd's own thread; later versions of torch may have them
+share one. What stays is measured where a device is at hand. A model that multiplies on further streams has
+more, which are not counted. cuDNN's workspaces come and go with each convolution: they are in the transients
+that ``measure.py`` counts on a device, and unknown without one.
 """
 
 from __future__ import annotations
@@ -32,15 +33,17 @@ __all__ = ["allocator_slack", "expandable_segments", "simulated_slack", "stays",
 
 HANDLES = 2  # that of the forward's thread and that of autograd's
 _KNOWN: dict[int, int] = {}  # workspaces that are there, by device
-# Another schedule is another stream of sizes. Of 72 rehearsed ones (GPT-2, Llama, ViT, ResNet-50, odd sizes among them, with
-# Adam's state and without) the slack was up to 1.9 times that of the plain step, mostly less than it.
+# Another schedule is another stream of sizes. Of 72 rehearsed ones (GPT-2, Llama, ViT, ResNet-50, odd sizes
+# among them, with Adam's state and without) the slack was up to 1.9 times that of the plain step, mostly less
+# than it.
 SAFETY = 2
 
 
 def workspace_bytes(device: Device) -> int:
     """Bytes of cuBLAS's workspaces of a step on one stream. On a device that is there, they are there afterwards.
 
-    They are measured when they are first taken, and never cleared: CUDA graphs that were captured before may point to them.
+    They are measured when they are first taken, and never cleared: CUDA graphs that were captured before may
+    point to them.
     """
     if isinstance(device, Target):
         return HANDLES * allocated(device.spec.workspace, device) if device.type == "cuda" else 0
@@ -106,11 +109,11 @@ def expandable_segments(device: Device) -> bool:
 def allocator_slack(model: nn.Module, call: Call, device: Device, optimizer_state: int) -> int:
     """Bytes that large blocks may hold, at the peak of a step, above their tensors' bytes rounded up to 512.
 
-    A block that is not split holds up to 1 MiB too much: a bound of 1 MiB for every large tensor would be some ten times of
-    what happens. So two plain steps without data are simulated (``cuda_allocator``), and ``SAFETY`` times the slack of
-    the second is set aside, and that of one more block: an estimate with a margin, and no proof. 0 off CUDA, with
-    expandable segments, and where no tensor is large. Of a model that does not run without data, 1 MiB for every large
-    tensor that is there before the step.
+    A block that is not split holds up to 1 MiB too much: a bound of 1 MiB for every large tensor would be
+    some ten times of what happens. So two plain steps without data are simulated (``cuda_allocator``), and
+    ``SAFETY`` times the slack of the second is set aside, and that of one more block: an estimate with a
+    margin, and no proof. 0 off CUDA, with expandable segments, and where no tensor is large. Of a model that
+    does not run without data, 1 MiB for every large tensor that is there before the step.
 
     Args:
         model, call: real; for a Target, what ``without_hardware`` gives, within its block.
@@ -157,7 +160,8 @@ def simulated_slack(standing: Iterable[int], state: Iterable[int], events: Itera
     Args:
         standing: sizes (bytes) of what is there before the first step, in order.
         state: sizes of what the optimizer makes after the first step, and keeps.
-        events: of one step. What it leaves is there while the optimizer makes its state, and gone before the second.
+        events: of one step. What it leaves is there while the optimizer makes its state, and gone before the
+            second.
     """
     allocator = CachingAllocator()
     steps = list(events)

@@ -20,8 +20,8 @@ def gradients_at_hand(boundary: list[int], lead: list[int | None], made: list[in
     """(L,) bytes of gradients that are live while a replay runs between the backwards of stages k and k - 1.
 
     They are those of boundary k and what stage k - 1, about to be reversed, has made of them when it asks for
-    its first saved tensor. A stage that asks for none is reversed already when the replay for it runs: autograd
-    comes to an earlier stage before anything is asked for.
+    its first saved tensor. A stage that asks for none is reversed already when the replay for it runs:
+    autograd comes to an earlier stage before anything is asked for.
 
     Args:
         boundary: bytes of the gradient of each boundary.
@@ -105,9 +105,9 @@ def parameter_grads(
 ) -> tuple[list[int], list[int]]:
     """Bytes of the gradients of parameters.
 
-    A parameter that several stages read gets its gradient from the last of them, which is reversed first. Autograd
-    sums the shares in a tensor of their own before it touches ``.grad``. Where a gradient exists already, that tensor
-    waits beside it from the latest reader to the earliest: ``change`` is amended.
+    A parameter that several stages read gets its gradient from the last of them, which is reversed first.
+    Autograd sums the shares in a tensor of their own before it touches ``.grad``. Where a gradient exists
+    already, that tensor waits beside it from the latest reader to the earliest: ``change`` is amended.
 
     Args:
         readers: the stages that read each parameter, ascending.
@@ -117,8 +117,8 @@ def parameter_grads(
         sparse: bytes of gradients that are sparse.
 
     Returns:
-        (L,) bytes of gradients that the backward of each stage creates; (L,) bytes that it takes besides to add its
-        share to the gradient of a parameter that a later stage reads too.
+        (L,) bytes of gradients that the backward of each stage creates; (L,) bytes that it takes besides to
+        add its share to the gradient of a parameter that a later stage reads too.
     """
     created, summed = [0] * len(change), [0] * len(change)
     for parameter, stages in readers.items():

@@ -51,8 +51,8 @@ from scheduler.costs.unreversed import (
 
 __all__ = ["graph_chain", "kept_storages", "measure_graph"]
 
-# What the stages of a model cost, by what they run: another budget for the same model meets the same options, so that
-# the smallest budget that an error names can be met.
+# What the stages of a model cost, by what they run: another budget for the same model meets the same options,
+# so that the smallest budget that an error names can be met.
 _MEASURED: WeakKeyDictionary[nn.Module, dict[str, StageCost]] = WeakKeyDictionary()
 
 
@@ -335,8 +335,9 @@ def _arriving(
 ) -> int:
     """Return bytes of gradients that are counted when stage k is reversed, as far as they stood in its isolation.
 
-    Two results may be one storage, whose gradients have become one; a gradient may be a part of one that lasts. Those
-    of the boundary and of carried values are two sums: what one has more than in isolation the other has not less.
+    Two results may be one storage, whose gradients have become one; a gradient may be a part of one that
+    lasts. Those of the boundary and of carried values are two sums: what one has more than in isolation the
+    other has not less.
     """
     graph, linear, stage = capture.graph, capture.linear, capture.stages[k]
     outputs = held_by_user(graph)
@@ -371,7 +372,8 @@ def _casts(capture: GraphCapture, costs: Sequence[StageCost]) -> list[int]:
 def _freed(capture: GraphCapture, saved_by: list[set[int]], waiting: Collection[int]) -> dict[int, int]:
     """The stage with whose backward each carried value goes: its earliest reader, or its producer if that saves it.
 
-    An output is not among them, for the user holds it, nor what stages read that are not reversed whole (``waiting``).
+    An output is not among them, for the user holds it, nor what stages read that are not reversed whole
+    (``waiting``).
     """
     linear, outputs = capture.linear, held_by_user(capture.graph)
     return {

@@ -78,12 +78,14 @@ class StageCost:
             may be a view of a larger storage (of a concatenation's gradient), or share one with another.
         options: that keep less than all.
         kept: bytes that are live once it has run forward and keeps them, and nobody holds its outputs.
-        left: bytes that stay when it is reversed, besides gradients: its code holds on to what it made (a state).
+        left: bytes that stay when it is reversed, besides gradients: its code holds on to what it made (a
+            state).
         gap: share by which the seconds of an option may exceed the least for its bytes.
         rebuild_peak: most bytes above the inputs while it is run again to its last saved tensor.
-        cached: bytes of weights that autocast casts for it, where its cache holds them until the forward is over.
-        held: bytes that its graph holds though its saved tensors are dropped: what code keeps for itself, as the random-number
-            states of torch's checkpoint.
+        cached: bytes of weights that autocast casts for it, where its cache holds them until the forward is
+            over.
+        held: bytes that its graph holds though its saved tensors are dropped: what code keeps for itself, as
+            the random-number states of torch's checkpoint.
     """
 
     forward: float
@@ -117,11 +119,11 @@ class StageRun:
         loss: for the last stage, how to find among the outputs what is reversed (None if it is not there).
         lasting: identities of storages that live on anyway, so that saved tensors on them need no replay.
         unread: the outputs that get no gradient.
-        layouts: strides of the gradient that each output gets, where they are known. A kernel that wants another
-            layout makes a copy.
+        layouts: strides of the gradient that each output gets, where they are known. A kernel that wants
+            another layout makes a copy.
         held: the outputs that are there while the stage is reversed: the user holds them.
-        waiting: parameters of which shares of the gradient, from stages reversed before, wait in the engine. Those of
-            this stage are added to them one by one; what waits is not counted.
+        waiting: parameters of which shares of the gradient, from stages reversed before, wait in the engine.
+            Those of this stage are added to them one by one; what waits is not counted.
         reversing: whether it calls autograd.grad on what it has made: nothing is dropped before it is over.
     """
 
@@ -371,7 +373,8 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
 
     if not isinstance(device, Target):
         keeping(lambda: None)  # warm-up: lazy initialisation, workspaces
-    # First of those that count: on the CPU a state of the run before, which this one lets go of, would hide what it leaves.
+    # First of those that count: on the CPU a state of the run before, which this one lets go of, would hide
+    # what it leaves.
     kept = count_bytes(keeping, device, slack=False)
     dropped = count_bytes(dropping, device, slack=False)
     keeping_peak, stays = kept.peaks[0], kept.marks[0]

@@ -1,8 +1,8 @@
 """What one block costs: measured in isolation, once for all blocks that run the same ops.
 
-Blocks are equal if their forwards run the same sequence of ops, on tensors of the same layout that are wired alike, let
-go of what they made at the same places, and leave the same graph behind, and if gradients exist of the same parameters
-(``op_trace.py``). The calls of a cell over time are, and the layers of a transformer.
+Blocks are equal if their forwards run the same sequence of ops, on tensors of the same layout that are wired
+alike, let go of what they made at the same places, and leave the same graph behind, and if gradients exist of
+the same parameters (``op_trace.py``). The calls of a cell over time are, and the layers of a transformer.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class BlockCost:
         input_grad: bytes of the gradients of its boundary.
         saved_arguments, saved_outputs: leaves whose storages its backward needs.
         private: bytes that it saves besides.
-        casts: bytes of weights that it casts and that autocast's cache holds until the forward is over: those that it
-            saves, and others.
+        casts: bytes of weights that it casts and that autocast's cache holds until the forward is over: those
+            that it saves, and others.
     """
 
     cost: StageCost

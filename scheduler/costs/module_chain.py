@@ -1,8 +1,9 @@
 """Captured blocks -> chain.
 
-Blocks are measured in isolation, like stages of a graph. What the user's code around them takes (*glue*) is measured
-where it stands, in a step without the blocks (``skeleton.py``). Every storage that enters or leaves a block, and every
-one that glue saves, is a value of the chain, so that the referee holds each of them once, from its making to its end.
+Blocks are measured in isolation, like stages of a graph. What the user's code around them takes (*glue*) is
+measured where it stands, in a step without the blocks (``skeleton.py``). Every storage that enters or leaves
+a block, and every one that glue saves, is a value of the chain, so that the referee holds each of them once,
+from its making to its end.
 """
 
 from __future__ import annotations
@@ -226,8 +227,8 @@ def _live(capture: ModuleCapture, traffic: Traffic, marks: Sequence[int]) -> lis
 def _readers(capture: ModuleCapture, model: nn.Module) -> dict[nn.Parameter, list[int]]:
     """The stages that read each parameter, ascending.
 
-    One outside the blocks belongs to the last glue if its name comes after the blocks' in the model, else to the
-    first; a tied one has several names.
+    One outside the blocks belongs to the last glue if its name comes after the blocks' in the model, else to
+    the first; a tied one has several names.
     """
     stages_of: dict[str, set[int]] = {}
     for block in capture.blocks:

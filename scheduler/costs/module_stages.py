@@ -36,7 +36,8 @@ class Parts:
         shared: (blocks,) bytes of the gradients of its outputs that others, which wait, are views of too.
         output_grad: bytes of the gradients of the model's outputs, if it has no loss of its own.
         whole: sharded parameters whose gradients wait whole, and the stage at whose end they are reduced.
-        waiting: blocks that are not reversed whole: the user holds what was made of an output that the loss does not reach.
+        waiting: blocks that are not reversed whole: the user holds what was made of an output that the loss
+            does not reach.
         sparse: bytes of gradients that are sparse.
     """
 

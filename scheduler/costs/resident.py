@@ -124,8 +124,8 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> 
 def optimizer_step_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> int | None:
     """The most bytes that a step of the optimizer takes above parameters, gradients and state; None if not known.
 
-    By a step of a copy on fake tensors, the second one, when its state is there; on CUDA over all parameters at once, unless
-    the optimizer is told otherwise.
+    By a step of a copy on fake tensors, the second one, when its state is there; on CUDA over all parameters
+    at once, unless the optimizer is told otherwise.
     """
     if optimizer is None:
         return 0
@@ -141,8 +141,9 @@ def optimizer_step_bytes(optimizer: torch.optim.Optimizer | None, device: Device
 def _foreach(group: dict[str, Any], device: Device) -> dict[str, bool]:
     """What torch takes for a group's ``foreach`` where nobody has said it; nothing if somebody has.
 
-    On CUDA a step goes over all parameters at once then, and has a temporary of each. torch decides by the parameters' type,
-    and fake ones are of none that it knows (``torch.optim.optimizer._default_to_fused_or_foreach``).
+    On CUDA a step goes over all parameters at once then, and has a temporary of each. torch decides by the
+    parameters' type, and fake ones are of none that it knows
+    (``torch.optim.optimizer._default_to_fused_or_foreach``).
     """
     if group.get("foreach", False) is not None or group.get("fused") is not None:
         return {}

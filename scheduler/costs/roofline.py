@@ -2,9 +2,9 @@
 
 Williams, Waterman, Patterson 2009 (doi:10.1145/1498765.1498785): an op takes the longer of its arithmetic at
 the device's peak rate and its memory traffic at the device's bandwidth. Both rates are measured once per
-process, by a matrix product and a copy. Two more are for what they do not tell of: seconds for each element of ops
-that compute much with it (a tanh, a random number), and for bytes that are mapped anew, page by page, each time they
-are asked for. The rates of a device that is not there are its description's.
+process, by a matrix product and a copy. Two more are for what they do not tell of: seconds for each element
+of ops that compute much with it (a tanh, a random number), and for bytes that are mapped anew, page by page,
+each time they are asked for. The rates of a device that is not there are its description's.
 """
 
 from __future__ import annotations
@@ -44,10 +44,12 @@ class Rates:
         flops: floating-point operations per second.
         bandwidth: bytes per second.
         launch: seconds that any op takes at least.
-        by_dtype: floating-point operations per second on numbers of a dtype, where they are known not to be ``flops``.
+        by_dtype: floating-point operations per second on numbers of a dtype, where they are known not to be
+            ``flops``.
         measure: measures them for another dtype.
         element: op -> seconds that it takes for each element, if it computes much with one.
-        fresh: seconds for each byte of a new storage of ``MAPPED`` bytes or more, above those that it takes to write it.
+        fresh: seconds for each byte of a new storage of ``MAPPED`` bytes or more, above those that it takes
+            to write it.
     """
 
     __slots__ = ("bandwidth", "by_dtype", "element", "flops", "fresh", "launch", "measure")
@@ -117,8 +119,9 @@ def _measured_rates(device: torch.device, _threads: int) -> Rates:
 _aten = torch.ops.aten
 _attend = _aten._scaled_dot_product_flash_attention_for_cpu
 _attend_backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
-# Ops that do much with each element, and how to run them on one of (8, 16, 256). All others move their bytes and no more:
-# powers are special cases (squares, cubes), and the seconds of a selection are a matter of its mask.
+# Ops that do much with each element, and how to run them on one of (8, 16, 256). All others move their bytes
+# and no more: powers are special cases (squares, cubes), and the seconds of a selection are a matter of its
+# mask.
 _HEAVY: dict[Any, Callable[[Tensor], Any]] = {
     _aten.bernoulli_: lambda x: torch.empty_like(x).bernoulli_(0.9),
     _aten.native_dropout: lambda x: _aten.native_dropout(x, 0.1, True),
@@ -239,7 +242,8 @@ def _attention(products: int, first: int) -> Any:
     return count
 
 
-# Of the attention that a CPU has, torch's own counts say nothing. Backward: the scores again, and four gradients.
+# Of the attention that a CPU has, torch's own counts say nothing. Backward: the scores again, and four
+# gradients.
 _FLOPS = {
     **flop_registry,
     _attend: _attention(2, 0),

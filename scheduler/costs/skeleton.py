@@ -1,8 +1,8 @@
 """One step of a captured model with its blocks taken out: what the user's own code around them takes.
 
-Each block runs without autograd, and one node of the graph stands for it, which saves nothing and hands on gradients
-of the sizes that the block's do have. The rest of the step, forward and backward, is the user's own, in autograd's
-own order: what it saves, what it holds on to, which gradients wait meanwhile.
+Each block runs without autograd, and one node of the graph stands for it, which saves nothing and hands on
+gradients of the sizes that the block's do have. The rest of the step, forward and backward, is the user's
+own, in autograd's own order: what it saves, what it holds on to, which gradients wait meanwhile.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Box:
 
     Attributes:
         requires_grad: output leaf -> whether it requires grad.
-        input_grads: (argument leaf, storage, bytes) of the gradients that its backward leaves; see ``StageCost``.
+        input_grads: (argument leaf, storage, bytes) of the gradients that its backward leaves; see
+            ``StageCost``.
         stand_in: makes an output like the block's, so that it need not run; see ``stand_in``.
     """
 
@@ -202,10 +203,10 @@ def run_skeleton(
 
     Args:
         boxes: one for each block, once it has run for the first time.
-        own_loss: whether the loss is among the model's outputs; else the outputs themselves get gradients. None: there is
-            no backward.
-        inside: whether the visitor is inside of the hooks by which fully_shard gathers a block. Else they are part of the
-            block, and nothing is gathered while the user's code runs that this does not need.
+        own_loss: whether the loss is among the model's outputs; else the outputs themselves get gradients.
+            None: there is no backward.
+        inside: whether the visitor is inside of the hooks by which fully_shard gathers a block. Else they are
+            part of the block, and nothing is gathered while the user's code runs that this does not need.
 
     Returns:
         the output of the model.

@@ -81,7 +81,8 @@ class Traffic(Visitor):
         size: storage -> bytes.
         made: storage -> the stage that makes it, so far as is seen.
         arguments, outputs: (blocks,) leaf -> storage; tensors that live on anyway are left out.
-        packed: storage -> the stages of glue that save it. A piece between blocks that is no stage counts as stage -1.
+        packed: storage -> the stages of glue that save it. A piece between blocks that is no stage counts as
+            stage -1.
         incoming: block -> bytes of the storages of its outputs' gradients.
         returned: storages of the model's outputs. output_grad: bytes of their gradients.
         mark: called at each event.

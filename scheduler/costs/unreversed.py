@@ -19,7 +19,8 @@ __all__ = ["held_by_user", "held_results", "unread_results", "unreversed", "unre
 def unreversed(capture: GraphCapture) -> set[fx.Node]:
     """The nodes that lead to outputs that require grad, and not to the loss.
 
-    Autograd lets go of what an op saved when that op is reversed, and else with the last tensor that depends on it.
+    Autograd lets go of what an op saved when that op is reversed, and else with the last tensor that depends
+    on it.
     """
     graph = capture.graph
     held = [leaf for leaf in graph.outputs if isinstance(leaf, fx.Node) and graph.grad_of.get(leaf)]
@@ -94,7 +95,8 @@ def _leading_to(graph: OpGraph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
             continue
         found.add(node)
         place = places.get(node, -1)
-        # What is made without a gradient (an index, zeros of a shape) passes none on, whatever is written there later.
+        # What is made without a gradient (an index, zeros of a shape) passes none on, whatever is written
+        # there later.
         if place >= 0 and graph.ops[place].requires_grad:
             for each in (node, *node.all_input_nodes):
                 waiting += [each, *changes(each, place)]
