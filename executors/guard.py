@@ -1,4 +1,4 @@
-"""Whether a planned model is still the one that its plan was made for: submodules, modes, hooks, parameters."""
+"""Whether a planned model is still the one of its plan: submodules, modes, hooks, parameters."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def reject_transforms(model: nn.Module) -> None:
 
 
 def reject_recording(model: nn.Module) -> None:
-    """Refuse a planned forward while a CUDA graph records it: that would hold neither replays nor their random numbers.
+    """Refuse a planned forward while a CUDA graph records: it would hold neither replays nor random numbers.
 
     Raises:
         PlanMismatch: says what to do.
@@ -48,7 +48,7 @@ def reject_recording(model: nn.Module) -> None:
 
 
 def benchmarks_convolutions(model: nn.Module, device: torch.device) -> bool:
-    """Whether cuDNN tries algorithms for the model's convolutions: anew in autograd's thread, where replays run."""
+    """Whether cuDNN tries algorithms for the model's convolutions, again in autograd's thread for replays."""
     cudnn = torch.backends.cudnn
     on = device.type == "cuda" and cudnn.enabled and cudnn.benchmark and not cudnn.deterministic
     return on and any(isinstance(module, _ConvNd) for module in model.modules())
@@ -213,7 +213,7 @@ class Trainable:
         return tuple(map(_requires_grad, self.known))
 
     def frozen(self, flags: Sequence[bool]) -> tuple[str, ...]:
-        """The names of those that do not require grad; of tied ones, the first, as ``named_parameters`` has it."""
+        """Return the names of those that do not require grad; of tied ones, the first."""
         each = enumerate(zip(self.names, flags, self.tied, strict=True))
         return tuple(name for place, (name, flag, first) in each if not flag and first == place)
 

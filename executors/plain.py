@@ -14,7 +14,7 @@ __all__ = ["plain_copy", "plain_forward", "plans_within", "sharing", "wrappers"]
 
 
 def plain_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The forward of the plain model: what was put on the object, or that of the class that ``execute`` derived from."""
+    """Run the plain model's forward: what was put on the object, or that of its original class."""
     own = vars(model).get("forward")
     if own is not None:
         return own(*args, **kwargs)
@@ -33,7 +33,7 @@ def plans_within(model: Any) -> Any:
 
 
 def wrappers(model: nn.Module) -> dict[str, Any]:
-    """What was put around a planned model's methods since (accelerate wraps ``forward`` in autocast): it leads to the plan."""
+    """Return what was put around a planned model's methods since (accelerate's autocast, say)."""
     own: dict[str, Any] = model._rematplan_own  # type: ignore[assignment] # a slot of planned classes
     found = {"forward": own["forward"]} if wrapped_forward(model) is not None else {}
     bound = {n: v for n, v in vars(model).items() if isinstance(v, MethodType) and v.__self__ is model}

@@ -149,7 +149,7 @@ def _executed(plans: Sequence[Plan], model: nn.Module, settings: Settings) -> nn
 
 
 def _planned_for(plans: Sequence[Plan], model: Any) -> Any:
-    """The model behind what was given: of a step function the one that was planned, if it was in this process."""
+    """Return the model behind what was given: for a step function, the one planned in this process."""
     for plan in plans:
         live = plan.live[0] if plan.live is not None else None
         if isinstance(live, StepFunction) and not isinstance(model, nn.Module) and live.function == model:
@@ -164,7 +164,7 @@ def plan_of(model: nn.Module) -> Plan | None:
 
 
 def plans_of(model: nn.Module) -> tuple[Plan, ...]:
-    """All plans that a model trains by at present: the first one, then those of other shapes, the latest used last."""
+    """Return all plans that a model trains by: the first one, then those of other shapes, last used last."""
     plans = plans_within(model)
     if plans is None:
         return ()
@@ -266,7 +266,7 @@ _bound._torchdynamo_disable_msg = _eagerly._torchdynamo_disable_msg  # type: ign
 
 
 class _Own:
-    """An attribute of planned models alone: all others they share with the plain model, which must go on running plainly.
+    """An attribute of planned models alone; all others are shared with the plain model, which runs plainly.
 
     Args:
         default: of the class; a function is bound to the object.

@@ -1,4 +1,4 @@
-"""The plans of one model, by the shapes of its calls: made on demand, watched, and tightened where memory runs out."""
+"""The plans of one model, by the shapes of its calls: made on demand, watched, tightened out of memory."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ class Plans:
         usable: list[Runner],
         frozen: tuple[str, ...],
     ) -> Runner | None:
-        """What runs calls of a kind, or with other state around them, not seen before; None if they run plainly.
+        """Return what runs calls, or state around them, not seen yet; None if they run plainly.
 
         Args:
             alike: what runs such calls, in another environment, with other parameters frozen, or with other
@@ -373,7 +373,7 @@ class Plans:
 
     @contextmanager
     def _apart(self, model: nn.Module, call: Call) -> Iterator[Call]:
-        """Trials in the middle of training: a call of their own, without hooks of the root, which are around this forward."""
+        """Yield a call for trials in the middle of training; hooks of the root are left out."""
         random = HostRandomState()
         # Casts in autocast's cache would not be counted; those of a trial would stay until the user's context
         # ends.
@@ -458,7 +458,7 @@ class Plans:
                     watched.follow(tighter, model)
 
     def _watch(self, model: nn.Module, runner: Runner) -> None:
-        """Watch the step that begins, if nothing has been measured of this plan and the step is as planned."""
+        """Watch the step that begins, if none of this plan has been measured and it is as planned."""
         if not runner.watching:
             return
         if not runner.benchmarked and benchmarks_convolutions(model, self.device):
@@ -474,7 +474,7 @@ class Plans:
 
 @contextmanager
 def _accumulating(model: nn.Module, counted: bool) -> Iterator[None]:
-    """Where the first plan counts gradients that exist before the step, so must this one: zeros stand in for them."""
+    """Give parameters zero gradients within, so that the new plan counts existing ones as the first does."""
     missing = [p for p in model.parameters() if p.requires_grad and p.grad is None] if counted else []
     for parameter in missing:
         parameter.grad = torch.zeros_like(parameter)

@@ -1,4 +1,4 @@
-"""A plan that was loaded meets its model: the capture is made again, and what the model knows better is not the file's to say.
+"""A loaded plan meets its model: the capture is made again, and what the file says is compared with it.
 
 What a plan says of random numbers, changed buffers, cuts, blocks and options decides whether gradients are
 right, so it is derived from this model once more, and the file is refused where it says otherwise.
@@ -307,7 +307,7 @@ def _check_options(plan: Plan, model: nn.Module, call: Call, found: GraphCapture
 
 
 def _runs_uncached(plan: Plan, model: nn.Module, call: Call, found: GraphCapture) -> bool:
-    """Whether stages run without autocast's cache: they do under autocast, unless gradients are then summed otherwise."""
+    """Whether stages run without autocast's cache: under autocast, if gradients are summed alike."""
     without = plan.capture.uncached
     if not torch.is_autocast_enabled(found.device.type):
         if without:

@@ -216,7 +216,7 @@ def _capture_of(plan: Plan, model: nn.Module, twin: nn.Module, call: Call) -> Ca
 
 
 def _place(plan: Plan, model: nn.Module) -> torch.device:
-    """The device that the step is rehearsed on: the model's, or, of one without data, one of the plan's kind."""
+    """Return the device that the step is rehearsed on: the model's, or one of the plan's kind."""
     own, planned = model_device(model), torch.device(plan.capture.device)
     return own if own.type == planned.type else planned
 
@@ -335,7 +335,7 @@ class _Counters(TorchDispatchMode):
 
 
 def _measured_cuda(step: Callable[[], Any], notes: _Notes, device: torch.device) -> tuple[list[_Change], int]:
-    """The caching allocator's counters between ops, their peaks included; the most bytes that were asked for."""
+    """Return the caching allocator's counters between ops, their peaks included; the most bytes requested."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     counters = _Counters(device)

@@ -117,7 +117,7 @@ class Runner:
         return environment == self._environment
 
     def holds(self, repeated: tuple[tuple[int, int], ...]) -> bool:
-        """Whether what the plan took for constant is still so: Python state, and which tensors of the call are one.
+        """Whether what the plan took for constant is so still: Python state, tensors of the call that are one.
 
         Args:
             repeated: (leaf, earlier leaf) of the tensors that are; of a graph the code may have asked.
@@ -165,7 +165,7 @@ class Runner:
         return executor
 
     def _try(self, model: nn.Module, call: Call, planned: Callable[[], Any]) -> None:
-        """One step by the plan against one plain step, bit for bit; a warning where that would be too dear."""
+        """Compare one step by the plan with one plain step, bit for bit; warn where that costs too much."""
         hindrance = _hindrance(self.plan)
         if hindrance:
             warnings.warn(
@@ -212,7 +212,7 @@ def cut_off(call: Call) -> Call:
 
 
 def _both_numbers(a: Any, b: Any) -> bool:
-    """Whether both are numbers, and both are 0 or neither is: a probability of 0 is often another way through the code."""
+    """Whether both are numbers, and both or neither are 0, which often leads another way through the code."""
     return type(a) in (int, float) and type(a) is type(b) and (a == 0) == (b == 0)
 
 

@@ -210,7 +210,7 @@ def _smallest(chain: Chain) -> int:
 
 
 def _collapsed(path: str) -> str:
-    """A module's name down to the first member of a list, whose members are taken together; else its first two parts."""
+    """Return a module's name up to the first member of a list (its number as "*"), or two parts of it."""
     parts = path.split(".")
     for i, part in enumerate(parts):
         if part.isdigit():
@@ -241,7 +241,7 @@ def _scaled(call: Any, batch: int, wanted: int) -> Any:
 
 
 def _largest(budget: int, known: dict[int, int], measure: Callable[[int], int]) -> int:
-    """The largest batch within the budget, by lines through what is known; ``known`` (bytes by batch) is added to."""
+    """Return the largest batch within the budget, by lines through ``known``, bytes by batch."""
     for _ in range(MOST_CAPTURES):
         fits = max((b for b, size in known.items() if size <= budget), default=0)
         over = min((b for b, size in known.items() if size > budget), default=None)

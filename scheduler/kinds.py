@@ -1,4 +1,4 @@
-"""The kinds of capture, by name: what makes each, and what a plan may say of it. ``executors.recapture`` names who runs them.
+"""The kinds of capture, by name: what makes each, and what a plan may say of it.
 
 No torch here: a plan is read and judged without it. What needs it is loaded when a model is captured.
 """

@@ -159,7 +159,7 @@ def solve(
 
 
 def solve_again(plan: Plan, model: nn.Module, call: Call, progress: Progress, capture: str = "auto") -> Plan:
-    """The plan for another call of the plan's model: same budget, solver, costs and optimizer, captured likewise.
+    """Return the plan for another call of the plan's model: same budget, solver, costs, optimizer, capture.
 
     Gradients that exist now count as existing. A plan that was made without its device is made anew on the
     one at hand.
@@ -234,7 +234,7 @@ def _priced(request: Request, options: bool) -> Priced:
 
 
 def _tried(request: Request) -> tuple[TrialStep, list[str], str]:
-    """Return what plain runs show, the kinds of capture to try, in order, and why others need no trial ("" if none)."""
+    """Return what plain runs show, the kinds of capture to try, in order, and why others are not tried."""
     step = first_forward(request.model, request.call, request.device, request.progress)
     kinds, refused = [request.capture] if isinstance(request.capture, str) else [BLOCKS], ""
     if request.capture == "auto":
@@ -435,7 +435,7 @@ def _device_bytes(device: Device) -> int:
 def _free_bytes(
     model: nn.Module, sample: Any, optimizer: torch.optim.Optimizer | None, device: Device
 ) -> int:
-    """What a step may take: memory that is free, and what of a step is there already. All of a device described."""
+    """Return what a step may take: memory that is free or holds its tensors; all of a described device."""
     if isinstance(device, Target):
         return device.spec.memory
     there = sum(resident_parts(model, sample, device).values())

@@ -21,7 +21,8 @@ from scheduler.capture.python_state import MISSING, Holder, holders_of, is_plain
 
 __all__ = ["SIMPLE", "UNREAD", "Layout", "Taken", "is_same", "same_content", "value_at", "without_graph"]
 
-LARGE = 64  # entries: of larger containers (a label map, a vocabulary) only the length is watched, unless blocks change them
+# Entries: of larger containers (a vocabulary) only the length is watched, unless blocks change them.
+LARGE = 64
 SIMPLE = (type(None), bool, int, float, str, Tensor, nn.Parameter, torch.dtype, torch.device)
 _SKIPPED = frozenset(
     ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_rematplan", "_is_full_backward_hook",
@@ -387,7 +388,7 @@ def _globals(modules: Sequence[nn.Module], everything: bool) -> Iterator[tuple[d
 
 @functools.cache
 def _is_installed(module: str) -> bool:
-    """Whether a module is of an installed package: its classes and globals are what they are while a step runs."""
+    """Whether a module is of an installed package, whose classes and globals do not change during a step."""
     file = getattr(sys.modules.get(module), "__file__", None) or ""
     return "site-packages" in file or "dist-packages" in file
 

@@ -1,4 +1,4 @@
-"""Python state that the code of a block reads or writes: taken down at its first run, in place again for a re-run.
+"""Python state that a block's code reads or writes: taken at its first run, put in place for a re-run.
 
 A block may count, append to lists, leave statistics and losses on modules, carry hidden states over, bind
 buffers anew, draw from generators of its own. A re-run has to read what the first run read and to leave
@@ -174,7 +174,7 @@ def is_walked(value: Any) -> bool:
 
 
 def named_tensors(model: nn.Module, names: Iterable[str]) -> list[Tensor]:
-    """The tensors of these names (``blocks.0.stats['mean']``), as far as they are reached by attributes and keys."""
+    """Return the tensors of these names (``blocks.0.stats['mean']``) that attributes and keys lead to."""
     found = []
     for name in names:
         value: Any = model

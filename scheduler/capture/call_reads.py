@@ -1,4 +1,4 @@
-"""Which plain values of a call a forward reads: file names, indices and step counters that ride along in a batch need no plan of their own.
+"""Which plain values of a call a forward reads: one that it does not read needs no plan of its own.
 
 An argument counts as read if the code of ``forward`` loads its name; of a dict among the arguments only the
 entries that are looked up, of an object with tensors in it only the attributes. Whatever lies deeper is read
@@ -187,7 +187,7 @@ class _NotedDict(dict[str, Any]):
 
 
 def _loaded_names(function: Any) -> tuple[frozenset[str] | None, tuple[str, ...]]:
-    """The names of locals that the code of a function loads, None if that cannot be told; its positional parameters."""
+    """Return the locals that a function's code loads (None if unknown); its positional parameters."""
     code = getattr(function, "__code__", None)
     if code is None or hasattr(function, "__wrapped__"):
         return None, ()

@@ -74,7 +74,7 @@ class CallState:
         return {layout.name_of(place) for place, before, after in pairs if after is not before}
 
     def left(self) -> dict[str, int]:
-        """Bytes of the tensors that are there now and were not before, and of states of generators, by their places."""
+        """Return bytes of tensors live now and not before, and of generators' states, by place."""
         now = self.state.take(cut=False)
         before = {id(tensor) for _, tensor in self.taken.read()} | {id(t) for t, _, _ in self.values.values()}
         found: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""A model without data: a copy on fake tensors, and what a run of it shows that values would show otherwise."""
+"""A model without data: a copy on fake tensors, and what a run of it shows in the place of values."""
 
 from __future__ import annotations
 

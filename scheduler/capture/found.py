@@ -1,4 +1,4 @@
-"""The modules that a callable uses: in its closure, in what it is bound to, in the global variables that it names."""
+"""The modules that a callable uses: in its closure, in what it is bound to, in globals that it names."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _defaults(function: Any) -> list[tuple[str, Any]]:
 
 
 def _globals(function: Any) -> Iterator[tuple[str, Any]]:
-    """What the function's code reads of its global variables; not of a library's, which hold no model of the user's."""
+    """Return the global variables that a function's code reads; none of a library's."""
     if "site-packages" in function.__code__.co_filename or "dist-packages" in function.__code__.co_filename:
         return
     codes = [function.__code__]

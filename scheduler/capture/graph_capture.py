@@ -143,7 +143,7 @@ class GraphCapture(Capture):
         return tree_unflatten(output, self.output_spec)
 
     def trial(self, model: nn.Module, call: Call) -> Any:
-        """A sweep in grad mode; the backward that follows notes how gradients lie in memory when they cross a cut."""
+        """Run a sweep in grad mode; the backward that follows notes layouts of gradients across cuts."""
 
         def visit(k: int, arguments: list[Any]) -> None:
             stage = self.stages[k]
@@ -160,7 +160,7 @@ class GraphCapture(Capture):
         self.layouts[name] = grad.stride() if permuted else ()
 
     def result_layouts(self, k: int) -> tuple[dict[int, tuple[int, ...]], frozenset[int]]:
-        """Strides of the gradients that results of stage k get, where not contiguous; the results that get none."""
+        """Return strides of gradients of stage k's results, if not contiguous; the results without one."""
         stage = self.stages[k]
         names = zip(
             (*stage.boundary, *stage.carried), (*stage.boundary_from, *stage.carried_from), strict=True
@@ -200,7 +200,7 @@ class GraphCapture(Capture):
         return self.graph.face.unread
 
     def holds(self, repeated: tuple[tuple[int, int], ...]) -> bool:
-        """Whether the Python state that the trace read is still so, and the same tensors of the call are one."""
+        """Whether the Python state that was traced is unchanged, and the same tensors of the call are one."""
         face = self.graph.face
         return face.repeats == repeated and face.guards.holds()
 
@@ -281,7 +281,7 @@ class GraphCapture(Capture):
         return drew
 
     def _run_again(self, model: nn.Module, call: Call) -> None:
-        """Run each stage twice, the second time within a backward: it is to run once if that gives other bits."""
+        """Run each stage twice, the second time within a backward; note those that give other bits then."""
         run: list[Callable[[], list[Tensor]]] = []
         random: list[RandomState] = []
 
@@ -318,7 +318,7 @@ class GraphCapture(Capture):
 
 
 def draws_elsewhere_in(op: Op) -> bool:
-    """Whether, on a GPU, an op's dropout has random state outside of the generator: cuDNN's, between layers of an RNN.
+    """Whether an op's dropout on a GPU has random state outside of the generator: cuDNN's, in an RNN.
 
     It goes on from call to call, and begins with a new seed once somebody has set the generator.
     """

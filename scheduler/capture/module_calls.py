@@ -1,4 +1,4 @@
-"""The calls of a model's submodules, as one forward makes them: what feeds what, what draws, what changes, what repeats.
+"""The calls of a model's submodules in one forward: what feeds what, what draws, changes and repeats.
 
 Which module is *recurrent*, called again and again, each call fed by the one before (a cell that the user's
 code unrolls over time), is seen here too.
@@ -55,7 +55,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def makes_weights(module: nn.Module) -> bool:
-    """Whether a pre-hook of the module makes what its forward reads: legacy weight and spectral norm, pruning."""
+    """Whether a pre-hook of the module makes what its forward reads: weight and spectral norm, pruning."""
     kinds = (kind for hook in module._forward_pre_hooks.values() for kind in type(hook).__mro__)
     return any(kind.__module__.startswith("torch.nn.utils.") for kind in kinds)
 
@@ -97,7 +97,7 @@ def intercepted(
 
 
 class _Intercept:
-    """What stands for a method of a module while its calls are intercepted. A copy of the module has its own method back."""
+    """Stands for a method of a module while calls are intercepted; a copy of the module has its own."""
 
     def __init__(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
         self.module, self.name = module, name
@@ -208,7 +208,7 @@ def recurrent(root: ModuleCall) -> frozenset[str]:
 
 
 class Recurrence:
-    """Notes, at little cost, which submodules a forward calls again and again, each call fed by the one before.
+    """Note, at little cost, which submodules a forward calls again and again, each fed by the call before.
 
     Attributes:
         calls: how often each was called.
@@ -223,7 +223,7 @@ class Recurrence:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Within it the forwards of a model's submodules are noted; not where fully_shard or the compiler look at them."""
+        """Note the forwards of a model's submodules; not where fully_shard or the compiler look at them."""
         if sharded_within(model) or any(map(is_compiled, model.modules())):
             yield
             return
@@ -262,7 +262,7 @@ class Recurrence:
 
 
 class _Enough(BaseException):
-    """Raised to end a forward that nothing more is wanted of; no ``except Exception`` of the model's stops it."""
+    """Ends a forward of which nothing more is wanted; no ``except Exception`` of the model's stops it."""
 
 
 def repeatable(

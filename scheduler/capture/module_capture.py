@@ -305,7 +305,7 @@ def _profiled(
     whole: Collection[nn.Module],
     data: bool,
 ) -> tuple[ModuleCall, bool, float | None]:
-    """The calls of the candidates, whether they need grad mode, and at what value draws are fixed for all of them to run.
+    """Return the candidates' calls, whether they need grad mode, and the value of draws for which all run.
 
     Raises:
         CaptureError: the model does not run; says why.
@@ -347,7 +347,7 @@ def _either_way(
 
 
 def _hooks_make_weights(module: nn.Module) -> bool:
-    """Whether a pre-hook of the module makes one of its weights, as those of torch.nn.utils do (weight_norm, prune)."""
+    """Whether a pre-hook of the module makes one of its weights, as torch.nn.utils does (prune, say)."""
     return any(
         type(hook).__module__.startswith("torch.nn.utils.") for hook in module._forward_pre_hooks.values()
     )
@@ -389,7 +389,7 @@ def _feeds(
 def _within_reach(
     feeds: list[tuple[tuple[int, int, int], ...]],
 ) -> list[tuple[tuple[int, int, int], ...]]:
-    """Without values that many blocks would pass by: they are external where the block before does not make them."""
+    """Return the feeds without values that many blocks would pass by, which become external."""
     furthest: dict[tuple[int, int], int] = {}
     for index, fed in enumerate(feeds):
         for _, output, back in fed:
@@ -447,7 +447,7 @@ def _laid_out(
 
 
 def _refuse_left_out(model: nn.Module, modules: dict[str, nn.Module], root: ModuleCall) -> None:
-    """Refuse a model that says that it leaves out layers at random, if no forward was found in which all of them run."""
+    """Refuse a model that leaves out layers at random, if no forward was found in which all of them run."""
     called = {entry.name for entry in root.within()}
     missing = [name for name in modules if name not in called]
     if not missing:

@@ -53,7 +53,7 @@ class PlainSteps:
 
     @cached_property
     def wide(self) -> str | None:
-        """In what the forwards of plain steps differ by more than rounding, in words: no order of sums does that."""
+        """Return in what plain forwards differ by more than rounding, in words: no order of sums does so."""
         for index, plain in enumerate(self.first.outputs):
             if not all(rounds_alike(plain, other.outputs[index], MOST) for other in self.samples[1:]):
                 return f"output {index} differs"
@@ -64,7 +64,7 @@ class PlainSteps:
 
     @cached_property
     def exact(self) -> StepResult | None:
-        """A plain step under deterministic algorithms; None where that is not repeated to the bit, or an op has none."""
+        """Return a plain step under deterministic algorithms; None if they differ, or an op has none."""
         try:
             with deterministic(self.device):
                 one, other = self.step(), self.step()
@@ -112,7 +112,7 @@ class PlainSteps:
         )
 
     def _beyond(self, found: StepResult) -> str | None:
-        """The first thing in which a step differs from the plain one by more than plain steps from one another."""
+        """Return the first thing in which a step differs from the plain one by more than plain steps do."""
         rest = _apart([replace(each, grads={}, given=()) for each in (*self.samples, found)])
         if rest is not None:
             return rest
@@ -151,7 +151,7 @@ def _rounding(tensor: Tensor) -> float:
 
 
 def _distance(a: Tensor | None, b: Tensor | None) -> float:
-    """By how much two tensors differ at most; 0 if they are equal bit for bit, infinite if they cannot be compared."""
+    """Return the most by which two tensors differ; 0 if bits are equal, infinity if incomparable."""
     if a is None or b is None:
         return 0.0 if a is b else math.inf
     if equal_bits(a, b):

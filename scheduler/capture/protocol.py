@@ -1,4 +1,4 @@
-"""What a kind of capture has to be: ``Capture``, a model cut into stages, and ``Producer``, which makes and prices it.
+"""The protocol of captures: ``Capture``, a model cut into stages; ``Producer``, which makes and prices it.
 
 ``scheduler.kinds.KINDS`` names the kinds, and ``executors.recapture.ENGINES`` what runs each. A further kind
 is a row in both and these three classes; nothing else asks which kind a capture is of.
@@ -56,7 +56,7 @@ class Capture(ABC):
 
     @abstractmethod
     def without_data(self, device: torch.device, fake: Callable[[Any], Any]) -> Capture:
-        """Return the capture for tensors without data that stand for those on ``device``; ``fake`` makes such tensors."""
+        """Return the capture for fake tensors in the place of those on ``device``; ``fake`` makes them."""
 
     @property
     def place(self) -> Device:
@@ -65,7 +65,7 @@ class Capture(ABC):
 
     @property
     def unread(self) -> Iterable[int] | None:
-        """Leaves of the call, other than tensors, that the stages do not read; None if the plan's record knows."""
+        """Leaves of the call, other than tensors, that no stage reads; None if the plan's record has them."""
         return None
 
     def holds(self, repeated: tuple[tuple[int, int], ...]) -> bool:  # noqa: ARG002 # the protocol's signature
@@ -85,7 +85,7 @@ class Capture(ABC):
         return ()
 
     def live_besides(self) -> dict[str, int]:
-        """Return bytes that are live during the whole step because the model is captured so, by what they are."""
+        """Return bytes, by what they are, live during the whole step because of the kind of capture."""
         return {}
 
 

@@ -146,12 +146,12 @@ class HostRandomState:
 
 
 def in_backward() -> bool:
-    """Whether autograd runs a backward: a forward within it (torch's checkpoint, a plan around this one) runs one again."""
+    """Whether autograd runs a backward: a forward within it (torch's checkpoint, say) is a re-run."""
     return torch._C._current_graph_task_id() != -1
 
 
 def may_be_seed(tensor: torch.Tensor) -> bool:
-    """Whether a saved tensor may be the seed or the offset of attention's dropout: one integer of 64 bits, or two.
+    """Whether a saved tensor may be the seed or offset of attention's dropout: one or two 64-bit integers.
 
     Without dropout the kernels save them as they find them in memory (``at::empty``): their values say
     nothing.
@@ -160,7 +160,7 @@ def may_be_seed(tensor: torch.Tensor) -> bool:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """The one device that holds the model's parameters; of a model without any, its buffers; without these, the CPU.
+    """Return the device of the model's parameters; without any, of its buffers; without these, the CPU.
 
     Raises:
         ValueError: the parameters lie on several devices.
@@ -230,7 +230,7 @@ def reverse(root: torch.Tensor) -> None:
 
 @contextmanager
 def bare(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it, calling what is yielded is calling the model's forward: hooks of the root and a ``__call__`` of its class are left out.
+    """Yield what calls the model's forward alone: without hooks of the root and a ``__call__`` of its class.
 
     It shares everything with the model.
     """
@@ -404,7 +404,7 @@ def uncompiled() -> AbstractContextManager[Any]:
 
 @contextmanager
 def moving(model: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
-    """Within it, note which parameters and tensors of Python state a forward changes; they are put back here and, from now on, by ``preserved``.
+    """Note which parameters and Python state's tensors a forward changes; ``preserved`` puts them back then.
 
     Parameters are too many to be copied at each trial for the few models that change them: a frozen teacher
     that follows, weights clamped in the forward, ``Embedding(max_norm)``.
@@ -422,7 +422,7 @@ def moving(model: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
 
 @contextmanager
 def set_apart(call: Call) -> Iterator[Call]:
-    """A call for trials: none of its tensors has a history or keeps a gradient; on leaving, the given ones have their values.
+    """Yield the call with detached tensors (same storages); on exit undo in-place changes to the originals.
 
     Storages are those of the given tensors.
     """

@@ -1,4 +1,4 @@
-"""A step function as a model: any callable that calls the models it uses, as often as it likes, and returns the loss."""
+"""A step function as a model: any callable that calls the models it uses, and returns the loss."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Refused(ValueError):
 
 
 def as_model(model: Any, sample: Any = ()) -> Any:
-    """A chain of a list of callables, a step function of another callable; a module, or anything else, as it is.
+    """Return a list of callables as a chain, another callable as a step function; anything else as it is.
 
     Args:
         sample: what it is called with, where modules among that belong to the step.
@@ -45,7 +45,7 @@ def as_model(model: Any, sample: Any = ()) -> Any:
 
 
 class StepFunction(nn.Module):
-    """A function of a batch that gives the loss, with the modules that it uses as submodules; see ``_step_function``.
+    """Return a function that gives the loss of a batch, with the modules that it uses; ``_step_function``.
 
     It is in train mode if one of these is.
     """

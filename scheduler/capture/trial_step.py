@@ -166,7 +166,7 @@ def _without_data(model: nn.Module, call: Call, device: Target, progress: Callab
 
 
 def with_plain_step(step: TrialStep, *, cacheless: bool) -> TrialStep:
-    """Take one plain step, saved tensors offloaded where the device is not the host; the model is left as it is.
+    """Take one plain step, saved tensors offloaded from the device; the model's state is preserved.
 
     Args:
         cacheless: ``use_cache=False`` was added to the call, so that a step with caches must train alike.

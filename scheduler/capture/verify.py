@@ -78,7 +78,7 @@ def run_step(
 
 
 def of_an_op(function: type) -> bool:
-    """Whether an autograd.Function is how torch.library runs an op's registered backward: the op is in the graph."""
+    """Whether an autograd.Function is how torch.library runs an op's registered backward."""
     return function.__module__ == "torch._library.autograd"
 
 

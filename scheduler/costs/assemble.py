@@ -1,4 +1,4 @@
-"""Facts of stages -> ``Chain``: where bytes that were counted become those of a Stage and its Options, whatever the capture.
+"""Facts of stages -> ``Chain``: where counted bytes become those of a Stage and its Options.
 
 A capture's pricing fills one ``StageFacts`` a stage and the ``Values`` that cross stages, stay for a
 backward, or live long; ``assemble`` does the sums.

@@ -40,7 +40,7 @@ SAFETY = 2
 
 
 def workspace_bytes(device: Device) -> int:
-    """Bytes of cuBLAS's workspaces of a step on one stream. On a device that is there, they are there afterwards.
+    """Return bytes of cuBLAS's workspaces of a step on one stream; on a device at work they exist afterwards.
 
     They are measured when they are first taken, and never cleared: CUDA graphs that were captured before may
     point to them.
@@ -95,7 +95,7 @@ def _default_bytes(index: int) -> int:
 
 
 def expandable_segments(device: Device) -> bool:
-    """Whether the allocator of a device splits blocks at any 512 bytes, so that none has more than it needs."""
+    """Whether a device's allocator splits blocks at any 512 bytes, so that none has more than it needs."""
     if isinstance(device, Target):
         return device.spec.expandable_segments
     if not torch.cuda.is_available():

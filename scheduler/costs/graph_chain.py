@@ -67,7 +67,7 @@ def measure_graph(
     options: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[StageCost]:
-    """Measure every distinct stage once; equal stages share the figures, and so do later captures of the model.
+    """Measure every distinct stage once; equal stages, and later captures of the model, share the figures.
 
     The caller preserves the model's state (gradients, buffers, random numbers).
 
@@ -133,7 +133,7 @@ def measure_graph(
 
 
 def kept_storages(capture: GraphCapture, k: int, dropped: frozenset[int]) -> set[int]:
-    """The storages that stay for the backward of stage k; the executor holds the boundary of one kept in part."""
+    """Return the storages that stay for the backward of stage k; with the boundary if it is kept in part."""
     graph, linear = capture.graph, capture.linear
     kept = {pack.group for number, pack in enumerate(packs_of(graph, linear, k)) if number not in dropped}
     kept |= set(linear.boundaries[k]) if dropped else set()
@@ -317,7 +317,7 @@ class _GraphValues(Values):
 
 
 def _unseen(capture: GraphCapture, k: int, cost: OptionCost, values: _GraphValues) -> int:
-    """Return bytes that autograd keeps on real tensors and not on fake ones: kernels are chosen by their data type."""
+    """Return bytes that autograd keeps of real tensors alone: kernels are chosen by their data type."""
     graph, linear = capture.graph, capture.linear
     packs = enumerate(packs_of(graph, linear, k))
     kept = {pack.group for number, pack in packs if number not in cost.dropped}
@@ -333,7 +333,7 @@ def _arriving(
     size: Mapping[int, int],
     loss_is_output: bool,
 ) -> int:
-    """Return bytes of gradients that are counted when stage k is reversed, as far as they stood in its isolation.
+    """Return bytes of arriving gradients that are counted elsewhere, as far as isolation counted them.
 
     Two results may be one storage, whose gradients have become one; a gradient may be a part of one that
     lasts. Those of the boundary and of carried values are two sums: what one has more than in isolation the
@@ -357,7 +357,7 @@ def _arriving(
 
 
 def _casts(capture: GraphCapture, costs: Sequence[StageCost]) -> list[int]:
-    """Return (L,) bytes of casts that each stage adds to autocast's cache: earlier stages' casts are there already."""
+    """Return (L,) bytes of casts that each stage adds to autocast's cache, beside earlier stages'."""
     met: set[tuple[str, Any]] = set()
     sizes = []
     for stage, cost in zip(capture.stages, costs, strict=True):
@@ -370,7 +370,7 @@ def _casts(capture: GraphCapture, costs: Sequence[StageCost]) -> list[int]:
 
 
 def _freed(capture: GraphCapture, saved_by: list[set[int]], waiting: Collection[int]) -> dict[int, int]:
-    """The stage with whose backward each carried value goes: its earliest reader, or its producer if that saves it.
+    """Return the stage whose backward releases each carried value: its earliest reader, or its producer.
 
     An output is not among them, for the user holds it, nor what stages read that are not reversed whole
     (``waiting``).
@@ -387,7 +387,7 @@ def _freed(capture: GraphCapture, saved_by: list[set[int]], waiting: Collection[
 def _gradient_changes(
     capture: GraphCapture, size: Mapping[int, int], flows: GradFlows, loss_is_output: bool
 ) -> tuple[list[int], int]:
-    """Return (L,) by how much each backward changes the bytes of gradients of carried values and inputs; output_grad.
+    """Return (L,) by how much each backward changes gradients of carried values and inputs; output_grad.
 
     The gradient of a carried value comes with its latest reader and goes with its producer.
     """

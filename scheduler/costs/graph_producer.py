@@ -38,7 +38,7 @@ class GraphProducer(Producer):
     compares = True
 
     def unsuited(self, seen: Recurrence) -> str:
-        """See ``Producer.unsuited``: a module that is called a hundred times in a row makes a graph too large."""
+        """See ``Producer.unsuited``: a module called a hundred times in a row makes too large a graph."""
         return seen.unrolled()
 
     def capture(self, step: TrialStep, asked: Asked, refused: str) -> tuple[GraphCapture, str]:  # noqa: ARG002
@@ -167,7 +167,7 @@ def _custom(step: TrialStep) -> str:
 def _planned_call(
     captured: GraphCapture, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Return what the planned model would: its graph takes the place of its forward, within hooks and ``__call__``."""
+    """Return the planned model's output: its graph stands for its forward, within hooks and ``__call__``."""
     signature = forward_signature(model)
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -139,7 +139,7 @@ class StageRun:
 
 
 def fresh_grads(parameters: Iterable[nn.Parameter], existing: Collection[nn.Parameter]) -> Callable[[], None]:
-    """Gradients as a step finds them, now and after each call: zeros where they exist already, none elsewhere.
+    """Set gradients as a step finds them, now and at each call: zeros where they exist already, else None.
 
     Where a gradient exists, autograd adds to it and lets go of the addend at once; else the addend stays.
     """
@@ -191,7 +191,7 @@ class _Seed(torch.autograd.Function):
 
 
 class _Waiting(torch.autograd.Function):
-    """Identity; backward also makes gradients of parameters, which the engine alone owns until others are added."""
+    """Identity; backward also makes gradients of parameters, owned by the engine until others are added."""
 
     @staticmethod
     def forward(ctx: Any, seed: Tensor, *parameters: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ class _Stop(Exception):
 def rebuild_peak(
     run: Callable[[Enter], Sequence[Tensor]], wanted: Callable[[int, Tensor], bool], device: Device
 ) -> int:
-    """Most bytes above the inputs while a stage is run again, to the last of its saved tensors that is wanted.
+    """Return the most bytes above the inputs while a stage runs again, to the last saved tensor wanted.
 
     Without autocast's cache, as executors do it: a weight that is used twice is cast twice.
 

@@ -172,7 +172,7 @@ class BlockRun:
         again = frozenset(kept)
         kept.clear()
         torch.clear_autocast_cache()
-        saving()  # what this run saves too was there before, in a closure, say: nothing that is held is made again
+        saving()  # what this run saves too existed before (in a closure): what is held is not made again
         first = everything - kept - {storage_key(t) for t in self.given}
         saved_outputs = frozenset(i for i, t in outputs if storage_key(t) in first)
         fresh = {storage_key(t) for i, t in outputs if i in saved_outputs}

@@ -121,7 +121,7 @@ def _measured(
     clock: bool,
     once: bool,
 ) -> tuple[list[BlockCost], bool]:
-    """Return the cost of each block, gathered parameters included, and whether the model returns its own loss."""
+    """Return the cost of each block, gathered parameters included; whether the model returns its loss."""
     modules = capture.modules(model)
     costs: dict[int, BlockCost] = {}
     boxes: dict[int, Box] = {}

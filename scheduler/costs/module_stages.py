@@ -63,7 +63,7 @@ class Parts:
         return [0, *accumulate(blocks[:-1])]
 
     def lasting(self, k: int) -> int:
-        """At most what stays when block k is reversed: its saved tensors, or the boundary that it would run again from."""
+        """Return at most what stays when block k is reversed: saved tensors, or a boundary to re-run from."""
         index = self.capture.stages[k]
         left = 0 if index is None else self.blocks[index].cost.left
         if (
@@ -78,14 +78,14 @@ class Parts:
         return piece.peak - piece.start
 
     def own_code(self, k: int) -> tuple[int, int]:
-        """Bytes that the user's code takes between block k and the next, forward and backward, where it is no stage."""
+        """Return bytes that the user's code takes from block k to the next, both ways, if it is no stage."""
         if self.capture.stages[k] is None or self.capture.stages[k + 1] is None:
             return 0, 0
         piece = self.pieces[k + 1]
         return self.taken(self.forward[piece]), self.taken(self.backward[piece])
 
     def gradients(self) -> list[int]:
-        """(L,) bytes of gradients that are live when stages k..L-1 are reversed, those of blocks' parameters left out."""
+        """Return (L,) bytes of gradients live when stages k..L-1 are reversed, but for blocks' parameters."""
         left, saved = [], _sums_from(self.values.glue_saved)
         for k, index in enumerate(self.capture.stages):
             piece = self.backward[self.pieces[k]]
@@ -138,7 +138,7 @@ def stages_to_chain(
 def _gradients(
     parts: Parts, readers: dict[nn.Parameter, list[int]], existing: Collection[nn.Parameter]
 ) -> tuple[list[StageFacts], list[int]]:
-    """Return (L,) facts of stages, as far as they are of gradients; (L,) bytes of those of blocks' parameters."""
+    """Return (L,) facts of stages, as far as they are of gradients; (L,) bytes of blocks' gradients."""
     capture, count = parts.capture, len(parts)
     device = capture.place
     change = [0] * count

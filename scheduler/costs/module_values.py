@@ -1,4 +1,4 @@
-"""The values of a chain of blocks: which storages cross its boundaries, which stay for a backward, which last."""
+"""The values of a chain of blocks: which cross its boundaries, which stay for a backward, which last."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _boundaries(capture: ModuleCapture, traffic: Traffic, made: dict[int, int]) 
 def _readers(
     capture: ModuleCapture, traffic: Traffic, blocks: Sequence[BlockCost], enters: list[list[int]]
 ) -> tuple[dict[int, set[int]], dict[int, set[int]], list[set[int]]]:
-    """Return the blocks' stages that read each storage, those that save it, and (L,) the storages that blocks keep."""
+    """Return the block stages that read each storage, that save it, and (L,) the storages they keep."""
     reading: dict[int, set[int]] = {}
     saving: dict[int, set[int]] = {}
     keeps: list[set[int]] = [set() for _ in capture.stages]
@@ -144,7 +144,7 @@ def _ends(traffic: Traffic, lifetimes: Lifetimes) -> dict[int, int]:
 
 
 def _add_private(capture: ModuleCapture, blocks: Sequence[BlockCost], values: ModuleValues) -> None:
-    """Add what blocks save for themselves, and their weights that autocast's cache holds until the forward is over."""
+    """Add what blocks save for themselves, and casts of their weights that autocast's cache holds."""
     calls = Counter(block.name for block in capture.blocks)
     cached: dict[str, tuple[int, int]] = {}  # module -> bytes, and value, of what the cache holds for it
     for block, cost in zip(capture.blocks, blocks, strict=True):

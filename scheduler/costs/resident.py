@@ -1,4 +1,4 @@
-"""Bytes that are live during the whole step: parameters, buffers, gradients, optimizer state, inputs, workspaces."""
+"""Bytes live during the whole step: parameters, buffers, gradients, optimizer state, inputs, workspaces."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ SAMPLES = (
 
 
 def rerun_state(capture: Capture, model: nn.Module, k: int) -> int:
-    """Bytes that are held while stage k may run again, besides values: the executor notes them before each first run."""
+    """Return bytes that are held while stage k may run again, besides values: noted before each first run."""
     state = CPU_RANDOM_STATE if capture.random[k] and capture.place.type == "cpu" else 0
     if capture.place.type != "cpu":
         state += SAMPLES
@@ -67,7 +67,7 @@ def rerun_state(capture: Capture, model: nn.Module, k: int) -> int:
 
 
 def copied_buffers(capture: Capture, model: nn.Module) -> int:
-    """Bytes of the copies of changing buffers that are held during a forward on CUDA, where it may run out of memory."""
+    """Return bytes of the copies of changing buffers that a forward on CUDA holds, lest memory runs out."""
     if capture.place.type != "cuda":
         return 0
     changed = {name for names in capture.changed for name in names}
@@ -75,7 +75,7 @@ def copied_buffers(capture: Capture, model: nn.Module) -> int:
 
 
 def resident_parts(model: nn.Module, call: Any, device: Device) -> dict[str, int]:
-    """Bytes of parameters, gradients that exist already, buffers and weights that pre-hooks make, the tensors in ``call``, and cuBLAS's workspaces."""
+    """Return bytes of parameters, existing gradients, buffers, tensors in ``call``, cuBLAS's workspaces."""
     made = [t for m in model.modules() if makes_weights(m) for t in vars(m).values() if isinstance(t, Tensor)]
     given = [t for t in tree_leaves(call) if isinstance(t, Tensor)]
     return {
@@ -122,7 +122,7 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> 
 
 
 def optimizer_step_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> int | None:
-    """The most bytes that a step of the optimizer takes above parameters, gradients and state; None if not known.
+    """Return the most bytes that the optimizer's step takes above its state and gradients; None if unknown.
 
     By a step of a copy on fake tensors, the second one, when its state is there; on CUDA over all parameters
     at once, unless the optimizer is told otherwise.

@@ -232,7 +232,7 @@ class Tally(TorchDispatchMode):
 
 
 def _attention(products: int, first: int) -> Any:
-    """FLOPs of attention of ``products`` products as large as the one of its scores; its query is argument ``first``."""
+    """Return a counter of FLOPs: ``products`` like attention's scores; argument ``first`` is its query."""
 
     def count(*args: Any, **_: Any) -> int:
         query, key = args[first], args[first + 1]

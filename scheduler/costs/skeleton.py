@@ -106,7 +106,7 @@ class Visitor:
         """An event of the backward, or the end of the forward or of the step."""
 
     def unreversed(self, block: int) -> None:
-        """The step is over, and an output of a block, on which one of the model's depends, has got no gradient."""
+        """The step is over, and an output of a block that leads to one of the model's got no gradient."""
 
 
 class _Edge(torch.autograd.Function):
@@ -144,7 +144,7 @@ class _Edge(torch.autograd.Function):
 
 
 class _Cut(torch.autograd.Function):
-    """An output of a block: depends on its edge, is no leaf, and may be changed in place like any other tensor."""
+    """An output of a block: depends on its edge, is no leaf, and may be changed in place."""
 
     @staticmethod
     def forward(ctx: Any, edge: Tensor, node: _Node, held: list[Tensor]) -> Tensor:  # noqa: ARG004 # autograd's signature
@@ -295,7 +295,7 @@ def pieces(
     peaks: Sequence[int] = (),
     times: Sequence[float] = (),
 ) -> tuple[list[Piece], list[Piece]]:
-    """Of a step's events: its pieces forward, and those backward, in the order of the forward: (blocks + 1,) each.
+    """Return a step's pieces forward, and those backward, in the order of the forward: (blocks + 1,) each.
 
     A block that is not reversed, or out of order, leaves its piece to the one before.
 

@@ -1,4 +1,4 @@
-"""Storages in a step without its blocks: which enter and leave blocks, which the user's code saves, how long they live."""
+"""Storages in a step without its blocks: which cross into blocks, which glue saves, how long they live."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class Traffic(Visitor):
         self.waiting.add(block)
 
     def shared(self, marks: Sequence[int]) -> list[int]:
-        """(blocks,) bytes of the incoming gradients that stay when it is done with them: others are views of the same."""
+        """Return (blocks,) bytes of incoming gradients that stay after it: others are views of them."""
         at = dict(zip(self.events, marks, strict=True))
         return [
             self.incoming[block] - (at["reverse", block] - at["cleared", block])

@@ -1,4 +1,4 @@
-"""What a backward from the model's own loss does not reach: it stays as long as the user holds the other outputs."""
+"""Saved tensors that the loss's backward never releases, because another output still references them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def unreversed(capture: GraphCapture) -> set[fx.Node]:
 
 
 def held_results(capture: GraphCapture, k: int, waiting: set[fx.Node]) -> frozenset[int]:
-    """The results of stage k that are there while it is reversed: the user's that it saves; what is not reversed."""
+    """Return the results of stage k that are live while it is reversed: the user's, or not reversed."""
     graph, linear, stage = capture.graph, capture.linear, capture.stages[k]
     ops = graph.ops[linear.cuts[k] : linear.cuts[k + 1]]
     saved = {key for op in ops for key in op.saved}
@@ -48,7 +48,7 @@ def held_results(capture: GraphCapture, k: int, waiting: set[fx.Node]) -> frozen
 
 
 def unread_results(capture: GraphCapture, k: int, loss_is_output: bool) -> frozenset[int]:
-    """The results of stage k that get no gradient: of those that the user gets and no stage reads, the loss alone gets one."""
+    """Return the results of stage k that get no gradient: outputs that no stage reads, but for the loss."""
     stage, linear = capture.stages[k], capture.linear
     found = capture.result_layouts(k)[1]
     if not loss_is_output:
@@ -65,7 +65,7 @@ def unread_results(capture: GraphCapture, k: int, loss_is_output: bool) -> froze
 def unreversed_bytes(
     capture: GraphCapture, k: int, waiting: set[fx.Node], total: Callable[[Iterable[int]], int]
 ) -> int:
-    """At most what stays when stage k is reversed: its saved tensors, or the boundary that it would run again from."""
+    """Return at most what stays when stage k is reversed: its saved tensors, or the boundary of a re-run."""
     graph, linear = capture.graph, capture.linear
     ops = graph.ops[linear.cuts[k] : linear.cuts[k + 1]]
     saved = {key for op in ops if op.node in waiting for key in op.saved}
