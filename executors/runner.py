@@ -117,7 +117,7 @@ class Runner:
         return environment == self._environment
 
     def holds(self, repeated: tuple[tuple[int, int], ...]) -> bool:
-        """Whether what the plan took for constant is so still: Python state, tensors of the call that are one.
+        """Whether what the plan took for constant still is: Python state, tensors of the call that are one.
 
         Args:
             repeated: (leaf, earlier leaf) of the tensors that are; of a graph the code may have asked.
