@@ -23,7 +23,7 @@ from scheduler.capture.target import Target
 from scheduler.capture.trial_step import TrialStep
 from scheduler.capture.verify import difference, run_step
 from scheduler.chain import Chain
-from scheduler.costs.assemble import OptionFacts, StageFacts, Values, assemble
+from scheduler.costs.assemble import StageFacts, Values, assemble
 from scheduler.costs.gradients import parameter_grads
 from scheduler.costs.measure import Enter, StageRun, fresh_grads, measure_stage
 from scheduler.kinds import KINDS, Kind
@@ -93,19 +93,13 @@ class OfMembers(Producer):
                     functools.partial(alone, member, x, k > 0), fresh_grads(member.parameters(), ())
                 )
                 cost = measure_stage(run, captured.place, clock=clock)
-                option = OptionFacts(
-                    (values.new(cost.kept), *boundary),
-                    cost.keeping_peak,
-                    cost.backward_peak,
-                    cost.rebuild_peak,
-                )
                 facts.append(
                     StageFacts(
                         name=captured.names[k],
                         forward=1.0,
                         backward=2.0,
                         enters=boundary,
-                        options=[option],
+                        options=[((values.new(cost.kept), *boundary), cost.whole)],
                         dropping_peak=cost.dropping_peak,
                         boundary_grad=x.nbytes if k else 0,
                         lead=cost.lead,

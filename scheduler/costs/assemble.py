@@ -15,9 +15,10 @@ from scheduler.capture.protocol import Capture
 from scheduler.capture.state import CPU_RANDOM_STATE
 from scheduler.chain import Carried, Chain, Option, Stage
 from scheduler.costs.gradients import gradients_at_hand
+from scheduler.costs.measure import OptionCost
 from scheduler.costs.resident import copied_buffers
 
-__all__ = ["SMALL_TENSORS", "OptionFacts", "StageFacts", "Values", "assemble"]
+__all__ = ["SMALL_TENSORS", "StageFacts", "Values", "assemble"]
 
 SMALL_TENSORS = 4096  # bytes: zero-dimensional tensors of scalars, which belong to no value
 
@@ -45,37 +46,14 @@ class Values:
 
 
 @dataclass(slots=True)
-class OptionFacts:
-    """One option of a stage. Peaks are the most bytes above the stage's input.
-
-    Attributes:
-        keeps: the values that stay for the backward.
-        keeping_peak: while the stage runs forward and keeps them; values that the last stage hands out are
-            not counted.
-        backward_peak: from there to the end of its backward, recomputation and the gradients that arrive
-            included.
-        rebuild_peak: while it runs again up to the last value that it keeps; None if that is no different.
-        recompute: seconds to make the rest again.
-        name: what is kept, in words.
-        whole: whether all saved tensors are kept, so that nothing else needs the stage's input.
-    """
-
-    keeps: tuple[int, ...]
-    keeping_peak: int
-    backward_peak: int
-    rebuild_peak: int | None = None
-    recompute: float = 0.0
-    name: str = "all"
-    whole: bool = True
-
-
-@dataclass(slots=True)
 class StageFacts:
     """What was counted of one stage, in bytes; seconds of its forward and its backward.
 
     Attributes:
         enters: the values of the boundary into it.
-        options: the first keeps all.
+        options: the values that stay for the backward, and what that costs: peaks are above the stage's
+            input, that of the backward with the gradients that arrive. The first option keeps all.
+        handed_out: of its peaks, long-lived values that it leaves behind: of the last stage, which runs once.
         dropping_peak: the most above its input while it runs and keeps nothing; None if it never does.
         boundary_grad: the gradient of its boundary.
         lead: what its backward has made when it first asks for a saved tensor; None if it asks for none.
@@ -95,7 +73,8 @@ class StageFacts:
     forward: float = 0.0
     backward: float = 0.0
     enters: tuple[int, ...] = ()
-    options: list[OptionFacts] = field(default_factory=list)
+    options: list[tuple[tuple[int, ...], OptionCost]] = field(default_factory=list)
+    handed_out: int = 0
     dropping_peak: int | None = None
     boundary_grad: int = 0
     lead: int | None = 0
@@ -132,7 +111,7 @@ def assemble(
     """
     count = len(facts)
     enters = [*(set(each.enters) for each in facts), set()]
-    whole = [{*each.options[0].keeps} for each in facts]
+    whole = [{*each.options[0][0]} for each in facts]
     lasting = {each.value for each in values.carried}
     making: list[set[int]] = [set() for _ in facts]
     change = [each.change for each in facts]
@@ -158,28 +137,29 @@ def assemble(
         led = at_hand[k + 1] - facts[k + 1].boundary_grad if k < count - 1 else 0
         gradients = at_hand[k] + led + each.arriving
         options = []
-        for option in each.options:
-            keeps = set(option.keeps)
-            saved = values.total((keeps | enters[k + 1]) - enters[k] - making[k])
+        for keeps, cost in each.options:
+            saved = values.total(({*keeps} | enters[k + 1]) - enters[k] - making[k])
             # What the last stage hands out and saves is among the long-lived values; other stages may run
             # again.
-            shared = values.total(keeps & making[k]) if k == count - 1 else 0
-            let_go = released if option.whole else 0
+            shared = values.total(making[k].intersection(keeps)) if k == count - 1 else 0
+            let_go = 0 if cost.dropped else released
             options.append(
                 Option(
                     saved - let_go,
-                    option.recompute,
-                    max(each.after, option.keeping_peak - saved) + let_go,
-                    option.backward_peak - saved - shared - gradients + each.beside,
-                    option.name,
-                    option.keeps,
-                    None if option.rebuild_peak is None else option.rebuild_peak - saved + let_go,
+                    cost.recompute,
+                    max(each.after, cost.keeping_peak - each.handed_out - saved) + let_go,
+                    cost.backward_peak - saved - shared - gradients + each.beside,
+                    cost.name,
+                    keeps,
+                    None if cost.rebuild_peak is None else cost.rebuild_peak - saved + let_go,
                 )
             )
         overhead = 0
         if each.dropping_peak is not None:
             made = values.total(enters[k + 1] - enters[k])
-            overhead = max(each.dropping_peak, made + each.after) - values.total(enters[k + 1])
+            overhead = max(each.dropping_peak - each.handed_out, made + each.after) - values.total(
+                enters[k + 1]
+            )
         stages.append(
             Stage(
                 name=each.name,

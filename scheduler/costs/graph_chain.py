@@ -26,7 +26,7 @@ from scheduler.capture.recompute import packs_of
 from scheduler.capture.sample import Call
 from scheduler.capture.state import uncached
 from scheduler.chain import Carried, Chain
-from scheduler.costs.assemble import OptionFacts, StageFacts, Values, assemble
+from scheduler.costs.assemble import StageFacts, Values, assemble
 from scheduler.costs.gradients import GradFlows, parameter_grads
 from scheduler.costs.measure import (
     Enter,
@@ -222,37 +222,16 @@ def graph_chain(
     facts = []
     for k, stage in enumerate(capture.stages):
         cost, last = costs[k], k == count - 1
-        # The last stage is not run again, which would make them once more.
-        handed_out = values.stored(linear.carried[k]) if last else 0
         prefix = k == 0 and linear.frozen_prefix
-        whole = OptionCost(
-            frozenset(),
-            0.0,
-            cost.keeping_peak,
-            cost.backward_peak,
-            "all",
-            rebuild_peak=cost.rebuild_peak,
-            kept=cost.kept,
-        )
         options = []
-        for each in (whole, *cost.options):
+        for each in (cost.whole, *cost.options):
             kept = sorted(kept_storages(capture, k, each.dropped), key=values.order.__getitem__)
             keeps = [values.number(key) for key in kept]
             # The loss that stood in keeps the outputs.
             unseen = 0 if last and not loss_is_output else _unseen(capture, k, each, values)
             if unseen:
                 keeps.append(values.new(unseen))
-            options.append(
-                OptionFacts(
-                    keeps=tuple(keeps),
-                    keeping_peak=each.keeping_peak - handed_out,
-                    backward_peak=each.backward_peak,
-                    rebuild_peak=each.rebuild_peak,
-                    recompute=each.recompute,
-                    name=each.name,
-                    whole=not each.dropped,
-                )
-            )
+            options.append((tuple(keeps), each))
         facts.append(
             StageFacts(
                 name=stage.name,
@@ -260,7 +239,8 @@ def graph_chain(
                 backward=0.0 if prefix else cost.backward,
                 enters=tuple(values.number(key) for key in linear.boundaries[k] if values.is_made(key)),
                 options=options,
-                dropping_peak=cost.dropping_peak - handed_out,
+                handed_out=values.stored(linear.carried[k]) if last else 0,
+                dropping_peak=cost.dropping_peak,
                 boundary_grad=flows.boundary(k),
                 lead=cost.lead,
                 arriving=output_grad if last else _arriving(capture, k, cost, flows, size, loss_is_output),

@@ -104,6 +104,12 @@ class StageCost:
     cached: int = 0
     held: int = 0
 
+    @property
+    def whole(self) -> OptionCost:
+        """The option that keeps all."""
+        peaks = self.keeping_peak, self.backward_peak
+        return OptionCost(frozenset(), 0.0, *peaks, "all", rebuild_peak=self.rebuild_peak, kept=self.kept)
+
 
 Enter = Callable[[int, Tensor], Tensor]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, takewhile
 
@@ -15,8 +15,9 @@ from scheduler.capture.repeat import draws_elsewhere
 from scheduler.capture.state import CPU_RANDOM_STATE
 from scheduler.capture.target import Device
 from scheduler.chain import Chain
-from scheduler.costs.assemble import OptionFacts, StageFacts, assemble
+from scheduler.costs.assemble import StageFacts, assemble
 from scheduler.costs.gradients import parameter_grads
+from scheduler.costs.measure import OptionCost
 from scheduler.costs.module_blocks import BlockCost
 from scheduler.costs.module_values import ModuleValues
 from scheduler.costs.peak import allocated
@@ -195,7 +196,7 @@ def _count_block(parts: Parts, k: int, index: int, created: int, fact: StageFact
     fact.arriving = cost.output_grads - min(cost.output_grads, max(0, parts.shared[index]))
     reversing = max(cost.backward_peak, block.input_grad + created + behind if behind else 0)
     keeps = tuple(sorted(values.keeps[k]))
-    fact.options = [OptionFacts(keeps, cost.keeping_peak, reversing, cost.rebuild_peak)]
+    fact.options = [(keeps, replace(cost.whole, backward_peak=reversing))]
 
 
 def _count_glue(parts: Parts, k: int, output_grad: int, fact: StageFacts) -> None:
@@ -204,12 +205,12 @@ def _count_glue(parts: Parts, k: int, output_grad: int, fact: StageFacts) -> Non
     fact.name = f"glue {k - piece}" if k and not last else ("after" if k else "before")
     fact.forward, fact.backward = parts.seconds[0][piece], parts.seconds[1][piece]
     fact.arriving = output_grad if last else 0
-    keeping = parts.taken(parts.forward[piece])
     if last:
-        keeping -= values.total(each.value for each in values.carried if each.made == k)
+        fact.handed_out = values.total(each.value for each in values.carried if each.made == k)
     kept = values.total(values.keeps[k] - set(values.enters[k]))
     keeps = tuple(sorted(values.keeps[k]))
-    fact.options = [OptionFacts(keeps, keeping, parts.taken(parts.backward[piece]) + kept, name="all (glue)")]
+    keeping, reversing = parts.taken(parts.forward[piece]), parts.taken(parts.backward[piece]) + kept
+    fact.options = [(keeps, OptionCost(frozenset(), 0.0, keeping, reversing, "all (glue)"))]
 
 
 def _second_shares(readers: dict[nn.Parameter, list[int]], count: int, device: Device) -> list[int]:
