@@ -44,10 +44,10 @@ def rehearse(
 
     Without data (``real=False``) the step runs on fake tensors, on a copy of the model without weights:
     forward, loss, backward, gradients into ``.grad``. Every storage that an op makes is followed from its
-    making to its end. What a kernel takes and lets go of within itself (a convolution's columns, attention's
-    float32 sums) shows nowhere in such a step: where the plan's device is at hand, each distinct op is run
-    there by itself, on zeros, and what it took is added at each of its places in the step. The loss is found
-    as ``solve`` finds it.
+    making to its end. What a kernel allocates and releases within itself (a convolution's columns,
+    attention's float32 sums) shows nowhere in such a step: where the plan's device exists, each distinct op
+    is run there by itself, on zeros, and what it took is added at each of its places in the step. The loss is
+    found as ``solve`` finds it.
 
     Args:
         plan: from ``scheduler.solve`` or ``Plan.load``.
@@ -86,7 +86,7 @@ def rehearse(
     notes = _Notes(plan)
     torch.clear_autocast_cache()
     collecting = gc.isenabled()
-    gc.disable()  # or tensors of long ago are let go of in the middle of the count
+    gc.disable()  # or tensors of long ago are released in the middle of the count
     try:
         return _real(plan, model, call, notes) if real else _faked(plan, model, call, notes, scratch)
     finally:
@@ -277,7 +277,7 @@ def _measured_cpu(step: Callable[[], Any], notes: _Notes) -> list[_Change]:
     count = 0
 
     def now() -> int:
-        # The profiler's events are there when all is over: a range without content stands for the place.
+        # The profiler gives its events when all is over: a range without content stands for the place.
         nonlocal count
         with torch.profiler.record_function(f"{marker}{count}"):
             count += 1
@@ -445,6 +445,6 @@ def _spans(changes: list[_Change]) -> list[tuple[str, int, int, int, int]]:
             left -= taken
             if not entry[1]:
                 there = [e for e in there if e is not entry]
-        # What is left was there before the step and is let go of in it: a lazily made cache, for instance.
+        # What is left was live before the step and is released in it: a lazily made cache, for instance.
     spans += [(e[0], e[1], e[2], len(changes), e[3]) for e in there]
     return spans

@@ -104,8 +104,8 @@ def solve(
 
     Args:
         model: in train mode, on one device, or sharded by fully_shard; then every rank makes this call. One
-            that trains by a plan already is planned anew. With ``device`` it may be without data: on meta, or
-            made under FakeTensorMode. Or a list of callables, the stages: each is called with what the one
+            that trains by a plan already is planned again. With ``device`` it may be without data: on meta,
+            or made under FakeTensorMode. Or a list of callables, the stages: each is called with what the one
             before returned (``CallableChain``). Or a step function: any callable (function, lambda,
             functools.partial, bound method, callable object) that calls the models it uses, as often as it
             likes, and returns the loss. Modules are found in its closure, in global variables that it names,
@@ -113,7 +113,7 @@ def solve(
             It leaves ``backward`` to the training loop.
         memory_budget: peak device bytes of a whole training step: parameters, buffers, gradients, optimizer
             state if an optimizer is given, inputs, activations. An int, or text: "6GiB", "800MB", "75%" of
-            the device's memory; "auto" is what is free (and what of the step is there already) less 5 % of
+            the device's memory; "auto" is what is free (and what the step already holds) less 5 % of
             the device's memory, "auto - 2GiB" leaves another reserve.
         sample: what the model is trained on, in shape: a tensor, a tuple of positional arguments, a dict of
             keyword arguments, or ``(args, kwargs)``.
@@ -161,8 +161,8 @@ def solve(
 def solve_again(plan: Plan, model: nn.Module, call: Call, progress: Progress, capture: str = "auto") -> Plan:
     """Return the plan for another call of the plan's model: same budget, solver, costs, optimizer, capture.
 
-    Gradients that exist now count as existing. A plan that was made without its device is made anew on the
-    one at hand.
+    Gradients that exist now count as existing. A plan that was made without its device is made
+    again on the one that holds the model.
 
     Args:
         model: plain, in train mode.

@@ -1,7 +1,7 @@
 """Python state that a block's code reads or writes: taken at its first run, put in place for a re-run.
 
 A block may count, append to lists, leave statistics and losses on modules, carry hidden states over, bind
-buffers anew, draw from generators of its own. A re-run has to read what the first run read and to leave
+buffers again, draw from generators of its own. A re-run has to read what the first run read and to leave
 nothing behind. ``BlockState`` knows the places where such state lies (``python_state.holders_of``), once for
 many steps: the values of attributes are read by one compiled expression. A container or an object that is new
 there is noticed, and the places are found again.

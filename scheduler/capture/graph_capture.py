@@ -55,7 +55,7 @@ class GraphCapture(Capture):
         layouts: of values that cross a cut, strides of their gradients in the trial step where they are a
             permutation, () where not; None if no gradient arrived. Empty without a trial.
         gaps: (L,) share by which the seconds of an option may exceed the least for its bytes; 0 if proven.
-        target: the device that costs are for, if it is not there: then nothing has data.
+        target: the device that costs are for, if the model is without data.
     """
 
     graph: OpGraph

@@ -81,7 +81,7 @@ class ModuleCapture(Capture):
 
     Attributes:
         stages: (L,) index of the block that is this stage, or None for glue.
-        target: the device that costs are for, if it is not there: then nothing has data.
+        target: the device that costs are for, if the model is without data.
         random: (L,) whether a stage draws random numbers.
         changed: (L,) names of the tensors and containers that it changes in place.
         gathering: bytes that stand by for fully_shard's collectives while a step runs, once that is priced.
@@ -210,7 +210,7 @@ def capture_modules(
 
     Args:
         blocks: the blocks, if the user names them.
-        target: the device that is planned for, if it is not there: nothing has data.
+        target: the device that is planned for, if the model is without data.
         seen: what a forward called again and again, if that is known.
 
     Raises:

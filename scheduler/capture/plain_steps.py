@@ -116,10 +116,10 @@ class PlainSteps:
         rest = _apart([replace(each, grads={}, given=()) for each in (*self.samples, found)])
         if rest is not None:
             return rest
-        plain, *others = (_gradients(step) for step in self.samples)
+        plain, *others = (step.gradients() for step in self.samples)
         # Of gradients that are zero but for rounding, the noise is as large as they are.
         scale = max((largest(as_real(each)) for each in plain.values() if each is not None), default=0.0)
-        for name, tensor in _gradients(found).items():
+        for name, tensor in found.gradients().items():
             own = plain[name]
             off, spread = _distance(own, tensor), max(_distance(own, other[name]) for other in others)
             if off > SPREAD * spread:
@@ -134,14 +134,6 @@ class PlainSteps:
 def _apart(steps: Iterable[StepResult]) -> str | None:
     first, *others = steps
     return next(filter(None, (difference(first, other) for other in others)), None)
-
-
-def _gradients(step: StepResult) -> dict[str, Tensor | None]:
-    """The gradients that a step left behind, by name."""
-    return {
-        **{f"the gradient of {name}": each for name, each in step.grads.items()},
-        **{f"the gradient of input {i}": each for i, each in enumerate(step.given)},
-    }
 
 
 def _rounding(tensor: Tensor) -> float:

@@ -37,6 +37,13 @@ class StepResult:
     custom: tuple[str, ...] = ()
     given: tuple[Tensor | None, ...] = ()
 
+    def gradients(self) -> dict[str, Tensor | None]:
+        """Return the gradients of parameters and arguments, by name."""
+        return {
+            **{f"the gradient of {name}": each for name, each in self.grads.items()},
+            **{f"the gradient of input {i}": each for i, each in enumerate(self.given)},
+        }
+
 
 def run_step(
     model: nn.Module, forward: Callable[[], Any], *, offload: bool = False, call: Any = ()
@@ -106,11 +113,10 @@ def difference(plain: StepResult, other: StepResult) -> str | None:
     if len(plain.outputs) != len(other.outputs):
         return f"{len(other.outputs)} output tensors instead of {len(plain.outputs)}"
     outputs = zip(plain.outputs, other.outputs, strict=True)
-    given = zip(plain.given, other.given, strict=True)
+    found = other.gradients()
     compared: list[tuple[str, Tensor | None, Tensor | None]] = [
         *((f"output {i}", a, b) for i, (a, b) in enumerate(outputs)),
-        *((f"the gradient of {name}", grad, other.grads[name]) for name, grad in plain.grads.items()),
-        *((f"the gradient of input {i}", a, b) for i, (a, b) in enumerate(given)),
+        *((name, grad, found[name]) for name, grad in plain.gradients().items()),
         *((f"buffer {name}", buffer, other.buffers[name]) for name, buffer in plain.buffers.items()),
     ]
     for what, a, b in compared:

@@ -3,7 +3,7 @@
 cuBLAS (ATen/cuda/CublasHandlePool.cpp) keeps a workspace for each handle and stream, taken from the caching
 allocator when the handle first multiplies and never given back. A step has two handles on one stream: that of
 the thread that runs the forward, and that of autograd's own thread; later versions of torch may have them
-share one. What stays is measured where a device is at hand. A model that multiplies on further streams has
+share one. What stays is measured where there is a device. A model that multiplies on further streams has
 more, which are not counted. cuDNN's workspaces come and go with each convolution: they are in the transients
 that ``measure.py`` counts on a device, and unknown without one.
 """
@@ -32,7 +32,7 @@ from scheduler.cuda_allocator import LARGEST_SLACK, CachingAllocator, block_byte
 __all__ = ["allocator_slack", "expandable_segments", "simulated_slack", "stays", "workspace_bytes"]
 
 HANDLES = 2  # that of the forward's thread and that of autograd's
-_KNOWN: dict[int, int] = {}  # workspaces that are there, by device
+_KNOWN: dict[int, int] = {}  # workspaces that exist, by device
 # Another schedule is another stream of sizes. Of 72 rehearsed ones (GPT-2, Llama, ViT, ResNet-50, odd sizes
 # among them, with Adam's state and without) the slack was up to 1.9 times that of the plain step, mostly less
 # than it.
@@ -113,7 +113,7 @@ def allocator_slack(model: nn.Module, call: Call, device: Device, optimizer_stat
     some ten times of what happens. So two plain steps without data are simulated (``cuda_allocator``), and
     ``SAFETY`` times the slack of the second is set aside, and that of one more block: an estimate with a
     margin, and no proof. 0 off CUDA, with expandable segments, and where no tensor is large. Of a model that
-    does not run without data, 1 MiB for every large tensor that is there before the step.
+    does not run without data, 1 MiB for every large tensor that is live before the step.
 
     Args:
         model, call: real; for a Target, what ``without_hardware`` gives, within its block.
@@ -158,9 +158,9 @@ def simulated_slack(standing: Iterable[int], state: Iterable[int], events: Itera
     """By how much blocks in use at the peak of a second step exceed the peak of the sizes rounded up to 512.
 
     Args:
-        standing: sizes (bytes) of what is there before the first step, in order.
+        standing: sizes (bytes) of what is live before the first step, in order.
         state: sizes of what the optimizer makes after the first step, and keeps.
-        events: of one step. What it leaves is there while the optimizer makes its state, and gone before the
+        events: of one step. What it leaves is live while the optimizer makes its state, and gone before the
             second.
     """
     allocator = CachingAllocator()

@@ -122,12 +122,13 @@ class StageRun:
         run: gives the outputs, in the caller's grad mode. Every tensor argument that requires grad and is no
             parameter passes through the given function (position, tensor) -> tensor.
         reset: undo what a run left behind: gradients of parameters (``fresh_grads``).
-        loss: for the last stage, how to find among the outputs what is reversed (None if it is not there).
+        loss: for the last stage, how to find among the outputs what is reversed (None if they do not have
+            it).
         lasting: identities of storages that live on anyway, so that saved tensors on them need no replay.
         unread: the outputs that get no gradient.
         layouts: strides of the gradient that each output gets, where they are known. A kernel that wants
             another layout makes a copy.
-        held: the outputs that are there while the stage is reversed: the user holds them.
+        held: indices of outputs that stay live through the backward because the user holds them.
         waiting: parameters of which shares of the gradient, from stages reversed before, wait in the engine.
             Those of this stage are added to them one by one; what waits is not counted.
         reversing: whether it calls autograd.grad on what it has made: nothing is dropped before it is over.
@@ -147,7 +148,7 @@ class StageRun:
 def fresh_grads(parameters: Iterable[nn.Parameter], existing: Collection[nn.Parameter]) -> Callable[[], None]:
     """Set gradients as a step finds them, now and at each call: zeros where they exist already, else None.
 
-    Where a gradient exists, autograd adds to it and lets go of the addend at once; else the addend stays.
+    Where a gradient exists, autograd adds to it and releases the addend at once; else the addend stays.
     """
     standing = {p: torch.zeros_like(p) if p in existing else None for p in parameters}
 
@@ -379,7 +380,7 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
 
     if not isinstance(device, Target):
         keeping(lambda: None)  # warm-up: lazy initialisation, workspaces
-    # First of those that count: on the CPU a state of the run before, which this one lets go of, would hide
+    # First of those that count: on the CPU a state of the run before, which this one releases, would hide
     # what it leaves.
     kept = count_bytes(keeping, device, slack=False)
     dropped = count_bytes(dropping, device, slack=False)

@@ -1,7 +1,7 @@
 """What one block costs: measured in isolation, once for all blocks that run the same ops.
 
 Blocks are equal if their forwards run the same sequence of ops, on tensors of the same layout that are wired
-alike, let go of what they made at the same places, and leave the same graph behind, and if gradients exist of
+alike, release what they made at the same places, and leave the same graph behind, and if gradients exist of
 the same parameters (``op_trace.py``). The calls of a cell over time are, and the layers of a transformer.
 """
 
@@ -128,7 +128,7 @@ class BlockRun:
         capture, tensors = self.capture, self.tensors
 
         def run(enter: Enter) -> list[Tensor]:
-            torch.clear_autocast_cache()  # a run casts its weights anew
+            torch.clear_autocast_cache()  # a run casts its weights again
             try:
                 return [t for _, t in tensor_leaves(self(enter))]
             finally:  # it may be stopped half-way

@@ -124,7 +124,7 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> 
 def optimizer_step_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> int | None:
     """Return the most bytes that the optimizer's step takes above its state and gradients; None if unknown.
 
-    By a step of a copy on fake tensors, the second one, when its state is there; on CUDA over all parameters
+    By a step of a copy on fake tensors, the second one, when its state exists; on CUDA over all parameters
     at once, unless the optimizer is told otherwise.
     """
     if optimizer is None:

@@ -3,8 +3,8 @@
 Williams, Waterman, Patterson 2009 (doi:10.1145/1498765.1498785): an op takes the longer of its arithmetic at
 the device's peak rate and its memory traffic at the device's bandwidth. Both rates are measured once per
 process, by a matrix product and a copy. Two more are for what they do not tell of: seconds for each element
-of ops that compute much with it (a tanh, a random number), and for bytes that are mapped anew, page by page,
-each time they are asked for. The rates of a device that is not there are its description's.
+of ops that compute much with it (a tanh, a random number), and for bytes that are mapped again, page by page,
+each time they are asked for. The rates of a described device are its description's.
 """
 
 from __future__ import annotations
@@ -291,7 +291,7 @@ def _estimate(
     """Seconds of the forward and the backward of a stage, run on fake tensors.
 
     Args:
-        unread: the results that get no gradient; None: the loss alone gets one, if it is there.
+        unread: the results that get no gradient; None: the loss alone gets one, if the stage makes it.
     """
     stage = capture.stages[k]
     fake = FakeTensorMode(allow_non_fake_inputs=True)

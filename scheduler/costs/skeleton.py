@@ -155,7 +155,7 @@ class _Cut(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         ctx.node.cuts.discard(ctx)
-        ctx.node.arrived.extend(grads)  # they stay until all are there, and the block is reversed
+        ctx.node.arrived.extend(grads)  # they stay until all have arrived, and the block is reversed
         return torch.empty(0, device=ctx.node.device), None, None
 
 

@@ -25,7 +25,7 @@ class Lifetimes(Visitor):
     """How long the user's code and its graph hold on to what enters and leaves blocks.
 
     Attributes:
-        last: place -> the last stage at whose start its storage is there; L at the end of the forward.
+        last: place -> the last stage at whose start its storage is live; L at the end of the forward.
     """
 
     def __init__(self, capture: ModuleCapture) -> None:

@@ -19,7 +19,7 @@ __all__ = ["held_by_user", "held_results", "unread_results", "unreversed", "unre
 def unreversed(capture: GraphCapture) -> set[fx.Node]:
     """The nodes that lead to outputs that require grad, and not to the loss.
 
-    Autograd lets go of what an op saved when that op is reversed, and else with the last tensor that depends
+    Autograd releases what an op saved when that op is reversed, and else with the last tensor that depends
     on it.
     """
     graph = capture.graph
