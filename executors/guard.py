@@ -118,7 +118,7 @@ class Guard:
         return [attributes["training"] for attributes in self.attributes] == self.modes
 
     def mode_difference(self) -> str | None:
-        """The first module that is in another mode, in words."""
+        """Return the first module that is in another mode, in words."""
         for name, attributes, mode in zip(self.names, self.attributes, self.modes, strict=True):
             if attributes["training"] is not mode:
                 return f"submodule {name!r} is in {'eval' if mode else 'train'} mode"
@@ -172,7 +172,7 @@ class Trainable:
         return same and all(map(is_, map(getitem, holders, keys), known))
 
     def flags(self, model: nn.Module) -> tuple[bool, ...]:
-        """Which parameters require grad now.
+        """Return which parameters require grad now.
 
         Raises:
             PlanMismatch: one was removed, or another of another kind took its place.
@@ -219,7 +219,7 @@ class Trainable:
 
 
 def _tied(parameters: Sequence[Any]) -> list[int]:
-    """For each parameter, the first place of the same one."""
+    """Return for each parameter, the first place of the same one."""
     first: dict[int, int] = {}
     return [first.setdefault(id(parameter), place) for place, parameter in enumerate(parameters)]
 

@@ -28,7 +28,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 
 def plans_within(model: Any) -> Any:
-    """The plans that a planned model trains by; None of any other."""
+    """Return the plans that a planned model trains by; None of any other."""
     return getattr(model, "_rematplan_plans", None) if hasattr(type(model), "_rematplan_plain") else None
 
 
@@ -41,12 +41,12 @@ def wrappers(model: nn.Module) -> dict[str, Any]:
 
 
 def _original(model: nn.Module) -> Any:
-    """The class that the planned model's class was derived from."""
+    """Return the class that the planned model's class was derived from."""
     return type(model).__mro__[1]
 
 
 def sharing(model: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """Another object, of that class, that shares everything: what is set on one is set on both."""
+    """Return another object, of that class, that shares everything: what is set on one is set on both."""
     twin: nn.Module = object.__new__(cls)
     object.__setattr__(twin, "__dict__", vars(model))
     share_sharding(model, twin)

@@ -39,7 +39,7 @@ def execute(
     check: str = "metadata",
     debug: bool = False,
 ) -> nn.Module:
-    """A model that trains by ``plan``: same class by isinstance, same parameters, same ``state_dict``.
+    """Return a model that trains by ``plan``: same class by isinstance, same parameters, same ``state_dict``.
 
     A forward in train mode with grad enabled follows the plan. In eval mode, or under ``torch.no_grad``, the
     model's own forward runs. The given model is not changed and goes on running plainly; the two share
@@ -158,7 +158,7 @@ def _planned_for(plans: Sequence[Plan], model: Any) -> Any:
 
 
 def plan_of(model: nn.Module) -> Plan | None:
-    """The (first) plan that a model trains by, or None."""
+    """Return the (first) plan that a model trains by, or None."""
     found = plans_of(model)
     return found[0] if found else None
 
@@ -178,7 +178,7 @@ def plans_of(model: nn.Module) -> tuple[Plan, ...]:
 
 
 def trace_of(model: nn.Module) -> str:
-    """What the latest planned step of a model ran, ran again and freed, in order, one event a line.
+    """Return what the latest planned step of a model ran, ran again and freed, in order, one event a line.
 
     Raises:
         ValueError: the model does not train by a plan, was not executed with ``debug=True``, or has run no
@@ -195,7 +195,7 @@ def trace_of(model: nn.Module) -> str:
 
 
 def _eagerly(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The training forward of a planned model that was compiled: by its plan, and not compiled."""
+    """Run the training forward of a planned model that was compiled: by its plan, and not compiled."""
     warnings.warn(
         f"planned {type(model).__name__}: torch.compile of a planned model is left out, for it would lose the schedule; compile "
         "its blocks instead (block.compile()), before solve(..., capture=[blocks])",
@@ -211,7 +211,7 @@ _eagerly._torchdynamo_disable_msg = "a planned model is not compiled as a whole;
 
 @functools.cache
 def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of ``cls``, of the same name, whose training forward follows the model's plan."""
+    """Return a subclass of ``cls``, of the same name, whose training forward follows the model's plan."""
 
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -137,7 +137,7 @@ class Plans:
         return Runner(plan, model, source, watching, self.settings.check, **how)
 
     def forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One training forward, by the plan for its shapes."""
+        """Run one training forward, by the plan for its shapes."""
         reject_transforms(model)
         if self.device.type == "cuda":
             reject_recording(model)
@@ -168,7 +168,7 @@ class Plans:
     # ---- which plan --------------------------------------------------------------------------------------
 
     def _find(self, model: nn.Module, call: Call, flat: list[Any], spec: Any) -> Runner | None:
-        """What runs calls like this one, as things are; None if they run plainly."""
+        """Return what runs calls like this one, as things are; None if they run plainly."""
         kinds = [kind_of(leaf) for leaf in flat]
         repeated = repeated_floats(flat)
         now = environment(self.device.type)
@@ -262,7 +262,7 @@ class Plans:
     def _difference(
         self, signature: CallSignature, alike: list[Runner], usable: list[Runner], frozen: tuple[str, ...]
     ) -> str:
-        """In what a call, or what is around it, differs from what there is a plan for, in words."""
+        """Return in what a call, or what is around it, differs from what there is a plan for, in words."""
         if not alike:
             return self.first.want.difference(signature)
         if usable:
@@ -319,7 +319,7 @@ class Plans:
         return runner
 
     def _hindrance(self, model: nn.Module, call: Call) -> str | None:
-        """Why no plan can be made now; None if one can.
+        """Return why no plan can be made now; None if one can.
 
         Of ranks that meet a new shape, others may not: a trial must not wait for them.
         """
@@ -388,7 +388,7 @@ class Plans:
     # ---- the forward itself ------------------------------------------------------------------------------
 
     def _run(self, model: nn.Module, runner: Runner, call: Call, flat: list[Any]) -> Any:
-        """The forward; once more, by a tighter plan, if it runs out of memory."""
+        """Run the forward; once more, by a tighter plan, if it runs out of memory."""
         if self.changes is None:
             return self._once(model, runner, call, flat)
         state = self.changes.before(model)
@@ -426,7 +426,7 @@ class Plans:
         return runner.forward(flat, call)
 
     def tighten(self, model: nn.Module, runner: Runner, where: str, what: str) -> bool:
-        """After a step ran out of memory, follow a plan that takes less; False if there is none.
+        """Follow a plan that takes less, after a step ran out of memory; return False if there is none.
 
         Warns:
             PeakWarning: says where memory ran out, and what happens now.

@@ -123,7 +123,7 @@ class _Notes:
                 self.first.setdefault(action.stage, index)
 
     def action(self, what: str, where: int) -> int:
-        """The index in the schedule of what the executor says."""
+        """Return the index in the schedule of what the executor says."""
         if what == "first":
             return self.first[where]
         return self.split + (where if what == "replay" else self.plan.program.backward_at[where])
@@ -147,7 +147,7 @@ class _Change:
 
 
 def _step(planned: nn.Module, call: Call, notes: _Notes) -> Any:
-    """One training step; what the user holds afterwards."""
+    """Run one training step; return what the user holds afterwards."""
     args, kwargs = call
     output = planned(*args, **kwargs)
     loss = find_loss(output)[0]
@@ -206,7 +206,7 @@ def _faked(plan: Plan, model: nn.Module, call: Call, notes: _Notes, scratch: boo
 
 
 def _capture_of(plan: Plan, model: nn.Module, twin: nn.Module, call: Call) -> Capture:
-    """The plan's capture; made again, without data, for a plan that was loaded or another model."""
+    """Return the plan's capture; made again, without data, for a plan that was loaded or another model."""
     live = plan.live[0] if plan.live is not None else None
     if live is not None and live._modules is model._modules and live._parameters is model._parameters:
         capture: Capture = plan.live[1]
@@ -222,7 +222,7 @@ def _place(plan: Plan, model: nn.Module) -> torch.device:
 
 
 def _rules(plan: Plan) -> Device:
-    """Whose allocator's rules the plan's bytes follow."""
+    """Return whose allocator's rules the plan's bytes follow."""
     target = plan.capture.target
     if not target:
         return torch.device(plan.capture.device)
@@ -231,7 +231,7 @@ def _rules(plan: Plan) -> Device:
 
 
 def _op(label: str) -> str:
-    """``aten.mm.default`` as the profiler names it."""
+    """Return ``aten.mm.default`` as the profiler names it."""
     name, _, overload = label.rpartition(".")
     return (name if overload == "default" else label).replace("aten.", "aten::", 1)
 
@@ -272,7 +272,7 @@ def _real(plan: Plan, model: nn.Module, call: Call, notes: _Notes) -> Rehearsal:
 
 
 def _measured_cpu(step: Callable[[], Any], notes: _Notes) -> list[_Change]:
-    """Every allocation of torch's CPU allocator, and the op that asked for it."""
+    """Return every allocation of torch's CPU allocator, and the op that asked for it."""
     marker = "rematplan: action "
     count = 0
 
@@ -375,7 +375,7 @@ def _told(
     grads: set[Any],
     uncounted: tuple[str, ...] | None,
 ) -> Rehearsal:
-    """The account of the changes, by action."""
+    """Return the account of the changes, by action."""
     actions = _actions(len(changes), notes.begins)
     words = tuple(map(in_words, plan.schedule))
     points = [Point(0, "before the step")]
@@ -409,7 +409,7 @@ def _told(
 
 
 def _actions(count: int, begins: list[tuple[int, int]]) -> list[int]:
-    """(changes,) the action of the schedule that each belongs to.
+    """Return (changes,) the action of the schedule that each belongs to.
 
     Autograd reverses a part of a stage, and only then asks for what was dropped: the actions that make it
     come first in the schedule, so what was done before them counts with them.

@@ -139,7 +139,7 @@ class Runner:
             self.executor = self.executor_for(self.executor.capture, model)
 
     def prepare(self, model: nn.Module, call: Call) -> Executor:
-        """The executor, once the model is found to have the plan's modules and is captured."""
+        """Return the executor, once the model is found to have the plan's modules and is captured."""
         # Nothing is sharded where torch.distributed is not initialised: every forward is spared the search.
         if is_distributed() and len(sharded_within(model)) != self.sharded:
             raise PlanMismatch(
@@ -217,7 +217,7 @@ def _both_numbers(a: Any, b: Any) -> bool:
 
 
 def _hindrance(plan: Plan) -> str | None:
-    """Why a plain step beside a planned one cannot be had for little; None if it can."""
+    """Return why a plain step beside a planned one cannot be had for little; None if it can."""
     if is_distributed():
         return "a backward of its own would get in the way of torch.distributed"
     if plan.plain.peak > machine_bytes() / 2:

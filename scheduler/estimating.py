@@ -112,7 +112,7 @@ def estimate(
     *,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Estimate:
-    """The bytes of one plain training step of ``model`` on ``sample``, without running it.
+    """Return the bytes of one plain training step of ``model`` on ``sample``, without running it.
 
     Scratch space within kernels is not counted. The largest batches are found so: the dimension 0 that most
     tensors of the sample share is the batch; the step is captured at this batch and at twice this; a line
@@ -177,7 +177,7 @@ def estimate(
 
 
 def _this_device(model: nn.Module) -> DeviceSpec:
-    """The device of the model, as far as bytes go; for a model on meta, this machine."""
+    """Return the device of the model, as far as bytes go; for a model on meta, this machine."""
     device = model_device(model)
     if device.type == "cuda" and torch.cuda.is_available():
         memory = int(torch.cuda.get_device_properties(device).total_memory)
@@ -201,7 +201,7 @@ def _plain(chain: Chain) -> int:
 
 
 def _smallest(chain: Chain) -> int:
-    """The smallest budget that a plan can meet."""
+    """Return the smallest budget that a plan can meet."""
     try:
         solve_chain(chain, 1)
     except InfeasibleBudget as error:
@@ -219,13 +219,13 @@ def _collapsed(path: str) -> str:
 
 
 def _batch(call: Any) -> int:
-    """The size of dimension 0 that most tensors share; 0 if there is none."""
+    """Return the size of dimension 0 that most tensors share; 0 if there is none."""
     sizes = Counter(t.shape[0] for t in tree_leaves(call) if isinstance(t, Tensor) and t.ndim and t.shape[0])
     return sizes.most_common(1)[0][0] if sizes else 0
 
 
 def _scaled(call: Any, batch: int, wanted: int) -> Any:
-    """The call with another batch size, without data. What is one tensor stays one."""
+    """Return the call with another batch size, without data. What is one tensor stays one."""
     memo: dict[int, Tensor] = {}
 
     def scale(tensor: Tensor) -> Tensor:

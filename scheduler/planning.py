@@ -192,7 +192,7 @@ def solve_again(plan: Plan, model: nn.Module, call: Call, progress: Progress, ca
 
 
 def priced(request: Request, *, options: bool = True) -> Priced:
-    """The model captured and its chain.
+    """Return the model captured and its chain.
 
     Args:
         options: whether to look for options of stages that keep less than all.
@@ -278,7 +278,7 @@ def _captured(
 
 
 def _plan(request: Request, parameters: Mapping[str, Any]) -> Plan:
-    """The plan for checked arguments."""
+    """Return the plan for checked arguments."""
     model, solver = request.model, request.solver
     found = priced(request)
     captured, chain, resident = found.captured, found.chain, found.resident

@@ -69,7 +69,7 @@ class Taken:
     versions: list[int]
 
     def held(self) -> list[Tensor]:
-        """The tensors that are held for a re-run."""
+        """Return the tensors that are held for a re-run."""
         found = [t.tensor if isinstance(t, _Cut) else t for t in self._tensors()]
         return [*found, *(tensor for tensor, _ in self.copies)]
 
@@ -78,7 +78,7 @@ class Taken:
         return (t for each in (self.tensors, inside) for t in each if isinstance(t, (Tensor, _Cut)))
 
     def read(self) -> list[tuple[str, Tensor]]:
-        """The tensors that a re-run reads and the block does not change, by name."""
+        """Return the tensors that a re-run reads and the block does not change, by name."""
         if not (self.tensors or self.contents):
             return []
         changed = {id(tensor) for tensor, _ in self.copies}
@@ -233,13 +233,13 @@ class Layout:
         self._terms[2].append(f"len({name})" + "".join(f"-({call!r} in {name})" for call in calls))
 
     def _variable(self, value: Any, of: Any = None) -> str:
-        """The name of a value in the compiled expression."""
+        """Return the name of a value in the compiled expression."""
         name = f"x{id(value if of is None else of)}"
         self._given[name] = value
         return name
 
     def name_of(self, place: Place) -> str:
-        """A place as a user would write it."""
+        """Return a place as a user would write it."""
         thing, key = place
         path = self.names.get(id(thing), "")
         if isinstance(thing, types.CellType):
@@ -247,7 +247,7 @@ class Layout:
         return Holder(path, thing, "list" if isinstance(thing, list) else "dict").named(key)
 
     def now(self) -> Taken:
-        """What the places hold, nothing cut off."""
+        """Return what the places hold, nothing cut off."""
         taken = Taken()
         taken.layout = self
         try:
@@ -346,20 +346,20 @@ def _is_data(key: str, value: Any) -> bool:
 
 
 def _host_generators() -> list[tuple[str, Any]]:
-    """Python's own generator and NumPy's, which a block may draw from."""
+    """Return Python's own generator and NumPy's, which a block may draw from."""
     found: list[tuple[str, Any]] = [("the generator of random", random._inst)]
     numpy = sys.modules.get("numpy")
     return found if numpy is None else [*found, ("the generator of numpy.random", numpy.random.mtrand._rand)]
 
 
 def _hooks(modules: Sequence[nn.Module]) -> list[tuple[str, Any]]:
-    """The hooks on modules."""
+    """Return the hooks on modules."""
     inner = [each for m in modules for each in (m._forward_hooks, m._forward_pre_hooks)]
     return [("a hook", hook) for hooks in inner for hook in hooks.values()]
 
 
 def _globals(modules: Sequence[nn.Module], everything: bool) -> Iterator[tuple[dict[str, Any], str]]:
-    """The globals that hold plain values, containers or objects and that the code of a block names."""
+    """Return the globals that hold plain values, containers or objects and that the code of a block names."""
     waiting: list[Any] = [
         value
         for kind in {type(inner) for inner in modules}
@@ -395,7 +395,7 @@ def _is_installed(module: str) -> bool:
 
 @functools.cache
 def _names(code: types.CodeType) -> frozenset[str]:
-    """The globals that code names, and functions within it."""
+    """Return the globals that code names, and functions within it."""
     found = {
         each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "STORE_GLOBAL")
     }

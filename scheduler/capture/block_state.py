@@ -68,7 +68,7 @@ class BlockState:
         ]
 
     def take(self, *, cut: bool = True) -> Taken:
-        """What the block's code finds now.
+        """Return what the block's code finds now.
 
         Args:
             cut: whether tensors are cut off from their graphs.

@@ -49,7 +49,7 @@ class CallReads:
         self._plain = {i for i, leaf in enumerate(tree_leaves(call)) if not isinstance(leaf, Tensor)}
 
     def watched(self, call: Call) -> Call:
-        """The call with dicts and objects in it that note what is looked up in them."""
+        """Return the call with dicts and objects in it that note what is looked up in them."""
         if not self._plain:
             return call
         args, kwargs = call
@@ -121,12 +121,12 @@ class CallReads:
         return __getattribute__
 
     def unread(self) -> frozenset[int]:
-        """The leaves, other than tensors, that were not read."""
+        """Return the leaves, other than tensors, that were not read."""
         return frozenset(self._plain - self._read)
 
 
 def _places(values: Mapping[str, Any], start: int) -> dict[str, range]:
-    """Which leaves, from a number on, are those of each of some values."""
+    """Return which leaves, from a number on, are those of each of some values."""
     places = {}
     for key, value in values.items():
         places[key] = range(start, start + len(tree_leaves(value)))

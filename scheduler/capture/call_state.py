@@ -47,7 +47,7 @@ class CallState:
         ]
 
     def changed(self, ops: Watch | None = None) -> set[str]:
-        """Names of the tensors, containers and generators that were changed in place since.
+        """Return the names of the tensors, containers and generators that were changed in place since.
 
         Args:
             ops: what ran since, where tensors have no data.
@@ -67,7 +67,7 @@ class CallState:
         return tensor._version != version or tensor.shape != value.shape or not equal_bits(tensor, value)
 
     def replaced(self) -> set[str]:
-        """Names of the places in which another tensor is now than before."""
+        """Return the names of the places in which another tensor is now than before."""
         layout = self.taken.layout
         now = layout.now()
         pairs = zip(layout.tensors, self.taken.tensors, now.tensors, strict=True)
@@ -123,7 +123,7 @@ def _tensors(name: str, module: Any, taken: Taken) -> Iterator[tuple[str, Tensor
 
 
 def _look(value: Any) -> Any:
-    """What shows of an object whose state is not walked: how far an iterator or a file has got."""
+    """Return what shows of an object whose state is not walked: how far an iterator or a file has got."""
     try:
         if isinstance(value, types.GeneratorType):
             return None if value.gi_frame is None else value.gi_frame.f_lasti

@@ -53,7 +53,7 @@ class CallableChain(nn.Module):
         self.stages = nn.ModuleList(_Stage(function, further) for function in functions)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the last callable."""
+        """Run the callables; return the output of the last."""
         first, *others = self.stages
         value = first(*args, **kwargs)
         for stage in others:
@@ -102,12 +102,12 @@ class _Stage(nn.Module):
 
 
 def cut_off(tensor: Tensor) -> Tensor:
-    """The tensor without its history."""
+    """Return the tensor without its history."""
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 def variables(value: Any) -> Iterator[Tensor]:
-    """The leaves that a backward from the tensors in ``value`` would make gradients of."""
+    """Return the leaves that a backward from the tensors in ``value`` would make gradients of."""
     waiting: list[Any] = [t.grad_fn for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
     seen: set[Any] = {None}
     while waiting:

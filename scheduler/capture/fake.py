@@ -30,7 +30,7 @@ def has_data(tensors: Iterable[Any]) -> bool:
 
 
 def _faked(tensor: Tensor, mode: FakeTensorMode, device: str) -> Tensor:
-    """A fake tensor of the same shape, strides and dtype; a Parameter for a Parameter."""
+    """Return a fake tensor of the same shape, strides and dtype; a Parameter for a Parameter."""
     if not is_plain(tensor):
         raise CaptureError(
             "solve: a sparse or nested tensor has no stand-in without data; plan the model where it has data, without device="
@@ -48,7 +48,7 @@ def _faked(tensor: Tensor, mode: FakeTensorMode, device: str) -> Tensor:
 
 
 def fake_model(model: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> nn.Module:
-    """A copy of ``model`` whose parameters, buffers and other tensors are fake. It takes no memory.
+    """Return a copy of ``model`` whose parameters, buffers and other tensors are fake. It takes no memory.
 
     Args:
         model: real, fake or on meta; left as it is.
@@ -77,7 +77,7 @@ def fake_model(model: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> n
 
 
 def fake_call(call: Any, mode: FakeTensorMode, device: str = "cpu") -> Any:
-    """The arguments of a call with fake tensors in place of the tensors in it."""
+    """Return the arguments of a call with fake tensors in place of the tensors in it."""
     memo: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:

@@ -19,13 +19,13 @@ _SHUT = (type, types.ModuleType, torch.Tensor, torch.optim.Optimizer, str, bytes
 
 
 def name_of(function: Any) -> str:
-    """What people call a callable: a function's qualified name, or the class of any other."""
+    """Return what people call a callable: a function's qualified name, or the class of any other."""
     inner = function.func if isinstance(function, functools.partial) else function
     return str(getattr(inner, "__qualname__", type(inner).__name__))
 
 
 def modules_in(function: Any, *, everywhere: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) for the modules that a callable, or what it is bound to, holds; names may repeat.
+    """Return (name, module) for the modules that a callable, or what it is bound to, holds; names may repeat.
 
     Args:
         everywhere: look into the global variables that functions name, defaults of parameters, and plain
@@ -72,7 +72,7 @@ def _found(
 
 
 def _parameters(function: Any, count: int) -> list[str]:
-    """Names for the first positional arguments of a callable."""
+    """Return names for the first positional arguments of a callable."""
     try:
         names = [*inspect.signature(function).parameters]
     except (TypeError, ValueError):

@@ -169,13 +169,13 @@ class GraphCapture(Capture):
         return {i: s for i, s in found.items() if s}, frozenset(i for i, s in found.items() if s is None)
 
     def own_output(self, stage: GraphStage, results: tuple[Tensor, ...]) -> Any:
-        """The part of the model's output that ``stage`` makes, None in the place of the rest."""
+        """Return the part of the model's output that ``stage`` makes, None in the place of the rest."""
         made = {name: results[i] for name, i in zip(stage.carried, stage.carried_from, strict=True)}
         leaves = [made.get(leaf.key) if isinstance(leaf, Source) else leaf for leaf in self.outputs]
         return tree_unflatten(leaves, self.output_spec)
 
     def record(self) -> dict[str, Any]:
-        """What a plan keeps of this capture, to make it again."""
+        """Return what a plan keeps of this capture, to make it again."""
         return {
             "graph": self.graph.fingerprint(),
             "cuts": self.linear.cuts[1:-1],
@@ -311,7 +311,7 @@ class GraphCapture(Capture):
             self.sweep(model, call, visit, after)
 
     def may_draw(self) -> list[bool]:
-        """(L,) whether the stage has an op that may draw random numbers."""
+        """Return (L,) whether the stage has an op that may draw random numbers."""
         return [
             any(op.random for op in self.graph.ops[start:stop]) for start, stop in pairwise(self.linear.cuts)
         ]
@@ -346,7 +346,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def op_graphs(model: nn.Module, call: Call) -> Iterator[OpGraph]:
-    """The op graphs that the model exports as, the one that can be planned best first.
+    """Return the op graphs that the model exports as, the one that can be planned best first.
 
     Whether one trains like the model is to be tried; the next one is for when it does not. First comes what a
     plain step runs (``eager.py``), then what the model's code does for exporters; each with composite ops in
@@ -378,7 +378,7 @@ def op_graphs(model: nn.Module, call: Call) -> Iterator[OpGraph]:
 
 
 def _in_parts(whole: OpGraph, call: Call) -> OpGraph:
-    """The graph with composite ops in their parts; as it is where these cannot be traced."""
+    """Return the graph with composite ops in their parts; as it is where these cannot be traced."""
     try:
         with met("its composite ops cannot be taken apart"):
             return in_parts(whole, call)

@@ -47,7 +47,7 @@ class _Draws(TorchFunctionMode):
         return result
 
     def on_host(self, draw: Callable[..., Any]) -> Callable[..., Any]:
-        """A function of ``random`` or ``numpy.random``, likewise."""
+        """Return a function of ``random`` or ``numpy.random``, likewise."""
 
         def drawn(*args: Any, **kwargs: Any) -> Any:
             result = draw(*args, **kwargs)

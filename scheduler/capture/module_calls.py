@@ -135,7 +135,7 @@ class ModuleCall:
         self.new_input = False  # an input that no call before had: glue has made it
 
     def within(self) -> Iterator[ModuleCall]:
-        """All calls in it, in the order in which they began."""
+        """Return all calls in it, in the order in which they began."""
         for child in self.children:
             yield child
             yield from child.within()
@@ -148,7 +148,7 @@ class ModuleCall:
             entry = entry.parent
 
     def fed_by(self, other: ModuleCall) -> tuple[tuple[int, int], ...]:
-        """(argument leaf, output leaf) pairs of one tensor."""
+        """Return (argument leaf, output leaf) pairs of one tensor."""
         made = {token: leaf for leaf, token in reversed(other.outputs)}
         return tuple((leaf, made[token]) for leaf, token in self.inputs if token in made)
 
@@ -170,7 +170,7 @@ class ModuleCall:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor has been changed in place; of those made in inference mode nobody counts."""
+    """Return how often a tensor has been changed in place; of those made in inference mode nobody counts."""
     return -1 if tensor.is_inference() else tensor._version
 
 
@@ -185,7 +185,7 @@ class _Tokens:
         self.count = 0
 
     def of(self, tensor: Tensor) -> int:
-        """The tensor's number."""
+        """Return the tensor's number."""
         entry = self.known.get(id(tensor))
         version = _version(tensor)
         if entry is None or entry[0]() is not tensor or entry[1] != version:
@@ -196,7 +196,7 @@ class _Tokens:
 
 
 def recurrent(root: ModuleCall) -> frozenset[str]:
-    """The modules that are called several times, most of the calls fed by the one before."""
+    """Return the modules that are called several times, most of the calls fed by the one before."""
     calls: dict[str, list[ModuleCall]] = {}
     for entry in root.within():
         calls.setdefault(entry.name, []).append(entry)

@@ -116,7 +116,7 @@ class ModuleCapture(Capture):
         return len(self.stages)
 
     def modules(self, model: nn.Module) -> list[nn.Module]:
-        """The module of each block."""
+        """Return the module of each block."""
         found = {name: model.get_submodule(name) for name in {block.name for block in self.blocks}}
         return [found[block.name] for block in self.blocks]
 
@@ -176,7 +176,7 @@ def capture_blocks(
     target: Target | None = None,
     seen: Recurrence | None = None,
 ) -> tuple[ModuleCapture, str]:
-    """The blocks of a model that is not captured as a graph, and why these.
+    """Return the blocks of a model that is not captured as a graph, and why these.
 
     Args:
         how: what was asked for: a kind of capture, or the blocks.
@@ -331,7 +331,7 @@ def _either_way(
     whole: Collection[nn.Module],
     data: bool,
 ) -> tuple[ModuleCall, bool]:
-    """The calls of the candidates without grad, or in grad mode where that does not run."""
+    """Return the calls of the candidates without grad, or in grad mode where that does not run."""
     try:
         return profile(model, call, modules, device, data, whole=whole), False
     except torch.OutOfMemoryError:
@@ -354,7 +354,7 @@ def _hooks_make_weights(module: nn.Module) -> bool:
 
 
 def _in_words(names: Sequence[str]) -> str:
-    """Names in order, repetitions counted."""
+    """Return the names in order, repetitions counted."""
     runs = [(name, len(list(same))) for name, same in groupby(names)]
     shown = ", ".join(name if count == 1 else f"{name} ({count} times)" for name, count in runs[:20])
     return shown + (", ..." if len(runs) > 20 else "")
@@ -363,7 +363,7 @@ def _in_words(names: Sequence[str]) -> str:
 def _feeds(
     chosen: Sequence[ModuleCall], usable: Sequence[ModuleCall], again: Collection[str]
 ) -> list[tuple[tuple[int, int, int], ...]]:
-    """Which outputs of blocks before each block is fed; see ``Block.fed``."""
+    """Return which outputs of blocks before each block is fed; see ``Block.fed``."""
     number = {id(entry): index for index, entry in enumerate(usable)}
     made: dict[int, tuple[int, int]] = {}  # token -> (block, output leaf), since glue was last a stage
     feeds: list[tuple[tuple[int, int, int], ...]] = []
@@ -414,7 +414,7 @@ def recorded_modules(
     changed: Sequence[tuple[str, ...]],
     device: torch.device,
 ) -> ModuleCapture:
-    """The capture that a plan's record tells of, without running the model."""
+    """Return the capture that a plan's record tells of, without running the model."""
     # A plan of an earlier version has feeds by the block before alone.
     blocks, stages = _laid_out(
         names, [tuple((a, o, *(back or (1,))) for a, o, *back in fed) for fed in feeds]

@@ -102,7 +102,7 @@ class PlainSteps:
         return (None, how) if beyond is None else (beyond, "")
 
     def hint(self) -> str:
-        """What to say when no captured step is like the plain one; "" if there is nothing to say."""
+        """Return what to say when no captured step is like the plain one; "" if there is nothing to say."""
         if self.apart is None:
             return ""
         cublas = ", and CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment" * (self.device.type == "cuda")
@@ -137,7 +137,7 @@ def _apart(steps: Iterable[StepResult]) -> str | None:
 
 
 def _rounding(tensor: Tensor) -> float:
-    """What sums in another order may differ by, as a share of the largest value."""
+    """Return what sums in another order may differ by, as a share of the largest value."""
     real = as_real(tensor)
     return min(MOST * torch.finfo(real.dtype).eps, LARGEST) if real.is_floating_point() else 0.0
 

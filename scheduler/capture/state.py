@@ -106,7 +106,7 @@ class Draws:
         self.on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def state(self) -> RandomState | None:
-        """How the generators stood when this was made; None if they stand there still."""
+        """Return how the generators stood when this was made; None if they stand there still."""
         now = torch.default_generator.get_state()
         moved = now.numpy().tobytes() != self.cpu
         if self.on_device is not None and not moved:
@@ -184,7 +184,7 @@ AutocastState = tuple[tuple[str, bool, torch.dtype], ...]  # (device type, enabl
 
 
 def autocast_state(device: torch.device) -> AutocastState:
-    """(device type, enabled, dtype) for the CPU and the model's device."""
+    """Return (device type, enabled, dtype) for the CPU and the model's device."""
     return tuple(
         (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         for kind in dict.fromkeys(("cpu", device.type))
@@ -192,7 +192,7 @@ def autocast_state(device: torch.device) -> AutocastState:
 
 
 def autocast_contexts(state: AutocastState) -> list[torch.autocast]:
-    """What brings back the autocast state of the forward, where the backward's differs.
+    """Return what brings back the autocast state of the forward, where the backward's differs.
 
     The cache of casts is off: what it holds may come from a no-grad run.
     """
@@ -358,11 +358,11 @@ class _Surroundings:
         return [("", self.of()), *self.named.objects()]
 
     def state(self, model: nn.Module) -> list[list[StateTensor]]:
-        """The places of tensors in Python state."""
+        """Return the places of tensors in Python state."""
         return state_tensors(model, self.roots)
 
     def tensors(self, model: nn.Module) -> list[Tensor]:
-        """Tensors in Python state."""
+        """Return tensors in Python state."""
         return [places[0].get() for places in self.state(model)]
 
 

@@ -93,7 +93,7 @@ class StepFunction(nn.Module):
         return super().__call__(*args, **kwargs)
 
     def marked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with names in the places of modules.
+        """Return the arguments with names in the places of modules.
 
         Raises:
             ValueError: a module that the plan does not know.
@@ -112,7 +112,7 @@ class StepFunction(nn.Module):
         return self.given[module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the function returns."""
+        """Run the function."""
         if self.given:
             args, kwargs = pytree.tree_map_only(str, self._module, (args, kwargs))
         return self.function(*args, **kwargs)
@@ -148,7 +148,7 @@ class StepFunction(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """The function's name."""
+        """Return the function's name."""
         return name_of(self.function)
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
@@ -170,7 +170,7 @@ class StepFunction(nn.Module):
 def _step_function(
     function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> StepFunction:
-    """A step function as a model, of a class that has its name and its signature.
+    """Return a step function as a model, of a class that has its name and its signature.
 
     The modules that it uses are looked for in its closure, in the global variables that it names, in what a
     ``functools.partial`` binds or the object of a bound method holds, in lists, tuples, dicts and plain

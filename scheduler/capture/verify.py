@@ -90,7 +90,7 @@ def of_an_op(function: type) -> bool:
 
 
 def custom_functions(tensors: list[Tensor]) -> tuple[str, ...]:
-    """Names of the custom autograd.Functions that a backward from these tensors would run."""
+    """Return the names of the custom autograd.Functions that a backward from these tensors would run."""
     waiting: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
     seen = set(waiting)
     found: dict[str, None] = {}
@@ -134,7 +134,7 @@ def difference(plain: StepResult, other: StepResult) -> str | None:
 
 
 def equal_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal bit for bit, NaNs included."""
+    """Whether two tensors are equal bit for bit, NaNs included."""
     if a.shape != b.shape or a.dtype != b.dtype or a.layout is not b.layout:
         return False
     if a.layout is not torch.strided:

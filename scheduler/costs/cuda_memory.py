@@ -55,7 +55,7 @@ def workspace_bytes(device: Device) -> int:
 
 
 def stays(forward: int, backward: int, known: int | None, one: Callable[[], int]) -> int:
-    """Bytes of the workspaces of both threads.
+    """Return bytes of the workspaces of both threads.
 
     Args:
         forward, backward: bytes that a product has taken for good in this thread, then in autograd's.
@@ -70,7 +70,7 @@ def stays(forward: int, backward: int, known: int | None, one: Callable[[], int]
 
 
 def _taken(index: int) -> tuple[int, int]:
-    """Bytes that stay when this thread multiplies, and when autograd's does."""
+    """Return bytes that stay when this thread multiplies, and when autograd's does."""
     with torch.cuda.device(index), torch.enable_grad(), torch.autocast("cuda", enabled=False):
         factor = torch.ones(8, 8, device=f"cuda:{index}", requires_grad=True)
         bias, product = torch.ones(8, device=factor.device), torch.empty_like(factor)
@@ -138,14 +138,14 @@ def allocator_slack(model: nn.Module, call: Call, device: Device, optimizer_stat
 
 
 def _standing(model: nn.Module, call: Call) -> list[Tensor]:
-    """What is there before the step; of tensors that share a storage, one."""
+    """Return what is there before the step; of tensors that share a storage, one."""
     tensors: list[Any] = [*model.parameters(), *model.buffers(), *tree_leaves(call)]
     found = {storage_key(t): t for t in tensors if isinstance(t, Tensor)}
     return list(found.values())
 
 
 def _plain_events(model: nn.Module, call: Call) -> list[Event]:
-    """Storages that come and go in a plain step on tensors without data; its gradients stay."""
+    """Return storages that come and go in a plain step on tensors without data; its gradients stay."""
     args, kwargs = call
     with preserved(model), torch.enable_grad(), LiveBytes("cuda", record=True) as live:
         output = model(*args, **kwargs)

@@ -68,7 +68,7 @@ def measure_gather(modules: Sequence[Any], device: torch.device) -> Gather:
 
 
 def with_gather(cost: StageCost, gather: Gather) -> StageCost:
-    """The cost of a block whose every run gathers its parameters, and its backward too.
+    """Return the cost of a block whose every run gathers its parameters, and its backward too.
 
     Bytes that are gathered for its backward are in ``standing_bytes``. That the next gather runs beside the
     compute is not assumed.

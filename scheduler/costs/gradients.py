@@ -61,7 +61,7 @@ class GradFlows:
         self.carried = carried
 
     def _held(self, key: int, stage: int) -> dict[tuple[int, int], int]:
-        """Storages of the gradient of a value once ``stage`` and all after it are reversed."""
+        """Return storages of the gradient of a value once ``stage`` and all after it are reversed."""
         readers = [k for k in range(stage, len(self.left)) if key in self.left[k]]
         if len(readers) == 1:
             return self.left[readers[0]][key]
@@ -82,7 +82,7 @@ class GradFlows:
         return sum(amount for storage, amount in held.items() if storage not in elsewhere)
 
     def inputs(self) -> dict[int, list[int]]:
-        """Inputs of the model that get gradients -> the stages that these come from, ascending."""
+        """Return inputs of the model that get gradients -> the stages that these come from, ascending."""
         found: dict[int, list[int]] = {}
         for k, left in enumerate(self.left):
             for key in left:
@@ -91,7 +91,7 @@ class GradFlows:
         return found
 
     def carried_bytes(self, key: int, stage: int) -> int:
-        """Bytes of a carried value's gradient once ``stage`` and all after it are reversed."""
+        """Return bytes of a carried value's gradient once ``stage`` and all after it are reversed."""
         return sum(self._held(key, stage).values())
 
 
@@ -103,7 +103,7 @@ def parameter_grads(
     whole: Collection[nn.Parameter] = (),
     sparse: Mapping[nn.Parameter, int] = MappingProxyType({}),
 ) -> tuple[list[int], list[int]]:
-    """Bytes of the gradients of parameters.
+    """Return bytes of the gradients of parameters.
 
     A parameter that several stages read gets its gradient from the last of them, which is reversed first.
     Autograd sums the shares in a tensor of their own before it touches ``.grad``. Where a gradient exists

@@ -400,7 +400,7 @@ def _gradient_changes(
 
 
 def _readers(capture: GraphCapture, model: nn.Module) -> dict[nn.Parameter, list[int]]:
-    """The stages that read each parameter, ascending."""
+    """Return the stages that read each parameter, ascending."""
     readers: dict[nn.Parameter, list[int]] = {}
     for k, stage in enumerate(capture.stages):
         names = [source.key for source in stage.sources if source.kind == "parameter"]

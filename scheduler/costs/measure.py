@@ -161,7 +161,7 @@ def fresh_grads(parameters: Iterable[nn.Parameter], existing: Collection[nn.Para
 
 
 def as_leaf(_: int, tensor: Tensor) -> Tensor:
-    """The tensor as a leaf of its own that requires grad."""
+    """Return the tensor as a leaf of its own that requires grad."""
     return tensor.detach().requires_grad_()
 
 
@@ -214,7 +214,7 @@ class _Waiting(torch.autograd.Function):
 def seed_gradients(
     outputs: Mapping[int, Tensor], layouts: Mapping[int, tuple[int, ...]]
 ) -> tuple[Tensor | None, int]:
-    """Something to reverse that reaches all outputs, and the bytes of their gradients."""
+    """Return something to reverse that reaches all outputs, and the bytes of their gradients."""
     grad = {i: t for i, t in outputs.items() if t.requires_grad}
     if not grad:
         return None, 0
@@ -224,7 +224,7 @@ def seed_gradients(
 
 
 def _root(stage: StageRun, outputs: Sequence[Tensor]) -> tuple[Tensor | None, int]:
-    """What is reversed, and the bytes of the gradients that reach the outputs."""
+    """Return what is reversed, and the bytes of the gradients that reach the outputs."""
     root = stage.loss(outputs) if stage.loss is not None else None
     if root is not None:
         return root, 4
@@ -232,7 +232,7 @@ def _root(stage: StageRun, outputs: Sequence[Tensor]) -> tuple[Tensor | None, in
 
 
 def _unowned(tensor: Tensor) -> Tensor:
-    """What a pack hook may hold without making a node own its own output."""
+    """Return what a pack hook may hold without making a node own its own output."""
     return tensor if tensor.is_leaf else tensor.detach()
 
 
@@ -300,7 +300,7 @@ def rebuild_peak(
 
 
 def cached_casts(run: Callable[[], Any], device: Device) -> int:
-    """Bytes of cast weights that autocast's cache holds once something has run.
+    """Return bytes of cast weights that autocast's cache holds once something has run.
 
     Args:
         run: leaves among its inputs that require grad are weights to autocast, and count.

@@ -111,7 +111,7 @@ class BlockRun:
         return self.forward(*positional, **named)
 
     def trace(self) -> tuple[Hashable, Any]:
-        """What tells blocks that cost the same from others; and the output."""
+        """Return what tells blocks that cost the same from others; and the output."""
         torch.clear_autocast_cache()
         ops, produced = trace_of_ops(lambda: self(as_leaf), self.given)
         torch.clear_autocast_cache()

@@ -213,7 +213,7 @@ def _seconds(
 
 
 def _live(capture: ModuleCapture, traffic: Traffic, marks: Sequence[int]) -> list[int]:
-    """(L,) bytes live in the forward when the stage after each begins, or when the forward is over."""
+    """Return (L,) bytes live in the forward when the stage after each begins, or when the forward is over."""
     at = dict(zip(traffic.events, marks, strict=True))
     live = []
     for index, following in pairwise((*capture.stages, None)):
@@ -225,7 +225,7 @@ def _live(capture: ModuleCapture, traffic: Traffic, marks: Sequence[int]) -> lis
 
 
 def _readers(capture: ModuleCapture, model: nn.Module) -> dict[nn.Parameter, list[int]]:
-    """The stages that read each parameter, ascending.
+    """Return the stages that read each parameter, ascending.
 
     One outside the blocks belongs to the last glue if its name comes after the blocks' in the model, else to
     the first; a tied one has several names.
@@ -248,7 +248,7 @@ def _readers(capture: ModuleCapture, model: nn.Module) -> dict[nn.Parameter, lis
 
 
 def _whole(capture: ModuleCapture, model: nn.Module) -> dict[nn.Parameter, int]:
-    """Sharded parameters whose gradients wait whole for the end of a module around several stages.
+    """Return sharded parameters whose gradients wait whole for the end of a module around several stages.
 
     Returns:
         for each, the stage at whose end fully_shard copies its gradient and reduces that.

@@ -75,7 +75,7 @@ class Parts:
         return max(self.values.total(self.values.keeps[k]), *boundaries)
 
     def taken(self, piece: Piece) -> int:
-        """The most bytes that a piece takes above those live when it starts."""
+        """Return the most bytes that a piece takes above those live when it starts."""
         return piece.peak - piece.start
 
     def own_code(self, k: int) -> tuple[int, int]:
@@ -227,5 +227,5 @@ def _second_shares(readers: dict[nn.Parameter, list[int]], count: int, device: D
 
 
 def _sums_from(sizes: list[int]) -> list[int]:
-    """The sum of each and all after it."""
+    """Return the sum of each and all after it."""
     return [*accumulate(reversed(sizes))][::-1]

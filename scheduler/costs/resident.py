@@ -36,7 +36,7 @@ __all__ = [
 
 
 def storage_bytes(tensors: Iterable[Tensor], device: Device) -> int:
-    """Bytes that ``tensors`` take on the kind of ``device``: a storage that several share counts once.
+    """Return bytes that ``tensors`` take on the kind of ``device``: a storage that several share counts once.
 
     Of a storage that is larger than the tensors seen on it (a batch cut out of a data set) only their part
     counts.
@@ -90,7 +90,7 @@ def resident_parts(model: nn.Module, call: Any, device: Device) -> dict[str, int
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> int:
-    """Bytes of the optimizer's state: as it is, or as its first step will make it.
+    """Return bytes of the optimizer's state: as it is, or as its first step will make it.
 
     A state that is still empty is found by one step of a copy of the optimizer on fake tensors: exact, and
     without memory.
@@ -139,7 +139,7 @@ def optimizer_step_bytes(optimizer: torch.optim.Optimizer | None, device: Device
 
 
 def _foreach(group: dict[str, Any], device: Device) -> dict[str, bool]:
-    """What torch takes for a group's ``foreach`` where nobody has said it; nothing if somebody has.
+    """Return what torch takes for a group's ``foreach`` where nobody has said it; nothing if somebody has.
 
     On CUDA a step goes over all parameters at once then, and has a temporary of each. torch decides by the
     parameters' type, and fake ones are of none that it knows
@@ -162,7 +162,7 @@ def _foreach(group: dict[str, Any], device: Device) -> dict[str, bool]:
 def _stepped(
     optimizer: torch.optim.Optimizer, device: Device
 ) -> tuple[torch.optim.Optimizer, FakeTensorMode]:
-    """A copy of the optimizer on fake tensors, after its first step."""
+    """Return a copy of the optimizer on fake tensors, after its first step."""
     fake = FakeTensorMode()
     stand_in = copy.copy(optimizer)
     stand_in.state = defaultdict(dict)

@@ -69,20 +69,20 @@ class Rates:
         self.element, self.fresh, self.measure = dict(element or {}), fresh, measure
 
     def flops_on(self, dtype: torch.dtype) -> float:
-        """Floating-point operations per second on numbers of that dtype."""
+        """Return floating-point operations per second on numbers of that dtype."""
         if dtype not in self.by_dtype:
             self.by_dtype[dtype] = self.flops if self.measure is None else self.measure(dtype)
         return self.by_dtype[dtype]
 
     @classmethod
     def of(cls, spec: DeviceSpec) -> Rates:
-        """Those of a description."""
+        """Return the rates of a description."""
         by_dtype = {getattr(torch, name): rate for name, rate in spec.flops.items()}
         return cls(spec.rate("float32"), spec.bandwidth, spec.launch, by_dtype)
 
 
 def device_rates(device: Device) -> Rates:
-    """The device's rates: by its description, or measured."""
+    """Return the device's rates: by its description, or measured."""
     if isinstance(device, Target):
         return Rates.of(device.spec)
     return _measured_rates(device, torch.get_num_threads())
@@ -90,7 +90,7 @@ def device_rates(device: Device) -> Rates:
 
 @functools.cache
 def _measured_rates(device: torch.device, _threads: int) -> Rates:
-    """The best of a few runs, with the threads that torch has now."""
+    """Return the best of a few runs, with the threads that torch has now."""
     size = 1024 if device.type == "cpu" else 4096
 
     def product(dtype: torch.dtype, size: int = 256 if device.type == "cpu" else size) -> float:
@@ -172,7 +172,7 @@ def _elements(op: Any, args: Any, tensors: Sequence[Tensor]) -> int:
 
 
 def _mapped(args: Any, result: Any) -> int:
-    """Bytes of the op's new storages that the system maps anew."""
+    """Return bytes of the op's new storages that the system maps anew."""
     old, new = (
         {
             t.untyped_storage()._cdata: t.untyped_storage().nbytes()
@@ -254,7 +254,7 @@ _FLOPS = {
 def roofline_graph(
     capture: GraphCapture, costs: list[StageCost], loss_is_output: bool = True
 ) -> list[StageCost]:
-    """``costs`` with estimated seconds in place of measured ones; nothing is run on data."""
+    """Return ``costs`` with estimated seconds in place of measured ones; nothing is run on data."""
     rates = device_rates(capture.place)
     known: dict[tuple[str, frozenset[int], bool], tuple[float, float]] = {}
     nodes = {node.name: node for node in capture.graph.module.graph.nodes}
@@ -271,7 +271,7 @@ def roofline_graph(
 
 
 def estimate_run(stage: StageRun, device: Device) -> tuple[float, float]:
-    """Seconds of the forward and the backward of a stage, by the ops of one run of each."""
+    """Return seconds of the forward and the backward of a stage, by the ops of one run of each."""
     rates = device_rates(device)
     with torch.enable_grad():
         with Tally(rates) as forward:
@@ -288,7 +288,7 @@ def estimate_run(stage: StageRun, device: Device) -> tuple[float, float]:
 def _estimate(
     capture: GraphCapture, k: int, unread: frozenset[int] | None, nodes: dict[str, fx.Node], rates: Rates
 ) -> tuple[float, float]:
-    """Seconds of the forward and the backward of a stage, run on fake tensors.
+    """Return seconds of the forward and the backward of a stage, run on fake tensors.
 
     Args:
         unread: the results that get no gradient; None: the loss alone gets one, if the stage makes it.

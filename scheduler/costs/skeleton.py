@@ -60,7 +60,7 @@ class Box:
 
 
 def stand_in(produced: Any, given: Iterable[Tensor]) -> Callable[[], Any] | None:
-    """Makes copies of an output, value by value; None where that would not be like running the block again.
+    """Return what copies an output, value by value; None where that is unlike running the block again.
 
     It is not if the output has more in it than tensors, or if these share storages, or have more in them.
 
@@ -173,7 +173,7 @@ class _Node:
 
 
 def _closed(node: _Node, args: Any, kwargs: Any, produced: Any) -> Any:
-    """The outputs of a block as those of one node that depends on its arguments."""
+    """Return the outputs of a block as those of one node that depends on its arguments."""
     given = [(i, t) for i, t in tensor_leaves((args, kwargs)) if t.requires_grad]
     node.positions = [i for i, _ in given]
     edge = _Edge.apply(node, torch.empty(0, device=node.device, requires_grad=True), *(t for _, t in given))

@@ -180,5 +180,5 @@ class Traffic(Visitor):
         return tensor if tensor.is_leaf else tensor.detach()
 
     def private(self) -> set[int]:
-        """The storages that the user's code saves and no block sees."""
+        """Return the storages that the user's code saves and no block sees."""
         return self.size.keys() - self._seen

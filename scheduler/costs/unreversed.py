@@ -17,7 +17,7 @@ __all__ = ["held_by_user", "held_results", "unread_results", "unreversed", "unre
 
 
 def unreversed(capture: GraphCapture) -> set[fx.Node]:
-    """The nodes that lead to outputs that require grad, and not to the loss.
+    """Return the nodes that lead to outputs that require grad, and not to the loss.
 
     Autograd releases what an op saved when that op is reversed, and else with the last tensor that depends
     on it.
@@ -75,12 +75,12 @@ def unreversed_bytes(
 
 
 def held_by_user(graph: OpGraph) -> set[int]:
-    """The storages of the outputs."""
+    """Return the storages of the outputs."""
     return {key for leaf in graph.outputs if leaf in graph.group_of for key in graph.group_of[leaf]}
 
 
 def _leading_to(graph: OpGraph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes that gradients of these reach, through changes in place, too."""
+    """Return the nodes that gradients of these reach, through changes in place, too."""
     places = {op.node: i for i, op in enumerate(graph.ops)}
 
     def changes(node: fx.Node, until: int) -> list[fx.Node]:
@@ -104,7 +104,7 @@ def _leading_to(graph: OpGraph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def _loss(capture: GraphCapture) -> fx.Node | None:
-    """The output that is the model's own loss, if it has one."""
+    """Return the output that is the model's own loss, if it has one."""
     graph = capture.graph
     leaves = {}
     for leaf in graph.outputs:
