@@ -14,6 +14,7 @@ layer of cells while the others run).
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -40,13 +41,11 @@ from scheduler.capture.sample import Call
 from scheduler.capture.sharded import sharded_within
 from scheduler.capture.state import model_device, uncompiled
 from scheduler.capture.target import Target
-from scheduler.capture.unwind import met
 from scheduler.errors import CaptureError
 
 __all__ = [
     "Block",
     "ModuleCapture",
-    "capture_blocks",
     "capture_modules",
     "recorded_modules",
 ]
@@ -168,37 +167,6 @@ def _given(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, nn.Module
     return found
 
 
-def capture_blocks(
-    model: nn.Module,
-    call: Call,
-    how: str | tuple[nn.Module, ...],
-    refused: str,
-    target: Target | None = None,
-    seen: Recurrence | None = None,
-) -> tuple[ModuleCapture, str]:
-    """Return the blocks of a model that is not captured as a graph, and why these.
-
-    Args:
-        how: what was asked for: a kind of capture, or the blocks.
-        refused: why there is no graph, "" if none was asked for.
-        seen: what a forward called again and again, if that is known.
-
-    Raises:
-        CaptureError: the model cannot be captured; says why.
-    """
-    given = None if isinstance(how, str) else how
-    try:
-        with met("a trial forward raises"):
-            blocks = capture_modules(model, call, given, target, seen)
-    except CaptureError as error:
-        why = f" (graph capture: {refused})" if refused else ""
-        raise CaptureError(
-            f"solve: {type(model).__name__} cannot be captured: {error}{why}; pass capture=[blocks], the modules that "
-            "run one after the other"
-        ) from error
-    return blocks, blocks.reason if given is None else "the blocks given"
-
-
 def capture_modules(
     model: nn.Module,
     call: Call,
@@ -219,11 +187,11 @@ def capture_modules(
     modules = _candidates(model, call, seen) if blocks is None else _given(model, blocks)
     device = model_device(model)
     whole = {module for module in modules.values() if _hooks_make_weights(module)}
+    data = target is None and detect_fake_mode() is None
     with noted_gradients() as gradients:
         try:
-            root, grad, fixed = _profiled(
-                model, call, modules, device, whole, data=target is None and detect_fake_mode() is None
-            )
+            run = functools.partial(profile, model, call, modules, device, data, whole=whole)
+            root, grad, fixed = _profiled(model, modules, run)
         except CaptureError as error:
             if not gradients:
                 raise
@@ -257,7 +225,7 @@ def capture_modules(
     transformed = sorted({entry.name for entry in root.within() if entry.transformed})
     unusable.update(transformed)
     usable = [entry for entry in chosen if entry.name not in unusable]
-    if target is None and detect_fake_mode() is None:
+    if data:
         with fixed_draws(fixed):
             usable = repeatable(model, call, usable, device, grad=grad, whole=whole)
     asked = [entry.name for entry in chosen if entry.reversed_outside]
@@ -298,12 +266,7 @@ def capture_modules(
 
 
 def _profiled(
-    model: nn.Module,
-    call: Call,
-    modules: dict[str, nn.Module],
-    device: torch.device,
-    whole: Collection[nn.Module],
-    data: bool,
+    model: nn.Module, modules: dict[str, nn.Module], run: Callable[..., ModuleCall]
 ) -> tuple[ModuleCall, bool, float | None]:
     """Return the candidates' calls, whether they need grad mode, and the value of draws for which all run.
 
@@ -311,11 +274,11 @@ def _profiled(
         CaptureError: the model does not run; says why.
     """
     with uncompiled(), fixed_draws(None, counting=True) as draws, Effort() as effort:
-        root, grad = _either_way(model, call, modules, device, whole, data)
+        root, grad = _either_way(run)
     best, fixed = (len([*root.within()]), effort.ops), None
     for value in VALUES if draws.count and not sharded_within(model) else ():
         with uncompiled(), fixed_draws(value), Effort() as effort:
-            other, _ = _either_way(model, call, modules, device, whole, data)
+            other, _ = _either_way(run)
         done = len([*other.within()]), effort.ops
         if done > best or (done == best and fixed is None):
             root, best, fixed = other, done, value
@@ -323,23 +286,16 @@ def _profiled(
     return root, grad, fixed
 
 
-def _either_way(
-    model: nn.Module,
-    call: Call,
-    modules: dict[str, nn.Module],
-    device: torch.device,
-    whole: Collection[nn.Module],
-    data: bool,
-) -> tuple[ModuleCall, bool]:
+def _either_way(run: Callable[..., ModuleCall]) -> tuple[ModuleCall, bool]:
     """Return the calls of the candidates without grad, or in grad mode where that does not run."""
     try:
-        return profile(model, call, modules, device, data, whole=whole), False
+        return run(), False
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # forces by autograd.grad, a hook on a tensor
         pass
     try:
-        return profile(model, call, modules, device, data, grad=True, whole=whole), True
+        return run(grad=True), True
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

@@ -6,13 +6,14 @@ from contextlib import nullcontext
 
 from torch import nn
 
-from scheduler.capture.module_capture import ModuleCapture, capture_blocks
+from scheduler.capture.module_capture import ModuleCapture, capture_modules
 from scheduler.capture.protocol import Asked, Producer
 from scheduler.capture.state import preserved
 from scheduler.capture.trial_step import UNTRIED, TrialStep
 from scheduler.capture.unwind import met
 from scheduler.chain import Chain
 from scheduler.costs.module_chain import module_chain
+from scheduler.errors import CaptureError
 from scheduler.plan import CaptureRecord
 
 __all__ = ["BlockProducer"]
@@ -24,8 +25,20 @@ class BlockProducer(Producer):
     def capture(self, step: TrialStep, asked: Asked, refused: str) -> tuple[ModuleCapture, str]:
         """See ``Producer.capture``."""
         step.progress("capturing the blocks")
-        with preserved(step.model) if step.target is None else nullcontext():
-            captured, reason = capture_blocks(step.model, step.call, asked, refused, step.target, step.seen)
+        given = None if isinstance(asked, str) else asked
+        try:
+            with (
+                preserved(step.model) if step.target is None else nullcontext(),
+                met("a trial forward raises"),
+            ):
+                captured = capture_modules(step.model, step.call, given, step.target, step.seen)
+        except CaptureError as error:
+            why = f" (graph capture: {refused})" if refused else ""
+            raise CaptureError(
+                f"solve: {type(step.model).__name__} cannot be captured: {error}{why}; pass capture=[blocks], the modules that "
+                "run one after the other"
+            ) from error
+        reason = captured.reason if given is None else "the blocks given"
         if step.target is not None:
             reason += f"; {UNTRIED}"
         return captured, reason + (f"; not as a graph, since {refused}" if refused else "")
