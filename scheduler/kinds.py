@@ -6,7 +6,7 @@ No torch here: a plan is read and judged without it. What needs it is loaded whe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from scheduler.plan_file import check_blocks, check_graph
@@ -43,10 +43,8 @@ class Kind:
     options: bool = False
     copies: bool = False
     stages: str = ""
-    lengths: Callable[[int, CaptureRecord], Mapping[str, tuple[int, ...]]] = field(
-        default=lambda stages, record: {}
-    )
-    check: Callable[[Chain, CaptureRecord], None] = field(default=lambda chain, record: None)
+    lengths: Callable[[int, CaptureRecord], Mapping[str, tuple[int, ...]]] = lambda stages, record: {}
+    check: Callable[[Chain, CaptureRecord], None] = lambda chain, record: None
 
 
 def _graph_producer() -> Producer:
