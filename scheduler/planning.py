@@ -378,29 +378,7 @@ def checked(
             f"solve: costs='measure' needs the device, and device={device.spec.name!r} describes one that need not be "
             "there; leave costs out, or pass costs='roofline'"
         )
-    args, kwargs = read_sample(sample)
-    if isinstance(model, StepFunction):
-        args, kwargs = model.marked(args, kwargs)
-    if target is None:
-        _refuse_without_data("the model", model.parameters())
-    try:
-        call = canonical_call(forward_signature(model), args, kwargs)
-    except TypeError as error:
-        raise ValueError(f"solve: the sample does not fit {type(model).__name__}.forward: {error}") from error
-    for leaf in tree_leaves(call):
-        if target is None and isinstance(leaf, torch.Tensor) and leaf.device.type != own.type:
-            raise ValueError(
-                f"solve: a tensor of the sample lies on {leaf.device}, the model on {own}; move the sample there"
-            )
-    reject_unusual(call)
-    if target is None:
-        _refuse_without_data("the sample", tree_leaves(call))
-    elif hindrance := nothing_to_train(model, call):
-        raise ValueError(hindrance)
-    cacheless = "use_cache" in call[1] and "use_cache" not in kwargs
-    if model._forward_pre_hooks or type(model).__call__ is not torch.nn.Module.__call__:
-        # What stands before the forward goes by how the call is written.
-        call = args, {**kwargs, "use_cache": False} if cacheless else kwargs
+    call, cacheless = _checked_call(model, sample, device)
     return Request(
         model,
         budget,
@@ -414,6 +392,39 @@ def checked(
         optimizer_step_bytes(optimizer, device),
         progress or (lambda line: None),
     )
+
+
+def _checked_call(model: nn.Module, sample: Any, device: Device) -> tuple[Call, bool]:
+    """Return the call that ``sample`` is, and whether ``use_cache=False`` was added to it.
+
+    Raises:
+        ValueError: the sample does not fit the model, lies elsewhere, or has no data.
+    """
+    described = isinstance(device, Target)
+    args, kwargs = read_sample(sample)
+    if isinstance(model, StepFunction):
+        args, kwargs = model.marked(args, kwargs)
+    if not described:
+        _refuse_without_data("the model", model.parameters())
+    try:
+        call = canonical_call(forward_signature(model), args, kwargs)
+    except TypeError as error:
+        raise ValueError(f"solve: the sample does not fit {type(model).__name__}.forward: {error}") from error
+    for leaf in tree_leaves(call):
+        if not described and isinstance(leaf, torch.Tensor) and leaf.device.type != device.type:
+            raise ValueError(
+                f"solve: a tensor of the sample lies on {leaf.device}, the model on {device}; move the sample there"
+            )
+    reject_unusual(call)
+    if not described:
+        _refuse_without_data("the sample", tree_leaves(call))
+    elif hindrance := nothing_to_train(model, call):
+        raise ValueError(hindrance)
+    cacheless = "use_cache" in call[1] and "use_cache" not in kwargs
+    if model._forward_pre_hooks or type(model).__call__ is not torch.nn.Module.__call__:
+        # What stands before the forward goes by how the call is written.
+        call = args, {**kwargs, "use_cache": False} if cacheless else kwargs
+    return call, cacheless
 
 
 def _refuse_without_data(what: str, tensors: Iterable[Any]) -> None:
