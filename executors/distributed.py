@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scheduler.capture.graph_capture import op_graphs
+from executors.recapture import ENGINES
 from scheduler.capture.sample import (
     canonical_call,
     forward_signature,
@@ -17,8 +17,7 @@ from scheduler.capture.sample import (
     read_sample,
     unplanned,
 )
-from scheduler.capture.state import preserved
-from scheduler.errors import CaptureError, PlanMismatch
+from scheduler.errors import PlanMismatch
 from scheduler.plan import Plan
 
 __all__ = ["broadcast_plan"]
@@ -108,17 +107,11 @@ def _verdict(plan: Plan, model: nn.Module | None, sample: Any) -> int:
     plain = unplanned(model)
     if model_fingerprint(plain) != plan.capture.model:
         return MODEL
-    if sample is None or plan.capture.kind != "graph":
+    if sample is None:
         return 0
     args, kwargs = read_sample(sample)
     call = canonical_call(forward_signature(plain), args, kwargs)
-    with preserved(plain):
-        try:
-            graphs = op_graphs(plain, call)
-            alike = any(graph.fingerprint() == plan.capture.graph for graph in graphs)
-        except CaptureError:
-            alike = False
-    return 0 if alike else GRAPH
+    return 0 if ENGINES[plan.capture.kind].alike(plan.capture, plain, call) else GRAPH
 
 
 def _agree(

@@ -1,4 +1,4 @@
-"""Whether a planned model is still the one that its plan was made for: submodules, modes, hooks, parameters."""
+"""Whether a planned model is still the one of its plan: submodules, modes, hooks, parameters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def reject_transforms(model: nn.Module) -> None:
 
 
 def reject_recording(model: nn.Module) -> None:
-    """Refuse a planned forward while a CUDA graph records it: that would hold neither replays nor their random numbers.
+    """Refuse a planned forward while a CUDA graph records: it would hold neither replays nor random numbers.
 
     Raises:
         PlanMismatch: says what to do.
@@ -47,7 +47,7 @@ def reject_recording(model: nn.Module) -> None:
 
 
 def benchmarks_convolutions(model: nn.Module, device: torch.device) -> bool:
-    """Whether cuDNN tries algorithms for the model's convolutions: anew in autograd's thread, where replays run."""
+    """Whether cuDNN tries algorithms for the model's convolutions, again in autograd's thread for replays."""
     cudnn = torch.backends.cudnn
     on = device.type == "cuda" and cudnn.enabled and cudnn.benchmark and not cudnn.deterministic
     return on and any(isinstance(module, Convolution) for module in model.modules())
@@ -85,7 +85,8 @@ class Guard:
             fires_hooks: whether a step of the plan fires the hooks of submodules.
 
         Raises:
-            PlanMismatch: a submodule was put in the place of another, added or removed, or has a hook that would not fire.
+            PlanMismatch: a submodule was put in the place of another, added or removed, or has a hook that
+                would not fire.
         """
         if self.children != self.before:
             for name, children, before in zip(self.parents, self.children, self.before, strict=True):
@@ -116,7 +117,7 @@ class Guard:
         return [attributes["training"] for attributes in self.attributes] == self.modes
 
     def mode_difference(self) -> str | None:
-        """The first module that is in another mode, in words."""
+        """Return the first module that is in another mode, in words."""
         for name, attributes, mode in zip(self.names, self.attributes, self.modes, strict=True):
             if attributes["training"] is not mode:
                 return f"submodule {name!r} is in {'eval' if mode else 'train'} mode"
@@ -159,8 +160,9 @@ class Trainable:
 
     def _are_known(self) -> bool:
         """Whether every parameter is the same object as before."""
-        # Dicts are compared at the speed of C, by identity first. Where two tensors differ, the comparison goes on to
-        # their values, which are many, so that it raises; those of one element are looked at apart.
+        # Dicts are compared at the speed of C, by identity first. Where two tensors differ, the comparison
+        # goes on to their values, which are many, so that it raises; those of one element are looked at
+        # apart.
         try:
             same = self._now == self._then
         except Exception:  # noqa: BLE001 # whatever a comparison of two tensors raises
@@ -169,7 +171,7 @@ class Trainable:
         return same and all(map(is_, map(getitem, holders, keys), known))
 
     def flags(self, model: nn.Module) -> tuple[bool, ...]:
-        """Which parameters require grad now.
+        """Return which parameters require grad now.
 
         Raises:
             PlanMismatch: one was removed, or another of another kind took its place.
@@ -210,13 +212,13 @@ class Trainable:
         return tuple(map(_requires_grad, self.known))
 
     def frozen(self, flags: Sequence[bool]) -> tuple[str, ...]:
-        """The names of those that do not require grad; of tied ones, the first, as ``named_parameters`` has it."""
+        """Return the names of those that do not require grad; of tied ones, the first."""
         each = enumerate(zip(self.names, flags, self.tied, strict=True))
         return tuple(name for place, (name, flag, first) in each if not flag and first == place)
 
 
 def _tied(parameters: Sequence[Any]) -> list[int]:
-    """For each parameter, the first place of the same one."""
+    """Return for each parameter, the first place of the same one."""
     first: dict[int, int] = {}
     return [first.setdefault(id(parameter), place) for place, parameter in enumerate(parameters)]
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from executors.guard import benchmarks_convolutions
+from executors.plain import plain_copy, plain_forward, plans_within, sharing, wrappers
 from executors.plans import Plans, Settings
-from executors.runner import plain_copy, plain_forward, plans_within, sharing, wrappers
 from scheduler.capture.eager import wrapped_forward
 from scheduler.capture.nested_plans import within_a_plan
 from scheduler.capture.private import never_compiled
@@ -40,37 +40,40 @@ def execute(
     check: str = "metadata",
     debug: bool = False,
 ) -> nn.Module:
-    """A model that trains by ``plan``: same class by isinstance, same parameters, same ``state_dict``.
+    """Return a model that trains by ``plan``: same class by isinstance, same parameters, same ``state_dict``.
 
     A forward in train mode with grad enabled follows the plan. In eval mode, or under ``torch.no_grad``, the
     model's own forward runs. The given model is not changed and goes on running plainly; the two share
     parameters, buffers and submodules.
 
     Args:
-        plan: from ``scheduler.solve`` or ``Plan.load``. Several, for calls of several shapes: a list, the one whose budget,
-            solver and optimizer further plans are made with first.
-        model: the model that the plan was made for, or one like it; or a list of callables (``CallableChain``); or the
-            step function, whose place the planned model takes: call it, and ``backward`` on what it returns.
-        watch: whether the peak of the first step is measured, and judged when the next begins. If it is above the
-            predicted one, a PeakWarning says by how much; if it is over the budget, later steps follow a schedule that is
-            tighter by the difference. Default: on CUDA, where it costs nothing (the allocator's peak statistics are
-            reset once). On the CPU it takes the autograd profiler from that step's forward to the next one's. Not of a model
-            sharded by fully_shard, whose ranks must not leave their common schedule one by one.
-        on_new_shape: what happens when a training call has other shapes, dtypes, plain values or arguments than any plan's.
-            "plan": the forward makes a plan first, which takes as long as ``solve`` and leaves gradients, buffers and
-            random numbers as they are; a line to the logger ``rematplan`` says so. Gradients that exist then count as
-            existing. "plain": such calls run without a plan, and may take more than the budget; the logger says so once.
-            "error": a PlanMismatch.
-        max_plans: how many plans there are at most, the first one included, which stays; the least recently used of the
-            others goes, and a NewShapeWarning says so the first time.
-        on_oom: what happens when a forward runs out of memory (torch.OutOfMemoryError). "replan": buffers and generators are
-            put back, a plan that takes less takes over (a PeakWarning says which), and the forward runs once more. After a
-            replay that ran out of memory in a backward, the next forward follows such a plan; ``run_step`` runs the
-            whole step again. "raise": the error is all. Default: "replan" on CUDA, "raise" elsewhere, where nothing raises it, and
-            for a model sharded by fully_shard.
-        check: what every replayed tensor is compared by with that of the first run: "metadata" (shape, dtype, strides,
-            device), "values" (a checksum too, which names the op that does not do the same twice; it waits for the device at
-            each tensor) or "none".
+        plan: from ``scheduler.solve`` or ``Plan.load``. Several, for calls of several shapes: a list, the one
+            whose budget, solver and optimizer further plans are made with first.
+        model: the model that the plan was made for, or one like it; or a list of callables
+            (``CallableChain``); or the step function, whose place the planned model takes: call it, and
+            ``backward`` on what it returns.
+        watch: whether the peak of the first step is measured, and judged when the next begins. If it is above
+            the predicted one, a PeakWarning says by how much; if it is over the budget, later steps follow a
+            schedule that is tighter by the difference. Default: on CUDA, where it costs nothing (the
+            allocator's peak statistics are reset once). On the CPU it takes the autograd profiler from that
+            step's forward to the next one's. Not of a model sharded by fully_shard, whose ranks must not
+            leave their common schedule one by one.
+        on_new_shape: what happens when a training call has other shapes, dtypes, plain values or arguments
+            than any plan's. "plan": the forward makes a plan first, which takes as long as ``solve`` and
+            leaves gradients, buffers and random numbers as they are; a line to the logger ``rematplan`` says
+            so. Gradients that exist then count as existing. "plain": such calls run without a plan, and may
+            take more than the budget; the logger says so once. "error": a PlanMismatch.
+        max_plans: how many plans there are at most, the first one included, which stays; the least recently
+            used of the others goes, and a NewShapeWarning says so the first time.
+        on_oom: what happens when a forward runs out of memory (torch.OutOfMemoryError). "replan": buffers and
+            generators are put back, a plan that takes less takes over (a PeakWarning says which), and the
+            forward runs once more. After a replay that ran out of memory in a backward, the next forward
+            follows such a plan; ``run_step`` runs the whole step again. "raise": the error is all. Default:
+            "replan" on CUDA, "raise" elsewhere, where nothing raises it, and for a model sharded by
+            fully_shard.
+        check: what every replayed tensor is compared by with that of the first run: "metadata" (shape, dtype,
+            strides, device), "values" (a checksum too, which names the op that does not do the same twice; it
+            waits for the device at each tensor) or "none".
         debug: whether ``trace_of`` tells what the latest step ran, replayed and freed.
 
     Returns:
@@ -78,11 +81,12 @@ def execute(
 
     Raises:
         TypeError: not a Plan, or not a module.
-        ValueError: an option that is unknown, or not for sharded models; a model whose ``forward`` was replaced on the object,
-            or a wrapper that goes around a planned model.
+        ValueError: an option that is unknown, or not for sharded models; a model whose ``forward`` was
+            replaced on the object, or a wrapper that goes around a planned model.
         PlanMismatch: the plan was made for another model. Raised by the planned model's forward if the
             inputs (with ``on_new_shape="error"``), or the modes of its submodules, are not those of the plan.
-        InfeasibleBudget, CaptureError: raised by the planned model's forward if a new shape cannot be planned for.
+        InfeasibleBudget, CaptureError: raised by the planned model's forward if a new shape cannot be planned
+            for.
     """
     plans = [plan] if isinstance(plan, Plan) else plan
     if not isinstance(plans, (list, tuple)) or not plans or not all(isinstance(each, Plan) for each in plans):
@@ -146,7 +150,7 @@ def _executed(plans: Sequence[Plan], model: nn.Module, settings: Settings) -> nn
 
 
 def _planned_for(plans: Sequence[Plan], model: Any) -> Any:
-    """The model behind what was given: of a step function the one that was planned, if it was in this process."""
+    """Return the model behind what was given: for a step function, the one planned in this process."""
     for plan in plans:
         live = plan.live[0] if plan.live is not None else None
         if isinstance(live, StepFunction) and not isinstance(model, nn.Module) and live.function == model:
@@ -155,13 +159,13 @@ def _planned_for(plans: Sequence[Plan], model: Any) -> Any:
 
 
 def plan_of(model: nn.Module) -> Plan | None:
-    """The (first) plan that a model trains by, or None."""
+    """Return the (first) plan that a model trains by, or None."""
     found = plans_of(model)
     return found[0] if found else None
 
 
 def plans_of(model: nn.Module) -> tuple[Plan, ...]:
-    """All plans that a model trains by at present: the first one, then those of other shapes, the latest used last."""
+    """Return all plans that a model trains by: the first one, then those of other shapes, last used last."""
     plans = plans_within(model)
     if plans is None:
         return ()
@@ -175,10 +179,11 @@ def plans_of(model: nn.Module) -> tuple[Plan, ...]:
 
 
 def trace_of(model: nn.Module) -> str:
-    """What the latest planned step of a model ran, ran again and freed, in order, one event a line.
+    """Return what the latest planned step of a model ran, ran again and freed, in order, one event a line.
 
     Raises:
-        ValueError: the model does not train by a plan, was not executed with ``debug=True``, or has run no step.
+        ValueError: the model does not train by a plan, was not executed with ``debug=True``, or has run no
+            step.
     """
     plans = plans_within(model)
     if plans is None or not plans.settings.debug:
@@ -191,7 +196,7 @@ def trace_of(model: nn.Module) -> str:
 
 
 def _eagerly(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The training forward of a planned model that was compiled: by its plan, and not compiled."""
+    """Run the training forward of a planned model that was compiled: by its plan, and not compiled."""
     warnings.warn(
         f"planned {type(model).__name__}: torch.compile of a planned model is left out, for it would lose the schedule; compile "
         "its blocks instead (block.compile()), before solve(..., capture=[blocks])",
@@ -206,7 +211,7 @@ never_compiled(_eagerly, _WHOLE)
 
 @functools.cache
 def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of ``cls``, of the same name, whose training forward follows the model's plan."""
+    """Return a subclass of ``cls``, of the same name, whose training forward follows the model's plan."""
 
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -260,7 +265,7 @@ never_compiled(_bound, _WHOLE)
 
 
 class _Own:
-    """An attribute of planned models alone: all others they share with the plain model, which must go on running plainly.
+    """An attribute of planned models alone; all others are shared with the plain model, which runs plainly.
 
     Args:
         default: of the class; a function is bound to the object.

@@ -1,4 +1,4 @@
-"""The plans of one model, by the shapes of its calls: made on demand, watched, and tightened where memory runs out."""
+"""The plans of one model, by the shapes of its calls: made on demand, watched, tightened out of memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from executors.check import CHECKS
 from executors.guard import Trainable, benchmarks_convolutions, reject_recording, reject_transforms
 from executors.in_flight import InFlight
 from executors.oom import Changes, lowered, release
-from executors.runner import Runner, cut_off, forward_of, plain_copy, plain_forward
+from executors.plain import plain_copy, plain_forward
+from executors.runner import Runner, cut_off
 from executors.trace import Trace
 from executors.watch import Watch, tightened
 from scheduler.budget import format_bytes
@@ -50,6 +51,7 @@ from scheduler.errors import (
     PlanMismatch,
     SampleError,
 )
+from scheduler.kinds import BLOCKS
 from scheduler.plan import Plan
 from scheduler.planning import solve_again
 
@@ -92,7 +94,8 @@ class Plans:
 
     Attributes:
         first: of the first plan, which stays.
-        others: of plans for other calls, other Python state or another environment, the least recently used first.
+        others: of plans for other calls, other Python state or another environment, the least recently used
+            first.
         last: of the latest forward; None if it was plain.
         trace: of the latest forward and its backward, if that is asked for.
         changes: what a forward changes, if one that runs out of memory is to be run again.
@@ -103,7 +106,8 @@ class Plans:
     ) -> None:
         self.settings = settings
         self.device = model_device(model)
-        # Ranks of a sharded model follow one schedule: none may take another one, or run a forward again, by itself.
+        # Ranks of a sharded model follow one schedule: none may take another one, or run a forward again, by
+        # itself.
         self.alone = not sharded_within(model)
         for name, asked in (("watch", settings.watch), ("on_oom", settings.on_oom == "replan")):
             if asked and not self.alone:
@@ -134,7 +138,7 @@ class Plans:
         return Runner(plan, model, source, watching, self.settings.check, **how)
 
     def forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One training forward, by the plan for its shapes."""
+        """Run one training forward, by the plan for its shapes."""
         reject_transforms(model)
         if self.device.type == "cuda":
             reject_recording(model)
@@ -165,7 +169,7 @@ class Plans:
     # ---- which plan --------------------------------------------------------------------------------------
 
     def _find(self, model: nn.Module, call: Call, flat: list[Any], spec: Any) -> Runner | None:
-        """What runs calls like this one, as things are; None if they run plainly."""
+        """Return what runs calls like this one, as things are; None if they run plainly."""
         kinds = [kind_of(leaf) for leaf in flat]
         repeated = repeated_floats(flat)
         now = environment(self.device.type)
@@ -179,7 +183,7 @@ class Plans:
         alike = [r for r in (*reversed(self.others), self.first) if r.takes(signature)]
         usable = [r for r in alike if r.frozen == frozen and r.runs_in(now, self.device.type)]
         found = next((r for r in usable if r.reads_alike(signature) and r.holds(repeated)), None)
-        blocks = [r for r in usable if r.plan.capture.kind == "modules" and r.holds(repeated)]
+        blocks = [r for r in usable if r.kind.runs_code and r.holds(repeated)]
         if found is None and len(blocks) >= MANY_CHANGES:  # their code reads plain values itself
             found = blocks[0]
         if found is not None:
@@ -200,10 +204,11 @@ class Plans:
         usable: list[Runner],
         frozen: tuple[str, ...],
     ) -> Runner | None:
-        """What runs calls of a kind, or with other state around them, not seen before; None if they run plainly.
+        """Return what runs calls, or state around them, not seen yet; None if they run plainly.
 
         Args:
-            alike: what runs such calls, in another environment, with other parameters frozen, or with other Python state.
+            alike: what runs such calls, in another environment, with other parameters frozen, or with other
+                Python state.
             usable: those of them that differ in Python state alone.
             frozen: names of the parameters that do not require grad.
         """
@@ -258,7 +263,7 @@ class Plans:
     def _difference(
         self, signature: CallSignature, alike: list[Runner], usable: list[Runner], frozen: tuple[str, ...]
     ) -> str:
-        """In what a call, or what is around it, differs from what there is a plan for, in words."""
+        """Return in what a call, or what is around it, differs from what there is a plan for, in words."""
         if not alike:
             return self.first.want.difference(signature)
         if usable:
@@ -282,16 +287,17 @@ class Plans:
     ) -> Runner | None:
         """The same plan on a graph captured with the Python state of now; None if it takes a plan of its own.
 
-        A value that changes again and again would cost a capture each time: then blocks take over, whose code reads it.
+        A value that changes again and again would cost a capture each time: then blocks take over, whose code
+        reads it.
         """
-        before = next((r for r in usable if r.plan.capture.kind == "graph"), None)
+        before = next((r for r in usable if not r.kind.runs_code), None)
         if before is None:
             return None
         plain = plain_copy(model)
         renewed = max(r.renewed for r in usable) + 1
         if renewed == MANY_CHANGES:
             try:
-                plan = self._plan(plain, call, where, differs, capture="modules")
+                plan = self._plan(plain, call, where, differs, capture=BLOCKS)
             except (CaptureError, InfeasibleBudget) as error:
                 warnings.warn(
                     f"{where}: {differs}, and the op graph is captured again at every such change, for blocks cannot take over "
@@ -314,7 +320,7 @@ class Plans:
         return runner
 
     def _hindrance(self, model: nn.Module, call: Call) -> str | None:
-        """Why no plan can be made now; None if one can.
+        """Return why no plan can be made now; None if one can.
 
         Of ranks that meet a new shape, others may not: a trial must not wait for them.
         """
@@ -368,9 +374,10 @@ class Plans:
 
     @contextmanager
     def _apart(self, model: nn.Module, call: Call) -> Iterator[Call]:
-        """Trials in the middle of training: a call of their own, without hooks of the root, which are around this forward."""
+        """Yield a call for trials in the middle of training; hooks of the root are left out."""
         random = HostRandomState()
-        # Casts in autocast's cache would not be counted; those of a trial would stay until the user's context ends.
+        # Casts in autocast's cache would not be counted; those of a trial would stay until the user's context
+        # ends.
         torch.clear_autocast_cache()
         try:
             with aliased(model) if is_distributed() else nullcontext(), bare(model):
@@ -382,7 +389,7 @@ class Plans:
     # ---- the forward itself ------------------------------------------------------------------------------
 
     def _run(self, model: nn.Module, runner: Runner, call: Call, flat: list[Any]) -> Any:
-        """The forward; once more, by a tighter plan, if it runs out of memory."""
+        """Run the forward; once more, by a tighter plan, if it runs out of memory."""
         if self.changes is None:
             return self._once(model, runner, call, flat)
         state = self.changes.before(model)
@@ -417,10 +424,10 @@ class Plans:
         assert runner.executor is not None  # prepare() made it
         if self.settings.debug:
             runner.executor.observe = self.trace = Trace(runner.plan, type(model).__name__)
-        return forward_of(runner.executor, flat, call)
+        return runner.forward(flat, call)
 
     def tighten(self, model: nn.Module, runner: Runner, where: str, what: str) -> bool:
-        """After a step ran out of memory, follow a plan that takes less; False if there is none.
+        """Follow a plan that takes less, after a step ran out of memory; return False if there is none.
 
         Warns:
             PeakWarning: says where memory ran out, and what happens now.
@@ -452,7 +459,7 @@ class Plans:
                     watched.follow(tighter, model)
 
     def _watch(self, model: nn.Module, runner: Runner) -> None:
-        """Watch the step that begins, if nothing has been measured of this plan and the step is as planned."""
+        """Watch the step that begins, if none of this plan has been measured and it is as planned."""
         if not runner.watching:
             return
         if not runner.benchmarked and benchmarks_convolutions(model, self.device):
@@ -468,7 +475,7 @@ class Plans:
 
 @contextmanager
 def _accumulating(model: nn.Module, counted: bool) -> Iterator[None]:
-    """Where the first plan counts gradients that exist before the step, so must this one: zeros stand in for them."""
+    """Give parameters zero gradients within, so that the new plan counts existing ones as the first does."""
     missing = [p for p in model.parameters() if p.requires_grad and p.grad is None] if counted else []
     for parameter in missing:
         parameter.grad = torch.zeros_like(parameter)

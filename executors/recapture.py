@@ -1,23 +1,29 @@
-"""A plan that was loaded meets its model: the capture is made again, and what the model knows better is not the file's to say.
+"""A loaded plan meets its model: the capture is made again, and what the file says is compared with it.
 
-What a plan says of random numbers, changed buffers, cuts, blocks and options decides whether gradients are right, so it is
-derived from this model once more, and the file is refused where it says otherwise.
+What a plan says of random numbers, changed buffers, cuts, blocks and options decides whether gradients are
+right, so it is derived from this model once more, and the file is refused where it says otherwise.
 """
 
 from __future__ import annotations
 
 import functools
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 
+from executors.engine import Engine
+from executors.graph import GraphExecutor
+from executors.modules import ModuleExecutor
+from executors.plain import plain_forward
 from scheduler.capture.environment import environment_difference, environment_text
 from scheduler.capture.graph import OpGraph
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
 from scheduler.capture.module_capture import ModuleCapture, capture_modules, recorded_modules
 from scheduler.capture.plain_steps import PlainSteps
 from scheduler.capture.private import NormBase, detect_fake_mode
+from scheduler.capture.protocol import Capture
 from scheduler.capture.recompute import check_dropped
 from scheduler.capture.repeat import ELSEWHERE, draws_elsewhere
 from scheduler.capture.sample import Call
@@ -28,9 +34,10 @@ from scheduler.costs.graph_chain import kept_storages
 from scheduler.costs.options import makes_again
 from scheduler.costs.peak import allocated
 from scheduler.errors import CaptureError, PlanMismatch
-from scheduler.plan import Plan
+from scheduler.kinds import BLOCKS, KINDS
+from scheduler.plan import CaptureRecord, Plan
 
-__all__ = ["check_names", "recaptured"]
+__all__ = ["ENGINES", "check_names", "recaptured"]
 
 
 def check_names(plan: Plan, model: nn.Module) -> None:
@@ -49,7 +56,7 @@ def check_names(plan: Plan, model: nn.Module) -> None:
                     f"{where}: the plan's {what} names {name!r}, which is no submodule of this model; make a new plan"
                 )
     # Blocks change more than buffers: attributes, frozen parameters, generators, found again when they run.
-    for stage, names in enumerate(record.changed if record.kind == "graph" else ()):
+    for stage, names in enumerate(() if KINDS[record.kind].runs_code else record.changed):
         for name in names:
             if name not in buffers:
                 raise PlanMismatch(
@@ -57,8 +64,8 @@ def check_names(plan: Plan, model: nn.Module) -> None:
                 )
 
 
-def recaptured(plan: Plan, model: nn.Module, call: Call) -> GraphCapture | ModuleCapture:
-    """The capture of a plan, made on this model.
+def recaptured(plan: Plan, model: nn.Module, call: Call) -> Capture:
+    """Return the capture of a plan, made on this model.
 
     Args:
         model: plain, in the modes of the plan.
@@ -67,21 +74,39 @@ def recaptured(plan: Plan, model: nn.Module, call: Call) -> GraphCapture | Modul
     Raises:
         PlanMismatch: it does not come out as the plan has it.
     """
-    where = f"planned {type(model).__name__}"
     try:
-        found = _graph(plan, model, call) if plan.capture.kind == "graph" else _modules(plan, model, call)
-        if len(found) != len(plan.chain):
-            raise CaptureError(f"{len(found)} stages are found where the plan has {len(plan.chain)}")
-        if isinstance(found, GraphCapture):
-            with uncached():  # or casts of runs without grad would be those of the step
-                _check_graph(plan, model, call, found)
-            found.uncached = _runs_uncached(plan, model, call, found)
+        return ENGINES[plan.capture.kind].again(plan, model, call)
     except (CaptureError, PlanMismatch) as error:
-        raise PlanMismatch(f"{where}: {error}; make a new plan with solve()") from error
-    return found
+        raise PlanMismatch(
+            f"planned {type(model).__name__}: {error}; make a new plan with solve()"
+        ) from error
+
+
+def _same_length(found: Capture, plan: Plan) -> None:
+    if len(found) != len(plan.chain):
+        raise CaptureError(f"{len(found)} stages are found where the plan has {len(plan.chain)}")
 
 
 # ---- blocks ----------------------------------------------------------------------------------------------
+
+
+class BlockEngine(Engine):
+    """Runs blocks: modules of the model, and its own code between them."""
+
+    def executor(self, capture: ModuleCapture, plan: Plan, model: nn.Module, check: str) -> ModuleExecutor:
+        """See ``Engine.executor``."""
+        plain = functools.partial(plain_forward, model)
+        return ModuleExecutor(capture, plan.program, model, plain, check=check)
+
+    def forward(self, executor: ModuleExecutor, flat: list[Any], call: Call) -> Any:  # noqa: ARG002
+        """See ``Engine.forward``."""
+        return executor.forward(*call)
+
+    def again(self, plan: Plan, model: nn.Module, call: Call) -> ModuleCapture:
+        """See ``Engine.again``."""
+        found = _modules(plan, model, call)
+        _same_length(found, plan)
+        return found
 
 
 def _modules(plan: Plan, model: nn.Module, call: Call) -> ModuleCapture:
@@ -125,8 +150,8 @@ def _modules(plan: Plan, model: nn.Module, call: Call) -> ModuleCapture:
 def _check_recorded(model: nn.Module, found: ModuleCapture) -> None:
     """What can be told of recorded blocks without running them.
 
-    Each rank sees at each first run whether a block draws; which buffers it changes is the record's, as far as modules whose
-    statistics every training step changes do not show that it is wrong.
+    Each rank sees at each first run whether a block draws; which buffers it changes is the record's, as far
+    as modules whose statistics every training step changes do not show that it is wrong.
     """
     for block in found.blocks:
         changed = found.changed[block.stage]
@@ -145,6 +170,35 @@ def _check_recorded(model: nn.Module, found: ModuleCapture) -> None:
 
 
 # ---- graphs ----------------------------------------------------------------------------------------------
+
+
+class GraphEngine(Engine):
+    """Runs stages of an op graph."""
+
+    def executor(self, capture: GraphCapture, plan: Plan, model: nn.Module, check: str) -> GraphExecutor:
+        """See ``Engine.executor``."""
+        return GraphExecutor(capture, plan.program, model, check=check, host_bytes=plan.timeline.host_peak)
+
+    def forward(self, executor: GraphExecutor, flat: list[Any], call: Call) -> Any:  # noqa: ARG002
+        """See ``Engine.forward``."""
+        return executor.forward(flat)
+
+    def again(self, plan: Plan, model: nn.Module, call: Call) -> GraphCapture:
+        """See ``Engine.again``."""
+        found = _graph(plan, model, call)
+        _same_length(found, plan)
+        with uncached():  # or casts of runs without grad would be those of the step
+            _check_graph(plan, model, call, found)
+        found.uncached = _runs_uncached(plan, model, call, found)
+        return found
+
+    def alike(self, record: CaptureRecord, model: nn.Module, call: Call) -> bool:
+        """See ``Engine.alike``."""
+        with preserved(model):
+            try:
+                return any(graph.fingerprint() == record.graph for graph in op_graphs(model, call))
+            except CaptureError:
+                return False
 
 
 def _graph(plan: Plan, model: nn.Module, call: Call) -> GraphCapture:
@@ -249,7 +303,7 @@ def _check_options(plan: Plan, model: nn.Module, call: Call, found: GraphCapture
 
 
 def _runs_uncached(plan: Plan, model: nn.Module, call: Call, found: GraphCapture) -> bool:
-    """Whether stages run without autocast's cache: they do under autocast, unless gradients are then summed otherwise."""
+    """Whether stages run without autocast's cache: under autocast, if gradients are summed alike."""
     without = plan.capture.uncached
     if not torch.is_autocast_enabled(found.device.type):
         if without:
@@ -271,3 +325,6 @@ def _runs_uncached(plan: Plan, model: nn.Module, call: Call, found: GraphCapture
             f"stages {'can' if exact else 'cannot'} run without autocast's cache, and the plan says otherwise"
         )
     return without
+
+
+ENGINES: dict[str, Engine] = {"graph": GraphEngine(), BLOCKS: BlockEngine()}

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from executors.plain import plans_within
 from executors.planned import execute
 from executors.plans import Plans
 from executors.rehearsal import Difference, Rehearsal
-from executors.runner import Runner, plans_within
+from executors.runner import Runner, cut_off
 from scheduler.capture.eager import as_eager
 from scheduler.capture.fake import fake_call, fake_model
-from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.loss import find_loss
-from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.private import FakeTensorMode, TorchDispatchMode
+from scheduler.capture.protocol import Capture
 from scheduler.capture.sample import Call, canonical_call, forward_signature, read_sample, unplanned
 from scheduler.capture.state import model_device, preserved
 from scheduler.capture.target import Device, Target
@@ -42,35 +42,39 @@ def rehearse(
 ) -> Rehearsal:
     """Run one step by ``plan``, by the code that trains, and watch its live bytes.
 
-    Without data (``real=False``) the step runs on fake tensors, on a copy of the model without weights: forward,
-    loss, backward, gradients into ``.grad``. Every storage that an op makes is followed from its making to its end.
-    What a kernel takes and lets go of within itself (a convolution's columns, attention's float32 sums) shows nowhere in
-    such a step: where the plan's device is at hand, each distinct op is run there by itself, on zeros, and what it took
-    is added at each of its places in the step. The loss is found as ``solve`` finds it.
+    Without data (``real=False``) the step runs on fake tensors, on a copy of the model without weights:
+    forward, loss, backward, gradients into ``.grad``. Every storage that an op makes is followed from its
+    making to its end. What a kernel allocates and releases within itself (a convolution's columns,
+    attention's float32 sums) shows nowhere in such a step: where the plan's device exists, each distinct op
+    is run there by itself, on zeros, and what it took is added at each of its places in the step. The loss is
+    found as ``solve`` finds it.
 
     Args:
         plan: from ``scheduler.solve`` or ``Plan.load``.
         model: the model of the plan; left as it is. Without ``real`` its parameters may be fake.
         sample: as for ``solve``; its values do not matter unless ``real``.
-        real: run the step on the model's device with its data, twice (the first is a warm-up), and measure: on the
-            CPU every allocation, on CUDA the caching allocator's counters at every op, whose peaks are reset. Where there
-            are gradients, zeros stand in for them, which takes their bytes once more.
-        scratch: without ``real``, whether to count what kernels take within themselves. It takes the memory of one
-            op's tensors at a time (ops that would take more than a quarter of the free memory are left out, and the
-            table names them), and the seconds of each distinct op once or twice in a process. False: nothing is
-            computed. No effect on a plan for a described device, or for one that is not there.
+        real: run the step on the model's device with its data, twice (the first is a warm-up), and measure:
+            on the CPU every allocation, on CUDA the caching allocator's counters at every op, whose peaks are
+            reset. Where there are gradients, zeros stand in for them, which takes their bytes once more.
+        scratch: without ``real``, whether to count what kernels take within themselves. It takes the memory
+            of one op's tensors at a time (ops that would take more than a quarter of the free memory are left
+            out, and the table names them), and the seconds of each distinct op once or twice in a process.
+            False: nothing is computed. No effect on a plan for a described device, or for one that is not
+                there.
 
-    On CUDA kernels that are counted by themselves reset the peaks that ``torch.cuda.max_memory_allocated`` tells of, too.
+    On CUDA kernels that are counted by themselves reset the peaks that ``torch.cuda.max_memory_allocated``
+    tells of, too.
 
     Copies to the host are made ``real``, and cost nothing without; they count with the action before them.
 
     Returns:
-        the Rehearsal: the peak in the terms of ``plan.predicted_peak``, and each action's bytes beside the referee's.
+        the Rehearsal: the peak in the terms of ``plan.predicted_peak``, and each action's bytes beside the
+        referee's.
 
     Raises:
         TypeError, PlanMismatch: as ``execute`` does; the sample is not the plan's.
-        RuntimeError: ``real`` or ``scratch``, on the CPU, while an autograd profiler is running. Without ``real``: the
-            model's code asks for the value of a tensor, which none has.
+        RuntimeError: ``real`` or ``scratch``, on the CPU, while an autograd profiler is running. Without
+            ``real``: the model's code asks for the value of a tensor, which none has.
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"rehearse: plan is a {type(plan).__name__}, expected a Plan")
@@ -82,7 +86,7 @@ def rehearse(
     notes = _Notes(plan)
     torch.clear_autocast_cache()
     collecting = gc.isenabled()
-    gc.disable()  # or tensors of long ago are let go of in the middle of the count
+    gc.disable()  # or tensors of long ago are released in the middle of the count
     try:
         return _real(plan, model, call, notes) if real else _faked(plan, model, call, notes, scratch)
     finally:
@@ -119,7 +123,7 @@ class _Notes:
                 self.first.setdefault(action.stage, index)
 
     def action(self, what: str, where: int) -> int:
-        """The index in the schedule of what the executor says."""
+        """Return the index in the schedule of what the executor says."""
         if what == "first":
             return self.first[where]
         return self.split + (where if what == "replay" else self.plan.program.backward_at[where])
@@ -143,7 +147,7 @@ class _Change:
 
 
 def _step(planned: nn.Module, call: Call, notes: _Notes) -> Any:
-    """One training step; what the user holds afterwards."""
+    """Run one training step; return what the user holds afterwards."""
     args, kwargs = call
     output = planned(*args, **kwargs)
     loss = find_loss(output)[0]
@@ -188,9 +192,8 @@ def _faked(plan: Plan, model: nn.Module, call: Call, notes: _Notes, scratch: boo
     with as_eager(twin), mode:
         capture = _capture_of(plan, model, twin, call)
     with as_eager(planned), mode, torch.enable_grad():
-        if isinstance(capture, GraphCapture):
-            capture = replace(capture, constants=fake_call(capture.constants, mode, device))
-        capture = replace(capture, device=torch.device(_rules(plan).type))
+        place_of_bytes = torch.device(_rules(plan).type)
+        capture = capture.without_data(place_of_bytes, lambda tensors: fake_call(tensors, mode, device))
         runner.executor = runner.executor_for(capture, planned)
         resident = _resident(plan, twin, call, capture)
         with live, _observed(planned, notes):
@@ -202,23 +205,24 @@ def _faked(plan: Plan, model: nn.Module, call: Call, notes: _Notes, scratch: boo
     return _told(plan, False, resident, changes, notes, grads, uncounted)
 
 
-def _capture_of(plan: Plan, model: nn.Module, twin: nn.Module, call: Call) -> GraphCapture | ModuleCapture:
-    """The plan's capture; made again, without data, for a plan that was loaded or another model."""
+def _capture_of(plan: Plan, model: nn.Module, twin: nn.Module, call: Call) -> Capture:
+    """Return the plan's capture; made again, without data, for a plan that was loaded or another model."""
     live = plan.live[0] if plan.live is not None else None
     if live is not None and live._modules is model._modules and live._parameters is model._parameters:
-        return plan.live[1]
+        capture: Capture = plan.live[1]
+        return capture
     planned = execute(plan, twin)
-    return _runner(planned).capture_again(planned, call)
+    return _runner(planned).capture_again(planned, cut_off(call))
 
 
 def _place(plan: Plan, model: nn.Module) -> torch.device:
-    """The device that the step is rehearsed on: the model's, or, of one without data, one of the plan's kind."""
+    """Return the device that the step is rehearsed on: the model's, or one of the plan's kind."""
     own, planned = model_device(model), torch.device(plan.capture.device)
     return own if own.type == planned.type else planned
 
 
 def _rules(plan: Plan) -> Device:
-    """Whose allocator's rules the plan's bytes follow."""
+    """Return whose allocator's rules the plan's bytes follow."""
     target = plan.capture.target
     if not target:
         return torch.device(plan.capture.device)
@@ -227,7 +231,7 @@ def _rules(plan: Plan) -> Device:
 
 
 def _op(label: str) -> str:
-    """``aten.mm.default`` as the profiler names it."""
+    """Return ``aten.mm.default`` as the profiler names it."""
     name, _, overload = label.rpartition(".")
     return (name if overload == "default" else label).replace("aten.", "aten::", 1)
 
@@ -268,12 +272,12 @@ def _real(plan: Plan, model: nn.Module, call: Call, notes: _Notes) -> Rehearsal:
 
 
 def _measured_cpu(step: Callable[[], Any], notes: _Notes) -> list[_Change]:
-    """Every allocation of torch's CPU allocator, and the op that asked for it."""
+    """Return every allocation of torch's CPU allocator, and the op that asked for it."""
     marker = "rematplan: action "
     count = 0
 
     def now() -> int:
-        # The profiler's events are there when all is over: a range without content stands for the place.
+        # The profiler gives its events when all is over: a range without content stands for the place.
         nonlocal count
         with torch.profiler.record_function(f"{marker}{count}"):
             count += 1
@@ -331,7 +335,7 @@ class _Counters(TorchDispatchMode):
 
 
 def _measured_cuda(step: Callable[[], Any], notes: _Notes, device: torch.device) -> tuple[list[_Change], int]:
-    """The caching allocator's counters between ops, their peaks included; the most bytes that were asked for."""
+    """Return the caching allocator's counters between ops, their peaks included; the most bytes requested."""
     wait(device)
     torch.cuda.reset_peak_memory_stats(device)
     counters = _Counters(device)
@@ -352,16 +356,13 @@ def _measured_cuda(step: Callable[[], Any], notes: _Notes, device: torch.device)
 # ---- what came of it ---------------------------------------------------------------------------------
 
 
-def _resident(
-    plan: Plan, model: nn.Module, call: Call, capture: GraphCapture | ModuleCapture
-) -> dict[str, int]:
+def _resident(plan: Plan, model: nn.Module, call: Call, capture: Capture) -> dict[str, int]:
     """What is live during the whole step; some parts are the plan's, for the model does not show them."""
     device = _rules(plan)
     parts = resident_parts(model, call, device)
     for part in ("optimizer state", "workspaces", "allocator slack"):
         parts[part] = plan.resident.get(part, 0)
-    if isinstance(capture, GraphCapture):
-        parts["constants"] = storage_bytes(capture.constants.values(), device)
+    parts["constants"] = storage_bytes(capture.constant_tensors(), device)
     return {name: size for name, size in parts.items() if size}
 
 
@@ -374,7 +375,7 @@ def _told(
     grads: set[Any],
     uncounted: tuple[str, ...] | None,
 ) -> Rehearsal:
-    """The account of the changes, by action."""
+    """Return the account of the changes, by action."""
     actions = _actions(len(changes), notes.begins)
     words = tuple(map(in_words, plan.schedule))
     points = [Point(0, "before the step")]
@@ -408,10 +409,10 @@ def _told(
 
 
 def _actions(count: int, begins: list[tuple[int, int]]) -> list[int]:
-    """(changes,) the action of the schedule that each belongs to.
+    """Return (changes,) the action of the schedule that each belongs to.
 
-    Autograd reverses a part of a stage, and only then asks for what was dropped: the actions that make it come
-    first in the schedule, so what was done before them counts with them.
+    Autograd reverses a part of a stage, and only then asks for what was dropped: the actions that make it
+    come first in the schedule, so what was done before them counts with them.
     """
     actions = [0] * count
     for (begin, action), (end, _) in zip(begins, [*begins[1:], (count, 0)], strict=True):
@@ -424,7 +425,8 @@ def _actions(count: int, begins: list[tuple[int, int]]) -> list[int]:
 def _spans(changes: list[_Change]) -> list[tuple[str, int, int, int, int]]:
     """(op, bytes, first change, change at which they are gone, storage) of bytes that came and went together.
 
-    Releases of storages that are not known are of the latest bytes of the same size, or else of the latest ones.
+    Releases of storages that are not known are of the latest bytes of the same size, or else of the latest
+    ones.
     """
     spans: list[tuple[str, int, int, int, int]] = []
     there: list[list[Any]] = []  # op, bytes, first change, storage
@@ -443,6 +445,6 @@ def _spans(changes: list[_Change]) -> list[tuple[str, int, int, int, int]]:
             left -= taken
             if not entry[1]:
                 there = [e for e in there if e is not entry]
-        # What is left was there before the step and is let go of in it: a lazily made cache, for instance.
+        # What is left was live before the step and is released in it: a lazily made cache, for instance.
     spans += [(e[0], e[1], e[2], len(changes), e[3]) for e in there]
     return spans

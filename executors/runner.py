@@ -5,42 +5,29 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
-from executors.graph import GraphExecutor
+from executors.engine import Executor
 from executors.guard import Guard
-from executors.modules import ModuleExecutor
-from executors.recapture import check_names, recaptured
+from executors.plain import plain_copy, plans_within
+from executors.recapture import ENGINES, check_names, recaptured
 from scheduler.budget import format_bytes, machine_bytes
-from scheduler.capture.eager import wrapped_forward
 from scheduler.capture.environment import Environment, environment_difference, environment_text
 from scheduler.capture.flat import flatten, map_tensors
-from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.layouts import is_plain as is_view
-from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.plain_steps import PlainSteps
-from scheduler.capture.python_state import MISSING
+from scheduler.capture.protocol import Capture
 from scheduler.capture.sample import Call, CallSignature
-from scheduler.capture.sharded import is_distributed, sharded_within, share_sharding
+from scheduler.capture.sharded import is_distributed, sharded_within
 from scheduler.capture.state import HostRandomState, bare, model_device
 from scheduler.capture.verify import run_step
 from scheduler.errors import PlanMismatch
+from scheduler.kinds import KINDS
 from scheduler.plan import Plan
 
-__all__ = [
-    "Runner",
-    "cut_off",
-    "forward_of",
-    "in_words",
-    "plain_copy",
-    "plain_forward",
-    "plans_within",
-    "sharing",
-    "wrappers",
-]
+__all__ = ["Runner", "cut_off", "plans_within"]
 
 
 class Runner:
@@ -83,21 +70,21 @@ class Runner:
         self.ran_out = False
         self.guard = Guard(model, frozenset(plan.capture.evaluating))
         self.sharded = len(sharded_within(model))
-        self.executor: GraphExecutor | ModuleExecutor | None = None
+        self.kind = KINDS[plan.capture.kind]
+        self.engine = ENGINES[plan.capture.kind]
+        self.executor: Executor | None = None
         # Objects that share their attributes are one model: a capture of one is a capture of the other.
         live = plan.live[0] if plan.live is not None else None
         if live is not None and vars(live) is vars(source):
             self.executor = self.executor_for(plan.live[1], model)
 
-    def executor_for(
-        self, capture: GraphCapture | ModuleCapture, model: nn.Module
-    ) -> GraphExecutor | ModuleExecutor:
-        """What runs the plan on this capture."""
-        if isinstance(capture, GraphCapture):
-            host = self.plan.timeline.host_peak
-            return GraphExecutor(capture, self.plan.program, model, check=self.check, host_bytes=host)
-        plain = functools.partial(plain_forward, model)
-        return ModuleExecutor(capture, self.plan.program, model, plain, check=self.check)
+    def executor_for(self, capture: Capture, model: nn.Module) -> Executor:
+        """Return what runs the plan on this capture."""
+        return self.engine.executor(capture, self.plan, model, self.check)
+
+    def forward(self, flat: list[Any], call: Call) -> Any:
+        """Run one training forward by the plan, once ``prepare`` has been called."""
+        return self.engine.forward(self.executor, flat, call)
 
     def takes(self, signature: CallSignature) -> bool:
         """Whether the plan is for tensors like these, whatever the plain values beside them."""
@@ -111,12 +98,12 @@ class Runner:
 
         Code of blocks reads them itself; there they matter if they may lead it another way.
         """
-        graph = isinstance(self.executor, GraphExecutor)
-        unread = self.executor.capture.graph.face.unread if graph else self.plan.capture.unread  # type: ignore[union-attr]
+        unread = None if self.executor is None else self.executor.capture.unread
+        unread = self.plan.capture.unread if unread is None else unread
         for leaf, (a, b) in enumerate(zip(self.want.described, signature.described, strict=True)):
             if a[0] == "tensor" or leaf in unread or (a == b and type(a[-1]) is type(b[-1])):
                 continue
-            if self.plan.capture.kind == "graph" or not _both_numbers(a[-1], b[-1]):
+            if not (self.kind.runs_code and _both_numbers(a[-1], b[-1])):
                 return False
         return True
 
@@ -130,25 +117,20 @@ class Runner:
         return environment == self._environment
 
     def holds(self, repeated: tuple[tuple[int, int], ...]) -> bool:
-        """Whether what the plan took for constant is still so: Python state, and which tensors of the call are one.
+        """Whether what the plan took for constant still is: Python state, tensors of the call that are one.
 
         Args:
             repeated: (leaf, earlier leaf) of the tensors that are; of a graph the code may have asked.
         """
-        if isinstance(self.executor, GraphExecutor):
-            face = self.executor.capture.graph.face
-            return face.repeats == repeated and face.guards.holds()
-        return self.guard.in_modes()
+        if self.executor is None or self.kind.runs_code:
+            return self.guard.in_modes()
+        return bool(self.executor.capture.holds(repeated))
 
     def changes(self) -> str:
-        """What the plan took for constant and is otherwise now, in words."""
-        if not isinstance(self.executor, GraphExecutor):
+        """Return what the plan took for constant and is otherwise now, in words."""
+        if self.executor is None or self.kind.runs_code:
             return self.guard.mode_difference() or ""
-        found = self.executor.capture.graph.face.guards.changes()
-        if not found:
-            return "other arguments are one and the same tensor"
-        shown = [f"{path} is {in_words(now)} instead of {in_words(then)}" for path, then, now in found[:3]]
-        return ", ".join(shown) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        return str(self.executor.capture.changes())
 
     def follow(self, plan: Plan, model: nn.Module) -> None:
         """Follow another plan of the same capture from the next forward on."""
@@ -156,15 +138,15 @@ class Runner:
         if self.executor is not None:
             self.executor = self.executor_for(self.executor.capture, model)
 
-    def prepare(self, model: nn.Module, call: Call) -> GraphExecutor | ModuleExecutor:
-        """The executor, once the model is found to have the plan's modules and is captured."""
+    def prepare(self, model: nn.Module, call: Call) -> Executor:
+        """Return the executor, once the model is found to have the plan's modules and is captured."""
         # Nothing is sharded where torch.distributed is not initialised: every forward is spared the search.
         if is_distributed() and len(sharded_within(model)) != self.sharded:
             raise PlanMismatch(
                 f"planned {type(model).__name__}: fully_shard was called after execute(); call it first, then solve() and "
                 "execute() on the sharded model"
             )
-        self.guard.check(model, fires_hooks=self.plan.capture.kind == "modules")
+        self.guard.check(model, fires_hooks=self.kind.runs_code)
         if self.executor is None:
             random = HostRandomState()
             try:
@@ -173,16 +155,17 @@ class Runner:
                 random.restore()
         return self.executor
 
-    def _captured(self, model: nn.Module, call: Call) -> GraphExecutor | ModuleExecutor:
-        """What runs the plan on a capture that is made now."""
-        executor = self.executor_for(self.capture_again(model, call), model)
+    def _captured(self, model: nn.Module, call: Call) -> Executor:
+        """Return what runs the plan on a capture that is made now."""
+        apart = cut_off(call)
+        executor = self.executor_for(self.capture_again(model, apart), model)
         if self.trying:  # a plan that was made without data, or a graph of other Python state
-            apart = cut_off(call)
-            self._try(model, apart, functools.partial(forward_of, executor, flatten(*apart)[0], apart))
+            flat = flatten(*apart)[0]
+            self._try(model, apart, functools.partial(self.engine.forward, executor, flat, apart))
         return executor
 
     def _try(self, model: nn.Module, call: Call, planned: Callable[[], Any]) -> None:
-        """One step by the plan against one plain step, bit for bit; a warning where that would be too dear."""
+        """Compare one step by the plan with one plain step, bit for bit; warn where that costs too much."""
         hindrance = _hindrance(self.plan)
         if hindrance:
             warnings.warn(
@@ -202,10 +185,14 @@ class Runner:
                 f"step: {differs}; call solve() on the model as it is now, with its data"
             )
 
-    def capture_again(self, model: nn.Module, call: Call) -> GraphCapture | ModuleCapture:
-        """The capture of the plan, made on this model; refused if it comes out otherwise."""
+    def capture_again(self, model: nn.Module, apart: Call) -> Capture:
+        """Return the capture of the plan, made on this model; refused if it comes out otherwise.
+
+        Args:
+            apart: a call of which nothing outside needs the tensors (``cut_off``).
+        """
         with bare(plain_copy(model)) as plain:  # this forward is within hooks of the root already
-            return recaptured(self.plan, plain, cut_off(call))
+            return recaptured(self.plan, plain, apart)
 
 
 def cut_off(call: Call) -> Call:
@@ -225,67 +212,14 @@ def cut_off(call: Call) -> Call:
 
 
 def _both_numbers(a: Any, b: Any) -> bool:
-    """Whether both are numbers, and both are 0 or neither is: a probability of 0 is often another way through the code."""
+    """Whether both are numbers, and both or neither are 0, which often leads another way through the code."""
     return type(a) in (int, float) and type(a) is type(b) and (a == 0) == (b == 0)
 
 
-def in_words(value: Any) -> str:
-    """A value of Python state, short enough for a message."""
-    text = "nothing" if value is MISSING else repr(value)
-    return text if len(text) < 60 else f"{text[:57]}..."
-
-
-def forward_of(executor: GraphExecutor | ModuleExecutor, flat: list[Any], call: Call) -> Any:
-    """One training forward by the plan."""
-    if isinstance(executor, GraphExecutor):
-        return executor.forward(flat)
-    return executor.forward(*call)
-
-
 def _hindrance(plan: Plan) -> str | None:
-    """Why a plain step beside a planned one cannot be had for little; None if it can."""
+    """Return why a plain step beside a planned one cannot be had for little; None if it can."""
     if is_distributed():
         return "a backward of its own would get in the way of torch.distributed"
     if plan.plain.peak > machine_bytes() / 2:
         return f"the plain step takes {format_bytes(plan.plain.peak)}, more than half of the host's memory"
     return None
-
-
-def plain_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The forward of the plain model: what was put on the object, or that of the class that ``execute`` derived from."""
-    own = vars(model).get("forward")
-    if own is not None:
-        return own(*args, **kwargs)
-    original: Any = _original(model)
-    return original.forward(model, *args, **kwargs)
-
-
-def plain_copy(model: nn.Module) -> nn.Module:
-    """The plain model behind a planned one: of its original class, sharing everything, its attributes too."""
-    return sharing(model, _original(model))
-
-
-def plans_within(model: Any) -> Any:
-    """The plans that a planned model trains by; None of any other."""
-    return getattr(model, "_rematplan_plans", None) if hasattr(type(model), "_rematplan_plain") else None
-
-
-def wrappers(model: nn.Module) -> dict[str, Any]:
-    """What was put around a planned model's methods since (accelerate wraps ``forward`` in autocast): it leads to the plan."""
-    own: dict[str, Any] = model._rematplan_own  # type: ignore[assignment] # a slot of planned classes
-    found = {"forward": own["forward"]} if wrapped_forward(model) is not None else {}
-    bound = {n: v for n, v in vars(model).items() if isinstance(v, MethodType) and v.__self__ is model}
-    return {**found, **bound}
-
-
-def _original(model: nn.Module) -> Any:
-    """The class that the planned model's class was derived from."""
-    return type(model).__mro__[1]
-
-
-def sharing(model: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """Another object, of that class, that shares everything: what is set on one is set on both."""
-    twin: nn.Module = object.__new__(cls)
-    object.__setattr__(twin, "__dict__", vars(model))
-    share_sharding(model, twin)
-    return twin

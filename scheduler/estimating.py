@@ -8,24 +8,23 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from scheduler.budget import format_bytes, machine_bytes, parse_budget
-from scheduler.capture.dry import without_hardware
+from scheduler.capture.fake import without_hardware
 from scheduler.capture.flat import map_tensors, tree_leaves
-from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.sample import read_sample, unplanned
 from scheduler.capture.state import model_device
 from scheduler.chain import Chain
 from scheduler.costs.cuda_memory import HANDLES, expandable_segments, workspace_bytes
-from scheduler.costs.peak import allocated
 from scheduler.device import DeviceSpec
 from scheduler.errors import CaptureError, InfeasibleBudget
-from scheduler.planning import Captured, Priced, checked, priced
+from scheduler.kinds import KINDS
+from scheduler.planning import Priced, checked, priced
 from scheduler.schedule import Backward, Keep, Schedule, simulate
 from scheduler.solvers import solve_chain
 
@@ -46,13 +45,15 @@ class Estimate:
         parameters, optimizer_state, buffers, inputs: live during the whole step.
         gradients: of the parameters, when backward is done; those that exist already included.
         workspaces: of cuBLAS, live during the whole step.
-        allocator_slack: set aside for what CUDA's allocator gives large tensors too much; 0 with expandable segments.
+        allocator_slack: set aside for what CUDA's allocator gives large tensors too much; 0 with expandable
+            segments.
         other: live during the whole step: constants, small tensors.
         activations: what autograd saves, and the outputs, by module; members of a list are one ("layers.*").
         peak: the most bytes live at once in the plain step.
         smallest: the smallest budget that a plan can meet.
         budget: that was asked for.
-        largest_plain, largest_planned: the largest batches that fit it without a plan and with one; 0 if none does.
+        largest_plain, largest_planned: the largest batches that fit it without a plan and with one; 0 if none
+            does.
     """
 
     device: str
@@ -111,11 +112,11 @@ def estimate(
     *,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Estimate:
-    """The bytes of one plain training step of ``model`` on ``sample``, without running it.
+    """Return the bytes of one plain training step of ``model`` on ``sample``, without running it.
 
-    Scratch space within kernels is not counted. The largest batches are found so: the dimension 0 that most tensors
-    of the sample share is the batch; the step is captured at this batch and at twice this; a line through the two
-    says which batch fits; one more capture, at that batch, confirms it or moves the line.
+    Scratch space within kernels is not counted. The largest batches are found so: the dimension 0 that most
+    tensors of the sample share is the batch; the step is captured at this batch and at twice this; a line
+    through the two says which batch fits; one more capture, at that batch, confirms it or moves the line.
 
     Args:
         model: in train mode; real, fake or on meta.
@@ -140,9 +141,10 @@ def estimate(
 
     def at(call: Any, *, options: bool = True) -> tuple[Priced, dict[str, int]]:
         request = checked(model, 2**62, call, "optimal", {}, "auto", "roofline", optimizer, spec, None)
-        with without_hardware(request.model, request.call) as (request.model, request.call):
-            found = priced(request, options=options)
-            return found, _activations(found.captured, found.chain)
+        with without_hardware(request.model, request.call) as (twin, fakes):
+            found = priced(replace(request, model=twin, call=fakes), options=options)
+            producer = KINDS[found.captured.kind].producer()
+            return found, producer.activations(found.captured, found.chain, _collapsed)
 
     found, activations = at(call)
     chain, resident = found.chain, dict(found.resident)
@@ -175,7 +177,7 @@ def estimate(
 
 
 def _this_device(model: nn.Module) -> DeviceSpec:
-    """The device of the model, as far as bytes go; for a model on meta, this machine."""
+    """Return the device of the model, as far as bytes go; for a model on meta, this machine."""
     device = model_device(model)
     if device.type == "cuda" and torch.cuda.is_available():
         memory = int(torch.cuda.get_device_properties(device).total_memory)
@@ -199,7 +201,7 @@ def _plain(chain: Chain) -> int:
 
 
 def _smallest(chain: Chain) -> int:
-    """The smallest budget that a plan can meet."""
+    """Return the smallest budget that a plan can meet."""
     try:
         solve_chain(chain, 1)
     except InfeasibleBudget as error:
@@ -207,27 +209,8 @@ def _smallest(chain: Chain) -> int:
     return 1
 
 
-def _activations(captured: Captured, chain: Chain) -> dict[str, int]:
-    """Bytes of what autograd saves and of the outputs, by module."""
-    found: Counter[str] = Counter()
-    if not isinstance(captured, GraphCapture):
-        for stage in chain.stages:
-            found[_collapsed(stage.name)] += stage.options[0].saved + stage.carried
-        return dict(found)
-    graph = captured.graph
-    kept = {key for op in graph.ops for key in op.saved}
-    kept |= {key for leaf in graph.outputs if isinstance(leaf, fx.Node) for key in graph.group_of[leaf]}
-    for key in kept:
-        group = graph.groups[key]
-        if group.producer >= 0:
-            stack = graph.ops[group.producer].node.meta.get("nn_module_stack") or {}
-            path = list(stack.values())[-1][0] if stack else ""
-            found[_collapsed(path)] += allocated(group.bytes, captured.place)
-    return dict(found.most_common())
-
-
 def _collapsed(path: str) -> str:
-    """A module's name down to the first member of a list, whose members are taken together; else its first two parts."""
+    """Return a module's name up to the first member of a list (its number as "*"), or two parts of it."""
     parts = path.split(".")
     for i, part in enumerate(parts):
         if part.isdigit():
@@ -236,13 +219,13 @@ def _collapsed(path: str) -> str:
 
 
 def _batch(call: Any) -> int:
-    """The size of dimension 0 that most tensors share; 0 if there is none."""
+    """Return the size of dimension 0 that most tensors share; 0 if there is none."""
     sizes = Counter(t.shape[0] for t in tree_leaves(call) if isinstance(t, Tensor) and t.ndim and t.shape[0])
     return sizes.most_common(1)[0][0] if sizes else 0
 
 
 def _scaled(call: Any, batch: int, wanted: int) -> Any:
-    """The call with another batch size, without data. What is one tensor stays one."""
+    """Return the call with another batch size, without data. What is one tensor stays one."""
     memo: dict[int, Tensor] = {}
 
     def scale(tensor: Tensor) -> Tensor:
@@ -258,7 +241,7 @@ def _scaled(call: Any, batch: int, wanted: int) -> Any:
 
 
 def _largest(budget: int, known: dict[int, int], measure: Callable[[int], int]) -> int:
-    """The largest batch within the budget, by lines through what is known; ``known`` (bytes by batch) is added to."""
+    """Return the largest batch within the budget, by lines through ``known``, bytes by batch."""
     for _ in range(MOST_CAPTURES):
         fits = max((b for b, size in known.items() if size <= budget), default=0)
         over = min((b for b, size in known.items() if size > budget), default=None)

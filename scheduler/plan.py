@@ -16,6 +16,7 @@ from scheduler.chain import Chain
 from scheduler.cuts import Cut, explain_cut, summary
 from scheduler.host import HostMemory
 from scheduler.json_data import shown
+from scheduler.kinds import KINDS
 from scheduler.plan_file import as_text, check_parts, check_plan, read_json
 from scheduler.program import ReplayProgram
 from scheduler.schedule import Backward, Checkpoint, Forward, Keep, Schedule, Timeline, simulate
@@ -32,7 +33,7 @@ class CaptureRecord:
     """How the model was captured: enough to capture it again, and to see that it is the same.
 
     Attributes:
-        kind: "graph" or "modules".
+        kind: a key of ``scheduler.kinds.KINDS``.
         reason: why this kind, in words.
         device: type of the device the plan is for.
         structure, leaves: the call's signature.
@@ -92,8 +93,8 @@ class CaptureRecord:
             object.__setattr__(self, name, rows)
         object.__setattr__(self, "begins", tuple(Cut(*row) for row in self.begins))
         object.__setattr__(self, "left_out", tuple((why, count) for why, count in self.left_out))
-        if self.kind not in ("graph", "modules"):
-            raise ValueError(f"CaptureRecord: kind={self.kind!r}, expected 'graph' or 'modules'")
+        if self.kind not in KINDS:
+            raise ValueError(f"CaptureRecord: kind={self.kind!r}, expected {' or '.join(map(repr, KINDS))}")
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,13 @@ class Plan:
                 f"Plan: the schedule's peak of {self.timeline.peak} bytes is over memory_budget={self.memory_budget}"
             )
         # The program refuses a schedule that no executor can follow.
-        if self.program.copies and self.capture.kind == "modules":
+        kind = KINDS[self.capture.kind]
+        if self.program.copies and not kind.copies:
             raise ValueError(
                 "Plan: the schedule copies between device and host, which takes a graph capture: of modules, nobody has hold "
                 "of what the code between them saves. Choose another solver, or capture='graph'"
             )
-        if self.capture.kind == "graph":
+        if kind.options:
             options = [len(stage.options) for stage in self.chain.stages]
             for name in ("dropped", "rerun"):
                 given = [len(rows) for rows in getattr(self.capture, name)] or [1] * len(options)
@@ -315,8 +317,8 @@ class Plan:
         console.print(table)
         lines = [line.rstrip() for line in out.getvalue().strip("\n").splitlines()]
         parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.resident.items() if size)
-        if self.capture.kind == "modules":
-            lines += ["", f"{len(chain)} stages: the model's own blocks, and the code between them"]
+        if stages := KINDS[self.capture.kind].stages:
+            lines += ["", f"{len(chain)} stages: {stages}"]
         elif self.capture.begins:
             lines += ["", *summary(self.capture.begins, dict(self.capture.left_out))]
         lines += [
@@ -347,7 +349,7 @@ class Plan:
                 rows[-1].append(i)
             else:
                 rows.append([i])
-        folded = len(modules) > MANY_ROWS and self.capture.kind == "modules"
+        folded = len(modules) > MANY_ROWS and KINDS[self.capture.kind].runs_code
         return rows if folded else [[i] for i in range(len(modules))]
 
     def _row(self, i: int) -> list[str]:

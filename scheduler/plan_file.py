@@ -149,10 +149,19 @@ _HOST = objects(
     {"capacity": count, "write_bandwidth": _bandwidth, "read_bandwidth": _bandwidth},
     {"latency": seconds, "asynchronous": flag},
 )
+
+
+def _kind(where: str, value: Any) -> None:
+    """A kind of capture."""
+    from scheduler.kinds import KINDS  # whose checks are here
+
+    choice(*KINDS)(where, value)
+
+
 _CUT = tuples(choice(*REASONS), count, count, count, count, text)
 _RECORD = objects(
     {
-        "kind": choice("graph", "modules"),
+        "kind": _kind,
         "reason": text,
         "device": text,
         "structure": text,
@@ -226,25 +235,31 @@ def check_parts(chain: Chain, schedule: Schedule, record: CaptureRecord, solver:
         raise refused("solver", solver, f"one of {', '.join(SOLVERS)}")
     if SOLVERS[solver].two_level and host is None:
         raise ValueError(f"host is None, expected the second memory that solver {solver!r} copies to")
-    stages = len(chain)
-    graph = record.kind == "graph"
-    for name, allowed in (
-        ("cuts", (stages - 1 if graph else 0,)),
-        ("random", (0, stages)),
-        ("changed", (0, stages)),
-        *((name, (0, stages) if graph else (0,)) for name in ("dropped", "rerun", "gaps", "ops")),
-        ("begins", (0, stages - 1) if graph else (0,)),
-        ("fed", (0,) if graph else (0, len(record.stages))),
-    ):
-        length = len(getattr(record, name))
-        if length not in allowed:
+    from scheduler.kinds import KINDS  # whose checks are here
+
+    stages, kind = len(chain), KINDS[record.kind]
+    allowed = kind.lengths(stages, record)
+    for name in ("cuts", "random", "changed", "dropped", "rerun", "gaps", "ops", "begins", "fed"):
+        lengths = (0, stages) if name in ("random", "changed") else allowed.get(name, (0,))
+        if len(getattr(record, name)) not in lengths:
             raise ValueError(
-                f"capture.{name} has {length} entries, expected {' or '.join(map(str, dict.fromkeys(allowed)))}: it is of "
-                f"kind {record.kind!r}, and the chain has {stages} stages"
+                f"capture.{name} has {len(getattr(record, name))} entries, expected "
+                f"{' or '.join(map(str, dict.fromkeys(lengths)))}: it is of kind {record.kind!r}, and the chain has {stages} "
+                "stages"
             )
+    kind.check(chain, record)
+    _check_work(chain, schedule)
+
+
+def check_graph(_: Chain, record: CaptureRecord) -> None:
+    """Refuse a record of a graph whose cuts, or ops that run again, are not places of ops, or that names modules.
+
+    Raises:
+        ValueError: names the field, what was got and what was expected.
+    """
     if any(after <= before for before, after in pairwise((0, *record.cuts))):
         raise refused("capture.cuts", record.cuts, "places of ops, ascending, the first above 0")
-    if graph and record.stages:
+    if record.stages:
         raise refused("capture.stages", record.stages, "none: the stages of a graph are no modules")
     if any(
         op >= len(ops)
@@ -253,13 +268,14 @@ def check_parts(chain: Chain, schedule: Schedule, record: CaptureRecord, solver:
         for op in ran
     ):
         raise refused("capture.rerun", record.rerun, "places of ops in their stages, as capture.ops has them")
-    if not graph:
-        _check_blocks(chain, record)
-    _check_work(chain, schedule)
 
 
-def _check_blocks(chain: Chain, record: CaptureRecord) -> None:
-    """Blocks are kept whole or not at all, and are fed by blocks before them."""
+def check_blocks(chain: Chain, record: CaptureRecord) -> None:
+    """Refuse blocks that are kept in part, or fed by others than blocks before them.
+
+    Raises:
+        ValueError: names the field, what was got and what was expected.
+    """
     for i, stage in enumerate(chain.stages):
         if len(stage.options) != 1:
             raise ValueError(

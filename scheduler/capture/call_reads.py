@@ -1,7 +1,8 @@
-"""Which plain values of a call a forward reads: file names, indices and step counters that ride along in a batch need no plan of their own.
+"""Which plain values of a call a forward reads: one that it does not read needs no plan of its own.
 
-An argument counts as read if the code of ``forward`` loads its name; of a dict among the arguments only the entries that
-are looked up, of an object with tensors in it only the attributes. Whatever lies deeper is read with these.
+An argument counts as read if the code of ``forward`` loads its name; of a dict among the arguments only the
+entries that are looked up, of an object with tensors in it only the attributes. Whatever lies deeper is read
+with these.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class CallReads:
         self._plain = {i for i, leaf in enumerate(tree_leaves(call)) if not isinstance(leaf, Tensor)}
 
     def watched(self, call: Call) -> Call:
-        """The call with dicts and objects in it that note what is looked up in them."""
+        """Return the call with dicts and objects in it that note what is looked up in them."""
         if not self._plain:
             return call
         args, kwargs = call
@@ -120,12 +121,12 @@ class CallReads:
         return __getattribute__
 
     def unread(self) -> frozenset[int]:
-        """The leaves, other than tensors, that were not read."""
+        """Return the leaves, other than tensors, that were not read."""
         return frozenset(self._plain - self._read)
 
 
 def _places(values: Mapping[str, Any], start: int) -> dict[str, range]:
-    """Which leaves, from a number on, are those of each of some values."""
+    """Return which leaves, from a number on, are those of each of some values."""
     places = {}
     for key, value in values.items():
         places[key] = range(start, start + len(tree_leaves(value)))
@@ -186,7 +187,7 @@ class _NotedDict(dict[str, Any]):
 
 
 def _loaded_names(function: Any) -> tuple[frozenset[str] | None, tuple[str, ...]]:
-    """The names of locals that the code of a function loads, None if that cannot be told; its positional parameters."""
+    """Return the locals that a function's code loads (None if unknown); its positional parameters."""
     code = getattr(function, "__code__", None)
     if code is None or hasattr(function, "__wrapped__"):
         return None, ()

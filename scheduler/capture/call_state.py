@@ -47,7 +47,7 @@ class CallState:
         ]
 
     def changed(self, ops: Watch | None = None) -> set[str]:
-        """Names of the tensors, containers and generators that were changed in place since.
+        """Return the names of the tensors, containers and generators that were changed in place since.
 
         Args:
             ops: what ran since, where tensors have no data.
@@ -60,20 +60,21 @@ class CallState:
         }
 
     def _differs(self, tensor: Tensor, value: Tensor, version: int, ops: Watch | None) -> bool:
-        # Kernels of batch norm change statistics without a new version; a fill may put the same values in again.
+        # Kernels of batch norm change statistics without a new version; a fill may put the same values in
+        # again.
         if not self.data:
             return ops is not None and ops.has_changed(tensor)
         return version_of(tensor) != version or tensor.shape != value.shape or not equal_bits(tensor, value)
 
     def replaced(self) -> set[str]:
-        """Names of the places in which another tensor is now than before."""
+        """Return the names of the places in which another tensor is now than before."""
         layout = self.taken.layout
         now = layout.now()
         pairs = zip(layout.tensors, self.taken.tensors, now.tensors, strict=True)
         return {layout.name_of(place) for place, before, after in pairs if after is not before}
 
     def left(self) -> dict[str, int]:
-        """Bytes of the tensors that are there now and were not before, and of states of generators, by their places."""
+        """Return bytes of tensors live now and not before, and of generators' states, by place."""
         now = self.state.take(cut=False)
         before = {id(tensor) for _, tensor in self.taken.read()} | {id(t) for t, _, _ in self.values.values()}
         found: dict[str, int] = {}
@@ -122,7 +123,7 @@ def _tensors(name: str, module: Any, taken: Taken) -> Iterator[tuple[str, Tensor
 
 
 def _look(value: Any) -> Any:
-    """What shows of an object whose state is not walked: how far an iterator or a file has got."""
+    """Return what shows of an object whose state is not walked: how far an iterator or a file has got."""
     try:
         if isinstance(value, types.GeneratorType):
             return None if value.gi_frame is None else value.gi_frame.f_lasti

@@ -17,13 +17,14 @@ __all__ = ["CallableChain", "cut_off", "variables"]
 class CallableChain(nn.Module):
     """Callables that run one after the other, each a stage: time steps, layers, parts of one function.
 
-    The first is called with the arguments of the chain. Each other is called with what the one before returned: a tuple
-    as positional arguments, anything else as the one argument. What the last one returns is the output.
+    The first is called with the arguments of the chain. Each other is called with what the one before
+    returned: a tuple as positional arguments, anything else as the one argument. What the last one returns is
+    the output.
 
-    The modules that a callable uses are looked for in the callable itself: a module, the object of a bound method,
-    what a ``functools.partial`` binds, the closure, and lists, tuples and dicts in these. Each is a submodule of its
-    stage, so that ``parameters()`` of the chain are those to be trained. Other tensors in these (an input, in a closure)
-    are outside of a plan's account, as is all that was there before the step.
+    The modules that a callable uses are looked for in the callable itself: a module, the object of a bound
+    method, what a ``functools.partial`` binds, the closure, and lists, tuples and dicts in these. Each is a
+    submodule of its stage, so that ``parameters()`` of the chain are those to be trained. Other tensors in
+    these (an input, in a closure) are outside of a plan's account, as is all that was there before the step.
 
     Args:
         callables: at least one; it may be given several times.
@@ -52,7 +53,7 @@ class CallableChain(nn.Module):
         self.stages = nn.ModuleList(_Stage(function, further) for function in functions)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the last callable."""
+        """Run the callables; return the output of the last."""
         first, *others = self.stages
         value = first(*args, **kwargs)
         for stage in others:
@@ -101,12 +102,12 @@ class _Stage(nn.Module):
 
 
 def cut_off(tensor: Tensor) -> Tensor:
-    """The tensor without its history."""
+    """Return the tensor without its history."""
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 def variables(value: Any) -> Iterator[Tensor]:
-    """The leaves that a backward from the tensors in ``value`` would make gradients of."""
+    """Return the leaves that a backward from the tensors in ``value`` would make gradients of."""
     waiting: list[Any] = [t.grad_fn for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
     seen: set[Any] = {None}
     while waiting:

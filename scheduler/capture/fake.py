@@ -1,14 +1,16 @@
-"""A model without data: a copy on fake tensors, and what a run of it shows that values would show otherwise."""
+"""A model without data: a copy on fake tensors, and what a run of it shows in the place of values."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from scheduler.capture.eager import as_eager
 from scheduler.capture.flat import map_tensors
 from scheduler.capture.layouts import is_plain
 from scheduler.capture.private import (
@@ -23,7 +25,7 @@ from scheduler.capture.private import (
 from scheduler.capture.sharded import sharded_within
 from scheduler.errors import CaptureError
 
-__all__ = ["Watch", "fake_call", "fake_model", "has_data"]
+__all__ = ["Watch", "fake_call", "fake_model", "has_data", "without_hardware"]
 
 
 def has_data(tensors: Iterable[Any]) -> bool:
@@ -34,7 +36,7 @@ def has_data(tensors: Iterable[Any]) -> bool:
 
 
 def _faked(tensor: Tensor, mode: FakeTensorMode, device: str) -> Tensor:
-    """A fake tensor of the same shape, strides and dtype; a Parameter for a Parameter."""
+    """Return a fake tensor of the same shape, strides and dtype; a Parameter for a Parameter."""
     if not is_plain(tensor):
         raise CaptureError(
             "solve: a sparse or nested tensor has no stand-in without data; plan the model where it has data, without device="
@@ -52,7 +54,7 @@ def _faked(tensor: Tensor, mode: FakeTensorMode, device: str) -> Tensor:
 
 
 def fake_model(model: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> nn.Module:
-    """A copy of ``model`` whose parameters, buffers and other tensors are fake. It takes no memory.
+    """Return a copy of ``model`` whose parameters, buffers and other tensors are fake. It takes no memory.
 
     Args:
         model: real, fake or on meta; left as it is.
@@ -81,7 +83,7 @@ def fake_model(model: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> n
 
 
 def fake_call(call: Any, mode: FakeTensorMode, device: str = "cpu") -> Any:
-    """The arguments of a call with fake tensors in place of the tensors in it."""
+    """Return the arguments of a call with fake tensors in place of the tensors in it."""
     memo: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
@@ -137,3 +139,18 @@ class Watch(TorchDispatchMode):
 
     def before_change(self, tensor: Tensor) -> None:
         """Is called with each tensor that an op is about to change in place."""
+
+
+@contextmanager
+def without_hardware(model: nn.Module, call: Any) -> Iterator[tuple[nn.Module, Any]]:
+    """Yield a copy of the model and of the call on fake tensors; within the block ops make fake tensors.
+
+    The copy's code takes them for real ones (``eager.py``).
+
+    Raises:
+        CaptureError: the model cannot be copied.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    copies = fake_model(model, mode), fake_call(call, mode)
+    with as_eager(copies[0]), mode:
+        yield copies

@@ -1,4 +1,4 @@
-"""The modules that a callable uses: in its closure, in what it is bound to, in the global variables that it names."""
+"""The modules that a callable uses: in its closure, in what it is bound to, in globals that it names."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ _SHUT = (type, types.ModuleType, torch.Tensor, torch.optim.Optimizer, str, bytes
 
 
 def name_of(function: Any) -> str:
-    """What people call a callable: a function's qualified name, or the class of any other."""
+    """Return what people call a callable: a function's qualified name, or the class of any other."""
     inner = function.func if isinstance(function, functools.partial) else function
     return str(getattr(inner, "__qualname__", type(inner).__name__))
 
 
 def modules_in(function: Any, *, everywhere: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) for the modules that a callable, or what it is bound to, holds; names may repeat.
+    """Return (name, module) for the modules that a callable, or what it is bound to, holds; names may repeat.
 
     Args:
-        everywhere: look into the global variables that functions name, defaults of parameters, and plain objects, too.
+        everywhere: look into the global variables that functions name, defaults of parameters, and plain
+            objects, too.
     """
     yield from _found(function, "", set(), everywhere, 0)
 
@@ -71,7 +72,7 @@ def _found(
 
 
 def _parameters(function: Any, count: int) -> list[str]:
-    """Names for the first positional arguments of a callable."""
+    """Return names for the first positional arguments of a callable."""
     try:
         names = [*inspect.signature(function).parameters]
     except (TypeError, ValueError):
@@ -85,7 +86,7 @@ def _defaults(function: Any) -> list[tuple[str, Any]]:
 
 
 def _globals(function: Any) -> Iterator[tuple[str, Any]]:
-    """What the function's code reads of its global variables; not of a library's, which hold no model of the user's."""
+    """Return the global variables that a function's code reads; none of a library's."""
     if "site-packages" in function.__code__.co_filename or "dist-packages" in function.__code__.co_filename:
         return
     codes = [function.__code__]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -22,12 +22,14 @@ from scheduler.capture.inner_gradients import noted_gradients, traced_graph
 from scheduler.capture.layouts import equal_bits
 from scheduler.capture.linearize import Linear, linearize
 from scheduler.capture.private import detect_fake_mode, schema_of, version_of
+from scheduler.capture.protocol import Capture
+from scheduler.capture.python_state import MISSING
 from scheduler.capture.recompute import op_rows
 from scheduler.capture.repeat import ELSEWHERE, unlike
 from scheduler.capture.sample import Call
 from scheduler.capture.stages import GraphStage, Source, compile_stages
 from scheduler.capture.state import RandomState, model_device, on_gradient, uncached
-from scheduler.capture.target import Device, Target
+from scheduler.capture.target import Target
 from scheduler.capture.unwind import met
 from scheduler.errors import CaptureError
 
@@ -37,7 +39,7 @@ RECURRENT = ("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu", "ate
 
 
 @dataclass(slots=True)
-class GraphCapture:
+class GraphCapture(Capture):
     """An op graph, its stages, and what a trial run showed of them.
 
     Attributes:
@@ -48,12 +50,13 @@ class GraphCapture:
         once: (L,) why the stage may not be run again, in words; "" if it may.
         dropped: (L,) for each option of the stage, the packs (``recompute.py``) that it does not keep.
         rerun: (L,) for each option of the stage, the ops that run again, by their places in it.
-        uncached: whether stages run without autocast's cache, in which the casts of all weights would stay until the forward
-            is over. The gradient of a weight that is cast twice is then summed otherwise, so that it is to be tried.
-        layouts: of values that cross a cut, strides of their gradients in the trial step where they are a permutation, ()
-            where not; None if no gradient arrived. Empty without a trial.
+        uncached: whether stages run without autocast's cache, in which the casts of all weights would stay
+            until the forward is over. The gradient of a weight that is cast twice is then summed otherwise,
+            so that it is to be tried.
+        layouts: of values that cross a cut, strides of their gradients in the trial step where they are a
+            permutation, () where not; None if no gradient arrived. Empty without a trial.
         gaps: (L,) share by which the seconds of an option may exceed the least for its bytes; 0 if proven.
-        target: the device that costs are for, if it is not there: then nothing has data.
+        target: the device that costs are for, if the model is without data.
     """
 
     graph: OpGraph
@@ -74,11 +77,6 @@ class GraphCapture:
     target: Target | None = None
 
     kind = "graph"
-
-    @property
-    def place(self) -> Device:
-        """What costs are for: the device that is planned for without being there, or the one at hand."""
-        return self.device if self.target is None else self.target
 
     def __len__(self) -> int:
         return len(self.stages)
@@ -146,7 +144,7 @@ class GraphCapture:
         return tree_unflatten(output, self.output_spec)
 
     def trial(self, model: nn.Module, call: Call) -> Any:
-        """A sweep in grad mode; the backward that follows notes how gradients lie in memory when they cross a cut."""
+        """Run a sweep in grad mode; the backward that follows notes layouts of gradients across cuts."""
 
         def visit(k: int, arguments: list[Any]) -> None:
             stage = self.stages[k]
@@ -163,7 +161,7 @@ class GraphCapture:
         self.layouts[name] = grad.stride() if permuted else ()
 
     def result_layouts(self, k: int) -> tuple[dict[int, tuple[int, ...]], frozenset[int]]:
-        """Strides of the gradients that results of stage k get, where not contiguous; the results that get none."""
+        """Return strides of gradients of stage k's results, if not contiguous; the results without one."""
         stage = self.stages[k]
         names = zip(
             (*stage.boundary, *stage.carried), (*stage.boundary_from, *stage.carried_from), strict=True
@@ -172,13 +170,13 @@ class GraphCapture:
         return {i: s for i, s in found.items() if s}, frozenset(i for i, s in found.items() if s is None)
 
     def own_output(self, stage: GraphStage, results: tuple[Tensor, ...]) -> Any:
-        """The part of the model's output that ``stage`` makes, None in the place of the rest."""
+        """Return the part of the model's output that ``stage`` makes, None in the place of the rest."""
         made = {name: results[i] for name, i in zip(stage.carried, stage.carried_from, strict=True)}
         leaves = [made.get(leaf.key) if isinstance(leaf, Source) else leaf for leaf in self.outputs]
         return tree_unflatten(leaves, self.output_spec)
 
     def record(self) -> dict[str, Any]:
-        """What a plan keeps of this capture, to make it again."""
+        """Return what a plan keeps of this capture, to make it again."""
         return {
             "graph": self.graph.fingerprint(),
             "cuts": self.linear.cuts[1:-1],
@@ -193,11 +191,37 @@ class GraphCapture:
             "ops": tuple(op_rows(self.graph, self.linear, k, int) for k in range(len(self))),
         }
 
+    def without_data(self, device: torch.device, fake: Callable[[Any], Any]) -> GraphCapture:
+        """See ``Capture.without_data``."""
+        return replace(self, device=device, constants=fake(self.constants))
+
+    @property
+    def unread(self) -> Collection[int]:
+        """Leaves of the call, other than tensors, that the traced forward did not read."""
+        return self.graph.face.unread
+
+    def holds(self, repeated: tuple[tuple[int, int], ...]) -> bool:
+        """Whether the Python state that was traced is unchanged, and the same tensors of the call are one."""
+        face = self.graph.face
+        return face.repeats == repeated and face.guards.holds()
+
+    def changes(self) -> str:
+        """Return which Python state is otherwise now, in words."""
+        found = self.graph.face.guards.changes()
+        if not found:
+            return "other arguments are one and the same tensor"
+        shown = [f"{path} is {_shown(now)} instead of {_shown(then)}" for path, then, now in found[:3]]
+        return ", ".join(shown) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+    def constant_tensors(self) -> Collection[Tensor]:
+        """See ``Capture.constant_tensors``."""
+        return self.constants.values()
+
     def observe(self, model: nn.Module, call: Call) -> list[bool]:
         """Run the stages once without grad: which draw random numbers, which change buffers.
 
-        A stage that may draw by its ops' tags is among those that do: whether it does may depend on the data. Without data,
-        tags and schemas are all there is. The caller restores the model's state.
+        A stage that may draw by its ops' tags is among those that do: whether it does may depend on the data.
+        Without data, tags and schemas are all there is. The caller restores the model's state.
 
         Returns:
             (L,) whether the stage drew in this run.
@@ -217,7 +241,8 @@ class GraphCapture:
             buffers = before["buffers"].items()
             if not dry:
                 drew.append(before["random"].differs())
-                # Kernels of batch norm change statistics without a new version; a fill may put the same values in again.
+                # Kernels of batch norm change statistics without a new version; a fill may put the same
+                # values in again.
                 changed = [
                     n
                     for n, (b, value, version) in buffers
@@ -259,7 +284,7 @@ class GraphCapture:
         return drew
 
     def _run_again(self, model: nn.Module, call: Call) -> None:
-        """Run each stage twice, the second time within a backward: it is to run once if that gives other bits."""
+        """Run each stage twice, the second time within a backward; note those that give other bits then."""
         run: list[Callable[[], list[Tensor]]] = []
         random: list[RandomState] = []
 
@@ -289,14 +314,14 @@ class GraphCapture:
             self.sweep(model, call, visit, after)
 
     def may_draw(self) -> list[bool]:
-        """(L,) whether the stage has an op that may draw random numbers."""
+        """Return (L,) whether the stage has an op that may draw random numbers."""
         return [
             any(op.random for op in self.graph.ops[start:stop]) for start, stop in pairwise(self.linear.cuts)
         ]
 
 
 def draws_elsewhere_in(op: Op) -> bool:
-    """Whether, on a GPU, an op's dropout has random state outside of the generator: cuDNN's, between layers of an RNN.
+    """Whether an op's dropout on a GPU has random state outside of the generator: cuDNN's, in an RNN.
 
     It goes on from call to call, and begins with a new seed once somebody has set the generator.
     """
@@ -309,17 +334,23 @@ def draws_elsewhere_in(op: Op) -> bool:
     return bool(values.get("train")) and values.get("dropout") not in (0, 0.0, None)
 
 
+def _shown(value: Any) -> str:
+    """Return a value of Python state, short enough for a message."""
+    text = "nothing" if value is MISSING else repr(value)
+    return text if len(text) < 60 else f"{text[:57]}..."
+
+
 def _discard(_: Any) -> Any:
     return None
 
 
 def op_graphs(model: nn.Module, call: Call) -> Iterator[OpGraph]:
-    """The op graphs that the model exports as, the one that can be planned best first.
+    """Return the op graphs that the model exports as, the one that can be planned best first.
 
-    Whether one trains like the model is to be tried; the next one is for when it does not. First comes what a plain
-    step runs (``eager.py``), then what the model's code does for exporters; each with composite ops in their parts
-    (``composite.py``), then with whole ones. No graph comes twice. A forward that takes gradients itself is traced
-    (``inner_gradients.py``).
+    Whether one trains like the model is to be tried; the next one is for when it does not. First comes what a
+    plain step runs (``eager.py``), then what the model's code does for exporters; each with composite ops in
+    their parts (``composite.py``), then with whole ones. No graph comes twice. A forward that takes gradients
+    itself is traced (``inner_gradients.py``).
 
     Raises:
         CaptureError: the model cannot be exported at all; says why.
@@ -346,7 +377,7 @@ def op_graphs(model: nn.Module, call: Call) -> Iterator[OpGraph]:
 
 
 def _in_parts(whole: OpGraph, call: Call) -> OpGraph:
-    """The graph with composite ops in their parts; as it is where these cannot be traced."""
+    """Return the graph with composite ops in their parts; as it is where these cannot be traced."""
     try:
         with met("its composite ops cannot be taken apart"):
             return in_parts(whole, call)

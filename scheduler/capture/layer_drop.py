@@ -1,7 +1,7 @@
-"""Layers that a model leaves out at random (LayerDrop, stochastic depth): found and priced with all of them run.
+"""Layers left out at random (LayerDrop, stochastic depth): found and priced with all of them run.
 
-A model decides by a random number or a few whether a layer runs. While it is captured, these numbers are fixed at the value
-with which most runs; a step that leaves layers out then takes less than the plan says.
+A model decides by a random number or a few whether a layer runs. While it is captured, these numbers are
+fixed at the value with which most runs; a step that leaves layers out then takes less than the plan says.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Draws(TorchFunctionMode):
         return result
 
     def on_host(self, draw: Callable[..., Any]) -> Callable[..., Any]:
-        """A function of ``random`` or ``numpy.random``, likewise."""
+        """Return a function of ``random`` or ``numpy.random``, likewise."""
 
         def drawn(*args: Any, **kwargs: Any) -> Any:
             result = draw(*args, **kwargs)

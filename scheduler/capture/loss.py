@@ -14,15 +14,15 @@ __all__ = ["find_loss", "output_tensors"]
 
 
 def output_tensors(output: Any) -> list[Tensor]:
-    """All tensors in a model's output; attributes are looked at if it is no registered container."""
+    """Return all tensors in a model's output; attributes are looked at if it is no registered container."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def find_loss(output: Any) -> tuple[Tensor, bool]:
-    """The loss in ``output``, and whether it is the model's own.
+    """Return the loss in ``output``, and whether it is the model's own.
 
-    A scalar is the loss; so is ``output.loss`` or ``output["loss"]``, and a scalar that begins a tuple or list. Of any
-    other output the sum of squares of its tensors that require grad stands in, for measuring.
+    A scalar is the loss; so is ``output.loss`` or ``output["loss"]``, and a scalar that begins a tuple or
+    list. Of any other output the sum of squares of its tensors that require grad stands in, for measuring.
 
     Raises:
         ValueError: no tensor in the output requires grad.

@@ -1,7 +1,7 @@
-"""The calls of a model's submodules, as one forward makes them: what feeds what, what draws, what changes, what repeats.
+"""The calls of a model's submodules in one forward: what feeds what, what draws, changes and repeats.
 
-Which module is *recurrent*, called again and again, each call fed by the one before (a cell that the user's code
-unrolls over time), is seen here too.
+Which module is *recurrent*, called again and again, each call fed by the one before (a cell that the user's
+code unrolls over time), is seen here too.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def makes_weights(module: nn.Module) -> bool:
-    """Whether a pre-hook of the module makes what its forward reads: legacy weight and spectral norm, pruning."""
+    """Whether a pre-hook of the module makes what its forward reads: weight and spectral norm, pruning."""
     kinds = (kind for hook in module._forward_pre_hooks.values() for kind in type(hook).__mro__)
     return any(kind.__module__.startswith("torch.nn.utils.") for kind in kinds)
 
@@ -67,8 +67,9 @@ def intercepted(
 ) -> Iterator[None]:
     """Within it each module's ``forward`` is ``wrap(forward)``; its hooks fire around that as ever.
 
-    Of a module that ``module.compile()`` has compiled it is the compiled call, hooks included: what wraps it stays eager.
-    Of one whose weights a pre-hook makes it is the whole call, so that they are made where they are read.
+    Of a module that ``module.compile()`` has compiled it is the compiled call, hooks included: what wraps it
+    stays eager. Of one whose weights a pre-hook makes it is the whole call, so that they are made where they
+    are read.
 
     Args:
         whole: of these, too, it is the whole call, hooks included.
@@ -96,7 +97,7 @@ def intercepted(
 
 
 class _Intercept:
-    """What stands for a method of a module while its calls are intercepted. A copy of the module has its own method back."""
+    """Stands for a method of a module while calls are intercepted; a copy of the module has its own."""
 
     def __init__(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
         self.module, self.name = module, name
@@ -134,7 +135,7 @@ class ModuleCall:
         self.new_input = False  # an input that no call before had: glue has made it
 
     def within(self) -> Iterator[ModuleCall]:
-        """All calls in it, in the order in which they began."""
+        """Return all calls in it, in the order in which they began."""
         for child in self.children:
             yield child
             yield from child.within()
@@ -147,7 +148,7 @@ class ModuleCall:
             entry = entry.parent
 
     def fed_by(self, other: ModuleCall) -> tuple[tuple[int, int], ...]:
-        """(argument leaf, output leaf) pairs of one tensor."""
+        """Return (argument leaf, output leaf) pairs of one tensor."""
         made = {token: leaf for leaf, token in reversed(other.outputs)}
         return tuple((leaf, made[token]) for leaf, token in self.inputs if token in made)
 
@@ -169,7 +170,7 @@ class ModuleCall:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor has been changed in place; of those made in inference mode nobody counts."""
+    """Return how often a tensor has been changed in place; of those made in inference mode nobody counts."""
     return -1 if tensor.is_inference() else version_of(tensor)
 
 
@@ -184,7 +185,7 @@ class _Tokens:
         self.count = 0
 
     def of(self, tensor: Tensor) -> int:
-        """The tensor's number."""
+        """Return the tensor's number."""
         entry = self.known.get(id(tensor))
         version = _version(tensor)
         if entry is None or entry[0]() is not tensor or entry[1] != version:
@@ -195,7 +196,7 @@ class _Tokens:
 
 
 def recurrent(root: ModuleCall) -> frozenset[str]:
-    """The modules that are called several times, most of the calls fed by the one before."""
+    """Return the modules that are called several times, most of the calls fed by the one before."""
     calls: dict[str, list[ModuleCall]] = {}
     for entry in root.within():
         calls.setdefault(entry.name, []).append(entry)
@@ -207,7 +208,7 @@ def recurrent(root: ModuleCall) -> frozenset[str]:
 
 
 class Recurrence:
-    """Notes, at little cost, which submodules a forward calls again and again, each call fed by the one before.
+    """Note, at little cost, which submodules a forward calls again and again, each fed by the call before.
 
     Attributes:
         calls: how often each was called.
@@ -222,7 +223,7 @@ class Recurrence:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Within it the forwards of a model's submodules are noted; not where fully_shard or the compiler look at them."""
+        """Note the forwards of a model's submodules; not where fully_shard or the compiler look at them."""
         if sharded_within(model) or any(map(is_compiled, model.modules())):
             yield
             return
@@ -261,7 +262,7 @@ class Recurrence:
 
 
 class _Enough(BaseException):
-    """Raised to end a forward that nothing more is wanted of; no ``except Exception`` of the model's stops it."""
+    """Ends a forward of which nothing more is wanted; no ``except Exception`` of the model's stops it."""
 
 
 def repeatable(
@@ -275,8 +276,8 @@ def repeatable(
 ) -> list[ModuleCall]:
     """Those of the blocks that give the same results when they are run again, on the state that they found.
 
-    Others change what cannot be put back: a file, an iterator. Notes what each changes. Of a module that is called many
-    times the first calls are tried; where there are no others, the forward ends with these.
+    Others change what cannot be put back: a file, an iterator. Notes what each changes. Of a module that is
+    called many times the first calls are tried; where there are no others, the forward ends with these.
 
     Raises:
         CaptureError: none does; or the model cannot go on when they have run twice.

@@ -6,17 +6,18 @@ an output of that block, and glue has made none for it since; all its other tens
 arguments (masks, rotary tables, an encoder's output) are *external*: held while the step lasts.
 
 A module that is called several times (an encoder that sees two batches) is a block at each call.
-A *recurrent* module, which is called again and again, each call fed by the one before (a cell that the user's code
-unrolls over time), is a block at each call. What glue makes for one step, its input, is external and ends no chain;
-and it may be fed by a block further back, whose output passes by those between (the state of a layer of cells while
-the others run).
+A *recurrent* module, which is called again and again, each call fed by the one before (a cell that the user's
+code unrolls over time), is a block at each call. What glue makes for one step, its input, is external and
+ends no chain; and it may be fed by a block further back, whose output passes by those between (the state of a
+layer of cells while the others run).
 """
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -35,17 +36,16 @@ from scheduler.capture.module_calls import (
     repeatable,
 )
 from scheduler.capture.private import detect_fake_mode
+from scheduler.capture.protocol import Capture
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import sharded_within
 from scheduler.capture.state import model_device, uncompiled
-from scheduler.capture.target import Device, Target
-from scheduler.capture.unwind import met
+from scheduler.capture.target import Target
 from scheduler.errors import CaptureError
 
 __all__ = [
     "Block",
     "ModuleCapture",
-    "capture_blocks",
     "capture_modules",
     "recorded_modules",
 ]
@@ -61,10 +61,10 @@ class Block:
         name: dotted name of the module in the model.
         label: the same, and which call of it, if there are several.
         stage: its index in the chain.
-        fed: which outputs of blocks before are among its arguments, as (argument leaf, output leaf, how many blocks
-            back); empty if glue comes between.
-        boundary: what crosses into it, as (block, output leaf): what it is fed, then what passes by to later ones. Empty if
-            glue comes between; then all its tensor arguments do.
+        fed: which outputs of blocks before are among its arguments, as (argument leaf, output leaf, how many
+            blocks back); empty if glue comes between.
+        boundary: what crosses into it, as (block, output leaf): what it is fed, then what passes by to later
+            ones. Empty if glue comes between; then all its tensor arguments do.
     """
 
     name: str
@@ -75,20 +75,22 @@ class Block:
 
 
 @dataclass(slots=True)
-class ModuleCapture:
+class ModuleCapture(Capture):
     """Blocks in the order in which they run, and where glue lies between them.
 
     Attributes:
         stages: (L,) index of the block that is this stage, or None for glue.
-        target: the device that costs are for, if it is not there: then nothing has data.
+        target: the device that costs are for, if the model is without data.
         random: (L,) whether a stage draws random numbers.
         changed: (L,) names of the tensors and containers that it changes in place.
         gathering: bytes that stand by for fully_shard's collectives while a step runs, once that is priced.
         overwritten: names of attributes whose tensors blocks replace before they read them.
-        state_bytes: bytes that the state of blocks takes: what they leave on modules, and what is held for re-runs.
+        state_bytes: bytes that the state of blocks takes: what they leave on modules, and what is held for
+            re-runs.
         whole: names of blocks whose whole call is the stage, hooks included, as these make its weights.
         grad: whether the model's code runs in grad mode only.
-        draws: what random numbers are fixed at for all layers to run, if some may be left out; see layer_drop.py.
+        draws: what random numbers are fixed at for all layers to run, if some may be left out; see
+            layer_drop.py.
         reversing: names of blocks that call autograd.grad on what they have made.
     """
 
@@ -109,18 +111,21 @@ class ModuleCapture:
 
     kind = "modules"
 
-    @property
-    def place(self) -> Device:
-        """What costs are for: the device that is planned for without being there, or the one at hand."""
-        return self.device if self.target is None else self.target
-
     def __len__(self) -> int:
         return len(self.stages)
 
     def modules(self, model: nn.Module) -> list[nn.Module]:
-        """The module of each block."""
+        """Return the module of each block."""
         found = {name: model.get_submodule(name) for name in {block.name for block in self.blocks}}
         return [found[block.name] for block in self.blocks]
+
+    def without_data(self, device: torch.device, fake: Callable[[Any], Any]) -> ModuleCapture:  # noqa: ARG002
+        """See ``Capture.without_data``."""
+        return replace(self, device=device)
+
+    def live_besides(self) -> dict[str, int]:
+        """See ``Capture.live_besides``: what fully_shard's collectives take."""
+        return {"gathered parameters": self.gathering} if self.gathering else {}
 
     def record(self) -> dict[str, Any]:
         """What a plan keeps of this capture, to make it again; names of blocks as often as they run."""
@@ -162,37 +167,6 @@ def _given(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, nn.Module
     return found
 
 
-def capture_blocks(
-    model: nn.Module,
-    call: Call,
-    how: str | tuple[nn.Module, ...],
-    refused: str,
-    target: Target | None = None,
-    seen: Recurrence | None = None,
-) -> tuple[ModuleCapture, str]:
-    """The blocks of a model that is not captured as a graph, and why these.
-
-    Args:
-        how: what was asked for: a kind of capture, or the blocks.
-        refused: why there is no graph, "" if none was asked for.
-        seen: what a forward called again and again, if that is known.
-
-    Raises:
-        CaptureError: the model cannot be captured; says why.
-    """
-    given = None if isinstance(how, str) else how
-    try:
-        with met("a trial forward raises"):
-            blocks = capture_modules(model, call, given, target, seen)
-    except CaptureError as error:
-        why = f" (graph capture: {refused})" if refused else ""
-        raise CaptureError(
-            f"solve: {type(model).__name__} cannot be captured: {error}{why}; pass capture=[blocks], the modules that "
-            "run one after the other"
-        ) from error
-    return blocks, blocks.reason if given is None else "the blocks given"
-
-
 def capture_modules(
     model: nn.Module,
     call: Call,
@@ -204,7 +178,7 @@ def capture_modules(
 
     Args:
         blocks: the blocks, if the user names them.
-        target: the device that is planned for, if it is not there: nothing has data.
+        target: the device that is planned for, if the model is without data.
         seen: what a forward called again and again, if that is known.
 
     Raises:
@@ -213,11 +187,11 @@ def capture_modules(
     modules = _candidates(model, call, seen) if blocks is None else _given(model, blocks)
     device = model_device(model)
     whole = {module for module in modules.values() if _hooks_make_weights(module)}
+    data = target is None and detect_fake_mode() is None
     with noted_gradients() as gradients:
         try:
-            root, grad, fixed = _profiled(
-                model, call, modules, device, whole, data=target is None and detect_fake_mode() is None
-            )
+            run = functools.partial(profile, model, call, modules, device, data, whole=whole)
+            root, grad, fixed = _profiled(model, modules, run)
         except CaptureError as error:
             if not gradients:
                 raise
@@ -245,12 +219,13 @@ def capture_modules(
             "the modules given do not each run, once or several times, in the order given and outside of each other; "
             f"seen: {_in_words([entry.name for entry in chosen])}"
         )
-    # What the forward itself reverses would be run again in the middle of the first sweep, beside all that it holds.
+    # What the forward itself reverses would be run again in the middle of the first sweep, beside all that it
+    # holds.
     unusable |= {entry.name for entry in chosen if entry.changes_input or entry.reversed_outside}
     transformed = sorted({entry.name for entry in root.within() if entry.transformed})
     unusable.update(transformed)
     usable = [entry for entry in chosen if entry.name not in unusable]
-    if target is None and detect_fake_mode() is None:
+    if data:
         with fixed_draws(fixed):
             usable = repeatable(model, call, usable, device, grad=grad, whole=whole)
     asked = [entry.name for entry in chosen if entry.reversed_outside]
@@ -291,24 +266,19 @@ def capture_modules(
 
 
 def _profiled(
-    model: nn.Module,
-    call: Call,
-    modules: dict[str, nn.Module],
-    device: torch.device,
-    whole: Collection[nn.Module],
-    data: bool,
+    model: nn.Module, modules: dict[str, nn.Module], run: Callable[..., ModuleCall]
 ) -> tuple[ModuleCall, bool, float | None]:
-    """The calls of the candidates, whether they need grad mode, and at what value draws are fixed for all of them to run.
+    """Return the candidates' calls, whether they need grad mode, and the value of draws for which all run.
 
     Raises:
         CaptureError: the model does not run; says why.
     """
     with uncompiled(), fixed_draws(None, counting=True) as draws, Effort() as effort:
-        root, grad = _either_way(model, call, modules, device, whole, data)
+        root, grad = _either_way(run)
     best, fixed = (len([*root.within()]), effort.ops), None
     for value in VALUES if draws.count and not sharded_within(model) else ():
         with uncompiled(), fixed_draws(value), Effort() as effort:
-            other, _ = _either_way(model, call, modules, device, whole, data)
+            other, _ = _either_way(run)
         done = len([*other.within()]), effort.ops
         if done > best or (done == best and fixed is None):
             root, best, fixed = other, done, value
@@ -316,23 +286,16 @@ def _profiled(
     return root, grad, fixed
 
 
-def _either_way(
-    model: nn.Module,
-    call: Call,
-    modules: dict[str, nn.Module],
-    device: torch.device,
-    whole: Collection[nn.Module],
-    data: bool,
-) -> tuple[ModuleCall, bool]:
-    """The calls of the candidates without grad, or in grad mode where that does not run."""
+def _either_way(run: Callable[..., ModuleCall]) -> tuple[ModuleCall, bool]:
+    """Return the calls of the candidates without grad, or in grad mode where that does not run."""
     try:
-        return profile(model, call, modules, device, data, whole=whole), False
+        return run(), False
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # forces by autograd.grad, a hook on a tensor
         pass
     try:
-        return profile(model, call, modules, device, data, grad=True, whole=whole), True
+        return run(grad=True), True
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -340,14 +303,14 @@ def _either_way(
 
 
 def _hooks_make_weights(module: nn.Module) -> bool:
-    """Whether a pre-hook of the module makes one of its weights, as those of torch.nn.utils do (weight_norm, prune)."""
+    """Whether a pre-hook of the module makes one of its weights, as torch.nn.utils does (prune, say)."""
     return any(
         type(hook).__module__.startswith("torch.nn.utils.") for hook in module._forward_pre_hooks.values()
     )
 
 
 def _in_words(names: Sequence[str]) -> str:
-    """Names in order, repetitions counted."""
+    """Return the names in order, repetitions counted."""
     runs = [(name, len(list(same))) for name, same in groupby(names)]
     shown = ", ".join(name if count == 1 else f"{name} ({count} times)" for name, count in runs[:20])
     return shown + (", ..." if len(runs) > 20 else "")
@@ -356,7 +319,7 @@ def _in_words(names: Sequence[str]) -> str:
 def _feeds(
     chosen: Sequence[ModuleCall], usable: Sequence[ModuleCall], again: Collection[str]
 ) -> list[tuple[tuple[int, int, int], ...]]:
-    """Which outputs of blocks before each block is fed; see ``Block.fed``."""
+    """Return which outputs of blocks before each block is fed; see ``Block.fed``."""
     number = {id(entry): index for index, entry in enumerate(usable)}
     made: dict[int, tuple[int, int]] = {}  # token -> (block, output leaf), since glue was last a stage
     feeds: list[tuple[tuple[int, int, int], ...]] = []
@@ -382,7 +345,7 @@ def _feeds(
 def _within_reach(
     feeds: list[tuple[tuple[int, int, int], ...]],
 ) -> list[tuple[tuple[int, int, int], ...]]:
-    """Without values that many blocks would pass by: they are external where the block before does not make them."""
+    """Return the feeds without values that many blocks would pass by, which become external."""
     furthest: dict[tuple[int, int], int] = {}
     for index, fed in enumerate(feeds):
         for _, output, back in fed:
@@ -407,7 +370,7 @@ def recorded_modules(
     changed: Sequence[tuple[str, ...]],
     device: torch.device,
 ) -> ModuleCapture:
-    """The capture that a plan's record tells of, without running the model."""
+    """Return the capture that a plan's record tells of, without running the model."""
     # A plan of an earlier version has feeds by the block before alone.
     blocks, stages = _laid_out(
         names, [tuple((a, o, *(back or (1,))) for a, o, *back in fed) for fed in feeds]
@@ -440,7 +403,7 @@ def _laid_out(
 
 
 def _refuse_left_out(model: nn.Module, modules: dict[str, nn.Module], root: ModuleCall) -> None:
-    """Refuse a model that says that it leaves out layers at random, if no forward was found in which all of them run."""
+    """Refuse a model that leaves out layers at random, if no forward was found in which all of them run."""
     called = {entry.name for entry in root.within()}
     missing = [name for name in modules if name not in called]
     if not missing:

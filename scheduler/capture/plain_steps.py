@@ -1,9 +1,9 @@
 """Plain steps of a model on one call, and whether a step of its captured form is like them.
 
-Kernels that sum in no fixed order (atomic additions in the backward of attention, convolutions, scatter and embedding on a
-GPU) give the plain model other last bits at each step. A captured step is then held against the plain one under deterministic
-algorithms. Where there are none, outputs and buffers must be equal bit for bit, and gradients may differ as those of plain
-steps do from one another, if that is no more than rounding.
+Kernels that sum in no fixed order (atomic additions in the backward of attention, convolutions, scatter and
+embedding on a GPU) give the plain model other last bits at each step. A captured step is then held against
+the plain one under deterministic algorithms. Where there are none, outputs and buffers must be equal bit for
+bit, and gradients may differ as those of plain steps do from one another, if that is no more than rounding.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class PlainSteps:
 
     @cached_property
     def wide(self) -> str | None:
-        """In what the forwards of plain steps differ by more than rounding, in words: no order of sums does that."""
+        """Return in what plain forwards differ by more than rounding, in words: no order of sums does so."""
         for index, plain in enumerate(self.first.outputs):
             if not all(rounds_alike(plain, other.outputs[index], MOST) for other in self.samples[1:]):
                 return f"output {index} differs"
@@ -65,7 +65,7 @@ class PlainSteps:
 
     @cached_property
     def exact(self) -> StepResult | None:
-        """A plain step under deterministic algorithms; None where that is not repeated to the bit, or an op has none."""
+        """Return a plain step under deterministic algorithms; None if they differ, or an op has none."""
         try:
             with deterministic(self.device):
                 one, other = self.step(), self.step()
@@ -103,7 +103,7 @@ class PlainSteps:
         return (None, how) if beyond is None else (beyond, "")
 
     def hint(self) -> str:
-        """What to say when no captured step is like the plain one; "" if there is nothing to say."""
+        """Return what to say when no captured step is like the plain one; "" if there is nothing to say."""
         if self.apart is None:
             return ""
         cublas = ", and CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment" * (self.device.type == "cuda")
@@ -113,14 +113,14 @@ class PlainSteps:
         )
 
     def _beyond(self, found: StepResult) -> str | None:
-        """The first thing in which a step differs from the plain one by more than plain steps from one another."""
+        """Return the first thing in which a step differs from the plain one by more than plain steps do."""
         rest = _apart([replace(each, grads={}, given=()) for each in (*self.samples, found)])
         if rest is not None:
             return rest
-        plain, *others = (_gradients(step) for step in self.samples)
+        plain, *others = (step.gradients() for step in self.samples)
         # Of gradients that are zero but for rounding, the noise is as large as they are.
         scale = max((largest(as_real(each)) for each in plain.values() if each is not None), default=0.0)
-        for name, tensor in _gradients(found).items():
+        for name, tensor in found.gradients().items():
             own = plain[name]
             off, spread = _distance(own, tensor), max(_distance(own, other[name]) for other in others)
             if off > SPREAD * spread:
@@ -137,22 +137,14 @@ def _apart(steps: Iterable[StepResult]) -> str | None:
     return next(filter(None, (difference(first, other) for other in others)), None)
 
 
-def _gradients(step: StepResult) -> dict[str, Tensor | None]:
-    """The gradients that a step left behind, by name."""
-    return {
-        **{f"the gradient of {name}": each for name, each in step.grads.items()},
-        **{f"the gradient of input {i}": each for i, each in enumerate(step.given)},
-    }
-
-
 def _rounding(tensor: Tensor) -> float:
-    """What sums in another order may differ by, as a share of the largest value."""
+    """Return what sums in another order may differ by, as a share of the largest value."""
     real = as_real(tensor)
     return min(MOST * torch.finfo(real.dtype).eps, LARGEST) if real.is_floating_point() else 0.0
 
 
 def _distance(a: Tensor | None, b: Tensor | None) -> float:
-    """By how much two tensors differ at most; 0 if they are equal bit for bit, infinite if they cannot be compared."""
+    """Return the most by which two tensors differ; 0 if bits are equal, infinity if incomparable."""
     if a is None or b is None:
         return 0.0 if a is b else math.inf
     if equal_bits(a, b):

@@ -42,7 +42,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def read_sample(sample: Any) -> Call:
-    """``sample`` as ``(args, kwargs)``.
+    """Return ``sample`` as ``(args, kwargs)``.
 
     Args:
         sample: a tensor, a tuple of positional arguments, a mapping of keyword arguments, or a pair
@@ -66,7 +66,7 @@ def read_sample(sample: Any) -> Call:
 
 
 def forward_signature(model: nn.Module) -> inspect.Signature:
-    """The signature of the model's forward, with ``use_cache`` by name.
+    """Return the signature of the model's forward, with ``use_cache`` by name.
 
     Where transformers hands it on among ``**kwargs``, its default is in the model's configuration.
     """
@@ -82,7 +82,7 @@ def forward_signature(model: nn.Module) -> inspect.Signature:
 
 
 def canonical_call(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-    """``(args, kwargs)`` with every argument by name where it has one, in the order of the signature.
+    """Return ``(args, kwargs)`` with every argument by name where it has one, in the order of the signature.
 
     Arguments that repeat a default of None are dropped. A model that takes ``use_cache`` and is not
     told gets False: a training step never reads the cache, and its tensors would outlive the step.
@@ -126,7 +126,8 @@ class CallReader:
 
     def __init__(self, signature: inspect.Signature) -> None:
         self.signature = signature
-        # How a call is written -> where each argument goes: its place in it, or (None, a value that none of them is).
+        # How a call is written -> where each argument goes: its place in it, or (None, a value that none of
+        # them is).
         self._known: dict[Any, tuple[list[tuple[int | None, Any]], list[tuple[str, int | None, Any]]]] = {}
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
@@ -153,7 +154,7 @@ class CallReader:
 
 
 def _describe(leaf: Any) -> list[Any]:
-    """JSON-ready description of one leaf of the arguments."""
+    """Return a JSON-ready description of one leaf of the arguments."""
     if isinstance(leaf, torch.Tensor):
         described = ["tensor", list(leaf.shape), str(leaf.dtype), leaf.device.type, leaf.requires_grad]
         # The bytes of a sparse tensor go by how many elements it has.
@@ -185,7 +186,7 @@ class CallSignature:
 
     @classmethod
     def of(cls, call: Call) -> CallSignature:
-        """The signature of a canonical call."""
+        """Return the signature of a canonical call."""
         flat, spec = tree_flatten(call)
         return cls(str(spec), json.dumps([_describe(leaf) for leaf in flat]))
 
@@ -220,7 +221,7 @@ class CallSignature:
         )
 
     def difference(self, other: CallSignature) -> str:
-        """The first thing in which another signature differs from this one, in words."""
+        """Return the first thing in which another signature differs from this one, in words."""
         leaf, want, got = self._first_difference(other)
         return f"{'arguments' if leaf is None else f'argument leaf {leaf}'}: {got} instead of {want}"
 
@@ -246,7 +247,7 @@ def _words(leaf: list[Any]) -> str:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the model's class and the names, shapes and dtypes of its tensors.
+    """Return the SHA-256 over the model's class and the names, shapes and dtypes of its tensors.
 
     Of sharded tensors also how they lie on their mesh of devices: the same on every rank.
 
@@ -273,7 +274,7 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def unplanned(model: Any) -> Any:
-    """The plain model behind one that trains by a plan already; any other model as it is."""
+    """Return the plain model behind one that trains by a plan already; any other model as it is."""
     plain = getattr(type(model), "_rematplan_plain", None)
     return model if plain is None else plain(model)
 
@@ -294,7 +295,7 @@ def reject_unusual(call: Call) -> None:
 
 
 def kind_of(leaf: Any) -> Any:
-    """What tells calls apart by one of their leaves: of a tensor, all of it but its values.
+    """Return what tells calls apart by one of their leaves: of a tensor, all of it but its values.
 
     Raises:
         PlanMismatch: a nested tensor, say, of which nothing can be planned.
@@ -312,7 +313,7 @@ def kind_of(leaf: Any) -> Any:
 
 
 def nothing_to_train(model: nn.Module, call: Call) -> str:
-    """What to do where no parameter requires grad, nor any tensor of the sample; "" where one does."""
+    """Return what to do where no parameter requires grad, nor any tensor of the sample; "" where one does."""
     given = (leaf for leaf in tree_leaves(call) if isinstance(leaf, torch.Tensor))
     if any(t.requires_grad for t in (*model.parameters(), *given)):
         return ""

@@ -61,8 +61,8 @@ CPU_RANDOM_STATE = 5056  # bytes of torch's CPU generator state, an allocation o
 class RandomState:
     """The state of the generators that a model on ``device`` draws from: the CPU's and the device's.
 
-    Under FakeTensorMode no random numbers are drawn and the generators are left alone; a tensor without data stands
-    in for what their state takes.
+    Under FakeTensorMode no random numbers are drawn and the generators are left alone; a tensor without data
+    stands in for what their state takes.
 
     Args:
         faked: whether that is so, where it is known.
@@ -102,7 +102,8 @@ class RandomState:
 class Draws:
     """Whether random numbers have been drawn since this was made, and how the generators stood then.
 
-    The CPU's generator has no counter, so its state is compared; it is kept outside of torch's allocator meanwhile.
+    The CPU's generator has no counter, so its state is compared; it is kept outside of torch's allocator
+    meanwhile.
     """
 
     __slots__ = ("cpu", "device", "on_device")
@@ -113,7 +114,7 @@ class Draws:
         self.on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def state(self) -> RandomState | None:
-        """How the generators stood when this was made; None if they stand there still."""
+        """Return how the generators stood when this was made; None if they stand there still."""
         now = torch.default_generator.get_state()
         moved = now.numpy().tobytes() != self.cpu
         if self.on_device is not None and not moved:
@@ -153,20 +154,21 @@ class HostRandomState:
 
 
 def in_backward() -> bool:
-    """Whether autograd runs a backward: a forward within it (torch's checkpoint, a plan around this one) runs one again."""
+    """Whether autograd runs a backward: a forward within it (torch's checkpoint, say) is a re-run."""
     return graph_task() != -1
 
 
 def may_be_seed(tensor: torch.Tensor) -> bool:
-    """Whether a saved tensor may be the seed or the offset of attention's dropout: one integer of 64 bits, or two.
+    """Whether a saved tensor may be the seed or offset of attention's dropout: one or two 64-bit integers.
 
-    Without dropout the kernels save them as they find them in memory (``at::empty``): their values say nothing.
+    Without dropout the kernels save them as they find them in memory (``at::empty``): their values say
+    nothing.
     """
     return tensor.dtype in (torch.int64, torch.uint64) and tuple(tensor.shape) in ((), (2,))
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """The one device that holds the model's parameters; of a model without any, its buffers; without these, the CPU.
+    """Return the device of the model's parameters; without any, of its buffers; without these, the CPU.
 
     Raises:
         ValueError: the parameters lie on several devices.
@@ -190,7 +192,7 @@ AutocastState = tuple[tuple[str, bool, torch.dtype], ...]  # (device type, enabl
 
 
 def autocast_state(device: torch.device) -> AutocastState:
-    """(device type, enabled, dtype) for the CPU and the model's device."""
+    """Return (device type, enabled, dtype) for the CPU and the model's device."""
     return tuple(
         (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         for kind in dict.fromkeys(("cpu", device.type))
@@ -198,7 +200,7 @@ def autocast_state(device: torch.device) -> AutocastState:
 
 
 def autocast_contexts(state: AutocastState) -> list[torch.autocast]:
-    """What brings back the autocast state of the forward, where the backward's differs.
+    """Return what brings back the autocast state of the forward, where the backward's differs.
 
     The cache of casts is off: what it holds may come from a no-grad run.
     """
@@ -222,7 +224,8 @@ def uncached() -> Iterator[None]:
 
 def on_gradient(tensor: torch.Tensor, hook: Callable[[torch.Tensor], Any]) -> None:
     """Call the hook with the gradient of a tensor, which requires grad, when it arrives."""
-    # A view whose base was changed in place gets its node when it is asked for; without, torch's register_hook crashes.
+    # A view whose base was changed in place gets its node when it is asked for; without, torch's
+    # register_hook crashes.
     _ = tensor.grad_fn
     tensor.register_hook(hook)
 
@@ -235,7 +238,7 @@ def reverse(root: torch.Tensor) -> None:
 
 @contextmanager
 def bare(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it, calling what is yielded is calling the model's forward: hooks of the root and a ``__call__`` of its class are left out.
+    """Yield what calls the model's forward alone: without hooks of the root and a ``__call__`` of its class.
 
     It shares everything with the model.
     """
@@ -254,8 +257,8 @@ def bare(model: nn.Module) -> Iterator[nn.Module]:
 def aliased(model: nn.Module) -> Iterator[None]:
     """Within it the model's parameters are others, on the same storages and with the same gradients.
 
-    A backward then reaches nobody who waits for gradients of the real ones: DistributedDataParallel would take those of a
-    trial for those of the step, and reduce them.
+    A backward then reaches nobody who waits for gradients of the real ones: DistributedDataParallel would
+    take those of a trial for those of the step, and reduce them.
     """
     places = [
         (module._parameters, name, parameter)
@@ -280,10 +283,11 @@ def aliased(model: nn.Module) -> Iterator[None]:
 def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:
     """Within it gradients are fresh; on leaving, the model and what hangs on it are as before.
 
-    That is: gradients, of parameters and of other leaves that Python state holds; buffers, by object and value; values of
-    parameters and tensors that ``moving`` has seen change; attributes, containers, generators of the model's own
-    (``python_state``); random numbers. Hooks of parameters are silent meanwhile: one may step an optimizer, and none of
-    these gradients is for it. Tensors with a history in Python state have none meanwhile, or a trial would reverse it.
+    That is: gradients, of parameters and of other leaves that Python state holds; buffers, by object and
+    value; values of parameters and tensors that ``moving`` has seen change; attributes, containers,
+    generators of the model's own (``python_state``); random numbers. Hooks of parameters are silent
+    meanwhile: one may step an optimizer, and none of these gradients is for it. Tensors with a history in
+    Python state have none meanwhile, or a trial would reverse it.
 
     Yields:
         the parameters that have a gradient.
@@ -344,7 +348,8 @@ class _Surroundings:
 
     Attributes:
         roots: what its Python state is reachable from.
-        moved: parameters and other tensors whose values a forward was seen to change; buffers always count as such.
+        moved: parameters and other tensors whose values a forward was seen to change; buffers always count as
+            such.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -357,11 +362,11 @@ class _Surroundings:
         return [("", self.of()), *self.named.objects()]
 
     def state(self, model: nn.Module) -> list[list[StateTensor]]:
-        """The places of tensors in Python state."""
+        """Return the places of tensors in Python state."""
         return state_tensors(model, self.roots)
 
     def tensors(self, model: nn.Module) -> list[Tensor]:
-        """Tensors in Python state."""
+        """Return tensors in Python state."""
         return [places[0].get() for places in self.state(model)]
 
 
@@ -403,10 +408,10 @@ def uncompiled() -> AbstractContextManager[Any]:
 
 @contextmanager
 def moving(model: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
-    """Within it, note which parameters and tensors of Python state a forward changes; they are put back here and, from now on, by ``preserved``.
+    """Note which parameters and Python state's tensors a forward changes; ``preserved`` puts them back then.
 
-    Parameters are too many to be copied at each trial for the few models that change them: a frozen teacher that
-    follows, weights clamped in the forward, ``Embedding(max_norm)``.
+    Parameters are too many to be copied at each trial for the few models that change them: a frozen teacher
+    that follows, weights clamped in the forward, ``Embedding(max_norm)``.
     """
     surroundings = _surroundings(model)
     noted = _Moving([*model.parameters(), *surroundings.tensors(model)])
@@ -421,7 +426,7 @@ def moving(model: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
 
 @contextmanager
 def set_apart(call: Call) -> Iterator[Call]:
-    """A call for trials: none of its tensors has a history or keeps a gradient; on leaving, the given ones have their values.
+    """Yield the call with detached tensors (same storages); on exit undo in-place changes to the originals.
 
     Storages are those of the given tensors.
     """

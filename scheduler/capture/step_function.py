@@ -1,4 +1,4 @@
-"""A step function as a model: any callable that calls the models it uses, as often as it likes, and returns the loss."""
+"""A step function as a model: any callable that calls the models it uses, and returns the loss."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Refused(ValueError):
 
 
 def as_model(model: Any, sample: Any = ()) -> Any:
-    """A chain of a list of callables, a step function of another callable; a module, or anything else, as it is.
+    """Return a list of callables as a chain, another callable as a step function; anything else as it is.
 
     Args:
         sample: what it is called with, where modules among that belong to the step.
@@ -45,7 +45,7 @@ def as_model(model: Any, sample: Any = ()) -> Any:
 
 
 class StepFunction(nn.Module):
-    """A function of a batch that gives the loss, with the modules that it uses as submodules; see ``_step_function``.
+    """Return a function that gives the loss of a batch, with the modules that it uses; ``_step_function``.
 
     It is in train mode if one of these is.
     """
@@ -93,7 +93,7 @@ class StepFunction(nn.Module):
         return super().__call__(*args, **kwargs)
 
     def marked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with names in the places of modules.
+        """Return the arguments with names in the places of modules.
 
         Raises:
             ValueError: a module that the plan does not know.
@@ -112,7 +112,7 @@ class StepFunction(nn.Module):
         return self.given[module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the function returns."""
+        """Run the function."""
         if self.given:
             args, kwargs = pytree.tree_map_only(str, self._module, (args, kwargs))
         return self.function(*args, **kwargs)
@@ -148,7 +148,7 @@ class StepFunction(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """The function's name."""
+        """Return the function's name."""
         return name_of(self.function)
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
@@ -170,11 +170,11 @@ class StepFunction(nn.Module):
 def _step_function(
     function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> StepFunction:
-    """A step function as a model, of a class that has its name and its signature.
+    """Return a step function as a model, of a class that has its name and its signature.
 
     The modules that it uses are looked for in its closure, in the global variables that it names, in what a
-    ``functools.partial`` binds or the object of a bound method holds, in lists, tuples, dicts and plain objects in these, and
-    among the arguments.
+    ``functools.partial`` binds or the object of a bound method holds, in lists, tuples, dicts and plain
+    objects in these, and among the arguments.
 
     Raises:
         ValueError: there are none, or one must not be planned from inside; or the function is compiled.

@@ -17,8 +17,9 @@ __all__ = ["Device", "Target", "lies_on"]
 class Target:
     """Stands where a ``torch.device`` does while a step is priced for a device that is not there.
 
-    Fake tensors on the CPU stand for those on the device: a build of torch without CUDA cannot reverse fake CUDA
-    tensors. So the kernels are those that the CPU would choose, and the rounding of bytes is that of the device.
+    Fake tensors on the CPU stand for those on the device: a build of torch without CUDA cannot reverse fake
+    CUDA tensors. So the kernels are those that the CPU would choose, and the rounding of bytes is that of the
+    device.
     """
 
     spec: DeviceSpec

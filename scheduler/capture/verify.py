@@ -36,6 +36,13 @@ class StepResult:
     custom: tuple[str, ...] = ()
     given: tuple[Tensor | None, ...] = ()
 
+    def gradients(self) -> dict[str, Tensor | None]:
+        """Return the gradients of parameters and arguments, by name."""
+        return {
+            **{f"the gradient of {name}": each for name, each in self.grads.items()},
+            **{f"the gradient of input {i}": each for i, each in enumerate(self.given)},
+        }
+
 
 def run_step(
     model: nn.Module, forward: Callable[[], Any], *, offload: bool = False, call: Any = ()
@@ -43,7 +50,8 @@ def run_step(
     """One forward and backward from the present state, which is put back afterwards.
 
     Args:
-        call: the arguments of the forward, whose gradients are compared too; none of its tensors has a history.
+        call: the arguments of the forward, whose gradients are compared too; none of its tensors has a
+            history.
         offload: keep saved tensors in host memory meanwhile, for a model that may not fit otherwise.
     """
     device = model_device(model)
@@ -76,7 +84,7 @@ def run_step(
 
 
 def custom_functions(tensors: list[Tensor]) -> tuple[str, ...]:
-    """Names of the custom autograd.Functions that a backward from these tensors would run."""
+    """Return the names of the custom autograd.Functions that a backward from these tensors would run."""
     waiting: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
     seen = set(waiting)
     found: dict[str, None] = {}
@@ -95,26 +103,22 @@ def custom_functions(tensors: list[Tensor]) -> tuple[str, ...]:
 
 
 def difference(plain: StepResult, other: StepResult) -> str | None:
-    """The first thing in which two steps differ, in words; None if they are equal bit for bit."""
+    """Return the first thing in which two steps differ, in words; None if they are equal bit for bit."""
     if len(plain.outputs) != len(other.outputs):
         return f"{len(other.outputs)} output tensors instead of {len(plain.outputs)}"
-    for index, (a, b) in enumerate(zip(plain.outputs, other.outputs, strict=True)):
-        if not equal_bits(a, b):
-            return f"output {index} differs{_amount(a, b)}"
-    for name, grad in plain.grads.items():
-        found = other.grads[name]
-        if (grad is None) != (found is None):
-            return f"the gradient of {name} is {'missing' if found is None else 'there, but not in the plain model'}"
-        if grad is not None and found is not None and not equal_bits(grad, found):
-            return f"the gradient of {name} differs{_amount(grad, found)}"
-    for index, (grad, found) in enumerate(zip(plain.given, other.given, strict=True)):
-        if (grad is None) != (found is None):
-            return f"the gradient of input {index} is {'missing' if found is None else 'there, but not in the plain model'}"
-        if grad is not None and found is not None and not equal_bits(grad, found):
-            return f"the gradient of input {index} differs{_amount(grad, found)}"
-    for name, buffer in plain.buffers.items():
-        if not equal_bits(buffer, other.buffers[name]):
-            return f"buffer {name} differs{_amount(buffer, other.buffers[name])}"
+    outputs = zip(plain.outputs, other.outputs, strict=True)
+    found = other.gradients()
+    compared: list[tuple[str, Tensor | None, Tensor | None]] = [
+        *((f"output {i}", a, b) for i, (a, b) in enumerate(outputs)),
+        *((name, grad, found[name]) for name, grad in plain.gradients().items()),
+        *((f"buffer {name}", buffer, other.buffers[name]) for name, buffer in plain.buffers.items()),
+    ]
+    for what, a, b in compared:
+        if a is None or b is None:
+            if a is not b:
+                return f"{what} is {'missing' if b is None else 'there, but not in the plain model'}"
+        elif not equal_bits(a, b):
+            return f"{what} differs{_amount(a, b)}"
     if not torch.equal(plain.generators.cpu, other.generators.cpu):
         return "the state of the CPU's random-number generator differs after the step"
     before, after = plain.generators.on_device, other.generators.on_device

@@ -1,10 +1,11 @@
 """What CUDA takes besides tensors: the workspaces of cuBLAS, and what blocks have too much.
 
-cuBLAS (ATen/cuda/CublasHandlePool.cpp) keeps a workspace for each handle and stream, taken from the caching allocator
-when the handle first multiplies and never given back. A step has two handles on one stream: that of the thread that runs
-the forward, and that of autograd's own thread; later versions of torch may have them share one. What stays is measured where a
-device is at hand. A model that multiplies on further streams has more, which are not counted. cuDNN's workspaces come and go
-with each convolution: they are in the transients that ``measure.py`` counts on a device, and unknown without one.
+cuBLAS (ATen/cuda/CublasHandlePool.cpp) keeps a workspace for each handle and stream, taken from the caching
+allocator when the handle first multiplies and never given back. A step has two handles on one stream: that of
+the thread that runs the forward, and that of autograd's own thread; later versions of torch may have them
+share one. What stays is measured where there is a device. A model that multiplies on further streams has
+more, which are not counted. cuDNN's workspaces come and go with each convolution: they are in the transients
+that ``measure.py`` counts on a device, and unknown without one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scheduler.capture.dry import without_hardware
+from scheduler.capture.fake import without_hardware
 from scheduler.capture.flat import tree_leaves
 from scheduler.capture.layouts import held_bytes, storage_key
 from scheduler.capture.loss import find_loss
@@ -33,16 +34,18 @@ from scheduler.cuda_allocator import LARGEST_SLACK, CachingAllocator, block_byte
 __all__ = ["allocator_slack", "expandable_segments", "simulated_slack", "stays", "workspace_bytes"]
 
 HANDLES = 2  # that of the forward's thread and that of autograd's
-_KNOWN: dict[int, int] = {}  # workspaces that are there, by device
-# Another schedule is another stream of sizes. Of 72 rehearsed ones (GPT-2, Llama, ViT, ResNet-50, odd sizes among them, with
-# Adam's state and without) the slack was up to 1.9 times that of the plain step, mostly less than it.
+_KNOWN: dict[int, int] = {}  # workspaces that exist, by device
+# Another schedule is another stream of sizes. Of 72 rehearsed ones (GPT-2, Llama, ViT, ResNet-50, odd sizes
+# among them, with Adam's state and without) the slack was up to 1.9 times that of the plain step, mostly less
+# than it.
 SAFETY = 2
 
 
 def workspace_bytes(device: Device) -> int:
-    """Bytes of cuBLAS's workspaces of a step on one stream. On a device that is there, they are there afterwards.
+    """Return bytes of cuBLAS's workspaces of a step on one stream; on a device at work they exist afterwards.
 
-    They are measured when they are first taken, and never cleared: CUDA graphs that were captured before may point to them.
+    They are measured when they are first taken, and never cleared: CUDA graphs that were captured before may
+    point to them.
     """
     if isinstance(device, Target):
         return HANDLES * allocated(device.spec.workspace, device) if device.type == "cuda" else 0
@@ -54,7 +57,7 @@ def workspace_bytes(device: Device) -> int:
 
 
 def stays(forward: int, backward: int, known: int | None, one: Callable[[], int]) -> int:
-    """Bytes of the workspaces of both threads.
+    """Return bytes of the workspaces of both threads.
 
     Args:
         forward, backward: bytes that a product has taken for good in this thread, then in autograd's.
@@ -69,7 +72,7 @@ def stays(forward: int, backward: int, known: int | None, one: Callable[[], int]
 
 
 def _taken(index: int) -> tuple[int, int]:
-    """Bytes that stay when this thread multiplies, and when autograd's does."""
+    """Return bytes that stay when this thread multiplies, and when autograd's does."""
     with torch.cuda.device(index), torch.enable_grad(), torch.autocast("cuda", enabled=False):
         factor = torch.ones(8, 8, device=f"cuda:{index}", requires_grad=True)
         bias, product = torch.ones(8, device=factor.device), torch.empty_like(factor)
@@ -94,7 +97,7 @@ def _default_bytes(index: int) -> int:
 
 
 def expandable_segments(device: Device) -> bool:
-    """Whether the allocator of a device splits blocks at any 512 bytes, so that none has more than it needs."""
+    """Whether a device's allocator splits blocks at any 512 bytes, so that none has more than it needs."""
     if isinstance(device, Target):
         return device.spec.expandable_segments
     if not torch.cuda.is_available():
@@ -108,11 +111,11 @@ def expandable_segments(device: Device) -> bool:
 def allocator_slack(model: nn.Module, call: Call, device: Device, optimizer_state: int) -> int:
     """Bytes that large blocks may hold, at the peak of a step, above their tensors' bytes rounded up to 512.
 
-    A block that is not split holds up to 1 MiB too much: a bound of 1 MiB for every large tensor would be some ten times of
-    what happens. So two plain steps without data are simulated (``cuda_allocator``), and ``SAFETY`` times the slack of
-    the second is set aside, and that of one more block: an estimate with a margin, and no proof. 0 off CUDA, with
-    expandable segments, and where no tensor is large. Of a model that does not run without data, 1 MiB for every large
-    tensor that is there before the step.
+    A block that is not split holds up to 1 MiB too much: a bound of 1 MiB for every large tensor would be
+    some ten times of what happens. So two plain steps without data are simulated (``cuda_allocator``), and
+    ``SAFETY`` times the slack of the second is set aside, and that of one more block: an estimate with a
+    margin, and no proof. 0 off CUDA, with expandable segments, and where no tensor is large. Of a model that
+    does not run without data, 1 MiB for every large tensor that is live before the step.
 
     Args:
         model, call: real; for a Target, what ``without_hardware`` gives, within its block.
@@ -137,14 +140,14 @@ def allocator_slack(model: nn.Module, call: Call, device: Device, optimizer_stat
 
 
 def _standing(model: nn.Module, call: Call) -> list[Tensor]:
-    """What is there before the step; of tensors that share a storage, one."""
+    """Return what is there before the step; of tensors that share a storage, one."""
     tensors: list[Any] = [*model.parameters(), *model.buffers(), *tree_leaves(call)]
     found = {storage_key(t): t for t in tensors if isinstance(t, Tensor)}
     return list(found.values())
 
 
 def _plain_events(model: nn.Module, call: Call) -> list[Event]:
-    """Storages that come and go in a plain step on tensors without data; its gradients stay."""
+    """Return storages that come and go in a plain step on tensors without data; its gradients stay."""
     args, kwargs = call
     with preserved(model), torch.enable_grad(), LiveBytes("cuda", record=True) as live:
         output = model(*args, **kwargs)
@@ -157,9 +160,10 @@ def simulated_slack(standing: Iterable[int], state: Iterable[int], events: Itera
     """By how much blocks in use at the peak of a second step exceed the peak of the sizes rounded up to 512.
 
     Args:
-        standing: sizes (bytes) of what is there before the first step, in order.
+        standing: sizes (bytes) of what is live before the first step, in order.
         state: sizes of what the optimizer makes after the first step, and keeps.
-        events: of one step. What it leaves is there while the optimizer makes its state, and gone before the second.
+        events: of one step. What it leaves is live while the optimizer makes its state, and gone before the
+            second.
     """
     allocator = CachingAllocator()
     steps = list(events)

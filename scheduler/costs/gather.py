@@ -37,14 +37,14 @@ class Gather:
 
 
 def resharding(outer: Sequence[Any]) -> list[Any]:
-    """Those modules that let go of their parameters when their forward is over. To be asked within that forward."""
+    """Reshard, unshard, and return the modules whose parameters were released in between. Collective."""
     for module in outer:
         module.reshard()  # fully_shard's: does nothing within the forward of one that keeps its parameters
     return unshard(outer)
 
 
 def measure_gather(modules: Sequence[Any], device: torch.device) -> Gather:
-    """Gather the parameters of ``modules`` a few times; they are sharded before and after. A collective call."""
+    """Gather the parameters of ``modules`` a few times; they are sharded before and after. Collective."""
     if not modules:
         return Gather()
 
@@ -68,10 +68,10 @@ def measure_gather(modules: Sequence[Any], device: torch.device) -> Gather:
 
 
 def with_gather(cost: StageCost, gather: Gather) -> StageCost:
-    """The cost of a block whose every run gathers its parameters, and its backward too.
+    """Return the cost of a block whose every run gathers its parameters, and its backward too.
 
-    Bytes that are gathered for its backward are in ``standing_bytes``. That the next gather runs beside the compute is
-    not assumed.
+    Bytes that are gathered for its backward are in ``standing_bytes``. That the next gather runs beside the
+    compute is not assumed.
     """
     return replace(
         cost,
@@ -83,7 +83,7 @@ def with_gather(cost: StageCost, gather: Gather) -> StageCost:
 
 
 def standing_bytes(gathers: Sequence[Gather]) -> int:
-    """Bytes that stand by while a block is reversed, and what is before it run again: the most over the blocks.
+    """Return the most bytes, over the blocks, that stand by while a block is reversed or others re-run.
 
     Its own parameters; those of the block before, which fully_shard gathers ahead; the gradients of the block
     after, which are being reduced.

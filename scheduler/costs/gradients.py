@@ -20,8 +20,8 @@ def gradients_at_hand(boundary: list[int], lead: list[int | None], made: list[in
     """(L,) bytes of gradients that are live while a replay runs between the backwards of stages k and k - 1.
 
     They are those of boundary k and what stage k - 1, about to be reversed, has made of them when it asks for
-    its first saved tensor. A stage that asks for none is reversed already when the replay for it runs: autograd
-    comes to an earlier stage before anything is asked for.
+    its first saved tensor. A stage that asks for none is reversed already when the replay for it runs:
+    autograd comes to an earlier stage before anything is asked for.
 
     Args:
         boundary: bytes of the gradient of each boundary.
@@ -61,7 +61,7 @@ class GradFlows:
         self.carried = carried
 
     def _held(self, key: int, stage: int) -> dict[tuple[int, int], int]:
-        """Storages of the gradient of a value once ``stage`` and all after it are reversed."""
+        """Return storages of the gradient of a value once ``stage`` and all after it are reversed."""
         readers = [k for k in range(stage, len(self.left)) if key in self.left[k]]
         if len(readers) == 1:
             return self.left[readers[0]][key]
@@ -82,7 +82,7 @@ class GradFlows:
         return sum(amount for storage, amount in held.items() if storage not in elsewhere)
 
     def inputs(self) -> dict[int, list[int]]:
-        """Inputs of the model that get gradients -> the stages that these come from, ascending."""
+        """Return inputs of the model that get gradients -> the stages that these come from, ascending."""
         found: dict[int, list[int]] = {}
         for k, left in enumerate(self.left):
             for key in left:
@@ -91,7 +91,7 @@ class GradFlows:
         return found
 
     def carried_bytes(self, key: int, stage: int) -> int:
-        """Bytes of a carried value's gradient once ``stage`` and all after it are reversed."""
+        """Return bytes of a carried value's gradient once ``stage`` and all after it are reversed."""
         return sum(self._held(key, stage).values())
 
 
@@ -103,11 +103,11 @@ def parameter_grads(
     whole: Collection[nn.Parameter] = (),
     sparse: Mapping[nn.Parameter, int] = MappingProxyType({}),
 ) -> tuple[list[int], list[int]]:
-    """Bytes of the gradients of parameters.
+    """Return bytes of the gradients of parameters.
 
-    A parameter that several stages read gets its gradient from the last of them, which is reversed first. Autograd
-    sums the shares in a tensor of their own before it touches ``.grad``. Where a gradient exists already, that tensor
-    waits beside it from the latest reader to the earliest: ``change`` is amended.
+    A parameter that several stages read gets its gradient from the last of them, which is reversed first.
+    Autograd sums the shares in a tensor of their own before it touches ``.grad``. Where a gradient exists
+    already, that tensor waits beside it from the latest reader to the earliest: ``change`` is amended.
 
     Args:
         readers: the stages that read each parameter, ascending.
@@ -117,8 +117,8 @@ def parameter_grads(
         sparse: bytes of gradients that are sparse.
 
     Returns:
-        (L,) bytes of gradients that the backward of each stage creates; (L,) bytes that it takes besides to add its
-        share to the gradient of a parameter that a later stage reads too.
+        (L,) bytes of gradients that the backward of each stage creates; (L,) bytes that it takes besides to
+        add its share to the gradient of a parameter that a later stage reads too.
     """
     created, summed = [0] * len(change), [0] * len(change)
     for parameter, stages in readers.items():

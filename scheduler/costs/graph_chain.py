@@ -7,6 +7,7 @@ the graph alone. Transients and seconds are measured, once per distinct stage.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,14 +18,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from scheduler.capture.graph import OpGraph
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.layouts import storage_keys
 from scheduler.capture.loss import find_loss
 from scheduler.capture.recompute import packs_of
 from scheduler.capture.sample import Call
-from scheduler.capture.state import CPU_RANDOM_STATE, uncached
-from scheduler.chain import Carried, Chain, Option, Stage
-from scheduler.costs.gradients import GradFlows, gradients_at_hand, parameter_grads
+from scheduler.capture.state import uncached
+from scheduler.chain import Carried, Chain
+from scheduler.costs.assemble import StageFacts, Values, assemble
+from scheduler.costs.gradients import GradFlows, parameter_grads
 from scheduler.costs.measure import (
     Enter,
     OptionCost,
@@ -36,7 +39,7 @@ from scheduler.costs.measure import (
 )
 from scheduler.costs.options import measure_options
 from scheduler.costs.peak import allocated
-from scheduler.costs.resident import copied_buffers, rerun_state, storage_bytes
+from scheduler.costs.resident import rerun_state, storage_bytes
 from scheduler.costs.roofline import estimate_run
 from scheduler.costs.unreversed import (
     held_by_user,
@@ -48,10 +51,9 @@ from scheduler.costs.unreversed import (
 
 __all__ = ["graph_chain", "kept_storages", "measure_graph"]
 
-# What the stages of a model cost, by what they run: another budget for the same model meets the same options, so that
-# the smallest budget that an error names can be met.
+# What the stages of a model cost, by what they run: another budget for the same model meets the same options,
+# so that the smallest budget that an error names can be met.
 _MEASURED: WeakKeyDictionary[nn.Module, dict[str, StageCost]] = WeakKeyDictionary()
-SMALL_TENSORS = 4096  # bytes: zero-dimensional tensors of scalars, which belong to no value of the graph
 
 
 def measure_graph(
@@ -65,7 +67,7 @@ def measure_graph(
     options: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[StageCost]:
-    """Measure every distinct stage once; equal stages share the figures, and so do later captures of the model.
+    """Measure every distinct stage once; equal stages, and later captures of the model, share the figures.
 
     The caller preserves the model's state (gradients, buffers, random numbers).
 
@@ -131,7 +133,7 @@ def measure_graph(
 
 
 def kept_storages(capture: GraphCapture, k: int, dropped: frozenset[int]) -> set[int]:
-    """The storages that stay for the backward of stage k; the executor holds the boundary of one kept in part."""
+    """Return the storages that stay for the backward of stage k; with the boundary if it is kept in part."""
     graph, linear = capture.graph, capture.linear
     kept = {pack.group for number, pack in enumerate(packs_of(graph, linear, k)) if number not in dropped}
     kept |= set(linear.boundaries[k]) if dropped else set()
@@ -189,7 +191,7 @@ def graph_chain(
     name: str = "model",
     sparse: Mapping[nn.Parameter, int] = MappingProxyType({}),
 ) -> Chain:
-    """The chain of a captured graph.
+    """Return the chain of a captured graph.
 
     Args:
         costs: (L,) from ``measure_graph``.
@@ -200,185 +202,142 @@ def graph_chain(
     graph, linear = capture.graph, capture.linear
     count = len(linear)
     size = {key: allocated(group.bytes, capture.place) for key, group in graph.groups.items()}
-
-    def total(keys: Iterable[int]) -> int:
-        return sum(size[key] for key in set(keys) if graph.groups[key].producer >= 0)
-
-    carried_keys = {key for keys in linear.carried for key in keys}
+    values = _GraphValues(graph, size)
+    flows = GradFlows(capture, costs, size)
     saved_by = [
         {key for op in graph.ops[linear.cuts[k] : linear.cuts[k + 1]] for key in op.saved}
         for k in range(count)
     ]
-
-    values = _Values(size)
-    order = {key: place for place, key in enumerate(graph.groups)}
-
-    def saved_bytes(k: int, kept: set[int]) -> int:
-        return total((kept | set(linear.boundaries[k + 1])) - set(linear.boundaries[k]) - carried_keys)
-
-    def released_bytes(k: int) -> int:
-        """What stage k - 1 made and nobody saves, where it goes no further: gone once stage k has been kept whole."""
-        needed = set(linear.boundaries[k + 1]) | saved_by[k] | saved_by[k - 1] | carried_keys
-        fresh = (key for key in linear.boundaries[k] if graph.groups[key].producer >= linear.cuts[k - 1])
-        return total(key for key in fresh if key not in needed)
-
-    def unseen_bytes(k: int, cost: OptionCost) -> int:
-        """What autograd keeps on real tensors and not on fake ones: kernels that are chosen by their data type."""
-        if k == count - 1 and not loss_is_output:  # the loss that stood in keeps the outputs
-            return 0
-        packs = enumerate(packs_of(graph, linear, k))
-        kept = {pack.group for number, pack in packs if number not in cost.dropped}
-        return max(0, cost.kept - total(key for key in kept if graph.groups[key].producer >= linear.cuts[k]))
-
-    flows = GradFlows(capture, costs, size)
-
-    def arriving(k: int) -> int:
-        """Bytes of gradients that are counted when stage k is reversed, as far as they stood in its isolation.
-
-        Two results may be one storage, whose gradients have become one; a gradient may be a part of one that lasts. Those
-        of the boundary and of carried values are two sums: what one has more than in isolation the other has not less.
-        """
-        if k == count - 1:
-            return output_grad
-        counted = 0
-        for key in linear.carried[k]:
-            if graph.groups[key].requires_grad:
-                there = flows.carried_bytes(key, linear.readers[key][0]) if linear.readers[key] else 0
-                counted += max(there, size[key] if key in outputs and not loss_is_output else 0)
-        stood = min(costs[k].output_grads, passed_on(k))
-        return min(stood, flows.boundary(k + 1)) + min(costs[k].output_grads - stood, counted)
-
-    def passed_on(k: int) -> int:
-        """Bytes of the results of stage k in the next boundary that get a gradient."""
-        stage = capture.stages[k]
-        unread = unread_results(capture, k, loss_is_output)
-        results = zip(stage.boundary, stage.boundary_from, strict=True)
-        read = {nodes[name] for name, i in results if i >= 0 and i not in unread}
-        layouts = (graph.layout_of[node] for node in read if graph.grad_of[node])
-        return sum(math.prod(each.shape) * each.dtype.itemsize for each in layouts)
-
-    nodes = {op.node.name: op.node for op in graph.ops}
-    outputs = held_by_user(graph)
     waiting = unreversed(capture) if loss_is_output else set()
-    lasting = [unreversed_bytes(capture, k, waiting, total) for k in range(count)]
-    freed = _freed(capture, saved_by, {k for k, size in enumerate(lasting) if size})
-    change, output_grad = _carried_changes(capture, size, freed, flows, loss_is_output)
+    stays = [unreversed_bytes(capture, k, waiting, values.stored) for k in range(count)]
+    freed = _freed(capture, saved_by, {k for k, amount in enumerate(stays) if amount})
+    change, output_grad = _gradient_changes(capture, size, flows, loss_is_output)
     existing = {p for p in model.parameters() if p.grad is not None}
     created, summed = parameter_grads(
         _readers(capture, model), existing, change, capture.place, sparse=sparse
     )
-    at_hand = gradients_at_hand(
-        [flows.boundary(k) for k in range(count)],
-        [cost.lead for cost in costs],
-        [made + max(0, more) for made, more in zip(created, change, strict=True)],
-    )
-    casts = _cached(capture, costs)
-    change[-1] -= sum(casts)  # the forward is over then
-    stages = []
+    going = Counter[int]()
+    for key, k in freed.items():
+        going[k] += size[key]
+    facts = []
     for k, stage in enumerate(capture.stages):
-        cost = costs[k]
-        carried = total(linear.carried[k])
-        # The last stage is not run again, which would make them once more.
-        new = carried if k == count - 1 else 0
-        carried += casts[k]
-        entering = [key for key in linear.boundaries[k] if graph.groups[key].producer >= 0]
-        following = total(linear.boundaries[k + 1])
-        made = total(set(linear.boundaries[k + 1]) - set(linear.boundaries[k]))
-        input_grad = at_hand[k]
+        cost, last = costs[k], k == count - 1
         prefix = k == 0 and linear.frozen_prefix
-        # The gradient at hand is what a replay meets; what the stage makes until then is part of its own backward too.
-        led = at_hand[k + 1] - flows.boundary(k + 1) if k < count - 1 else 0
-        gradients = input_grad + arriving(k) + led
-        # Keeping all is the first option.
-        whole = OptionCost(
-            frozenset(),
-            0.0,
-            cost.keeping_peak,
-            cost.backward_peak,
-            "all",
-            rebuild_peak=cost.rebuild_peak,
-            kept=cost.kept,
-        )
         options = []
-        for each in (whole, *cost.options):
-            kept = kept_storages(capture, k, each.dropped)
-            unseen = unseen_bytes(k, each)
-            saved = saved_bytes(k, kept) + unseen
-            released = released_bytes(k) if k and not each.dropped else 0
-            keeping = max(0, each.keeping_peak - saved - new) + released
-            # What the last stage hands out and saves is among the carried values; other stages may run again.
-            shared = total(kept & set(linear.carried[k])) if k == count - 1 else 0
-            reversing = each.backward_peak - saved - shared - gradients + summed[k]
-            keeps = (*map(values.number, sorted(kept, key=order.__getitem__)), *values.unseen(unseen))
-            again = None if each.rebuild_peak is None else each.rebuild_peak - saved + released
-            options.append(
-                Option(saved - released, each.recompute, keeping, reversing, each.name, keeps, again)
-            )
-        stages.append(
-            Stage(
+        for each in (cost.whole, *cost.options):
+            kept = sorted(kept_storages(capture, k, each.dropped), key=values.order.__getitem__)
+            keeps = [values.number(key) for key in kept]
+            # The loss that stood in keeps the outputs.
+            unseen = 0 if last and not loss_is_output else _unseen(capture, k, each, values)
+            if unseen:
+                keeps.append(values.new(unseen))
+            options.append((tuple(keeps), each))
+        facts.append(
+            StageFacts(
                 name=stage.name,
                 forward=cost.forward,
                 backward=0.0 if prefix else cost.backward,
-                input=total(linear.boundaries[k]),
-                options=tuple(options),
-                forward_overhead=max(cost.dropping_peak - new, made) - following,
-                input_grad=input_grad,
-                grad=created[k] + lasting[k],
-                carried=carried,
-                carried_change=change[k],
+                enters=tuple(values.number(key) for key in linear.boundaries[k] if values.is_made(key)),
+                options=options,
+                handed_out=values.stored(linear.carried[k]) if last else 0,
+                dropping_peak=cost.dropping_peak,
+                boundary_grad=flows.boundary(k),
+                lead=cost.lead,
+                arriving=output_grad if last else _arriving(capture, k, cost, flows, size, loss_is_output),
+                created=created[k],
+                appearing=created[k] + max(0, change[k] - going[k]),
+                change=change[k],
+                beside=summed[k],
+                stays=stays[k],
                 recomputable=not prefix and not capture.once[k],
-                enters=tuple(map(values.number, entering)),
                 rerun_state=rerun_state(capture, model, k),
             )
         )
+    for made, keys in enumerate(linear.carried):
+        for key in keys:
+            readers = linear.readers[key]
+            savers = tuple(k for k in readers if key in saved_by[k])
+            values.carried.append(Carried(values.number(key), made, readers, savers, freed.get(key)))
+    for k, amount in enumerate(_casts(capture, costs)):
+        if amount:  # until the forward is over
+            values.carried.append(Carried(values.new(amount), k, freed=count - 1))
     state = [places[0].get() for places in graph.face.state if places]
     held = storage_bytes([*capture.constants.values(), *state], capture.place)
-    fixed = resident + SMALL_TENSORS + held
-    fixed += sum(stage.rerun_state for stage in stages) + copied_buffers(capture, model)
-    if capture.place.type == "cpu":
-        fixed += CPU_RANDOM_STATE * any(capture.random)  # what a replay puts back when it is done
-    carried_values = [
-        Carried(
-            values.number(key),
-            made,
-            linear.readers[key],
-            tuple(k for k in linear.readers[key] if key in saved_by[k]),
-            freed.get(key),
-        )
-        for made, keys in enumerate(linear.carried)
-        for key in keys
-    ]
-    carried_values += [
-        Carried(number, k, freed=count - 1) for k, size in enumerate(casts) for number in values.unseen(size)
-    ]
-    return Chain(tuple(stages), 0, output_grad, fixed, name, tuple(values.sizes), tuple(carried_values))
+    return assemble(
+        facts, values, capture, model, resident=resident, held=held, output_grad=output_grad, name=name
+    )
 
 
-class _Values:
-    """Numbers of the chain's values."""
+class _GraphValues(Values):
+    """The storages of a graph as values.
 
-    def __init__(self, size: Mapping[int, int]) -> None:
-        self.size = size
-        self.sizes: list[int] = []
+    Attributes:
+        order: storage -> its place in the graph.
+    """
+
+    def __init__(self, graph: OpGraph, size: Mapping[int, int]) -> None:
+        super().__init__()
+        self.order = {key: place for place, key in enumerate(graph.groups)}
+        self._graph, self._size = graph, size
         self._numbers: dict[int, int] = {}
 
     def number(self, key: int) -> int:
-        """Of a storage of the graph."""
+        """Return the number of a storage."""
         if key not in self._numbers:
-            self._numbers[key] = len(self.sizes)
-            self.sizes.append(self.size[key])
+            self._numbers[key] = self.new(self._size[key])
         return self._numbers[key]
 
-    def unseen(self, size: int) -> tuple[int, ...]:
-        """Of the bytes that an option keeps beyond the storages of the graph; nothing if there are none."""
-        if not size:
-            return ()
-        self.sizes.append(size)
-        return (len(self.sizes) - 1,)
+    def is_made(self, key: int) -> bool:
+        """Whether an op makes the storage: it is no input, parameter or buffer."""
+        return self._graph.groups[key].producer >= 0
+
+    def stored(self, keys: Iterable[int]) -> int:
+        """Return the bytes of those of different storages that ops make."""
+        return sum(self._size[key] for key in set(keys) if self.is_made(key))
 
 
-def _cached(capture: GraphCapture, costs: Sequence[StageCost]) -> list[int]:
-    """(L,) bytes of casts that each stage adds to autocast's cache: of what the stages before have cast there is one."""
+def _unseen(capture: GraphCapture, k: int, cost: OptionCost, values: _GraphValues) -> int:
+    """Return bytes that autograd keeps of real tensors alone: kernels are chosen by their data type."""
+    graph, linear = capture.graph, capture.linear
+    packs = enumerate(packs_of(graph, linear, k))
+    kept = {pack.group for number, pack in packs if number not in cost.dropped}
+    own = (key for key in kept if graph.groups[key].producer >= linear.cuts[k])
+    return max(0, cost.kept - values.stored(own))
+
+
+def _arriving(
+    capture: GraphCapture,
+    k: int,
+    cost: StageCost,
+    flows: GradFlows,
+    size: Mapping[int, int],
+    loss_is_output: bool,
+) -> int:
+    """Return bytes of arriving gradients that are counted elsewhere, as far as isolation counted them.
+
+    Two results may be one storage, whose gradients have become one; a gradient may be a part of one that
+    lasts. Those of the boundary and of carried values are two sums: what one has more than in isolation the
+    other has not less.
+    """
+    graph, linear, stage = capture.graph, capture.linear, capture.stages[k]
+    outputs = held_by_user(graph)
+    counted = 0
+    for key in linear.carried[k]:
+        if graph.groups[key].requires_grad:
+            live = flows.carried_bytes(key, linear.readers[key][0]) if linear.readers[key] else 0
+            counted += max(live, size[key] if key in outputs and not loss_is_output else 0)
+    nodes = {op.node.name: op.node for op in graph.ops}
+    unread = unread_results(capture, k, loss_is_output)
+    results = zip(stage.boundary, stage.boundary_from, strict=True)
+    read = {nodes[name] for name, i in results if i >= 0 and i not in unread}
+    layouts = (graph.layout_of[node] for node in read if graph.grad_of[node])
+    passed_on = sum(math.prod(each.shape) * each.dtype.itemsize for each in layouts)
+    stood = min(cost.output_grads, passed_on)
+    return min(stood, flows.boundary(k + 1)) + min(cost.output_grads - stood, counted)
+
+
+def _casts(capture: GraphCapture, costs: Sequence[StageCost]) -> list[int]:
+    """Return (L,) bytes of casts that each stage adds to autocast's cache, beside earlier stages'."""
     met: set[tuple[str, Any]] = set()
     sizes = []
     for stage, cost in zip(capture.stages, costs, strict=True):
@@ -391,9 +350,10 @@ def _cached(capture: GraphCapture, costs: Sequence[StageCost]) -> list[int]:
 
 
 def _freed(capture: GraphCapture, saved_by: list[set[int]], waiting: Collection[int]) -> dict[int, int]:
-    """The stage with whose backward each carried value goes: its earliest reader, or its producer if that saves it.
+    """Return the stage whose backward releases each carried value: its earliest reader, or its producer.
 
-    An output is not among them, for the user holds it, nor what stages read that are not reversed whole (``waiting``).
+    An output is not among them, for the user holds it, nor what stages read that are not reversed whole
+    (``waiting``).
     """
     linear, outputs = capture.linear, held_by_user(capture.graph)
     return {
@@ -404,56 +364,43 @@ def _freed(capture: GraphCapture, saved_by: list[set[int]], waiting: Collection[
     }
 
 
-def _carried_changes(
-    capture: GraphCapture,
-    size: dict[int, int],
-    freed: Mapping[int, int],
-    flows: GradFlows,
-    loss_is_output: bool,
+def _gradient_changes(
+    capture: GraphCapture, size: Mapping[int, int], flows: GradFlows, loss_is_output: bool
 ) -> tuple[list[int], int]:
-    """(L,) by how much each backward changes the bytes of carried values, of their gradients and those of inputs; output_grad.
+    """Return (L,) by how much each backward changes gradients of carried values and inputs; output_grad.
 
     The gradient of a carried value comes with its latest reader and goes with its producer.
     """
     graph, linear = capture.graph, capture.linear
     count = len(linear)
     change = [0] * count
-    outputs = held_by_user(graph)
+    # Outputs without a loss among them get gradients themselves.
+    outputs = set() if loss_is_output else held_by_user(graph)
     output_grad = 4
     if not loss_is_output:
-        output_grad = sum(
-            size[key]
-            for key in outputs
-            if graph.groups[key].requires_grad and graph.groups[key].producer >= 0
-        )
+        differentiable = (key for key in outputs if graph.groups[key].requires_grad)
+        output_grad = sum(size[key] for key in differentiable if graph.groups[key].producer >= 0)
+
+    def arrive(key: int, stages: Sequence[int], live: int = 0) -> int:
+        for k in reversed(stages):
+            now = max(live, flows.carried_bytes(key, k))
+            change[k] += now - live
+            live = now
+        return live
+
     for made, keys in enumerate(linear.carried):
         for key in keys:
-            readers = linear.readers[key]
-            if key in freed:
-                change[freed[key]] -= size[key]
-            if not graph.groups[key].requires_grad:
-                continue
-            there = 0
-            if key in outputs and not loss_is_output and made < count - 1:
-                change[count - 1] += size[key]
-                there = size[key]
-            for reader in reversed(readers):
-                now = max(there, flows.carried_bytes(key, reader))
-                change[reader] += now - there
-                there = now
-            change[made] -= there
-    # That of an input stays, or waits for what the input was made by.
-    for key, stages in flows.inputs().items():
-        there = 0
-        for reader in reversed(stages):
-            now = flows.carried_bytes(key, reader)
-            change[reader] += now - there
-            there = now
+            if graph.groups[key].requires_grad:
+                live = size[key] if key in outputs and made < count - 1 else 0
+                change[count - 1] += live
+                change[made] -= arrive(key, linear.readers[key], live)
+    for key, stages in flows.inputs().items():  # it stays, or waits for what the input was made by
+        arrive(key, stages)
     return change, output_grad
 
 
 def _readers(capture: GraphCapture, model: nn.Module) -> dict[nn.Parameter, list[int]]:
-    """The stages that read each parameter, ascending."""
+    """Return the stages that read each parameter, ascending."""
     readers: dict[nn.Parameter, list[int]] = {}
     for k, stage in enumerate(capture.stages):
         names = [source.key for source in stage.sources if source.kind == "parameter"]

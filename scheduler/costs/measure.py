@@ -78,12 +78,14 @@ class StageCost:
             may be a view of a larger storage (of a concatenation's gradient), or share one with another.
         options: that keep less than all.
         kept: bytes that are live once it has run forward and keeps them, and nobody holds its outputs.
-        left: bytes that stay when it is reversed, besides gradients: its code holds on to what it made (a state).
+        left: bytes that stay when it is reversed, besides gradients: its code holds on to what it made (a
+            state).
         gap: share by which the seconds of an option may exceed the least for its bytes.
         rebuild_peak: most bytes above the inputs while it is run again to its last saved tensor.
-        cached: bytes of weights that autocast casts for it, where its cache holds them until the forward is over.
-        held: bytes that its graph holds though its saved tensors are dropped: what code keeps for itself, as the random-number
-            states of torch's checkpoint.
+        cached: bytes of weights that autocast casts for it, where its cache holds them until the forward is
+            over.
+        held: bytes that its graph holds though its saved tensors are dropped: what code keeps for itself, as
+            the random-number states of torch's checkpoint.
     """
 
     forward: float
@@ -102,6 +104,12 @@ class StageCost:
     cached: int = 0
     held: int = 0
 
+    @property
+    def whole(self) -> OptionCost:
+        """The option that keeps all."""
+        peaks = self.keeping_peak, self.backward_peak
+        return OptionCost(frozenset(), 0.0, *peaks, "all", rebuild_peak=self.rebuild_peak, kept=self.kept)
+
 
 Enter = Callable[[int, Tensor], Tensor]
 
@@ -114,14 +122,15 @@ class StageRun:
         run: gives the outputs, in the caller's grad mode. Every tensor argument that requires grad and is no
             parameter passes through the given function (position, tensor) -> tensor.
         reset: undo what a run left behind: gradients of parameters (``fresh_grads``).
-        loss: for the last stage, how to find among the outputs what is reversed (None if it is not there).
+        loss: for the last stage, how to find among the outputs what is reversed (None if they do not have
+            it).
         lasting: identities of storages that live on anyway, so that saved tensors on them need no replay.
         unread: the outputs that get no gradient.
-        layouts: strides of the gradient that each output gets, where they are known. A kernel that wants another
-            layout makes a copy.
-        held: the outputs that are there while the stage is reversed: the user holds them.
-        waiting: parameters of which shares of the gradient, from stages reversed before, wait in the engine. Those of
-            this stage are added to them one by one; what waits is not counted.
+        layouts: strides of the gradient that each output gets, where they are known. A kernel that wants
+            another layout makes a copy.
+        held: indices of outputs that stay live through the backward because the user holds them.
+        waiting: parameters of which shares of the gradient, from stages reversed before, wait in the engine.
+            Those of this stage are added to them one by one; what waits is not counted.
         reversing: whether it calls autograd.grad on what it has made: nothing is dropped before it is over.
     """
 
@@ -137,9 +146,9 @@ class StageRun:
 
 
 def fresh_grads(parameters: Iterable[nn.Parameter], existing: Collection[nn.Parameter]) -> Callable[[], None]:
-    """Gradients as a step finds them, now and after each call: zeros where they exist already, none elsewhere.
+    """Set gradients as a step finds them, now and at each call: zeros where they exist already, else None.
 
-    Where a gradient exists, autograd adds to it and lets go of the addend at once; else the addend stays.
+    Where a gradient exists, autograd adds to it and releases the addend at once; else the addend stays.
     """
     standing = {p: torch.zeros_like(p) if p in existing else None for p in parameters}
 
@@ -152,7 +161,7 @@ def fresh_grads(parameters: Iterable[nn.Parameter], existing: Collection[nn.Para
 
 
 def as_leaf(_: int, tensor: Tensor) -> Tensor:
-    """The tensor as a leaf of its own that requires grad."""
+    """Return the tensor as a leaf of its own that requires grad."""
     return tensor.detach().requires_grad_()
 
 
@@ -189,7 +198,7 @@ class _Seed(torch.autograd.Function):
 
 
 class _Waiting(torch.autograd.Function):
-    """Identity; backward also makes gradients of parameters, which the engine alone owns until others are added."""
+    """Identity; backward also makes gradients of parameters, owned by the engine until others are added."""
 
     @staticmethod
     def forward(ctx: Any, seed: Tensor, *parameters: Tensor) -> Tensor:
@@ -205,7 +214,7 @@ class _Waiting(torch.autograd.Function):
 def seed_gradients(
     outputs: Mapping[int, Tensor], layouts: Mapping[int, tuple[int, ...]]
 ) -> tuple[Tensor | None, int]:
-    """Something to reverse that reaches all outputs, and the bytes of their gradients."""
+    """Return something to reverse that reaches all outputs, and the bytes of their gradients."""
     grad = {i: t for i, t in outputs.items() if t.requires_grad}
     if not grad:
         return None, 0
@@ -215,7 +224,7 @@ def seed_gradients(
 
 
 def _root(stage: StageRun, outputs: Sequence[Tensor]) -> tuple[Tensor | None, int]:
-    """What is reversed, and the bytes of the gradients that reach the outputs."""
+    """Return what is reversed, and the bytes of the gradients that reach the outputs."""
     root = stage.loss(outputs) if stage.loss is not None else None
     if root is not None:
         return root, 4
@@ -223,7 +232,7 @@ def _root(stage: StageRun, outputs: Sequence[Tensor]) -> tuple[Tensor | None, in
 
 
 def _unowned(tensor: Tensor) -> Tensor:
-    """What a pack hook may hold without making a node own its own output."""
+    """Return what a pack hook may hold without making a node own its own output."""
     return tensor if tensor.is_leaf else tensor.detach()
 
 
@@ -246,7 +255,7 @@ class _Stop(Exception):
 def rebuild_peak(
     run: Callable[[Enter], Sequence[Tensor]], wanted: Callable[[int, Tensor], bool], device: Device
 ) -> int:
-    """Most bytes above the inputs while a stage is run again, to the last of its saved tensors that is wanted.
+    """Return the most bytes above the inputs while a stage runs again, to the last saved tensor wanted.
 
     Without autocast's cache, as executors do it: a weight that is used twice is cast twice.
 
@@ -291,7 +300,7 @@ def rebuild_peak(
 
 
 def cached_casts(run: Callable[[], Any], device: Device) -> int:
-    """Bytes of cast weights that autocast's cache holds once something has run.
+    """Return bytes of cast weights that autocast's cache holds once something has run.
 
     Args:
         run: leaves among its inputs that require grad are weights to autocast, and count.
@@ -371,7 +380,8 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
 
     if not isinstance(device, Target):
         keeping(lambda: None)  # warm-up: lazy initialisation, workspaces
-    # First of those that count: on the CPU a state of the run before, which this one lets go of, would hide what it leaves.
+    # First of those that count: on the CPU a state of the run before, which this one releases, would hide
+    # what it leaves.
     kept = count_bytes(keeping, device, slack=False)
     dropped = count_bytes(dropping, device, slack=False)
     keeping_peak, stays = kept.peaks[0], kept.marks[0]

@@ -1,8 +1,8 @@
 """What one block costs: measured in isolation, once for all blocks that run the same ops.
 
-Blocks are equal if their forwards run the same sequence of ops, on tensors of the same layout that are wired alike, let
-go of what they made at the same places, and leave the same graph behind, and if gradients exist of the same parameters
-(``op_trace.py``). The calls of a cell over time are, and the layers of a transformer.
+Blocks are equal if their forwards run the same sequence of ops, on tensors of the same layout that are wired
+alike, release what they made at the same places, and leave the same graph behind, and if gradients exist of
+the same parameters (``op_trace.py``). The calls of a cell over time are, and the layers of a transformer.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class BlockCost:
         input_grad: bytes of the gradients of its boundary.
         saved_arguments, saved_outputs: leaves whose storages its backward needs.
         private: bytes that it saves besides.
-        casts: bytes of weights that it casts and that autocast's cache holds until the forward is over: those that it
-            saves, and others.
+        casts: bytes of weights that it casts and that autocast's cache holds until the forward is over: those
+            that it saves, and others.
     """
 
     cost: StageCost
@@ -111,7 +111,7 @@ class BlockRun:
         return self.forward(*positional, **named)
 
     def trace(self) -> tuple[Hashable, Any]:
-        """What tells blocks that cost the same from others; and the output."""
+        """Return what tells blocks that cost the same from others; and the output."""
         torch.clear_autocast_cache()
         ops, produced = trace_of_ops(lambda: self(as_leaf), self.given)
         torch.clear_autocast_cache()
@@ -128,7 +128,7 @@ class BlockRun:
         capture, tensors = self.capture, self.tensors
 
         def run(enter: Enter) -> list[Tensor]:
-            torch.clear_autocast_cache()  # a run casts its weights anew
+            torch.clear_autocast_cache()  # a run casts its weights again
             try:
                 return [t for _, t in tensor_leaves(self(enter))]
             finally:  # it may be stopped half-way
@@ -172,7 +172,7 @@ class BlockRun:
         again = frozenset(kept)
         kept.clear()
         torch.clear_autocast_cache()
-        saving()  # what this run saves too was there before, in a closure, say: nothing that is held is made again
+        saving()  # what this run saves too existed before (in a closure): what is held is not made again
         first = everything - kept - {storage_key(t) for t in self.given}
         saved_outputs = frozenset(i for i, t in outputs if storage_key(t) in first)
         fresh = {storage_key(t) for i, t in outputs if i in saved_outputs}

@@ -1,12 +1,14 @@
 """Captured blocks -> chain.
 
-Blocks are measured in isolation, like stages of a graph. What the user's code around them takes (*glue*) is measured
-where it stands, in a step without the blocks (``skeleton.py``). Every storage that enters or leaves a block, and every
-one that glue saves, is a value of the chain, so that the referee holds each of them once, from its making to its end.
+Blocks are measured in isolation, like stages of a graph. What the user's code around them takes (*glue*) is
+measured where it stands, in a step without the blocks (``skeleton.py``). Every storage that enters or leaves
+a block, and every one that glue saves, is a value of the chain, so that the referee holds each of them once,
+from its making to its end.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import nullcontext
@@ -31,21 +33,20 @@ from scheduler.chain import Chain
 from scheduler.costs.gather import measure_gather, resharding, standing_bytes, with_gather
 from scheduler.costs.measure import fresh_grads
 from scheduler.costs.module_blocks import BlockCost, BlockRun
-from scheduler.costs.module_stages import Parts, assemble
-from scheduler.costs.module_values import ModuleValues
+from scheduler.costs.module_stages import Parts, stages_to_chain
+from scheduler.costs.module_values import module_values
 from scheduler.costs.peak import count_bytes
 from scheduler.costs.roofline import Tally, device_rates
 from scheduler.costs.skeleton import (
     Box,
-    Lifetimes,
     Piece,
     Timed,
-    Traffic,
     Visitor,
     pieces,
     run_skeleton,
     stand_in,
 )
+from scheduler.costs.traffic import Lifetimes, Traffic
 
 __all__ = ["module_chain"]
 
@@ -64,7 +65,7 @@ def module_chain(
     once: bool = True,
     sparse: Mapping[nn.Parameter, int] = MappingProxyType({}),
 ) -> Chain:
-    """The chain of captured blocks, all of them run. Leaves the model's state as it is.
+    """Return the chain of captured blocks, all of them run; the model's state stays as it is.
 
     Args:
         existing: parameters that have a gradient before the step.
@@ -73,24 +74,57 @@ def module_chain(
         once: whether blocks that run the same ops are measured once.
         sparse: bytes of gradients that are sparse.
     """
+    readers = _readers(capture, model)
     with fixed_draws(capture.draws):
-        return _module_chain(capture, model, call, existing, resident, clock, name, once, sparse)
+        blocks, own_loss = _measured(capture, model, call, readers, existing, clock, once)
+        boxes = {index: block.box for index, block in enumerate(blocks)}
+        run = functools.partial(run_skeleton, capture, model, call, boxes)
+        try:
+            lifetimes = _lifetimes(capture, model, run)
+        except Exception:
+            if not any(box.stand_in for box in boxes.values()):
+                raise
+            for box in boxes.values():  # the user's code goes by values, and these led it another way
+                box.stand_in = None
+            lifetimes = _lifetimes(capture, model, run)
+        run = functools.partial(run, own_loss=own_loss)
+        seconds = _seconds(capture, model, run, clock)
+        glue = {k for k, block in enumerate(capture.stages) if block is None}
+        traffic = Traffic(capture, [*model.parameters(), *model.buffers(), *_tensors(call)])
+        with preserved(model):
+            fresh_grads((p for p in existing if glue.intersection(readers.get(p, glue))), existing)
+            counted = count_bytes(functools.partial(_step_of_glue, run, traffic), capture.place, slack=False)
+    live = _live(capture, traffic, counted.marks)
+    forward, backward = pieces(traffic.events, len(blocks), counted.marks, counted.peaks)
+    parts = Parts(
+        capture=capture,
+        blocks=blocks,
+        values=module_values(capture, traffic, lifetimes, blocks, live),
+        forward=forward,
+        backward=backward,
+        seconds=seconds,
+        output_grad=traffic.output_grad,
+        shared=traffic.shared(counted.marks),
+        whole=_whole(capture, model),
+        waiting=traffic.waiting,
+        sparse=sparse,
+    )
+    return stages_to_chain(parts, model, readers, existing, own_loss, resident, name)
 
 
-def _module_chain(
+def _measured(
     capture: ModuleCapture,
     model: nn.Module,
     call: Call,
+    readers: dict[nn.Parameter, list[int]],
     existing: Collection[nn.Parameter],
-    resident: int,
     clock: bool,
-    name: str,
     once: bool,
-    sparse: Mapping[nn.Parameter, int],
-) -> Chain:
+) -> tuple[list[BlockCost], bool]:
+    """Return the cost of each block, gathered parameters included; whether the model returns its loss."""
     modules = capture.modules(model)
-    readers = _readers(capture, model)
     costs: dict[int, BlockCost] = {}
+    boxes: dict[int, Box] = {}
     # A parameter in a list is none of the model: nobody has counted who reads it.
     added = {p for p in existing if len(readers.get(p, ())) == 1}
     gathering: dict[int, list[Any]] = {}
@@ -122,81 +156,38 @@ def _module_chain(
             costs[block], boxes[block] = known[trace], known[trace].box
             return produced
 
-    boxes: dict[int, Box] = {}
     with preserved(model):
         output = run_skeleton(capture, model, call, boxes, Measuring(), inside=True)
         own_loss = find_loss(output)[1]
         del output
     with preserved(model):
         gathers = [measure_gather(gathering[index], capture.device) for index in range(len(modules))]
-    for index, gather in enumerate(gathers):
-        costs[index] = replace(costs[index], cost=with_gather(costs[index].cost, gather))
     capture.gathering = standing_bytes(gathers)
-    try:
-        lifetimes = _lifetimes(capture, model, call, boxes)
-    except Exception:
-        if not any(box.stand_in for box in boxes.values()):
-            raise
-        for box in boxes.values():  # the user's code goes by values, and these led it another way
-            box.stand_in = None
-        lifetimes = _lifetimes(capture, model, call, boxes)
-    seconds = _seconds(capture, model, call, boxes, own_loss, clock)
-
-    traffic: Traffic | None = None
-    returned: set[int] = set()
-    output_grad = 0
-
-    def step(mark: Callable[[], None]) -> None:
-        nonlocal traffic, output_grad
-        traffic = Traffic(capture, [*model.parameters(), *model.buffers(), *_tensors(call)], mark)
-        with torch.autograd.graph.saved_tensors_hooks(shielded(traffic.pack), lambda tensor: tensor):
-            output = run_skeleton(capture, model, call, boxes, traffic, own_loss=own_loss)
-        tensors = output_tensors(output)
-        returned.update(key for key in map(storage_key, tensors) if key in traffic.size)
-        output_grad = sum(tensor_bytes(t) for t in tensors if t.requires_grad)
-
-    glue = {k for k, block in enumerate(capture.stages) if block is None}
-    with preserved(model):
-        fresh_grads((p for p in existing if glue.intersection(readers.get(p, glue))), existing)
-        counted = count_bytes(step, capture.place, slack=False)
-    assert traffic is not None
-    blocks = [costs[index] for index in range(len(modules))]
-    values = ModuleValues(
-        capture,
-        traffic,
-        lifetimes,
-        [(block.saved_arguments, block.saved_outputs) for block in blocks],
-        [(block.private, *block.casts) for block in blocks],
-        returned,
-        _live(capture, traffic, counted.marks),
-    )
-    forward, backward = pieces(traffic.events, len(blocks), counted.marks, counted.peaks)
-    shared = traffic.shared(counted.marks)
-    whole = _whole(capture, model)
-    parts = Parts(
-        capture,
-        blocks,
-        values,
-        forward,
-        backward,
-        seconds,
-        output_grad,
-        shared,
-        whole,
-        traffic.waiting,
-        sparse,
-    )
-    return assemble(parts, model, readers, existing, own_loss, resident, name)
+    blocks = [
+        replace(costs[index], cost=with_gather(costs[index].cost, gather))
+        for index, gather in enumerate(gathers)
+    ]
+    return blocks, own_loss
 
 
-def _lifetimes(capture: ModuleCapture, model: nn.Module, call: Call, boxes: dict[int, Box]) -> Lifetimes:
-    """How long the user's code holds on to what enters and leaves blocks."""
+def _lifetimes(capture: ModuleCapture, model: nn.Module, run: Callable[..., Any]) -> Lifetimes:
+    """Return how long the user's code holds on to what enters and leaves blocks."""
     lifetimes = Lifetimes(capture)
     with preserved(model), uncompiled(), lifetimes.watching():
-        output = run_skeleton(capture, model, call, boxes, lifetimes)
+        output = run(lifetimes)
         lifetimes.check(len(capture))
     del output  # until here, as the user holds it
     return lifetimes
+
+
+def _step_of_glue(run: Callable[..., Any], traffic: Traffic, mark: Callable[[], None]) -> None:
+    """Run one step of the user's code without the blocks; ``mark`` is called at each event."""
+    traffic.mark = mark
+    with torch.autograd.graph.saved_tensors_hooks(shielded(traffic.pack), lambda tensor: tensor):
+        output = run(traffic)
+    tensors = output_tensors(output)
+    traffic.returned.update(key for key in map(storage_key, tensors) if key in traffic.size)
+    traffic.output_grad = sum(tensor_bytes(t) for t in tensors if t.requires_grad)
 
 
 def _tensors(call: Call) -> list[Tensor]:
@@ -204,20 +195,15 @@ def _tensors(call: Call) -> list[Tensor]:
 
 
 def _seconds(
-    capture: ModuleCapture,
-    model: nn.Module,
-    call: Call,
-    boxes: dict[int, Box],
-    own_loss: bool,
-    clock: bool,
+    capture: ModuleCapture, model: nn.Module, run: Callable[..., Any], clock: bool
 ) -> tuple[list[float], list[float]]:
-    """Seconds of each piece of the user's code, forward and backward."""
+    """Return the seconds of each piece of the user's code, forward and backward."""
     runs: list[tuple[list[Piece], list[Piece]]] = []
     for _ in range(3 if clock and len(capture) < MANY_STAGES else 1):
         tally = None if clock else Tally(device_rates(capture.place))
         timed = Timed() if tally is None else Timed(lambda: tally.seconds)  # noqa: B023 # is used before the next
         with preserved(model), nullcontext() if clock else uncompiled(), tally or nullcontext():
-            run_skeleton(capture, model, call, boxes, timed, own_loss=own_loss)
+            run(timed)
         runs.append(pieces(timed.events, len(capture.blocks), times=timed.times))
     forward, backward = (
         [statistics.median(each.seconds for each in same) for same in zip(*way, strict=True)]
@@ -227,7 +213,7 @@ def _seconds(
 
 
 def _live(capture: ModuleCapture, traffic: Traffic, marks: Sequence[int]) -> list[int]:
-    """(L,) bytes live in the forward when the stage after each begins, or when the forward is over."""
+    """Return (L,) bytes live in the forward when the stage after each begins, or when the forward is over."""
     at = dict(zip(traffic.events, marks, strict=True))
     live = []
     for index, following in pairwise((*capture.stages, None)):
@@ -239,10 +225,10 @@ def _live(capture: ModuleCapture, traffic: Traffic, marks: Sequence[int]) -> lis
 
 
 def _readers(capture: ModuleCapture, model: nn.Module) -> dict[nn.Parameter, list[int]]:
-    """The stages that read each parameter, ascending.
+    """Return the stages that read each parameter, ascending.
 
-    One outside the blocks belongs to the last glue if its name comes after the blocks' in the model, else to the
-    first; a tied one has several names.
+    One outside the blocks belongs to the last glue if its name comes after the blocks' in the model, else to
+    the first; a tied one has several names.
     """
     stages_of: dict[str, set[int]] = {}
     for block in capture.blocks:
@@ -262,7 +248,7 @@ def _readers(capture: ModuleCapture, model: nn.Module) -> dict[nn.Parameter, lis
 
 
 def _whole(capture: ModuleCapture, model: nn.Module) -> dict[nn.Parameter, int]:
-    """Sharded parameters whose gradients wait whole for the end of a module around several stages.
+    """Return sharded parameters whose gradients wait whole for the end of a module around several stages.
 
     Returns:
         for each, the stage at whose end fully_shard copies its gradient and reduces that.

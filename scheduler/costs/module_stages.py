@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, takewhile
 
@@ -14,16 +14,17 @@ from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.repeat import draws_elsewhere
 from scheduler.capture.state import CPU_RANDOM_STATE
 from scheduler.capture.target import Device
-from scheduler.chain import Chain, Option, Stage
-from scheduler.costs.gradients import gradients_at_hand, parameter_grads
-from scheduler.costs.graph_chain import SMALL_TENSORS
+from scheduler.chain import Chain
+from scheduler.costs.assemble import StageFacts, assemble
+from scheduler.costs.gradients import parameter_grads
+from scheduler.costs.measure import OptionCost
 from scheduler.costs.module_blocks import BlockCost
 from scheduler.costs.module_values import ModuleValues
 from scheduler.costs.peak import allocated
-from scheduler.costs.resident import copied_buffers, rerun_state, storage_bytes
+from scheduler.costs.resident import rerun_state, storage_bytes
 from scheduler.costs.skeleton import Piece
 
-__all__ = ["Parts", "assemble"]
+__all__ = ["Parts", "stages_to_chain"]
 
 
 @dataclass
@@ -36,7 +37,8 @@ class Parts:
         shared: (blocks,) bytes of the gradients of its outputs that others, which wait, are views of too.
         output_grad: bytes of the gradients of the model's outputs, if it has no loss of its own.
         whole: sharded parameters whose gradients wait whole, and the stage at whose end they are reduced.
-        waiting: blocks that are not reversed whole: the user holds what was made of an output that the loss does not reach.
+        waiting: blocks that are not reversed whole: the user holds what was made of an output that the loss
+            does not reach.
         sparse: bytes of gradients that are sparse.
     """
 
@@ -62,7 +64,7 @@ class Parts:
         return [0, *accumulate(blocks[:-1])]
 
     def lasting(self, k: int) -> int:
-        """At most what stays when block k is reversed: its saved tensors, or the boundary that it would run again from."""
+        """Return at most what stays when block k is reversed: saved tensors, or a boundary to re-run from."""
         index = self.capture.stages[k]
         left = 0 if index is None else self.blocks[index].cost.left
         if (
@@ -73,18 +75,18 @@ class Parts:
         return max(self.values.total(self.values.keeps[k]), *boundaries)
 
     def taken(self, piece: Piece) -> int:
-        """The most bytes that a piece takes above those live when it starts."""
+        """Return the most bytes that a piece takes above those live when it starts."""
         return piece.peak - piece.start
 
     def own_code(self, k: int) -> tuple[int, int]:
-        """Bytes that the user's code takes between block k and the next, forward and backward, where it is no stage."""
+        """Return bytes that the user's code takes from block k to the next, both ways, if it is no stage."""
         if self.capture.stages[k] is None or self.capture.stages[k + 1] is None:
             return 0, 0
         piece = self.pieces[k + 1]
         return self.taken(self.forward[piece]), self.taken(self.backward[piece])
 
     def gradients(self) -> list[int]:
-        """(L,) bytes of gradients that are live when stages k..L-1 are reversed, those of blocks' parameters left out."""
+        """Return (L,) bytes of gradients live when stages k..L-1 are reversed, but for blocks' parameters."""
         left, saved = [], _sums_from(self.values.glue_saved)
         for k, index in enumerate(self.capture.stages):
             piece = self.backward[self.pieces[k]]
@@ -93,7 +95,7 @@ class Parts:
         return left
 
 
-def assemble(
+def stages_to_chain(
     parts: Parts,
     model: nn.Module,
     readers: dict[nn.Parameter, list[int]],
@@ -102,7 +104,7 @@ def assemble(
     resident: int,
     name: str,
 ) -> Chain:
-    """The chain of these parts.
+    """Return the chain of these parts.
 
     Args:
         readers: the stages that read each parameter, ascending.
@@ -110,20 +112,45 @@ def assemble(
         own_loss: whether the loss is among the model's outputs.
         resident: bytes live during the whole step.
     """
-    capture, values = parts.capture, parts.values
-    count = len(parts)
+    capture, values, device = parts.capture, parts.values, parts.capture.place
+    output_grad = 4 if own_loss else parts.output_grad
+    facts, created = _gradients(parts, readers, existing)
+    # The blocks that need no gradient: they save nothing, and run once.
+    frozen = len(list(takewhile(lambda each: not any(each.box.requires_grad.values()), parts.blocks)))
+    elsewhere = draws_elsewhere(model, device)
+    for k, (index, fact) in enumerate(zip(capture.stages, facts, strict=True)):
+        if index is not None:
+            _count_block(parts, k, index, created[k], fact)
+        else:
+            _count_glue(parts, k, output_grad, fact)
+        fact.enters = values.enters[k]
+        fact.stays = parts.lasting(k)
+        fact.beside += fact.stays  # by itself, the block releases it as it is reversed
+        fact.recomputable = index is not None and index >= frozen and not (elsewhere and capture.random[k])
+        fact.rerun_state += rerun_state(capture, model, k)
+    # Copies of the buffers that a block changes, while it runs again.
+    held = max(storage_bytes(named_tensors(model, names), device) for names in capture.changed)
+    held += capture.gathering + capture.state_bytes
+    return assemble(
+        facts, values, capture, model, resident=resident, held=held, output_grad=output_grad, name=name
+    )
+
+
+def _gradients(
+    parts: Parts, readers: dict[nn.Parameter, list[int]], existing: Collection[nn.Parameter]
+) -> tuple[list[StageFacts], list[int]]:
+    """Return (L,) facts of stages, as far as they are of gradients; (L,) bytes of blocks' gradients."""
+    capture, count = parts.capture, len(parts)
     device = capture.place
     change = [0] * count
     alone = {p: ks for p, ks in readers.items() if all(capture.stages[k] is None for k in ks)}
     shared = {p: ks for p, ks in readers.items() if p not in alone}
-    created, _ = parameter_grads(shared, existing, change, device, parts.whole, parts.sparse)
-    summed = _second_shares(shared, count, device)
-    by_glue = parameter_grads(alone, existing, [0] * count, device, parts.whole, parts.sparse)[0]
-    reduced = [0] * count  # copies of gradients of blocks' parameters
-    for parameter, end in parts.whole.items():
+    by_blocks, _ = parameter_grads(shared, existing, change, device, parts.whole, parts.sparse)
+    by_glue, _ = parameter_grads(alone, existing, [0] * count, device, parts.whole, parts.sparse)
+    beside = _second_shares(shared, count, device)
+    for parameter, end in parts.whole.items():  # copies of gradients of blocks' parameters
         if parameter in shared and parameter.requires_grad:
-            reduced[end] += allocated(parameter.numel() * parameter.element_size(), device)
-    output_grad = 4 if own_loss else parts.output_grad
+            beside[end] += allocated(parameter.numel() * parameter.element_size(), device)
     # Gradients of boundaries; what waits besides is long-lived.
     left, boundary, waiting = parts.gradients(), [0] * count, 0
     by_glue_from = _sums_from(by_glue)
@@ -138,94 +165,52 @@ def assemble(
         boundary[k] = min(size, other) if k else 0
         change[k] += other - boundary[k] - waiting
         waiting = other - boundary[k]
-    at_hand = gradients_at_hand(
-        boundary,
-        [0 if index is None else parts.blocks[index].cost.lead for index in capture.stages],
-        [a + b + max(0, more) for a, b, more in zip(created, by_glue, change, strict=True)],
-    )
-    making: list[set[int]] = [set() for _ in range(count)]
-    for each in values.carried:
-        making[each.made].add(each.value)
-        if each.freed is not None:
-            change[each.freed] -= values.sizes[each.value]
-    # The blocks that need no gradient: they save nothing, and run once.
-    frozen = len(list(takewhile(lambda each: not any(each.box.requires_grad.values()), parts.blocks)))
-    elsewhere = draws_elsewhere(model, device)
-    drawn = CPU_RANDOM_STATE if device.type == "cpu" else 0  # by which a block's end knows whether it drew
-    enters = [*map(set, values.enters), set()]
-    lasting = {each.value for each in values.carried}
-    stages = []
-    for k, index in enumerate(capture.stages):
-        keeps = values.keeps[k]
-        following = values.total(enters[k + 1])
-        made = values.total((keeps | enters[k + 1]) - enters[k] - making[k])
-        fresh = values.total(enters[k + 1] - enters[k])
-        # What stage k - 1 made and nobody saves, where it goes no further: gone once stage k has been kept.
-        released = 0
-        if k:
-            needed = enters[k + 1] | enters[k - 1] | keeps | values.keeps[k - 1] | lasting
-            released = values.total(enters[k] - needed)
-        led = at_hand[k + 1] - boundary[k + 1] if k < count - 1 else 0
-        gradients = at_hand[k] + led - summed[k]
-        again = None
-        if index is not None:
-            cost = parts.blocks[index].cost
-            ahead, behind = parts.own_code(k)
-            # Code of the user's that is no stage runs when the block is done.
-            keeping = max(cost.keeping_peak, made + ahead if ahead else 0)
-            dropping = max(cost.dropping_peak, fresh + drawn, fresh + ahead if ahead else 0)
-            ended = parts.blocks[index].input_grad + created[k]
-            # The gradients of its outputs go as it is reversed, unless others wait in the same storages.
-            going = cost.output_grads - min(cost.output_grads, max(0, parts.shared[index]))
-            reversing = max(cost.backward_peak, ended + behind if behind else 0) - made - going
-            seconds = cost.forward, cost.backward
-            block = capture.blocks[index].label
-            assert cost.rebuild_peak is not None
-            again = cost.rebuild_peak - made + released
-            overhead = dropping - following
-        else:
-            piece = parts.pieces[k]
-            last = k == count - 1
-            keeping = parts.taken(parts.forward[piece]) - (values.total(making[k]) if last else 0)
-            kept = values.total(keeps - enters[k] - (making[k] if last else set()))
-            reversing = parts.taken(parts.backward[piece]) - (output_grad if last else 0) + kept - made
-            seconds = parts.seconds[0][piece], parts.seconds[1][piece]
-            block = f"glue {k - parts.pieces[k]}" if k and not last else ("after" if k else "before")
-            overhead = 0
-        stays = parts.lasting(k)
-        reversing += reduced[k] + stays  # by itself, the block lets go of it as it is reversed
-        option = Option(
-            made - released,
-            forward_overhead=max(0, keeping - made) + released,
-            backward_overhead=reversing - gradients,
-            name="all" if index is not None else "all (glue)",
-            keeps=tuple(sorted(keeps)),
-            rerun_overhead=again,
+    facts = [
+        StageFacts(
+            boundary_grad=boundary[k],
+            created=by_blocks[k] + by_glue[k],
+            appearing=by_blocks[k] + by_glue[k] + max(0, change[k]),
+            change=change[k],
+            beside=beside[k],
         )
-        stages.append(
-            Stage(
-                name=block,
-                forward=seconds[0],
-                backward=seconds[1],
-                input=values.total(enters[k]),
-                options=(option,),
-                forward_overhead=overhead,
-                input_grad=at_hand[k],
-                grad=created[k] + by_glue[k] + stays,
-                carried=values.total(making[k]),
-                carried_change=change[k],
-                recomputable=index is not None and index >= frozen and not (elsewhere and capture.random[k]),
-                enters=values.enters[k],
-                rerun_state=rerun_state(capture, model, k)
-                + (0 if index is None else parts.blocks[index].cost.held),
-            )
-        )
-    fixed = resident + SMALL_TENSORS + capture.gathering + sum(stage.rerun_state for stage in stages)
-    # Copies of the buffers that a block changes, while it runs again.
-    fixed += max(storage_bytes(named_tensors(model, names), device) for names in capture.changed)
-    fixed += capture.state_bytes + copied_buffers(capture, model)
-    fixed += drawn * any(capture.random)  # what a replay puts back when it is done
-    return Chain(tuple(stages), 0, output_grad, fixed, name, tuple(values.sizes), tuple(values.carried))
+        for k in range(count)
+    ]
+    return facts, by_blocks
+
+
+def _count_block(parts: Parts, k: int, index: int, created: int, fact: StageFacts) -> None:
+    """Fill in what a block takes; ``created`` bytes of its parameters' gradients appear."""
+    values, block = parts.values, parts.blocks[index]
+    cost = block.cost
+    entering = set(values.enters[k])
+    fresh = values.total(set(values.enters[k + 1]) - entering)
+    drawn = (
+        CPU_RANDOM_STATE if parts.capture.place.type == "cpu" else 0
+    )  # by which its end knows whether it drew
+    fact.after, behind = parts.own_code(k)  # code of the user's that is no stage runs when the block is done
+    fact.name, fact.forward, fact.backward = parts.capture.blocks[index].label, cost.forward, cost.backward
+    fact.dropping_peak = max(cost.dropping_peak, fresh + drawn)
+    fact.lead = cost.lead
+    fact.rerun_state = cost.held
+    # The gradients of its outputs are released as it is reversed, unless others wait in the same storages.
+    fact.arriving = cost.output_grads - min(cost.output_grads, max(0, parts.shared[index]))
+    reversing = max(cost.backward_peak, block.input_grad + created + behind if behind else 0)
+    keeps = tuple(sorted(values.keeps[k]))
+    fact.options = [(keeps, replace(cost.whole, backward_peak=reversing))]
+
+
+def _count_glue(parts: Parts, k: int, output_grad: int, fact: StageFacts) -> None:
+    """Fill in what a stage of the user's code takes."""
+    values, piece, last = parts.values, parts.pieces[k], k == len(parts) - 1
+    fact.name = f"glue {k - piece}" if k and not last else ("after" if k else "before")
+    fact.forward, fact.backward = parts.seconds[0][piece], parts.seconds[1][piece]
+    fact.arriving = output_grad if last else 0
+    if last:
+        fact.handed_out = values.total(each.value for each in values.carried if each.made == k)
+    kept = values.total(values.keeps[k] - set(values.enters[k]))
+    keeps = tuple(sorted(values.keeps[k]))
+    keeping, reversing = parts.taken(parts.forward[piece]), parts.taken(parts.backward[piece]) + kept
+    fact.options = [(keeps, OptionCost(frozenset(), 0.0, keeping, reversing, "all (glue)"))]
 
 
 def _second_shares(readers: dict[nn.Parameter, list[int]], count: int, device: Device) -> list[int]:
@@ -242,5 +227,5 @@ def _second_shares(readers: dict[nn.Parameter, list[int]], count: int, device: D
 
 
 def _sums_from(sizes: list[int]) -> list[int]:
-    """The sum of each and all after it."""
+    """Return the sum of each and all after it."""
     return [*accumulate(reversed(sizes))][::-1]

@@ -1,185 +1,188 @@
-"""The values of a chain of blocks: which storages cross its boundaries, which stay for a backward, which last."""
+"""The values of a chain of blocks: which cross its boundaries, which stay for a backward, which last."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 from scheduler.capture.module_capture import ModuleCapture
 from scheduler.chain import Carried
-from scheduler.costs.skeleton import Lifetimes, Traffic
+from scheduler.costs.assemble import Values
+from scheduler.costs.module_blocks import BlockCost
+from scheduler.costs.traffic import Lifetimes, Traffic
 
-__all__ = ["ModuleValues"]
+__all__ = ["ModuleValues", "module_values"]
 
 FEW_BYTES = (
-    2048  # numbers of no dimension that the user's code holds are no value: the chain's fixed bytes have room
+    2048  # numbers of no dimension that the user's code holds are no value: ``Chain.fixed`` has room for them
 )
 
 
-class ModuleValues:
-    """Values by number, for ``Chain.values``.
-
-    Args:
-        capture: the blocks.
-        traffic: of a step without the blocks.
-        lifetimes: of one in which nothing else holds on to what enters and leaves them.
-        saved: (blocks,) leaves of the arguments, and of the outputs, that the backward of each block needs.
-        private: (blocks,) bytes that it saves besides; of weights that are cast until the forward is over, bytes that it
-            saves and bytes that it does not.
-        returned: storages of the model's outputs.
-        live: (L,) bytes live in that step when the stage after each begins, or when the forward is over.
+class ModuleValues(Values):
+    """The values of a chain of blocks.
 
     Attributes:
-        sizes: bytes of each value.
         enters: (L,) values of the boundary into each stage.
         keeps: (L,) values that stay for its backward.
-        carried: the long-lived ones.
         glue_saved: (L,) bytes that go with the backward of each stage of glue and that no block sees.
     """
 
-    def __init__(
-        self,
-        capture: ModuleCapture,
-        traffic: Traffic,
-        lifetimes: Lifetimes,
-        saved: Sequence[tuple[Collection[int], Collection[int]]],
-        private: Sequence[tuple[int, int, int]],
-        returned: Collection[int],
-        live: Sequence[int],
-    ) -> None:
-        count = len(capture)
-        self.sizes: list[int] = []
-        self.carried: list[Carried] = []
-        self.traffic, self.capture = traffic, capture
-        number = {key: self._new(size) for key, size in traffic.size.items()}
-        # What enters a block may be what an earlier piece of glue has made and saved.
-        made = {
-            key: min((g for g in traffic.packed.get(key, ()) if g >= 0), default=stage)
-            for key, stage in traffic.made.items()
-        }
-        made = {key: min(stage, traffic.made[key]) for key, stage in made.items()}
-        enters = self._boundaries(made)
-        reading: dict[int, set[int]] = {}  # storage -> blocks' stages that read it
-        saving: dict[int, set[int]] = {}
-        keeps: list[set[int]] = [set() for _ in range(count)]
-        for index, block in enumerate(capture.blocks):
-            k = block.stage
-            arguments, outputs = traffic.arguments[index], traffic.outputs[index]
-            for leaf, key in arguments.items():
-                reading.setdefault(key, set()).add(k)
-                if leaf in saved[index][0]:
-                    saving.setdefault(key, set()).add(k)
-                    if key in enters[k]:
-                        keeps[k].add(key)
-            own = (key for leaf, key in outputs.items() if leaf in saved[index][1])
-            keeps[k].update(key for key in own if key not in arguments.values())
-        last: dict[int, int] = {}
-        for (index, is_output, leaf), stage in lifetimes.last.items():
-            places = traffic.outputs if is_output else traffic.arguments
-            if leaf in places[index]:
-                key = places[index][leaf]
-                last[key] = max(stage, last.get(key, 0))
-
-        outlive = set(returned)
-        for key, m in made.items():
-            savers = sorted(g for g in traffic.packed.get(key, ()) if g >= 0)
-            first = savers[0] if savers else None
-            # The earliest piece of glue that saves it holds it longest.
-            held = first is not None and (first == m or (first == m + 1 and key in enters[first]))
-            if held and first is not None:
-                keeps[first].add(key)
-            readers = {k for k in reading.get(key, ()) if key not in enters[k]}
-            waiting = readers & saving.get(key, set())
-            if first is not None and not held:
-                readers.add(first)
-                waiting.add(first)
-            ended = last.get(key, m)
-            if key in returned or -1 in traffic.packed.get(key, ()) or (ended >= count and first is None):
-                outlive.add(key)
-            if not (key in outlive or readers or (ended >= m + 2 and not held)):
-                continue
-            freed: int | None = m if key in keeps[m] else min(readers, default=count - 1)
-            until: int | None = ended if ended < count - 1 and key in last and not held else None
-            if key in outlive:
-                freed = until = None
-            self.carried.append(
-                Carried(number[key], m, tuple(sorted(readers)), tuple(sorted(waiting)), freed, until)
-            )
-        self.enters = [tuple(number[key] for key in keys) for keys in enters]
-        self.keeps = [{number[key] for key in keys} for keys in keeps]
-        calls = Counter(block.name for block in capture.blocks)
-        there: dict[
-            str, tuple[int, int]
-        ] = {}  # module -> (bytes, value) of what autocast's cache holds for it
-        for block, (size, cast, other) in zip(capture.blocks, private, strict=True):
-            k = block.stage
-            if size:
-                self.keeps[k].add(self._new(size))
-            shared, value = there.get(block.name, (0, 0))
-            if shared and shared == cast + other:
-                if cast:
-                    self.keeps[k].add(value)
-                continue
-            if calls[block.name] > 1:  # for later calls to find, all of it
-                cast, other = cast + other, 0  # noqa: PLW2901
-            if cast:
-                self.carried.append(Carried(self._new(cast), k, freed=k))
-                self.keeps[k].add(self.carried[-1].value)
-                there.setdefault(block.name, (cast, self.carried[-1].value))
-            if other:
-                self.carried.append(Carried(self._new(other), k, freed=count - 1))
-        alone = traffic.private() - outlive
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.enters: list[tuple[int, ...]] = []
+        self.keeps: list[set[int]] = []
         self.glue_saved = [0] * count
-        for key in alone:
-            self.glue_saved[made[key]] += traffic.size[key]
-        appear = [0] * count
-        for key, m in made.items():
-            appear[m] += traffic.size[key]
-        seen = accumulate(appear)
-        self._others([now - known for now, known in zip(live, seen, strict=True)])
 
-    def _new(self, size: int) -> int:
-        self.sizes.append(size)
-        return len(self.sizes) - 1
 
-    def _boundaries(self, made: dict[int, int]) -> list[list[int]]:
-        """The storages of the boundary into each stage."""
-        result: list[list[int]] = []
-        outputs = self.traffic.outputs
-        for k in range(len(self.capture)):
-            index, before = self.capture.stages[k], self.capture.stages[k - 1] if k else None
-            if index is not None:
-                crossing = self.capture.blocks[index].boundary
-                keys = [outputs[block][leaf] for block, leaf in crossing if leaf in outputs[block]]
-                keys = keys if crossing else list(self.traffic.arguments[index].values())
-            else:
-                keys = [] if before is None else list(outputs[before].values())
-            there = result[-1] if result else []
-            result.append([key for key in dict.fromkeys(keys) if made[key] == k - 1 or key in there])
-        return result
+def module_values(
+    capture: ModuleCapture,
+    traffic: Traffic,
+    lifetimes: Lifetimes,
+    blocks: Sequence[BlockCost],
+    live: Sequence[int],
+) -> ModuleValues:
+    """Number the values of a captured model.
 
-    def _others(self, held: Sequence[int]) -> None:
-        """What the user's code holds besides, a number of bytes after each stage, as values that come and go."""
-        stack: list[tuple[int, int]] = []  # (made, bytes)
-        final = len(held) - 1
-        before = 0
-        for stage, amount in enumerate(held):
-            now = amount if amount > FEW_BYTES else 0
-            if now > before:
-                stack.append((stage, now - before))
-            gone = before - now
-            while gone > 0:
-                made, size = stack.pop()
-                taken = min(size, gone)
-                gone -= taken
-                if taken < size:
-                    stack.append((made, size - taken))
-                self.carried.append(Carried(self._new(taken), made, freed=final, last=stage))
-            before = now
-        for made, size in stack:
-            self.carried.append(Carried(self._new(size), made))
+    Args:
+        traffic: of a step without the blocks.
+        lifetimes: of one in which nothing else holds on to what enters and leaves them.
+        blocks: the cost of each.
+        live: (L,) bytes live in that step when the stage after each begins, or when the forward is over.
+    """
+    count = len(capture)
+    values = ModuleValues(count)
+    number = {key: values.new(size) for key, size in traffic.size.items()}
+    savers = {key: sorted(g for g in stages if g >= 0) for key, stages in traffic.packed.items()}
+    # What enters a block may be what an earlier piece of glue has made and saved.
+    made = {key: min((*savers.get(key, ())[:1], stage)) for key, stage in traffic.made.items()}
+    enters = _boundaries(capture, traffic, made)
+    reading, saving, keeps = _readers(capture, traffic, blocks, enters)
+    ends = _ends(traffic, lifetimes)
+    outlive = set(traffic.returned)
+    for key, m in made.items():
+        first = next(iter(savers.get(key, ())), None)
+        # The earliest piece of glue that saves it holds it longest.
+        held = first is not None and (first == m or (first == m + 1 and key in enters[first]))
+        if held and first is not None:
+            keeps[first].add(key)
+        readers = {k for k in reading.get(key, ()) if key not in enters[k]}
+        waiting = readers & saving.get(key, set())
+        if first is not None and not held:
+            readers.add(first)
+            waiting.add(first)
+        ended = ends.get(key, m)
+        if key in traffic.returned or -1 in traffic.packed.get(key, ()) or (ended >= count and first is None):
+            outlive.add(key)
+        if not (key in outlive or readers or (ended >= m + 2 and not held)):
+            continue
+        freed: int | None = m if key in keeps[m] else min(readers, default=count - 1)
+        until: int | None = ended if ended < count - 1 and key in ends and not held else None
+        if key in outlive:
+            freed = until = None
+        values.carried.append(
+            Carried(number[key], m, tuple(sorted(readers)), tuple(sorted(waiting)), freed, until)
+        )
+    values.enters = [tuple(number[key] for key in keys) for keys in enters]
+    values.keeps = [{number[key] for key in keys} for keys in keeps]
+    _add_private(capture, blocks, values)
+    for key in traffic.private() - outlive:
+        values.glue_saved[made[key]] += traffic.size[key]
+    appear = [0] * count
+    for key, m in made.items():
+        appear[m] += traffic.size[key]
+    _add_others([now - known for now, known in zip(live, accumulate(appear), strict=True)], values)
+    return values
 
-    def total(self, values: Iterable[int]) -> int:
-        """Bytes of different values."""
-        return sum(self.sizes[value] for value in set(values))
+
+def _boundaries(capture: ModuleCapture, traffic: Traffic, made: dict[int, int]) -> list[list[int]]:
+    """Return (L,) the storages of the boundary into each stage."""
+    result: list[list[int]] = []
+    outputs = traffic.outputs
+    for k in range(len(capture)):
+        index, before = capture.stages[k], capture.stages[k - 1] if k else None
+        if index is not None:
+            crossing = capture.blocks[index].boundary
+            keys = [outputs[block][leaf] for block, leaf in crossing if leaf in outputs[block]]
+            keys = keys if crossing else list(traffic.arguments[index].values())
+        else:
+            keys = [] if before is None else list(outputs[before].values())
+        passing = result[-1] if result else []
+        result.append([key for key in dict.fromkeys(keys) if made[key] == k - 1 or key in passing])
+    return result
+
+
+def _readers(
+    capture: ModuleCapture, traffic: Traffic, blocks: Sequence[BlockCost], enters: list[list[int]]
+) -> tuple[dict[int, set[int]], dict[int, set[int]], list[set[int]]]:
+    """Return the block stages that read each storage, that save it, and (L,) the storages they keep."""
+    reading: dict[int, set[int]] = {}
+    saving: dict[int, set[int]] = {}
+    keeps: list[set[int]] = [set() for _ in capture.stages]
+    for index, (block, cost) in enumerate(zip(capture.blocks, blocks, strict=True)):
+        k = block.stage
+        arguments = traffic.arguments[index]
+        for leaf, key in arguments.items():
+            reading.setdefault(key, set()).add(k)
+            if leaf in cost.saved_arguments:
+                saving.setdefault(key, set()).add(k)
+                if key in enters[k]:
+                    keeps[k].add(key)
+        own = (key for leaf, key in traffic.outputs[index].items() if leaf in cost.saved_outputs)
+        keeps[k].update(key for key in own if key not in arguments.values())
+    return reading, saving, keeps
+
+
+def _ends(traffic: Traffic, lifetimes: Lifetimes) -> dict[int, int]:
+    """Return the last stage at whose start each storage is live."""
+    last: dict[int, int] = {}
+    for (index, is_output, leaf), stage in lifetimes.last.items():
+        places = (traffic.outputs if is_output else traffic.arguments)[index]
+        if leaf in places:
+            last[places[leaf]] = max(stage, last.get(places[leaf], 0))
+    return last
+
+
+def _add_private(capture: ModuleCapture, blocks: Sequence[BlockCost], values: ModuleValues) -> None:
+    """Add what blocks save for themselves, and casts of their weights that autocast's cache holds."""
+    calls = Counter(block.name for block in capture.blocks)
+    cached: dict[str, tuple[int, int]] = {}  # module -> bytes, and value, of what the cache holds for it
+    for block, cost in zip(capture.blocks, blocks, strict=True):
+        k, (cast, other) = block.stage, cost.casts
+        if cost.private:
+            values.keeps[k].add(values.new(cost.private))
+        shared, value = cached.get(block.name, (0, 0))
+        if shared and shared == cast + other:
+            if cast:
+                values.keeps[k].add(value)
+            continue
+        if calls[block.name] > 1:  # for later calls to find, all of it
+            cast, other = cast + other, 0
+        if cast:
+            value = values.new(cast)
+            values.carried.append(Carried(value, k, freed=k))
+            values.keeps[k].add(value)
+            cached.setdefault(block.name, (cast, value))
+        if other:
+            values.carried.append(Carried(values.new(other), k, freed=len(capture) - 1))
+
+
+def _add_others(held: Sequence[int], values: ModuleValues) -> None:
+    """Add what the user's code holds besides, ``held[k]`` bytes after stage k, as values that come and go."""
+    stack: list[tuple[int, int]] = []  # (made, bytes)
+    before = 0
+    for stage, amount in enumerate(held):
+        now = amount if amount > FEW_BYTES else 0
+        if now > before:
+            stack.append((stage, now - before))
+        gone = before - now
+        while gone > 0:
+            made, size = stack.pop()
+            taken = min(size, gone)
+            gone -= taken
+            if taken < size:
+                stack.append((made, size - taken))
+            values.carried.append(Carried(values.new(taken), made, freed=len(held) - 1, last=stage))
+        before = now
+    for made, size in stack:
+        values.carried.append(Carried(values.new(size), made))

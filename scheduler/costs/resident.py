@@ -1,4 +1,4 @@
-"""Bytes that are live during the whole step: parameters, buffers, gradients, optimizer state, inputs, workspaces."""
+"""Bytes live during the whole step: parameters, buffers, gradients, optimizer state, inputs, workspaces."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from scheduler.capture.block_state import named_tensors
 from scheduler.capture.flat import tree_leaves
-from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.layouts import held_bytes, parts, unused_room
 from scheduler.capture.module_calls import makes_weights
-from scheduler.capture.module_capture import ModuleCapture
 from scheduler.capture.private import FakeTensorMode, default_foreach, drop_step_hooks, pytree, storage_id
+from scheduler.capture.protocol import Capture
 from scheduler.capture.sharded import local
 from scheduler.capture.state import CPU_RANDOM_STATE
 from scheduler.capture.target import Device, Target, lies_on
@@ -35,7 +34,7 @@ __all__ = [
 
 
 def storage_bytes(tensors: Iterable[Tensor], device: Device) -> int:
-    """Bytes that ``tensors`` take on the kind of ``device``: a storage that several share counts once.
+    """Return bytes that ``tensors`` take on the kind of ``device``: a storage that several share counts once.
 
     Of a storage that is larger than the tensors seen on it (a batch cut out of a data set) only their part
     counts.
@@ -57,16 +56,16 @@ SAMPLES = (
 )  # bytes, at most: a few elements of all that a stage reads, by which a re-run sees whether it has changed
 
 
-def rerun_state(capture: GraphCapture | ModuleCapture, model: nn.Module, k: int) -> int:
-    """Bytes that are held while stage k may run again, besides values: the executor notes them before each first run."""
+def rerun_state(capture: Capture, model: nn.Module, k: int) -> int:
+    """Return bytes that are held while stage k may run again, besides values: noted before each first run."""
     state = CPU_RANDOM_STATE if capture.random[k] and capture.place.type == "cpu" else 0
     if capture.place.type != "cpu":
         state += SAMPLES
     return state + storage_bytes(named_tensors(model, capture.changed[k]), capture.place)
 
 
-def copied_buffers(capture: GraphCapture | ModuleCapture, model: nn.Module) -> int:
-    """Bytes of the copies of changing buffers that are held during a forward on CUDA, where it may run out of memory."""
+def copied_buffers(capture: Capture, model: nn.Module) -> int:
+    """Return bytes of the copies of changing buffers that a forward on CUDA holds, lest memory runs out."""
     if capture.place.type != "cuda":
         return 0
     changed = {name for names in capture.changed for name in names}
@@ -74,7 +73,7 @@ def copied_buffers(capture: GraphCapture | ModuleCapture, model: nn.Module) -> i
 
 
 def resident_parts(model: nn.Module, call: Any, device: Device) -> dict[str, int]:
-    """Bytes of parameters, gradients that exist already, buffers and weights that pre-hooks make, the tensors in ``call``, and cuBLAS's workspaces."""
+    """Return bytes of parameters, existing gradients, buffers, tensors in ``call``, cuBLAS's workspaces."""
     made = [t for m in model.modules() if makes_weights(m) for t in vars(m).values() if isinstance(t, Tensor)]
     given = [t for t in tree_leaves(call) if isinstance(t, Tensor)]
     return {
@@ -89,7 +88,7 @@ def resident_parts(model: nn.Module, call: Any, device: Device) -> dict[str, int
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> int:
-    """Bytes of the optimizer's state: as it is, or as its first step will make it.
+    """Return bytes of the optimizer's state: as it is, or as its first step will make it.
 
     A state that is still empty is found by one step of a copy of the optimizer on fake tensors: exact, and
     without memory.
@@ -121,10 +120,10 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> 
 
 
 def optimizer_step_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> int | None:
-    """The most bytes that a step of the optimizer takes above parameters, gradients and state; None if not known.
+    """Return the most bytes that the optimizer's step takes above its state and gradients; None if unknown.
 
-    By a step of a copy on fake tensors, the second one, when its state is there; on CUDA over all parameters at once, unless
-    the optimizer is told otherwise.
+    By a step of a copy on fake tensors, the second one, when its state exists; on CUDA over all parameters
+    at once, unless the optimizer is told otherwise.
     """
     if optimizer is None:
         return 0
@@ -138,10 +137,10 @@ def optimizer_step_bytes(optimizer: torch.optim.Optimizer | None, device: Device
 
 
 def _foreach(group: dict[str, Any], device: Device) -> dict[str, bool]:
-    """What torch takes for a group's ``foreach`` where nobody has said it; nothing if somebody has.
+    """Return what torch takes for a group's ``foreach`` where nobody has said it; nothing if somebody has.
 
-    On CUDA a step goes over all parameters at once then, and has a temporary of each. torch decides by the parameters' type,
-    and fake ones are of none that it knows.
+    On CUDA a step goes over all parameters at once then, and has a temporary of each. torch decides by the
+    parameters' type, and fake ones are of none that it knows.
     """
     if group.get("foreach", False) is not None or group.get("fused") is not None:
         return {}
@@ -158,7 +157,7 @@ def _foreach(group: dict[str, Any], device: Device) -> dict[str, bool]:
 def _stepped(
     optimizer: torch.optim.Optimizer, device: Device
 ) -> tuple[torch.optim.Optimizer, FakeTensorMode]:
-    """A copy of the optimizer on fake tensors, after its first step."""
+    """Return a copy of the optimizer on fake tensors, after its first step."""
     fake = FakeTensorMode()
     stand_in = copy.copy(optimizer)
     stand_in.state = defaultdict(dict)

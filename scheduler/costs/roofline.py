@@ -2,9 +2,9 @@
 
 Williams, Waterman, Patterson 2009 (doi:10.1145/1498765.1498785): an op takes the longer of its arithmetic at
 the device's peak rate and its memory traffic at the device's bandwidth. Both rates are measured once per
-process, by a matrix product and a copy. Two more are for what they do not tell of: seconds for each element of ops
-that compute much with it (a tanh, a random number), and for bytes that are mapped anew, page by page, each time they
-are asked for. The rates of a device that is not there are its description's.
+process, by a matrix product and a copy. Two more are for what they do not tell of: seconds for each element
+of ops that compute much with it (a tanh, a random number), and for bytes that are mapped again, page by page,
+each time they are asked for. The rates of a described device are its description's.
 """
 
 from __future__ import annotations
@@ -42,10 +42,12 @@ class Rates:
         flops: floating-point operations per second.
         bandwidth: bytes per second.
         launch: seconds that any op takes at least.
-        by_dtype: floating-point operations per second on numbers of a dtype, where they are known not to be ``flops``.
+        by_dtype: floating-point operations per second on numbers of a dtype, where they are known not to be
+            ``flops``.
         measure: measures them for another dtype.
         element: op -> seconds that it takes for each element, if it computes much with one.
-        fresh: seconds for each byte of a new storage of ``MAPPED`` bytes or more, above those that it takes to write it.
+        fresh: seconds for each byte of a new storage of ``MAPPED`` bytes or more, above those that it takes
+            to write it.
     """
 
     __slots__ = ("bandwidth", "by_dtype", "element", "flops", "fresh", "launch", "measure")
@@ -65,20 +67,20 @@ class Rates:
         self.element, self.fresh, self.measure = dict(element or {}), fresh, measure
 
     def flops_on(self, dtype: torch.dtype) -> float:
-        """Floating-point operations per second on numbers of that dtype."""
+        """Return floating-point operations per second on numbers of that dtype."""
         if dtype not in self.by_dtype:
             self.by_dtype[dtype] = self.flops if self.measure is None else self.measure(dtype)
         return self.by_dtype[dtype]
 
     @classmethod
     def of(cls, spec: DeviceSpec) -> Rates:
-        """Those of a description."""
+        """Return the rates of a description."""
         by_dtype = {getattr(torch, name): rate for name, rate in spec.flops.items()}
         return cls(spec.rate("float32"), spec.bandwidth, spec.launch, by_dtype)
 
 
 def device_rates(device: Device) -> Rates:
-    """The device's rates: by its description, or measured."""
+    """Return the device's rates: by its description, or measured."""
     if isinstance(device, Target):
         return Rates.of(device.spec)
     return _measured_rates(device, torch.get_num_threads())
@@ -86,7 +88,7 @@ def device_rates(device: Device) -> Rates:
 
 @functools.cache
 def _measured_rates(device: torch.device, _threads: int) -> Rates:
-    """The best of a few runs, with the threads that torch has now."""
+    """Return the best of a few runs, with the threads that torch has now."""
     size = 1024 if device.type == "cpu" else 4096
 
     def product(dtype: torch.dtype, size: int = 256 if device.type == "cpu" else size) -> float:
@@ -115,8 +117,9 @@ def _measured_rates(device: torch.device, _threads: int) -> Rates:
 _aten = torch.ops.aten
 _attend = _aten._scaled_dot_product_flash_attention_for_cpu
 _attend_backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
-# Ops that do much with each element, and how to run them on one of (8, 16, 256). All others move their bytes and no more:
-# powers are special cases (squares, cubes), and the seconds of a selection are a matter of its mask.
+# Ops that do much with each element, and how to run them on one of (8, 16, 256). All others move their bytes
+# and no more: powers are special cases (squares, cubes), and the seconds of a selection are a matter of its
+# mask.
 _HEAVY: dict[Any, Callable[[Tensor], Any]] = {
     _aten.bernoulli_: lambda x: torch.empty_like(x).bernoulli_(0.9),
     _aten.native_dropout: lambda x: _aten.native_dropout(x, 0.1, True),
@@ -167,7 +170,7 @@ def _elements(op: Any, args: Any, tensors: Sequence[Tensor]) -> int:
 
 
 def _mapped(args: Any, result: Any) -> int:
-    """Bytes of the op's new storages that the system maps anew."""
+    """Return bytes of the op's new storages that the system maps anew."""
     old, new = (
         {
             storage_id(t.untyped_storage()): t.untyped_storage().nbytes()
@@ -227,7 +230,7 @@ class Tally(TorchDispatchMode):
 
 
 def _attention(products: int, first: int) -> Any:
-    """FLOPs of attention of ``products`` products as large as the one of its scores; its query is argument ``first``."""
+    """Return a counter of FLOPs: ``products`` like attention's scores; argument ``first`` is its query."""
 
     def count(*args: Any, **_: Any) -> int:
         query, key = args[first], args[first + 1]
@@ -237,7 +240,8 @@ def _attention(products: int, first: int) -> Any:
     return count
 
 
-# Of the attention that a CPU has, torch's own counts say nothing. Backward: the scores again, and four gradients.
+# Of the attention that a CPU has, torch's own counts say nothing. Backward: the scores again, and four
+# gradients.
 _FLOPS = {
     **flop_registry,
     _attend: _attention(2, 0),
@@ -248,7 +252,7 @@ _FLOPS = {
 def roofline_graph(
     capture: GraphCapture, costs: list[StageCost], loss_is_output: bool = True
 ) -> list[StageCost]:
-    """``costs`` with estimated seconds in place of measured ones; nothing is run on data."""
+    """Return ``costs`` with estimated seconds in place of measured ones; nothing is run on data."""
     rates = device_rates(capture.place)
     known: dict[tuple[str, frozenset[int], bool], tuple[float, float]] = {}
     nodes = {node.name: node for node in capture.graph.module.graph.nodes}
@@ -265,7 +269,7 @@ def roofline_graph(
 
 
 def estimate_run(stage: StageRun, device: Device) -> tuple[float, float]:
-    """Seconds of the forward and the backward of a stage, by the ops of one run of each."""
+    """Return seconds of the forward and the backward of a stage, by the ops of one run of each."""
     rates = device_rates(device)
     with torch.enable_grad():
         with Tally(rates) as forward:
@@ -282,10 +286,10 @@ def estimate_run(stage: StageRun, device: Device) -> tuple[float, float]:
 def _estimate(
     capture: GraphCapture, k: int, unread: frozenset[int] | None, nodes: dict[str, fx.Node], rates: Rates
 ) -> tuple[float, float]:
-    """Seconds of the forward and the backward of a stage, run on fake tensors.
+    """Return seconds of the forward and the backward of a stage, run on fake tensors.
 
     Args:
-        unread: the results that get no gradient; None: the loss alone gets one, if it is there.
+        unread: the results that get no gradient; None: the loss alone gets one, if the stage makes it.
     """
     stage = capture.stages[k]
     fake = FakeTensorMode(allow_non_fake_inputs=True)

@@ -1,8 +1,8 @@
 """One step of a captured model with its blocks taken out: what the user's own code around them takes.
 
-Each block runs without autograd, and one node of the graph stands for it, which saves nothing and hands on gradients
-of the sizes that the block's do have. The rest of the step, forward and backward, is the user's own, in autograd's
-own order: what it saves, what it holds on to, which gradients wait meanwhile.
+Each block runs without autograd, and one node of the graph stands for it, which saves nothing and hands on
+gradients of the sizes that the block's do have. The rest of the step, forward and backward, is the user's
+own, in autograd's own order: what it saves, what it holds on to, which gradients wait meanwhile.
 """
 
 from __future__ import annotations
@@ -15,35 +15,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from scheduler.capture.flat import tensor_leaves, tree_flatten, tree_unflatten
-from scheduler.capture.layouts import held_bytes, is_plain, storage_key, storage_of
+from scheduler.capture.layouts import is_plain, storage_key
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.module_calls import intercepted
 from scheduler.capture.module_capture import ModuleCapture
-from scheduler.capture.private import TorchDispatchMode, is_view
+from scheduler.capture.private import is_view
 from scheduler.capture.sample import Call
 from scheduler.capture.sharded import sharded_within
 from scheduler.capture.state import in_backward, uncached
-from scheduler.capture.target import Device
 from scheduler.costs.measure import seed_gradients
-from scheduler.costs.peak import allocated
 from scheduler.errors import CaptureError
 
 __all__ = [
     "Box",
-    "Lifetimes",
+    "Event",
     "Piece",
     "Timed",
-    "Traffic",
     "Visitor",
     "pieces",
     "run_skeleton",
     "stand_in",
 ]
 
-Place = tuple[int, bool, int]  # block, whether it is an output, leaf
 Event = tuple[
     str, int
 ]  # "enter", "leave", "reverse", "cleared", "reversed" and a block; "over" (the forward), "done"
@@ -55,7 +50,8 @@ class Box:
 
     Attributes:
         requires_grad: output leaf -> whether it requires grad.
-        input_grads: (argument leaf, storage, bytes) of the gradients that its backward leaves; see ``StageCost``.
+        input_grads: (argument leaf, storage, bytes) of the gradients that its backward leaves; see
+            ``StageCost``.
         stand_in: makes an output like the block's, so that it need not run; see ``stand_in``.
     """
 
@@ -65,7 +61,7 @@ class Box:
 
 
 def stand_in(produced: Any, given: Iterable[Tensor]) -> Callable[[], Any] | None:
-    """Makes copies of an output, value by value; None where that would not be like running the block again.
+    """Return what copies an output, value by value; None where that is unlike running the block again.
 
     It is not if the output has more in it than tensors, or if these share storages, or have more in them.
 
@@ -111,7 +107,7 @@ class Visitor:
         """An event of the backward, or the end of the forward or of the step."""
 
     def unreversed(self, block: int) -> None:
-        """The step is over, and an output of a block, on which one of the model's depends, has got no gradient."""
+        """The step is over, and an output of a block that leads to one of the model's got no gradient."""
 
 
 class _Edge(torch.autograd.Function):
@@ -149,7 +145,7 @@ class _Edge(torch.autograd.Function):
 
 
 class _Cut(torch.autograd.Function):
-    """An output of a block: depends on its edge, is no leaf, and may be changed in place like any other tensor."""
+    """An output of a block: depends on its edge, is no leaf, and may be changed in place."""
 
     @staticmethod
     def forward(ctx: Any, edge: Tensor, node: _Node, held: list[Tensor]) -> Tensor:  # noqa: ARG004 # autograd's signature
@@ -160,7 +156,7 @@ class _Cut(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         ctx.node.cuts.discard(ctx)
-        ctx.node.arrived.extend(grads)  # they stay until all are there, and the block is reversed
+        ctx.node.arrived.extend(grads)  # they stay until all have arrived, and the block is reversed
         return torch.empty(0, device=ctx.node.device), None, None
 
 
@@ -178,7 +174,7 @@ class _Node:
 
 
 def _closed(node: _Node, args: Any, kwargs: Any, produced: Any) -> Any:
-    """The outputs of a block as those of one node that depends on its arguments."""
+    """Return the outputs of a block as those of one node that depends on its arguments."""
     given = [(i, t) for i, t in tensor_leaves((args, kwargs)) if t.requires_grad]
     node.positions = [i for i, _ in given]
     edge = _Edge.apply(node, torch.empty(0, device=node.device, requires_grad=True), *(t for _, t in given))
@@ -208,10 +204,10 @@ def run_skeleton(
 
     Args:
         boxes: one for each block, once it has run for the first time.
-        own_loss: whether the loss is among the model's outputs; else the outputs themselves get gradients. None: there is
-            no backward.
-        inside: whether the visitor is inside of the hooks by which fully_shard gathers a block. Else they are part of the
-            block, and nothing is gathered while the user's code runs that this does not need.
+        own_loss: whether the loss is among the model's outputs; else the outputs themselves get gradients.
+            None: there is no backward.
+        inside: whether the visitor is inside of the hooks by which fully_shard gathers a block. Else they are
+            part of the block, and nothing is gathered while the user's code runs that this does not need.
 
     Returns:
         the output of the model.
@@ -300,7 +296,7 @@ def pieces(
     peaks: Sequence[int] = (),
     times: Sequence[float] = (),
 ) -> tuple[list[Piece], list[Piece]]:
-    """Of a step's events: its pieces forward, and those backward, in the order of the forward: (blocks + 1,) each.
+    """Return a step's pieces forward, and those backward, in the order of the forward: (blocks + 1,) each.
 
     A block that is not reversed, or out of order, leaves its piece to the one before.
 
@@ -351,160 +347,3 @@ class Timed(Visitor):
     def note(self, what: str, block: int = -1) -> None:  # noqa: D102
         self.events.append((what, block))
         self.times.append(self.now())
-
-
-class Lifetimes(Visitor):
-    """How long the user's code and its graph hold on to what enters and leaves blocks.
-
-    Attributes:
-        last: place -> the last stage at whose start its storage is there; L at the end of the forward.
-    """
-
-    def __init__(self, capture: ModuleCapture) -> None:
-        self.capture = capture
-        self.last: dict[Place, int] = {}
-        self._alive: dict[Place, StorageWeakRef] = {}
-        self._due: int | None = None  # a stage of glue that has not run an op yet
-
-    def enter(self, block: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:  # noqa: ARG002, D102
-        for leaf, tensor in tensor_leaves((args, kwargs)):
-            self._follow((block, False, leaf), tensor)
-        self._due = None
-        self.check(self.capture.blocks[block].stage)
-
-    def leave(self, block: int, produced: Any) -> None:  # noqa: D102
-        for leaf, tensor in tensor_leaves(produced):
-            self._follow((block, True, leaf), tensor)
-        following = self.capture.blocks[block].stage + 1
-        self._due = following if self.capture.stages[following] is None else None
-
-    def _follow(self, place: Place, tensor: Tensor) -> None:
-        storage = storage_of(tensor)
-        if storage is not None:
-            self._alive[place] = StorageWeakRef(storage)
-
-    def check(self, stage: int) -> None:
-        """The stage is about to start."""
-        self._alive = {place: ref for place, ref in self._alive.items() if not ref.expired()}
-        self.last.update(dict.fromkeys(self._alive, stage))
-
-    def watching(self) -> TorchDispatchMode:
-        """A mode in which glue is seen to start: callers of a block hold its arguments until they run on."""
-        lifetimes = self
-
-        class FirstOp(TorchDispatchMode):
-            supports_higher_order_operators = True
-
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                if lifetimes._due is not None:
-                    due, lifetimes._due = lifetimes._due, None
-                    lifetimes.check(due)
-                return func(*args, **(kwargs or {}))
-
-        return FirstOp()
-
-
-class Traffic(Visitor):
-    """Which storages enter and leave blocks, and which the user's code saves; holds on to the former.
-
-    What is live beyond them is the user's code's alone then, and the same whatever is kept of the blocks.
-
-    Attributes:
-        size: storage -> bytes.
-        made: storage -> the stage that makes it, so far as is seen.
-        arguments, outputs: (blocks,) leaf -> storage; tensors that live on anyway are left out.
-        packed: storage -> the stages of glue that save it. A piece between blocks that is no stage counts as stage -1.
-        incoming: block -> bytes of the storages of its outputs' gradients.
-        waiting: blocks of which an output got no gradient, though the user holds what was made of it.
-    """
-
-    def __init__(self, capture: ModuleCapture, resident: Iterable[Tensor], mark: Callable[[], None]) -> None:
-        self.capture, self.mark = capture, mark
-        self.events: list[Event] = []
-        self.size: dict[int, int] = {}
-        self.made: dict[int, int] = {}
-        self.arguments: list[dict[int, int]] = []
-        self.outputs: list[dict[int, int]] = []
-        self.packed: dict[int, set[int]] = {}
-        self.incoming: dict[int, int] = {}
-        self.waiting: set[int] = set()
-        self._resident = {storage_key(t) for t in resident}
-        self._refs: dict[int, StorageWeakRef] = {}
-        self._held: list[Tensor] = []
-        self._seen: set[int] = set()
-        self._stage = 0
-
-    @property
-    def device(self) -> Device:
-        """Whose allocator rounds sizes."""
-        return self.capture.place
-
-    def enter(self, block: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:  # noqa: ARG002, D102
-        self.arguments.append(self._hold(tensor_leaves((args, kwargs)), self.capture.blocks[block].stage - 1))
-        self.note("enter", block)
-
-    def leave(self, block: int, produced: Any) -> None:  # noqa: D102
-        stage = self.capture.blocks[block].stage
-        self.outputs.append(self._hold(tensor_leaves(produced), stage))
-        self._stage = stage + 1 if self.capture.stages[stage + 1] is None else -1
-        self.note("leave", block)
-
-    def note(self, what: str, block: int = -1) -> None:  # noqa: D102
-        if what == "over":
-            gone = {key for key, ref in self._refs.items() if key not in self._seen and ref.expired()}
-            for key in gone:  # its graph was given up
-                del self.packed[key], self.size[key], self.made[key]
-        self.events.append((what, block))
-        self.mark()
-
-    def arrived(self, block: int, grads: Sequence[Tensor]) -> None:  # noqa: D102
-        sizes = {storage_key(t): held_bytes(t) for t in grads}
-        self.incoming[block] = sum(allocated(size, self.device) for size in sizes.values())
-
-    def unreversed(self, block: int) -> None:  # noqa: D102
-        self.waiting.add(block)
-
-    def shared(self, marks: Sequence[int]) -> list[int]:
-        """(blocks,) bytes of the incoming gradients that stay when it is done with them: others are views of the same."""
-        at = dict(zip(self.events, marks, strict=True))
-        return [
-            self.incoming[block] - (at["reverse", block] - at["cleared", block])
-            if block in self.incoming
-            else 0
-            for block in range(len(self.capture.blocks))
-        ]
-
-    def _hold(self, tensors: list[tuple[int, Tensor]], made: int) -> dict[int, int]:
-        places: dict[int, int] = {}
-        for leaf, tensor in tensors:
-            key = self._know(tensor, made)
-            if key is not None:
-                places[leaf] = key
-                if key not in self._seen:
-                    self._seen.add(key)
-                    self._held.append(tensor.detach())
-        return places
-
-    def _know(self, tensor: Tensor, made: int) -> int | None:
-        key = storage_key(tensor)
-        if key is None or key in self._resident:
-            return None
-        if key not in self.size:
-            self.size[key] = allocated(held_bytes(tensor), self.device)
-            self.made[key] = made
-        return key
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        """The hook for what the user's code saves."""
-        there = storage_key(tensor) in self.size
-        if there or self._stage >= 0:
-            key = self._know(tensor, self._stage)
-            if key is not None:
-                self.packed.setdefault(key, set()).add(self._stage)
-                # A weak reference keeps the address from being used again.
-                self._refs.setdefault(key, StorageWeakRef(storage_of(tensor)))
-        return tensor if tensor.is_leaf else tensor.detach()
-
-    def private(self) -> set[int]:
-        """The storages that the user's code saves and no block sees."""
-        return self.size.keys() - self._seen

@@ -1,4 +1,4 @@
-"""What a backward from the model's own loss does not reach: it stays as long as the user holds the other outputs."""
+"""Saved tensors that the loss's backward never releases, because another output still references them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ __all__ = ["held_by_user", "held_results", "unread_results", "unreversed", "unre
 
 
 def unreversed(capture: GraphCapture) -> set[fx.Node]:
-    """The nodes that lead to outputs that require grad, and not to the loss.
+    """Return the nodes that lead to outputs that require grad, and not to the loss.
 
-    Autograd lets go of what an op saved when that op is reversed, and else with the last tensor that depends on it.
+    Autograd releases what an op saved when that op is reversed, and else with the last tensor that depends
+    on it.
     """
     graph = capture.graph
     held = [leaf for leaf in graph.outputs if isinstance(leaf, fx.Node) and graph.grad_of.get(leaf)]
@@ -29,7 +30,7 @@ def unreversed(capture: GraphCapture) -> set[fx.Node]:
 
 
 def held_results(capture: GraphCapture, k: int, waiting: set[fx.Node]) -> frozenset[int]:
-    """The results of stage k that are there while it is reversed: the user's that it saves; what is not reversed."""
+    """Return the results of stage k that are live while it is reversed: the user's, or not reversed."""
     graph, linear, stage = capture.graph, capture.linear, capture.stages[k]
     ops = graph.ops[linear.cuts[k] : linear.cuts[k + 1]]
     saved = {key for op in ops for key in op.saved}
@@ -47,7 +48,7 @@ def held_results(capture: GraphCapture, k: int, waiting: set[fx.Node]) -> frozen
 
 
 def unread_results(capture: GraphCapture, k: int, loss_is_output: bool) -> frozenset[int]:
-    """The results of stage k that get no gradient: of those that the user gets and no stage reads, the loss alone gets one."""
+    """Return the results of stage k that get no gradient: outputs that no stage reads, but for the loss."""
     stage, linear = capture.stages[k], capture.linear
     found = capture.result_layouts(k)[1]
     if not loss_is_output:
@@ -64,7 +65,7 @@ def unread_results(capture: GraphCapture, k: int, loss_is_output: bool) -> froze
 def unreversed_bytes(
     capture: GraphCapture, k: int, waiting: set[fx.Node], total: Callable[[Iterable[int]], int]
 ) -> int:
-    """At most what stays when stage k is reversed: its saved tensors, or the boundary that it would run again from."""
+    """Return at most what stays when stage k is reversed: its saved tensors, or the boundary of a re-run."""
     graph, linear = capture.graph, capture.linear
     ops = graph.ops[linear.cuts[k] : linear.cuts[k + 1]]
     saved = {key for op in ops if op.node in waiting for key in op.saved}
@@ -74,12 +75,12 @@ def unreversed_bytes(
 
 
 def held_by_user(graph: OpGraph) -> set[int]:
-    """The storages of the outputs."""
+    """Return the storages of the outputs."""
     return {key for leaf in graph.outputs if leaf in graph.group_of for key in graph.group_of[leaf]}
 
 
 def _leading_to(graph: OpGraph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes that gradients of these reach, through changes in place, too."""
+    """Return the nodes that gradients of these reach, through changes in place, too."""
     places = {op.node: i for i, op in enumerate(graph.ops)}
 
     def changes(node: fx.Node, until: int) -> list[fx.Node]:
@@ -94,7 +95,8 @@ def _leading_to(graph: OpGraph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
             continue
         found.add(node)
         place = places.get(node, -1)
-        # What is made without a gradient (an index, zeros of a shape) passes none on, whatever is written there later.
+        # What is made without a gradient (an index, zeros of a shape) passes none on, whatever is written
+        # there later.
         if place >= 0 and graph.ops[place].requires_grad:
             for each in (node, *node.all_input_nodes):
                 waiting += [each, *changes(each, place)]
@@ -102,7 +104,7 @@ def _leading_to(graph: OpGraph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def _loss(capture: GraphCapture) -> fx.Node | None:
-    """The output that is the model's own loss, if it has one."""
+    """Return the output that is the model's own loss, if it has one."""
     graph = capture.graph
     leaves = {}
     for leaf in graph.outputs:

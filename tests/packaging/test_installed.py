@@ -79,8 +79,12 @@ def test_the_readmes_first_program_runs_beside_a_users_own_scheduler(
     venv.create(environment, with_pip=False, symlinks=True)
     python = str(environment / "bin" / "python")
     # What the tests' environment has is seen from the new one, but for rematplan, which comes first.
-    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
-    (site / "zz_tests.pth").write_text("".join(f"{path}\n" for path in sys.path if path.endswith("site-packages")))
+    site = Path(
+        run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
+    )
+    (site / "zz_tests.pth").write_text(
+        "".join(f"{path}\n" for path in sys.path if path.endswith("site-packages"))
+    )
     editable = built(checkout, "wheel:editable", tmp_path / "editable")
     for package in (wheel, editable):
         for old in site.glob("rematplan*"):
@@ -91,7 +95,7 @@ def test_the_readmes_first_program_runs_beside_a_users_own_scheduler(
             (("scheduler.py", "executors.py"), FIRST_PROGRAM),
             (("scheduler/__init__.py", "executors/__init__.py"), IMPORTS),
         ):
-            folder = tmp_path / package.parent.name / names[0].replace('/', '-')
+            folder = tmp_path / package.parent.name / names[0].replace("/", "-")
             for name in names:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).write_text("raise ImportError('a file of the user, not of rematplan')\n")

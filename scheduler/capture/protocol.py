@@ -1,0 +1,161 @@
+"""The protocol of captures: ``Capture``, a model cut into stages; ``Producer``, which makes and prices it.
+
+``scheduler.kinds.KINDS`` names the kinds, and ``executors.recapture.ENGINES`` what runs each. A further kind
+is a row in both and these three classes; nothing else asks which kind a capture is of.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from scheduler.capture.target import Device, Target
+
+if TYPE_CHECKING:
+    from scheduler.capture.module_calls import Recurrence
+    from scheduler.capture.trial_step import TrialStep
+    from scheduler.chain import Chain
+    from scheduler.plan import CaptureRecord
+
+__all__ = ["Asked", "Capture", "Producer"]
+
+Asked: TypeAlias = str | tuple[nn.Module, ...]  # "auto", a kind of capture, or the blocks
+
+
+class Capture(ABC):
+    """A model captured as a chain of L stages.
+
+    Attributes:
+        kind: its key in ``scheduler.kinds.KINDS``.
+        device: the device that holds the model.
+        target: the device that costs are for, if the model is without data; else None.
+        random: (L,) whether a stage draws random numbers.
+        changed: (L,) names of the tensors, and of other state, that a stage changes in place.
+    """
+
+    __slots__ = ()
+
+    kind: ClassVar[str]
+    device: torch.device
+    target: Target | None
+    random: list[bool]
+    changed: list[tuple[str, ...]]
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Count the stages."""
+
+    @abstractmethod
+    def record(self) -> dict[str, Any]:
+        """Return what a plan's ``CaptureRecord`` has of this capture, field by field, to make it again."""
+
+    @abstractmethod
+    def without_data(self, device: torch.device, fake: Callable[[Any], Any]) -> Capture:
+        """Return the capture for fake tensors in the place of those on ``device``; ``fake`` makes them."""
+
+    @property
+    def place(self) -> Device:
+        """What costs are for: the device described, or the one that holds the model."""
+        return self.device if self.target is None else self.target
+
+    @property
+    def unread(self) -> Iterable[int] | None:
+        """Leaves of the call, other than tensors, that no stage reads; None if the plan's record has them."""
+        return None
+
+    def holds(self, repeated: tuple[tuple[int, int], ...]) -> bool:  # noqa: ARG002 # the protocol's signature
+        """Whether what was taken for constant is still so.
+
+        Args:
+            repeated: (leaf, earlier leaf) of the call's tensors that are one.
+        """
+        return True
+
+    def changes(self) -> str:
+        """Return what was taken for constant and is otherwise now, in words."""
+        return ""
+
+    def constant_tensors(self) -> Iterable[Tensor]:
+        """Return the tensors that the capture itself holds on the device."""
+        return ()
+
+    def live_besides(self) -> dict[str, int]:
+        """Return bytes, by what they are, live during the whole step because of the kind of capture."""
+        return {}
+
+
+class Producer(ABC):
+    """Makes captures of one kind, and prices them.
+
+    Attributes:
+        compares: whether a capture is tried against a plain step, which is then taken before.
+    """
+
+    compares: ClassVar[bool] = False
+
+    def unsuited(self, seen: Recurrence) -> str:  # noqa: ARG002 # the protocol's signature
+        """Return why ``capture="auto"`` does not try it, by the calls of a first forward; "" if it does."""
+        return ""
+
+    @abstractmethod
+    def capture(self, step: TrialStep, asked: Asked, refused: str) -> tuple[Capture, str]:
+        """Return the captured model, and why it was captured so, in words.
+
+        Args:
+            step: a plain step of the model; the model is left as it is.
+            asked: what ``solve`` was asked for.
+            refused: why the kinds tried before did not capture it; "" if none was.
+
+        Raises:
+            CaptureError: it cannot be captured so; says why.
+        """
+
+    @abstractmethod
+    def price(
+        self,
+        captured: Any,
+        step: TrialStep,
+        *,
+        resident: int,
+        clock: bool,
+        options: bool,
+    ) -> Chain:
+        """Return the chain of a capture of this kind; the model is left as it is.
+
+        Args:
+            resident: bytes live during the whole step.
+            clock: False to estimate the seconds by the roofline.
+            options: whether to look for options of stages that keep less than all.
+
+        Raises:
+            CaptureError: its stages cannot be run in isolation.
+        """
+
+    def asked_again(self, record: CaptureRecord, model: nn.Module, asked: str) -> Asked:  # noqa: ARG002
+        """Return what is asked for to capture another call of the model as ``record`` was.
+
+        Args:
+            asked: "auto", or the kind that is to take over.
+        """
+        return record.kind
+
+    def activations(
+        self,
+        captured: Any,  # noqa: ARG002
+        chain: Chain,
+        named: Callable[[str], str],
+    ) -> dict[str, int]:
+        """Return the bytes of what autograd saves and of the outputs, by the module that makes them.
+
+        Args:
+            named: path of a module -> the name under which it is counted.
+        """
+        found = Counter[str]()
+        for stage in chain.stages:
+            found[named(stage.name)] += stage.options[0].saved + stage.carried
+        return dict(found)

@@ -1,0 +1,197 @@
+"""The step that is planned, and what a plain run of it shows: what every kind of capture starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from scheduler.capture.call_reads import CallReads
+from scheduler.capture.callables import CallableChain
+from scheduler.capture.flat import map_tensors
+from scheduler.capture.layouts import is_plain, tensor_bytes
+from scheduler.capture.loss import find_loss, output_tensors
+from scheduler.capture.module_calls import Recurrence, intercepted
+from scheduler.capture.offloaded import on_host
+from scheduler.capture.sample import Call, canonical_call, forward_signature, nothing_to_train
+from scheduler.capture.sharded import sharded_within
+from scheduler.capture.state import HostRandomState, moving, preserved
+from scheduler.capture.step_function import Refused, StepFunction
+from scheduler.capture.target import Device, Target
+from scheduler.capture.unwind import met
+from scheduler.capture.verify import StepResult, custom_functions, difference, run_step
+from scheduler.errors import CaptureError, SampleError
+
+__all__ = ["DRAWS", "UNTRIED", "TrialStep", "first_forward", "with_plain_step"]
+
+DRAWS = "the forward draws from the generators of Python or NumPy, which a graph would do once and for all"
+
+UNTRIED = "not tried against the plain model: no data"
+
+
+@dataclass(frozen=True, slots=True)
+class TrialStep:
+    """A model, the call that it is planned for, and what plain runs of that showed.
+
+    Attributes:
+        device: whose costs are asked for; a Target if the model is without data.
+        progress: is told of each part of the planning, in a line of text.
+        arrives: what reaches the model's forward, behind its own hooks.
+        unread: leaves of that which the forward does not read.
+        seen: which modules it calls again and again.
+        own_loss: whether the model returns its own loss.
+        plain: what one plain step gives; None if none was taken.
+        draws: whether the step draws from the generators of Python or NumPy. Even if the numbers made no
+            difference in it (a branch that is taken seldom), they may in another.
+        custom: names of the custom autograd.Functions that it uses.
+        sparse: parameter -> bytes of its gradient, where that is sparse.
+    """
+
+    model: nn.Module
+    call: Call
+    device: Device
+    progress: Callable[[str], None]
+    arrives: Call
+    seen: Recurrence
+    own_loss: bool
+    unread: frozenset[int] = frozenset()
+    plain: StepResult | None = None
+    draws: bool = False
+    custom: tuple[str, ...] = ()
+    sparse: Mapping[nn.Parameter, int] = field(default_factory=dict)
+
+    @property
+    def target(self) -> Target | None:
+        """The device described that costs are for; None for the one that holds the model."""
+        return self.device if isinstance(self.device, Target) else None
+
+
+def first_forward(model: nn.Module, call: Call, device: Device, progress: Callable[[str], None]) -> TrialStep:
+    """Run one forward, so that a bad sample fails before any training step. The model is left as it is.
+
+    Raises:
+        SampleError, ValueError: the model rejects the call, or trains nothing by it.
+        CaptureError: without data: its code asks for values.
+    """
+    if isinstance(device, Target):
+        progress("running one step without data")
+        return _without_data(model, call, device, progress)
+    progress("running one plain step")
+    args, kwargs = call
+    signature = forward_signature(model)
+    arrives, unread = call, frozenset[int]()
+
+    def note(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal arrives, unread
+            arriving = canonical_call(signature, args, kwargs)
+            arrives = map_tensors(_cut_off, arriving)
+            calls = CallReads(model, arriving)
+            args, kwargs = calls.watched(arriving)
+            try:
+                with calls.recording():
+                    return forward(*args, **kwargs)
+            finally:
+                unread = calls.unread()
+
+        return noted
+
+    seen = Recurrence()
+    try:
+        if isinstance(model, StepFunction):
+            with preserved(model), on_host(model, call):
+                model.check(args, kwargs)
+        with (
+            preserved(model),
+            torch.enable_grad(),
+            on_host(model, call),
+            nullcontext() if sharded_within(model) else moving(model),
+            intercepted([(model, note)]),
+            seen.watching(model),
+        ):
+            output = model(*args, **kwargs)
+        if isinstance(model, CallableChain):
+            with preserved(model):
+                model.check(args, kwargs)
+    except (torch.OutOfMemoryError, CaptureError, Refused):
+        raise
+    except Exception as error:  # whatever the model's code raises on a sample that does not suit it
+        raise SampleError(
+            f"solve: {type(model).__name__} rejects the sample: {type(error).__name__}: {error}"
+        ) from error
+    hindrance = nothing_to_train(model, call)
+    if hindrance and not any(tensor.requires_grad for tensor in output_tensors(output)):
+        raise ValueError(hindrance)
+    own_loss = find_loss(output)[1]
+    return TrialStep(model, call, device, progress, arrives, seen, own_loss, unread)
+
+
+def _cut_off(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def _without_data(model: nn.Module, call: Call, device: Target, progress: Callable[[str], None]) -> TrialStep:
+    """Run one forward on tensors without data."""
+    seen, random = Recurrence(), HostRandomState()
+    args, kwargs = call
+    try:
+        with seen.watching(model), torch.enable_grad():
+            output: Any = model(*args, **kwargs)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise CaptureError(
+            f"solve: {type(model).__name__} asks for the values of tensors ({error}), and without data there are none; "
+            "plan it where it has data, without device="
+        ) from error
+    except Exception as error:  # whatever the model's code raises on a sample that does not suit it
+        raise ValueError(
+            f"solve: {type(model).__name__} rejects the sample: {type(error).__name__}: {error}"
+        ) from error
+    loss, own = find_loss(output)
+    return TrialStep(
+        model,
+        call,
+        device,
+        progress,
+        arrives=call,
+        seen=seen,
+        own_loss=own,
+        draws=random.differs(),
+        custom=custom_functions([loss, *output_tensors(output)]),
+    )
+
+
+def with_plain_step(step: TrialStep, *, cacheless: bool) -> TrialStep:
+    """Take one plain step, saved tensors offloaded from the device; the model's state is preserved.
+
+    Args:
+        cacheless: ``use_cache=False`` was added to the call, so that a step with caches must train alike.
+
+    Raises:
+        CaptureError: the step raises.
+        ValueError: the model trains otherwise with caches.
+    """
+    model, (args, kwargs) = step.model, step.call
+    random = HostRandomState()
+    with met(f"solve: a plain step of {type(model).__name__} on the sample raises"):
+        plain = run_step(model, lambda: model(*args, **kwargs), offload=True, call=step.call)
+    if cacheless:
+        more = {name: value for name, value in kwargs.items() if name != "use_cache"}
+        # The caches may not fit: nobody trains that step, plain or planned.
+        with suppress(torch.OutOfMemoryError):
+            caching = run_step(model, lambda: model(*args, **more), offload=True, call=step.call)
+            # Of the outputs the caches are no part of training.
+            differs = difference(replace(plain, outputs=[]), replace(caching, outputs=[]))
+            if differs is not None:
+                raise ValueError(
+                    f"solve: {type(model).__name__} trains otherwise when it fills the caches of generation, which a plan "
+                    f"leaves out: {differs}. Pass use_cache=False in the sample and in training, or set "
+                    "model.config.use_cache = False"
+                )
+    grads = ((name, grad) for name, grad in plain.grads.items() if grad is not None)
+    sparse = {model.get_parameter(name): tensor_bytes(grad) for name, grad in grads if not is_plain(grad)}
+    return replace(step, plain=plain, draws=random.differs(), custom=plain.custom, sparse=sparse)

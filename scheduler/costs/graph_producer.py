@@ -1,0 +1,186 @@
+"""Captures of op graphs: exported, tried against a plain step, and priced."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from scheduler.capture.eager import own_attributes, replaced
+from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
+from scheduler.capture.module_calls import Recurrence, is_compiled
+from scheduler.capture.plain_steps import PlainSteps
+from scheduler.capture.protocol import Asked, Producer
+from scheduler.capture.sample import canonical_call, forward_signature
+from scheduler.capture.sharded import sharded_within
+from scheduler.capture.state import model_device, preserved
+from scheduler.capture.trial_step import DRAWS, UNTRIED, TrialStep
+from scheduler.capture.unwind import met
+from scheduler.capture.verify import run_step
+from scheduler.chain import Chain
+from scheduler.costs.graph_chain import graph_chain, measure_graph
+from scheduler.costs.peak import allocated
+from scheduler.costs.roofline import roofline_graph
+from scheduler.errors import CaptureError
+from scheduler.plan import CaptureRecord
+
+__all__ = ["GraphProducer"]
+
+
+class GraphProducer(Producer):
+    """Makes and prices captures by ``torch.export``."""
+
+    compares = True
+
+    def unsuited(self, seen: Recurrence) -> str:
+        """See ``Producer.unsuited``: a module called a hundred times in a row makes too large a graph."""
+        return seen.unrolled()
+
+    def capture(self, step: TrialStep, asked: Asked, refused: str) -> tuple[GraphCapture, str]:  # noqa: ARG002
+        """See ``Producer.capture``."""
+        step.progress("capturing the op graph")
+        try:
+            if step.draws:
+                raise CaptureError(DRAWS)
+            captured, how = _untried(step) if step.target is not None else _exact(step)
+        except CaptureError as error:
+            if asked != "graph":
+                raise
+            other = "" if step.target is not None else " or pass a list of blocks"
+            raise CaptureError(f"solve: capture='graph': {error}; try capture='modules'{other}") from error
+        return captured, f"torch.export; {how}"
+
+    def price(
+        self, captured: GraphCapture, step: TrialStep, *, resident: int, clock: bool, options: bool
+    ) -> Chain:
+        """See ``Producer.price``."""
+        model, own_loss = step.model, step.own_loss
+        with preserved(model) as existing, met("the stages of the exported graph cannot be measured"):
+            costs = measure_graph(
+                captured,
+                model,
+                step.arrives,
+                existing=existing,
+                loss_is_output=own_loss,
+                clock=clock,
+                options=options,
+            )
+        if not clock and captured.target is None:
+            costs = roofline_graph(captured, costs, own_loss)
+        return graph_chain(
+            captured,
+            model,
+            costs,
+            resident=resident,
+            loss_is_output=own_loss,
+            name=type(model).__name__,
+            sparse=step.sparse,
+        )
+
+    def asked_again(self, record: CaptureRecord, model: nn.Module, asked: str) -> str:  # noqa: ARG002
+        """See ``Producer.asked_again``: a graph that cannot be exported again gives way to blocks."""
+        return asked
+
+    def activations(
+        self,
+        captured: GraphCapture,
+        chain: Chain,  # noqa: ARG002
+        named: Callable[[str], str],
+    ) -> dict[str, int]:
+        """See ``Producer.activations``."""
+        graph, found = captured.graph, Counter[str]()
+        kept = {key for op in graph.ops for key in op.saved}
+        kept |= {key for leaf in graph.outputs if isinstance(leaf, fx.Node) for key in graph.group_of[leaf]}
+        for key in kept:
+            group = graph.groups[key]
+            if group.producer >= 0:
+                stack = graph.ops[group.producer].node.meta.get("nn_module_stack") or {}
+                path = list(stack.values())[-1][0] if stack else ""
+                found[named(path)] += allocated(group.bytes, captured.place)
+        return dict(found.most_common())
+
+
+def _untried(step: TrialStep) -> tuple[GraphCapture, str]:
+    """Return the op graph of a model without data."""
+    model = step.model
+    if step.custom:
+        raise CaptureError(_custom(step))
+    with _disable_current_modes():
+        graph = next(op_graphs(model, step.call))
+    captured = capture_graph(graph, model)
+    captured.target = step.target
+    captured.observe(model, step.call)
+    return captured, UNTRIED
+
+
+def _exact(step: TrialStep) -> tuple[GraphCapture, str]:
+    """Return the op graph, once it has been seen to train like the plain model, and how it does.
+
+    Raises:
+        CaptureError: it cannot be captured, or one step of it differs.
+    """
+    model, call, (args, kwargs) = step.model, step.arrives, step.call
+    assert step.plain is not None
+    if sharded_within(model):
+        raise CaptureError("fully_shard's hooks gather its parameters, and an exported graph has no hooks")
+    compiled = next((name for name, module in model.named_modules() if is_compiled(module)), None)
+    if compiled is not None:
+        raise CaptureError(f"submodule {compiled!r} is compiled, and an exported graph runs op by op")
+    if step.custom:
+        raise CaptureError(_custom(step))
+    run = functools.partial(run_step, model, offload=True, call=step.call)
+    plain = functools.partial(model, *args, **kwargs)
+    steps = PlainSteps(step.plain, functools.partial(run, plain), model_device(model))
+    refused: CaptureError | None = None
+    for graph in op_graphs(model, call):
+        try:
+            with met("the exported graph cannot be run stage by stage"):
+                captured = capture_graph(graph, model)
+                trial = functools.partial(
+                    run, functools.partial(_planned_call, captured, model, args, kwargs)
+                )
+                captured.uncached = torch.is_autocast_enabled(captured.device.type)
+                differs, how = steps.judge(trial)
+                if differs is not None and captured.uncached:
+                    captured.uncached = False
+                    differs, how = steps.judge(trial)
+                if differs is not None:
+                    raise CaptureError(f"the exported graph does not train like the plain model: {differs}")
+                with preserved(model):
+                    captured.observe(model, call)
+        except CaptureError as error:
+            refused = refused or error
+            continue
+        return captured, f"{how}{_once(captured)}"
+    raise CaptureError(f"{refused}{steps.hint()}") from refused
+
+
+def _custom(step: TrialStep) -> str:
+    return f"the custom autograd.Function {step.custom[0]} is used, whose backward torch.export drops"
+
+
+def _planned_call(
+    captured: GraphCapture, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Return the planned model's output: its graph stands for its forward, within hooks and ``__call__``."""
+    signature = forward_signature(model)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return captured.trial(model, canonical_call(signature, args, kwargs))
+
+    with replaced(own_attributes(model), forward=forward):
+        return model(*args, **kwargs)
+
+
+def _once(captured: GraphCapture) -> str:
+    """Return which stages run once, and why, in words."""
+    stages = [(stage.name, why) for stage, why in zip(captured.stages, captured.once, strict=True) if why]
+    if not stages:
+        return ""
+    names = ", ".join(name for name, _ in stages[:3]) + (" and others" if len(stages) > 3 else "")
+    return f"; {names} {'run' if len(stages) > 1 else 'runs'} once: {stages[0][1]}"
