@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from scheduler.json_data import shown
@@ -291,6 +291,60 @@ class Chain:
     def plain_seconds(self) -> float:
         """Seconds of the plain step: every stage once forward and once backward, all kept."""
         return sum(s.forward + s.backward for s in self.stages)
+
+    def as_sums(self) -> Chain:
+        """Return the chain without its values, and with no sum below 0: what some solvers know of it.
+
+        The referee counts at least as many bytes of it as of the chain itself, whose optimum may be another.
+        """
+
+        def positive(option: Option) -> Option:
+            saved = max(option.saved, 0)
+            forward, backward = (
+                option.forward_overhead + option.saved - saved,
+                max(option.backward_overhead, 0),
+            )
+            return Option(saved, option.recompute, forward, backward, option.name)
+
+        stages = (
+            replace(
+                stage,
+                options=tuple(map(positive, stage.options)),
+                forward_overhead=max(stage.forward_overhead, 0),
+                enters=(),
+                rerun_state=0,
+            )
+            for stage in self.stages
+        )
+        return replace(self, stages=tuple(stages), values=(), carried=())
+
+    def apart(self) -> Chain:
+        """Return the chain without its values, in sums that hold wherever its parts are: what copies are counted by.
+
+        The sums of a chain that knows its values rely on x_i staying on the device while stage i is kept: what goes on
+        from x_i into x_{i+1} is not counted again with the saved tensors of stage i, and what nobody needs of x_i is
+        taken off them. Here the saved tensors of stage i have all of x_{i+1}, and all that is kept and no part of x_i.
+        """
+        if not self.values:
+            return self
+        long_lived = {each.value for each in self.carried}
+        leaving = [*(stage.enters for stage in self.stages[1:]), ()]
+
+        def whole(option: Option, i: int) -> Option:
+            own = ({*option.keeps} - {*self.stages[i].enters} | {*leaving[i]}) - long_lived
+            saved = max(option.saved, sum(self.values[value] for value in own))
+            twice = saved - option.saved  # live twice while x_i is live, and so among the transients
+            forward, backward = (
+                max(option.forward_overhead - twice, 0),
+                max(option.backward_overhead - twice, 0),
+            )
+            return Option(saved, option.recompute, forward, backward, option.name)
+
+        stages = (
+            replace(stage, options=tuple(whole(option, i) for option in stage.options), enters=())
+            for i, stage in enumerate(self.stages)
+        )
+        return replace(self, stages=tuple(stages), values=(), carried=())
 
     @classmethod
     def from_arrays(

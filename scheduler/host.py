@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from scheduler.chain import Chain, Option
-
-__all__ = ["Copies", "HostMemory", "Item", "apart"]
+__all__ = ["Copies", "HostMemory", "Item"]
 
 Item: TypeAlias = tuple[str, int]  # ("boundary", i) is x_i; ("saved", i) are the saved tensors of stage i
 
@@ -118,31 +116,3 @@ class Copies:
     def _wait(self, now: float, until: float) -> float:
         self.stall += max(0.0, until - now)
         return max(now, until)
-
-
-def apart(chain: Chain) -> Chain:
-    """The chain in sums that hold wherever its parts are, without its values: what copies are counted by.
-
-    The sums of a chain that knows its values rely on x_i staying on the device while stage i is kept: what goes on from
-    x_i into x_{i+1} is not counted again with the saved tensors of stage i, and what nobody needs of x_i is taken off
-    them. Here the saved tensors of stage i have all of x_{i+1}, and all that is kept and no part of x_i.
-    """
-    if not chain.values:
-        return chain
-    long_lived = {each.value for each in chain.carried}
-    after = [*(stage.enters for stage in chain.stages[1:]), ()]
-
-    def option(each: Option, entering: set[int], leaving: tuple[int, ...]) -> Option:
-        own = ({*each.keeps} - entering | {*leaving}) - long_lived
-        saved = max(each.saved, sum(chain.values[value] for value in own))
-        more = saved - each.saved  # is there twice while x_i is there, and so among the transients
-        forward, backward = max(each.forward_overhead - more, 0), max(each.backward_overhead - more, 0)
-        return Option(saved, each.recompute, forward, backward, each.name)
-
-    stages = tuple(
-        replace(
-            stage, options=tuple(option(each, {*stage.enters}, leaving) for each in stage.options), enters=()
-        )
-        for stage, leaving in zip(chain.stages, after, strict=True)
-    )
-    return replace(chain, stages=stages, values=(), carried=())

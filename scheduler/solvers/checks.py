@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
-from scheduler.chain import Chain, Option
+from scheduler.chain import Chain
 
 __all__ = [
     "MOST_BYTES",
     "MOST_SECONDS",
-    "by_sums",
     "checked_budget",
     "checked_chain",
     "checked_count",
@@ -63,32 +61,3 @@ def checked_sums(call: str, chain: Chain) -> None:
         raise ValueError(
             f"{call}: the chain's seconds add up to {seconds}; times its stages they must stay below {MOST_SECONDS}"
         )
-
-
-def by_sums(chain: Chain) -> Chain:
-    """The chain without its values, and with no sum below 0, for solvers that know no more than that.
-
-    The referee counts at least as many bytes of it as of ``chain``, and what is optimal for it need not be for that.
-    """
-
-    def option(each: Option) -> Option:
-        saved = max(each.saved, 0)
-        return Option(
-            saved,
-            each.recompute,
-            each.forward_overhead + each.saved - saved,
-            max(each.backward_overhead, 0),
-            each.name,
-        )
-
-    stages = tuple(
-        replace(
-            stage,
-            options=tuple(map(option, stage.options)),
-            forward_overhead=max(stage.forward_overhead, 0),
-            enters=(),
-            rerun_state=0,
-        )
-        for stage in chain.stages
-    )
-    return replace(chain, stages=stages, values=(), carried=())

@@ -45,7 +45,7 @@ from scheduler.chain import Chain
 from scheduler.errors import InfeasibleBudget, SearchLimit
 from scheduler.schedule import Action, Backward, Checkpoint, Forward, Free, Keep, Schedule, simulate
 from scheduler.solvers import optimal
-from scheduler.solvers.checks import by_sums, checked_count
+from scheduler.solvers.checks import checked_count
 from scheduler.solvers.tables import Floats, Ints, compiled, option_table
 
 __all__ = ["MOST_STAGES", "solve"]
@@ -436,7 +436,7 @@ def solve(chain: Chain, memory_budget: int, *, states: int = STATES) -> Schedule
             63 bits, or sums of its sizes or seconds overflow.
     """
     states = checked_count("exhaustive", "states", states)
-    few, numbers = _few_options(by_sums(chain))
+    few, numbers = _few_options(chain.as_sums())
     bits = len(few) * (1 + max(map(len, numbers)).bit_length()) + 3 * FIELD
     if bits > 63:
         raise ValueError(

@@ -53,7 +53,7 @@ from typing import Any
 
 from scheduler.chain import Chain
 from scheduler.errors import InfeasibleBudget
-from scheduler.host import HostMemory, apart
+from scheduler.host import HostMemory
 from scheduler.schedule import (
     Action,
     Backward,
@@ -70,7 +70,7 @@ from scheduler.schedule import (
     simulate,
 )
 from scheduler.solvers import optimal
-from scheduler.solvers.checks import MOST_SECONDS, by_sums, checked_budget, checked_chain
+from scheduler.solvers.checks import MOST_SECONDS, checked_budget, checked_chain
 from scheduler.solvers.tables import Floats, Ints, quickest
 from scheduler.solvers.two_level_tables import (
     EARLY,
@@ -262,7 +262,7 @@ def solve_two_level(chain: Chain, memory_budget: int, host: HostMemory) -> TwoLe
         TypeError, ValueError: an argument of the wrong kind, a budget not in 1 .. 2**63 - 1; sizes of the chain,
             its seconds or those of its copies whose sums overflow.
     """
-    chain = by_sums(apart(checked_chain("solve_two_level", chain)))
+    chain = checked_chain("solve_two_level", chain).apart().as_sums()
     memory_budget = checked_budget("solve_two_level", memory_budget)
     if not isinstance(host, HostMemory):
         raise TypeError(f"solve_two_level: host={host!r} must be a HostMemory")
