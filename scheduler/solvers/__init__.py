@@ -57,7 +57,6 @@ class Solver:
         exact_in: the class of schedules of which it claims the one of least seconds, or close to it with a bound on
             the loss where sizes must be rounded (its module says where); "" if it claims none.
         options: whether it chooses among a stage's options; others keep all or nothing.
-        uniform_only: whether it treats all stages as alike.
         two_level: whether it uses a second memory.
         parameters: names of the keyword arguments that its ``solve`` takes.
         required: those of them that it cannot do without.
@@ -72,7 +71,6 @@ class Solver:
     summary: str
     exact_in: str = ""
     options: bool = False
-    uniform_only: bool = False
     two_level: bool = False
     parameters: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
@@ -99,18 +97,15 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
                 most_stages=optimal.MOST_STAGES,
                 solve_many=optimal.solve_many,
             ),
-            Solver("revolve", revolve.solve, "binomial checkpointing", uniform_only=True),
-            Solver("sqrt", sqrt.solve, "segments of √n stages, inputs held", uniform_only=True),
+            Solver("revolve", revolve.solve, "binomial checkpointing"),
+            Solver("sqrt", sqrt.solve, "segments of √n stages, inputs held"),
             Solver("keep_all", keep_all.solve, "the plain step"),
             Solver("chen", chen.solve, "segments of nearly equal bytes, inputs held"),
-            Solver(
-                "recursive", recursive.solve, "segments within segments, k boundaries each", uniform_only=True
-            ),
+            Solver("recursive", recursive.solve, "segments within segments, k boundaries each"),
             Solver(
                 "periodic",
                 periodic.solve,
                 "a checkpoint every k stages",
-                uniform_only=True,
                 parameters=("every",),
             ),
             Solver(

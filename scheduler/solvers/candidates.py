@@ -16,9 +16,8 @@ import numpy as np
 from scheduler.chain import Chain
 from scheduler.errors import InfeasibleBudget
 from scheduler.schedule import Schedule
-from scheduler.solvers.checks import checked_sums
 from scheduler.solvers.persistent import Decision, KeepStage, Split, build, run_ends
-from scheduler.solvers.tables import Floats, Ints, compiled
+from scheduler.solvers.tables import Floats, Ints, arrays_of, compiled
 
 __all__ = ["fastest_fit", "schedule_of", "segment_tree", "trees_by_runs"]
 
@@ -38,23 +37,16 @@ class Costs(NamedTuple):
 
 def _costs(chain: Chain, solver: str) -> Costs:
     """The arrays, or a ValueError where sums could overflow them."""
-    checked_sums(solver, chain)
-    stages = chain.stages
-    options = [stage.options[0] for stage in stages]
-    carried = np.array([stage.carried for stage in stages], np.int64)
-    retained = np.array([stage.retained for stage in stages], np.int64)
-    boundary = np.array([chain.input_bytes(i) for i in range(len(stages) + 1)], np.int64)
-    grad = np.array([chain.grad_bytes(i) for i in range(len(stages) + 1)], np.int64)
-    saved = np.array([option.saved for option in options], np.int64)
-    later = chain.fixed + carried.sum() + np.cumsum(retained[::-1])[::-1] - retained + grad[1:]
+    a = arrays_of(solver, chain)
+    saved, later = a.saved[:, 0], a.after + a.grad[1:]
     return Costs(
-        forward=np.array([stage.forward for stage in stages]),
+        forward=a.forward,
         kept=saved,
-        boundary=boundary,
-        running=boundary[1:] + np.array([stage.forward_overhead for stage in stages], np.int64),
-        keeping=saved + np.array([option.forward_overhead for option in options], np.int64),
-        reversing=saved + later + grad[:-1] + np.array([o.backward_overhead for o in options], np.int64),
-        first=chain.fixed + np.cumsum(carried),
+        boundary=a.boundary,
+        running=a.running,
+        keeping=saved + a.forward_overhead[:, 0],
+        reversing=saved + later + a.grad[:-1] + a.backward_overhead[:, 0],
+        first=a.first + a.after[-1],
         later=later,
     )
 

@@ -39,14 +39,13 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 from numba.typed import Dict
-from numpy.typing import NDArray
 
 from scheduler.chain import Chain
 from scheduler.errors import InfeasibleBudget, SearchLimit
 from scheduler.schedule import Action, Backward, Checkpoint, Forward, Free, Keep, Schedule, simulate
 from scheduler.solvers import optimal
 from scheduler.solvers.checks import checked_count
-from scheduler.solvers.tables import Floats, Ints, compiled, option_table
+from scheduler.solvers.tables import Arrays, Floats, Ints, arrays_of, compiled
 
 __all__ = ["MOST_STAGES", "solve"]
 
@@ -58,22 +57,12 @@ CODE = 20  # bits of an action's code: the option of a Keep, or one of the two b
 RUN, REVERSE = 2**CODE - 2, 2**CODE - 1
 
 
-class Costs(NamedTuple):
-    """The chain for compiled code. L stages, at most K options; seconds as floats, bytes as ints."""
+class LongLived(NamedTuple):
+    """What is live besides boundaries and saved tensors; bytes."""
 
-    forward: Floats  # (L,)
-    backward: Floats  # (L,)
-    boundary: Ints  # (L + 1,)
-    passing: Ints  # (L,) bytes that Forward adds while it runs: its output and its transient
-    recomputable: NDArray[np.bool_]  # (L,)
-    choices: Ints  # (L,) number of options
-    saved: Ints  # (L, K)
-    recompute: Floats  # (L, K)
-    keeping: Ints  # (L, K) bytes that Keep adds while it runs
-    reversing: Ints  # (L, K) bytes that Backward adds while it runs, the gradient of its output aside
-    carried: Ints  # (L,) long-lived bytes that the first run of stage i leaves behind
-    ran: Ints  # (L + 1,) fixed and long-lived bytes once i stages have run, and none is reversed; at L, the gradient of x_L
-    left: Ints  # (L + 1,) fixed and long-lived bytes, and the gradient of x_i, with i stages left to reverse
+    carried: Ints  # (L,) what the first run of stage i leaves behind
+    ran: Ints  # (L + 1,) once i stages have run, and none is reversed; at L, the gradient of x_L too
+    left: Ints  # (L + 1,) with i stages left to reverse, the gradient of x_i too
 
 
 class Knapsacks(NamedTuple):
@@ -86,35 +75,12 @@ class Knapsacks(NamedTuple):
     seconds: Floats  # descending in each list
 
 
-def _costs(chain: Chain) -> Costs:
-    stages = chain.stages
-    saved = option_table(chain, "saved", np.int64)
-    gradients = np.array([[stage.input_grad] for stage in stages], np.int64)
-    ran = [chain.fixed]
-    for stage in stages:
-        ran.append(ran[-1] + stage.carried)
-    long_lived = [ran[-1]]
+def _long_lived(chain: Chain, a: Arrays) -> LongLived:
+    carried = np.array([stage.carried for stage in chain.stages], np.int64)
+    ran = chain.fixed + np.concatenate(([0], np.cumsum(carried)))
     ran[-1] += chain.output_grad
-    for stage in reversed(stages):
-        long_lived.append(long_lived[-1] + stage.retained)
-    at_hand = [0, *(chain.grad_bytes(i) for i in range(1, len(stages) + 1))]
-    return Costs(
-        forward=np.array([stage.forward for stage in stages]),
-        backward=np.array([stage.backward for stage in stages]),
-        boundary=np.array([chain.input_bytes(i) for i in range(len(stages) + 1)], np.int64),
-        passing=np.array(
-            [chain.input_bytes(i + 1) + s.forward_overhead for i, s in enumerate(stages)], np.int64
-        ),
-        recomputable=np.array([stage.recomputable for stage in stages]),
-        choices=np.array([len(stage.options) for stage in stages], np.int64),
-        saved=saved,
-        recompute=option_table(chain, "recompute", np.float64),
-        keeping=saved + option_table(chain, "forward_overhead", np.int64),
-        reversing=gradients + option_table(chain, "backward_overhead", np.int64),
-        carried=np.array([stage.carried for stage in stages], np.int64),
-        ran=np.array(ran, np.int64),
-        left=np.array(long_lived[::-1], np.int64) + np.array(at_hand, np.int64),
-    )
+    end = [a.after[0] + chain.stages[0].retained]
+    return LongLived(carried, ran, np.concatenate((end, a.after + a.grad[1:])))
 
 
 def _front(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -184,7 +150,7 @@ def _pack(held: int, kept: Ints, working: int, left: int, ran: int, length: int,
 
 @compiled
 def _seconds_left(
-    a: Costs, n: Knapsacks, budget: int, held: int, kept: Ints, working: int, left: int
+    a: Arrays, v: LongLived, n: Knapsacks, budget: int, held: int, kept: Ints, working: int, left: int
 ) -> float:
     """Seconds that are left at least; inf where no schedule can go on from here."""
     seconds = 0.0
@@ -192,11 +158,11 @@ def _seconds_left(
     first = 0  # the run of stages that are not kept starts here
     for j in range(left):
         seconds += a.backward[j]
-        room = budget - a.left[j + 1] - below - (a.boundary[0] if j > 0 else 0)
+        room = budget - v.left[j + 1] - below - (a.boundary[0] if j > 0 else 0)
         if kept[j]:
             k = kept[j] - 1
             seconds += a.recompute[j, k]
-            room -= a.saved[j, k] + a.reversing[j, k]
+            room -= a.saved[j, k] + a.grad[j] + a.backward_overhead[j, k]
             if j == 0 or not kept[j - 1]:
                 room -= n.source[j]
             if room < 0:
@@ -223,7 +189,7 @@ def _seconds_left(
 
 @compiled
 def _search(
-    a: Costs, n: Knapsacks, budget: int, bits: int, limit: int, upper: float
+    a: Arrays, v: LongLived, n: Knapsacks, budget: int, bits: int, limit: int, upper: float
 ) -> tuple[int, Ints, Ints, Ints, int]:
     """A* from the start to the state with nothing left.
 
@@ -256,7 +222,7 @@ def _search(
         if left == 0:
             return here, keys, parents, actions, size
         held, working, left, ran = _unpack(keys[here], length, bits, kept)
-        live = a.left[left] if left < length else a.ran[ran]
+        live = v.left[left] if left < length else v.ran[ran]
         for i in range(left):
             if held >> i & 1:
                 live += a.boundary[i]
@@ -273,8 +239,10 @@ def _search(
                 if not kept[j] or not (held >> j & 1 or (j > 0 and kept[j - 1])):
                     continue
                 k = kept[j] - 1
-                change = a.left[j] - (a.left[left] if left < length else a.ran[ran]) - a.saved[j, k]
-                peak = live + max(a.reversing[j, k], change - (a.boundary[j] if held >> j & 1 else 0))
+                change = v.left[j] - (v.left[left] if left < length else v.ran[ran]) - a.saved[j, k]
+                peak = live + max(
+                    a.grad[j] + a.backward_overhead[j, k], change - (a.boundary[j] if held >> j & 1 else 0)
+                )
                 spent = a.backward[j] + a.recompute[j, k]
                 # Rule 2; x_j does not count in ``change``, since another run may bring it back.
                 only = peak <= budget and (change <= 0 or j == 0)
@@ -291,16 +259,16 @@ def _search(
                 if working and working != i:
                     peak -= a.boundary[working]
                 if left == length and ran == i:
-                    peak += a.carried[i]
+                    peak += v.carried[i]
                 spent = a.forward[i]
                 if code >= 0:
-                    peak += a.keeping[i, code]
+                    peak += a.saved[i, code] + a.forward_overhead[i, code]
                 else:
                     code = RUN
                     there = i == j or held >> (i + 1) & 1 or working == i + 1
                     if not a.recomputable[i] or (there and working != i):
                         continue
-                    peak += a.passing[i]
+                    peak += a.running[i]
                 only = False
 
             # What may be let go first: all held boundaries but the one that the action starts from.
@@ -332,7 +300,7 @@ def _search(
                             to_working = 0
                             kept[i] = code + 1
                     total = seconds + spent
-                    rest = _seconds_left(a, n, budget, to_held, kept, to_working, to_left)
+                    rest = _seconds_left(a, v, n, budget, to_held, kept, to_working, to_left)
                     if total + rest < upper:
                         key = _pack(to_held, kept, to_working, to_left, to_ran, length, bits)
                         if key in index:
@@ -393,8 +361,10 @@ def _read_off(length: int, goal: int, keys: Ints, parents: Ints, codes: Ints, bi
 def _run(chain: Chain, budget: int, upper: float, states: int) -> Schedule | None:
     """The fastest schedule within ``budget`` that takes less than ``upper`` seconds; None if there is none."""
     bits = max(len(stage.options) for stage in chain.stages).bit_length()
-    limit = upper * (1 - ROUNDING)
-    goal, keys, parents, codes, _ = _search(_costs(chain), _knapsacks(chain), budget, bits, states, limit)
+    limit, a = upper * (1 - ROUNDING), arrays_of("exhaustive", chain)
+    goal, keys, parents, codes, _ = _search(
+        a, _long_lived(chain, a), _knapsacks(chain), budget, bits, states, limit
+    )
     if goal == -2:
         raise SearchLimit(
             f"exhaustive: gave up after {states} states of a chain of {len(chain)} stages; pass states= (more "

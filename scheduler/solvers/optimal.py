@@ -118,7 +118,7 @@ class Table:
 
     def __init__(self, chain: Chain, most: int, *, many: bool = False) -> None:
         self.chain = chain
-        self._a = a = arrays_of(chain)
+        self._a = a = arrays_of("optimal", chain, 1)
         self._p = p = peaks_of(a, np.ones(len(chain) + 1, np.bool_))
         self._held = int(a.boundary[0] + a.after[-1])  # base of the whole chain
         # Every backward is followed by an action that costs at least what it leaves behind, except the last.
@@ -140,7 +140,7 @@ class Table:
         window = max(math.sqrt(steps / coarse / MOST_STEPS), size / coarse / MOST_BYTES, 1)
         window = min(math.ceil(window), MOST_WINDOW)
         if window > 1:
-            self._a = a = arrays_of(chain, window)
+            self._a = a = arrays_of("optimal", chain, window)
             steps, size = steps / window**2, size / window
         divisor = self._divisor()
         fine = min(max(steps / TABLE_STEPS, size / TABLE_BYTES, 1), coarse)

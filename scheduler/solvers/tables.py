@@ -11,7 +11,6 @@ Segments are computed in blocks of TILE values of s, from the end of the chain; 
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -30,7 +29,6 @@ __all__ = [
     "arrays_of",
     "compiled",
     "keep_need",
-    "option_table",
     "peaks_of",
     "quickest",
     "run_need",
@@ -54,14 +52,17 @@ def compiled(function: F, **options: Any) -> F:
 
 
 class Arrays(NamedTuple):
-    """The chain for compiled code. L stages, at most K options; seconds as floats, bytes as ints."""
+    """The chain in sums for compiled code. L stages, at most K options; seconds as floats, bytes as ints.
 
-    ahead: Floats  # (L + 1,) seconds of the forwards of the stages before i
-    quick: Floats  # (L + 1,) seconds of the fastest options' recomputation of the stages before i
-    fastest: Ints  # (L,) the option of least recomputation
-    kept: Ints  # (L + 1,) bytes saved under the fastest options by the stages before i
+    What follows ``after`` is for tables of segments, and empty for solvers that have none.
+    """
+
+    forward: Floats  # (L,)
+    backward: Floats  # (L,)
     boundary: Ints  # (L + 1,)
     grad: Ints  # (L + 1,) gradients of the boundaries
+    recomputable: NDArray[np.bool_]  # (L,)
+    running: Ints  # (L,) what a run that keeps nothing adds: its output and its transient
     choices: Ints  # (L,) number of options
     saved: Ints  # (L, K)
     recompute: Floats  # (L, K)
@@ -70,6 +71,10 @@ class Arrays(NamedTuple):
     backward_overhead: Ints  # (L, K)
     first: Ints  # (L,) bytes above base while stage i runs for the first time: never over 0
     after: Ints  # (L,) fixed and long-lived bytes once stages i+1.. are reversed
+    ahead: Floats  # (L + 1,) seconds of the forwards of the stages before i
+    quick: Floats  # (L + 1,) seconds of the fastest options' recomputation of the stages before i
+    fastest: Ints  # (L,) the option of least recomputation
+    kept: Ints  # (L + 1,) bytes saved under the fastest options by the stages before i
     run: Ints  # (2, L, L) see ``run_need``
     split: NDArray[
         np.bool_
@@ -128,82 +133,95 @@ def quickest(stage: Stage) -> int:
     return min(range(len(stage.options)), key=lambda k: (stage.options[k].recompute, stage.options[k].saved))
 
 
-def option_table(chain: Chain, field: str | Callable[[Option], Any], dtype: type) -> NDArray[Any]:
-    """(L, K) a field of all options, 0 where a stage has fewer than K."""
-    width = max(len(stage.options) for stage in chain.stages)
-    value = attrgetter(field) if isinstance(field, str) else field
-    rows = [[value(o) for o in stage.options] for stage in chain.stages]
-    return np.array([row + [0] * (width - len(row)) for row in rows], dtype)
-
-
-def arrays_of(chain: Chain, window: int = 1) -> Arrays:
-    """The chain as arrays.
+def arrays_of(call: str, chain: Chain, window: int = 0) -> Arrays:
+    """Return the chain as arrays.
 
     Args:
-        window: the grid tries splits at the smallest of every ``window`` boundaries.
+        call: whose error it is that sums overflow.
+        window: the grid tries splits at the smallest of every ``window`` boundaries; 0 for no tables of segments.
 
     Raises:
-        ValueError: its sizes or seconds could overflow.
+        ValueError: the sizes or seconds of the chain could overflow.
     """
-    checked_sums("optimal", chain)
+    checked_sums(call, chain)
     stages = chain.stages
     length = len(stages)
+    width = max(len(stage.options) for stage in stages)
 
-    def sums(values: list[float]) -> Floats:
-        return np.concatenate(([0.0], np.cumsum(values)))
+    def table(field: Callable[[Option], float], dtype: type) -> NDArray[Any]:
+        """(L, K), 0 where a stage has fewer than K options."""
+        return np.array(
+            [[*map(field, stage.options), *[0] * (width - len(stage.options))] for stage in stages], dtype
+        )
 
-    quick = [quickest(stage) for stage in stages]
+    def each(field: Callable[[Stage], Any], dtype: type = np.int64) -> NDArray[Any]:
+        return np.array(list(map(field, stages)), dtype)
+
+    carried = each(lambda stage: stage.carried)
+    retained = each(lambda stage: stage.retained)
     boundary = np.array([chain.input_bytes(i) for i in range(length + 1)], np.int64)
+    first = np.cumsum(carried) - carried.sum()
+    running = boundary[1:] + each(lambda stage: stage.forward_overhead)
+    quick = [quickest(stage) for stage in stages]
+    chosen = [stage.options[k] for stage, k in zip(stages, quick, strict=True)]
     split = np.zeros(length + 1, np.bool_)
     split[length] = True
-    for j in range(1, length, window):
+    for j in range(1, length, window) if window else ():
         split[j + np.argmin(boundary[j : min(j + window, length)])] = True
-    carried = np.array([stage.carried for stage in stages], np.int64)
-    retained = np.array([stage.retained for stage in stages], np.int64)
-    first = np.cumsum(carried) - carried.sum()
-    overhead = np.array([stage.forward_overhead for stage in stages], np.int64)
-    once = np.array([not stage.recomputable for stage in stages])
-    run = np.empty((2, length, length), np.int64)
-    for which, base in enumerate((0, first)):
-        here = np.where(once, NEVER, boundary[:-1] + boundary[1:] + overhead + base)
-        on_the_way = np.triu(np.broadcast_to(here, (length, length)), 1)
-        # x_s itself is in h, not above it.
-        np.fill_diagonal(on_the_way, np.where(once, NEVER, here - boundary[:-1]))
-        lowest = -NEVER * np.tri(length, k=-1, dtype=np.int64)
-        run[which] = np.maximum.accumulate(on_the_way + lowest, axis=1)
+    recomputable = each(lambda stage: stage.recomputable, np.bool_)
     return Arrays(
-        ahead=sums([stage.forward for stage in stages]),
-        quick=sums([stage.options[k].recompute for stage, k in zip(stages, quick, strict=True)]),
-        fastest=np.array(quick, np.int64),
-        kept=np.cumsum(
-            [0] + [stage.options[k].saved for stage, k in zip(stages, quick, strict=True)], dtype=np.int64
-        ),
+        forward=each(lambda stage: stage.forward, np.float64),
+        backward=each(lambda stage: stage.backward, np.float64),
         boundary=boundary,
         grad=np.array([chain.grad_bytes(i) for i in range(length + 1)], np.int64),
-        choices=np.array([len(stage.options) for stage in stages], np.int64),
-        saved=option_table(chain, "saved", np.int64),
-        recompute=option_table(chain, "recompute", np.float64),
-        forward_overhead=option_table(chain, "forward_overhead", np.int64),
-        rerun_overhead=option_table(chain, lambda option: option.transient(again=True), np.int64),
-        backward_overhead=option_table(chain, "backward_overhead", np.int64),
+        recomputable=recomputable,
+        running=running,
+        choices=each(lambda stage: len(stage.options)),
+        saved=table(lambda option: option.saved, np.int64),
+        recompute=table(lambda option: option.recompute, np.float64),
+        forward_overhead=table(lambda option: option.forward_overhead, np.int64),
+        rerun_overhead=table(lambda option: option.transient(again=True), np.int64),
+        backward_overhead=table(lambda option: option.backward_overhead, np.int64),
         first=first,
         after=chain.fixed + carried.sum() + np.cumsum(retained[::-1])[::-1] - retained,
-        run=run,
+        ahead=np.concatenate(([0.0], np.cumsum([stage.forward for stage in stages]))),
+        quick=np.concatenate(([0.0], np.cumsum([option.recompute for option in chosen]))),
+        fastest=np.array(quick, np.int64),
+        kept=np.cumsum([0, *(option.saved for option in chosen)], dtype=np.int64),
+        run=_runs(boundary[:-1], running, first, recomputable) if window else np.empty((2, 0, 0), np.int64),
         split=split,
-        origin=_origins(chain, split),
+        origin=_origins(chain, split) if window else np.empty((0, 0), np.int64),
     )
 
 
+def _runs(boundary: Ints, running: Ints, first: Ints, recomputable: NDArray[np.bool_]) -> Ints:
+    """(2, L, L) the bytes above base of any of stages s..i that run on the way from x_s; see ``run_need``."""
+    length = len(running)
+    run = np.empty((2, length, length), np.int64)
+    for which, base in enumerate((0, first)):
+        here = np.where(recomputable, boundary + running + base, NEVER)
+        on_the_way = np.triu(np.broadcast_to(here, (length, length)), 1)
+        # x_s itself is in h, not above it.
+        np.fill_diagonal(on_the_way, np.where(recomputable, here - boundary, NEVER))
+        lowest = -NEVER * np.tri(length, k=-1, dtype=np.int64)
+        run[which] = np.maximum.accumulate(on_the_way + lowest, axis=1)
+    return run
+
+
 @compiled
-def keep_need(a: Arrays, s: int, t: int, k: int) -> int:
-    """Bytes above base to keep stage s of s..t with option k, and to reverse it once s+1..t are reversed."""
+def keep_need(a: Arrays, s: int, t: int, k: int, x: int = 0, back: int = 0) -> int:
+    """Bytes above base to keep stage s of s..t with option k, and to reverse it once s+1..t are reversed.
+
+    Args:
+        x, back: bytes of what has x_s in it, unless it is in h, when s runs and when it is reversed.
+    """
     # A segment that ends at L-1 runs before any backward: no gradient yet, long-lived bytes so far.
     now = a.first[s] if t == a.first.size - 1 else a.grad[t + 1]
     # A stage that ends a segment, but for the last of the chain, is run again just before its backward.
     again = s == t and t < a.first.size - 1
     now += a.rerun_overhead[s, k] if again else a.forward_overhead[s, k]
     backward = a.after[s] - a.after[t] + a.grad[s + 1] + a.grad[s] + a.backward_overhead[s, k]
-    return int(a.saved[s, k] + max(now, backward))
+    return int(a.saved[s, k] + max(x + now, back + backward))
 
 
 @compiled

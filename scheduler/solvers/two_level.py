@@ -71,7 +71,7 @@ from scheduler.schedule import (
 )
 from scheduler.solvers import optimal
 from scheduler.solvers.checks import MOST_SECONDS, checked_budget, checked_chain
-from scheduler.solvers.tables import Floats, Ints, quickest
+from scheduler.solvers.tables import Floats, Ints, arrays_of, quickest
 from scheduler.solvers.two_level_tables import (
     EARLY,
     GOES,
@@ -129,8 +129,8 @@ class TwoLevelOptimum:
 
 def _units(n: Numbers, room: int, host_room: int, fills: int) -> tuple[int, int, bool]:
     """The units (bytes) of the finest grids affordable ``fills`` times, and whether they round nothing."""
-    length, options = n.saved.shape
-    sizes = [int(size) for array in (n.boundary, n.saved) for size in array.flat]
+    length, options = n.a.saved.shape
+    sizes = [int(size) for array in (n.a.boundary, n.a.saved) for size in array.flat]
     divisor = math.gcd(*sizes) or 1
 
     def slots(hosts: int) -> int:
@@ -163,10 +163,10 @@ def _read_off(
             option, j = decide_again(n, least, g, s, t, here)
             if option >= 0:
                 actions.append(Keep(s, option))
-                stack += [Backward(s), *([(s + 1, t, here - int(n.saved[s, option]))] if s < t else [])]
+                stack += [Backward(s), *([(s + 1, t, here - int(n.a.saved[s, option]))] if s < t else [])]
             else:
                 actions += [Checkpoint(s), *(Forward(i) for i in range(s + 1, j))]
-                stack += [(s, j - 1, here), (j, t, here - int(n.boundary[j]))]
+                stack += [(s, j - 1, here), (j, t, here - int(n.a.boundary[j]))]
         else:
             f, s, here, there = item
             option, j, way, off = decide_sweep(n, least, p, g, f, s, here, there)
@@ -189,7 +189,7 @@ def _read_off(
                     (OFF + option, s + 1, rest, host_rest - int(n.host_saved[s, option])),
                 ]
             elif s < last:
-                stack.append((INSIDE, s + 1, rest - int(n.saved[s, option]), host_rest))
+                stack.append((INSIDE, s + 1, rest - int(n.a.saved[s, option]), host_rest))
     return Schedule(tuple(actions))
 
 
@@ -279,10 +279,12 @@ def solve_two_level(chain: Chain, memory_budget: int, host: HostMemory) -> TwoLe
         )
     bounded = host.capacity < everything
     host_room = host.capacity if bounded else 0
-    n = numbers_of(chain, host, 1.0, bounded)
+    a = arrays_of("two_level", chain, 1)
+    a = a._replace(after=a.after - chain.fixed)
+    n = numbers_of(a, host, 1.0, bounded)
     least = peaks(n)
     p = frontiers(n, least, host_room)
-    needed = max(suffix_peak(p, LOOSE, 0, host_room), int(n.after[0]) + chain.stages[0].retained)
+    needed = max(suffix_peak(p, LOOSE, 0, host_room), int(n.a.after[0]) + chain.stages[0].retained)
     smallest = chain.fixed + needed
     if memory_budget < smallest:
         raise InfeasibleBudget(memory_budget, smallest, "two_level")
@@ -293,7 +295,7 @@ def solve_two_level(chain: Chain, memory_budget: int, host: HostMemory) -> TwoLe
     schedules: dict[Schedule, None] = {}  # a set, in order
     again: dict[bool, Floats | None] = {False: None, True: None}  # C does not depend on the weight
     for weight in weights:
-        n = numbers_of(chain, host, weight, bounded)
+        n = numbers_of(a, host, weight, bounded)
         for interpolate in (False,) if exact else (False, True):
             g = filled(n, least, p, room, host_room, (unit, host_unit), interpolate, again[interpolate])
             again[interpolate] = g.again

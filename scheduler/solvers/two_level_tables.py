@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from scheduler.chain import Chain
 from scheduler.host import HostMemory
-from scheduler.solvers.checks import MOST_SECONDS, checked_sums
-from scheduler.solvers.tables import NEVER, Floats, Ints, compiled, option_table
+from scheduler.solvers.checks import MOST_SECONDS
+from scheduler.solvers.tables import NEVER, Arrays, Floats, Ints, compiled, keep_need, peaks_of, run_need
 
 __all__ = [
     "EARLY",
@@ -45,22 +44,12 @@ MOST_POINTS = 1024  # of one frontier; above that neighbours are merged to the c
 
 
 class Numbers(NamedTuple):
-    """The chain and its copies for compiled code: L stages, at most K options; bytes without ``chain.fixed``."""
+    """The chain and its copies for compiled code: L stages, at most K options; ``a.after`` is without ``chain.fixed``.
 
-    forward: Floats  # (L,)
-    backward: Floats  # (L,)
-    boundary: Ints  # (L + 1,)
-    grad: Ints  # (L + 1,) gradients of the boundaries
-    overhead: Ints  # (L,) transient of a forward that keeps nothing
-    recomputable: NDArray[np.bool_]  # (L,)
-    choices: Ints  # (L,) number of options
-    saved: Ints  # (L, K)
-    recompute: Floats  # (L, K)
-    forward_overhead: Ints  # (L, K)
-    backward_overhead: Ints  # (L, K)
-    first: Ints  # (L,) long-lived bytes while stage i runs for the first time
-    after: Ints  # (L,) the same once stages i+1.. are reversed
-    # What is charged for copies: seconds as weighed, and host bytes, 0 where the host has room for all.
+    Copies are charged with seconds as weighed, and host bytes, 0 where the host has room for all.
+    """
+
+    a: Arrays
     write: Floats  # (L,) of x_i
     read: Floats  # (L,)
     saved_copy: Floats  # (L, K) there and back
@@ -90,96 +79,58 @@ class Frontiers(NamedTuple):
     peak: Ints  # descending: bytes above h
 
 
-def numbers_of(chain: Chain, host: HostMemory, weight: float, bounded: bool) -> Numbers:
-    """The chain as arrays, with copies at ``weight`` times their seconds; or a ValueError where sums overflow."""
-    checked_sums("two_level", chain)
-    stages = chain.stages
+def numbers_of(a: Arrays, host: HostMemory, weight: float, bounded: bool) -> Numbers:
+    """Return the arrays with copies at ``weight`` times their seconds; ``bounded``: the host is too small for all."""
+
+    def seconds(copy: Callable[[int], float], sizes: Ints) -> Floats:
+        return np.array([weight * copy(size) for size in sizes.ravel().tolist()]).reshape(sizes.shape)
 
     def there_and_back(size: int) -> float:
-        return weight * (host.write_seconds(size) + host.read_seconds(size))
+        return host.write_seconds(size) + host.read_seconds(size)
 
-    boundary = [chain.input_bytes(i) for i in range(len(stages) + 1)]
-    saved = option_table(chain, "saved", np.int64)
-    carried = np.array([stage.carried for stage in stages], np.int64)
-    retained = np.array([stage.retained for stage in stages], np.int64)
+    boundary = a.boundary[:-1]
     return Numbers(
-        forward=np.array([stage.forward for stage in stages]),
-        backward=np.array([stage.backward for stage in stages]),
-        boundary=np.array(boundary, np.int64),
-        grad=np.array([chain.grad_bytes(i) for i in range(len(stages) + 1)], np.int64),
-        overhead=np.array([stage.forward_overhead for stage in stages], np.int64),
-        recomputable=np.array([stage.recomputable for stage in stages]),
-        choices=np.array([len(stage.options) for stage in stages], np.int64),
-        saved=saved,
-        recompute=option_table(chain, "recompute", np.float64),
-        forward_overhead=option_table(chain, "forward_overhead", np.int64),
-        backward_overhead=option_table(chain, "backward_overhead", np.int64),
-        first=np.cumsum(carried),
-        after=carried.sum() + np.cumsum(retained[::-1])[::-1] - retained,
-        write=np.array([weight * host.write_seconds(size) for size in boundary[:-1]]),
-        read=np.array([weight * host.read_seconds(size) for size in boundary[:-1]]),
-        saved_copy=np.array([[there_and_back(int(size)) for size in row] for row in saved]),
-        host_boundary=np.array(boundary[:-1], np.int64) * bounded,
-        host_saved=saved * bounded,
+        a,
+        write=seconds(host.write_seconds, boundary),
+        read=seconds(host.read_seconds, boundary),
+        saved_copy=seconds(there_and_back, a.saved),
+        host_boundary=boundary * bounded,
+        host_saved=a.saved * bounded,
     )
 
 
 @compiled
 def _keep_need(n: Numbers, s: int, t: int, k: int, x: int = 0, back: int = 0) -> int:
-    """Bytes above h to keep stage s of s..t with option k, and to reverse it once s+1..t are reversed.
+    """``keep_need`` in bytes above h."""
+    return keep_need(n.a, s, t, k, x, back) + int(n.a.after[t])
 
-    Args:
-        x, back: bytes of what has x_s in it, unless it is in h, when s runs and when it is reversed.
-    """
-    # A segment that ends at L-1 runs before any backward: no gradient yet, long-lived bytes so far.
-    base = n.first[s] if t == n.forward.size - 1 else n.after[t] + n.grad[t + 1]
-    backward = n.after[s] + n.grad[s + 1] + n.grad[s] + n.backward_overhead[s, k]
-    return int(n.saved[s, k] + max(x + base + n.forward_overhead[s, k], back + backward))
+
+@compiled
+def _run_need(n: Numbers, s: int, t: int, j: int) -> int:
+    """``run_need`` in bytes above h."""
+    return run_need(n.a, s, t, j) + int(n.a.after[t])
 
 
 @compiled
 def _ways(n: Numbers, f: int, s: int) -> int:
     """How many of STAYS, GOES and EARLY there are for x_s."""
-    return 1 if f == INSIDE or s == n.forward.size - 1 else 2 if f == LOOSE else 3
+    return 1 if f == INSIDE or s == n.a.forward.size - 1 else 2 if f == LOOSE else 3
 
 
 @compiled
 def place(n: Numbers, f: int, s: int, way: int) -> tuple[int, int, int, int, float]:
     """Bytes of x_s while s runs, after that, and of what has x_s in it later; host bytes and seconds of its copies."""
-    x = 0 if f == INSIDE else n.boundary[s]
+    x = 0 if f == INSIDE else n.a.boundary[s]
     if way == STAYS:
         return x, x, x, 0, 0.0
     if way == EARLY:
-        return x, 0, n.saved[s - 1, f - OFF], 0, 0.0
+        return x, 0, n.a.saved[s - 1, f - OFF], 0, 0.0
     return (x, 0, x, n.host_boundary[s], n.read[s] + n.write[s]) if f == LOOSE else (x, 0, x, 0, n.read[s])
 
 
-@compiled
-def _run_need(n: Numbers, s: int, t: int, i: int) -> int:
-    """Bytes above h to run stage i of s..t on the way from x_s, which is in h, to a split."""
-    if not n.recomputable[i]:
-        return int(NEVER)
-    base = n.first[i] if t == n.forward.size - 1 else n.after[t] + n.grad[t + 1]
-    return int(base + (n.boundary[i] if i > s else 0) + n.boundary[i + 1] + n.overhead[i])
-
-
-@compiled
 def peaks(n: Numbers) -> Ints:
-    """P (L, L): the least peak above h, which has x_s in it, of any one-level schedule of s..t < L-1."""
-    length = n.forward.size
-    least = np.full((length, length), NEVER)
-    for s in range(length - 2, -1, -1):
-        for t in range(s, length - 1):
-            best = int(NEVER)
-            for k in range(n.choices[s]):
-                rest = n.saved[s, k] + least[s + 1, t] if t > s else 0
-                best = min(best, max(_keep_need(n, s, t, k), rest))
-            run = 0
-            for j in range(s + 1, t + 1):
-                run = max(run, _run_need(n, s, t, j - 1))
-                best = min(best, max(run, n.boundary[j] + least[j, t], least[s, j - 1]))
-            least[s, t] = best
-    return least
+    """P (L, L): the least peak above h, which has x_s in it, of any one-level schedule of s..t."""
+    return peaks_of(n.a, n.a.split).least + n.a.after
 
 
 def _merged(host: list[Ints], peak: list[Ints], capacity: int) -> tuple[Ints, Ints]:
@@ -200,19 +151,19 @@ def _merged(host: list[Ints], peak: list[Ints], capacity: int) -> tuple[Ints, In
 
 def frontiers(n: Numbers, least: Ints, capacity: int) -> Frontiers:
     """P2: what a suffix s..L-1 needs at least on the device, for each number of host bytes."""
-    length = n.forward.size
-    places = OFF + n.saved.shape[1]
+    length = n.a.forward.size
+    places = OFF + n.a.saved.shape[1]
     points: dict[tuple[int, int], tuple[Ints, Ints]] = {}
     for s in range(length - 1, -1, -1):
-        runs = [_run_need(n, s, length - 1, i) for i in range(s, length - 1)]
+        runs = [_run_need(n, s, length - 1, j) for j in range(s + 1, length)]
         for f in range(places):
             hosts, tops = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
             # Where x_s is OFF it matters for EARLY alone with which option.
             for way in range(_ways(n, f, s)):
-                if way == EARLY and s > 0 and f - OFF >= n.choices[s - 1]:
+                if way == EARLY and s > 0 and f - OFF >= n.a.choices[s - 1]:
                     continue
                 x, stays, back, copied, _ = place(n, f, s, way)
-                for k in range(n.choices[s]):
+                for k in range(n.a.choices[s]):
                     need = _keep_need(n, s, length - 1, k, x, back)
                     if s == length - 1:
                         hosts.append(np.zeros(1, np.int64))
@@ -220,13 +171,12 @@ def frontiers(n: Numbers, least: Ints, capacity: int) -> Frontiers:
                         continue
                     h, p = points[INSIDE, s + 1]
                     hosts.append(h + copied)
-                    tops.append(np.maximum(need, p + stays + n.saved[s, k]))
+                    tops.append(np.maximum(need, p + stays + n.a.saved[s, k]))
                     h, p = points[OFF + k, s + 1]
                     hosts.append(h + copied + n.host_saved[s, k])
                     tops.append(np.maximum(need, p + stays))
-                need = 0
                 for j in range(s + 1, length):
-                    need = max(need, (x if j == s + 1 else stays) + runs[j - 1 - s])
+                    need = max(x + runs[0], stays + runs[j - 1 - s])
                     if need >= NEVER:
                         break
                     h, p = points[LOOSE, j]
@@ -294,34 +244,33 @@ def _close(row: Floats) -> None:
 @compiled
 def _fill_again(n: Numbers, least: Ints, g: Grid) -> None:
     """C: least seconds of s..t < L-1 with one level, run again when its gradient is there."""
-    length, columns = n.forward.size, g.again.shape[2]
+    length, columns = n.a.forward.size, g.again.shape[2]
     zero = np.zeros(columns)
     for s in range(length - 2, -1, -1):
         for t in range(s, length - 1):
             row = g.again[s, t]
             row[:] = NONE
-            for k in range(n.choices[s]):
-                cost = n.forward[s] + n.backward[s] + n.recompute[s, k]
+            for k in range(n.a.choices[s]):
+                cost = n.a.forward[s] + n.a.backward[s] + n.a.recompute[s, k]
                 need = _keep_need(n, s, t, k)
                 if s == t:
                     _relax(g, row, _columns(g, need), cost, zero, 0, zero)
                 else:
-                    need = max(need, n.saved[s, k] + least[s + 1, t])
-                    _relax(g, row, _columns(g, need), cost, g.again[s + 1, t], n.saved[s, k], zero)
-            cost, run = 0.0, 0
+                    need = max(need, n.a.saved[s, k] + least[s + 1, t])
+                    _relax(g, row, _columns(g, need), cost, g.again[s + 1, t], n.a.saved[s, k], zero)
+            cost = 0.0
             for j in range(s + 1, t + 1):
-                cost += n.forward[j - 1]
-                run = max(run, _run_need(n, s, t, j - 1))
-                need = max(run, n.boundary[j] + least[j, t], least[s, j - 1])
+                cost += n.a.forward[j - 1]
+                need = max(_run_need(n, s, t, j), n.a.boundary[j] + least[j, t], least[s, j - 1])
                 start = _columns(g, need)
-                _relax(g, row, start, cost, g.again[j, t], n.boundary[j], g.again[s, j - 1])
+                _relax(g, row, start, cost, g.again[j, t], n.a.boundary[j], g.again[s, j - 1])
             _close(row)
 
 
 @compiled
 def _fill_sweep(n: Numbers, least: Ints, p: Frontiers, g: Grid) -> None:
     """F: least seconds of s..L-1 in the first sweep and after it."""
-    length = n.forward.size
+    length = n.a.forward.size
     hosts, columns = g.sweep.shape[2:]
     left, zero = np.empty(columns), np.zeros(columns)
     last = length - 1
@@ -329,7 +278,7 @@ def _fill_sweep(n: Numbers, least: Ints, p: Frontiers, g: Grid) -> None:
     tops = np.full((places, length, hosts), NEVER)
     for s in range(last, -1, -1):
         for f in range(places):
-            if f >= OFF and (s == 0 or f - OFF >= n.choices[s - 1]):
+            if f >= OFF and (s == 0 or f - OFF >= n.a.choices[s - 1]):
                 continue
             for q in range(hosts):
                 tops[f, s, q] = suffix_peak(p, f, s, q * g.host_unit + g.host_phase)
@@ -337,15 +286,15 @@ def _fill_sweep(n: Numbers, least: Ints, p: Frontiers, g: Grid) -> None:
             rows[:] = NONE
             for way in range(_ways(n, f, s)):
                 x, stays, back, copied, fee = place(n, f, s, way)
-                for k in range(n.choices[s]):
+                for k in range(n.a.choices[s]):
                     need = _keep_need(n, s, last, k, x, back)
-                    cost = fee + n.forward[s] + n.backward[s] + n.recompute[s, k]
+                    cost = fee + n.a.forward[s] + n.a.backward[s] + n.a.recompute[s, k]
                     for q in range(hosts):
                         if s == last:
                             _relax(g, rows[q], _columns(g, need), cost, zero, 0, zero)
                             continue
                         for off in range(2):
-                            taken = stays if off else stays + n.saved[s, k]
+                            taken = stays if off else stays + n.a.saved[s, k]
                             rest = _host_less(g, q, copied + (n.host_saved[s, k] if off else 0))
                             where = OFF + k if off else INSIDE
                             if rest < 0 or tops[where, s + 1, rest] >= NEVER:
@@ -353,14 +302,13 @@ def _fill_sweep(n: Numbers, least: Ints, p: Frontiers, g: Grid) -> None:
                             start = _columns(g, max(need, taken + tops[where, s + 1, rest]))
                             seconds = cost + (n.saved_copy[s, k] if off else 0.0)
                             _relax(g, rows[q], start, seconds, g.sweep[where, s + 1, rest], taken, zero)
-                cost, need = fee, 0
+                cost = fee
                 for j in range(s + 1, length):
-                    cost += n.forward[j - 1]
-                    run = (x if j == s + 1 else stays) + _run_need(n, s, last, j - 1)
+                    cost += n.a.forward[j - 1]
+                    run = max(x + _run_need(n, s, last, s + 1), stays + _run_need(n, s, last, j))
                     if run >= NEVER:
                         break
-                    need = max(need, run)
-                    first = max(need, back + least[s, j - 1])
+                    first = max(run, back + least[s, j - 1])
                     if _columns(g, first) >= columns:
                         continue
                     left[:] = NONE
@@ -397,21 +345,21 @@ def decide_again(n: Numbers, least: Ints, g: Grid, s: int, t: int, room: int) ->
     Exact in bytes; only the seconds are the grid's. Ties go to keep, and to the first.
     """
     best, option, at = np.inf, -1, 0
-    for k in range(n.choices[s]):
-        rest = room - n.saved[s, k]
+    for k in range(n.a.choices[s]):
+        rest = room - n.a.saved[s, k]
         if _keep_need(n, s, t, k) > room or (t > s and least[s + 1, t] > rest):
             continue
-        seconds = n.forward[s] + n.backward[s] + n.recompute[s, k]
+        seconds = n.a.forward[s] + n.a.backward[s] + n.a.recompute[s, k]
         if t > s:
             seconds += _look_up(g, g.again[s + 1, t], rest)
         if seconds < best or option < 0:
             best, option = seconds, k
     cost = 0.0
     for j in range(s + 1, t + 1):
-        cost += n.forward[j - 1]
-        if _run_need(n, s, t, j - 1) > room:
+        cost += n.a.forward[j - 1]
+        if _run_need(n, s, t, j) > room:
             break
-        rest = room - n.boundary[j]
+        rest = room - n.a.boundary[j]
         if least[j, t] > rest or least[s, j - 1] > room:
             continue
         seconds = cost + _look_up(g, g.again[j, t], rest) + _look_up(g, g.again[s, j - 1], room)
@@ -428,17 +376,17 @@ def decide_sweep(
 
     Exact in bytes, ``room`` above h without x_s and ``host_room`` of the host; only the seconds are the grid's.
     """
-    last = n.forward.size - 1
+    last = n.a.forward.size - 1
     best, found = np.inf, (-1, 0, 0, 0)
     for way in range(_ways(n, f, s)):
         x, stays, back, copied, fee = place(n, f, s, way)
         here, there = room - stays, host_room - copied
-        for k in range(n.choices[s]):
+        for k in range(n.a.choices[s]):
             if _keep_need(n, s, last, k, x, back) > room:
                 continue
-            cost = fee + n.forward[s] + n.backward[s] + n.recompute[s, k]
+            cost = fee + n.a.forward[s] + n.a.backward[s] + n.a.recompute[s, k]
             for off in range(1 if s == last else 2):
-                rest = here if off else here - n.saved[s, k]
+                rest = here if off else here - n.a.saved[s, k]
                 host_rest = there - (n.host_saved[s, k] if off else 0)
                 seconds = cost + (n.saved_copy[s, k] if off else 0.0)
                 if s < last:
@@ -450,8 +398,8 @@ def decide_sweep(
                     best, found = seconds, (k, 0, way, off)
         cost = fee
         for j in range(s + 1, last + 1):
-            cost += n.forward[j - 1]
-            if (x if j == s + 1 else stays) + _run_need(n, s, last, j - 1) > room:
+            cost += n.a.forward[j - 1]
+            if max(x + _run_need(n, s, last, s + 1), stays + _run_need(n, s, last, j)) > room:
                 break
             if back + least[s, j - 1] > room or suffix_peak(p, LOOSE, j, there) > here:
                 continue
@@ -477,10 +425,10 @@ def filled(
     Args:
         again: C of an earlier grid of the same chain, room and units; it does not depend on the copies.
     """
-    length = n.forward.size
+    length = n.a.forward.size
     columns, hosts = room // units[0] + 2, host_room // units[1] + 1
     table = np.empty((length, length, columns)) if again is None else again
-    sweep = np.empty((OFF + n.saved.shape[1], length, hosts, columns))
+    sweep = np.empty((OFF + n.a.saved.shape[1], length, hosts, columns))
     g = Grid(units[0], room % units[0], units[1], host_room % units[1], interpolate, table, sweep)
     if again is None:
         _fill_again(n, least, g)
