@@ -261,9 +261,9 @@ class _Ledger:
                 self.put(key, part)
 
 
-def _parts(values: LiveValues, names: Mapping[int, str]) -> Parts:
+def _parts(values: LiveValues) -> Parts:
     """What is live, but for what is fixed."""
-    parts: Parts = {copy: (_HELD[how], size, names.get(copy[0], "")) for copy, how, size in values.copies()}
+    parts: Parts = {copy: (_HELD[how], size, values.name(copy[0])) for copy, how, size in values.copies()}
     parts["gradients"] = ("gradients", values.grads, "")
     parts["state"] = (STATE, values.rerun_state, "for runs again")
     parts["boundary gradient"] = ("gradient at hand", values.boundary_grad, "")
@@ -279,7 +279,7 @@ def _predicted(plan: Plan) -> MemoryTimeline:
     """The referee's account of a plan, split by category; every total is compared with its own."""
     judged = plan.timeline
     referee = Referee(plan.chain, plan.schedule, plan.host)
-    chain, names = referee.chain, referee.values.names()
+    chain = referee.chain
     ledger = _Ledger()
     resident = dict(plan.resident)
     resident[STATE] = resident.get(STATE, 0) + chain.fixed - sum(resident.values())
@@ -290,7 +290,7 @@ def _predicted(plan: Plan) -> MemoryTimeline:
     points: list[Point] = []
     live: Parts = {}
     for index, (action, values) in enumerate(zip(plan.schedule, referee.steps(), strict=True)):
-        words, after = in_words(action), _parts(values, names)
+        words, after = in_words(action), _parts(values)
         # What a backward needs is live while it runs; what a forward makes is, too. By sums, the gradient of x_L is not.
         during = (
             after if chain.values else {**after, "boundary gradient": live.get("boundary gradient", NO_PART)}

@@ -10,18 +10,21 @@ kept stage are another, with the stage's output inside, so that they and the sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
 
 from scheduler.chain import Carried, Chain
 
 __all__ = ["Copy", "LiveValues"]
 
 Copy = tuple[int, int]  # a value, and the run that made this copy of it: 1 for all first runs, then 2, 3, ...
-NOTHING: frozenset[Copy] = frozenset()
+Copies = Collection[Copy]
 
 
 class LiveValues:
     """What is live while a schedule is carried out; the caller has seen that each action is legal. Sizes in bytes.
+
+    In a chain of sums x_i is value i, and the saved tensors of stage i are value ~i; each is live once at most.
 
     Attributes:
         during: the most bytes live during the latest action, ``live`` those after it, all of the chain's included.
@@ -33,35 +36,32 @@ class LiveValues:
 
     def __init__(self, chain: Chain) -> None:
         self.chain = chain
-        stages = chain.stages
-        length = len(stages)
-        self._private = private = not chain.values
-        self._size: list[int] = list(chain.values)
-        self._enters: list[tuple[int, ...]] = [*(stage.enters for stage in stages), ()]
-        self._keeps = [[option.keeps for option in stage.options] for stage in stages]
-        self._keeps_again = self._keeps  # by a run just before the backward
-        self._hands_on = [*self._enters, ()]  # what a kept stage i-1 makes for stage i, besides what it keeps
-        carried: Iterable[Carried] = chain.carried
-        self.rerun_state = self.grads = self.carried_grads = self.boundary_grad = self.early = 0
+        length = len(chain)
+        self._private = not chain.values
+        self._size: list[int] | dict[int, int] = {} if self._private else list(chain.values)
+        self.live = self.during = self.early = 0
+        self.rerun_state = self.grads = self.carried_grads = self.boundary_grad = 0
         self._fixed = chain.fixed
-        if private:
-            carried = self._as_private()
-        else:
-            self._fixed -= sum(stage.rerun_state for stage in stages)
         self._live = 0  # of all copies that are held
         self._holders: dict[Copy, int] = {}
-        self._held: dict[int, frozenset[Copy]] = {}
-        self._kept: dict[int, frozenset[Copy]] = {}
-        self._made: dict[
-            int, frozenset[Copy]
-        ] = {}  # x_i as the kept stage i-1 made it, until stage i is kept
-        self._working: tuple[int, frozenset[Copy]] | None = None
-        self._reading: dict[int, frozenset[Copy]] = {}  # carried values that wait for the backward of a stage
+        self._held: dict[int, Copies] = {}
+        self._kept: dict[int, Copies] = {}
+        self._made: dict[int, Copies] = {}  # x_i as the kept stage i-1 made it, until stage i is kept
+        self._working: tuple[int, Copies] | None = None
+        self._reading: dict[int, Copies] = {}  # carried values that wait for the backward of a stage
         self._options: dict[int, int] = {}  # of kept stages
         self._states: dict[int, int] = {}
         self._ran = [False] * length
         self._runs = 1
         self._released = [0] * length  # what sums take off with each backward, and values do by themselves
+        carried: Sequence[Carried] = chain.carried
+        if self._private:
+            carried = [
+                Carried(length + 1 + i, made=i) for i, stage in enumerate(chain.stages) if stage.carried
+            ]
+            self._size = {each.value: chain.stages[each.made].carried for each in carried}
+        else:
+            self._fixed -= sum(stage.rerun_state for stage in chain.stages)
         self._first = {each.value: frozenset(((each.value, 1),)) for each in carried}
         self._making: dict[int, list[int]] = {}
         self._readers: dict[int, list[Carried]] = {}
@@ -74,25 +74,7 @@ class LiveValues:
                 self._leaving.setdefault(last, []).append(each.value)
             for reader in each.readers:
                 self._readers.setdefault(reader, []).append(each)
-        self._hold(self._held, 0, frozenset((value, 0) for value in self._enters[0]))
-
-    def _as_private(self) -> list[Carried]:
-        """Give each boundary, option and stage with carried bytes a value of its own; return the carried ones."""
-        chain, size = self.chain, self._size
-        size += map(chain.input_bytes, range(len(chain) + 1))
-        self._enters = [(boundary,) for boundary in range(len(chain) + 1)]
-        self._hands_on = [()] * (len(chain) + 2)
-        self._keeps, self._keeps_again, carried = [], [], []
-        for i, stage in enumerate(chain.stages):
-            begin, end = len(size), len(size) + len(stage.options)
-            self._keeps.append([(value,) for value in range(begin, end)])
-            self._keeps_again.append([(value,) for value in range(end, 2 * end - begin)])
-            size += [option.saved for option in stage.options]
-            size += [option.saved + min(0, option.rerun_overhead or 0) for option in stage.options]
-            if stage.carried:
-                carried.append(Carried(len(size), made=i))
-                size.append(stage.carried)
-        return carried
+        self._hold(self._held, 0, self._boundary(0, (), 0))
 
     # ---- actions -------------------------------------------------------------------------------------
 
@@ -122,8 +104,8 @@ class LiveValues:
             chosen = spec.options[option]
             peak += chosen.saved + chosen.transient(again=again)
             self._options[stage] = option
-            self._keep(stage, (self._keeps_again if again else self._keeps)[stage][option], output=not again)
-        if first:
+            self._keep(stage, again=again)
+        if first and self._first:
             self._carry(stage, whole=option == 0)
         if last:
             self.boundary_grad = self.chain.output_grad
@@ -133,17 +115,10 @@ class LiveValues:
 
     def reverse(self, stage: int) -> None:
         """Reverse a kept stage."""
-        spec, option = self.chain.stages[stage], self._options.pop(stage)
+        spec = self.chain.stages[stage]
         self._release(self._made, stage + 1)
-        making = self._making.get(stage, ())
-        others = set(self._enters[stage])
-        made = {*self._keeps[stage][option], *self._hands_on[stage + 1]} - others
-        made.difference_update(making)
-        if stage == len(self.chain) - 1:  # it runs once, and what it hands out is the only copy
-            others.update(making)
-        own = sum(self._size[copy[0]] for copy in self._kept[stage] if copy[0] not in others)
-        peak = self._total() - own + sum(self._size[value] for value in made)
-        peak += spec.input_grad + spec.options[option].backward_overhead
+        peak = self._total() + self._missing(stage) + spec.input_grad
+        peak += spec.options[self._options.pop(stage)].backward_overhead
         for where in (self._kept, self._held, self._reading):
             self._release(where, stage)
         self.grads += spec.grad
@@ -164,14 +139,14 @@ class LiveValues:
 
     def fetch(self, boundary: int) -> None:
         """Hold a boundary that comes back from the host."""
-        self._hold(self._held, boundary, self._copies(NOTHING, (boundary,), self._next_run()))
+        self._hold(self._held, boundary, self._boundary(boundary, (), 1))
         self.done()
 
     def fetch_saved(self, stage: int, option: int) -> None:
         """Hold the saved tensors of a stage that come back from the host, its output inside."""
         self._options[stage] = option
-        self._hold(self._kept, stage, self._copies(NOTHING, self._keeps[stage][option], self._next_run()))
-        self._made[stage + 1] = NOTHING
+        self._hold(self._kept, stage, self._saved(stage, (), 1, again=False))
+        self._made[stage + 1] = ()
         self.done()
 
     def free_saved(self, stage: int, *, hold: bool) -> None:
@@ -180,29 +155,32 @@ class LiveValues:
         self._release(self._kept, stage)
         self._release(self._made, stage + 1)
         if hold and not self._held.get(stage + 1):
-            self._hold(self._held, stage + 1, self._copies(NOTHING, (stage + 1,), self._next_run()))
+            self._hold(self._held, stage + 1, self._boundary(stage + 1, (), 1))
         self.done()
 
     def copies(self) -> Iterator[tuple[Copy, str, int]]:
         """Yield each copy that is live, what holds it ("carried", "kept", "held" or "passing"), and its bytes."""
         kept = {copy for copies in self._kept.values() for copy in copies}
         held = {copy for copies in self._held.values() for copy in copies}
-        shrunk = self._kept[max(self._options)] if self.early else NOTHING  # of the stage to be reversed next
+        shrunk = self._kept[max(self._options)] if self.early else ()  # of the stage to be reversed next
         for copy in self._holders:
             how = "kept" if copy in kept else "held" if copy in held else "passing"
             size = self._size[copy[0]] + (self.early if copy in shrunk else 0)
             yield copy, "carried" if copy[0] in self._first else how, size
 
-    def names(self) -> dict[int, str]:
-        """Return the boundary or the stage that each value belongs to, in words."""
+    def name(self, value: int) -> str:
+        """Return the first stage that the value enters or that keeps it, of sums the stage or boundary; "" for others."""
+        if self._private:
+            return f"boundary {value}" if value >= 0 else self.chain.stages[~value].name
+        return self._names.get(value, "")
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
         names: dict[int, str] = {}
-        for i in reversed(range(len(self.chain))):
-            name = self.chain.stages[i].name
-            enters = f"boundary {i}" if self._private else name
-            names |= dict.fromkeys(self._enters[i], enters)
-            for row in (*self._keeps[i], *self._keeps_again[i]):
-                names |= dict.fromkeys(row, name)
-        return names | ({len(self.chain): f"boundary {len(self.chain)}"} if self._private else {})
+        for stage in reversed(self.chain.stages):
+            for values in (stage.enters, *(option.keeps for option in stage.options)):
+                names |= dict.fromkeys(values, stage.name)
+        return names
 
     # ---- what holds what -----------------------------------------------------------------------------
 
@@ -218,30 +196,49 @@ class LiveValues:
 
     def _advance(self, stage: int, hold: bool) -> None:
         """The stage has run without being kept."""
-        inputs = self._inputs(stage)
+        inputs, old = self._inputs(stage), self._working
         if hold and stage not in self._held:
-            self._hold(self._held, stage, inputs)
-        made = self._copies(inputs, self._enters[stage + 1], self._run_of(stage))
-        old, self._working = self._working, None
+            self._held[stage] = inputs
+            if old is None:
+                self._add(inputs)
+            old = None
+        made = self._boundary(stage + 1, inputs, self._run_of(stage))
+        self._working = None
         if stage + 1 not in self._held:
             self._add(made)
             self._working = stage + 1, made
         if old is not None:
             self._drop(old[1])
 
-    def _keep(self, stage: int, keeps: tuple[int, ...], *, output: bool) -> None:
-        """The stage has run and keeps these values: nothing but its backward needs its input from here on."""
-        inputs = self._inputs(stage)
-        run = self._run_of(stage)
-        self._hold(self._kept, stage, self._copies(inputs, keeps, run))
-        if output:
-            self._hold(self._made, stage + 1, self._copies(inputs, self._hands_on[stage + 1], run))
-        if self._private and self._working is not None:
-            self._hold(self._held, stage, inputs)
-        self._drop_working()
+    def _keep(self, stage: int, *, again: bool) -> None:
+        """The stage has run and is kept: nothing but its backward needs its input from here on."""
+        inputs, run = self._inputs(stage), self._run_of(stage)
+        self._hold(self._kept, stage, self._saved(stage, inputs, run, again=again))
+        if self._private:  # the output lies inside, and the input is held apart
+            self._made[stage + 1] = ()
+            if self._working is not None:
+                self._held[stage], self._working = inputs, None
+        else:
+            if not again:
+                self._hold(self._made, stage + 1, self._boundary(stage + 1, inputs, run))
+            self._drop_working()
+            if stage:  # the input of the chain is the user's
+                self._release(self._held, stage)
         self._release(self._made, stage)
-        if stage and not self._private:  # the input of the chain is the user's
-            self._release(self._held, stage)
+
+    def _missing(self, stage: int) -> int:
+        """Bytes of what a kept stage made itself that its backward takes and that are not live, its output included."""
+        size, option = self._size, self._options[stage]
+        if self._private:
+            return self.chain.stages[stage].options[option].saved - size[~stage]
+        making = self._making.get(stage, ())
+        others = {*self.chain.stages[stage].enters}
+        made = {*self.chain.stages[stage].options[option].keeps, *self._enters(stage + 1)} - others
+        made.difference_update(making)
+        if stage == len(self.chain) - 1:  # it runs once, and what it hands out is the only copy
+            others.update(making)
+        live = sum(size[copy[0]] for copy in self._kept[stage] if copy[0] not in others)
+        return sum(size[value] for value in made) - live
 
     def _carry(self, stage: int, *, whole: bool) -> None:
         """The stage has run for the first time.
@@ -259,7 +256,11 @@ class LiveValues:
         for value in self._leaving.get(stage, ()):
             self._drop(self._first[value])
 
-    def _inputs(self, stage: int) -> frozenset[Copy]:
+    def _enters(self, boundary: int) -> tuple[int, ...]:
+        stages = self.chain.stages
+        return stages[boundary].enters if boundary < len(stages) else ()
+
+    def _inputs(self, stage: int) -> Copies:
         if self._working is not None:
             return self._working[1]
         return self._held[stage] if stage in self._held else self._made[stage]
@@ -267,21 +268,34 @@ class LiveValues:
     def _run_of(self, stage: int) -> int:
         """Number this run. First runs share one number: calls of one module share what autocast has cast for it."""
         if self._ran[stage]:
-            return self._next_run()
+            self._runs += 1
+            return self._runs
         self._ran[stage] = True
         return 1
 
-    def _next_run(self) -> int:
-        self._runs += 1
-        return self._runs
+    def _boundary(self, boundary: int, inputs: Copies, run: int) -> Copies:
+        """x_i, as this run of the stage before makes it of its ``inputs``."""
+        if self._private:
+            self._size[boundary] = self.chain.input_bytes(boundary)
+            return ((boundary, 1),)
+        return self._copies(inputs, self._enters(boundary), run)
+
+    def _saved(self, stage: int, inputs: Copies, run: int, *, again: bool) -> Copies:
+        """What the kept stage keeps of this run; ``again``: which stops when that is there."""
+        option = self.chain.stages[stage].options[self._options[stage]]
+        if self._private:
+            less = option.rerun_overhead if again else None
+            self._size[~stage] = option.saved + (min(0, less) if less else 0)
+            return ((~stage, 1),)
+        return self._copies(inputs, option.keeps, run)
 
     @staticmethod
-    def _copies(inputs: frozenset[Copy], values: Iterable[int], run: int) -> frozenset[Copy]:
+    def _copies(inputs: Copies, values: Sequence[int], run: int) -> Copies:
         """The values after a run: those that entered it as they are, and new copies of the others."""
         there = dict(inputs)
         return frozenset([(value, there.get(value, run)) for value in values])
 
-    def _add(self, copies: frozenset[Copy]) -> None:
+    def _add(self, copies: Copies) -> None:
         holders = self._holders
         for copy in copies:
             count = holders.get(copy, 0)
@@ -289,7 +303,7 @@ class LiveValues:
                 self._live += self._size[copy[0]]
             holders[copy] = count + 1
 
-    def _drop(self, copies: frozenset[Copy]) -> None:
+    def _drop(self, copies: Copies) -> None:
         holders = self._holders
         for copy in copies:
             count = holders[copy] - 1
@@ -304,11 +318,11 @@ class LiveValues:
             self._drop(self._working[1])
             self._working = None
 
-    def _hold(self, where: dict[int, frozenset[Copy]], key: int, copies: frozenset[Copy]) -> None:
+    def _hold(self, where: dict[int, Copies], key: int, copies: Copies) -> None:
         self._add(copies)
         self._release(where, key)
         where[key] = copies
 
-    def _release(self, where: dict[int, frozenset[Copy]], key: int) -> None:
+    def _release(self, where: dict[int, Copies], key: int) -> None:
         if key in where:
             self._drop(where.pop(key))

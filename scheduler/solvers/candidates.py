@@ -38,7 +38,7 @@ class Costs(NamedTuple):
 def _costs(chain: Chain, solver: str) -> Costs:
     """The arrays, or a ValueError where sums could overflow them."""
     a = arrays_of(solver, chain)
-    saved, later = a.saved[:, 0], a.after + a.grad[1:]
+    saved, later = a.saved[:, 0].copy(), a.after + a.grad[1:]
     return Costs(
         forward=a.forward,
         kept=saved,

@@ -11,13 +11,14 @@ Segments are computed in blocks of TILE values of s, from the end of the chain; 
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from scheduler.chain import Chain, Option, Stage
+from scheduler.chain import Chain, Stage
 from scheduler.solvers.checks import MOST_BYTES, checked_sums
 
 __all__ = [
@@ -146,42 +147,46 @@ def arrays_of(call: str, chain: Chain, window: int = 0) -> Arrays:
     checked_sums(call, chain)
     stages = chain.stages
     length = len(stages)
-    width = max(len(stage.options) for stage in stages)
+    options = [option for stage in stages for option in stage.options]
+    choices = np.array([len(stage.options) for stage in stages], np.int64)
+    exists = np.arange(choices.max()) < choices[:, None]
 
-    def table(field: Callable[[Option], float], dtype: type) -> NDArray[Any]:
+    def table(field: str, dtype: type = np.int64) -> NDArray[Any]:
         """(L, K), 0 where a stage has fewer than K options."""
-        return np.array(
-            [[*map(field, stage.options), *[0] * (width - len(stage.options))] for stage in stages], dtype
-        )
+        found = np.zeros(exists.shape, dtype)
+        found[exists] = list(map(attrgetter(field), options))
+        return found
 
-    def each(field: Callable[[Stage], Any], dtype: type = np.int64) -> NDArray[Any]:
-        return np.array(list(map(field, stages)), dtype)
+    def each(field: str, dtype: type = np.int64) -> NDArray[Any]:
+        return np.array(list(map(attrgetter(field), stages)), dtype)
 
-    carried = each(lambda stage: stage.carried)
-    retained = each(lambda stage: stage.retained)
+    rerun = np.zeros(exists.shape, np.int64)
+    rerun[exists] = [option.transient(again=True) for option in options]
+    carried = each("carried")
+    retained = each("retained")
     boundary = np.array([chain.input_bytes(i) for i in range(length + 1)], np.int64)
     first = np.cumsum(carried) - carried.sum()
-    running = boundary[1:] + each(lambda stage: stage.forward_overhead)
+    running = boundary[1:] + each("forward_overhead")
     quick = [quickest(stage) for stage in stages]
     chosen = [stage.options[k] for stage, k in zip(stages, quick, strict=True)]
     split = np.zeros(length + 1, np.bool_)
     split[length] = True
     for j in range(1, length, window) if window else ():
         split[j + np.argmin(boundary[j : min(j + window, length)])] = True
-    recomputable = each(lambda stage: stage.recomputable, np.bool_)
+    recomputable = each("recomputable", np.bool_)
     return Arrays(
-        forward=each(lambda stage: stage.forward, np.float64),
-        backward=each(lambda stage: stage.backward, np.float64),
+        forward=each("forward", np.float64),
+        backward=each("backward", np.float64),
         boundary=boundary,
         grad=np.array([chain.grad_bytes(i) for i in range(length + 1)], np.int64),
         recomputable=recomputable,
         running=running,
-        choices=each(lambda stage: len(stage.options)),
-        saved=table(lambda option: option.saved, np.int64),
-        recompute=table(lambda option: option.recompute, np.float64),
-        forward_overhead=table(lambda option: option.forward_overhead, np.int64),
-        rerun_overhead=table(lambda option: option.transient(again=True), np.int64),
-        backward_overhead=table(lambda option: option.backward_overhead, np.int64),
+        choices=choices,
+        saved=table("saved"),
+        recompute=table("recompute", np.float64),
+        forward_overhead=table("forward_overhead"),
+        rerun_overhead=rerun,
+        backward_overhead=table("backward_overhead"),
         first=first,
         after=chain.fixed + carried.sum() + np.cumsum(retained[::-1])[::-1] - retained,
         ahead=np.concatenate(([0.0], np.cumsum([stage.forward for stage in stages]))),
