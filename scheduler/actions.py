@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from scheduler.json_data import shown
+from scheduler.json_data import check_format, shown
 
 __all__ = [
     "COPY_ACTIONS",
@@ -185,9 +185,7 @@ class Schedule:
         Raises:
             ValueError: the data is no schedule, or of an unknown format.
         """
-        if not isinstance(data, Mapping) or data.get("format") != SCHEDULE_FORMAT:
-            found = data.get("format") if isinstance(data, Mapping) else data
-            raise ValueError(f"Schedule.from_json: format {shown(found)}, expected {SCHEDULE_FORMAT}")
+        check_format("Schedule.from_json", data, SCHEDULE_FORMAT)
         actions = []
         rows = data.get("actions")
         if not isinstance(rows, list):

@@ -12,12 +12,61 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from scheduler.json_data import shown
-from scheduler.plan_file import check_chain
+from scheduler.json_data import (
+    check_format,
+    count,
+    flag,
+    integer,
+    objects,
+    optional,
+    rows,
+    seconds,
+    text,
+    version,
+)
 
-__all__ = ["Carried", "Chain", "Option", "Stage"]
+__all__ = ["CHAIN", "Carried", "Chain", "Option", "Stage"]
 
 CHAIN_FORMAT = 1
+_OPTION = objects(
+    {"saved": integer},
+    {
+        "recompute": seconds,
+        "forward_overhead": count,
+        "backward_overhead": integer,
+        "name": text,
+        "keeps": rows(count),
+        "rerun_overhead": optional(integer),
+    },
+)
+_STAGE = objects(
+    {"name": text, "forward": seconds, "backward": seconds, "input": count, "options": rows(_OPTION)},
+    {
+        "forward_overhead": integer,
+        "input_grad": count,
+        "grad": count,
+        "carried": count,
+        "carried_change": integer,
+        "recomputable": flag,
+        "enters": rows(count),
+        "rerun_state": count,
+    },
+)
+_CARRIED = objects(
+    {"value": count, "made": count},
+    {"readers": rows(count), "savers": rows(count), "freed": optional(count), "last": optional(count)},
+)
+CHAIN = objects(
+    {
+        "format": version,
+        "stages": rows(_STAGE),
+        "output": count,
+        "output_grad": count,
+        "fixed": count,
+        "name": text,
+    },
+    {"values": rows(count), "carried": rows(_CARRIED)},
+)
 
 
 def _bytes(owner: str, field: str, value: Any, *, signed: bool = False) -> int:
@@ -428,11 +477,9 @@ class Chain:
         Raises:
             ValueError: the data is no chain, or of an unknown format.
         """
-        if not isinstance(data, Mapping) or data.get("format") != CHAIN_FORMAT:
-            found = data.get("format") if isinstance(data, Mapping) else data
-            raise ValueError(f"Chain.from_json: format {shown(found)}, expected {CHAIN_FORMAT}")
+        check_format("Chain.from_json", data, CHAIN_FORMAT)
         try:
-            check_chain(data)
+            CHAIN("chain", data)
             stages = tuple(
                 Stage(**{**stage, "options": tuple(Option(**option) for option in stage["options"])})
                 for stage in data["stages"]

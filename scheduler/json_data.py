@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 __all__ = [
     "LARGEST",
     "Check",
+    "anything",
+    "check_format",
     "choice",
     "count",
     "flag",
@@ -26,6 +28,7 @@ __all__ = [
     "shown",
     "text",
     "tuples",
+    "version",
 ]
 
 LARGEST = 2**62  # numbers of bytes stay below it: sums of two such numbers still fit an int64
@@ -63,6 +66,23 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value] # None
         raise ValueError(f"key {shown(twice)} stands twice in one object")
     return found
+
+
+def check_format(call: str, data: Any, expected: int) -> None:
+    """Refuse data that is no object, or of another format, by a ValueError that names ``call``."""
+    if not isinstance(data, Mapping) or data.get("format") != expected:
+        found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
+        raise ValueError(f"{call}: format {shown(found)}, expected {expected}")
+
+
+def version(where: str, value: Any) -> None:
+    """Format 1."""
+    if isinstance(value, bool) or value != 1:
+        raise refused(where, value, "1, the format that this version knows")
+
+
+def anything(where: str, value: Any) -> None:
+    """Whatever it is: it is only compared and shown."""
 
 
 def text(where: str, value: Any) -> None:

@@ -30,6 +30,7 @@ from scheduler.actions import (
     PrefetchSaved,
 )
 from scheduler.figure import COLORS, drawn
+from scheduler.json_data import check_format
 from scheduler.plan import Plan
 from scheduler.schedule import Referee
 from scheduler.snapshot import snapshot_of
@@ -172,9 +173,7 @@ class MemoryTimeline:
         Raises:
             ValueError: the data is no timeline.
         """
-        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
-            raise ValueError(f"MemoryTimeline.from_json: format {found!r}, expected {FORMAT}")
+        check_format("MemoryTimeline.from_json", data, FORMAT)
         try:
             return cls(
                 data["title"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from scheduler.errors import InfeasibleBudget, SearchLimit
 from scheduler.schedule import simulate
 from scheduler.solvers import SOLVERS, checked_solver, solve_chain
 from scheduler.solvers.checks import checked_budget, checked_chain
+from scheduler.table import lines_of, new_table
 
 __all__ = ["Cell", "Comparison", "compare"]
 
@@ -57,12 +57,7 @@ class Comparison:
         return max((seconds - plain) / plain, 0.0) if plain else 0.0  # sums may differ in the last bits
 
     def __str__(self) -> str:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        title = f"{self.chain.name}: overhead of a step, by budget"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = new_table(f"{self.chain.name}: overhead of a step, by budget")
         table.add_column("budget", justify="right")
         for solver in self.cells:
             table.add_column(solver, justify="right")
@@ -75,12 +70,8 @@ class Comparison:
         table.add_row("smallest", *("" if size is None else format_bytes(size) for size in sizes))
         longest = (max(cell.solve_seconds for cell in cells) for cells in self.cells.values())
         table.add_row("longest solve", *(f"{seconds:.3f} s" for seconds in longest))
-        buffer = io.StringIO()
-        console = Console(file=buffer, width=20 + 14 * len(self.cells), highlight=False)
-        console.print(table)
-        for solver, why in self.left_out.items():
-            console.print(f"{solver} was left out: {why}")
-        return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+        left_out = (f"{solver} was left out: {why}" for solver, why in self.left_out.items())
+        return "\n".join(lines_of(20 + 14 * len(self.cells), table, *left_out))
 
 
 def compare(
