@@ -180,7 +180,7 @@ class Schedule:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Schedule:
-        """The schedule that ``to_json`` wrote.
+        """Return the schedule that ``to_json`` wrote.
 
         Raises:
             ValueError: the data is no schedule, or of an unknown format.

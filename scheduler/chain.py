@@ -70,7 +70,7 @@ CHAIN = objects(
 
 
 def _bytes(owner: str, field: str, value: Any, *, signed: bool = False) -> int:
-    """``value`` as a plain int, or a ValueError that names the field."""
+    """Return ``value`` as a plain int, or a ValueError that names the field."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(
             f"{owner}: {field}={value!r} must be an integer number of bytes; "
@@ -83,7 +83,7 @@ def _bytes(owner: str, field: str, value: Any, *, signed: bool = False) -> int:
 
 
 def _seconds(owner: str, field: str, value: Any) -> float:
-    """``value`` as a float, or a ValueError that names the field."""
+    """Return ``value`` as a float, or a ValueError that names the field."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{owner}: {field}={value!r} must be a number of seconds")
     try:
@@ -96,7 +96,7 @@ def _seconds(owner: str, field: str, value: Any) -> float:
 
 
 def _values(owner: str, field: str, values: Any) -> tuple[int, ...]:
-    """Numbers of values as plain ints, or a ValueError that names the field."""
+    """Return numbers of values as plain ints, or a ValueError that names the field."""
     return tuple(_bytes(owner, field, value) for value in values)
 
 
@@ -105,17 +105,19 @@ class Option:
     """One choice of which saved tensors of a stage stay between its forward and its backward.
 
     Attributes:
-        saved: bytes that stay after the forward: output included; input and carried values excluded. What this
-            forward lets go of is taken off: the part of its input that no backward needs. It may be negative then.
+        saved: bytes that stay after the forward: output included; input and carried values excluded. What
+            this forward lets go of is taken off: the part of its input that no backward needs. It may be
+            negative then.
         recompute: seconds to rebuild, just before the backward, the saved tensors that did not stay.
         forward_overhead: transient bytes of this forward above the stage's input and ``saved``.
         backward_overhead: transient bytes of the backward above input, ``saved``, the gradient of the
-            output and the gradient of the input. Parameter gradients count here while they appear. Negative where
-            these are not there all at once: where the backward does not need the output, for instance.
+            output and the gradient of the input. Parameter gradients count here while they appear. Negative
+            where these are not there all at once: where the backward does not need the output, for instance.
         name: what is kept, in words.
         keeps: the values (``Chain.values``) that stay, those of the input that are needed again among them.
-        rerun_overhead: ``forward_overhead`` of a run again just before the backward: such a run stops as soon as all that
-            is kept is there, and its output is not made. Negative where ``saved`` counts that. None: it is no different.
+        rerun_overhead: ``forward_overhead`` of a run again just before the backward: such a run stops as soon
+            as all that is kept is there, and its output is not made. Negative where ``saved`` counts that.
+            None: it is no different.
     """
 
     saved: int
@@ -144,7 +146,7 @@ class Option:
             object.__setattr__(self, "rerun_overhead", rerun)
 
     def transient(self, *, again: bool) -> int:
-        """Bytes above the stage's input and ``saved`` while it runs; ``again``: just before its backward."""
+        """Return bytes above input and ``saved`` while it runs; ``again``: just before its backward."""
         return self.rerun_overhead if again and self.rerun_overhead is not None else self.forward_overhead
 
 
@@ -157,18 +159,20 @@ class Stage:
         forward, backward: seconds of one run of each.
         input: bytes of x_i, the boundary that crosses into this stage; carried values excluded.
         options: what may stay after a forward; the first keeps all saved tensors.
-        forward_overhead: transient bytes, above x_i and x_{i+1}, of a forward that keeps nothing. Negative where a part
-            of x_i goes on as a part of x_{i+1}, and so is not there twice.
+        forward_overhead: transient bytes, above x_i and x_{i+1}, of a forward that keeps nothing. Negative
+            where a part of x_i goes on as a part of x_{i+1}, and so is not there twice.
         input_grad: bytes of the gradient of x_i.
         grad: bytes of the parameter gradients that its backward creates; 0 if they exist already.
-        carried: bytes of long-lived values (U-Net skips, masks) that its first run leaves behind. A run again makes them
-            anew and lets them go: ``forward_overhead`` has these bytes, but for the last stage, which runs once.
+        carried: bytes of long-lived values (U-Net skips, masks) that its first run leaves behind. A run again
+            makes them anew and lets them go: ``forward_overhead`` has these bytes, but for the last stage,
+            which runs once.
         carried_change: by how much its backward changes the bytes of long-lived values and of their
             gradients (negative where it lets them go).
         recomputable: False for a stage that must run exactly once, and so is always kept.
         enters: the values (``Chain.values``) that x_i consists of.
-        rerun_state: of ``Chain.fixed``, the bytes that are there only where the stage may run again, from its first run to
-            its backward: the state of random-number generators, copies of buffers that it changes.
+        rerun_state: of ``Chain.fixed``, the bytes that are there only where the stage may run again, from its
+            first run to its backward: the state of random-number generators, copies of buffers that it
+            changes.
     """
 
     name: str
@@ -217,8 +221,10 @@ class Carried:
         made: the stage that makes it.
         readers: stages after it that read it.
         savers: those of them whose backward needs it.
-        freed: the stage whose ``carried_change`` takes it off; None if it outlives the step, for the user holds it.
-        last: the stage with whose first run the code that made it lets go of it; None: it is there until all have run.
+        freed: the stage whose ``carried_change`` takes it off; None if it outlives the step, for the user
+            holds it.
+        last: the stage with whose first run the code that made it lets go of it; None: it is there until all
+            have run.
     """
 
     value: int
@@ -248,9 +254,9 @@ class Chain:
         output_grad: bytes of its gradient.
         fixed: bytes live during the whole step: parameters, buffers, optimizer state, inputs.
         name: for people.
-        values: bytes of each value (a storage) that crosses a boundary or stays for a backward. Where they are known,
-            the referee follows every one of them (``storages.py``), and the sums above are what solvers go by: at
-            least as many bytes. Empty where only the sums are known.
+        values: bytes of each value (a storage) that crosses a boundary or stays for a backward. Where they
+            are known, the referee follows every one of them (``storages.py``), and the sums above are what
+            solvers go by: at least as many bytes. Empty where only the sums are known.
         carried: the long-lived ones among the values.
     """
 
@@ -312,7 +318,7 @@ class Chain:
                 )
 
     def _check_carried(self) -> None:
-        """Refuse carried values that the chain does not have, or that stages it does not have make, read or let go of."""
+        """Refuse carried values that do not fit the values and the stages of the chain."""
         seen: set[int] = set()
         for each in self.carried:
             stages = (each.made, *each.readers, *each.savers, each.freed or 0, each.last or 0)
@@ -328,11 +334,11 @@ class Chain:
         return len(self.stages)
 
     def input_bytes(self, boundary: int) -> int:
-        """Bytes of boundary ``boundary``, 0..L."""
+        """Return bytes of boundary ``boundary``, 0..L."""
         return self.output if boundary == len(self.stages) else self.stages[boundary].input
 
     def grad_bytes(self, boundary: int) -> int:
-        """Bytes of the gradient of boundary ``boundary``, 0..L."""
+        """Return bytes of the gradient of boundary ``boundary``, 0..L."""
         stages = self.stages
         return self.output_grad if boundary == len(stages) else stages[boundary].input_grad
 
@@ -368,11 +374,12 @@ class Chain:
         return replace(self, stages=tuple(stages), values=(), carried=())
 
     def apart(self) -> Chain:
-        """Return the chain without its values, in sums that hold wherever its parts are: what copies are counted by.
+        """Return the chain in sums that hold wherever its parts are: what copies are counted by.
 
-        The sums of a chain that knows its values rely on x_i staying on the device while stage i is kept: what goes on
-        from x_i into x_{i+1} is not counted again with the saved tensors of stage i, and what nobody needs of x_i is
-        taken off them. Here the saved tensors of stage i have all of x_{i+1}, and all that is kept and no part of x_i.
+        The sums of a chain that knows its values rely on x_i staying on the device while stage i is kept:
+        what goes on from x_i into x_{i+1} is not counted again with the saved tensors of stage i, and what
+        nobody needs of x_i is taken off them. Here the saved tensors of stage i have all of x_{i+1}, and all
+        that is kept and no part of x_i.
         """
         if not self.values:
             return self
@@ -411,7 +418,7 @@ class Chain:
         fixed: int = 0,
         name: str = "chain",
     ) -> Chain:
-        """A chain in which every stage keeps all or nothing.
+        """Return a chain in which every stage keeps all or nothing.
 
         Args:
             forward, backward: (L,) seconds.
@@ -467,12 +474,12 @@ class Chain:
         return cls(tuple(stages), boundary[count], boundary_grad[count], fixed, name)
 
     def to_json(self) -> dict[str, Any]:
-        """The chain as JSON-ready data."""
+        """Return the chain as JSON-ready data."""
         return {"format": CHAIN_FORMAT, **asdict(self)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Chain:
-        """The chain that ``to_json`` wrote.
+        """Return the chain that ``to_json`` wrote.
 
         Raises:
             ValueError: the data is no chain, or of an unknown format.

@@ -42,7 +42,7 @@ def _places(points: Sequence[Point]) -> list[float]:
 
 
 def drawn(timeline: MemoryTimeline, observed: MemoryTimeline | None) -> Figure:
-    """Draw the timeline, and the total of ``observed`` as a line on top; an ImportError says what is missing."""
+    """Draw the timeline, and the total of ``observed`` as a line on top."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -60,11 +60,11 @@ class HostMemory:
             raise ValueError(f"HostMemory: asynchronous={self.asynchronous!r} must be a bool")
 
     def write_seconds(self, size: int) -> float:
-        """Seconds to copy ``size`` bytes from the device."""
+        """Return seconds to copy ``size`` bytes from the device."""
         return self.latency + size / self.write_bandwidth
 
     def read_seconds(self, size: int) -> float:
-        """Seconds to copy ``size`` bytes to the device."""
+        """Return seconds to copy ``size`` bytes to the device."""
         return self.latency + size / self.read_bandwidth
 
 

@@ -148,13 +148,13 @@ class MemoryTimeline:
 
     @classmethod
     def of(cls, plan: Plan) -> MemoryTimeline:
-        """Return what the plan predicts: two points an action, while it runs and after it; totals are the referee's."""
+        """Predict by a plan: two points an action, while it runs and after it; totals are the referee's."""
         return _predicted(plan)
 
     # ---- written down --------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """The timeline as JSON-ready data; the sums of each category and of all are written out too."""
+        """Return the timeline as JSON-ready data, with the sums of each category and of all."""
         return {
             "format": FORMAT,
             "title": self.title,
@@ -168,7 +168,7 @@ class MemoryTimeline:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> MemoryTimeline:
-        """The timeline that ``to_json`` wrote.
+        """Return the timeline that ``to_json`` wrote.
 
         Raises:
             ValueError: the data is no timeline.
@@ -186,7 +186,7 @@ class MemoryTimeline:
             raise ValueError(f"MemoryTimeline.from_json: not a timeline: {error!r}") from error
 
     def to_snapshot(self) -> dict[str, Any]:
-        """The timeline as ``torch.cuda.memory._snapshot()`` gives one, for https://pytorch.org/memory_viz.
+        """Return a snapshot in the form of torch's, for https://pytorch.org/memory_viz.
 
         Addresses are made up, first fit in one segment. Frames name the action, the category and the op.
         """
@@ -198,7 +198,7 @@ class MemoryTimeline:
             pickle.dump(self.to_snapshot(), file)
 
     def figure(self, observed: MemoryTimeline | None = None) -> Figure:
-        """Live bytes over the actions of the schedule, stacked by category, with the budget.
+        """Draw live bytes over the actions of the schedule, stacked by category, with the budget.
 
         Args:
             observed: another timeline of the same schedule; its total is drawn as a line on top.
@@ -213,12 +213,12 @@ class MemoryTimeline:
 
 
 def in_words(action: Action) -> str:
-    """An action of a schedule."""
+    """Say an action of a schedule in words."""
     return _WORDS[type(action)].format(*(getattr(action, name) for name in action.__slots__))
 
 
 def category_of(part: str) -> str:
-    """The category of a part of ``Plan.resident``."""
+    """Return the category of a part of ``Plan.resident``."""
     if part in CATEGORIES:
         return part
     return "gradients" if part == "existing gradients" else STATE
@@ -261,7 +261,7 @@ class _Ledger:
 
 
 def _parts(values: LiveValues) -> Parts:
-    """What is live, but for what is fixed."""
+    """Return what is live, but for what is fixed."""
     parts: Parts = {copy: (_HELD[how], size, values.name(copy[0])) for copy, how, size in values.copies()}
     parts["gradients"] = ("gradients", values.grads, "")
     parts["state"] = (STATE, values.rerun_state, "for runs again")
@@ -275,7 +275,7 @@ def _parts(values: LiveValues) -> Parts:
 
 
 def _predicted(plan: Plan) -> MemoryTimeline:
-    """The referee's account of a plan, split by category; every total is compared with its own."""
+    """Split the referee's account of a plan by category, and compare every total with its own."""
     judged = plan.timeline
     referee = Referee(plan.chain, plan.schedule, plan.host)
     chain = referee.chain
@@ -290,7 +290,8 @@ def _predicted(plan: Plan) -> MemoryTimeline:
     live: Parts = {}
     for index, (action, values) in enumerate(zip(plan.schedule, referee.steps(), strict=True)):
         words, after = in_words(action), _parts(values)
-        # What a backward needs is live while it runs; what a forward makes is, too. By sums, the gradient of x_L is not.
+        # What a backward needs is live while it runs; what a forward makes is, too. By sums, the gradient of
+        # x_L is not.
         during = (
             after if chain.values else {**after, "boundary gradient": live.get("boundary gradient", NO_PART)}
         )

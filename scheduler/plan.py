@@ -41,8 +41,8 @@ class Plan:
         capture: how the model was captured.
         resident: the chain's fixed bytes, by what they consist of.
         torch_version: of the torch that captured the model.
-        optimizer_step: the most bytes that a step of the optimizer takes above parameters, gradients and its state; None if
-            not known, 0 without an optimizer. Activations are gone by then.
+        optimizer_step: the most bytes that a step of the optimizer takes above parameters, gradients and its
+            state; None if not known, 0 without an optimizer. Activations are gone by then.
         host: the second memory that the schedule copies to; None if it keeps to the device.
         live: the capture itself, as long as the plan stays in its process; never saved.
         parameters: what the solver was given besides chain and budget, likewise (it may be a function).
@@ -116,7 +116,7 @@ class Plan:
         solver: str | None = None,
         parameters: Mapping[str, Any] | None = None,
     ) -> Plan:
-        """The same model under another budget: from the same costs, without capturing or measuring anything again.
+        """Plan the same model under another budget, by the same costs, without measuring again.
 
         Args:
             memory_budget: as for ``solve``: shares are of the device that the plan is for.
@@ -149,7 +149,7 @@ class Plan:
         )
 
     def _device_bytes(self) -> int:
-        """Bytes of the device that the plan is for."""
+        """Return bytes of the device that the plan is for."""
         record = self.capture
         if record.target:
             return record.target_memory or DeviceSpec.of(record.target).memory
@@ -158,7 +158,7 @@ class Plan:
         return device_bytes(record.device)
 
     def _free_bytes(self) -> int:
-        """Bytes of that device that a step may take, with what of the step is live there already."""
+        """Return bytes of that device that a step may take, with what of the step is live there already."""
         if self.capture.target:
             return self._device_bytes()
         from scheduler.costs.device_memory import free_device_bytes
@@ -168,7 +168,7 @@ class Plan:
         return free_device_bytes(self.capture.device) + sum(self.resident.get(part, 0) for part in parts)
 
     def kept(self, stage: int) -> str:
-        """What stays of a stage when the forward is over, in words."""
+        """Say in words what stays of a stage when the forward is over."""
         option = self.program.kept[stage]
         if option is not None:
             return self.chain.stages[stage].options[option].name
@@ -188,11 +188,11 @@ class Plan:
         return {action.stage: action.option for action in self.schedule if isinstance(action, Keep)}
 
     def option(self, stage: int) -> int:
-        """The option with which a stage is kept when it is reversed."""
+        """Return the option with which a stage is kept when it is reversed."""
         return self._options[stage]
 
     def explain(self, stage: int) -> str:
-        """Return the ops of a stage, one a line: K, what autograd saves of it is kept; R, it runs again before the backward.
+        """Return the ops of a stage, one a line: K, autograd's saved bytes stay; R, it is recomputed.
 
         Raises:
             ValueError: the chain has no such stage, or the plan's stages are modules, whose ops nobody knows.
@@ -210,7 +210,7 @@ class Plan:
         return self.table()
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as JSON-ready data."""
+        """Return the plan as JSON-ready data."""
         return {
             "format": PLAN_FORMAT,
             "memory_budget": self.memory_budget,
@@ -227,7 +227,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """The plan that ``to_json`` wrote. Data only: nothing in it is run.
+        """Return the plan that ``to_json`` wrote. Data only: nothing in it is run.
 
         Raises:
             ValueError: the data is no plan, of an unknown format, or illegal.

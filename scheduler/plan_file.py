@@ -1,7 +1,7 @@
-"""What a plan file may hold: the type and range of every field, and what its parts must have to do with each other.
+"""The check of plan files: the type and range of every field, and what its parts must agree on.
 
-A plan file is data that anybody may have written. Nothing of it is taken before it has been compared with this; what only
-the model can tell is compared when the plan meets the model (``executors/recapture.py``).
+A plan file is data that anybody may have written. Nothing of it is taken before it has been compared with
+this; what only the model can tell is compared when the plan meets the model (``executors/recapture.py``).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MOST_BACK = 100  # blocks that a value may pass by
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """The data in a JSON file.
+    """Read the data in a JSON file.
 
     Raises:
         OSError: the file cannot be read.
@@ -154,7 +154,7 @@ def check_parts(chain: Chain, schedule: Schedule, record: CaptureRecord, solver:
 
 
 def _check_blocks(chain: Chain, record: CaptureRecord) -> None:
-    """Blocks are kept whole or not at all, and are fed by blocks before them."""
+    """Refuse blocks that are kept in part, or that are fed by others than blocks before them."""
     for i, stage in enumerate(chain.stages):
         if len(stage.options) != 1:
             raise ValueError(
@@ -174,7 +174,7 @@ def _check_blocks(chain: Chain, record: CaptureRecord) -> None:
 
 
 def _check_work(chain: Chain, schedule: Schedule) -> None:
-    """A schedule of a size that the referee can judge in minutes."""
+    """Refuse a schedule that the referee cannot judge in minutes."""
     stages = chain.stages
     entering = [*(len(stage.enters) for stage in stages), 0]
     work = [
@@ -198,7 +198,7 @@ def _check_work(chain: Chain, schedule: Schedule) -> None:
 
 
 def as_text(data: Mapping[str, Any]) -> str:
-    """A plan's data as JSON text.
+    """Write a plan's data as JSON text.
 
     Raises:
         ValueError: it is larger than a plan file may be.

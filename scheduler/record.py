@@ -37,22 +37,28 @@ class CaptureRecord:
         graph: fingerprint of the op graph ("" for modules).
         cuts: inner cuts of the op graph (empty for modules).
         stages: names of the modules that are stages, as often as they run (empty for graph).
-        fed: for each of them, which outputs of those before are among its arguments: (argument leaf, output leaf, how many
-            blocks back).
+        fed: for each of them, which outputs of those before are among its arguments: (argument leaf, output
+            leaf, how many blocks back).
         random: (L,) whether a stage draws random numbers.
         changed: (L,) names of the buffers that a stage changes.
-        dropped: (L,) for each option of a stage, the numbers of the saved tensors that it drops (empty for modules).
-        rerun: (L,) for each option of a stage, the ops that run again, by their places in it (empty for modules).
-        gaps: (L,) share by which the seconds of an option may exceed the least for its bytes; 0 if proven (likewise).
-        ops: (L,) for each op of a stage, its name and the bytes that autograd saves of what it makes (likewise).
+        dropped: (L,) for each option of a stage, the numbers of the saved tensors that it drops (empty for
+            modules).
+        rerun: (L,) for each option of a stage, the ops that run again, by their places in it (empty for
+            modules).
+        gaps: (L,) share by which the seconds of an option may exceed the least for its bytes; 0 if proven
+            (likewise).
+        ops: (L,) for each op of a stage, its name and the bytes that autograd saves of what it makes
+            (likewise).
         uncached: whether stages run without autocast's cache of casts.
-        begins: (L - 1,) why each stage but the first begins where it does (empty for modules, and in old plans).
+        begins: (L - 1,) why each stage but the first begins where it does (empty for modules, and in old
+            plans).
         left_out: (why, how many) gaps that are no cuts after all.
         evaluating: names of submodules that were in eval mode.
         unread: leaves of the call, other than tensors, that the forward does not read.
         frozen: names of parameters that did not require grad.
         environment: what decides which ops run besides (``capture.environment``), as JSON; "" if not known.
-        target: name of the device that was planned for without being there; "" for the one that held the model.
+        target: name of the device that was planned for without being there; "" for the one that held the
+            model.
         target_memory: bytes of that device; 0 if none was named, and in old plans.
     """
 
@@ -96,7 +102,7 @@ class CaptureRecord:
 
 
 def _leaves(where: str, value: Any) -> None:
-    """JSON text: a list with a row for each leaf of the arguments (``CallSignature``)."""
+    """Accept JSON text: a list with a row for each leaf of the arguments (``CallSignature``)."""
     text(where, value)
     try:
         found = parse(value)

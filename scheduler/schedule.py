@@ -7,8 +7,8 @@ The words, for stage i with input x_i:
 
 * ``Forward(i)`` is read as: run stage i without keeping its saved tensors; x_i goes unless it is held.
 * ``Checkpoint(i)`` is read as: run stage i without keeping its saved tensors, and hold on to x_i.
-* ``Keep(i, k)`` is read as: run stage i keeping what its option k keeps, and hold on to x_i. A run again just before
-  ``Backward(i)`` stops when all that is kept is there.
+* ``Keep(i, k)`` is read as: run stage i keeping what its option k keeps, and hold on to x_i. A run again just
+  before ``Backward(i)`` stops when all that is kept is there.
 * ``Backward(i)`` is read as: reverse stage i; its saved tensors, the gradient of x_{i+1} and a held
   x_i are let go; the gradient of x_i is there.
 * ``Free(i)`` is read as: let go of the held x_i before its stage is reversed.
@@ -317,7 +317,7 @@ class Referee:
         return i
 
     def _sources(self, i: int) -> list[Item]:
-        """Where on the device x_i is, besides the working boundary."""
+        """Return where on the device x_i is, besides the working boundary."""
         sources: list[Item] = [("boundary", i)] if i in self._held else []
         return [*sources, ("saved", i - 1)] if i - 1 in self._kept else sources
 

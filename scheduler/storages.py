@@ -1,11 +1,13 @@
 """Bytes live in a step, value by value: the one account of a schedule's memory, which the referee keeps.
 
-A value is a storage. What is live is the union of what boundaries and kept stages hold, a value that is recomputed
-being another copy of it; transients are the chain's. Autograd holds what it saved and no more: an output that no
-backward needs is released once the next stage has run, and a value that crosses several cuts is live once.
+A value is a storage. What is live is the union of what boundaries and kept stages hold, a value that is
+recomputed being another copy of it; transients are the chain's. Autograd holds what it saved and no more: an
+output that no backward needs is released once the next stage has run, and a value that crosses several cuts
+is live once.
 
-In a chain that knows no more than sums every value is private to its stage. x_i is one value. The saved tensors of a
-kept stage are another, with the stage's output inside, so that they and the stage's input can go one without the other.
+In a chain that knows no more than sums every value is private to its stage. x_i is one value. The saved
+tensors of a kept stage are another, with the stage's output inside, so that they and the stage's input can go
+one without the other.
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ Copies = Collection[Copy]
 
 
 class LiveValues:
-    """What is live while a schedule is carried out; the caller has seen that each action is legal. Sizes in bytes.
+    """What is live while a schedule is carried out, in bytes; the caller sees that each action is legal.
 
-    In a chain of sums x_i is value i, and the saved tensors of stage i are value ~i; each is live once at most.
+    In a chain of sums x_i is value i, and the saved tensors of stage i are value ~i; each is live once at
+    most.
 
     Attributes:
-        during: the most bytes live during the latest action, ``live`` those after it, all of the chain's included.
+        during: the most bytes live during the latest action, ``live`` those after it, all of the chain's
+            included.
         rerun_state: held only for stages that may run again.
         grads: parameter gradients; ``carried_grads``, of carried values, with what sums release of these.
         boundary_grad: the gradient that flows into the next backward.
@@ -94,7 +98,8 @@ class LiveValues:
             self._states[stage] = spec.rerun_state
             self.rerun_state += spec.rerun_state
         peak = self._total()
-        # The transients of a stage have its carried values; but sums count them besides, and the last stage runs once.
+        # The transients of a stage have its carried values; but sums count them besides, and the last stage
+        # runs once.
         if first if self._private else last:
             peak += spec.carried
         if option is None:
@@ -159,7 +164,7 @@ class LiveValues:
         self.done()
 
     def copies(self) -> Iterator[tuple[Copy, str, int]]:
-        """Yield each copy that is live, what holds it ("carried", "kept", "held" or "passing"), and its bytes."""
+        """Yield each live copy, what holds it ("carried", "kept", "held" or "passing"), and its bytes."""
         kept = {copy for copies in self._kept.values() for copy in copies}
         held = {copy for copies in self._held.values() for copy in copies}
         shrunk = self._kept[max(self._options)] if self.early else ()  # of the stage to be reversed next
@@ -169,7 +174,7 @@ class LiveValues:
             yield copy, "carried" if copy[0] in self._first else how, size
 
     def name(self, value: int) -> str:
-        """Return the first stage that the value enters or that keeps it, of sums the stage or boundary; "" for others."""
+        """Return the stage, or boundary of a chain of sums, that the value belongs to; "" for others."""
         if self._private:
             return f"boundary {value}" if value >= 0 else self.chain.stages[~value].name
         return self._names.get(value, "")
@@ -195,7 +200,7 @@ class LiveValues:
         self.during = max(peak, self.live)
 
     def _advance(self, stage: int, hold: bool) -> None:
-        """The stage has run without being kept."""
+        """Follow a run that keeps nothing."""
         inputs, old = self._inputs(stage), self._working
         if hold and stage not in self._held:
             self._held[stage] = inputs
@@ -211,7 +216,7 @@ class LiveValues:
             self._drop(old[1])
 
     def _keep(self, stage: int, *, again: bool) -> None:
-        """The stage has run and is kept: nothing but its backward needs its input from here on."""
+        """Follow a run that keeps the stage: nothing but its backward needs its input from here on."""
         inputs, run = self._inputs(stage), self._run_of(stage)
         self._hold(self._kept, stage, self._saved(stage, inputs, run, again=again))
         if self._private:  # the output lies inside, and the input is held apart
@@ -227,7 +232,7 @@ class LiveValues:
         self._release(self._made, stage)
 
     def _missing(self, stage: int) -> int:
-        """Bytes of what a kept stage made itself that its backward takes and that are not live, its output included."""
+        """Return the bytes of a kept stage's values and output that its backward takes, less those live."""
         size, option = self._size, self._options[stage]
         if self._private:
             return self.chain.stages[stage].options[option].saved - size[~stage]
@@ -241,11 +246,11 @@ class LiveValues:
         return sum(size[value] for value in made) - live
 
     def _carry(self, stage: int, *, whole: bool) -> None:
-        """The stage has run for the first time.
+        """Follow the first run of a stage.
 
-        Carried values stay until every stage has run (the executor's sweep hands them on), or until the user's own code
-        releases them. From then on they stay for stages whose backward needs them, or that may have to run again: those
-        that are not kept ``whole``.
+        Carried values stay until every stage has run (the executor's sweep hands them on), or until the
+        user's own code releases them. From then on they stay for stages whose backward needs them, or that
+        may have to run again: those that are not kept ``whole``.
         """
         for value in self._making.get(stage, ()):
             self._add(self._first[value])
@@ -266,7 +271,7 @@ class LiveValues:
         return self._held[stage] if stage in self._held else self._made[stage]
 
     def _run_of(self, stage: int) -> int:
-        """Number this run. First runs share one number: calls of one module share what autocast has cast for it."""
+        """Number this run. First runs share one number, as calls of a module share what autocast has cast."""
         if self._ran[stage]:
             self._runs += 1
             return self._runs
@@ -274,14 +279,14 @@ class LiveValues:
         return 1
 
     def _boundary(self, boundary: int, inputs: Copies, run: int) -> Copies:
-        """x_i, as this run of the stage before makes it of its ``inputs``."""
+        """Return x_i, as this run of the stage before makes it of its ``inputs``."""
         if self._private:
             self._size[boundary] = self.chain.input_bytes(boundary)
             return ((boundary, 1),)
         return self._copies(inputs, self._enters(boundary), run)
 
     def _saved(self, stage: int, inputs: Copies, run: int, *, again: bool) -> Copies:
-        """What the kept stage keeps of this run; ``again``: which stops when that is there."""
+        """Return what the kept stage keeps of this run; ``again``: which stops when that is live."""
         option = self.chain.stages[stage].options[self._options[stage]]
         if self._private:
             less = option.rerun_overhead if again else None
@@ -291,7 +296,7 @@ class LiveValues:
 
     @staticmethod
     def _copies(inputs: Copies, values: Sequence[int], run: int) -> Copies:
-        """The values after a run: those that entered it as they are, and new copies of the others."""
+        """Return the values after a run: those that entered it as they are, and new copies of the others."""
         there = dict(inputs)
         return frozenset([(value, there.get(value, run)) for value in values])
 

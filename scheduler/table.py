@@ -98,7 +98,7 @@ def cost_table(plan: Plan) -> str:
 
 
 def _facts(plan: Plan) -> Iterator[str]:
-    """The lines below the table."""
+    """Yield the lines below the table."""
     line, plain = plan.timeline, plan.chain.plain_seconds
     yield (
         f"budget {format_bytes(plan.memory_budget)}; predicted peak {format_bytes(plan.predicted_peak)}; "
@@ -127,7 +127,7 @@ def _facts(plan: Plan) -> Iterator[str]:
 
 
 def _groups(plan: Plan) -> list[range]:
-    """The stages that share a row: each has its own, but for the many calls of a module in a row."""
+    """Return the stages that share a row: each has its own, but for many calls of a module in a row."""
     names = [stage.name for stage in plan.chain.stages]
     if len(names) <= MANY_ROWS or plan.capture.kind != "modules":
         return [range(i, i + 1) for i in range(len(names))]
@@ -141,7 +141,7 @@ def _groups(plan: Plan) -> list[range]:
 
 
 def _row(plan: Plan, group: range) -> list[str]:
-    """Sums over the stages of a row; of inputs the largest."""
+    """Return sums over the stages of a row; of inputs the largest."""
     stages = [plan.chain.stages[i] for i in group]
     extra = sum(
         (plan.timeline.runs[i] - 1) * stage.forward + stage.options[plan.option(i)].recompute
@@ -159,7 +159,7 @@ def _row(plan: Plan, group: range) -> list[str]:
 
 
 def _sums(plan: Plan, group: range, extra: float, *, always: bool = False) -> list[str]:
-    """Runs, milliseconds and saved bytes of some stages; ``always``: 0 extra milliseconds are written too."""
+    """Return runs, milliseconds and saved bytes of some stages; ``always``: extra 0 milliseconds too."""
     stages = [plan.chain.stages[i] for i in group]
     return [
         str(sum(plan.timeline.runs[i] for i in group)),

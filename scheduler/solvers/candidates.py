@@ -36,7 +36,7 @@ class Costs(NamedTuple):
 
 
 def _costs(chain: Chain, solver: str) -> Costs:
-    """The arrays, or a ValueError where sums could overflow them."""
+    """Return the arrays, or a ValueError where sums could overflow them."""
     a = arrays_of(solver, chain)
     saved, later = a.saved[:, 0].copy(), a.after + a.grad[1:]
     return Costs(
@@ -53,7 +53,7 @@ def _costs(chain: Chain, solver: str) -> Costs:
 
 @compiled
 def _price(c: Costs, tree: Ints) -> tuple[float, int]:
-    """Seconds of all forwards and the most bytes live at once, but for what the last backward leaves."""
+    """Return the seconds of all forwards and the peak, but for what the last backward leaves (bytes)."""
     length = c.forward.size
     # Segments s..t still to do, the bytes held meanwhile, and whether their stages run for the first time.
     stack = np.empty((length + 1, 4), np.int64)
@@ -88,7 +88,7 @@ def _price(c: Costs, tree: Ints) -> tuple[float, int]:
 
 
 def schedule_of(tree: Ints, length: int) -> Schedule:
-    """The schedule of ``length`` stages that the tree describes."""
+    """Return the schedule of ``length`` stages that the tree describes."""
     nodes = iter(tree.tolist())
 
     def decision(at: int) -> Decision[None]:
@@ -99,7 +99,7 @@ def schedule_of(tree: Ints, length: int) -> Schedule:
 
 @compiled
 def segment_tree(ends: Ints, again: Ints) -> Ints:
-    """The tree of a chain cut into segments.
+    """Return the tree of a chain cut into segments.
 
     Args:
         ends: (L,) for each stage, the last stage of its segment.
@@ -122,7 +122,7 @@ def segment_tree(ends: Ints, again: Ints) -> Ints:
 def trees_by_runs(
     chain: Chain, subtree: Callable[[int, int], Ints], numbers: Callable[[int], Iterable[int]]
 ) -> Iterator[Ints]:
-    """Trees of a chain whose maximal runs of recomputable stages have the tree ``subtree(length, number)``.
+    """Yield trees of a chain whose runs of recomputable stages have the tree ``subtree(length, number)``.
 
     Stages that may run only once are kept; the inputs of the runs between them are held. One tree is made
     for each of ``numbers(length of the longest run)``.
@@ -148,7 +148,7 @@ def trees_by_runs(
 
 
 def fastest_fit(chain: Chain, budget: int, trees: Iterable[Ints], solver: str) -> Schedule:
-    """The fastest of the trees whose peak is at most ``budget`` (bytes); ties go to the least peak, then the first.
+    """Return the fastest tree within ``budget`` (bytes); of equals the least peak, then the first.
 
     Raises:
         InfeasibleBudget: none fits; ``smallest`` is the least of their peaks.

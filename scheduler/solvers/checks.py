@@ -21,7 +21,7 @@ MOST_SECONDS = 1e300  # the tables take more than that for "nothing fits"
 
 
 def checked_count(call: str, name: str, value: Any, least: int = 1) -> int:
-    """``value`` as a plain int of at least ``least``, or a TypeError or ValueError that names ``call``."""
+    """Return ``value`` as a plain int of at least ``least``; a TypeError or ValueError names ``call``."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{call}: {name}={value!r} must be an int")
     if value < least:
@@ -30,7 +30,7 @@ def checked_count(call: str, name: str, value: Any, least: int = 1) -> int:
 
 
 def checked_budget(call: str, memory_budget: Any) -> int:
-    """``memory_budget`` (bytes) as a plain int, or a TypeError or ValueError that names ``call``."""
+    """Return ``memory_budget`` (bytes) as a plain int; a TypeError or ValueError names ``call``."""
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, Integral):
         raise TypeError(f"{call}: memory_budget={memory_budget!r} must be an int number of bytes")
     budget = int(memory_budget)
@@ -40,7 +40,7 @@ def checked_budget(call: str, memory_budget: Any) -> int:
 
 
 def checked_chain(call: str, chain: Any) -> Chain:
-    """``chain``, or a TypeError that names ``call``."""
+    """Return ``chain``, or a TypeError that names ``call``."""
     if not isinstance(chain, Chain):
         raise TypeError(f"{call}: chain={chain!r} must be a Chain; see Chain.from_arrays")
     return chain

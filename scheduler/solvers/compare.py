@@ -50,7 +50,7 @@ class Comparison:
     left_out: Mapping[str, str]
 
     def overhead(self, solver: str, index: int) -> float | None:
-        """Extra seconds of a step / seconds of the plain step, at ``budgets[index]``; None if nothing fits."""
+        """Return extra seconds / seconds of the plain step, at ``budgets[index]``; None if nothing fits."""
         seconds, plain = self.cells[solver][index].seconds, self.chain.plain_seconds
         if seconds is None:
             return None
@@ -85,16 +85,16 @@ def compare(
     Args:
         chain: what each stage costs.
         memory_budgets: (B,) bytes of the whole step, ``chain.fixed`` included.
-        solvers: keys of ``SOLVERS``; by default all of them. Of these, one that needs a parameter which is not
-            given, takes shorter chains only, or gives up is left out, and the table says why.
+        solvers: keys of ``SOLVERS``; by default all of them. Of these, one that needs a parameter which is
+            not given, takes shorter chains only, or gives up is left out, and the table says why.
         parameters: keyword arguments for solvers, by their names.
 
     Returns:
         the Comparison.
 
     Raises:
-        TypeError, ValueError: as ``solve_chain``, for budgets, values of parameters, and solvers that are asked for by
-            name.
+        TypeError, ValueError: as ``solve_chain``, for budgets, values of parameters, and solvers that are
+            asked for by name.
         SearchLimit: a solver that is asked for by name gives up.
     """
     checked_chain("compare", chain)

@@ -6,12 +6,14 @@ doi:10.1109/TSSC.1968.300136. The class that it is held against, persistent sche
 A schedule that is not persistent wins, as a rule, by keeping a stage and letting that stage's input go: the
 runs that bring the input back for the backward also keep the stages before it.
 
-A state is what the referee holds: the stages left to reverse, the held boundaries (x_0 always), the option of each kept
-stage, the working boundary, and the stages run so far. Three rules shrink the search, and lose nothing:
+A state is what the referee holds: the stages left to reverse, the held boundaries (x_0 always), the option of
+each kept stage, the working boundary, and the stages run so far. Three rules shrink the search, and lose
+nothing:
 
 1. ``Checkpoint`` stands in for ``Forward``: both need the same bytes while they run, and ``Free`` undoes the
    difference. So every boundary that a run leaves behind is held until its bytes are needed: an action over
-   the budget is tried after each smallest set of ``Free`` that lets it fit, and ``Free`` is tried nowhere else.
+   the budget is tried after each smallest set of ``Free`` that lets it fit, and ``Free`` is tried nowhere
+   else.
 2. A backward that fits, and leaves no more bytes than it found, is done at once: whatever was to come before
    it fits after it as well.
 3. A stage is not run where its output is there, unless that is the only way to hold its input.
@@ -22,9 +24,9 @@ are not. Each of them runs before j is reversed, and those that are not kept at 
 later. Which of them can be kept then is a knapsack, solved once for every s, j and room (``_knapsacks``).
 Such runs of stages are disjoint, so their extra seconds add up.
 
-What is claimed: the schedule returned is the fastest of all that the referee calls legal and within the budget
-(to rounding of seconds, 1e-12 of the step), and ``InfeasibleBudget.smallest`` is the least peak of any of
-them. Where no schedule beats the fastest persistent one, that one is returned. The number of states grows
+What is claimed: the schedule returned is the fastest of all that the referee calls legal and within the
+budget (to rounding of seconds, 1e-12 of the step), and ``InfeasibleBudget.smallest`` is the least peak of any
+of them. Where no schedule beats the fastest persistent one, that one is returned. The number of states grows
 exponentially with the stages: past ``states`` of them the search is given up with an error.
 """
 
@@ -84,7 +86,7 @@ def _long_lived(chain: Chain, a: Arrays) -> LongLived:
 
 
 def _front(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The points (bytes, seconds) that no other point beats in both."""
+    """Return the points (bytes, seconds) that no other point beats in both."""
     front: list[tuple[int, float]] = []
     for room, seconds in sorted(points):
         if not front or seconds < front[-1][1]:
@@ -93,7 +95,7 @@ def _front(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def _knapsacks(chain: Chain) -> Knapsacks:
-    """For each s..j, none kept and x_j not there unless s = j: bytes at the backward of j, and seconds.
+    """Solve each s..j, none kept and x_j not live unless s = j: bytes at the backward of j, and seconds.
 
     The bytes are those of kept stages s..j, x_j if it is not inside stage j-1, and the transient of the
     backward. The seconds are those of recomputation, second runs of stages s..j-1 included.
@@ -127,7 +129,7 @@ def _knapsacks(chain: Chain) -> Knapsacks:
 
 @compiled
 def _unpack(key: int, length: int, bits: int, kept: Ints) -> tuple[int, int, int, int]:
-    """(held, working, left, ran) of a packed state; ``kept[i]`` becomes 1 + the option of stage i, or 0."""
+    """Unpack (held, working, left, ran); ``kept[i]`` becomes 1 + the option of stage i, or 0."""
     held = key & ((1 << length) - 1)
     key >>= length
     for i in range(length):
@@ -139,7 +141,7 @@ def _unpack(key: int, length: int, bits: int, kept: Ints) -> tuple[int, int, int
 
 @compiled
 def _pack(held: int, kept: Ints, working: int, left: int, ran: int, length: int, bits: int) -> int:
-    """The state as one int; the stages run so far matter only until the first backward."""
+    """Pack the state into one int; the stages run so far matter only until the first backward."""
     key = np.int64(ran if left == length else 0)
     key = (key << FIELD) | left
     key = (key << FIELD) | working
@@ -152,7 +154,7 @@ def _pack(held: int, kept: Ints, working: int, left: int, ran: int, length: int,
 def _seconds_left(
     a: Arrays, v: LongLived, n: Knapsacks, budget: int, held: int, kept: Ints, working: int, left: int
 ) -> float:
-    """Seconds that are left at least; inf where no schedule can go on from here."""
+    """Return seconds that are left at least; inf where no schedule can go on from here."""
     seconds = 0.0
     below = np.int64(0)  # bytes of kept stages so far
     first = 0  # the run of stages that are not kept starts here
@@ -191,7 +193,7 @@ def _seconds_left(
 def _search(
     a: Arrays, v: LongLived, n: Knapsacks, budget: int, bits: int, limit: int, upper: float
 ) -> tuple[int, Ints, Ints, Ints, int]:
-    """A* from the start to the state with nothing left.
+    """Search by A* from the start to the state with nothing left.
 
     Args:
         bits: of one entry of ``kept`` in a packed state.
@@ -331,7 +333,7 @@ def _search(
 
 
 def _read_off(length: int, goal: int, keys: Ints, parents: Ints, codes: Ints, bits: int) -> Schedule:
-    """The actions on the way to the state ``goal``; a boundary let go before its next use is never held."""
+    """Return the actions on the way to ``goal``; a boundary freed before its next use is never held."""
     path = [goal]
     while parents[path[-1]] >= 0:
         path.append(int(parents[path[-1]]))
@@ -359,7 +361,7 @@ def _read_off(length: int, goal: int, keys: Ints, parents: Ints, codes: Ints, bi
 
 
 def _run(chain: Chain, budget: int, upper: float, states: int) -> Schedule | None:
-    """The fastest schedule within ``budget`` that takes less than ``upper`` seconds; None if there is none."""
+    """Return the fastest schedule within ``budget`` below ``upper`` seconds; None if none is."""
     bits = max(len(stage.options) for stage in chain.stages).bit_length()
     limit, a = upper * (1 - ROUNDING), arrays_of("exhaustive", chain)
     goal, keys, parents, codes, _ = _search(
@@ -374,7 +376,7 @@ def _run(chain: Chain, budget: int, upper: float, states: int) -> Schedule | Non
 
 
 def _few_options(chain: Chain) -> tuple[Chain, list[list[int]]]:
-    """The chain without options that another one of the stage beats in all, and (L,) the numbers of the rest."""
+    """Drop options that another one of the stage beats in all; (L,) the numbers of the rest."""
     rest, numbers = [], []
     for stage in chain.stages:
         rows = [(o.recompute, o.saved, o.forward_overhead, o.backward_overhead) for o in stage.options]
@@ -392,7 +394,7 @@ def _few_options(chain: Chain) -> tuple[Chain, list[list[int]]]:
 
 
 def solve(chain: Chain, memory_budget: int, *, states: int = STATES) -> Schedule:
-    """The fastest schedule of all within ``memory_budget`` (bytes).
+    """Return the fastest schedule of all within ``memory_budget`` (bytes).
 
     Args:
         chain: up to ``MOST_STAGES`` stages.
@@ -402,8 +404,8 @@ def solve(chain: Chain, memory_budget: int, *, states: int = STATES) -> Schedule
     Raises:
         InfeasibleBudget: no schedule fits; ``smallest`` is the least peak of all schedules.
         SearchLimit: given up past ``states`` states.
-        TypeError, ValueError: ``states`` is no positive int; the stages and options of the chain do not pack into
-            63 bits, or sums of its sizes or seconds overflow.
+        TypeError, ValueError: ``states`` is no positive int; the stages and options of the chain do not pack
+            into 63 bits, or sums of its sizes or seconds overflow.
     """
     states = checked_count("exhaustive", "states", states)
     few, numbers = _few_options(chain.as_sums())
@@ -429,7 +431,7 @@ def solve(chain: Chain, memory_budget: int, *, states: int = STATES) -> Schedule
 
 
 def _least_peak(chain: Chain, peak: int, states: int) -> int:
-    """The least peak of all schedules, if there is one of ``peak`` bytes."""
+    """Return the least peak of all schedules, if there is one of ``peak`` bytes."""
     free = tuple(
         replace(s, forward=0.0, backward=0.0, options=tuple(replace(o, recompute=0.0) for o in s.options))
         for s in chain.stages

@@ -29,7 +29,7 @@ __all__ = ["solve"]
 
 
 def _trees(chain: Chain, periods: Iterable[int]) -> Iterator[Ints]:
-    """The tree of each number of stages k."""
+    """Yield the tree of each number of stages k."""
     stage = np.arange(len(chain))
     once = np.array([not stage.recomputable for stage in chain.stages])
     runs = np.array(run_ends(chain))
@@ -42,7 +42,7 @@ def _trees(chain: Chain, periods: Iterable[int]) -> Iterator[Ints]:
 
 
 def solve(chain: Chain, memory_budget: int, *, every: int | None = None) -> Schedule:
-    """The schedule with a checkpoint every ``every`` stages; the best number of stages if it is None.
+    """Return the schedule with a checkpoint every ``every`` stages; the best number of stages if it is None.
 
     Args:
         memory_budget: bytes.

@@ -5,7 +5,8 @@ bytes above its *base*: what is held (h) and ``after[t]``, what lives once stage
 written, all that counts lies in the segment itself, and equal segments (the same blocks elsewhere in a
 transformer) have equal tables: each is computed once, at its *origin*.
 
-Segments are computed in blocks of TILE values of s, from the end of the chain; in each by t, then by s from above.
+Segments are computed in blocks of TILE values of s, from the end of the chain; in each by t, then by s from
+above.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiled(function: F, **options: Any) -> F:
-    """``function`` compiled at its first call, and kept on disk where there is a place for it."""
+    """Compile ``function`` at its first call, and keep it on disk where a place can be written."""
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # numba's word for: neither the package's folder nor the user's can be written
@@ -92,7 +93,7 @@ class Peaks(NamedTuple):
 
 
 def _origins(chain: Chain, split: NDArray[np.bool_]) -> Ints:
-    """(L, L) for each segment s..t, the s' of the first of those computed that have the same stages in it.
+    """Return (L, L) for s..t the s' of the first of those computed that have the same stages in it.
 
     A segment that ends the chain runs first when there is no gradient yet: it equals none but itself.
     """
@@ -130,7 +131,7 @@ def _origins(chain: Chain, split: NDArray[np.bool_]) -> Ints:
 
 
 def quickest(stage: Stage) -> int:
-    """The option of least recomputation, and of those the smallest."""
+    """Return the option of least recomputation, and of those the smallest."""
     return min(range(len(stage.options)), key=lambda k: (stage.options[k].recompute, stage.options[k].saved))
 
 
@@ -139,7 +140,8 @@ def arrays_of(call: str, chain: Chain, window: int = 0) -> Arrays:
 
     Args:
         call: whose error it is that sums overflow.
-        window: the grid tries splits at the smallest of every ``window`` boundaries; 0 for no tables of segments.
+        window: the grid tries splits at the smallest of every ``window`` boundaries; 0 for no tables of
+            segments.
 
     Raises:
         ValueError: the sizes or seconds of the chain could overflow.
@@ -152,8 +154,8 @@ def arrays_of(call: str, chain: Chain, window: int = 0) -> Arrays:
     exists = np.arange(choices.max()) < choices[:, None]
 
     def table(field: str, dtype: type = np.int64) -> NDArray[Any]:
-        """(L, K), 0 where a stage has fewer than K options."""
-        found = np.zeros(exists.shape, dtype)
+        """Return (L, K), 0 where a stage has fewer than K options."""
+        found: NDArray[Any] = np.zeros(exists.shape, dtype)
         found[exists] = list(map(attrgetter(field), options))
         return found
 
@@ -200,10 +202,10 @@ def arrays_of(call: str, chain: Chain, window: int = 0) -> Arrays:
 
 
 def _runs(boundary: Ints, running: Ints, first: Ints, recomputable: NDArray[np.bool_]) -> Ints:
-    """(2, L, L) the bytes above base of any of stages s..i that run on the way from x_s; see ``run_need``."""
+    """Return (2, L, L) the most bytes above base while stages s..i run from x_s; see ``run_need``."""
     length = len(running)
     run = np.empty((2, length, length), np.int64)
-    for which, base in enumerate((0, first)):
+    for which, base in enumerate((np.zeros_like(first), first)):
         here = np.where(recomputable, boundary + running + base, NEVER)
         on_the_way = np.triu(np.broadcast_to(here, (length, length)), 1)
         # x_s itself is in h, not above it.
@@ -215,7 +217,7 @@ def _runs(boundary: Ints, running: Ints, first: Ints, recomputable: NDArray[np.b
 
 @compiled
 def keep_need(a: Arrays, s: int, t: int, k: int, x: int = 0, back: int = 0) -> int:
-    """Bytes above base to keep stage s of s..t with option k, and to reverse it once s+1..t are reversed.
+    """Return bytes above base to keep stage s of s..t with option k, and to reverse it after s+1..t.
 
     Args:
         x, back: bytes of what has x_s in it, unless it is in h, when s runs and when it is reversed.
@@ -231,7 +233,7 @@ def keep_need(a: Arrays, s: int, t: int, k: int, x: int = 0, back: int = 0) -> i
 
 @compiled
 def run_need(a: Arrays, s: int, t: int, j: int) -> int:
-    """Bytes above base to run stages s..j-1 of s..t, from x_s, which is in h; NEVER or more if one may run only once."""
+    """Return bytes above base to run stages s..j-1 of s..t, from x_s in h; NEVER or more if one runs once."""
     if t == a.first.size - 1:
         return int(a.run[1, s, j - 1])
     return int(a.run[0, s, j - 1] + a.grad[t + 1])
@@ -239,7 +241,7 @@ def run_need(a: Arrays, s: int, t: int, j: int) -> int:
 
 @compiled
 def peaks_of(a: Arrays, split: NDArray[np.bool_]) -> Peaks:
-    """The tables P and A, for splits at the boundaries ``split`` (L + 1,) and segments that end there."""
+    """Return the tables P and A, for splits at ``split`` (L + 1,) and segments that end there."""
     length = a.first.size
     least = np.full((length, length), NEVER)
     least_to = np.full((length, length), NEVER)

@@ -24,9 +24,9 @@ f says where x_s is, and x its bytes if it is a copy of its own (else 0; then it
       split j:       forward_s + .. + forward_{j-1} + F_loose(j, R', H') + C(s, j-1, R - y),   s < j < L
 
 where R' = R - x if x_s stays, and R otherwise; H' = H less its bytes if they are written; y = x, or
-saved_{s-1} if x_s comes early with them; and C is the recurrence of ``optimal.py``. As there, the grids of C and F estimate seconds and nothing else. What
-fits is decided in exact bytes, by the least peaks of segments and, for suffixes of the chain, by the frontier
-of least peaks against host bytes.
+saved_{s-1} if x_s comes early with them; and C is the recurrence of ``optimal.py``. As there, the grids of C
+and F estimate seconds and nothing else. What fits is decided in exact bytes, by the least peaks of segments
+and, for suffixes of the chain, by the frontier of least peaks against host bytes.
 
 What is claimed. No schedule is over either budget, and none is slower than the one of ``optimal``. A
 schedule is found iff one of the class fits, and ``InfeasibleBudget.smallest`` is exact, unless a frontier
@@ -37,9 +37,10 @@ returned. ``TwoLevelOptimum.lower_bound`` is a bound on the class either way.
 
 With asynchronous copies the class is that of all orders of the same copies, and no optimality is claimed. A
 step takes at least its compute, at least its writes and at least its reads; hence at least the least
-(compute + w (writes + reads)) / (1 + 2w) for any w >= 0, which is F with copies at w times their seconds. F is
-solved for several w, and read off for the whole of R and for parts of it. Each solution's copies are spread
-out, frees as late and prefetches as early as the device's bytes allow, and the referee picks the fastest.
+(compute + w (writes + reads)) / (1 + 2w) for any w >= 0, which is F with copies at w times their seconds. F
+is solved for several w, and read off for the whole of R and for parts of it. Each solution's copies are
+spread out, frees as late and prefetches as early as the device's bytes allow, and the referee picks the
+fastest.
 """
 
 from __future__ import annotations
@@ -128,13 +129,13 @@ class TwoLevelOptimum:
 
 
 def _units(n: Numbers, room: int, host_room: int, fills: int) -> tuple[int, int, bool]:
-    """The units (bytes) of the finest grids affordable ``fills`` times, and whether they round nothing."""
+    """Return the units (bytes) of the finest affordable grids, and whether nothing is rounded."""
     length, options = n.a.saved.shape
     sizes = [int(size) for array in (n.a.boundary, n.a.saved) for size in array.flat]
     divisor = math.gcd(*sizes) or 1
 
     def slots(hosts: int) -> int:
-        """How many slots of device memory are affordable with as many of the host."""
+        """Return how many slots of device memory are affordable with as many of the host."""
         steps = length**3 // 6 + (5 + options) * (length // 2 + 2 * options) * length * hosts
         numbers = length * length + (2 + options) * length * hosts
         return min(TABLE_STEPS // fills // steps, TABLE_BYTES // (8 * numbers))
@@ -149,10 +150,11 @@ def _units(n: Numbers, room: int, host_room: int, fills: int) -> tuple[int, int,
 def _read_off(
     chain: Chain, n: Numbers, least: Ints, p: Frontiers, g: Grid, room: int, host_room: int
 ) -> Schedule:
-    """The schedule that the grid describes, copies where they are asked for."""
+    """Return the schedule that the grid describes, copies where they are asked for."""
     actions: list[Action] = []
     last = len(chain) - 1
-    # What is left to do, last first: actions, (s, t, room) to run again, (f, s, room, host room) of the first sweep.
+    # What is left to do, last first: actions, (s, t, room) to run again, (f, s, room, host room) of the first
+    # sweep.
     stack: list[Any] = [(LOOSE, 0, room, host_room)]
     while stack:
         item = stack.pop()
@@ -194,7 +196,7 @@ def _read_off(
 
 
 def _later_frees(chain: Chain, schedule: Schedule, budget: int, host: HostMemory) -> Schedule:
-    """What was copied to the host is freed only when its bytes are needed; if they never are, not copied."""
+    """Free what was copied only when its bytes are needed; if they never are, do not copy it."""
     line = simulate(chain, schedule, host)
     saved_off = {action.stage for action in schedule if isinstance(action, OffloadSaved)}
     off = {action.boundary for action in schedule if isinstance(action, Offload)}
@@ -202,7 +204,7 @@ def _later_frees(chain: Chain, schedule: Schedule, budget: int, host: HostMemory
     actions: list[Action] = []
 
     def make_room(live: int) -> None:
-        """Free the oldest until ``live`` bytes fit beside what is left; a free that adds bytes (x_{i+1}) among it."""
+        """Free the oldest until ``live`` bytes fit; a free may add bytes (x_{i+1})."""
         while waiting and live + sum(s for _, s in waiting) + max(0, *(-s for _, s in waiting)) > budget:
             actions.append(waiting.popleft()[0])
 
@@ -232,7 +234,7 @@ def _later_frees(chain: Chain, schedule: Schedule, budget: int, host: HostMemory
 
 
 def _earlier_prefetches(chain: Chain, schedule: Schedule, budget: int, host: HostMemory) -> Schedule:
-    """Prefetches moved forward, in the order in which they are needed, as far as the device has room."""
+    """Move prefetches forward, in the order in which they are needed, as far as the device has room."""
     line = simulate(chain, schedule, host)
     moved: list[tuple[Action, int]] = []  # and the most bytes live while it runs
     for index, action in enumerate(schedule):
@@ -255,12 +257,13 @@ def _earlier_prefetches(chain: Chain, schedule: Schedule, budget: int, host: Hos
 
 
 def solve_two_level(chain: Chain, memory_budget: int, host: HostMemory) -> TwoLevelOptimum:
-    """The fastest schedule of the class within ``memory_budget`` (bytes) and ``host.capacity``, as the module says.
+    """Return the fastest schedule of the class within ``memory_budget`` and ``host.capacity`` (bytes).
 
     Raises:
-        InfeasibleBudget: no schedule of the class fits; ``smallest`` is the least device budget with this host.
-        TypeError, ValueError: an argument of the wrong kind, a budget not in 1 .. 2**63 - 1; sizes of the chain,
-            its seconds or those of its copies whose sums overflow.
+        InfeasibleBudget: no schedule of the class fits; ``smallest`` is the least device budget with this
+            host.
+        TypeError, ValueError: an argument of the wrong kind, a budget not in 1 .. 2**63 - 1; sizes of the
+            chain, its seconds or those of its copies whose sums overflow.
     """
     chain = checked_chain("solve_two_level", chain).apart().as_sums()
     memory_budget = checked_budget("solve_two_level", memory_budget)
@@ -317,5 +320,5 @@ def solve_two_level(chain: Chain, memory_budget: int, host: HostMemory) -> TwoLe
 
 
 def solve(chain: Chain, memory_budget: int, host: HostMemory) -> Schedule:
-    """The schedule of ``solve_two_level``."""
+    """Return the schedule of ``solve_two_level``."""
     return solve_two_level(chain, memory_budget, host).schedule

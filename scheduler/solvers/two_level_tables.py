@@ -32,11 +32,12 @@ __all__ = [
     "suffix_peak",
 ]
 
-# Where x_s is when the first sweep comes to stage s: on the device by itself; inside the saved tensors of stage
-# s-1 there; or (OFF + k) on the device by itself while those of option k, it among them, are on the host.
+# Where x_s is when the first sweep comes to stage s: on the device by itself; inside the saved tensors of
+# stage s-1 there; or (OFF + k) on the device by itself while those of option k, it among them, are on the
+# host.
 LOOSE, INSIDE, OFF = 0, 1, 2
-# What becomes of x_s once stage s has run: it stays; it goes, and comes back by itself; it goes, and comes back with
-# the saved tensors of stage s-1, earlier than stage s-1 itself would need them.
+# What becomes of x_s once stage s has run: it stays; it goes, and comes back by itself; it goes, and comes
+# back with the saved tensors of stage s-1, earlier than stage s-1 itself would need them.
 STAYS, GOES, EARLY = 0, 1, 2
 
 NONE = MOST_SECONDS  # nothing fits
@@ -44,7 +45,7 @@ MOST_POINTS = 1024  # of one frontier; above that neighbours are merged to the c
 
 
 class Numbers(NamedTuple):
-    """The chain and its copies for compiled code: L stages, at most K options; ``a.after`` is without ``chain.fixed``.
+    """The chain and its copies for compiled code; ``a.after`` is without ``chain.fixed``.
 
     Copies are charged with seconds as weighed, and host bytes, 0 where the host has room for all.
     """
@@ -65,13 +66,14 @@ class Grid(NamedTuple):
     host_unit: int
     host_phase: int
     interpolate: bool  # between grid points; otherwise sizes are rounded down
-    # Column c of a row is for c - 1 units; the margin, column 0, and what does not fit repeat the first that does.
+    # Column c of a row is for c - 1 units; the margin, column 0, and what does not fit repeat the first that
+    # does.
     again: Floats  # C (L, L, columns)
     sweep: Floats  # F (2 + K, L, host units, columns)
 
 
 class Frontiers(NamedTuple):
-    """For each place of x_s and each s, least peaks by host bytes: ``start[f, s]`` .. ``start[f, s] + size[f, s]``."""
+    """For each place f of x_s, least peaks by host bytes: ``size[f, s]`` from ``start[f, s]`` on."""
 
     start: Ints  # (2 + K, L)
     size: Ints  # (2 + K, L)
@@ -80,7 +82,7 @@ class Frontiers(NamedTuple):
 
 
 def numbers_of(a: Arrays, host: HostMemory, weight: float, bounded: bool) -> Numbers:
-    """Return the arrays with copies at ``weight`` times their seconds; ``bounded``: the host is too small for all."""
+    """Add copies at ``weight`` times their seconds; ``bounded``: the host is too small for all."""
 
     def seconds(copy: Callable[[int], float], sizes: Ints) -> Floats:
         return np.array([weight * copy(size) for size in sizes.ravel().tolist()]).reshape(sizes.shape)
@@ -101,25 +103,25 @@ def numbers_of(a: Arrays, host: HostMemory, weight: float, bounded: bool) -> Num
 
 @compiled
 def _keep_need(n: Numbers, s: int, t: int, k: int, x: int = 0, back: int = 0) -> int:
-    """``keep_need`` in bytes above h."""
+    """Return ``keep_need`` in bytes above h."""
     return keep_need(n.a, s, t, k, x, back) + int(n.a.after[t])
 
 
 @compiled
 def _run_need(n: Numbers, s: int, t: int, j: int) -> int:
-    """``run_need`` in bytes above h."""
+    """Return ``run_need`` in bytes above h."""
     return run_need(n.a, s, t, j) + int(n.a.after[t])
 
 
 @compiled
 def _ways(n: Numbers, f: int, s: int) -> int:
-    """How many of STAYS, GOES and EARLY there are for x_s."""
+    """Return how many of STAYS, GOES and EARLY there are for x_s."""
     return 1 if f == INSIDE or s == n.a.forward.size - 1 else 2 if f == LOOSE else 3
 
 
 @compiled
 def place(n: Numbers, f: int, s: int, way: int) -> tuple[int, int, int, int, float]:
-    """Bytes of x_s while s runs, after that, and of what has x_s in it later; host bytes and seconds of its copies."""
+    """Return bytes of x_s while s runs, after that, of what has it later; host bytes, seconds of copies."""
     x = 0 if f == INSIDE else n.a.boundary[s]
     if way == STAYS:
         return x, x, x, 0, 0.0
@@ -129,12 +131,12 @@ def place(n: Numbers, f: int, s: int, way: int) -> tuple[int, int, int, int, flo
 
 
 def peaks(n: Numbers) -> Ints:
-    """P (L, L): the least peak above h, which has x_s in it, of any one-level schedule of s..t."""
+    """Return P (L, L): the least peak above h, which has x_s in it, of any one-level schedule of s..t."""
     return peaks_of(n.a, n.a.split).least + n.a.after
 
 
 def _merged(host: list[Ints], peak: list[Ints], capacity: int) -> tuple[Ints, Ints]:
-    """The points that no other one beats in both host bytes and peak."""
+    """Return the points that no other one beats in both host bytes and peak."""
     h, p = np.concatenate(host), np.concatenate(peak)
     fits = (h <= capacity) & (p < NEVER)
     h, p = h[fits], p[fits]
@@ -150,7 +152,7 @@ def _merged(host: list[Ints], peak: list[Ints], capacity: int) -> tuple[Ints, In
 
 
 def frontiers(n: Numbers, least: Ints, capacity: int) -> Frontiers:
-    """P2: what a suffix s..L-1 needs at least on the device, for each number of host bytes."""
+    """Return P2: what a suffix s..L-1 needs at least on the device, for each number of host bytes."""
     length = n.a.forward.size
     places = OFF + n.a.saved.shape[1]
     points: dict[tuple[int, int], tuple[Ints, Ints]] = {}
@@ -195,7 +197,7 @@ def frontiers(n: Numbers, least: Ints, capacity: int) -> Frontiers:
 
 @compiled
 def suffix_peak(p: Frontiers, f: int, s: int, host_room: int) -> int:
-    """The least peak above h of s..L-1 with ``host_room`` bytes of the host left; NEVER if nothing fits there."""
+    """Return the least peak above h of s..L-1 with ``host_room`` host bytes left; NEVER if nothing fits."""
     low, high = p.start[f, s], p.start[f, s] + p.size[f, s]
     at = low + np.searchsorted(p.host[low:high], host_room, side="right") - 1
     return int(p.peak[at]) if at >= low and host_room >= 0 else int(NEVER)
@@ -203,7 +205,7 @@ def suffix_peak(p: Frontiers, f: int, s: int, host_room: int) -> int:
 
 @compiled
 def _host_less(g: Grid, q: int, size: int) -> int:
-    """Host units left of q when ``size`` bytes are taken; negative if they do not fit."""
+    """Return host units left of q when ``size`` bytes are taken; negative if they do not fit."""
     if size > q * g.host_unit + g.host_phase:
         return -1
     return max(q - (size + g.interpolate * (g.host_unit // 2)) // g.host_unit, 0)
@@ -211,15 +213,16 @@ def _host_less(g: Grid, q: int, size: int) -> int:
 
 @compiled
 def _columns(g: Grid, need: int) -> int:
-    """The first column of a row with room for ``need`` bytes."""
+    """Return the first column of a row with room for ``need`` bytes."""
     return max(1 - (g.phase - need) // g.unit, 1)
 
 
 @partial(compiled, fastmath={"nnan", "nsz"})
 def _relax(g: Grid, row: Floats, start: int, cost: float, x: Floats, size: int, y: Floats) -> None:
-    """row[c] = min(row[c], cost + y[c] + x with ``size`` bytes less than c says) for start <= c.
+    """Set row[c] = min(row[c], cost + y[c] + x with ``size`` bytes less than c says) for start <= c.
 
-    ``start`` leaves room for ``size`` bytes. No value is a NaN, and saying so lets the loop become vector code.
+    ``start`` leaves room for ``size`` bytes. No value is a NaN, and saying so lets the loop become vector
+    code.
     """
     count = row.size - start
     if count <= 0:
@@ -243,7 +246,7 @@ def _close(row: Floats) -> None:
 
 @compiled
 def _fill_again(n: Numbers, least: Ints, g: Grid) -> None:
-    """C: least seconds of s..t < L-1 with one level, run again when its gradient is there."""
+    """Fill C: least seconds of s..t < L-1 with one level, run again when its gradient is live."""
     length, columns = n.a.forward.size, g.again.shape[2]
     zero = np.zeros(columns)
     for s in range(length - 2, -1, -1):
@@ -269,7 +272,7 @@ def _fill_again(n: Numbers, least: Ints, g: Grid) -> None:
 
 @compiled
 def _fill_sweep(n: Numbers, least: Ints, p: Frontiers, g: Grid) -> None:
-    """F: least seconds of s..L-1 in the first sweep and after it."""
+    """Fill F: least seconds of s..L-1 in the first sweep and after it."""
     length = n.a.forward.size
     hosts, columns = g.sweep.shape[2:]
     left, zero = np.empty(columns), np.zeros(columns)
@@ -325,7 +328,7 @@ def _fill_sweep(n: Numbers, least: Ints, p: Frontiers, g: Grid) -> None:
 
 @compiled
 def _look_up(g: Grid, row: Floats, room: int) -> float:
-    """The value of ``row`` with ``room`` bytes."""
+    """Return the value of ``row`` with ``room`` bytes."""
     column = _columns(g, room)
     part = ((column - 1) * g.unit + g.phase - room) / g.unit * g.interpolate
     return float((1 - part) * row[column] + part * row[column - 1])
@@ -333,14 +336,14 @@ def _look_up(g: Grid, row: Floats, room: int) -> float:
 
 @compiled
 def _look_up_sweep(g: Grid, f: int, s: int, room: int, host_room: int) -> float:
-    """F with ``room`` bytes of the device and ``host_room`` of the host."""
+    """Look up F with ``room`` bytes of the device and ``host_room`` of the host."""
     q = -((g.host_phase - host_room + g.interpolate * (g.host_unit // 2)) // g.host_unit)
     return _look_up(g, g.sweep[f, s, min(max(q, 0), g.sweep.shape[2] - 1)], room)
 
 
 @compiled
 def decide_again(n: Numbers, least: Ints, g: Grid, s: int, t: int, room: int) -> tuple[int, int]:
-    """What to do with s..t < L-1 and ``room`` bytes above h: (option, 0) to keep s, or (-1, j) to split at j.
+    """Decide on s..t < L-1 with ``room`` bytes above h: (option, 0) to keep s, or (-1, j) to split at j.
 
     Exact in bytes; only the seconds are the grid's. Ties go to keep, and to the first.
     """
@@ -372,9 +375,10 @@ def decide_again(n: Numbers, least: Ints, g: Grid, s: int, t: int, room: int) ->
 def decide_sweep(
     n: Numbers, least: Ints, p: Frontiers, g: Grid, f: int, s: int, room: int, host_room: int
 ) -> tuple[int, int, int, int]:
-    """What the first sweep does at stage s: (option or -1, split or 0, way of x_s, whether the saved tensors go).
+    """Decide on stage s in the first sweep: (option or -1, split or 0, way of x_s, saved tensors go).
 
-    Exact in bytes, ``room`` above h without x_s and ``host_room`` of the host; only the seconds are the grid's.
+    Exact in bytes, ``room`` above h without x_s and ``host_room`` of the host; only the seconds are the
+    grid's.
     """
     last = n.a.forward.size - 1
     best, found = np.inf, (-1, 0, 0, 0)
@@ -420,7 +424,7 @@ def filled(
     interpolate: bool,
     again: Floats | None,
 ) -> Grid:
-    """The grid of ``units`` bytes (device, host) for ``room`` and ``host_room`` bytes, filled.
+    """Return the grid of ``units`` bytes (device, host) for ``room`` and ``host_room`` bytes, filled.
 
     Args:
         again: C of an earlier grid of the same chain, room and units; it does not depend on the copies.
