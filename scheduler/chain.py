@@ -277,6 +277,21 @@ class Chain:
             object.__setattr__(self, field, _bytes("Chain", field, getattr(self, field)))
         object.__setattr__(self, "values", _values("Chain", "values", self.values))
         self._check_carried()
+        self._check_stages()
+        state = sum(stage.rerun_state for stage in self.stages)
+        if state > self.fixed:
+            raise ValueError(f"Chain: fixed={self.fixed} must hold rerun_state of all stages, {state} bytes")
+        carried = sum(stage.carried for stage in self.stages)
+        for stage in reversed(self.stages):
+            carried += stage.carried_change
+            if carried < 0:
+                raise ValueError(
+                    f"Chain: the backward of stage {stage.name!r} lets go of {-carried} carried bytes "
+                    "more than there are; carried_change must not exceed what the stages carry"
+                )
+
+    def _check_stages(self) -> None:
+        """Refuse stages whose sums take off more than there is, or do not agree with the values."""
         long_lived = [0] * len(self.stages)
         for each in self.carried if self.values else ():
             long_lived[each.made] += self.values[each.value]
@@ -286,35 +301,23 @@ class Chain:
                     f"Chain: stage {stage.name!r}: forward_overhead={stage.forward_overhead} takes off more than its "
                     f"output has, {self.input_bytes(i + 1)} bytes"
                 )
-            named = {*stage.enters, *(value for option in stage.options for value in option.keeps)}
-            if named and max(named) >= len(self.values):
+            named = max(
+                (*stage.enters, *(value for option in stage.options for value in option.keeps)), default=-1
+            )
+            if named >= len(self.values):
                 raise ValueError(
-                    f"Chain: stage {stage.name!r} names value {max(named)}, and values holds {len(self.values)}"
+                    f"Chain: stage {stage.name!r} names value {named}, and values holds {len(self.values)}"
                 )
             if self.values and long_lived[i] != stage.carried:
                 raise ValueError(
                     f"Chain: stage {stage.name!r}: carried={stage.carried}, and the carried values that it makes have "
                     f"{long_lived[i]} bytes"
                 )
-            if self.values and sum(self.values[value] for value in stage.enters) != stage.input:
+            entering = sum(self.values[value] for value in stage.enters)
+            if self.values and entering != stage.input:
                 raise ValueError(
                     f"Chain: the values that enter stage {stage.name!r} have "
-                    f"{sum(self.values[v] for v in stage.enters)} bytes, and its input {stage.input}"
-                )
-        if sum(stage.rerun_state for stage in self.stages) > self.fixed:
-            raise ValueError(
-                f"Chain: fixed={self.fixed} must hold rerun_state of all stages, "
-                f"{sum(stage.rerun_state for stage in self.stages)} bytes"
-            )
-        carried = 0
-        for stage in self.stages:
-            carried += stage.carried
-        for stage in reversed(self.stages):
-            carried += stage.carried_change
-            if carried < 0:
-                raise ValueError(
-                    f"Chain: the backward of stage {stage.name!r} lets go of {-carried} carried bytes "
-                    "more than there are; carried_change must not exceed what the stages carry"
+                    f"{entering} bytes, and its input {stage.input}"
                 )
 
     def _check_carried(self) -> None:

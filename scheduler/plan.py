@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from scheduler.budget import parse_budget
+from scheduler.budget import free_machine_bytes, machine_bytes, parse_budget
 from scheduler.chain import Chain
 from scheduler.device import DeviceSpec
 from scheduler.host import HostMemory
@@ -153,6 +153,8 @@ class Plan:
         record = self.capture
         if record.target:
             return record.target_memory or DeviceSpec.of(record.target).memory
+        if record.device == "cpu":
+            return machine_bytes()
         from scheduler.costs.device_memory import device_bytes  # which takes torch
 
         return device_bytes(record.device)
@@ -161,11 +163,13 @@ class Plan:
         """Return bytes of that device that a step may take, with what of the step is live there already."""
         if self.capture.target:
             return self._device_bytes()
+        # Without the capture nothing says that the model is in this process.
+        own = sum(self.resident.get(part, 0) for part in ALIVE) if self.live is not None else 0
+        if self.capture.device == "cpu":
+            return free_machine_bytes() + own
         from scheduler.costs.device_memory import free_device_bytes
 
-        # Without the capture nothing says that the model is in this process.
-        parts = ALIVE if self.live is not None else ()
-        return free_device_bytes(self.capture.device) + sum(self.resident.get(part, 0) for part in parts)
+        return free_device_bytes(self.capture.device) + own
 
     def kept(self, stage: int) -> str:
         """Say in words what stays of a stage when the forward is over."""

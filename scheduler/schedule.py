@@ -33,7 +33,7 @@ The device bytes of a copy being written stay until it is freed; those of a copy
 prefetch on. ``Backward(i)`` lets go of what the host has of x_i and of the saved tensors of stage i. Copies
 of each direction are served in order. An action that needs what is being read waits for it; a read waits
 for the write of what it reads; and what lets go of a copy, on either side, waits for the copying of it. Bytes
-of a schedule that copies are counted by sums, those of ``host.apart``, even if the chain knows its values.
+of a schedule that copies are counted by sums, those of ``Chain.apart``, even if the chain knows its values.
 """
 
 from __future__ import annotations
@@ -266,16 +266,12 @@ class Referee:
         saved = isinstance(action, (OffloadSaved, PrefetchSaved, FreeSaved))
         i = action.stage if isinstance(action, (OffloadSaved, PrefetchSaved, FreeSaved)) else action.boundary
         item: Item = ("saved" if saved else "boundary", i)
-        what, is_, here = (
-            (f"the saved tensors of stage {i}", "are", i in self._kept)
-            if saved
-            else (f"x_{i}", "is", i in self._held)
-        )
+        what = f"the saved tensors of stage {i}" if saved else f"x_{i}"
         if isinstance(action, (Offload, OffloadSaved)):
-            if not here:
+            if i not in (self._kept if saved else self._held):
                 self._refuse(f"{what} {'are not on the device' if saved else 'is not held'}")
             if item in copies.there:
-                self._refuse(f"{what} {is_} on the host already")
+                self._refuse(f"{what} {'are' if saved else 'is'} on the host already")
             size, room = self._bytes_of(item), copies.host.capacity - copies.used
             if size > room:
                 self._refuse(f"the host has {room} bytes left, and {what} would take {size}")
@@ -286,23 +282,8 @@ class Referee:
                 self._refuse(f"{what} is not on the host")
             self.seconds = copies.drop(self.seconds, item)
             self.values.done()
-        elif isinstance(action, Prefetch):
-            if here or i - 1 in self._kept or i == self._working:
-                self._refuse(f"{what} is on the device already")
-            source: Item = item if item in copies.there else ("saved", i - 1)
-            if source not in copies.there or i > self._to_reverse:
-                self._refuse(f"{what} is not on the host")
-            self._held.add(i)
-            self.seconds = copies.read(self.seconds, item, self._bytes_of(item), source)
-            self.values.fetch(i)
-        elif isinstance(action, PrefetchSaved):
-            if i not in self._away:
-                self._refuse(f"{what} are not on the host alone")
-            self._kept[i] = self._away.pop(i)
-            self.seconds = copies.read(self.seconds, item, self._bytes_of(item), item)
-            self.values.fetch_saved(i, self._kept[i])
-        else:
-            if not here or item not in copies.there:
+        elif isinstance(action, FreeSaved):
+            if i not in self._kept or item not in copies.there:
                 self._refuse(f"{what} are not both on the device and on the host; OffloadSaved({i}) first")
             self._away[i] = self._kept.pop(i)
             hold = i + 1 <= self._to_reverse
@@ -310,6 +291,27 @@ class Referee:
                 self._held.add(i + 1)
             self.seconds = copies.settle(self.seconds, item)
             self.values.free_saved(i, hold=hold)
+        else:
+            self._fetch(item, copies, what)
+
+    def _fetch(self, item: Item, copies: Copies, what: str) -> None:
+        """Start to copy a boundary, or the saved tensors of a stage, back to the device."""
+        source, i = item, item[1]
+        if item[0] == "saved":
+            if i not in self._away:
+                self._refuse(f"{what} are not on the host alone")
+            self._kept[i] = self._away.pop(i)
+            self.values.fetch_saved(i, self._kept[i])
+        else:
+            if i in self._held or i - 1 in self._kept or i == self._working:
+                self._refuse(f"{what} is on the device already")
+            if item not in copies.there:
+                source = ("saved", i - 1)
+            if source not in copies.there or i > self._to_reverse:
+                self._refuse(f"{what} is not on the host")
+            self._held.add(i)
+            self.values.fetch(i)
+        self.seconds = copies.read(self.seconds, item, self._bytes_of(item), source)
 
     def _checked_stage(self, i: int) -> int:
         if not 0 <= i < len(self.chain):
