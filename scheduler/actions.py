@@ -63,7 +63,7 @@ class Backward:
 
 @dataclass(frozen=True, slots=True)
 class Free:
-    """Let go of held boundary ``boundary`` before stage ``boundary`` is reversed."""
+    """Release held boundary ``boundary`` before stage ``boundary`` is reversed."""
 
     boundary: int
 
@@ -84,7 +84,7 @@ class Prefetch:
 
 @dataclass(frozen=True, slots=True)
 class FreeHost:
-    """Let go of the host's own copy of boundary ``boundary``."""
+    """Release the host's own copy of boundary ``boundary``."""
 
     boundary: int
 
@@ -105,7 +105,7 @@ class PrefetchSaved:
 
 @dataclass(frozen=True, slots=True)
 class FreeSaved:
-    """Let go of the device copy of the saved tensors of stage ``stage``; x_{stage+1} stays, held."""
+    """Release the device copy of the saved tensors of stage ``stage``; x_{stage+1} stays, held."""
 
     stage: int
 

@@ -106,8 +106,7 @@ class Option:
 
     Attributes:
         saved: bytes that stay after the forward: output included; input and carried values excluded. What
-            this forward lets go of is taken off: the part of its input that no backward needs. It may be
-            negative then.
+            this forward releases is taken off: the part of its input that no backward needs. May be negative.
         recompute: seconds to rebuild, just before the backward, the saved tensors that did not stay.
         forward_overhead: transient bytes of this forward above the stage's input and ``saved``.
         backward_overhead: transient bytes of the backward above input, ``saved``, the gradient of the
@@ -164,7 +163,7 @@ class Stage:
         input_grad: bytes of the gradient of x_i.
         grad: bytes of the parameter gradients that its backward creates; 0 if they exist already.
         carried: bytes of long-lived values (U-Net skips, masks) that its first run leaves behind. A run again
-            makes them anew and lets them go: ``forward_overhead`` has these bytes, but for the last stage,
+            recomputes and releases them: ``forward_overhead`` has these bytes, but for the last stage,
             which runs once.
         carried_change: by how much its backward changes the bytes of long-lived values and of their
             gradients (negative where it lets them go).
@@ -223,8 +222,8 @@ class Carried:
         savers: those of them whose backward needs it.
         freed: the stage whose ``carried_change`` takes it off; None if it outlives the step, for the user
             holds it.
-        last: the stage with whose first run the code that made it lets go of it; None: it is there until all
-            have run.
+        last: the stage after whose first run the user's code drops its reference; None if it is held until
+            the forward ends.
     """
 
     value: int

@@ -7,7 +7,7 @@ topological order. Any op may run again later, unless it may run only once.
 A plan is inert data, a tuple of actions:
 
 * ``Run(o)`` is read as: run op o; what it reads must be there; what it writes is there afterwards.
-* ``Drop(v)`` is read as: let go of value v.
+* ``Drop(v)`` is read as: release value v.
 
 Memory rules. Live bytes are the fixed bytes, the values that are there, and the long-lived bytes of the
 turns taken. While an op runs, everything that it writes counts on top of what was live (a value that was
@@ -38,7 +38,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Let go of value ``value``."""
+    """Release value ``value``."""
 
     value: int
 
@@ -75,7 +75,7 @@ class Turn:
         ops: the alternatives, as numbers of ops.
         starts: long-lived bytes that are there from the start of that run on.
         ends: long-lived bytes that are there once it is over and what goes with it has gone; negative where
-            it lets go of some.
+            it releases some.
     """
 
     ops: tuple[int, ...]
@@ -254,7 +254,7 @@ def chain_dag(chain: Chain) -> Dag:
 
     x_i can be read as itself, or inside what stage i-1 keeps. The Dag prices every action as the chain's
     referee does. It differs in what it allows: it may hold a boundary without running the stage that reads
-    it, which the chain's actions cannot say, and it may let go of a working boundary at any time.
+    it, which the chain's actions cannot say, and it may release a working boundary at any time.
 
     Raises:
         ValueError: the chain knows its values, or has negative sums: a Dag cannot say what goes early.

@@ -1,4 +1,4 @@
-"""What a device can do, in numbers: enough to plan for one that is not at hand."""
+"""What a device can do, in numbers: enough to plan for one that is not there."""
 
 from __future__ import annotations
 

@@ -104,11 +104,11 @@ class Copies:
         return self._wait(now, min((self._arrived.get(item, 0.0) for item in items), default=now))
 
     def settle(self, now: float, item: Item) -> float:
-        """Wait for the copies of ``item`` that are under way: a copy of it is about to be let go of."""
+        """Wait for the copies of ``item`` that are under way: a copy of it is about to be released."""
         return self._wait(now, max(self._written.get(item, 0.0), self._arrived.get(item, 0.0)))
 
     def drop(self, now: float, item: Item) -> float:
-        """Let go of the copy of ``item`` on the host, if there is one."""
+        """Release the copy of ``item`` on the host, if it has one."""
         now = self.settle(now, item)
         self.used -= self.there.pop(item, 0)
         return now

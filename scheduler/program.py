@@ -42,7 +42,7 @@ class ReplayProgram:
             input of a kept stage is not among them: autograd holds what that stage's backward needs.
         replay: the actions once every stage has run: autograd begins its backward.
         backward_at: (L,) index in ``replay`` of the backward of each stage.
-        moves: (L,) the copies that follow the first run of each stage, and what they let go of.
+        moves: (L,) the copies that follow the first run of each stage, and what they release.
         copies: whether anything is copied between device and host.
     """
 
@@ -58,7 +58,7 @@ class ReplayProgram:
         """Split a legal schedule.
 
         Raises:
-            ValueError: the first sweep does not run each of the stages once, in order; the schedule lets go
+            ValueError: the first sweep does not run each of the stages once, in order; the schedule releases
                 of the input of a kept stage that is not on the host, or copies what a stage keeps that is run
                 again.
         """

@@ -10,29 +10,29 @@ The words, for stage i with input x_i:
 * ``Keep(i, k)`` is read as: run stage i keeping what its option k keeps, and hold on to x_i. A run again just
   before ``Backward(i)`` stops when all that is kept is there.
 * ``Backward(i)`` is read as: reverse stage i; its saved tensors, the gradient of x_{i+1} and a held
-  x_i are let go; the gradient of x_i is there.
-* ``Free(i)`` is read as: let go of the held x_i before its stage is reversed.
+  x_i are released; the gradient of x_i is live.
+* ``Free(i)`` is read as: release the held x_i before its stage is reversed.
 
 Memory rules. Live bytes are the chain's fixed bytes, held boundaries, kept saved tensors, the working
-boundary, the gradient at hand, and what the reversed stages retain (parameter gradients, long-lived
+boundary, the gradient that flows, and what the reversed stages retain (parameter gradients, long-lived
 values). x_{i+1} lies inside the saved tensors of a kept stage i and costs nothing on top. x_0 is held
 from the start. The gradient of x_L appears once stage L-1 has run.
 
 With a second memory, the host (``HostMemory``), there are words for copies between the two:
 
 * ``Offload(i)`` is read as: start to copy the held x_i to the host; the device copy stays.
-* ``Free(i)`` lets go of the device copy alone, ``FreeHost(i)`` of the one on the host.
+* ``Free(i)`` releases the device copy alone, ``FreeHost(i)`` of the one on the host.
 * ``Prefetch(i)`` is read as: claim the bytes of x_i on the device, start to copy it there, and hold it. It
   comes from its own copy on the host, or else out of that of the saved tensors of stage i-1.
 * ``OffloadSaved(i)`` is read as: start to copy the saved tensors of the kept stage i to the host.
-* ``FreeSaved(i)`` is read as: let go of their device copy. x_{i+1}, which lies inside, stays and is held
+* ``FreeSaved(i)`` is read as: release their device copy. x_{i+1}, which lies inside, stays and is held
   until its stage is reversed, or until ``Free(i+1)``.
 * ``PrefetchSaved(i)`` is read as: claim their bytes on the device and start to copy them back.
 
 The device bytes of a copy being written stay until it is freed; those of a copy being read count from its
-prefetch on. ``Backward(i)`` lets go of what the host has of x_i and of the saved tensors of stage i. Copies
+prefetch on. ``Backward(i)`` releases what the host has of x_i and of the saved tensors of stage i. Copies
 of each direction are served in order. An action that needs what is being read waits for it; a read waits
-for the write of what it reads; and what lets go of a copy, on either side, waits for the copying of it. Bytes
+for the write of what it reads; and what releases a copy, on either side, waits for the copying of it. Bytes
 of a schedule that copies are counted by sums, those of ``Chain.apart``, even if the chain knows its values.
 """
 

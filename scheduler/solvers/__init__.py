@@ -61,7 +61,7 @@ class Solver:
         parameters: names of the keyword arguments that its ``solve`` takes.
         required: those of them that it cannot do without.
         most_stages: stages of the longest chain that it takes; 0 if any length will do.
-        executable: whether executors can follow its schedules. They cannot let go of what autograd holds
+        executable: whether executors can follow its schedules. They cannot release what autograd holds
             unless it is on the host.
         solve_many: chain and budgets to schedules, where that is quicker than one by one.
     """

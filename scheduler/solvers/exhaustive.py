@@ -68,7 +68,7 @@ class LongLived(NamedTuple):
 
 
 class Knapsacks(NamedTuple):
-    """For each s..j, by bytes at hand: the seconds of recomputation that a state cannot avoid."""
+    """For each s..j, by room in bytes: the seconds of recomputation that a state cannot avoid."""
 
     source: Ints  # (L,) the least bytes that x_i takes when i is reversed, if stage i-1 is not kept yet
     start: Ints  # (L, L) where the list of s..j begins
@@ -273,7 +273,7 @@ def _search(
                     peak += a.running[i]
                 only = False
 
-            # What may be let go first: all held boundaries but the one that the action starts from.
+            # What may be released first: all held boundaries but the one that the action starts from.
             loose = held & ~1  # x_0 is needed at the end, and nothing brings it back
             if i > 0 and not kept[i - 1]:
                 loose &= ~(1 << i)

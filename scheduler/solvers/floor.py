@@ -1,6 +1,6 @@
 """The floor: seconds that no plan of a DAG beats within a budget, for thousands of ops.
 
-Take one moment: the first run of turn t. What is there then is a set K of values, and with what that run
+Take one moment: the first run of turn t. What is live then is a set K of values, and with what that run
 writes it fits the budget. Whatever the plan does, each later turn still has to run, and each value that an op
 reads later is in K, or is written later: by a later turn, or by an op that runs again. So a plan gives a
 solution of
@@ -29,7 +29,7 @@ What is claimed: the bound holds for all plans that ``simulate_dag`` accepts and
 first, and turn t next: a wider class than that of ``solve_dag``, for ops may run again in any order and as
 often as they like. (In a training step, with t the first backward turn, these are all plans: the loss is
 there before it is reversed. With t a later one, these are all whose backward goes in the order of the turns,
-as autograd's does.) Values that live anyway (``inputs``) are free. That values are let go at different times
+as autograd's does.) Values that live anyway (``inputs``) are free. That values go at different times
 later on does not matter at the moment itself.
 
 What is lost: runs before the moment and second runs after it are not counted, nor is the memory that the runs

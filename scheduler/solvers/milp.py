@@ -238,7 +238,7 @@ class _Model:
                     found = [v for v in group if (t, o, v) in self.before and x[self.before[t, o, v]] > 0.5]
                     found += [v for v in group if v in dag.inputs]
                     need.update(found[:1])
-                # What is there already is kept where it will be needed, not made again.
+                # What is live already is kept where it will be needed, not recomputed.
                 need |= {
                     v
                     for v in needs[-1] & set(op.writes)

@@ -42,7 +42,7 @@ suggest.
 
 What is not claimed: that no other schedule is faster. ``exhaustive`` finds those that let a boundary go early
 and bring it back with what comes before it: one to two percent on chains of ten unlike stages, up to eight,
-and nothing where stages are alike (docs/persistence.md). What autograd saved cannot be let go like that.
+and nothing where stages are alike (docs/persistence.md). What autograd saved cannot be released like that.
 """
 
 from __future__ import annotations

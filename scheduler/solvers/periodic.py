@@ -9,7 +9,7 @@ there is nothing between the only checkpoint and the end, and the step is the pl
 What is claimed: given no k, the fastest of all k that fits, and of those the one of least peak (every k
 but the last takes the same seconds); ``InfeasibleBudget.smallest`` is the least of their peaks.
 
-Where stages may run only once they are kept, and k is counted anew after each of them.
+Where stages may run only once they are kept, and k counts from 0 after each of them.
 """
 
 from __future__ import annotations
