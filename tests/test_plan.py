@@ -173,7 +173,9 @@ def test_a_share_of_memory_is_one_of_the_device_that_the_plan_is_for() -> None:
         return dataclasses.replace(plan, capture=record)
 
     assert plan.within("50%").memory_budget == parse_budget("50%")  # the CPU's memory is this machine's
-    assert planned_for("T4", 0).within("50%").memory_budget == 8 * 10**9  # as plans of old versions are written
+    assert (
+        planned_for("T4", 0).within("50%").memory_budget == 8 * 10**9
+    )  # as plans of old versions are written
     mine = planned_for("mine", 4000)
     assert mine.within("50%").memory_budget == 2000
     assert mine.within("auto").memory_budget == 4000 - 200
