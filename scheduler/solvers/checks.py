@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+import math
+from numbers import Integral, Real
 from typing import Any
 
 from scheduler.chain import Chain
@@ -14,6 +15,7 @@ __all__ = [
     "checked_chain",
     "checked_count",
     "checked_sums",
+    "checked_time_limit",
 ]
 
 MOST_BYTES = 2**62  # sums of two such sums still fit an int64
@@ -61,3 +63,11 @@ def checked_sums(call: str, chain: Chain) -> None:
         raise ValueError(
             f"{call}: the chain's seconds add up to {seconds}; times its stages they must stay below {MOST_SECONDS}"
         )
+
+
+def checked_time_limit(call: str, time_limit: Any) -> float:
+    """Return ``time_limit`` (seconds) as a float, or a ValueError that names ``call``."""
+    number = isinstance(time_limit, Real) and not isinstance(time_limit, bool)
+    if not number or not 0 < float(time_limit) < math.inf:
+        raise ValueError(f"{call}: time_limit={time_limit!r} must be a positive, finite number of seconds")
+    return float(time_limit)

@@ -48,7 +48,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -56,7 +55,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from scheduler.dag import Dag
-from scheduler.solvers.checks import checked_budget
+from scheduler.solvers.checks import checked_budget, checked_time_limit
 
 __all__ = ["Floor", "dag_floor"]
 
@@ -103,12 +102,7 @@ def dag_floor(
     if not isinstance(dag, Dag):
         raise TypeError(f"dag_floor: dag={dag!r} must be a Dag; chain_dag makes one of a Chain")
     budget = checked_budget("dag_floor", memory_budget)
-    if (
-        isinstance(time_limit, bool)
-        or not isinstance(time_limit, Real)
-        or not 0 < float(time_limit) < math.inf
-    ):
-        raise ValueError(f"dag_floor: time_limit={time_limit!r} must be a positive, finite number of seconds")
+    limit = checked_time_limit("dag_floor", time_limit)
     tried = tuple(dict.fromkeys(_moments(dag) if turns is None else turns))
     for turn in tried:
         if turn not in range(len(dag.turns)):
@@ -118,7 +112,7 @@ def dag_floor(
     least = math.fsum(min(dag.ops[o].seconds for o in turn.ops) for turn in dag.turns)
     best = Floor(least, 0.0, -1, (), 0.0)
     for turn in tried:
-        extra, rerun = _at(dag, budget, turn, float(time_limit))
+        extra, rerun = _at(dag, budget, turn, limit)
         if extra > best.extra or best.turn < 0:
             spent = math.fsum(dag.ops[o].seconds for o in rerun)
             best = Floor(least + extra, extra, turn, rerun, spent)

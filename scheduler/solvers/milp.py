@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ from scipy.sparse import csr_array
 from scheduler.chain import Chain
 from scheduler.dag import Dag, DagAction, Drop, Run, chain_dag, simulate_dag
 from scheduler.errors import InfeasibleBudget
-from scheduler.solvers.checks import checked_budget, checked_chain
+from scheduler.solvers.checks import checked_budget, checked_chain, checked_time_limit
 
 __all__ = ["DagOptimum", "milp_bound", "relaxed_seconds", "solve_dag"]
 
@@ -257,17 +256,6 @@ class _Model:
         return tuple(actions)
 
 
-def _limit(call: str, time_limit: Any) -> float:
-    """Return ``time_limit`` as a float, or a ValueError that names ``call``."""
-    if (
-        isinstance(time_limit, bool)
-        or not isinstance(time_limit, Real)
-        or not 0 < float(time_limit) < math.inf
-    ):
-        raise ValueError(f"{call}: time_limit={time_limit!r} must be a positive, finite number of seconds")
-    return float(time_limit)
-
-
 def solve_dag(
     dag: Dag, memory_budget: int, *, time_limit: float = 60.0, most_seconds: float = math.inf
 ) -> DagOptimum:
@@ -286,7 +274,7 @@ def solve_dag(
             not positive and finite; no plan takes ``most_seconds`` at most.
         TimeoutError: the time limit came before the first plan; the message has the bound so far.
     """
-    limit = _limit("solve_dag", time_limit)
+    limit = checked_time_limit("solve_dag", time_limit)
     if not isinstance(dag, Dag):
         raise TypeError(f"solve_dag: dag={dag!r} must be a Dag; milp_bound takes a Chain")
     if math.isnan(most_seconds):
@@ -331,7 +319,7 @@ def relaxed_seconds(dag: Dag, memory_budget: int, *, time_limit: float = 60.0) -
         TimeoutError: HiGHS did not finish within ``time_limit`` seconds.
     """
     model = _Model(dag, checked_budget("relaxed_seconds", memory_budget), math.inf)
-    result = model.solve(_limit("relaxed_seconds", time_limit), relaxed=True)
+    result = model.solve(checked_time_limit("relaxed_seconds", time_limit), relaxed=True)
     if result.status == 2:
         return math.inf
     if result.status != 0:
