@@ -49,6 +49,7 @@ import math
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from operator import itemgetter
 from typing import Any
 
@@ -68,6 +69,7 @@ from scheduler.schedule import (
     Prefetch,
     PrefetchSaved,
     Schedule,
+    Timeline,
     simulate,
 )
 from scheduler.solvers import optimal
@@ -195,9 +197,8 @@ def _read_off(
     return Schedule(tuple(actions))
 
 
-def _later_frees(chain: Chain, schedule: Schedule, budget: int, host: HostMemory) -> Schedule:
+def _later_frees(schedule: Schedule, line: Timeline, budget: int) -> Schedule:
     """Free what was copied only when its bytes are needed; if they never are, do not copy it."""
-    line = simulate(chain, schedule, host)
     saved_off = {action.stage for action in schedule if isinstance(action, OffloadSaved)}
     off = {action.boundary for action in schedule if isinstance(action, Offload)}
     waiting: deque[tuple[Free | FreeSaved, int]] = deque()  # frees, oldest first, and their bytes
@@ -233,9 +234,8 @@ def _later_frees(chain: Chain, schedule: Schedule, budget: int, host: HostMemory
     return Schedule(tuple(actions))
 
 
-def _earlier_prefetches(chain: Chain, schedule: Schedule, budget: int, host: HostMemory) -> Schedule:
+def _earlier_prefetches(schedule: Schedule, line: Timeline, budget: int) -> Schedule:
     """Move prefetches forward, in the order in which they are needed, as far as the device has room."""
-    line = simulate(chain, schedule, host)
     moved: list[tuple[Action, int]] = []  # and the most bytes live while it runs
     for index, action in enumerate(schedule):
         moved.append((action, line.during[index]))
@@ -307,13 +307,14 @@ def solve_two_level(chain: Chain, memory_budget: int, host: HostMemory) -> TwoLe
             for reserve in RESERVES if host.asynchronous else (0.0,):
                 spared = int((room - needed) * reserve) // unit * unit
                 schedules[_read_off(chain, n, least, p, g, room - spared, host_room)] = None
+    judged = cache(lambda schedule: simulate(chain, schedule, host))
     if host.asynchronous:
         for schedule in list(schedules):
-            later = _later_frees(chain, schedule, memory_budget, host)
-            schedules |= {later: None, _earlier_prefetches(chain, later, memory_budget, host): None}
+            later = _later_frees(schedule, judged(schedule), memory_budget)
+            schedules |= {later: None, _earlier_prefetches(later, judged(later), memory_budget): None}
     with suppress(InfeasibleBudget):
         schedules[optimal.solve(chain, memory_budget)] = None
-    lines = [(simulate(chain, schedule, host), schedule) for schedule in schedules]
+    lines = [(judged(schedule), schedule) for schedule in schedules]
     fits = [(line.seconds, schedule) for line, schedule in lines if line.peak <= memory_budget]
     seconds, schedule = min(fits, key=itemgetter(0))
     return TwoLevelOptimum(schedule, seconds, bound, unit, host_unit)
