@@ -29,7 +29,6 @@ from scheduler.chain import Chain
 from scheduler.costs.graph_chain import graph_chain, measure_graph
 from scheduler.costs.resident import resident_parts
 from scheduler.costs.roofline import device_rates, roofline_graph
-from scheduler.solvers.checks import by_sums
 from tests.shared import models
 from tests.shared.helpers import smallest
 from tests.shared.models import Case
@@ -165,7 +164,7 @@ def _two_chains(case: Case, repeats: int) -> tuple[tuple[OpTime, ...], Chain, Ch
 
     def chain(costs: Any) -> Chain:
         # By its sums the optimum is exact, so that what one plan loses to another is due to the estimates alone.
-        return by_sums(graph_chain(capture, model, costs, resident=resident, loss_is_output=True))
+        return graph_chain(capture, model, costs, resident=resident, loss_is_output=True).as_sums()
 
     measured, estimated = chain(costs), chain(roofline_graph(capture, costs))
     stages = []

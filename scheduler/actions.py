@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from scheduler.checks import is_integer
-from scheduler.json_data import shown
+from scheduler.json_data import check_format, shown
 
 __all__ = [
     "COPY_ACTIONS",
@@ -64,7 +64,7 @@ class Backward:
 
 @dataclass(frozen=True, slots=True)
 class Free:
-    """Let go of held boundary ``boundary`` before stage ``boundary`` is reversed."""
+    """Release held boundary ``boundary`` before stage ``boundary`` is reversed."""
 
     boundary: int
 
@@ -85,7 +85,7 @@ class Prefetch:
 
 @dataclass(frozen=True, slots=True)
 class FreeHost:
-    """Let go of the host's own copy of boundary ``boundary``."""
+    """Release the host's own copy of boundary ``boundary``."""
 
     boundary: int
 
@@ -106,7 +106,7 @@ class PrefetchSaved:
 
 @dataclass(frozen=True, slots=True)
 class FreeSaved:
-    """Let go of the device copy of the saved tensors of stage ``stage``; x_{stage+1} stays, held."""
+    """Release the device copy of the saved tensors of stage ``stage``; x_{stage+1} stays, held."""
 
     stage: int
 
@@ -181,14 +181,12 @@ class Schedule:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Schedule:
-        """The schedule that ``to_json`` wrote.
+        """Return the schedule that ``to_json`` wrote.
 
         Raises:
             ValueError: the data is no schedule, or of an unknown format.
         """
-        if not isinstance(data, Mapping) or data.get("format") != SCHEDULE_FORMAT:
-            found = data.get("format") if isinstance(data, Mapping) else data
-            raise ValueError(f"Schedule.from_json: format {shown(found)}, expected {SCHEDULE_FORMAT}")
+        check_format("Schedule.from_json", data, SCHEDULE_FORMAT)
         actions = []
         rows = data.get("actions")
         if not isinstance(rows, list):

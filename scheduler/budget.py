@@ -26,14 +26,18 @@ RESERVE = "5%"  # of the device's memory, that "auto" leaves free: other process
 
 
 def parse_budget(
-    value: Any, device_bytes: int | None = None, free_bytes: Callable[[], int] | None = None
+    value: Any,
+    device_bytes: int | Callable[[], int] | None = None,
+    free_bytes: Callable[[], int] | None = None,
 ) -> int:
-    """``value`` as bytes, rounded down.
+    """Return ``value`` as bytes, rounded down.
 
     Args:
         value: an int of bytes, or text: a number and a unit (KB, MB, GB, TB decimal; KiB, MiB, GiB, TiB
-            binary), or a percentage of ``device_bytes``; or "auto", what is free less ``RESERVE``, or "auto - R", less R.
-        device_bytes: memory of the device; the machine's memory if None.
+            binary), or a percentage of ``device_bytes``; or "auto", what is free less ``RESERVE``, or "auto -
+            R", less R.
+        device_bytes: memory of the device, or a function that finds it where it matters; the machine's memory
+            if None.
         free_bytes: gives the bytes that a step may take; those free on this machine if None.
 
     Raises:
@@ -73,7 +77,7 @@ def parse_budget(
     return result
 
 
-def _parse_text(text: str, device_bytes: int | None) -> int:
+def _parse_text(text: str, device_bytes: int | Callable[[], int] | None) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([A-Za-z]*|%)\s*", text)
     if match is None:
         raise ValueError(f"memory_budget={text!r} cannot be read; {_HOW}")
@@ -82,7 +86,8 @@ def _parse_text(text: str, device_bytes: int | None) -> int:
         share = float(number)
         if not 0 < share <= 100:
             raise ValueError(f"memory_budget={text!r} must be above 0% and at most 100%")
-        return int((machine_bytes() if device_bytes is None else device_bytes) * share / 100)
+        whole = machine_bytes if device_bytes is None else device_bytes
+        return int((whole() if callable(whole) else whole) * share / 100)
     if unit.upper() not in _UNITS:
         raise ValueError(f"memory_budget={text!r}: unit {unit!r} is unknown; {_HOW}")
     if not unit and "." in number:
@@ -92,12 +97,12 @@ def _parse_text(text: str, device_bytes: int | None) -> int:
 
 
 def machine_bytes() -> int:
-    """Physical memory of this machine."""
+    """Return physical memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def free_machine_bytes() -> int:
-    """Memory of this machine that programs can have without swapping."""
+    """Return memory of this machine that programs can have without swapping."""
     try:
         with Path("/proc/meminfo").open(encoding="ascii") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -106,7 +111,7 @@ def free_machine_bytes() -> int:
 
 
 def format_bytes(size: float) -> str:
-    """Bytes for people: 1536 -> "1.50 KiB"."""
+    """Return bytes for people: 1536 -> "1.50 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
             return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"

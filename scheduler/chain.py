@@ -8,20 +8,69 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from scheduler.checks import is_integer, is_number
-from scheduler.json_data import shown
-from scheduler.plan_file import check_chain
+from scheduler.json_data import (
+    check_format,
+    count,
+    flag,
+    integer,
+    objects,
+    optional,
+    rows,
+    seconds,
+    text,
+    version,
+)
 
-__all__ = ["Carried", "Chain", "Option", "Stage"]
+__all__ = ["CHAIN", "Carried", "Chain", "Option", "Stage"]
 
 CHAIN_FORMAT = 1
+_OPTION = objects(
+    {"saved": integer},
+    {
+        "recompute": seconds,
+        "forward_overhead": count,
+        "backward_overhead": integer,
+        "name": text,
+        "keeps": rows(count),
+        "rerun_overhead": optional(integer),
+    },
+)
+_STAGE = objects(
+    {"name": text, "forward": seconds, "backward": seconds, "input": count, "options": rows(_OPTION)},
+    {
+        "forward_overhead": integer,
+        "input_grad": count,
+        "grad": count,
+        "carried": count,
+        "carried_change": integer,
+        "recomputable": flag,
+        "enters": rows(count),
+        "rerun_state": count,
+    },
+)
+_CARRIED = objects(
+    {"value": count, "made": count},
+    {"readers": rows(count), "savers": rows(count), "freed": optional(count), "last": optional(count)},
+)
+CHAIN = objects(
+    {
+        "format": version,
+        "stages": rows(_STAGE),
+        "output": count,
+        "output_grad": count,
+        "fixed": count,
+        "name": text,
+    },
+    {"values": rows(count), "carried": rows(_CARRIED)},
+)
 
 
 def _bytes(owner: str, field: str, value: Any, *, signed: bool = False) -> int:
-    """``value`` as a plain int, or a ValueError that names the field."""
+    """Return ``value`` as a plain int, or a ValueError that names the field."""
     if not is_integer(value):
         raise ValueError(
             f"{owner}: {field}={value!r} must be an integer number of bytes; "
@@ -34,7 +83,7 @@ def _bytes(owner: str, field: str, value: Any, *, signed: bool = False) -> int:
 
 
 def _seconds(owner: str, field: str, value: Any) -> float:
-    """``value`` as a float, or a ValueError that names the field."""
+    """Return ``value`` as a float, or a ValueError that names the field."""
     if not is_number(value):
         raise ValueError(f"{owner}: {field}={value!r} must be a number of seconds")
     try:
@@ -47,7 +96,7 @@ def _seconds(owner: str, field: str, value: Any) -> float:
 
 
 def _values(owner: str, field: str, values: Any) -> tuple[int, ...]:
-    """Numbers of values as plain ints, or a ValueError that names the field."""
+    """Return numbers of values as plain ints, or a ValueError that names the field."""
     return tuple(_bytes(owner, field, value) for value in values)
 
 
@@ -56,17 +105,18 @@ class Option:
     """One choice of which saved tensors of a stage stay between its forward and its backward.
 
     Attributes:
-        saved: bytes that stay after the forward: output included; input and carried values excluded. What this
-            forward lets go of is taken off: the part of its input that no backward needs. It may be negative then.
+        saved: bytes that stay after the forward: output included; input and carried values excluded. What
+            this forward releases is taken off: the part of its input that no backward needs. May be negative.
         recompute: seconds to rebuild, just before the backward, the saved tensors that did not stay.
         forward_overhead: transient bytes of this forward above the stage's input and ``saved``.
         backward_overhead: transient bytes of the backward above input, ``saved``, the gradient of the
-            output and the gradient of the input. Parameter gradients count here while they appear. Negative where
-            these are not there all at once: where the backward does not need the output, for instance.
+            output and the gradient of the input. Parameter gradients count here while they appear. Negative
+            where these are not there all at once: where the backward does not need the output, for instance.
         name: what is kept, in words.
         keeps: the values (``Chain.values``) that stay, those of the input that are needed again among them.
-        rerun_overhead: ``forward_overhead`` of a run again just before the backward: such a run stops as soon as all that
-            is kept is there, and its output is not made. Negative where ``saved`` counts that. None: it is no different.
+        rerun_overhead: ``forward_overhead`` of a run again just before the backward: such a run stops as soon
+            as all that is kept is there, and its output is not made. Negative where ``saved`` counts that.
+            None: it is no different.
     """
 
     saved: int
@@ -95,7 +145,7 @@ class Option:
             object.__setattr__(self, "rerun_overhead", rerun)
 
     def transient(self, *, again: bool) -> int:
-        """Bytes above the stage's input and ``saved`` while it runs; ``again``: just before its backward."""
+        """Return bytes above input and ``saved`` while it runs; ``again``: just before its backward."""
         return self.rerun_overhead if again and self.rerun_overhead is not None else self.forward_overhead
 
 
@@ -108,18 +158,20 @@ class Stage:
         forward, backward: seconds of one run of each.
         input: bytes of x_i, the boundary that crosses into this stage; carried values excluded.
         options: what may stay after a forward; the first keeps all saved tensors.
-        forward_overhead: transient bytes, above x_i and x_{i+1}, of a forward that keeps nothing. Negative where a part
-            of x_i goes on as a part of x_{i+1}, and so is not there twice.
+        forward_overhead: transient bytes, above x_i and x_{i+1}, of a forward that keeps nothing. Negative
+            where a part of x_i goes on as a part of x_{i+1}, and so is not there twice.
         input_grad: bytes of the gradient of x_i.
         grad: bytes of the parameter gradients that its backward creates; 0 if they exist already.
-        carried: bytes of long-lived values (U-Net skips, masks) that its first run leaves behind. A run again makes them
-            anew and lets them go: ``forward_overhead`` has these bytes, but for the last stage, which runs once.
+        carried: bytes of long-lived values (U-Net skips, masks) that its first run leaves behind. A run again
+            recomputes and releases them: ``forward_overhead`` has these bytes, but for the last stage,
+            which runs once.
         carried_change: by how much its backward changes the bytes of long-lived values and of their
             gradients (negative where it lets them go).
         recomputable: False for a stage that must run exactly once, and so is always kept.
         enters: the values (``Chain.values``) that x_i consists of.
-        rerun_state: of ``Chain.fixed``, the bytes that are there only where the stage may run again, from its first run to
-            its backward: the state of random-number generators, copies of buffers that it changes.
+        rerun_state: of ``Chain.fixed``, the bytes that are there only where the stage may run again, from its
+            first run to its backward: the state of random-number generators, copies of buffers that it
+            changes.
     """
 
     name: str
@@ -168,8 +220,10 @@ class Carried:
         made: the stage that makes it.
         readers: stages after it that read it.
         savers: those of them whose backward needs it.
-        freed: the stage whose ``carried_change`` takes it off; None if it outlives the step, for the user holds it.
-        last: the stage with whose first run the code that made it lets go of it; None: it is there until all have run.
+        freed: the stage whose ``carried_change`` takes it off; None if it outlives the step, for the user
+            holds it.
+        last: the stage after whose first run the user's code drops its reference; None if it is held until
+            the forward ends.
     """
 
     value: int
@@ -199,9 +253,9 @@ class Chain:
         output_grad: bytes of its gradient.
         fixed: bytes live during the whole step: parameters, buffers, optimizer state, inputs.
         name: for people.
-        values: bytes of each value (a storage) that crosses a boundary or stays for a backward. Where they are known,
-            the referee follows every one of them (``storages.py``), and the sums above are what solvers go by: at
-            least as many bytes. Empty where only the sums are known.
+        values: bytes of each value (a storage) that crosses a boundary or stays for a backward. Where they
+            are known, the referee follows every one of them (``storages.py``), and the sums above are what
+            solvers go by: at least as many bytes. Empty where only the sums are known.
         carried: the long-lived ones among the values.
     """
 
@@ -222,6 +276,21 @@ class Chain:
             object.__setattr__(self, field, _bytes("Chain", field, getattr(self, field)))
         object.__setattr__(self, "values", _values("Chain", "values", self.values))
         self._check_carried()
+        self._check_stages()
+        state = sum(stage.rerun_state for stage in self.stages)
+        if state > self.fixed:
+            raise ValueError(f"Chain: fixed={self.fixed} must hold rerun_state of all stages, {state} bytes")
+        carried = sum(stage.carried for stage in self.stages)
+        for stage in reversed(self.stages):
+            carried += stage.carried_change
+            if carried < 0:
+                raise ValueError(
+                    f"Chain: the backward of stage {stage.name!r} lets go of {-carried} carried bytes "
+                    "more than there are; carried_change must not exceed what the stages carry"
+                )
+
+    def _check_stages(self) -> None:
+        """Refuse stages whose sums take off more than there is, or do not agree with the values."""
         long_lived = [0] * len(self.stages)
         for each in self.carried if self.values else ():
             long_lived[each.made] += self.values[each.value]
@@ -231,39 +300,27 @@ class Chain:
                     f"Chain: stage {stage.name!r}: forward_overhead={stage.forward_overhead} takes off more than its "
                     f"output has, {self.input_bytes(i + 1)} bytes"
                 )
-            named = {*stage.enters, *(value for option in stage.options for value in option.keeps)}
-            if named and max(named) >= len(self.values):
+            named = max(
+                (*stage.enters, *(value for option in stage.options for value in option.keeps)), default=-1
+            )
+            if named >= len(self.values):
                 raise ValueError(
-                    f"Chain: stage {stage.name!r} names value {max(named)}, and values holds {len(self.values)}"
+                    f"Chain: stage {stage.name!r} names value {named}, and values holds {len(self.values)}"
                 )
             if self.values and long_lived[i] != stage.carried:
                 raise ValueError(
                     f"Chain: stage {stage.name!r}: carried={stage.carried}, and the carried values that it makes have "
                     f"{long_lived[i]} bytes"
                 )
-            if self.values and sum(self.values[value] for value in stage.enters) != stage.input:
+            entering = sum(self.values[value] for value in stage.enters)
+            if self.values and entering != stage.input:
                 raise ValueError(
                     f"Chain: the values that enter stage {stage.name!r} have "
-                    f"{sum(self.values[v] for v in stage.enters)} bytes, and its input {stage.input}"
-                )
-        if sum(stage.rerun_state for stage in self.stages) > self.fixed:
-            raise ValueError(
-                f"Chain: fixed={self.fixed} must hold rerun_state of all stages, "
-                f"{sum(stage.rerun_state for stage in self.stages)} bytes"
-            )
-        carried = 0
-        for stage in self.stages:
-            carried += stage.carried
-        for stage in reversed(self.stages):
-            carried += stage.carried_change
-            if carried < 0:
-                raise ValueError(
-                    f"Chain: the backward of stage {stage.name!r} lets go of {-carried} carried bytes "
-                    "more than there are; carried_change must not exceed what the stages carry"
+                    f"{entering} bytes, and its input {stage.input}"
                 )
 
     def _check_carried(self) -> None:
-        """Refuse carried values that the chain does not have, or that stages it does not have make, read or let go of."""
+        """Refuse carried values that do not fit the values and the stages of the chain."""
         seen: set[int] = set()
         for each in self.carried:
             stages = (each.made, *each.readers, *each.savers, each.freed or 0, each.last or 0)
@@ -279,11 +336,11 @@ class Chain:
         return len(self.stages)
 
     def input_bytes(self, boundary: int) -> int:
-        """Bytes of boundary ``boundary``, 0..L."""
+        """Return bytes of boundary ``boundary``, 0..L."""
         return self.output if boundary == len(self.stages) else self.stages[boundary].input
 
     def grad_bytes(self, boundary: int) -> int:
-        """Bytes of the gradient of boundary ``boundary``, 0..L."""
+        """Return bytes of the gradient of boundary ``boundary``, 0..L."""
         stages = self.stages
         return self.output_grad if boundary == len(stages) else stages[boundary].input_grad
 
@@ -291,6 +348,61 @@ class Chain:
     def plain_seconds(self) -> float:
         """Seconds of the plain step: every stage once forward and once backward, all kept."""
         return sum(s.forward + s.backward for s in self.stages)
+
+    def as_sums(self) -> Chain:
+        """Return the chain without its values, and with no sum below 0: what some solvers know of it.
+
+        The referee counts at least as many bytes of it as of the chain itself, whose optimum may be another.
+        """
+
+        def positive(option: Option) -> Option:
+            saved = max(option.saved, 0)
+            forward, backward = (
+                option.forward_overhead + option.saved - saved,
+                max(option.backward_overhead, 0),
+            )
+            return Option(saved, option.recompute, forward, backward, option.name)
+
+        stages = (
+            replace(
+                stage,
+                options=tuple(map(positive, stage.options)),
+                forward_overhead=max(stage.forward_overhead, 0),
+                enters=(),
+                rerun_state=0,
+            )
+            for stage in self.stages
+        )
+        return replace(self, stages=tuple(stages), values=(), carried=())
+
+    def apart(self) -> Chain:
+        """Return the chain in sums that hold wherever its parts are: what copies are counted by.
+
+        The sums of a chain that knows its values rely on x_i staying on the device while stage i is kept:
+        what goes on from x_i into x_{i+1} is not counted again with the saved tensors of stage i, and what
+        nobody needs of x_i is taken off them. Here the saved tensors of stage i have all of x_{i+1}, and all
+        that is kept and no part of x_i.
+        """
+        if not self.values:
+            return self
+        long_lived = {each.value for each in self.carried}
+        leaving = [*(stage.enters for stage in self.stages[1:]), ()]
+
+        def whole(option: Option, i: int) -> Option:
+            own = ({*option.keeps} - {*self.stages[i].enters} | {*leaving[i]}) - long_lived
+            saved = max(option.saved, sum(self.values[value] for value in own))
+            twice = saved - option.saved  # live twice while x_i is live, and so among the transients
+            forward, backward = (
+                max(option.forward_overhead - twice, 0),
+                max(option.backward_overhead - twice, 0),
+            )
+            return Option(saved, option.recompute, forward, backward, option.name)
+
+        stages = (
+            replace(stage, options=tuple(whole(option, i) for option in stage.options), enters=())
+            for i, stage in enumerate(self.stages)
+        )
+        return replace(self, stages=tuple(stages), values=(), carried=())
 
     @classmethod
     def from_arrays(
@@ -308,7 +420,7 @@ class Chain:
         fixed: int = 0,
         name: str = "chain",
     ) -> Chain:
-        """A chain in which every stage keeps all or nothing.
+        """Return a chain in which every stage keeps all or nothing.
 
         Args:
             forward, backward: (L,) seconds.
@@ -364,21 +476,19 @@ class Chain:
         return cls(tuple(stages), boundary[count], boundary_grad[count], fixed, name)
 
     def to_json(self) -> dict[str, Any]:
-        """The chain as JSON-ready data."""
+        """Return the chain as JSON-ready data."""
         return {"format": CHAIN_FORMAT, **asdict(self)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Chain:
-        """The chain that ``to_json`` wrote.
+        """Return the chain that ``to_json`` wrote.
 
         Raises:
             ValueError: the data is no chain, or of an unknown format.
         """
-        if not isinstance(data, Mapping) or data.get("format") != CHAIN_FORMAT:
-            found = data.get("format") if isinstance(data, Mapping) else data
-            raise ValueError(f"Chain.from_json: format {shown(found)}, expected {CHAIN_FORMAT}")
+        check_format("Chain.from_json", data, CHAIN_FORMAT)
         try:
-            check_chain(data)
+            CHAIN("chain", data)
             stages = tuple(
                 Stage(**{**stage, "options": tuple(Option(**option) for option in stage["options"])})
                 for stage in data["stages"]

@@ -1,23 +1,25 @@
-"""CUDA's caching allocator, simulated: which blocks a stream of allocations and releases gets. No torch; inert.
+"""CUDA's caching allocator, simulated: the blocks that a stream of allocations and releases gets.
 
 The rules are those of PyTorch's own allocator in its default configuration, on one stream (sources:
 https://github.com/pytorch/pytorch/blob/main/c10/cuda/CUDACachingAllocator.cpp, ``get_allocation_size``,
 ``get_free_block``, ``should_split``, ``find_expandable_block``; the constants: c10/core/AllocatorConfig.h):
 
 1. A size is rounded up to 512 bytes. Up to 1 MiB it comes from the small pool, above from the large one.
-2. The smallest free block of the pool that is large enough is taken; of equal ones that of the lowest address.
-3. If there is none, a segment is asked of the driver: of 2 MiB in the small pool; in the large one of 20 MiB for less than
+2. The smallest free block of the pool that is large enough is taken; of equal ones that of the lowest
+address. 3. If there is none, a segment is asked of the driver: of 2 MiB in the small pool; in the large one
+of 20 MiB for less than
    10 MiB, else of the size rounded up to 2 MiB.
-4. What a block has too much is split off and free, if it is at least 512 bytes (small pool) or more than 1 MiB (large
-   pool). What is not split off is part of the block, and counts as allocated: up to 1 MiB for each large tensor.
+4. What a block has too much is split off and free, if it is at least 512 bytes (small pool) or more than 1
+   MiB (large pool). What is not split off is part of the block, and counts as allocated: up to 1 MiB for each
+   large tensor.
 5. A block that is released becomes one with its free neighbours in the segment.
-6. With expandable segments each pool is one segment that grows at its end, by multiples of 2 MiB (small) or 20 MiB
-   (large), and what is too much is split off from 512 bytes on in either pool. The block at the end counts in rule 2 as if it
-   had grown already, so that it is taken last.
+6. With expandable segments each pool is one segment that grows at its end, by multiples of 2 MiB (small) or
+   20 MiB (large), and what is too much is split off from 512 bytes on in either pool. The block at the end
+   counts in rule 2 as if it had grown already, so that it is taken last.
 
-Not simulated: other streams, private pools of CUDA graphs, an empty_cache, the retries when memory runs out, options such
-as max_split_size_mb. Segments have ascending addresses here; the driver may give others, which matters only where
-several free blocks are equal.
+Not simulated: other streams, private pools of CUDA graphs, an empty_cache, the retries when memory runs out,
+options such as max_split_size_mb. Segments have ascending addresses here; the driver may give others, which
+matters only where several free blocks are equal.
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ class _Pool:
         return self.blocks.pop(block.address)
 
     def best(self, size: int) -> _Block | None:
-        """Rule 2."""
+        """Apply rule 2."""
         at = bisect_left(self.free, (size, -1))
         if at == len(self.free):
             return None
@@ -88,7 +90,7 @@ class _Pool:
         return self.take(block)
 
     def segment(self, size: int) -> tuple[_Block, int]:
-        """A free block of at least ``size`` bytes, in no list; bytes that the driver gave. Rules 3 and 6."""
+        """Return a free block of at least ``size`` bytes, in no list; bytes from the driver. Rules 3, 6."""
         if not self.expandable:
             if self.small:
                 given = SMALL_SEGMENT
@@ -113,7 +115,7 @@ class _Pool:
         return block, given
 
     def splits(self, left: int) -> bool:
-        """Rule 4."""
+        """Apply rule 4."""
         return left >= SMALLEST_BLOCK if self.small or self.expandable else left > LARGEST_SLACK
 
 
@@ -144,7 +146,7 @@ class CachingAllocator:
         self._peaks = (self.requested, self.allocated, self.reserved)
 
     def allocate(self, size: int) -> int:
-        """The address of a block for ``size`` bytes.
+        """Return the address of a block for ``size`` bytes.
 
         Raises:
             ValueError: ``size`` is not positive.
@@ -203,16 +205,16 @@ class CachingAllocator:
 
 
 def block_bytes(size: int) -> int:
-    """``size`` rounded up to 512 bytes: what a block has at least."""
+    """Round ``size`` up to 512 bytes: what a block has at least."""
     return -(-size // SMALLEST_BLOCK) * SMALLEST_BLOCK
 
 
 def replay(events: Iterable[tuple[int, int]], *, expandable_segments: bool = False) -> AllocatorPeaks:
-    """The peaks of a stream of allocations and releases.
+    """Return the peaks of a stream of allocations and releases.
 
     Args:
-        events: (key, bytes) in order: positive for an allocation under that key, which must be free; negative or
-            0 for the release of what was allocated under it.
+        events: (key, bytes) in order: positive for an allocation under that key, which must be free; negative
+            or 0 for the release of what was allocated under it.
 
     Raises:
         ValueError: a key is allocated twice, or released without having been allocated.

@@ -49,7 +49,7 @@ def _values(count: int) -> str:
 
 
 def explain_cut(cut: Cut) -> str:
-    """One line: why a stage begins where it does."""
+    """Say in one line why a stage begins where it does."""
     place = f"inside {cut.inside}" if cut.inside else "between the model's own modules"
     return (
         f"begins {place}: {REASONS[cut.reason]}; {_values(cut.values)} live, {format_bytes(cut.bytes)}, where "
@@ -58,7 +58,7 @@ def explain_cut(cut: Cut) -> str:
 
 
 def summary(cuts: Sequence[Cut], left_out: Mapping[str, int]) -> list[str]:
-    """Two lines: what the cuts are and what crosses them; which modules they divide, and what was left out."""
+    """Say in two lines what the cuts are, which modules they divide, and what was left out."""
     if not cuts:
         return ["1 stage: no gap between ops where a cut would pay"]
     reasons = ", ".join(

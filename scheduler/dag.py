@@ -7,7 +7,7 @@ topological order. Any op may run again later, unless it may run only once.
 A plan is inert data, a tuple of actions:
 
 * ``Run(o)`` is read as: run op o; what it reads must be there; what it writes is there afterwards.
-* ``Drop(v)`` is read as: let go of value v.
+* ``Drop(v)`` is read as: release value v.
 
 Memory rules. Live bytes are the fixed bytes, the values that are there, and the long-lived bytes of the
 turns taken. While an op runs, everything that it writes counts on top of what was live (a value that was
@@ -38,7 +38,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Let go of value ``value``."""
+    """Release value ``value``."""
 
     value: int
 
@@ -74,8 +74,8 @@ class Turn:
     Attributes:
         ops: the alternatives, as numbers of ops.
         starts: long-lived bytes that are there from the start of that run on.
-        ends: long-lived bytes that are there once it is over and what goes with it has gone; negative where it
-            lets go of some.
+        ends: long-lived bytes that are there once it is over and what goes with it has gone; negative where
+            it releases some.
     """
 
     ops: tuple[int, ...]
@@ -152,7 +152,7 @@ class Dag:
         outputs: Iterable[int] = (),
         fixed: int = 0,
     ) -> Dag:
-        """A Dag without alternatives: each op has its turn, in the order given."""
+        """Return a Dag without alternatives: each op has its turn, in the order given."""
         ops = tuple(ops)
         turns = tuple(Turn((o,)) for o in range(len(ops)))
         return cls(ops, tuple(sizes), turns, frozenset(inputs), frozenset(outputs), fixed)
@@ -250,11 +250,11 @@ def simulate_dag(dag: Dag, plan: Iterable[DagAction]) -> DagTimeline:
 
 
 def chain_dag(chain: Chain) -> Dag:
-    """The chain as a Dag: L forward turns (``Forward`` or a ``Keep``), then L backward turns.
+    """Return the chain as a Dag: L forward turns (``Forward`` or a ``Keep``), then L backward turns.
 
     x_i can be read as itself, or inside what stage i-1 keeps. The Dag prices every action as the chain's
     referee does. It differs in what it allows: it may hold a boundary without running the stage that reads
-    it, which the chain's actions cannot say, and it may let go of a working boundary at any time.
+    it, which the chain's actions cannot say, and it may release a working boundary at any time.
 
     Raises:
         ValueError: the chain knows its values, or has negative sums: a Dag cannot say what goes early.
@@ -301,7 +301,8 @@ def chain_dag(chain: Chain) -> Dag:
         if i > 0:
             sizes.append(stage.input_grad)
         writes = (len(sizes) - 1,) if i > 0 else ()
-        # What goes with this backward: the gradient of x_L, or x_0; other gradients are values that are read no more.
+        # What goes with this backward: the gradient of x_L, or x_0; other gradients are values that are read
+        # no more.
         gone = (chain.output_grad if i == length - 1 else 0) + (sizes[0] if i == 0 else 0)
         extra = 0 if i > 0 else stage.input_grad
         ways = [

@@ -1,4 +1,4 @@
-"""What a device can do, in numbers: enough to plan for one that is not at hand."""
+"""What a device can do, in numbers: enough to plan for one that is not there."""
 
 from __future__ import annotations
 
@@ -20,23 +20,26 @@ CUBLAS_WORKSPACE = 8_519_680
 class DeviceSpec:
     """A device as the roofline and the allocator's rules see it.
 
-    The built-in ones (``DeviceSpec.of``) have the public data sheets' figures: dense rates (no sparsity), at their
-    peak. Real kernels reach a part of them, about the same part for all large ones, so that ratios of seconds are
-    better than the seconds themselves.
+    The built-in ones (``DeviceSpec.of``) have the public data sheets' figures: dense rates (no sparsity), at
+    their peak. Real kernels reach a part of them, about the same part for all large ones, so that ratios of
+    seconds are better than the seconds themselves.
 
     Attributes:
         name: for people.
-        memory: bytes. Of the built-in ones, the data sheet's GB taken as 10^9: devices report a few per cent more, of
-            which the CUDA context takes some.
+        memory: bytes. Of the built-in ones, the data sheet's GB taken as 10^9: devices report a few per cent
+            more, of which the CUDA context takes some.
         bandwidth: of the memory, bytes per second.
-        flops: floating-point operations per second, by the name of the dtype ("float32", "bfloat16", ...). A dtype
-            that is not there gets the rate of float32. float32 is without TF32, as torch multiplies by default.
-        launch: seconds that any op takes at least. An order of magnitude: a kernel's launch is 2 to 10 microseconds.
+        flops: floating-point operations per second, by the name of the dtype ("float32", "bfloat16", ...). A
+            dtype that is not there gets the rate of float32. float32 is without TF32, as torch multiplies by
+            default.
+        launch: seconds that any op takes at least. An order of magnitude: a kernel's launch is 2 to 10
+            microseconds.
         kind: whose allocator's rules hold: "cuda" (512-byte blocks) or "cpu".
-        workspace: bytes that cuBLAS takes once and keeps, in its default configuration. A step has two such: one of the
-            thread that runs the forward, one of autograd's.
-        expandable_segments: whether training will run with ``PYTORCH_ALLOC_CONF=expandable_segments:True``. Without it
-            CUDA's allocator gives large tensors up to 1 MiB too much, for which some bytes are set aside.
+        workspace: bytes that cuBLAS takes once and keeps, in its default configuration. A step has two such:
+            one of the thread that runs the forward, one of autograd's.
+        expandable_segments: whether training will run with ``PYTORCH_ALLOC_CONF=expandable_segments:True``.
+            Without it CUDA's allocator gives large tensors up to 1 MiB too much, for which some bytes are set
+            aside.
         source: of the figures.
     """
 
@@ -80,17 +83,17 @@ class DeviceSpec:
         object.__setattr__(self, "flops", MappingProxyType(dict(self.flops)))
 
     def rate(self, dtype: str) -> float:
-        """Floating-point operations per second on numbers of a dtype."""
+        """Return floating-point operations per second on numbers of a dtype."""
         return self.flops.get(dtype, self.flops["float32"])
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """Of the devices that are built in."""
+        """Return the names of the devices that are built in."""
         return tuple(_BUILT_IN)
 
     @classmethod
     def of(cls, device: str | DeviceSpec) -> DeviceSpec:
-        """The built-in device of that name (in any case); a DeviceSpec is given back as it is.
+        """Return the built-in device of that name (in any case), or a DeviceSpec as it is.
 
         Raises:
             TypeError: neither a name nor a DeviceSpec.
@@ -117,7 +120,7 @@ class DeviceSpec:
 def _nvidia(
     name: str, gigabytes: int, bandwidth: float, workspace: int = CUBLAS_WORKSPACE, **tera: float
 ) -> DeviceSpec:
-    """A card by the figures of its data sheet: GB, GB/s, and TFLOP/s by dtype."""
+    """Describe a card by the figures of its data sheet: GB, GB/s, and TFLOP/s by dtype."""
     return DeviceSpec(
         name,
         gigabytes * GB,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from scheduler.chain import Chain, Option
 from scheduler.checks import is_integer, is_number
 
-__all__ = ["Copies", "HostMemory", "Item", "apart"]
+__all__ = ["Copies", "HostMemory", "Item"]
 
 Item: TypeAlias = tuple[str, int]  # ("boundary", i) is x_i; ("saved", i) are the saved tensors of stage i
 
@@ -62,11 +61,11 @@ class HostMemory:
             raise ValueError(f"HostMemory: asynchronous={self.asynchronous!r} must be a bool")
 
     def write_seconds(self, size: int) -> float:
-        """Seconds to copy ``size`` bytes from the device."""
+        """Return seconds to copy ``size`` bytes from the device."""
         return self.latency + size / self.write_bandwidth
 
     def read_seconds(self, size: int) -> float:
-        """Seconds to copy ``size`` bytes to the device."""
+        """Return seconds to copy ``size`` bytes to the device."""
         return self.latency + size / self.read_bandwidth
 
 
@@ -106,11 +105,11 @@ class Copies:
         return self._wait(now, min((self._arrived.get(item, 0.0) for item in items), default=now))
 
     def settle(self, now: float, item: Item) -> float:
-        """Wait for the copies of ``item`` that are under way: a copy of it is about to be let go of."""
+        """Wait for the copies of ``item`` that are under way: a copy of it is about to be released."""
         return self._wait(now, max(self._written.get(item, 0.0), self._arrived.get(item, 0.0)))
 
     def drop(self, now: float, item: Item) -> float:
-        """Let go of the copy of ``item`` on the host, if there is one."""
+        """Release the copy of ``item`` on the host, if it has one."""
         now = self.settle(now, item)
         self.used -= self.there.pop(item, 0)
         return now
@@ -118,31 +117,3 @@ class Copies:
     def _wait(self, now: float, until: float) -> float:
         self.stall += max(0.0, until - now)
         return max(now, until)
-
-
-def apart(chain: Chain) -> Chain:
-    """The chain in sums that hold wherever its parts are, without its values: what copies are counted by.
-
-    The sums of a chain that knows its values rely on x_i staying on the device while stage i is kept: what goes on from
-    x_i into x_{i+1} is not counted again with the saved tensors of stage i, and what nobody needs of x_i is taken off
-    them. Here the saved tensors of stage i have all of x_{i+1}, and all that is kept and no part of x_i.
-    """
-    if not chain.values:
-        return chain
-    long_lived = {each.value for each in chain.carried}
-    after = [*(stage.enters for stage in chain.stages[1:]), ()]
-
-    def option(each: Option, entering: set[int], leaving: tuple[int, ...]) -> Option:
-        own = ({*each.keeps} - entering | {*leaving}) - long_lived
-        saved = max(each.saved, sum(chain.values[value] for value in own))
-        more = saved - each.saved  # is there twice while x_i is there, and so among the transients
-        forward, backward = max(each.forward_overhead - more, 0), max(each.backward_overhead - more, 0)
-        return Option(saved, each.recompute, forward, backward, each.name)
-
-    stages = tuple(
-        replace(
-            stage, options=tuple(option(each, {*stage.enters}, leaving) for each in stage.options), enters=()
-        )
-        for stage, leaving in zip(chain.stages, after, strict=True)
-    )
-    return replace(chain, stages=stages, values=(), carried=())

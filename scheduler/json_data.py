@@ -1,4 +1,4 @@
-"""JSON that others may have written: read within bounds, and compared with what was expected, field by field."""
+"""JSON that others may have written: read within bounds, and compared with what is expected."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from scheduler.checks import is_integer, is_number
 __all__ = [
     "LARGEST",
     "Check",
+    "anything",
+    "check_format",
     "choice",
     "count",
     "flag",
@@ -27,6 +29,7 @@ __all__ = [
     "shown",
     "text",
     "tuples",
+    "version",
 ]
 
 LARGEST = 2**62  # numbers of bytes stay below it: sums of two such numbers still fit an int64
@@ -34,19 +37,19 @@ Check: TypeAlias = Callable[[str, Any], None]  # (name of the field, its value);
 
 
 def shown(value: Any) -> str:
-    """A value in a message, cut short whatever its size and depth."""
+    """Return a value in a message, cut short whatever its size and depth."""
     short = reprlib.Repr()
     short.maxother = short.maxstring = short.maxlong = 60
     return short.repr(value)
 
 
 def refused(where: str, value: Any, expected: str) -> ValueError:
-    """The error for a field that is not what it should be."""
+    """Return the error for a field that is not what it should be."""
     return ValueError(f"{where} is {shown(value)}, expected {expected}")
 
 
 def parse(data: bytes | str) -> Any:
-    """The data in JSON text, no key twice.
+    """Return the data in JSON text, no key twice.
 
     Raises:
         ValueError: it is not JSON in UTF-8, names a key twice in one object, or is nested too deeply.
@@ -66,45 +69,62 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def check_format(call: str, data: Any, expected: int) -> None:
+    """Refuse data that is no object, or of another format, by a ValueError that names ``call``."""
+    if not isinstance(data, Mapping) or data.get("format") != expected:
+        found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
+        raise ValueError(f"{call}: format {shown(found)}, expected {expected}")
+
+
+def version(where: str, value: Any) -> None:
+    """Accept format 1."""
+    if isinstance(value, bool) or value != 1:
+        raise refused(where, value, "1, the format that this version knows")
+
+
+def anything(where: str, value: Any) -> None:
+    """Accept whatever it is: it is only compared and shown."""
+
+
 def text(where: str, value: Any) -> None:
-    """A string."""
+    """Accept a string."""
     if not isinstance(value, str):
         raise refused(where, value, "a string")
 
 
 def flag(where: str, value: Any) -> None:
-    """A bool."""
+    """Accept a bool."""
     if not isinstance(value, bool):
         raise refused(where, value, "true or false")
 
 
 def integer(where: str, value: Any) -> None:
-    """A whole number of either sign, below ``LARGEST``."""
+    """Accept a whole number of either sign, below ``LARGEST``."""
     if not is_integer(value) or not -LARGEST < value < LARGEST:
         raise refused(where, value, "an integer between -2**62 and 2**62")
 
 
 def count(where: str, value: Any) -> None:
-    """A whole number that is not negative, below ``LARGEST``."""
+    """Accept a whole number that is not negative, below ``LARGEST``."""
     if not is_integer(value) or not 0 <= value < LARGEST:
         raise refused(where, value, "an integer of at least 0, below 2**62")
 
 
 def number(where: str, value: Any) -> None:
-    """A number that is not negative; infinity is one."""
+    """Accept a number that is not negative; infinity is one."""
     if not is_number(value) or not value >= 0 or (is_integer(value) and value >= LARGEST):
         raise refused(where, value, "a number of at least 0")
 
 
 def seconds(where: str, value: Any) -> None:
-    """A finite number that is not negative."""
+    """Accept a finite number that is not negative."""
     number(where, value)
     if not math.isfinite(value):
         raise refused(where, value, "a finite number of at least 0")
 
 
 def choice(*allowed: str) -> Check:
-    """One of these strings."""
+    """Accept one of these strings."""
 
     def check(where: str, value: Any) -> None:
         if not isinstance(value, str) or value not in allowed:
@@ -114,7 +134,7 @@ def choice(*allowed: str) -> Check:
 
 
 def optional(of: Check) -> Check:
-    """Null, or what ``of`` takes."""
+    """Accept null, or what ``of`` takes."""
 
     def check(where: str, value: Any) -> None:
         if value is not None:
@@ -124,7 +144,7 @@ def optional(of: Check) -> Check:
 
 
 def rows(of: Check) -> Check:
-    """A list, each entry as ``of`` says."""
+    """Accept a list, each entry as ``of`` says."""
 
     def check(where: str, value: Any) -> None:
         if not isinstance(value, (list, tuple)):
@@ -136,7 +156,7 @@ def rows(of: Check) -> Check:
 
 
 def tuples(*of: Check, least: int | None = None) -> Check:
-    """A list of just these entries; of the last ones those after ``least`` may be missing."""
+    """Accept a list of just these entries; of the last ones those after ``least`` may be missing."""
     fewest = len(of) if least is None else least
 
     def check(where: str, value: Any) -> None:
@@ -151,7 +171,7 @@ def tuples(*of: Check, least: int | None = None) -> Check:
 
 
 def objects(required: Mapping[str, Check], others: Mapping[str, Check] | None = None) -> Check:
-    """An object with these fields and no others; ``others`` may be missing."""
+    """Accept an object with these fields and no others; ``others`` may be missing."""
     known = {**required, **(others or {})}
 
     def check(where: str, value: Any) -> None:

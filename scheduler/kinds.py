@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from scheduler.plan_file import check_blocks, check_graph
+from scheduler.json_data import refused
 
 if TYPE_CHECKING:
     from scheduler.capture.protocol import Producer
     from scheduler.chain import Chain
-    from scheduler.plan import CaptureRecord
+    from scheduler.record import CaptureRecord
 
 __all__ = ["BLOCKS", "KINDS", "Kind"]
+
+MOST_BACK = 100  # blocks that a value may pass by
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,49 @@ class Kind:
     check: Callable[[Chain, CaptureRecord], None] = lambda chain, record: None
 
 
+def _check_graph(_: Chain, record: CaptureRecord) -> None:
+    """Refuse a record of a graph whose cuts, or ops that run again, are not places of ops, or that names modules.
+
+    Raises:
+        ValueError: names the field, what was got and what was expected.
+    """
+    if any(after <= before for before, after in pairwise((0, *record.cuts))):
+        raise refused("capture.cuts", record.cuts, "places of ops, ascending, the first above 0")
+    if record.stages:
+        raise refused("capture.stages", record.stages, "none: the stages of a graph are no modules")
+    if any(
+        op >= len(ops)
+        for options, ops in zip(record.rerun, record.ops, strict=False)
+        for ran in options
+        for op in ran
+    ):
+        raise refused("capture.rerun", record.rerun, "places of ops in their stages, as capture.ops has them")
+
+
+def _check_blocks(chain: Chain, record: CaptureRecord) -> None:
+    """Refuse blocks that are kept in part, or fed by others than blocks before them.
+
+    Raises:
+        ValueError: names the field, what was got and what was expected.
+    """
+    for i, stage in enumerate(chain.stages):
+        if len(stage.options) != 1:
+            raise ValueError(
+                f"chain.stages[{i}].options has {len(stage.options)} entries, expected 1: a module is kept whole or not at all"
+            )
+    if not record.stages:
+        raise refused("capture.stages", record.stages, "the names of the modules that are stages")
+    begin = 0  # the first block since the code between them was last a stage
+    for i, fed in enumerate(record.fed):
+        begin = begin if fed else i
+        for row in fed:
+            back = row[2] if len(row) == 3 else 1
+            if not 1 <= back <= min(i - begin, MOST_BACK):
+                raise refused(
+                    f"capture.fed[{i}]", fed, f"outputs of 1 to {min(i - begin, MOST_BACK)} blocks back"
+                )
+
+
 def _graph_producer() -> Producer:
     from scheduler.costs.graph_producer import GraphProducer
 
@@ -72,7 +118,7 @@ KINDS: dict[str, Kind] = {
             "begins": (0, stages - 1),
             **dict.fromkeys(("dropped", "rerun", "gaps", "ops"), (0, stages)),
         },
-        check=check_graph,
+        check=_check_graph,
     ),
     BLOCKS: Kind(
         _block_producer,
@@ -80,6 +126,6 @@ KINDS: dict[str, Kind] = {
         runs_code=True,
         stages="the model's own blocks, and the code between them",
         lengths=lambda _, record: {"fed": (0, len(record.stages))},
-        check=check_blocks,
+        check=_check_blocks,
     ),
 }

@@ -1,22 +1,22 @@
 """A step's live bytes over time, by category: as a plan predicts it, or as it was observed. Inert data.
 
-``MemoryTimeline.of(plan)`` is the prediction; ``executors.rehearse`` makes the observed one. Both can be drawn,
-written as JSON, and written as a snapshot that torch's memory_viz page shows.
+``MemoryTimeline.of(plan)`` is the prediction, the referee's account split by category, action by action;
+``executors.rehearse`` makes the observed one. Both can be drawn, written as JSON, and written as a snapshot.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
-from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from scheduler.schedule import (
+from scheduler.actions import (
+    Action,
     Backward,
     Checkpoint,
     Forward,
@@ -29,30 +29,31 @@ from scheduler.schedule import (
     Prefetch,
     PrefetchSaved,
 )
+from scheduler.figure import COLORS, drawn
+from scheduler.json_data import check_format
+from scheduler.plan import Plan
+from scheduler.schedule import Referee
+from scheduler.snapshot import snapshot_of
+from scheduler.storages import LiveValues
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from scheduler.plan import Plan
-    from scheduler.schedule import Action
+Part: TypeAlias = tuple[str, int, str]  # category, bytes, name
+Parts: TypeAlias = dict[Any, Part]
 
 __all__ = ["CATEGORIES", "Block", "MemoryTimeline", "Point", "category_of", "in_words"]
 
 FORMAT = 1
-_COLORS = {
-    "parameters": "C0",
-    "buffers": "C9",
-    "optimizer state": "C6",
-    "inputs": "C8",
-    "constants and replay state": "C4",
-    "gradients": "C5",
-    "boundaries held": "C2",
-    "kept saved tensors": "C1",
-    "carried values": "khaki",
-    "gradient at hand": "C3",
-    "transient": "0.8",
+CATEGORIES = tuple(COLORS)
+STATE = "constants and replay state"
+NO_PART: Part = ("gradient at hand", 0, "")
+_HELD = {
+    "carried": "carried values",
+    "kept": "kept saved tensors",
+    "held": "boundaries held",
+    "passing": "transient",
 }
-CATEGORIES = tuple(_COLORS)
 _WORDS = {
     Forward: "run stage {} without keeping",
     Checkpoint: "run stage {}, holding its input",
@@ -147,15 +148,13 @@ class MemoryTimeline:
 
     @classmethod
     def of(cls, plan: Plan) -> MemoryTimeline:
-        """What the plan predicts: two points an action, while it runs and after it; totals are the referee's."""
-        from scheduler.predicted_timeline import predicted
-
-        return predicted(plan)
+        """Predict by a plan: two points an action, while it runs and after it; totals are the referee's."""
+        return _predicted(plan)
 
     # ---- written down --------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """The timeline as JSON-ready data; the sums of each category and of all are written out too."""
+        """Return the timeline as JSON-ready data, with the sums of each category and of all."""
         return {
             "format": FORMAT,
             "title": self.title,
@@ -169,14 +168,12 @@ class MemoryTimeline:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> MemoryTimeline:
-        """The timeline that ``to_json`` wrote.
+        """Return the timeline that ``to_json`` wrote.
 
         Raises:
             ValueError: the data is no timeline.
         """
-        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
-            raise ValueError(f"MemoryTimeline.from_json: format {found!r}, expected {FORMAT}")
+        check_format("MemoryTimeline.from_json", data, FORMAT)
         try:
             return cls(
                 data["title"],
@@ -189,11 +186,11 @@ class MemoryTimeline:
             raise ValueError(f"MemoryTimeline.from_json: not a timeline: {error!r}") from error
 
     def to_snapshot(self) -> dict[str, Any]:
-        """The timeline as ``torch.cuda.memory._snapshot()`` gives one, for https://pytorch.org/memory_viz.
+        """Return a snapshot in the form of torch's, for https://pytorch.org/memory_viz.
 
         Addresses are made up, first fit in one segment. Frames name the action, the category and the op.
         """
-        return _snapshot(self)
+        return snapshot_of(self)
 
     def save_snapshot(self, path: str | os.PathLike[str]) -> None:
         """Write ``to_snapshot()`` as a pickle, the file that the memory_viz page takes."""
@@ -201,7 +198,7 @@ class MemoryTimeline:
             pickle.dump(self.to_snapshot(), file)
 
     def figure(self, observed: MemoryTimeline | None = None) -> Figure:
-        """Live bytes over the actions of the schedule, stacked by category, with the budget.
+        """Draw live bytes over the actions of the schedule, stacked by category, with the budget.
 
         Args:
             observed: another timeline of the same schedule; its total is drawn as a line on top.
@@ -212,182 +209,109 @@ class MemoryTimeline:
         """
         if observed is not None and observed.actions != self.actions:
             raise ValueError("figure: the two timelines are of different schedules")
-        return _drawn(self, observed)
+        return drawn(self, observed)
 
 
 def in_words(action: Action) -> str:
-    """An action of a schedule."""
+    """Say an action of a schedule in words."""
     return _WORDS[type(action)].format(*(getattr(action, name) for name in action.__slots__))
 
 
 def category_of(part: str) -> str:
-    """The category of a part of ``Plan.resident``."""
+    """Return the category of a part of ``Plan.resident``."""
     if part in CATEGORIES:
         return part
-    return "gradients" if part == "existing gradients" else "constants and replay state"
+    return "gradients" if part == "existing gradients" else STATE
 
 
-# ---- drawn and written -------------------------------------------------------------------------------
+# ---- predicted ---------------------------------------------------------------------------------------
 
 
-def _places(points: Sequence[Point]) -> list[float]:
-    """Where each point stands on the axis of actions: those of one action are spread evenly over it."""
-    amount: dict[int, int] = defaultdict(int)
-    for point in points:
-        amount[point.action] += 1
-    passed: dict[int, int] = defaultdict(int)
-    places = []
-    for point in points:
-        places.append(point.action + passed[point.action] / amount[point.action])
-        passed[point.action] += 1
-    return places
-
-
-def _drawn(timeline: MemoryTimeline, observed: MemoryTimeline | None) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "MemoryTimeline.figure needs matplotlib, which is not installed: pip install 'rematplan[plot]'"
-        ) from error
-    unit = 2**20 if timeline.budget < 2**33 else 2**30
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    axes = figure.subplots()
-    end = float(len(timeline.actions))
-    places = [*_places(timeline.points), end]
-    floor = [0.0] * len(places)
-    for category, series in timeline.by_category.items():
-        top = [below + size / unit for below, size in zip(floor, [*series, series[-1]], strict=True)]
-        color = _COLORS[category]
-        axes.fill_between(places, floor, top, step="post", label=category, color=color, linewidth=0)
-        floor = top
-    if observed is not None:
-        line = [size / unit for size in observed.live]
-        axes.step(
-            [*_places(observed.points), end],
-            [*line, line[-1]],
-            where="post",
-            color="black",
-            linewidth=0.8,
-            label=observed.title,
-        )
-    axes.axhline(timeline.budget / unit, color="red", linestyle="--", linewidth=1, label="budget")
-    axes.set_xlim(0, end)
-    axes.set_ylim(0)
-    axes.set_xlabel("action of the schedule")
-    axes.set_ylabel("live MiB" if unit == 2**20 else "live GiB")
-    line_too = "" if observed is None else f"; the line: {observed.title}"
-    axes.set_title(f"One training step, {timeline.title}{line_too}")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", frameon=False)
-    return figure
-
-
-class _Addresses:
-    """Made-up addresses: first fit from a base on."""
-
-    BASE = 0x7F0000000000
+class _Ledger:
+    """Blocks as they come and go, by a key of one's own."""
 
     def __init__(self) -> None:
-        self.begins: list[int] = []
-        self.ends: dict[int, int] = {}
-        self.highest = self.BASE
+        self.open: dict[Any, tuple[Part, int]] = {}
+        self.blocks: list[Block] = []
+        self.now = 0
+        self.total = 0
 
-    def take(self, size: int) -> int:
-        """An address with this many bytes free behind it."""
-        where = self.BASE
-        position = 0
-        for position, begin in enumerate(self.begins):  # noqa: B007 # where it stopped is where it goes
-            if begin - where >= size:
-                break
-            where = self.ends[begin]
-        else:
-            position = len(self.begins)
-        self.begins.insert(position, where)
-        self.ends[where] = where + size
-        self.highest = max(self.highest, where + size)
-        return where
+    def put(self, key: Any, part: Part) -> None:
+        """Let the key stand for this part from now on; what it stood for before goes."""
+        self.drop(key)
+        if part[1]:
+            self.open[key] = part, self.now
+            self.total += part[1]
 
-    def give(self, address: int) -> None:
-        """Free what was taken there."""
-        del self.begins[bisect_left(self.begins, address)]
-        del self.ends[address]
+    def drop(self, key: Any) -> None:
+        """Let the bytes of the key go."""
+        if key in self.open:
+            (category, size, name), begin = self.open.pop(key)
+            self.total -= size
+            if begin < self.now:
+                self.blocks.append(Block(name or category, category, size, begin, self.now))
 
-
-def _snapshot(timeline: MemoryTimeline) -> dict[str, Any]:
-    comes: dict[int, list[Block]] = defaultdict(list)
-    goes: dict[int, list[Block]] = defaultdict(list)
-    for block in timeline.blocks:
-        comes[block.begin].append(block)
-        goes[block.end].append(block)
-    addresses = _Addresses()
-    at: dict[int, int] = {}  # by identity of the block
-    trace: list[dict[str, Any]] = []
-
-    def event(action: str, block: Block, time: int) -> dict[str, Any]:
-        return {
-            "action": action,
-            "addr": at[id(block)],
-            "size": block.size,
-            "stream": 0,
-            "frames": _frames(timeline, block),
-            "category": block.category,
-            "time_us": time,
-        }
-
-    for time in range(len(timeline.points)):
-        for block in goes[time]:
-            trace += [event("free_requested", block, time), event("free_completed", block, time)]
-            addresses.give(at[id(block)])
-        for block in comes[time]:
-            at[id(block)] = addresses.take(block.size)
-            trace.append(event("alloc", block, time))
-    last = {at[id(block)]: block for block in goes[len(timeline.points)]}
-    return {
-        "segments": [_segment(timeline, last, addresses)],
-        "device_traces": [trace],
-        "allocator_settings": {},
-    }
+    def update(self, before: Parts, after: Parts) -> None:
+        """Let ``after`` take the place of ``before``."""
+        for key in before.keys() - after.keys():
+            self.drop(key)
+        for key, part in after.items():
+            if before.get(key) != part:
+                self.put(key, part)
 
 
-def _segment(timeline: MemoryTimeline, last: dict[int, Block], addresses: _Addresses) -> dict[str, Any]:
-    """One segment with all that is live at the end; what lies between is free."""
-    blocks: list[dict[str, Any]] = []
-
-    def free(begin: int, end: int) -> None:
-        if end > begin:
-            row = {"address": begin, "size": end - begin, "requested_size": 0}
-            blocks.append({**row, "state": "inactive", "frames": []})
-
-    where = addresses.BASE
-    for address, block in sorted(last.items(), key=lambda item: item[0]):
-        free(where, address)
-        where = address + block.size
-        row = {"address": address, "size": block.size, "requested_size": block.size}
-        blocks.append({**row, "state": "active_allocated", "frames": _frames(timeline, block)})
-    free(where, addresses.highest)
-    live = sum(block.size for block in last.values())
-    return {
-        "device": 0,
-        "address": addresses.BASE,
-        "total_size": addresses.highest - addresses.BASE,
-        "allocated_size": live,
-        "active_size": live,
-        "requested_size": live,
-        "stream": 0,
-        "segment_type": "large",
-        "segment_pool_id": (0, 0),
-        "is_expandable": False,
-        "frames": [],
-        "blocks": blocks,
-    }
+def _parts(values: LiveValues) -> Parts:
+    """Return what is live, but for what is fixed."""
+    parts: Parts = {copy: (_HELD[how], size, values.name(copy[0])) for copy, how, size in values.copies()}
+    parts["gradients"] = ("gradients", values.grads, "")
+    parts["state"] = (STATE, values.rerun_state, "for runs again")
+    parts["boundary gradient"] = ("gradient at hand", values.boundary_grad, "")
+    parts["carried gradients"] = ("gradient at hand", values.carried_grads, "of carried values")
+    if not values.chain.values:  # a sum, from which the gradients cannot be told
+        carried = [copy for copy, how, _ in values.copies() if how == "carried"]
+        size = values.carried_grads + sum(parts.pop(copy)[1] for copy in carried)
+        parts["carried gradients"] = (_HELD["carried"], size, "")
+    return parts
 
 
-def _frames(timeline: MemoryTimeline, block: Block) -> list[dict[str, Any]]:
-    """What stands in the place of a Python stack: op, category, action, innermost first."""
-    point = timeline.points[block.begin]
-    rows: Iterable[tuple[str, str]] = (
-        (block.name, "op"),
-        (block.category, "category"),
-        (timeline.actions[point.action], "schedule"),
-    )
-    return [{"filename": file, "line": point.action, "name": name} for name, file in rows]
+def _predicted(plan: Plan) -> MemoryTimeline:
+    """Split the referee's account of a plan by category, and compare every total with its own."""
+    judged = plan.timeline
+    referee = Referee(plan.chain, plan.schedule, plan.host)
+    chain = referee.chain
+    ledger = _Ledger()
+    resident = dict(plan.resident)
+    resident[STATE] = resident.get(STATE, 0) + chain.fixed - sum(resident.values())
+    if chain.values:  # by value it is known when that is live
+        resident[STATE] -= sum(stage.rerun_state for stage in chain.stages)
+    for name, size in resident.items():
+        ledger.put(name, (category_of(name), size, name))
+    points: list[Point] = []
+    live: Parts = {}
+    for index, (action, values) in enumerate(zip(plan.schedule, referee.steps(), strict=True)):
+        words, after = in_words(action), _parts(values)
+        # What a backward needs is live while it runs; what a forward makes is, too. By sums, the gradient of
+        # x_L is not.
+        during = (
+            after if chain.values else {**after, "boundary gradient": live.get("boundary gradient", NO_PART)}
+        )
+        if isinstance(action, Backward) and ledger.total <= values.during:
+            during = live
+        ledger.update(live, during)
+        ledger.put("transient", ("transient", judged.during[index] - ledger.total, words))
+        points.append(Point(index, words))
+        ledger.now += 1
+        ledger.drop("transient")
+        ledger.update(during, after)
+        live = after
+        if ledger.total != judged.live[index]:
+            raise RuntimeError(
+                f"MemoryTimeline: action {index}, {action}, leaves {ledger.total} bytes by category and "
+                f"{judged.live[index]} by the referee; please report this"
+            )
+        points.append(Point(index, f"after: {words}"))
+        ledger.now += 1
+    for key in list(ledger.open):
+        ledger.drop(key)
+    actions = tuple(map(in_words, plan.schedule))
+    return MemoryTimeline("predicted", plan.memory_budget, actions, tuple(points), tuple(ledger.blocks))

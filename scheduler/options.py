@@ -1,28 +1,30 @@
 """The options of one stage: which saved values to keep, and the ops that rebuild the others. Torch-free.
 
-A stage is a list of ops in the order in which they run. An option keeps some of the values that autograd saved;
-the others are rebuilt just before the backward:
+A stage is a list of ops in the order in which they run. An option keeps some of the values that autograd
+saved; the others are rebuilt just before the backward:
 
 * the producer of a dropped value runs again;
 * what an op reads when it runs again is available, or kept, or its producer runs again too;
-* a random op runs again only after all random ops before it: they share the generator state of the stage's start.
+* a random op runs again only after all random ops before it: they share the generator state of the stage's
+start.
 
 An option costs the seconds of what runs again, and takes the bytes of what is kept. Only saved values can be
 kept. The transient bytes of a rebuild are not judged here.
 
-How the choices are found. Of the options with the same ops run again, the smallest drops every value that they
-write and that may be dropped. So an option is a set R of ops, with seconds s(R) and freed bytes b(R), and
-two rules: with an op, R has the producers of the *unsaved* values that it reads, and the random ops before it.
-(A saved value that it reads is kept, or is dropped because its producer is in R: no rule is needed.) Hence
-R is a closure, and at a price per byte the best option is a closure of the greatest weight: a minimum cut. Source:
-Picard 1976, *Maximal closure of a graph and applications to combinatorial problems*, Management Science 22(11).
+How the choices are found. Of the options with the same ops run again, the smallest drops every value that
+they write and that may be dropped. So an option is a set R of ops, with seconds s(R) and freed bytes b(R),
+and two rules: with an op, R has the producers of the *unsaved* values that it reads, and the random ops
+before it. (A saved value that it reads is kept, or is dropped because its producer is in R: no rule is
+needed.) Hence R is a closure, and at a price per byte the best option is a closure of the greatest weight: a
+minimum cut. Source: Picard 1976, *Maximal closure of a graph and applications to combinatorial problems*,
+Management Science 22(11).
 
-The vertices of the lower convex hull are the best options at some price. The closures that are best grow with the
-price, so that a search between two vertices cuts only the ops by which they differ, at the price at which both
-cost the same: a better closure is a further vertex, or there is none. All of it in exact integers.
+The vertices of the lower convex hull are the best options at some price. The closures that are best grow with
+the price, so that a search between two vertices cuts only the ops by which they differ, at the price at which
+both cost the same: a better closure is a further vertex, or there is none. All of it in exact integers.
 
-Between vertices no price finds the options: finding them is a knapsack with precedences, NP-hard, solved by HiGHS
-(scipy.optimize.milp).
+Between vertices no price finds the options: finding them is a knapsack with precedences, NP-hard, solved by
+HiGHS (scipy.optimize.milp).
 """
 
 from __future__ import annotations
@@ -111,7 +113,7 @@ class Choices:
 
 
 def rerun_for(ops: Sequence[StageOp], values: Sequence[StageValue], kept: Collection[int]) -> tuple[int, ...]:
-    """The ops that must run again, in order, when of the saved values only ``kept`` stays.
+    """Return the ops that must run again, in order, when of the saved values only ``kept`` stays.
 
     Raises:
         ValueError: the stage is malformed, ``kept`` has a value that is not saved, or lacks a pinned one.
@@ -130,19 +132,19 @@ def rerun_for(ops: Sequence[StageOp], values: Sequence[StageValue], kept: Collec
 def choices(
     ops: Sequence[StageOp], values: Sequence[StageValue], most: int = 8, time_limit: float = 1.0
 ) -> Choices:
-    """The options of one stage that matter, at most ``most``.
+    """Return the options of one stage that matter, at most ``most``.
 
     The rule:
 
     1. The first keeps all saved values. The last takes the fewest bytes, and of those the least seconds (a
        value of no bytes is kept where that saves a run).
-    2. Between them come the vertices of the lower convex hull of (bytes, seconds). While there are too many, the
-       one goes that spans the smallest triangle with its neighbours: the seconds lost, summed over all byte
-       budgets, are the least.
-    3. If there is room, the gap that is widest by bytes times seconds is split, then the next. Only gaps that span
-       more than 1/``most`` of the whole both in bytes and in seconds are. In goes the option closest to the
-       line across the gap, of those that save a quarter or more of the gap's bytes and a quarter or more of its
-       seconds; where there is none, the gap stays.
+    2. Between them come the vertices of the lower convex hull of (bytes, seconds). While there are too many,
+       the one goes that spans the smallest triangle with its neighbours: the seconds lost, summed over all
+       byte budgets, are the least.
+    3. If there is room, the gap that is widest by bytes times seconds is split, then the next. Only gaps that
+       span more than 1/``most`` of the whole both in bytes and in seconds are. In goes the option closest to
+       the line across the gap, of those that save a quarter or more of the gap's bytes and a quarter or more
+       of its seconds; where there is none, the gap stays.
 
     Every choice is Pareto optimal, save that the first is beaten where something can be rebuilt for nothing.
 
@@ -150,8 +152,8 @@ def choices(
         ops: in the order in which they run.
         values: which the ops name by position.
         most: number of choices, 2 or more.
-        time_limit: seconds for the options between vertices, all in all. If it strikes, fewer choices or a ``gap``
-            come back, and another run may differ; the vertices are always found.
+        time_limit: seconds for the options between vertices, all in all. If it strikes, fewer choices or a
+            ``gap`` come back, and another run may differ; the vertices are always found.
 
     Raises:
         ValueError: the stage is malformed, or ``most`` is below 2.
@@ -165,7 +167,7 @@ def choices(
     points = stage.hull()
 
     def area(i: int) -> int:
-        """Twice the area of the triangle of points i-1, i and i+1."""
+        """Return twice the area of the triangle of points i-1, i and i+1."""
         a, b, c = points[i - 1 : i + 2]
         return (b.freed - a.freed) * (c.seconds - a.seconds) - (c.freed - a.freed) * (b.seconds - a.seconds)
 
@@ -203,7 +205,7 @@ def choices(
 
 
 def _producers(call: str, ops: Sequence[StageOp], values: Sequence[StageValue]) -> dict[int, int]:
-    """The op that writes each value; a ValueError if the stage is malformed."""
+    """Return the op that writes each value; a ValueError if the stage is malformed."""
     for v, value in enumerate(values):
         if not isinstance(value.bytes, Integral) or value.bytes < 0:
             raise ValueError(f"{call}: value {v} has bytes={value.bytes!r}, expected an integer, 0 or more")
@@ -251,7 +253,7 @@ def _needs(ops: Sequence[StageOp], producer: dict[int, int], kept: Collection[in
 
 
 def _closure(needs: list[set[int]], wanted: Iterable[int]) -> frozenset[int]:
-    """``wanted`` and all that it needs."""
+    """Return ``wanted`` and all that it needs."""
     found: set[int] = set()
     queue = list(wanted)
     while queue:
@@ -290,16 +292,16 @@ class _Closures:
         self.seconds = [int(seconds * unit) for seconds in exact]
 
     def dropped(self, rerun: Iterable[int]) -> frozenset[int]:
-        """The values to drop when ``rerun`` runs: all that it can rebuild."""
+        """Return the values to drop when ``rerun`` runs: all that it can rebuild."""
         return frozenset().union(*(self.droppable[o] for o in rerun))
 
     def point(self, rerun: Iterable[int]) -> _Point:
-        """The least closure that frees as many bytes as ``rerun``."""
+        """Return the least closure that frees as many bytes as ``rerun``."""
         least = _closure(self.needs, (o for o in rerun if self.freed[o]))
         return _Point(sum(self.freed[o] for o in least), sum(self.seconds[o] for o in least), least)
 
     def hull(self) -> list[_Point]:
-        """The vertices, by freed bytes: from nothing to all."""
+        """Return the vertices, by freed bytes: from nothing to all."""
         nothing, everything = self.point(()), self.point(range(len(self.needs)))
         found = {nothing, everything}
         stack = [(nothing, everything)]
@@ -313,7 +315,7 @@ class _Closures:
         return sorted(found, key=lambda point: point.freed)
 
     def _cut(self, low: _Point, high: _Point) -> set[int]:
-        """What to add to ``low`` at the price at which ``high`` costs the same; empty if nothing is better."""
+        """Return what to add to ``low`` where ``high`` costs the same a byte; empty if nothing is better."""
         inside = high.rerun - low.rerun
         seconds, freed = high.seconds - low.seconds, high.freed - low.freed
         graph = nx.DiGraph()
@@ -333,10 +335,10 @@ class _Closures:
         return chosen - {source} if gains > losses else set()
 
     def between(self, low: _Point, high: _Point, time_limit: float) -> tuple[_Point | None, float]:
-        """The option between two others that ``choices`` describes, if any, and its gap.
+        """Return the option between two others that ``choices`` describes, if any, and its gap.
 
-        The least of seconds minus freed bytes, each in units of the gap, under a least of freed bytes and a most
-        of seconds: an option that beat it would meet both as well, so it is Pareto optimal.
+        The least of seconds minus freed bytes, each in units of the gap, under a least of freed bytes and a
+        most of seconds: an option that beat it would meet both as well, so it is Pareto optimal.
         """
         seconds, freed = high.seconds - low.seconds, high.freed - low.freed
         ops = sorted(self.point(range(len(self.needs))).rerun)

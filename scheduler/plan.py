@@ -2,99 +2,31 @@
 
 from __future__ import annotations
 
-import io
 import os
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from scheduler.budget import format_bytes, parse_budget
+from scheduler.budget import free_machine_bytes, machine_bytes, parse_budget
 from scheduler.chain import Chain
-from scheduler.cuts import Cut, explain_cut, summary
+from scheduler.device import DeviceSpec
 from scheduler.host import HostMemory
-from scheduler.json_data import shown
+from scheduler.json_data import check_format
 from scheduler.kinds import KINDS
 from scheduler.plan_file import as_text, check_parts, check_plan, read_json
 from scheduler.program import ReplayProgram
+from scheduler.record import CaptureRecord
 from scheduler.schedule import Backward, Checkpoint, Forward, Keep, Schedule, Timeline, simulate
 from scheduler.solvers import SOLVERS, checked_solver, solve_chain
+from scheduler.table import cost_table, explain
 
 __all__ = ["CaptureRecord", "Plan"]
 
 PLAN_FORMAT = 1
-MANY_ROWS = 64  # in the printed table, before the calls of one module share a row
-
-
-@dataclass(frozen=True, slots=True)
-class CaptureRecord:
-    """How the model was captured: enough to capture it again, and to see that it is the same.
-
-    Attributes:
-        kind: a key of ``scheduler.kinds.KINDS``.
-        reason: why this kind, in words.
-        device: type of the device the plan is for.
-        structure, leaves: the call's signature.
-        model: fingerprint of the model.
-        graph: fingerprint of the op graph ("" for modules).
-        cuts: inner cuts of the op graph (empty for modules).
-        stages: names of the modules that are stages, as often as they run (empty for graph).
-        fed: for each of them, which outputs of those before are among its arguments: (argument leaf, output leaf, how many
-            blocks back).
-        random: (L,) whether a stage draws random numbers.
-        changed: (L,) names of the buffers that a stage changes.
-        dropped: (L,) for each option of a stage, the numbers of the saved tensors that it drops (empty for modules).
-        rerun: (L,) for each option of a stage, the ops that run again, by their places in it (empty for modules).
-        gaps: (L,) share by which the seconds of an option may exceed the least for its bytes; 0 if proven (likewise).
-        ops: (L,) for each op of a stage, its name and the bytes that autograd saves of what it makes (likewise).
-        uncached: whether stages run without autocast's cache of casts.
-        begins: (L - 1,) why each stage but the first begins where it does (empty for modules, and in old plans).
-        left_out: (why, how many) gaps that are no cuts after all.
-        evaluating: names of submodules that were in eval mode.
-        unread: leaves of the call, other than tensors, that the forward does not read.
-        frozen: names of parameters that did not require grad.
-        environment: what decides which ops run besides (``capture.environment``), as JSON; "" if not known.
-        target: name of the device that was planned for without being there; "" for the one that held the model.
-    """
-
-    kind: str
-    reason: str
-    device: str
-    structure: str
-    leaves: str
-    model: str
-    graph: str = ""
-    cuts: tuple[int, ...] = ()
-    stages: tuple[str, ...] = ()
-    fed: tuple[tuple[tuple[int, ...], ...], ...] = ()
-    random: tuple[bool, ...] = ()
-    changed: tuple[tuple[str, ...], ...] = ()
-    dropped: tuple[tuple[tuple[int, ...], ...], ...] = ()
-    rerun: tuple[tuple[tuple[int, ...], ...], ...] = ()
-    gaps: tuple[float, ...] = ()
-    uncached: bool = False
-    ops: tuple[tuple[tuple[str, int], ...], ...] = ()
-    begins: tuple[Cut, ...] = ()
-    left_out: tuple[tuple[str, int], ...] = ()
-    evaluating: tuple[str, ...] = ()
-    unread: tuple[int, ...] = ()
-    frozen: tuple[str, ...] = ()
-    environment: str = ""
-    target: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("cuts", "stages", "random", "gaps", "evaluating", "unread", "frozen"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, "changed", tuple(tuple(names) for names in self.changed))
-        for name in ("fed", "dropped", "rerun", "ops"):
-            rows = tuple(tuple(tuple(row) for row in rows) for rows in getattr(self, name))
-            object.__setattr__(self, name, rows)
-        object.__setattr__(self, "begins", tuple(Cut(*row) for row in self.begins))
-        object.__setattr__(self, "left_out", tuple((why, count) for why, count in self.left_out))
-        if self.kind not in KINDS:
-            raise ValueError(f"CaptureRecord: kind={self.kind!r}, expected {' or '.join(map(repr, KINDS))}")
+# Of ``Plan.resident``, what is live before a step as well.
+ALIVE = ("parameters", "existing gradients", "buffers", "inputs", "workspaces")
 
 
 @dataclass(frozen=True)
@@ -110,8 +42,8 @@ class Plan:
         capture: how the model was captured.
         resident: the chain's fixed bytes, by what they consist of.
         torch_version: of the torch that captured the model.
-        optimizer_step: the most bytes that a step of the optimizer takes above parameters, gradients and its state; None if
-            not known, 0 without an optimizer. Activations are gone by then.
+        optimizer_step: the most bytes that a step of the optimizer takes above parameters, gradients and its
+            state; None if not known, 0 without an optimizer. Activations are gone by then.
         host: the second memory that the schedule copies to; None if it keeps to the device.
         live: the capture itself, as long as the plan stays in its process; never saved.
         parameters: what the solver was given besides chain and budget, likewise (it may be a function).
@@ -186,10 +118,10 @@ class Plan:
         solver: str | None = None,
         parameters: Mapping[str, Any] | None = None,
     ) -> Plan:
-        """The same model under another budget: from the same costs, without capturing or measuring anything again.
+        """Plan the same model under another budget, by the same costs, without measuring again.
 
         Args:
-            memory_budget: as for ``solve``; a percentage is of this machine's memory.
+            memory_budget: as for ``solve``: shares are of the device that the plan is for.
             solver: default: the plan's own with its ``host``, or "optimal" where that takes other parameters.
             parameters: what else the solver takes.
 
@@ -197,7 +129,7 @@ class Plan:
             TypeError, ValueError: an argument that cannot be used.
             InfeasibleBudget: no schedule fits; carries the smallest budget that one fits.
         """
-        budget = parse_budget(memory_budget)
+        budget = parse_budget(memory_budget, self._device_bytes, self._free_bytes)
         parameters = parameters or {}
         if solver is None and SOLVERS[self.solver].two_level:
             solver, parameters = self.solver, {"host": self.host, **parameters}
@@ -218,8 +150,31 @@ class Plan:
             parameters=dict(parameters),
         )
 
+    def _device_bytes(self) -> int:
+        """Return bytes of the device that the plan is for."""
+        record = self.capture
+        if record.target:
+            return record.target_memory or DeviceSpec.of(record.target).memory
+        if record.device == "cpu":
+            return machine_bytes()
+        from scheduler.costs.device_memory import device_bytes  # which takes torch
+
+        return device_bytes(record.device)
+
+    def _free_bytes(self) -> int:
+        """Return bytes of that device that a step may take, with what of the step is live there already."""
+        if self.capture.target:
+            return self._device_bytes()
+        # Without the capture nothing says that the model is in this process.
+        own = sum(self.resident.get(part, 0) for part in ALIVE) if self.live is not None else 0
+        if self.capture.device == "cpu":
+            return free_machine_bytes() + own
+        from scheduler.costs.device_memory import free_device_bytes
+
+        return free_device_bytes(self.capture.device) + own
+
     def kept(self, stage: int) -> str:
-        """What stays of a stage when the forward is over, in words."""
+        """Say in words what stays of a stage when the forward is over."""
         option = self.program.kept[stage]
         if option is not None:
             return self.chain.stages[stage].options[option].name
@@ -239,175 +194,29 @@ class Plan:
         return {action.stage: action.option for action in self.schedule if isinstance(action, Keep)}
 
     def option(self, stage: int) -> int:
-        """The option with which a stage is kept when it is reversed."""
+        """Return the option with which a stage is kept when it is reversed."""
         return self._options[stage]
 
     def explain(self, stage: int) -> str:
-        """The ops of a stage, one a line: K, what autograd saves of it is kept; R, it runs again before the backward.
+        """Return the ops of a stage, one a line: K, autograd's saved bytes stay; R, it is recomputed.
 
         Raises:
-            ValueError: there is no such stage, or the plan's stages are modules, whose ops nobody knows.
+            ValueError: the chain has no such stage, or the plan's stages are modules, whose ops nobody knows.
         """
-        count = len(self.chain)
-        if not isinstance(stage, int) or not 0 <= stage < count:
-            raise ValueError(f"explain: stage={stage!r}, expected 0 .. {count - 1}")
-        if not self.capture.ops:
-            raise ValueError(
-                "explain: the stages of this plan are modules; only a graph capture knows their ops"
-            )
-        first, option = self.program.kept[stage], self.option(stage)
-        chosen = self.chain.stages[stage].options[option]
-        again = set(self.capture.rerun[stage][option]) if self.capture.rerun else set()
-        whole = self.chain.stages[stage].options[0].saved
-        lines = [
-            f"stage {stage}: {self.chain.stages[stage].name}",
-            *([explain_cut(self.capture.begins[stage - 1])] if stage and self.capture.begins else []),
-            f"kept: {chosen.name}; {format_bytes(chosen.saved)} of {format_bytes(whole)}",
-        ]
-        if option:
-            gap = self.capture.gaps[stage] if self.capture.gaps else 0.0
-            proof = f"at most {gap:.1%} over the least" if gap else "the least"
-            lines.append(
-                f"{chosen.recompute * 1e3:.2f} ms to make the rest again: {proof} for these bytes, of "
-                f"{len(self.chain.stages[stage].options)} options"
-            )
-        if first is None:
-            lines.append(
-                f"nothing but its input outlives the forward: it runs {self.timeline.runs[stage]} times, and is kept "
-                "so when it is run for its backward"
-            )
-        for i, (name, size) in enumerate(self.capture.ops[stage]):
-            mark = "R" if i in again else "K" if size else " "
-            lines.append(f"  {mark} {name}" + (f"  {format_bytes(size)}" if size else ""))
-        return "\n".join(lines)
+        return explain(self, stage)
 
     def table(self) -> str:
-        """The cost table: per stage what is kept, runs, seconds, bytes; then totals and the budget.
+        """Return the cost table: per stage what is kept, runs, seconds, bytes; then totals and the budget.
 
         In a long one the calls of one module in a row share a row: sums, and the largest input.
         """
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        chain, runs = self.chain, self.timeline.runs
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("#", justify="right")
-        table.add_column("stage", overflow="fold")
-        table.add_column("kept", overflow="ellipsis", no_wrap=True, max_width=36)
-        for heading in ("runs", "forward ms", "backward ms", "extra ms", "saved", "input"):
-            table.add_column(heading, justify="right")
-        for group in self._rows():
-            table.add_row(*(self._row(group[0]) if len(group) == 1 else self._row_of_calls(group)))
-        table.add_section()
-        table.add_row(
-            "",
-            "total",
-            "",
-            str(sum(runs)),
-            f"{sum(s.forward for s in chain.stages) * 1e3:.2f}",
-            f"{sum(s.backward for s in chain.stages) * 1e3:.2f}",
-            f"{(self.timeline.seconds - chain.plain_seconds) * 1e3:.2f}",
-            format_bytes(sum(s.options[self.option(i)].saved for i, s in enumerate(chain.stages))),
-            "",
-        )
-        out = io.StringIO()
-        # Names of stages have brackets and colons, which are no markup.
-        console = Console(file=out, width=130, highlight=False, markup=False, emoji=False, color_system=None)
-        console.print(table)
-        lines = [line.rstrip() for line in out.getvalue().strip("\n").splitlines()]
-        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.resident.items() if size)
-        if stages := KINDS[self.capture.kind].stages:
-            lines += ["", f"{len(chain)} stages: {stages}"]
-        elif self.capture.begins:
-            lines += ["", *summary(self.capture.begins, dict(self.capture.left_out))]
-        lines += [
-            "",
-            (
-                f"budget {format_bytes(self.memory_budget)}; predicted peak {format_bytes(self.predicted_peak)}; "
-                f"plain step {format_bytes(self.plain.peak)}"
-            ),
-            (
-                f"predicted overhead {self.predicted_overhead:.1%} "
-                f"({self.timeline.seconds * 1e3:.1f} ms instead of {chain.plain_seconds * 1e3:.1f} ms); "
-                f"solver {self.solver}, costs {self.costs}"
-                + (f" of {self.capture.target}, which is not there" if self.capture.target else "")
-            ),
-            *([self._host_line()] if self.program.copies else []),
-            f"live all step: {parts}",
-            *([self._optimizer_line()] if self.optimizer_step else []),
-            f"captured as {self.capture.kind}: {self.capture.reason}",
-        ]
-        return "\n".join(lines)
-
-    def _rows(self) -> list[list[int]]:
-        """The stages that share a row: each has its own, but for the many calls of a module in a row."""
-        modules = [stage.name.partition("[")[0] for stage in self.chain.stages]
-        rows: list[list[int]] = []
-        for i, name in enumerate(modules):
-            if rows and "[" in self.chain.stages[i].name and modules[rows[-1][-1]] == name:
-                rows[-1].append(i)
-            else:
-                rows.append([i])
-        folded = len(modules) > MANY_ROWS and KINDS[self.capture.kind].runs_code
-        return rows if folded else [[i] for i in range(len(modules))]
-
-    def _row(self, i: int) -> list[str]:
-        stage, runs = self.chain.stages[i], self.timeline.runs[i]
-        option = stage.options[self.option(i)]
-        extra = (runs - 1) * stage.forward + option.recompute
-        return [
-            str(i),
-            stage.name,
-            self.kept(i),
-            str(runs),
-            f"{stage.forward * 1e3:.2f}",
-            f"{stage.backward * 1e3:.2f}",
-            f"{extra * 1e3:.2f}" if extra else "",
-            format_bytes(option.saved),
-            format_bytes(stage.input),
-        ]
-
-    def _row_of_calls(self, group: list[int]) -> list[str]:
-        """Sums over the calls of a module; of inputs the largest."""
-        stages = [self.chain.stages[i] for i in group]
-        options = [self.chain.stages[i].options[self.option(i)] for i in group]
-        runs = [self.timeline.runs[i] for i in group]
-        extra = sum((n - 1) * s.forward + o.recompute for n, s, o in zip(runs, stages, options, strict=True))
-        kept = Counter(self.kept(i) for i in group)
-        return [
-            f"{group[0]}-{group[-1]}",
-            f"{stages[0].name} .. {stages[-1].name}",
-            ", ".join(f"{count} {what}" for what, count in kept.items()),
-            str(sum(runs)),
-            f"{sum(s.forward for s in stages) * 1e3:.2f}",
-            f"{sum(s.backward for s in stages) * 1e3:.2f}",
-            f"{extra * 1e3:.2f}" if extra else "",
-            format_bytes(sum(o.saved for o in options)),
-            format_bytes(max(s.input for s in stages)),
-        ]
-
-    def _host_line(self) -> str:
-        """What is copied to the host, in words."""
-        assert self.host
-        line = self.timeline
-        return (
-            f"on the host: at most {format_bytes(line.host_peak)} of {format_bytes(self.host.capacity)}; the device waits "
-            f"{line.stall * 1e3:.1f} ms for copies"
-        )
-
-    def _optimizer_line(self) -> str:
-        """What the optimizer's own step takes, in words."""
-        assert self.optimizer_step
-        there = self.optimizer_step + sum(self.resident.values()) + sum(s.grad for s in self.chain.stages)
-        over = ", over the budget" if there > self.memory_budget else ""
-        return f"optimizer's step: {format_bytes(self.optimizer_step)} of its own, {format_bytes(there)} in all{over}"
+        return cost_table(self)
 
     def __str__(self) -> str:
         return self.table()
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as JSON-ready data."""
+        """Return the plan as JSON-ready data."""
         return {
             "format": PLAN_FORMAT,
             "memory_budget": self.memory_budget,
@@ -424,14 +233,12 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """The plan that ``to_json`` wrote. Data only: nothing in it is run.
+        """Return the plan that ``to_json`` wrote. Data only: nothing in it is run.
 
         Raises:
             ValueError: the data is no plan, of an unknown format, or illegal.
         """
-        if not isinstance(data, Mapping) or data.get("format") != PLAN_FORMAT:
-            found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
-            raise ValueError(f"Plan.from_json: format {shown(found)}, expected {PLAN_FORMAT}")
+        check_format("Plan.from_json", data, PLAN_FORMAT)
         try:
             check_plan(data)
             chain, schedule = Chain.from_json(data["chain"]), Schedule.from_json(data["schedule"])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from scheduler.budget import format_bytes, free_machine_bytes, machine_bytes, parse_budget
+from scheduler.budget import format_bytes, parse_budget
 from scheduler.capture.callables import CallableChain
 from scheduler.capture.environment import environment_text
 from scheduler.capture.fake import has_data, without_hardware
@@ -36,6 +36,7 @@ from scheduler.capture.trial_step import TrialStep, first_forward, with_plain_st
 from scheduler.capture.unwind import met
 from scheduler.chain import Chain
 from scheduler.costs.cuda_memory import allocator_slack
+from scheduler.costs.device_memory import device_bytes, free_device_bytes
 from scheduler.costs.resident import optimizer_bytes, optimizer_step_bytes, resident_parts
 from scheduler.device import DeviceSpec
 from scheduler.errors import CaptureError, InfeasibleBudget
@@ -313,6 +314,7 @@ def _plan(request: Request, parameters: Mapping[str, Any]) -> Plan:
         frozen=tuple(name for name, p in model.named_parameters() if not p.requires_grad),
         environment=environment_text(model_device(model).type),
         target=request.device.spec.name if isinstance(request.device, Target) else "",
+        target_memory=request.device.spec.memory if isinstance(request.device, Target) else 0,
         **captured.record(),
     )
     return Plan(
@@ -436,11 +438,7 @@ def _refuse_without_data(what: str, tensors: Iterable[Any]) -> None:
 
 
 def _device_bytes(device: Device) -> int:
-    if isinstance(device, Target):
-        return device.spec.memory
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return machine_bytes()
+    return device.spec.memory if isinstance(device, Target) else device_bytes(device)
 
 
 def _free_bytes(
@@ -452,7 +450,4 @@ def _free_bytes(
     there = sum(resident_parts(model, sample, device).values())
     if optimizer is not None and optimizer.state:
         there += optimizer_bytes(optimizer, device)
-    if device.type != "cuda":
-        return free_machine_bytes() + there
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) + there
+    return free_device_bytes(device) + there

@@ -38,11 +38,11 @@ class ReplayProgram:
 
     Attributes:
         kept: (L,) the option whose saved tensors stay after the first run, or None if all are dropped.
-        held: boundaries that the executor holds after the first sweep, on the device or on the host. The input of a kept
-            stage is not among them: autograd holds what that stage's backward needs.
+        held: boundaries that the executor holds after the first sweep, on the device or on the host. The
+            input of a kept stage is not among them: autograd holds what that stage's backward needs.
         replay: the actions once every stage has run: autograd begins its backward.
         backward_at: (L,) index in ``replay`` of the backward of each stage.
-        moves: (L,) the copies that follow the first run of each stage, and what they let go of.
+        moves: (L,) the copies that follow the first run of each stage, and what they release.
         copies: whether anything is copied between device and host.
     """
 
@@ -58,8 +58,9 @@ class ReplayProgram:
         """Split a legal schedule.
 
         Raises:
-            ValueError: the first sweep does not run each of the stages once, in order; the schedule lets go of the
-                input of a kept stage that is not on the host, or copies what a stage keeps that is run again.
+            ValueError: the first sweep does not run each of the stages once, in order; the schedule releases
+                of the input of a kept stage that is not on the host, or copies what a stage keeps that is run
+                again.
         """
         kept: list[int | None] = []
         held: set[int] = set()
@@ -100,10 +101,10 @@ class ReplayProgram:
 
 
 def _checked_places(actions: tuple[Action, ...]) -> frozenset[int]:
-    """The places of the ``Free`` actions whose boundary is on the host by then.
+    """Return the places of the ``Free`` actions whose boundary is on the host by then.
 
-    Refuses what no executor follows: autograd holds what it saved of the input of a kept stage, so that this input may go
-    only while the host has it; and what a run again keeps stays on the device.
+    Refuses what no executor follows: autograd holds what it saved of the input of a kept stage, so that this
+    input may go only while the host has it; and what a run again keeps stays on the device.
     """
     away: set[int] = set()
     kept: set[int] = set()

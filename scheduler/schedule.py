@@ -7,39 +7,40 @@ The words, for stage i with input x_i:
 
 * ``Forward(i)`` is read as: run stage i without keeping its saved tensors; x_i goes unless it is held.
 * ``Checkpoint(i)`` is read as: run stage i without keeping its saved tensors, and hold on to x_i.
-* ``Keep(i, k)`` is read as: run stage i keeping what its option k keeps, and hold on to x_i. A run again just before
-  ``Backward(i)`` stops when all that is kept is there.
+* ``Keep(i, k)`` is read as: run stage i keeping what its option k keeps, and hold on to x_i. A run again just
+  before ``Backward(i)`` stops when all that is kept is there.
 * ``Backward(i)`` is read as: reverse stage i; its saved tensors, the gradient of x_{i+1} and a held
-  x_i are let go; the gradient of x_i is there.
-* ``Free(i)`` is read as: let go of the held x_i before its stage is reversed.
+  x_i are released; the gradient of x_i is live.
+* ``Free(i)`` is read as: release the held x_i before its stage is reversed.
 
 Memory rules. Live bytes are the chain's fixed bytes, held boundaries, kept saved tensors, the working
-boundary, the gradient at hand, and what the reversed stages retain (parameter gradients, long-lived
+boundary, the gradient that flows, and what the reversed stages retain (parameter gradients, long-lived
 values). x_{i+1} lies inside the saved tensors of a kept stage i and costs nothing on top. x_0 is held
 from the start. The gradient of x_L appears once stage L-1 has run.
 
 With a second memory, the host (``HostMemory``), there are words for copies between the two:
 
 * ``Offload(i)`` is read as: start to copy the held x_i to the host; the device copy stays.
-* ``Free(i)`` lets go of the device copy alone, ``FreeHost(i)`` of the one on the host.
+* ``Free(i)`` releases the device copy alone, ``FreeHost(i)`` of the one on the host.
 * ``Prefetch(i)`` is read as: claim the bytes of x_i on the device, start to copy it there, and hold it. It
   comes from its own copy on the host, or else out of that of the saved tensors of stage i-1.
 * ``OffloadSaved(i)`` is read as: start to copy the saved tensors of the kept stage i to the host.
-* ``FreeSaved(i)`` is read as: let go of their device copy. x_{i+1}, which lies inside, stays and is held
+* ``FreeSaved(i)`` is read as: release their device copy. x_{i+1}, which lies inside, stays and is held
   until its stage is reversed, or until ``Free(i+1)``.
 * ``PrefetchSaved(i)`` is read as: claim their bytes on the device and start to copy them back.
 
 The device bytes of a copy being written stay until it is freed; those of a copy being read count from its
-prefetch on. ``Backward(i)`` lets go of what the host has of x_i and of the saved tensors of stage i. Copies
+prefetch on. ``Backward(i)`` releases what the host has of x_i and of the saved tensors of stage i. Copies
 of each direction are served in order. An action that needs what is being read waits for it; a read waits
-for the write of what it reads; and what lets go of a copy, on either side, waits for the copying of it. Bytes
-of a schedule that copies are counted by sums, those of ``host.apart``, even if the chain knows its values.
+for the write of what it reads; and what releases a copy, on either side, waits for the copying of it. Bytes
+of a schedule that copies are counted by sums, those of ``Chain.apart``, even if the chain knows its values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 from scheduler.actions import (
     COPY_ACTIONS,
@@ -62,8 +63,8 @@ from scheduler.actions import (
     has_copies,
 )
 from scheduler.chain import Chain
-from scheduler.host import Copies, HostMemory, Item, apart
-from scheduler.storages import bytes_of
+from scheduler.host import Copies, HostMemory, Item
+from scheduler.storages import LiveValues
 
 __all__ = [
     "COPY_ACTIONS",
@@ -81,6 +82,7 @@ __all__ = [
     "OffloadSaved",
     "Prefetch",
     "PrefetchSaved",
+    "Referee",
     "Schedule",
     "Timeline",
     "simulate",
@@ -113,7 +115,7 @@ class Timeline:
 
 
 def simulate(chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemory | None = None) -> Timeline:
-    """Carry out ``schedule`` on ``chain`` by the memory rules above. The one referee.
+    """Carry out ``schedule`` on ``chain`` by the memory rules above.
 
     Args:
         chain: what each stage costs.
@@ -126,210 +128,205 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemo
     Raises:
         IllegalAction: an action that cannot be carried out (one that the host has no room for among them), or
             something left over at the end.
-        ValueError: the schedule copies to a host, and there is none.
+        ValueError: the schedule copies to a host, and none is given.
     """
-    actions = tuple(schedule)
-    if has_copies(actions):  # of whole boundaries, and of all that a stage keeps
-        chain = apart(chain)
-    stages = chain.stages
-    count = len(stages)
-    held: dict[int, int] = {0: stages[0].input}
-    kept: dict[int, int] = {}
-    away: dict[int, int] = {}  # kept stages whose saved tensors are on the host alone
-    copies = None if host is None else Copies(host)
-    working: int | None = None  # a boundary that is neither held nor inside a kept stage
-    runs = [0] * count
-    to_reverse = count - 1
-    base = chain.fixed + stages[0].input  # fixed, held, kept and long-lived bytes
-    gradient = 0
-    seconds = 0.0
+    referee = Referee(chain, schedule, host)
     live: list[int] = []
     during: list[int] = []
+    for values in referee.steps():
+        live.append(values.live)
+        during.append(values.during)
+    peak = max(during)
+    copies = referee.copies
+    used = (copies.peak, copies.stall) if copies else (0, 0.0)
+    return Timeline(
+        referee.seconds, peak, tuple(live), tuple(during), tuple(referee.runs), during.index(peak), *used
+    )
 
-    for index, action in enumerate(actions):
-        working_bytes = chain.input_bytes(working) if working is not None else 0
-        if isinstance(action, Backward):
-            i = action.stage
-            if not 0 <= i < count:
-                raise IllegalAction(index, action, f"there is no such stage; stages are 0..{count - 1}")
-            if i != to_reverse:
-                raise IllegalAction(
-                    index,
-                    action,
-                    "all stages are reversed"
-                    if to_reverse < 0
-                    else f"stage {to_reverse} is to be reversed next",
-                )
-            if i not in kept:
-                first = f"PrefetchSaved({i})" if i in away else f"Keep({i})"
-                raise IllegalAction(
-                    index, action, f"the saved tensors of stage {i} are not there; {first} first"
-                )
-            if i not in held and i - 1 not in kept:
-                raise IllegalAction(index, action, f"x_{i} is neither held nor inside the kept stage {i - 1}")
-            stage, option = stages[i], stages[i].options[kept[i]]
-            peak = base + working_bytes + gradient + stage.input_grad + option.backward_overhead
-            if copies is not None:
-                seconds = copies.use(seconds, ("saved", i))
-                seconds = copies.use(seconds, *_sources(i, held, kept))
-            seconds += stage.backward + option.recompute
-            if copies is not None:
-                seconds = copies.drop(copies.drop(seconds, ("saved", i)), ("boundary", i))
-            base += stage.retained - option.saved - held.pop(i, 0)
-            del kept[i]
-            gradient = stage.input_grad if i else 0
-            to_reverse -= 1
-            left = base + working_bytes + gradient
-            if i - 1 in kept:
-                # x_i lies inside stage i-1, whose backward is next and says how much of it is left.
-                before = stages[i - 1]
-                left += min(0, before.input_grad + before.options[kept[i - 1]].backward_overhead)
-            during.append(max(peak, left))
-            live.append(left)
-            continue
-        if isinstance(action, Free):
-            if action.boundary not in held:
-                raise IllegalAction(index, action, f"x_{action.boundary} is not held")
-            base -= held.pop(action.boundary)
-            if copies is not None:
-                seconds = copies.settle(seconds, ("boundary", action.boundary))
-            during.append(base + working_bytes + gradient)
-            live.append(base + working_bytes + gradient)
-            continue
-        if not isinstance(action, (Forward, Checkpoint, Keep)):
-            if copies is None:
+
+class Referee:
+    """A step that is being carried out: which actions are legal, the clock, and the bytes by ``LiveValues``.
+
+    Args:
+        chain, schedule, host: as for ``simulate``.
+
+    Attributes:
+        chain: what the bytes are counted by.
+        seconds: so far. runs: (L,) of each stage so far.
+        copies: on the host; None without one.
+    """
+
+    def __init__(
+        self, chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemory | None = None
+    ) -> None:
+        self.actions = tuple(schedule)
+        self.chain = chain = chain.apart() if has_copies(self.actions) else chain
+        self.values = LiveValues(chain)
+        self.copies = None if host is None else Copies(host)
+        self.seconds = 0.0
+        self.runs = [0] * len(chain)
+        self._index = 0
+        self._held = {0}
+        self._kept: dict[int, int] = {}  # the option of each stage whose saved tensors are on the device
+        self._away: dict[int, int] = {}  # likewise, of those on the host alone
+        self._working: int | None = None  # a boundary that is neither held nor inside a kept stage
+        self._to_reverse = len(chain) - 1
+
+    def steps(self) -> Iterator[LiveValues]:
+        """Carry out the actions one by one; after each yield the one account, brought up to date."""
+        for index, action in enumerate(self.actions):
+            self._index = index
+            if isinstance(action, (Forward, Checkpoint, Keep)):
+                self._run(action)
+            elif isinstance(action, Backward):
+                self._reverse(action.stage)
+            elif isinstance(action, Free):
+                self._free(action.boundary)
+            elif self.copies is None:
                 raise ValueError(
                     f"simulate: action {index}, {action}, copies between device and host; pass host=HostMemory(...)"
                 )
-            why, seconds, change = _copy(
-                chain, action, copies, seconds, held, kept, away, to_reverse, working
+            else:
+                self._copy(action, self.copies)
+            yield self.values
+        if self._to_reverse >= 0:
+            self._end(f"stage {self._to_reverse} is not reversed yet")
+        if self._held or self._kept or self._working is not None:
+            self._end(
+                f"left over: held {sorted(self._held)}, kept {sorted(self._kept)}, working {self._working}"
             )
-            if why:
-                raise IllegalAction(index, action, why)
-            base += change
-            during.append(base + working_bytes + gradient)
-            live.append(base + working_bytes + gradient)
-            continue
 
-        i = action.stage
-        if not 0 <= i < count:
-            raise IllegalAction(index, action, f"there is no such stage; stages are 0..{count - 1}")
-        stage = stages[i]
-        if i > to_reverse:
-            raise IllegalAction(index, action, f"stage {i} is reversed already")
-        if i in kept or i in away:
-            raise IllegalAction(index, action, f"stage {i} is kept already")
-        if runs[i] and not stage.recomputable:
-            raise IllegalAction(index, action, f"stage {i} may run only once")
-        inside = i - 1 in kept
-        if i not in held and not inside and working != i:
-            raise IllegalAction(
-                index, action, f"x_{i} is not there: neither held, nor kept, nor just computed"
-            )
-        if working is not None and working != i:
-            working, working_bytes = None, 0  # superseded: this run starts from another boundary
-        if copies is not None:
-            seconds = copies.use(seconds, *_sources(i, held, kept))
-        again = runs[i] > 0 and actions[index + 1 : index + 2] == (Backward(i),)
-        if not runs[i]:
-            base += stage.carried
-        runs[i] += 1
-        seconds += stage.forward
-        if isinstance(action, (Checkpoint, Keep)) and working == i:
-            held[i] = working_bytes
-            base += working_bytes
-            working, working_bytes = None, 0
+    def _refuse(self, why: str) -> NoReturn:
+        raise IllegalAction(self._index, self.actions[self._index], why)
+
+    def _end(self, why: str) -> NoReturn:
+        raise IllegalAction(len(self.actions), None, why)
+
+    def _run(self, action: Forward | Checkpoint | Keep) -> None:
+        i = self._checked_stage(action.stage)
+        stage = self.chain.stages[i]
+        if i > self._to_reverse:
+            self._refuse(f"stage {i} is reversed already")
+        if i in self._kept or i in self._away:
+            self._refuse(f"stage {i} is kept already")
+        if self.runs[i] and not stage.recomputable:
+            self._refuse(f"stage {i} may run only once")
+        if i not in self._held and i - 1 not in self._kept and self._working != i:
+            self._refuse(f"x_{i} is not there: neither held, nor kept, nor just computed")
+        if self.copies is not None:
+            self.seconds = self.copies.use(self.seconds, *self._sources(i))
+        first = not self.runs[i]
+        again = not first and self.actions[self._index + 1 : self._index + 2] == (Backward(i),)
+        self.runs[i] += 1
+        self.seconds += stage.forward
+        hold = not isinstance(action, Forward)
+        if hold and self._working == i:
+            self._held.add(i)
+        option = None
         if isinstance(action, Keep):
-            if not 0 <= action.option < len(stage.options):
-                raise IllegalAction(index, action, f"stage {i} has {len(stage.options)} options")
-            option = stage.options[action.option]
-            kept[i] = action.option
-            base += option.saved
-            during.append(base + gradient + option.transient(again=again))
-            working, working_bytes = None, 0
+            option = action.option
+            if not 0 <= option < len(stage.options):
+                self._refuse(f"stage {i} has {len(stage.options)} options")
+            self._kept[i] = option
+        # A second copy of a held boundary is released at once.
+        self._working = None if option is not None or i + 1 in self._held else i + 1
+        self.values.run(i, option, hold=hold, first=first, again=again)
+
+    def _reverse(self, i: int) -> None:
+        self._checked_stage(i)
+        if self._to_reverse < 0:
+            self._refuse("all stages are reversed")
+        if i != self._to_reverse:
+            self._refuse(f"stage {self._to_reverse} is to be reversed next")
+        if i not in self._kept:
+            first = f"PrefetchSaved({i})" if i in self._away else f"Keep({i})"
+            self._refuse(f"the saved tensors of stage {i} are not there; {first} first")
+        if i not in self._held and i - 1 not in self._kept:
+            self._refuse(f"x_{i} is neither held nor inside the kept stage {i - 1}")
+        if self.copies is not None:
+            self.seconds = self.copies.use(self.seconds, ("saved", i))
+            self.seconds = self.copies.use(self.seconds, *self._sources(i))
+        stage = self.chain.stages[i]
+        self.seconds += stage.backward + stage.options[self._kept.pop(i)].recompute
+        if self.copies is not None:
+            self.seconds = self.copies.drop(self.copies.drop(self.seconds, ("saved", i)), ("boundary", i))
+        self._held.discard(i)
+        self._to_reverse -= 1
+        self.values.reverse(i)
+
+    def _free(self, boundary: int) -> None:
+        if boundary not in self._held:
+            self._refuse(f"x_{boundary} is not held")
+        self._held.remove(boundary)
+        if self.copies is not None:
+            self.seconds = self.copies.settle(self.seconds, ("boundary", boundary))
+        self.values.free(boundary)
+
+    def _copy(self, action: CopyAction, copies: Copies) -> None:
+        saved = isinstance(action, (OffloadSaved, PrefetchSaved, FreeSaved))
+        i = action.stage if isinstance(action, (OffloadSaved, PrefetchSaved, FreeSaved)) else action.boundary
+        item: Item = ("saved" if saved else "boundary", i)
+        what = f"the saved tensors of stage {i}" if saved else f"x_{i}"
+        if isinstance(action, (Offload, OffloadSaved)):
+            if i not in (self._kept if saved else self._held):
+                self._refuse(f"{what} {'are not on the device' if saved else 'is not held'}")
+            if item in copies.there:
+                self._refuse(f"{what} {'are' if saved else 'is'} on the host already")
+            size, room = self._bytes_of(item), copies.host.capacity - copies.used
+            if size > room:
+                self._refuse(f"the host has {room} bytes left, and {what} would take {size}")
+            self.seconds = copies.write(self.seconds, item, size)
+            self.values.done()
+        elif isinstance(action, FreeHost):
+            if item not in copies.there:
+                self._refuse(f"{what} is not on the host")
+            self.seconds = copies.drop(self.seconds, item)
+            self.values.done()
+        elif isinstance(action, FreeSaved):
+            if i not in self._kept or item not in copies.there:
+                self._refuse(f"{what} are not both on the device and on the host; OffloadSaved({i}) first")
+            self._away[i] = self._kept.pop(i)
+            hold = i + 1 <= self._to_reverse
+            if hold:
+                self._held.add(i + 1)
+            self.seconds = copies.settle(self.seconds, item)
+            self.values.free_saved(i, hold=hold)
         else:
-            produced = chain.input_bytes(i + 1)
-            during.append(base + working_bytes + gradient + produced + stage.forward_overhead)
-            # A second copy of a held boundary is let go at once.
-            working, working_bytes = (None, 0) if i + 1 in held else (i + 1, produced)
-        if i == count - 1:
-            gradient = chain.output_grad
-        left = base + working_bytes + gradient
-        live.append(min(left, during[-1]) if again else left)
+            self._fetch(item, copies, what)
 
-    end = len(live)
-    if to_reverse >= 0:
-        raise IllegalAction(end, None, f"stage {to_reverse} is not reversed yet")
-    if held or kept or working is not None:
-        raise IllegalAction(
-            end, None, f"left over: held {sorted(held)}, kept {sorted(kept)}, working {working}"
+    def _fetch(self, item: Item, copies: Copies, what: str) -> None:
+        """Start to copy a boundary, or the saved tensors of a stage, back to the device."""
+        source, i = item, item[1]
+        if item[0] == "saved":
+            if i not in self._away:
+                self._refuse(f"{what} are not on the host alone")
+            self._kept[i] = self._away.pop(i)
+            self.values.fetch_saved(i, self._kept[i])
+        else:
+            if i in self._held or i - 1 in self._kept or i == self._working:
+                self._refuse(f"{what} is on the device already")
+            if item not in copies.there:
+                source = ("saved", i - 1)
+            if source not in copies.there or i > self._to_reverse:
+                self._refuse(f"{what} is not on the host")
+            self._held.add(i)
+            self.values.fetch(i)
+        self.seconds = copies.read(self.seconds, item, self._bytes_of(item), source)
+
+    def _checked_stage(self, i: int) -> int:
+        if not 0 <= i < len(self.chain):
+            self._refuse(f"there is no such stage; stages are 0..{len(self.chain) - 1}")
+        return i
+
+    def _sources(self, i: int) -> list[Item]:
+        """Return where on the device x_i is, besides the working boundary."""
+        sources: list[Item] = [("boundary", i)] if i in self._held else []
+        return [*sources, ("saved", i - 1)] if i - 1 in self._kept else sources
+
+    def _bytes_of(self, item: Item) -> int:
+        what, i = item
+        return (
+            self.chain.input_bytes(i)
+            if what == "boundary"
+            else self.chain.stages[i].options[self._kept[i]].saved
         )
-    if chain.values:
-        during, live = bytes_of(chain, actions)
-    peak_action = max(range(end), key=during.__getitem__)
-    used = (copies.peak, copies.stall) if copies else (0, 0.0)
-    return Timeline(seconds, max(during), tuple(live), tuple(during), tuple(runs), peak_action, *used)
-
-
-def _sources(i: int, held: Mapping[int, int], kept: Mapping[int, int]) -> list[Item]:
-    """Where on the device x_i is, besides the working boundary."""
-    sources: list[Item] = [("boundary", i)] if i in held else []
-    return [*sources, ("saved", i - 1)] if i - 1 in kept else sources
-
-
-def _copy(
-    chain: Chain,
-    action: CopyAction,
-    copies: Copies,
-    now: float,
-    held: dict[int, int],
-    kept: dict[int, int],
-    away: dict[int, int],
-    to_reverse: int,
-    working: int | None,
-) -> tuple[str, float, int]:
-    """Carry out a word for copies: why it is illegal ("" if it is not), the clock, the change of device bytes."""
-    if isinstance(action, (OffloadSaved, PrefetchSaved, FreeSaved)):
-        i = action.stage
-        item: Item = ("saved", i)
-        what = f"the saved tensors of stage {i}"
-        here = kept
-    else:
-        i = action.boundary
-        item, what, here = ("boundary", i), f"x_{i}", held
-    if isinstance(action, (Offload, OffloadSaved)):
-        if i not in here:
-            return f"{what} {'are not on the device' if here is kept else 'is not held'}", now, 0
-        if item in copies.there:
-            return f"{what} {'are' if here is kept else 'is'} on the host already", now, 0
-        size = chain.stages[i].options[kept[i]].saved if here is kept else held[i]
-        room = copies.host.capacity - copies.used
-        if size > room:
-            return f"the host has {room} bytes left, and {what} would take {size}", now, 0
-        return "", copies.write(now, item, size), 0
-    if isinstance(action, FreeHost):
-        if item not in copies.there:
-            return f"{what} is not on the host", now, 0
-        return "", copies.drop(now, item), 0
-    if isinstance(action, Prefetch):
-        if i in held or i - 1 in kept or i == working:
-            return f"{what} is on the device already", now, 0
-        source = item if item in copies.there else ("saved", i - 1)
-        if source not in copies.there or i > to_reverse:
-            return f"{what} is not on the host", now, 0
-        held[i] = chain.input_bytes(i)
-        return "", copies.read(now, item, held[i], source), held[i]
-    if isinstance(action, PrefetchSaved):
-        if i not in away:
-            return f"{what} are not on the host alone", now, 0
-        kept[i] = away.pop(i)
-        size = chain.stages[i].options[kept[i]].saved
-        return "", copies.read(now, item, size, item), size
-    if i not in kept or item not in copies.there:
-        return f"{what} are not both on the device and on the host; OffloadSaved({i}) first", now, 0
-    away[i] = kept.pop(i)
-    change = -chain.stages[i].options[away[i]].saved
-    if i + 1 <= to_reverse and i + 1 not in held:
-        held[i + 1] = chain.input_bytes(i + 1)
-        change += held[i + 1]
-    return "", copies.settle(now, item), change

@@ -1,275 +1,333 @@
-"""Bytes of a schedule, storage by storage, for chains that know which storages their stages keep.
+"""Bytes live in a step, value by value: the one account of a schedule's memory, which the referee keeps.
 
-A chain's sums say that the output of a kept stage stays, and that a stage which is kept holds its input. Autograd holds
-what it saved and no more: an output that no backward needs goes once the next stage has run, and a value that crosses
-several cuts is there once. Here every storage is followed from its making to its end, a storage that is made again
-being another one. What is live is the union of what boundaries and kept stages hold; transients are the chain's.
+A value is a storage. What is live is the union of what boundaries and kept stages hold, a value that is
+recomputed being another copy of it; transients are the chain's. Autograd holds what it saved and no more: an
+output that no backward needs is released once the next stage has run, and a value that crosses several cuts
+is live once.
+
+In a chain that knows no more than sums every value is private to its stage. x_i is one value. The saved
+tensors of a kept stage are another, with the stage's output inside, so that they and the stage's input can go
+one without the other.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
 
-from scheduler.actions import Action, Backward, Checkpoint, Forward, Free, Keep
 from scheduler.chain import Carried, Chain
 
-__all__ = ["Moment", "Storages", "bytes_of", "follow"]
+__all__ = ["Copy", "LiveValues"]
 
-Copy = tuple[int, int]  # a value, and which run made this copy of it: 1 for all first runs, then 2, 3, ...
-
-
-@dataclass(slots=True)
-class Moment:
-    """An action of a schedule has been carried out; sizes in bytes.
-
-    Attributes:
-        during: the most bytes live while it ran. live: bytes live after it. Both with all that is the chain's.
-        state: what is there only for stages that may run again.
-        grads: parameter gradients that exist by now. carried_grads: gradients of carried values. at_hand: of a boundary.
-        storages: what is held; it goes on with the next action.
-    """
-
-    storages: Storages
-    during: int = 0
-    live: int = 0
-    state: int = 0
-    grads: int = 0
-    carried_grads: int = 0
-    at_hand: int = 0
+Copy = tuple[int, int]  # a value, and the run that made this copy of it: 1 for all first runs, then 2, 3, ...
+Copies = Collection[Copy]
 
 
-def bytes_of(chain: Chain, actions: Sequence[Action]) -> tuple[list[int], list[int]]:
-    """The most bytes live during each action of a legal schedule, and those live after it, all of the chain's included."""
-    moments = [(moment.during, moment.live) for moment in follow(chain, actions)]
-    return [during for during, _ in moments], [live for _, live in moments]
+class LiveValues:
+    """What is live while a schedule is carried out, in bytes; the caller sees that each action is legal.
 
-
-def follow(chain: Chain, actions: Sequence[Action]) -> Iterator[Moment]:
-    """Carry out a legal schedule; the one Moment is given after each action, brought up to date."""
-    stages = chain.stages
-    storages = Storages(chain)
-    now = Moment(storages)
-    fixed = chain.fixed - sum(stage.rerun_state for stage in stages)
-    chosen: dict[int, int] = {}
-    states: dict[int, int] = {}
-    seen: set[int] = set()
-    off = [0] * len(stages)  # what the sums take off with each backward, and storages do by themselves
-    for each in chain.carried:
-        if each.freed is not None:
-            off[each.freed] += chain.values[each.value]
-    for index, action in enumerate(actions):
-        peak = fixed + now.state + now.grads + now.carried_grads + now.at_hand
-        if isinstance(action, Backward):
-            i = action.stage
-            stage, option = stages[i], stages[i].options[chosen.pop(i)]
-            made = storages.made_bytes(i, option.keeps)
-            peak += storages.reversing(i) + made + stage.input_grad + option.backward_overhead
-            storages.reversed(i)
-            now.grads += stage.grad
-            now.carried_grads += stage.carried_change + off[i]
-            now.state -= states.pop(i, 0)
-            now.at_hand = stage.input_grad if i else 0
-        elif isinstance(action, Free):
-            storages.free(action.boundary)
-        else:
-            assert isinstance(action, (Forward, Checkpoint, Keep))  # the caller has seen to it
-            i = action.stage
-            stage = stages[i]
-            storages.before(i)
-            first, whole = i not in seen, isinstance(action, Keep) and not action.option
-            again = not first and actions[index + 1] == Backward(i)
-            seen.add(i)
-            if first and not whole:
-                states[i] = stage.rerun_state
-                now.state += stage.rerun_state
-                peak += stage.rerun_state
-            # The last stage's transients do not have what it hands out.
-            peak += storages.live + (stage.carried if i == len(stages) - 1 else 0)
-            if isinstance(action, Keep):
-                chosen[i] = action.option
-                option = stage.options[action.option]
-                peak += option.saved + option.transient(again=again)
-                storages.keep(i, option.keeps, output=not again)
-            else:
-                peak += chain.input_bytes(i + 1) + stage.forward_overhead
-                storages.forward(i, hold=isinstance(action, Checkpoint))
-            if first:
-                storages.first(i, whole=whole)
-            if i == len(stages) - 1:
-                now.at_hand = chain.output_grad
-        now.live = fixed + now.state + now.grads + now.carried_grads + now.at_hand + storages.live
-        now.during = max(peak, now.live)
-        yield now
-
-
-class Storages:
-    """What boundaries and kept stages hold while a schedule is carried out.
-
-    The caller has seen that each action is legal. Sizes are in bytes.
+    In a chain of sums x_i is value i, and the saved tensors of stage i are value ~i; each is live once at
+    most.
 
     Attributes:
-        live: bytes of all storages that are held.
+        during: the most bytes live during the latest action, ``live`` those after it, all of the chain's
+            included.
+        rerun_state: held only for stages that may run again.
+        grads: parameter gradients; ``carried_grads``, of carried values, with what sums release of these.
+        boundary_grad: the gradient that flows into the next backward.
+        early: negative; of what the stage to be reversed next keeps, what its backward does not need.
     """
 
     def __init__(self, chain: Chain) -> None:
         self.chain = chain
-        self.live = 0
-        self._holders: Counter[Copy] = Counter()
-        self._held: dict[int, frozenset[Copy]] = {}
-        self._kept: dict[int, frozenset[Copy]] = {}
-        self._made: dict[
-            int, frozenset[Copy]
-        ] = {}  # x_i as the kept stage i-1 made it, until stage i is kept
-        self._working: tuple[int, frozenset[Copy]] | None = None
-        self._reading: dict[int, frozenset[Copy]] = {}  # carried values that wait for the backward of a stage
-        self._ran = [False] * len(chain)
+        length = len(chain)
+        self._private = not chain.values
+        self._size: list[int] | dict[int, int] = {} if self._private else list(chain.values)
+        self.live = self.during = self.early = 0
+        self.rerun_state = self.grads = self.carried_grads = self.boundary_grad = 0
+        self._fixed = chain.fixed
+        self._live = 0  # of all copies that are held
+        self._holders: dict[Copy, int] = {}
+        self._held: dict[int, Copies] = {}
+        self._kept: dict[int, Copies] = {}
+        self._made: dict[int, Copies] = {}  # x_i as the kept stage i-1 made it, until stage i is kept
+        self._working: tuple[int, Copies] | None = None
+        self._reading: dict[int, Copies] = {}  # carried values that wait for the backward of a stage
+        self._options: dict[int, int] = {}  # of kept stages
+        self._states: dict[int, int] = {}
+        self._ran = [False] * length
         self._runs = 1
-        self._first = {each.value: frozenset(((each.value, 1),)) for each in chain.carried}
+        self._released = [0] * length  # what sums take off with each backward, and values do by themselves
+        carried: Sequence[Carried] = chain.carried
+        if self._private:
+            carried = [
+                Carried(length + 1 + i, made=i) for i, stage in enumerate(chain.stages) if stage.carried
+            ]
+            self._size = {each.value: chain.stages[each.made].carried for each in carried}
+        else:
+            self._fixed -= sum(stage.rerun_state for stage in chain.stages)
+        self._first = {each.value: frozenset(((each.value, 1),)) for each in carried}
         self._making: dict[int, list[int]] = {}
         self._readers: dict[int, list[Carried]] = {}
         self._leaving: dict[int, list[int]] = {}
-        for each in chain.carried:
+        for each in carried:
             self._making.setdefault(each.made, []).append(each.value)
             if each.freed is not None:
-                last = len(chain) - 1 if each.last is None else each.last
+                self._released[each.freed] += self._size[each.value]
+                last = length - 1 if each.last is None else each.last
                 self._leaving.setdefault(last, []).append(each.value)
-            for stage in each.readers:
-                self._readers.setdefault(stage, []).append(each)
-        self._hold(self._held, 0, frozenset((value, 0) for value in chain.stages[0].enters))
+            for reader in each.readers:
+                self._readers.setdefault(reader, []).append(each)
+        self._hold(self._held, 0, self._boundary(0, (), 0))
 
-    def before(self, stage: int) -> None:
-        """The stage is about to run: a working boundary that is not its input is let go."""
+    # ---- actions -------------------------------------------------------------------------------------
+
+    def run(self, stage: int, option: int | None, *, hold: bool, first: bool, again: bool) -> None:
+        """Run a stage.
+
+        Args:
+            option: that it is kept with; None if it is not kept.
+            hold: whether its input is held from here on, if it is the working boundary.
+            first: whether it runs for the first time.
+            again: whether it runs again just before its backward, so that its output is not made.
+        """
+        spec, last = self.chain.stages[stage], stage == len(self.chain) - 1
         if self._working is not None and self._working[0] != stage:
-            self._drop(self._working[1])
-            self._working = None
+            self._drop_working()
+        if first and option != 0 and not self._private:
+            self._states[stage] = spec.rerun_state
+            self.rerun_state += spec.rerun_state
+        peak = self._total()
+        # The transients of a stage have its carried values; but sums count them besides, and the last stage
+        # runs once.
+        if first if self._private else last:
+            peak += spec.carried
+        if option is None:
+            peak += self.chain.input_bytes(stage + 1) + spec.forward_overhead
+            self._advance(stage, hold)
+        else:
+            chosen = spec.options[option]
+            peak += chosen.saved + chosen.transient(again=again)
+            self._options[stage] = option
+            self._keep(stage, again=again)
+        if first and self._first:
+            self._carry(stage, whole=option == 0)
+        if last:
+            self.boundary_grad = self.chain.output_grad
+        self.done(peak)
+        if self._private:  # the gradient of x_L arrives when the run is over
+            self.during = peak
 
-    def forward(self, stage: int, *, hold: bool) -> None:
-        """The stage has run without being kept; ``hold``: its input is held from here on."""
-        inputs = self._inputs(stage)
+    def reverse(self, stage: int) -> None:
+        """Reverse a kept stage."""
+        spec = self.chain.stages[stage]
+        self._release(self._made, stage + 1)
+        peak = self._total() + self._missing(stage) + spec.input_grad
+        peak += spec.options[self._options.pop(stage)].backward_overhead
+        for where in (self._kept, self._held, self._reading):
+            self._release(where, stage)
+        self.grads += spec.grad
+        self.carried_grads += spec.carried_change + self._released[stage]
+        self.rerun_state -= self._states.pop(stage, 0)
+        self.boundary_grad = spec.input_grad if stage else 0
+        early = 0
+        if self._private and stage - 1 in self._options:
+            before = self.chain.stages[stage - 1]
+            option = self._options[stage - 1]
+            early = min(0, before.input_grad + before.options[option].backward_overhead)
+        self.done(peak, early)
+
+    def free(self, boundary: int) -> None:
+        """Release a held boundary."""
+        self._release(self._held, boundary)
+        self.done()
+
+    def fetch(self, boundary: int) -> None:
+        """Hold a boundary that comes back from the host."""
+        self._hold(self._held, boundary, self._boundary(boundary, (), 1))
+        self.done()
+
+    def fetch_saved(self, stage: int, option: int) -> None:
+        """Hold the saved tensors of a stage that come back from the host, its output inside."""
+        self._options[stage] = option
+        self._hold(self._kept, stage, self._saved(stage, (), 1, again=False))
+        self._made[stage + 1] = ()
+        self.done()
+
+    def free_saved(self, stage: int, *, hold: bool) -> None:
+        """Release the saved tensors of a kept stage that the host has; ``hold``: its output stays, held."""
+        del self._options[stage]
+        self._release(self._kept, stage)
+        self._release(self._made, stage + 1)
+        if hold and not self._held.get(stage + 1):
+            self._hold(self._held, stage + 1, self._boundary(stage + 1, (), 1))
+        self.done()
+
+    def copies(self) -> Iterator[tuple[Copy, str, int]]:
+        """Yield each live copy, what holds it ("carried", "kept", "held" or "passing"), and its bytes."""
+        kept = {copy for copies in self._kept.values() for copy in copies}
+        held = {copy for copies in self._held.values() for copy in copies}
+        shrunk = self._kept[max(self._options)] if self.early else ()  # of the stage to be reversed next
+        for copy in self._holders:
+            how = "kept" if copy in kept else "held" if copy in held else "passing"
+            size = self._size[copy[0]] + (self.early if copy in shrunk else 0)
+            yield copy, "carried" if copy[0] in self._first else how, size
+
+    def name(self, value: int) -> str:
+        """Return the stage, or boundary of a chain of sums, that the value belongs to; "" for others."""
+        if self._private:
+            return f"boundary {value}" if value >= 0 else self.chain.stages[~value].name
+        return self._names.get(value, "")
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        names: dict[int, str] = {}
+        for stage in reversed(self.chain.stages):
+            for values in (stage.enters, *(option.keeps for option in stage.options)):
+                names |= dict.fromkeys(values, stage.name)
+        return names
+
+    # ---- what holds what -----------------------------------------------------------------------------
+
+    def _total(self) -> int:
+        other = self.rerun_state + self.grads + self.carried_grads + self.boundary_grad
+        return self._fixed + other + self._live
+
+    def done(self, peak: int = 0, early: int = 0) -> None:
+        """Count what is live, now that an action is over that took ``peak`` bytes."""
+        self.early = early
+        self.live = self._total() + early
+        self.during = max(peak, self.live)
+
+    def _advance(self, stage: int, hold: bool) -> None:
+        """Follow a run that keeps nothing."""
+        inputs, old = self._inputs(stage), self._working
         if hold and stage not in self._held:
-            self._hold(self._held, stage, inputs)
-        made = self._copies(stage, inputs, self._enters(stage + 1))
-        old, self._working = self._working, None
+            self._held[stage] = inputs
+            if old is None:
+                self._add(inputs)
+            old = None
+        made = self._boundary(stage + 1, inputs, self._run_of(stage))
+        self._working = None
         if stage + 1 not in self._held:
             self._add(made)
             self._working = stage + 1, made
         if old is not None:
             self._drop(old[1])
 
-    def keep(self, stage: int, kept: Sequence[int], *, output: bool) -> None:
-        """The stage has run and keeps these values: nothing but its backward needs its input from here on.
-
-        Args:
-            output: whether its output is there too.
-        """
-        inputs = self._inputs(stage)
-        copies = self._copies(stage, inputs, (*kept, *self._enters(stage + 1)))
-        self._hold(self._kept, stage, frozenset(copy for copy in copies if copy[0] in set(kept)))
-        if output:
-            following = set(self._enters(stage + 1))
-            self._hold(self._made, stage + 1, frozenset(copy for copy in copies if copy[0] in following))
-        if self._working is not None:
-            self._drop(self._working[1])
-            self._working = None
+    def _keep(self, stage: int, *, again: bool) -> None:
+        """Follow a run that keeps the stage: nothing but its backward needs its input from here on."""
+        inputs, run = self._inputs(stage), self._run_of(stage)
+        self._hold(self._kept, stage, self._saved(stage, inputs, run, again=again))
+        if self._private:  # the output lies inside, and the input is held apart
+            self._made[stage + 1] = ()
+            if self._working is not None:
+                self._held[stage], self._working = inputs, None
+        else:
+            if not again:
+                self._hold(self._made, stage + 1, self._boundary(stage + 1, inputs, run))
+            self._drop_working()
+            if stage:  # the input of the chain is the user's
+                self._release(self._held, stage)
         self._release(self._made, stage)
-        if stage:  # the input of the chain is the user's
-            self._release(self._held, stage)
 
-    def first(self, stage: int, *, whole: bool) -> None:
-        """The stage has run for the first time.
+    def _missing(self, stage: int) -> int:
+        """Return the bytes of a kept stage's values and output that its backward takes, less those live."""
+        size, option = self._size, self._options[stage]
+        if self._private:
+            return self.chain.stages[stage].options[option].saved - size[~stage]
+        making = self._making.get(stage, ())
+        others = {*self.chain.stages[stage].enters}
+        made = {*self.chain.stages[stage].options[option].keeps, *self._enters(stage + 1)} - others
+        made.difference_update(making)
+        if stage == len(self.chain) - 1:  # it runs once, and what it hands out is the only copy
+            others.update(making)
+        live = sum(size[copy[0]] for copy in self._kept[stage] if copy[0] not in others)
+        return sum(size[value] for value in made) - live
 
-        Carried values stay until every stage has (the executor's sweep hands them on), or until the user's own code lets
-        go of them. From then on they stay for stages whose backward needs them, or that may have to run again: those that are not kept ``whole``.
+    def _carry(self, stage: int, *, whole: bool) -> None:
+        """Follow the first run of a stage.
+
+        Carried values stay until every stage has run (the executor's sweep hands them on), or until the
+        user's own code releases them. From then on they stay for stages whose backward needs them, or that
+        may have to run again: those that are not kept ``whole``.
         """
         for value in self._making.get(stage, ()):
             self._add(self._first[value])
         read = self._readers.get(stage, ())
         waiting = {each.value for each in read if not whole or stage in each.savers}
-        self._hold(self._reading, stage, frozenset(copy for value in waiting for copy in self._first[value]))
+        if waiting:
+            self._hold(self._reading, stage, frozenset((value, 1) for value in waiting))
         for value in self._leaving.get(stage, ()):
             self._drop(self._first[value])
-
-    def reversing(self, stage: int) -> int:
-        """Bytes that stay while the stage is reversed, but for what it made itself and its backward needs."""
-        self._release(self._made, stage + 1)
-        others = set(self.chain.stages[stage].enters)
-        if stage == len(self.chain) - 1:  # it runs once, and what it hands out is the one copy that there is
-            others.update(self._making.get(stage, ()))
-        return self.live - sum(self._size(copy) for copy in self._kept[stage] if copy[0] not in others)
-
-    def made_bytes(self, stage: int, kept: Sequence[int]) -> int:
-        """Bytes that the stage makes and keeps, its output included."""
-        made = {*kept, *self._enters(stage + 1)} - {
-            *self.chain.stages[stage].enters,
-            *self._making.get(stage, ()),
-        }
-        return sum(self.chain.values[value] for value in made)
-
-    def reversed(self, stage: int) -> None:
-        """The stage is reversed."""
-        for where in (self._kept, self._held, self._reading):
-            self._release(where, stage)
-
-    def free(self, boundary: int) -> None:
-        """A held boundary is let go of."""
-        self._release(self._held, boundary)
-
-    def held(self) -> Iterator[tuple[Copy, str, int]]:
-        """Every storage that is there, what holds it ("carried", "kept", "held" or "passing"), and its bytes."""
-        carried = set(self._first)
-        kept = {copy for copies in self._kept.values() for copy in copies}
-        held = {copy for copies in self._held.values() for copy in copies}
-        for copy in self._holders:
-            how = "kept" if copy in kept else "held" if copy in held else "passing"
-            yield copy, "carried" if copy[0] in carried else how, self._size(copy)
-
-    # ---- copies ----------------------------------------------------------------------------------------
 
     def _enters(self, boundary: int) -> tuple[int, ...]:
         stages = self.chain.stages
         return stages[boundary].enters if boundary < len(stages) else ()
 
-    def _inputs(self, stage: int) -> frozenset[Copy]:
+    def _inputs(self, stage: int) -> Copies:
         if self._working is not None:
             return self._working[1]
         return self._held[stage] if stage in self._held else self._made[stage]
 
-    def _copies(self, stage: int, inputs: frozenset[Copy], values: Iterable[int]) -> frozenset[Copy]:
-        """The values after a run of the stage: those that entered it as they are, the others anew.
-
-        First runs make the first copies: calls of one module share what autocast has cast for it. Runs again share nothing.
-        """
-        run = 1
+    def _run_of(self, stage: int) -> int:
+        """Number this run. First runs share one number, as calls of a module share what autocast has cast."""
         if self._ran[stage]:
             self._runs += 1
-            run = self._runs
+            return self._runs
         self._ran[stage] = True
+        return 1
+
+    def _boundary(self, boundary: int, inputs: Copies, run: int) -> Copies:
+        """Return x_i, as this run of the stage before makes it of its ``inputs``."""
+        if self._private:
+            self._size[boundary] = self.chain.input_bytes(boundary)
+            return ((boundary, 1),)
+        return self._copies(inputs, self._enters(boundary), run)
+
+    def _saved(self, stage: int, inputs: Copies, run: int, *, again: bool) -> Copies:
+        """Return what the kept stage keeps of this run; ``again``: which stops when that is live."""
+        option = self.chain.stages[stage].options[self._options[stage]]
+        if self._private:
+            less = option.rerun_overhead if again else None
+            self._size[~stage] = option.saved + (min(0, less) if less else 0)
+            return ((~stage, 1),)
+        return self._copies(inputs, option.keeps, run)
+
+    @staticmethod
+    def _copies(inputs: Copies, values: Sequence[int], run: int) -> Copies:
+        """Return the values after a run: those that entered it as they are, and new copies of the others."""
         there = dict(inputs)
-        return frozenset((value, there.get(value, run)) for value in values)
+        return frozenset([(value, there.get(value, run)) for value in values])
 
-    def _size(self, copy: Copy) -> int:
-        return self.chain.values[copy[0]]
-
-    def _add(self, copies: frozenset[Copy]) -> None:
+    def _add(self, copies: Copies) -> None:
+        holders = self._holders
         for copy in copies:
-            if not self._holders[copy]:
-                self.live += self._size(copy)
-            self._holders[copy] += 1
+            count = holders.get(copy, 0)
+            if not count:
+                self._live += self._size[copy[0]]
+            holders[copy] = count + 1
 
-    def _drop(self, copies: frozenset[Copy]) -> None:
+    def _drop(self, copies: Copies) -> None:
+        holders = self._holders
         for copy in copies:
-            self._holders[copy] -= 1
-            if not self._holders[copy]:
-                del self._holders[copy]
-                self.live -= self._size(copy)
+            count = holders[copy] - 1
+            if count:
+                holders[copy] = count
+            else:
+                del holders[copy]
+                self._live -= self._size[copy[0]]
 
-    def _hold(self, where: dict[int, frozenset[Copy]], key: int, copies: frozenset[Copy]) -> None:
-        self._release(where, key)
+    def _drop_working(self) -> None:
+        if self._working is not None:
+            self._drop(self._working[1])
+            self._working = None
+
+    def _hold(self, where: dict[int, Copies], key: int, copies: Copies) -> None:
         self._add(copies)
+        self._release(where, key)
         where[key] = copies
 
-    def _release(self, where: dict[int, frozenset[Copy]], key: int) -> None:
+    def _release(self, where: dict[int, Copies], key: int) -> None:
         if key in where:
             self._drop(where.pop(key))

@@ -16,7 +16,6 @@ from benchmarks.cuda.transformer import gpt
 from executors import execute
 from scheduler import HostMemory, Plan
 from scheduler.actions import Offload, OffloadSaved, Prefetch, PrefetchSaved
-from scheduler.host import apart
 from tests.shared.helpers import smallest
 
 __all__ = ["copied_bytes", "copies", "link", "two_level"]
@@ -90,7 +89,7 @@ def two_level(plan: Plan, budget: int, host: HostMemory) -> Plan:
 
 def copied_bytes(plan: Plan) -> tuple[int, int]:
     """Count the bytes that a step copies to the host, and back."""
-    stages, written, read = apart(plan.chain).stages, 0, 0
+    stages, written, read = plan.chain.apart().stages, 0, 0
     for action in plan.schedule:
         if isinstance(action, Offload):
             written += stages[action.boundary].input

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from scheduler.capture.call_reads import CallReads
 from scheduler.capture.callables import CallableChain
@@ -18,6 +17,7 @@ from scheduler.capture.layouts import is_plain, tensor_bytes
 from scheduler.capture.loss import find_loss, output_tensors
 from scheduler.capture.module_calls import Recurrence, intercepted
 from scheduler.capture.offloaded import on_host
+from scheduler.capture.private import DataDependentOutputException, DynamicOutputShapeException
 from scheduler.capture.sample import Call, canonical_call, forward_signature, nothing_to_train
 from scheduler.capture.sharded import sharded_within
 from scheduler.capture.state import HostRandomState, moving, preserved

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from scheduler.capture.eager import own_attributes, replaced
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
 from scheduler.capture.module_calls import Recurrence, is_compiled
 from scheduler.capture.plain_steps import PlainSteps
+from scheduler.capture.private import modes_disabled
 from scheduler.capture.protocol import Asked, Producer
 from scheduler.capture.sample import canonical_call, forward_signature
 from scheduler.capture.sharded import sharded_within
@@ -110,7 +110,7 @@ def _untried(step: TrialStep) -> tuple[GraphCapture, str]:
     model = step.model
     if step.custom:
         raise CaptureError(_custom(step))
-    with _disable_current_modes():
+    with modes_disabled():
         graph = next(op_graphs(model, step.call))
     captured = capture_graph(graph, model)
     captured.target = step.target

@@ -7,11 +7,11 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from scheduler.capture.flat import tensor_leaves
 from scheduler.capture.layouts import held_bytes, storage_key, storage_of
 from scheduler.capture.module_capture import ModuleCapture
+from scheduler.capture.private import TorchDispatchMode
 from scheduler.capture.target import Device
 from scheduler.costs.peak import allocated
 from scheduler.costs.skeleton import Event, Visitor

@@ -1,7 +1,7 @@
 """Solvers: Chain and budget in, Schedule out. Nothing here imports torch.
 
-``SOLVERS`` has all that schedule a chain, with what each can do; ``solve_chain`` is the entry to them. Beside it:
-``compare.compare`` (all solvers at several budgets), ``frontier.pareto`` (every budget at once),
+``SOLVERS`` has all that schedule a chain, with what each can do; ``solve_chain`` is the entry to them. Beside
+it: ``compare.compare`` (all solvers at several budgets), ``frontier.pareto`` (every budget at once),
 ``hrevolve.solve_uniform`` (uniform chains with slots in memory and on disk), ``milp.milp_bound`` and
 ``floor.dag_floor`` (bounds), and the loops of ``revolve_actions``, ``revolve_packed`` and ``OnlineRevolve``.
 
@@ -54,16 +54,15 @@ class Solver:
         name: its key in SOLVERS.
         solve: chain and budget (bytes) to schedule; raises InfeasibleBudget.
         summary: one line.
-        exact_in: the class of schedules of which it claims the one of least seconds, or close to it with a bound on
-            the loss where sizes must be rounded (its module says where); "" if it claims none.
+        exact_in: the class of schedules of which it claims the one of least seconds, or close to it with a
+            bound on the loss where sizes must be rounded (its module says where); "" if it claims none.
         options: whether it chooses among a stage's options; others keep all or nothing.
-        uniform_only: whether it treats all stages as alike.
         two_level: whether it uses a second memory.
         parameters: names of the keyword arguments that its ``solve`` takes.
         required: those of them that it cannot do without.
         most_stages: stages of the longest chain that it takes; 0 if any length will do.
-        executable: whether executors can follow its schedules. They cannot let go of what autograd holds unless it is on
-            the host.
+        executable: whether executors can follow its schedules. They cannot release what autograd holds
+            unless it is on the host.
         solve_many: chain and budgets to schedules, where that is quicker than one by one.
     """
 
@@ -72,7 +71,6 @@ class Solver:
     summary: str
     exact_in: str = ""
     options: bool = False
-    uniform_only: bool = False
     two_level: bool = False
     parameters: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
@@ -99,18 +97,15 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
                 most_stages=optimal.MOST_STAGES,
                 solve_many=optimal.solve_many,
             ),
-            Solver("revolve", revolve.solve, "binomial checkpointing", uniform_only=True),
-            Solver("sqrt", sqrt.solve, "segments of √n stages, inputs held", uniform_only=True),
+            Solver("revolve", revolve.solve, "binomial checkpointing"),
+            Solver("sqrt", sqrt.solve, "segments of √n stages, inputs held"),
             Solver("keep_all", keep_all.solve, "the plain step"),
             Solver("chen", chen.solve, "segments of nearly equal bytes, inputs held"),
-            Solver(
-                "recursive", recursive.solve, "segments within segments, k boundaries each", uniform_only=True
-            ),
+            Solver("recursive", recursive.solve, "segments within segments, k boundaries each"),
             Solver(
                 "periodic",
                 periodic.solve,
                 "a checkpoint every k stages",
-                uniform_only=True,
                 parameters=("every",),
             ),
             Solver(
@@ -149,7 +144,7 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
 def checked_solver(
     call: str, solver: str, parameters: Mapping[str, Any], chain: Chain | None = None
 ) -> Solver:
-    """The solver of that name, fit for the parameters and the chain; or an error that names ``call``."""
+    """Return the solver of that name, fit for parameters and chain; or an error that names ``call``."""
     if solver not in SOLVERS:
         raise ValueError(f"{call}: no solver {solver!r}; there are {', '.join(SOLVERS)}")
     found = SOLVERS[solver]
@@ -181,12 +176,12 @@ def solve_chain(
 def solve_chain(
     chain: Chain, memory_budget: int | Sequence[int], solver: str = "optimal", **parameters: Any
 ) -> Schedule | list[Schedule]:
-    """A schedule of ``chain`` whose peak, by the referee, is at most ``memory_budget``.
+    """Return a schedule of ``chain`` whose peak, by the referee, is at most ``memory_budget``.
 
     Args:
         chain: what each stage costs.
-        memory_budget: bytes of the whole step, ``chain.fixed`` included; or several budgets, which ``optimal``
-            answers from one table.
+        memory_budget: bytes of the whole step, ``chain.fixed`` included; or several budgets, which
+            ``optimal`` answers from one table.
         solver: a key of ``SOLVERS``.
         parameters: what else the solver takes, see ``Solver.parameters``.
 
@@ -195,9 +190,10 @@ def solve_chain(
 
     Raises:
         TypeError: no Chain; a budget that is no int; a parameter that the solver does not have, or lacks.
-        ValueError: a budget is not in 1 .. 2**63 - 1, there is no such solver, or the chain is too long for it, or
-            too large (sums of its sizes or seconds overflow).
-        InfeasibleBudget: no schedule of this solver fits (the smallest of the budgets); ``smallest`` says what would.
+        ValueError: a budget is not in 1 .. 2**63 - 1, there is no such solver, or the chain is too long for
+            it, or too large (sums of its sizes or seconds overflow).
+        InfeasibleBudget: no schedule of this solver fits (the smallest of the budgets); ``smallest`` says
+            what would.
     """
     checked_chain("solve_chain", chain)
     several = isinstance(memory_budget, Sequence) and not isinstance(memory_budget, str)

@@ -17,8 +17,8 @@ There are two conventions of the last forward:
 * two phases (``two_phase=True``): the first sweep runs all l steps, keeps none and loses its last state, as
   the forward of an ``autograd.Function`` does; every step is run again to be kept. With segments of s_1 ..
   s_k steps, k <= c, between the boundaries that the sweep leaves held, the steps run 2·l + sum of
-  p(s_j, c - j + 1) times. p is convex in l, with slope r from C(c + r - 1, c) to C(c + r, c), so that segments
-  that fill these slopes evenly make the sum least; no two-phase schedule needs fewer runs.
+  p(s_j, c - j + 1) times. p is convex in l, with slope r from C(c + r - 1, c) to C(c + r, c), so that
+  segments that fill these slopes evenly make the sum least; no two-phase schedule needs fewer runs.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ POOL = 2**14  # actions
 
 
 def _checked(call: str, steps: int, slots: int) -> tuple[int, int]:
-    """Both as plain ints, and no more slots than are of use; or an error that names ``call``."""
+    """Return both as plain ints, no more slots than are of use; or an error that names ``call``."""
     steps = checked_count(call, "steps", steps)
     return steps, min(checked_count(call, "slots", slots), steps)
 
 
 def _least(enough: Callable[[int], bool]) -> int:
-    """The least r >= 0 that is enough, in time logarithmic in it."""
+    """Return the least r >= 0 that is enough, in time logarithmic in it."""
     below, r = -1, 0  # nothing up to ``below`` is enough
     while not enough(r):
         below, r = r, 2 * r + 1
@@ -69,12 +69,12 @@ def _least(enough: Callable[[int], bool]) -> int:
 
 
 def repetitions(steps: int, slots: int) -> int:
-    """r: the least number with C(slots + r, slots) >= steps."""
+    """Return r: the least number with C(slots + r, slots) >= steps."""
     return _least(lambda r: comb(slots + r, slots) >= steps)
 
 
 def _sweep(steps: int, slots: int) -> list[tuple[int, int, int]]:
-    """(first step, steps, slots) of the segments between the boundaries that the first of two phases leaves held."""
+    """Cut into the segments (first step, steps, slots) that the first of two phases leaves held."""
     # With r repetitions at most, C(c + r, c) + .. + C(1 + r, 1) = C(c + r + 1, c) - 1 steps are reached.
     r = _least(lambda r: comb(slots + r + 1, slots) > steps)
     segments = []
@@ -88,7 +88,7 @@ def _sweep(steps: int, slots: int) -> list[tuple[int, int, int]]:
 
 
 def revolve_runs(steps: int, slots: int, *, two_phase: bool = False) -> int:
-    """How often steps run forward, all told, by the closed form; exact at any size.
+    """Return how often steps run forward, all told, by the closed form; exact at any size.
 
     Args:
         steps: l >= 1.
@@ -106,7 +106,7 @@ def revolve_runs(steps: int, slots: int, *, two_phase: bool = False) -> int:
 
 
 def revolve_actions(steps: int, slots: int, *, two_phase: bool = False) -> Iterator[Action]:
-    """The schedule of fewest runs, action after action; O(slots) memory, nothing computed ahead.
+    """Return the schedule of fewest runs, action after action; O(slots) memory, nothing computed ahead.
 
     As a ``Schedule`` it is what the referee accepts for a chain of ``steps`` stages. Any number of steps will
     do: the arithmetic is in Python's ints. A split of n steps with c slots goes on for j steps, where
@@ -173,7 +173,7 @@ def reverse(segments: Iterable[tuple[int, int, int]]) -> Iterator[Action]:
 
 @compiled
 def advance(n: int, c: int) -> int:
-    """How many of n >= 2 steps to run before the next boundary is held: the j of ``revolve_actions``.
+    """Return how many of n >= 2 steps to run before the next boundary is held: the j of ``revolve_actions``.
 
     For n up to PACKED_STEPS and c < n: then c + r <= n, and no product here reaches 2**62.
     """
@@ -223,7 +223,7 @@ def _fill(stack: Ints, depth: int, out: Ints) -> tuple[int, int]:
 
 
 def revolve_packed(steps: int, slots: int, *, two_phase: bool = False, chunk: int = CHUNK) -> Iterator[Ints]:
-    """The actions of ``revolve_actions``, packed: many times faster, in the same memory.
+    """Return the actions of ``revolve_actions``, packed: many times faster, in the same memory.
 
     Args:
         steps: 1 <= l <= 2**31 - 1.
@@ -232,7 +232,8 @@ def revolve_packed(steps: int, slots: int, *, two_phase: bool = False, chunk: in
         chunk: most actions at a time, at least 2.
 
     Returns:
-        an iterator of arrays (2, up to chunk) int64: row 0 the kinds, as indices into ``PACKED``; row 1 the stages.
+        an iterator of arrays (2, up to chunk) int64: row 0 the kinds, as indices into ``PACKED``; row 1 the
+        stages.
 
     Raises:
         TypeError, ValueError: at once; not an int, or out of range.

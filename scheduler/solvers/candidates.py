@@ -16,9 +16,8 @@ import numpy as np
 from scheduler.chain import Chain
 from scheduler.errors import InfeasibleBudget
 from scheduler.schedule import Schedule
-from scheduler.solvers.checks import checked_sums
 from scheduler.solvers.persistent import Decision, KeepStage, Split, build, run_ends
-from scheduler.solvers.tables import Floats, Ints, compiled
+from scheduler.solvers.tables import Floats, Ints, arrays_of, compiled
 
 __all__ = ["fastest_fit", "schedule_of", "segment_tree", "trees_by_runs"]
 
@@ -37,31 +36,24 @@ class Costs(NamedTuple):
 
 
 def _costs(chain: Chain, solver: str) -> Costs:
-    """The arrays, or a ValueError where sums could overflow them."""
-    checked_sums(solver, chain)
-    stages = chain.stages
-    options = [stage.options[0] for stage in stages]
-    carried = np.array([stage.carried for stage in stages], np.int64)
-    retained = np.array([stage.retained for stage in stages], np.int64)
-    boundary = np.array([chain.input_bytes(i) for i in range(len(stages) + 1)], np.int64)
-    grad = np.array([chain.grad_bytes(i) for i in range(len(stages) + 1)], np.int64)
-    saved = np.array([option.saved for option in options], np.int64)
-    later = chain.fixed + carried.sum() + np.cumsum(retained[::-1])[::-1] - retained + grad[1:]
+    """Return the arrays, or a ValueError where sums could overflow them."""
+    a = arrays_of(solver, chain)
+    saved, later = a.saved[:, 0].copy(), a.after + a.grad[1:]
     return Costs(
-        forward=np.array([stage.forward for stage in stages]),
+        forward=a.forward,
         kept=saved,
-        boundary=boundary,
-        running=boundary[1:] + np.array([stage.forward_overhead for stage in stages], np.int64),
-        keeping=saved + np.array([option.forward_overhead for option in options], np.int64),
-        reversing=saved + later + grad[:-1] + np.array([o.backward_overhead for o in options], np.int64),
-        first=chain.fixed + np.cumsum(carried),
+        boundary=a.boundary,
+        running=a.running,
+        keeping=saved + a.forward_overhead[:, 0],
+        reversing=saved + later + a.grad[:-1] + a.backward_overhead[:, 0],
+        first=a.first + a.after[-1],
         later=later,
     )
 
 
 @compiled
 def _price(c: Costs, tree: Ints) -> tuple[float, int]:
-    """Seconds of all forwards and the most bytes live at once, but for what the last backward leaves."""
+    """Return the seconds of all forwards and the peak, but for what the last backward leaves (bytes)."""
     length = c.forward.size
     # Segments s..t still to do, the bytes held meanwhile, and whether their stages run for the first time.
     stack = np.empty((length + 1, 4), np.int64)
@@ -96,7 +88,7 @@ def _price(c: Costs, tree: Ints) -> tuple[float, int]:
 
 
 def schedule_of(tree: Ints, length: int) -> Schedule:
-    """The schedule of ``length`` stages that the tree describes."""
+    """Return the schedule of ``length`` stages that the tree describes."""
     nodes = iter(tree.tolist())
 
     def decision(at: int) -> Decision[None]:
@@ -107,7 +99,7 @@ def schedule_of(tree: Ints, length: int) -> Schedule:
 
 @compiled
 def segment_tree(ends: Ints, again: Ints) -> Ints:
-    """The tree of a chain cut into segments.
+    """Return the tree of a chain cut into segments.
 
     Args:
         ends: (L,) for each stage, the last stage of its segment.
@@ -130,7 +122,7 @@ def segment_tree(ends: Ints, again: Ints) -> Ints:
 def trees_by_runs(
     chain: Chain, subtree: Callable[[int, int], Ints], numbers: Callable[[int], Iterable[int]]
 ) -> Iterator[Ints]:
-    """Trees of a chain whose maximal runs of recomputable stages have the tree ``subtree(length, number)``.
+    """Yield trees of a chain whose runs of recomputable stages have the tree ``subtree(length, number)``.
 
     Stages that may run only once are kept; the inputs of the runs between them are held. One tree is made
     for each of ``numbers(length of the longest run)``.
@@ -156,7 +148,7 @@ def trees_by_runs(
 
 
 def fastest_fit(chain: Chain, budget: int, trees: Iterable[Ints], solver: str) -> Schedule:
-    """The fastest of the trees whose peak is at most ``budget`` (bytes); ties go to the least peak, then the first.
+    """Return the fastest tree within ``budget`` (bytes); of equals the least peak, then the first.
 
     Raises:
         InfeasibleBudget: none fits; ``smallest`` is the least of their peaks.

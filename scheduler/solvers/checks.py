@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
-from scheduler.chain import Chain, Option
+from scheduler.chain import Chain
 from scheduler.checks import is_integer, is_number
 
 __all__ = [
     "MOST_BYTES",
     "MOST_SECONDS",
-    "by_sums",
     "checked_budget",
     "checked_chain",
     "checked_count",
@@ -25,7 +23,7 @@ MOST_SECONDS = 1e300  # the tables take more than that for "nothing fits"
 
 
 def checked_count(call: str, name: str, value: Any, least: int = 1) -> int:
-    """``value`` as a plain int of at least ``least``, or a TypeError or ValueError that names ``call``."""
+    """Return ``value`` as a plain int of at least ``least``; a TypeError or ValueError names ``call``."""
     if not is_integer(value):
         raise TypeError(f"{call}: {name}={value!r} must be an int")
     if value < least:
@@ -34,7 +32,7 @@ def checked_count(call: str, name: str, value: Any, least: int = 1) -> int:
 
 
 def checked_budget(call: str, memory_budget: Any) -> int:
-    """``memory_budget`` (bytes) as a plain int, or a TypeError or ValueError that names ``call``."""
+    """Return ``memory_budget`` (bytes) as a plain int; a TypeError or ValueError names ``call``."""
     if not is_integer(memory_budget):
         raise TypeError(f"{call}: memory_budget={memory_budget!r} must be an int number of bytes")
     budget = int(memory_budget)
@@ -43,15 +41,8 @@ def checked_budget(call: str, memory_budget: Any) -> int:
     return budget
 
 
-def checked_time_limit(call: str, time_limit: Any) -> float:
-    """``time_limit`` (seconds) as a float, or a ValueError that names ``call``."""
-    if not is_number(time_limit) or not 0 < float(time_limit) < math.inf:
-        raise ValueError(f"{call}: time_limit={time_limit!r} must be a positive, finite number of seconds")
-    return float(time_limit)
-
-
 def checked_chain(call: str, chain: Any) -> Chain:
-    """``chain``, or a TypeError that names ``call``."""
+    """Return ``chain``, or a TypeError that names ``call``."""
     if not isinstance(chain, Chain):
         raise TypeError(f"{call}: chain={chain!r} must be a Chain; see Chain.from_arrays")
     return chain
@@ -74,30 +65,8 @@ def checked_sums(call: str, chain: Chain) -> None:
         )
 
 
-def by_sums(chain: Chain) -> Chain:
-    """The chain without its values, and with no sum below 0, for solvers that know no more than that.
-
-    The referee counts at least as many bytes of it as of ``chain``, and what is optimal for it need not be for that.
-    """
-
-    def option(each: Option) -> Option:
-        saved = max(each.saved, 0)
-        return Option(
-            saved,
-            each.recompute,
-            each.forward_overhead + each.saved - saved,
-            max(each.backward_overhead, 0),
-            each.name,
-        )
-
-    stages = tuple(
-        replace(
-            stage,
-            options=tuple(map(option, stage.options)),
-            forward_overhead=max(stage.forward_overhead, 0),
-            enters=(),
-            rerun_state=0,
-        )
-        for stage in chain.stages
-    )
-    return replace(chain, stages=stages, values=(), carried=())
+def checked_time_limit(call: str, time_limit: Any) -> float:
+    """Return ``time_limit`` (seconds) as a float, or a ValueError that names ``call``."""
+    if not is_number(time_limit) or not 0 < float(time_limit) < math.inf:
+        raise ValueError(f"{call}: time_limit={time_limit!r} must be a positive, finite number of seconds")
+    return float(time_limit)

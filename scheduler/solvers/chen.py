@@ -35,7 +35,7 @@ __all__ = ["solve"]
 
 @compiled
 def cut(saved: Ints, runs: Ints, limit: int, ends: Ints) -> int:
-    """Write Algorithm 3's segments for b = ``limit`` to ``ends`` (see ``segment_tree``); return the next b, or -1.
+    """Write the segments for b = ``limit`` to ``ends`` (see ``segment_tree``); return the next b, or -1.
 
     Args:
         saved: (L,) bytes that stay when stage i is kept.
@@ -54,7 +54,7 @@ def cut(saved: Ints, runs: Ints, limit: int, ends: Ints) -> int:
 
 
 def _trees(chain: Chain) -> Iterator[Ints]:
-    """The tree of every b, from the smallest segments to the largest."""
+    """Yield the tree of every b, from the smallest segments to the largest."""
     saved = np.array([stage.options[0].saved for stage in chain.stages], np.int64)
     once = np.array([not stage.recomputable for stage in chain.stages])
     runs = np.array(run_ends(chain), np.int64)
@@ -68,7 +68,7 @@ def _trees(chain: Chain) -> Iterator[Ints]:
 
 
 def solve(chain: Chain, memory_budget: int) -> Schedule:
-    """The fastest schedule of Algorithm 3, over all b, that fits.
+    """Return the fastest schedule of Algorithm 3, over all b, that fits.
 
     Args:
         memory_budget: bytes.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from scheduler.errors import InfeasibleBudget, SearchLimit
 from scheduler.schedule import simulate
 from scheduler.solvers import SOLVERS, checked_solver, solve_chain
 from scheduler.solvers.checks import checked_budget, checked_chain
+from scheduler.table import lines_of, new_table
 
 __all__ = ["Cell", "Comparison", "compare"]
 
@@ -50,19 +50,14 @@ class Comparison:
     left_out: Mapping[str, str]
 
     def overhead(self, solver: str, index: int) -> float | None:
-        """Extra seconds of a step / seconds of the plain step, at ``budgets[index]``; None if nothing fits."""
+        """Return extra seconds / seconds of the plain step, at ``budgets[index]``; None if nothing fits."""
         seconds, plain = self.cells[solver][index].seconds, self.chain.plain_seconds
         if seconds is None:
             return None
         return max((seconds - plain) / plain, 0.0) if plain else 0.0  # sums may differ in the last bits
 
     def __str__(self) -> str:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        title = f"{self.chain.name}: overhead of a step, by budget"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = new_table(f"{self.chain.name}: overhead of a step, by budget")
         table.add_column("budget", justify="right")
         for solver in self.cells:
             table.add_column(solver, justify="right")
@@ -75,12 +70,8 @@ class Comparison:
         table.add_row("smallest", *("" if size is None else format_bytes(size) for size in sizes))
         longest = (max(cell.solve_seconds for cell in cells) for cells in self.cells.values())
         table.add_row("longest solve", *(f"{seconds:.3f} s" for seconds in longest))
-        buffer = io.StringIO()
-        console = Console(file=buffer, width=20 + 14 * len(self.cells), highlight=False)
-        console.print(table)
-        for solver, why in self.left_out.items():
-            console.print(f"{solver} was left out: {why}")
-        return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+        left_out = (f"{solver} was left out: {why}" for solver, why in self.left_out.items())
+        return "\n".join(lines_of(20 + 14 * len(self.cells), table, *left_out))
 
 
 def compare(
@@ -94,16 +85,16 @@ def compare(
     Args:
         chain: what each stage costs.
         memory_budgets: (B,) bytes of the whole step, ``chain.fixed`` included.
-        solvers: keys of ``SOLVERS``; by default all of them. Of these, one that needs a parameter which is not
-            given, takes shorter chains only, or gives up is left out, and the table says why.
+        solvers: keys of ``SOLVERS``; by default all of them. Of these, one that needs a parameter which is
+            not given, takes shorter chains only, or gives up is left out, and the table says why.
         parameters: keyword arguments for solvers, by their names.
 
     Returns:
         the Comparison.
 
     Raises:
-        TypeError, ValueError: as ``solve_chain``, for budgets, values of parameters, and solvers that are asked for by
-            name.
+        TypeError, ValueError: as ``solve_chain``, for budgets, values of parameters, and solvers that are
+            asked for by name.
         SearchLimit: a solver that is asked for by name gives up.
     """
     checked_chain("compare", chain)

@@ -6,12 +6,14 @@ doi:10.1109/TSSC.1968.300136. The class that it is held against, persistent sche
 A schedule that is not persistent wins, as a rule, by keeping a stage and letting that stage's input go: the
 runs that bring the input back for the backward also keep the stages before it.
 
-A state is what the referee holds: the stages left to reverse, the held boundaries (x_0 always), the option of each kept
-stage, the working boundary, and the stages run so far. Three rules shrink the search, and lose nothing:
+A state is what the referee holds: the stages left to reverse, the held boundaries (x_0 always), the option of
+each kept stage, the working boundary, and the stages run so far. Three rules shrink the search, and lose
+nothing:
 
 1. ``Checkpoint`` stands in for ``Forward``: both need the same bytes while they run, and ``Free`` undoes the
    difference. So every boundary that a run leaves behind is held until its bytes are needed: an action over
-   the budget is tried after each smallest set of ``Free`` that lets it fit, and ``Free`` is tried nowhere else.
+   the budget is tried after each smallest set of ``Free`` that lets it fit, and ``Free`` is tried nowhere
+   else.
 2. A backward that fits, and leaves no more bytes than it found, is done at once: whatever was to come before
    it fits after it as well.
 3. A stage is not run where its output is there, unless that is the only way to hold its input.
@@ -22,9 +24,9 @@ are not. Each of them runs before j is reversed, and those that are not kept at 
 later. Which of them can be kept then is a knapsack, solved once for every s, j and room (``_knapsacks``).
 Such runs of stages are disjoint, so their extra seconds add up.
 
-What is claimed: the schedule returned is the fastest of all that the referee calls legal and within the budget
-(to rounding of seconds, 1e-12 of the step), and ``InfeasibleBudget.smallest`` is the least peak of any of
-them. Where no schedule beats the fastest persistent one, that one is returned. The number of states grows
+What is claimed: the schedule returned is the fastest of all that the referee calls legal and within the
+budget (to rounding of seconds, 1e-12 of the step), and ``InfeasibleBudget.smallest`` is the least peak of any
+of them. Where no schedule beats the fastest persistent one, that one is returned. The number of states grows
 exponentially with the stages: past ``states`` of them the search is given up with an error.
 """
 
@@ -39,14 +41,13 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 from numba.typed import Dict
-from numpy.typing import NDArray
 
 from scheduler.chain import Chain
 from scheduler.errors import InfeasibleBudget, SearchLimit
 from scheduler.schedule import Action, Backward, Checkpoint, Forward, Free, Keep, Schedule, simulate
 from scheduler.solvers import optimal
-from scheduler.solvers.checks import by_sums, checked_count
-from scheduler.solvers.tables import Floats, Ints, compiled, option_table
+from scheduler.solvers.checks import checked_count
+from scheduler.solvers.tables import Arrays, Floats, Ints, arrays_of, compiled
 
 __all__ = ["MOST_STAGES", "solve"]
 
@@ -58,26 +59,16 @@ CODE = 20  # bits of an action's code: the option of a Keep, or one of the two b
 RUN, REVERSE = 2**CODE - 2, 2**CODE - 1
 
 
-class Costs(NamedTuple):
-    """The chain for compiled code. L stages, at most K options; seconds as floats, bytes as ints."""
+class LongLived(NamedTuple):
+    """What is live besides boundaries and saved tensors; bytes."""
 
-    forward: Floats  # (L,)
-    backward: Floats  # (L,)
-    boundary: Ints  # (L + 1,)
-    passing: Ints  # (L,) bytes that Forward adds while it runs: its output and its transient
-    recomputable: NDArray[np.bool_]  # (L,)
-    choices: Ints  # (L,) number of options
-    saved: Ints  # (L, K)
-    recompute: Floats  # (L, K)
-    keeping: Ints  # (L, K) bytes that Keep adds while it runs
-    reversing: Ints  # (L, K) bytes that Backward adds while it runs, the gradient of its output aside
-    carried: Ints  # (L,) long-lived bytes that the first run of stage i leaves behind
-    ran: Ints  # (L + 1,) fixed and long-lived bytes once i stages have run, and none is reversed; at L, the gradient of x_L
-    left: Ints  # (L + 1,) fixed and long-lived bytes, and the gradient of x_i, with i stages left to reverse
+    carried: Ints  # (L,) what the first run of stage i leaves behind
+    ran: Ints  # (L + 1,) once i stages have run, and none is reversed; at L, the gradient of x_L too
+    left: Ints  # (L + 1,) with i stages left to reverse, the gradient of x_i too
 
 
 class Knapsacks(NamedTuple):
-    """For each s..j, by bytes at hand: the seconds of recomputation that a state cannot avoid."""
+    """For each s..j, by room in bytes: the seconds of recomputation that a state cannot avoid."""
 
     source: Ints  # (L,) the least bytes that x_i takes when i is reversed, if stage i-1 is not kept yet
     start: Ints  # (L, L) where the list of s..j begins
@@ -86,39 +77,16 @@ class Knapsacks(NamedTuple):
     seconds: Floats  # descending in each list
 
 
-def _costs(chain: Chain) -> Costs:
-    stages = chain.stages
-    saved = option_table(chain, "saved", np.int64)
-    gradients = np.array([[stage.input_grad] for stage in stages], np.int64)
-    ran = [chain.fixed]
-    for stage in stages:
-        ran.append(ran[-1] + stage.carried)
-    long_lived = [ran[-1]]
+def _long_lived(chain: Chain, a: Arrays) -> LongLived:
+    carried = np.array([stage.carried for stage in chain.stages], np.int64)
+    ran = chain.fixed + np.concatenate(([0], np.cumsum(carried)))
     ran[-1] += chain.output_grad
-    for stage in reversed(stages):
-        long_lived.append(long_lived[-1] + stage.retained)
-    at_hand = [0, *(chain.grad_bytes(i) for i in range(1, len(stages) + 1))]
-    return Costs(
-        forward=np.array([stage.forward for stage in stages]),
-        backward=np.array([stage.backward for stage in stages]),
-        boundary=np.array([chain.input_bytes(i) for i in range(len(stages) + 1)], np.int64),
-        passing=np.array(
-            [chain.input_bytes(i + 1) + s.forward_overhead for i, s in enumerate(stages)], np.int64
-        ),
-        recomputable=np.array([stage.recomputable for stage in stages]),
-        choices=np.array([len(stage.options) for stage in stages], np.int64),
-        saved=saved,
-        recompute=option_table(chain, "recompute", np.float64),
-        keeping=saved + option_table(chain, "forward_overhead", np.int64),
-        reversing=gradients + option_table(chain, "backward_overhead", np.int64),
-        carried=np.array([stage.carried for stage in stages], np.int64),
-        ran=np.array(ran, np.int64),
-        left=np.array(long_lived[::-1], np.int64) + np.array(at_hand, np.int64),
-    )
+    end = [a.after[0] + chain.stages[0].retained]
+    return LongLived(carried, ran, np.concatenate((end, a.after + a.grad[1:])))
 
 
 def _front(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The points (bytes, seconds) that no other point beats in both."""
+    """Return the points (bytes, seconds) that no other point beats in both."""
     front: list[tuple[int, float]] = []
     for room, seconds in sorted(points):
         if not front or seconds < front[-1][1]:
@@ -127,7 +95,7 @@ def _front(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def _knapsacks(chain: Chain) -> Knapsacks:
-    """For each s..j, none kept and x_j not there unless s = j: bytes at the backward of j, and seconds.
+    """Solve each s..j, none kept and x_j not live unless s = j: bytes at the backward of j, and seconds.
 
     The bytes are those of kept stages s..j, x_j if it is not inside stage j-1, and the transient of the
     backward. The seconds are those of recomputation, second runs of stages s..j-1 included.
@@ -161,7 +129,7 @@ def _knapsacks(chain: Chain) -> Knapsacks:
 
 @compiled
 def _unpack(key: int, length: int, bits: int, kept: Ints) -> tuple[int, int, int, int]:
-    """(held, working, left, ran) of a packed state; ``kept[i]`` becomes 1 + the option of stage i, or 0."""
+    """Unpack (held, working, left, ran); ``kept[i]`` becomes 1 + the option of stage i, or 0."""
     held = key & ((1 << length) - 1)
     key >>= length
     for i in range(length):
@@ -173,7 +141,7 @@ def _unpack(key: int, length: int, bits: int, kept: Ints) -> tuple[int, int, int
 
 @compiled
 def _pack(held: int, kept: Ints, working: int, left: int, ran: int, length: int, bits: int) -> int:
-    """The state as one int; the stages run so far matter only until the first backward."""
+    """Pack the state into one int; the stages run so far matter only until the first backward."""
     key = np.int64(ran if left == length else 0)
     key = (key << FIELD) | left
     key = (key << FIELD) | working
@@ -184,19 +152,19 @@ def _pack(held: int, kept: Ints, working: int, left: int, ran: int, length: int,
 
 @compiled
 def _seconds_left(
-    a: Costs, n: Knapsacks, budget: int, held: int, kept: Ints, working: int, left: int
+    a: Arrays, v: LongLived, n: Knapsacks, budget: int, held: int, kept: Ints, working: int, left: int
 ) -> float:
-    """Seconds that are left at least; inf where no schedule can go on from here."""
+    """Return seconds that are left at least; inf where no schedule can go on from here."""
     seconds = 0.0
     below = np.int64(0)  # bytes of kept stages so far
     first = 0  # the run of stages that are not kept starts here
     for j in range(left):
         seconds += a.backward[j]
-        room = budget - a.left[j + 1] - below - (a.boundary[0] if j > 0 else 0)
+        room = budget - v.left[j + 1] - below - (a.boundary[0] if j > 0 else 0)
         if kept[j]:
             k = kept[j] - 1
             seconds += a.recompute[j, k]
-            room -= a.saved[j, k] + a.reversing[j, k]
+            room -= a.saved[j, k] + a.grad[j] + a.backward_overhead[j, k]
             if j == 0 or not kept[j - 1]:
                 room -= n.source[j]
             if room < 0:
@@ -223,9 +191,9 @@ def _seconds_left(
 
 @compiled
 def _search(
-    a: Costs, n: Knapsacks, budget: int, bits: int, limit: int, upper: float
+    a: Arrays, v: LongLived, n: Knapsacks, budget: int, bits: int, limit: int, upper: float
 ) -> tuple[int, Ints, Ints, Ints, int]:
-    """A* from the start to the state with nothing left.
+    """Search by A* from the start to the state with nothing left.
 
     Args:
         bits: of one entry of ``kept`` in a packed state.
@@ -256,7 +224,7 @@ def _search(
         if left == 0:
             return here, keys, parents, actions, size
         held, working, left, ran = _unpack(keys[here], length, bits, kept)
-        live = a.left[left] if left < length else a.ran[ran]
+        live = v.left[left] if left < length else v.ran[ran]
         for i in range(left):
             if held >> i & 1:
                 live += a.boundary[i]
@@ -273,8 +241,10 @@ def _search(
                 if not kept[j] or not (held >> j & 1 or (j > 0 and kept[j - 1])):
                     continue
                 k = kept[j] - 1
-                change = a.left[j] - (a.left[left] if left < length else a.ran[ran]) - a.saved[j, k]
-                peak = live + max(a.reversing[j, k], change - (a.boundary[j] if held >> j & 1 else 0))
+                change = v.left[j] - (v.left[left] if left < length else v.ran[ran]) - a.saved[j, k]
+                peak = live + max(
+                    a.grad[j] + a.backward_overhead[j, k], change - (a.boundary[j] if held >> j & 1 else 0)
+                )
                 spent = a.backward[j] + a.recompute[j, k]
                 # Rule 2; x_j does not count in ``change``, since another run may bring it back.
                 only = peak <= budget and (change <= 0 or j == 0)
@@ -291,19 +261,19 @@ def _search(
                 if working and working != i:
                     peak -= a.boundary[working]
                 if left == length and ran == i:
-                    peak += a.carried[i]
+                    peak += v.carried[i]
                 spent = a.forward[i]
                 if code >= 0:
-                    peak += a.keeping[i, code]
+                    peak += a.saved[i, code] + a.forward_overhead[i, code]
                 else:
                     code = RUN
                     there = i == j or held >> (i + 1) & 1 or working == i + 1
                     if not a.recomputable[i] or (there and working != i):
                         continue
-                    peak += a.passing[i]
+                    peak += a.running[i]
                 only = False
 
-            # What may be let go first: all held boundaries but the one that the action starts from.
+            # What may be released first: all held boundaries but the one that the action starts from.
             loose = held & ~1  # x_0 is needed at the end, and nothing brings it back
             if i > 0 and not kept[i - 1]:
                 loose &= ~(1 << i)
@@ -332,7 +302,7 @@ def _search(
                             to_working = 0
                             kept[i] = code + 1
                     total = seconds + spent
-                    rest = _seconds_left(a, n, budget, to_held, kept, to_working, to_left)
+                    rest = _seconds_left(a, v, n, budget, to_held, kept, to_working, to_left)
                     if total + rest < upper:
                         key = _pack(to_held, kept, to_working, to_left, to_ran, length, bits)
                         if key in index:
@@ -363,7 +333,7 @@ def _search(
 
 
 def _read_off(length: int, goal: int, keys: Ints, parents: Ints, codes: Ints, bits: int) -> Schedule:
-    """The actions on the way to the state ``goal``; a boundary let go before its next use is never held."""
+    """Return the actions on the way to ``goal``; a boundary freed before its next use is never held."""
     path = [goal]
     while parents[path[-1]] >= 0:
         path.append(int(parents[path[-1]]))
@@ -391,10 +361,12 @@ def _read_off(length: int, goal: int, keys: Ints, parents: Ints, codes: Ints, bi
 
 
 def _run(chain: Chain, budget: int, upper: float, states: int) -> Schedule | None:
-    """The fastest schedule within ``budget`` that takes less than ``upper`` seconds; None if there is none."""
+    """Return the fastest schedule within ``budget`` below ``upper`` seconds; None if none is."""
     bits = max(len(stage.options) for stage in chain.stages).bit_length()
-    limit = upper * (1 - ROUNDING)
-    goal, keys, parents, codes, _ = _search(_costs(chain), _knapsacks(chain), budget, bits, states, limit)
+    limit, a = upper * (1 - ROUNDING), arrays_of("exhaustive", chain)
+    goal, keys, parents, codes, _ = _search(
+        a, _long_lived(chain, a), _knapsacks(chain), budget, bits, states, limit
+    )
     if goal == -2:
         raise SearchLimit(
             f"exhaustive: gave up after {states} states of a chain of {len(chain)} stages; pass states= (more "
@@ -404,7 +376,7 @@ def _run(chain: Chain, budget: int, upper: float, states: int) -> Schedule | Non
 
 
 def _few_options(chain: Chain) -> tuple[Chain, list[list[int]]]:
-    """The chain without options that another one of the stage beats in all, and (L,) the numbers of the rest."""
+    """Drop options that another one of the stage beats in all; (L,) the numbers of the rest."""
     rest, numbers = [], []
     for stage in chain.stages:
         rows = [(o.recompute, o.saved, o.forward_overhead, o.backward_overhead) for o in stage.options]
@@ -422,7 +394,7 @@ def _few_options(chain: Chain) -> tuple[Chain, list[list[int]]]:
 
 
 def solve(chain: Chain, memory_budget: int, *, states: int = STATES) -> Schedule:
-    """The fastest schedule of all within ``memory_budget`` (bytes).
+    """Return the fastest schedule of all within ``memory_budget`` (bytes).
 
     Args:
         chain: up to ``MOST_STAGES`` stages.
@@ -432,11 +404,11 @@ def solve(chain: Chain, memory_budget: int, *, states: int = STATES) -> Schedule
     Raises:
         InfeasibleBudget: no schedule fits; ``smallest`` is the least peak of all schedules.
         SearchLimit: given up past ``states`` states.
-        TypeError, ValueError: ``states`` is no positive int; the stages and options of the chain do not pack into
-            63 bits, or sums of its sizes or seconds overflow.
+        TypeError, ValueError: ``states`` is no positive int; the stages and options of the chain do not pack
+            into 63 bits, or sums of its sizes or seconds overflow.
     """
     states = checked_count("exhaustive", "states", states)
-    few, numbers = _few_options(by_sums(chain))
+    few, numbers = _few_options(chain.as_sums())
     bits = len(few) * (1 + max(map(len, numbers)).bit_length()) + 3 * FIELD
     if bits > 63:
         raise ValueError(
@@ -459,7 +431,7 @@ def solve(chain: Chain, memory_budget: int, *, states: int = STATES) -> Schedule
 
 
 def _least_peak(chain: Chain, peak: int, states: int) -> int:
-    """The least peak of all schedules, if there is one of ``peak`` bytes."""
+    """Return the least peak of all schedules, if there is one of ``peak`` bytes."""
     free = tuple(
         replace(s, forward=0.0, backward=0.0, options=tuple(replace(o, recompute=0.0) for o in s.options))
         for s in chain.stages

@@ -1,15 +1,16 @@
 """The floor: seconds that no plan of a DAG beats within a budget, for thousands of ops.
 
-Take one moment: the first run of turn t. What is there then is a set K of values, and with what that run writes
-it fits the budget. Whatever the plan does, each later turn still has to run, and each value that an op reads
-later is in K, or is written later: by a later turn, or by an op that runs again. So a plan gives a solution of
+Take one moment: the first run of turn t. What is live then is a set K of values, and with what that run
+writes it fits the budget. Whatever the plan does, each later turn still has to run, and each value that an op
+reads later is in K, or is written later: by a later turn, or by an op that runs again. So a plan gives a
+solution of
 
-    minimise    seconds of the first runs from turn t on + seconds of the ops that run again, each counted once
-    such that   each turn from t on has a first run;
-                of each group that an op reads, which runs from then on, a value is in K, or is written from then on;
-                of each group that the first run of turn t reads, a value is in K;
-                each output is in K, or is written from then on;
-                base bytes + bytes of K + bytes of the first run of turn t <= budget
+    minimise    seconds of the first runs from turn t on + seconds of the ops that run again, each counted
+    once such that   each turn from t on has a first run;
+                of each group that an op reads, which runs from then on, a value is in K, or is written from
+                then on; of each group that the first run of turn t reads, a value is in K; each output is in
+                K, or is written from then on; base bytes + bytes of K + bytes of the first run of turn t <=
+                budget
 
 and the least seconds of all solutions, with those of the turns before t, bound the seconds of the plan from
 below. K may hold any value that was written before t, whether or not the backward reads it.
@@ -18,22 +19,25 @@ below. K may hold any value that was written before t, whether or not the backwa
     r[o]  whether op o runs again after the moment                          binary
     k[v]  whether value v is in K                                           binary
 
-Where groups have one value, and values one writer, all rows but that of the bytes are differences of two terms each (of
-r, f and k[v] + r of the writer of v): a minimum cut, whose matrix is totally unimodular. The linear relaxation is then
-the Lagrangian bound at the best price per byte, and what it loses is at most one step of a knapsack. HiGHS
-(scipy.optimize.milp) closes most of that. The bound is HiGHS's dual bound, which holds when it is stopped early, less its
-tolerance.
+Where groups have one value, and values one writer, all rows but that of the bytes are differences of two
+terms each (of r, f and k[v] + r of the writer of v): a minimum cut, whose matrix is totally unimodular. The
+linear relaxation is then the Lagrangian bound at the best price per byte, and what it loses is at most one
+step of a knapsack. HiGHS (scipy.optimize.milp) closes most of that. The bound is HiGHS's dual bound, which
+holds when it is stopped early, less its tolerance.
 
-What is claimed: the bound holds for all plans that ``simulate_dag`` accepts and which take the turns before t first,
-and turn t next: a wider class than that of ``solve_dag``, for ops may run again in any order and as often as they
-like. (In a training step, with t the first backward turn, these are all plans: the loss is there before it is reversed.
-With t a later one, these are all whose backward goes in the order of the turns, as autograd's does.) Values that live
-anyway (``inputs``) are free. That values are let go at different times later on does not matter at the moment itself.
+What is claimed: the bound holds for all plans that ``simulate_dag`` accepts and which take the turns before t
+first, and turn t next: a wider class than that of ``solve_dag``, for ops may run again in any order and as
+often as they like. (In a training step, with t the first backward turn, these are all plans: the loss is
+there before it is reversed. With t a later one, these are all whose backward goes in the order of the turns,
+as autograd's does.) Values that live anyway (``inputs``) are free. That values go at different times
+later on does not matter at the moment itself.
 
-What is lost: runs before the moment and second runs after it are not counted, nor is the memory that the runs after
-it take. A tighter bound would follow K from one turn to the next, as ``solve_dag`` does. ``lasting`` is not used.
+What is lost: runs before the moment and second runs after it are not counted, nor is the memory that the runs
+after it take. A tighter bound would follow K from one turn to the next, as ``solve_dag`` does. ``lasting`` is
+not used.
 
-Sources: the one moment is a relaxation of Jain et al. 2020, *Checkmate*, arXiv:1910.02653 (of whose phases it keeps one);
+Sources: the one moment is a relaxation of Jain et al. 2020, *Checkmate*, arXiv:1910.02653 (of whose phases it
+    keeps one);
 minimum cut: Picard 1976, *Maximal closure of a graph and applications to combinatorial problems*, Management
 Science 22(11).
 """
@@ -66,8 +70,8 @@ class Floor:
         seconds: that no plan beats; inf if nothing fits.
         extra: of them, above the least seconds in which all turns run once.
         turn: the moment at which the bound is best.
-        rerun: the ops that run again in the best solution that was found for that moment, in order; empty if none
-            was found in time.
+        rerun: the ops that run again in the best solution that was found for that moment, in order; empty if
+            none was found in time.
         rerun_seconds: of ``rerun``; more than ``extra`` by what the time limit or the tolerance left open.
     """
 
@@ -81,24 +85,24 @@ class Floor:
 def dag_floor(
     dag: Dag, memory_budget: int, *, turns: Iterable[int] | None = None, time_limit: float = 10.0
 ) -> Floor:
-    """The best bound on the seconds of any plan of ``dag`` within ``memory_budget``, over some moments.
+    """Bound from below the seconds of any plan of ``dag`` within ``memory_budget``, at some moments.
 
     Args:
         dag: up to some thousand ops.
         memory_budget: bytes of the whole step.
-        turns: the moments to try. Default: the first turn of an op that may run only once (the first backward,
-            as a rule; turn 0 if there is none), and from there on the one at which most bytes are live when all that
-            is read later is kept.
+        turns: the moments to try. Default: the first turn of an op that may run only once (the first
+            backward, as a rule; turn 0 if there is none), and from there on the one at which most bytes are
+            live when all that is read later is kept.
         time_limit: seconds of HiGHS for each moment.
 
     Raises:
-        TypeError, ValueError: no Dag; ``memory_budget`` is no int or not in 1 .. 2**63 - 1; a turn out of range;
-            ``time_limit`` is not positive and finite.
+        TypeError, ValueError: no Dag; ``memory_budget`` is no int or not in 1 .. 2**63 - 1; a turn out of
+            range; ``time_limit`` is not positive and finite.
     """
     if not isinstance(dag, Dag):
         raise TypeError(f"dag_floor: dag={dag!r} must be a Dag; chain_dag makes one of a Chain")
     budget = checked_budget("dag_floor", memory_budget)
-    checked_time_limit("dag_floor", time_limit)
+    limit = checked_time_limit("dag_floor", time_limit)
     tried = tuple(dict.fromkeys(_moments(dag) if turns is None else turns))
     for turn in tried:
         if turn not in range(len(dag.turns)):
@@ -108,7 +112,7 @@ def dag_floor(
     least = math.fsum(min(dag.ops[o].seconds for o in turn.ops) for turn in dag.turns)
     best = Floor(least, 0.0, -1, (), 0.0)
     for turn in tried:
-        extra, rerun = _at(dag, budget, turn, float(time_limit))
+        extra, rerun = _at(dag, budget, turn, limit)
         if extra > best.extra or best.turn < 0:
             spent = math.fsum(dag.ops[o].seconds for o in rerun)
             best = Floor(least + extra, extra, turn, rerun, spent)
@@ -116,12 +120,12 @@ def dag_floor(
 
 
 def _own(dag: Dag, o: int) -> int:
-    """Bytes that a run of an op takes on top of what was live."""
+    """Return bytes that a run of an op takes on top of what was live."""
     return dag.ops[o].transient + sum(dag.sizes[v] for v in dag.ops[o].writes)
 
 
 def _moments(dag: Dag) -> list[int]:
-    """The turns that ``dag_floor`` tries by default."""
+    """Return the turns that ``dag_floor`` tries by default."""
     if not dag.turns:
         return []
     turn_of, last = dag.turn_of, dag.last_use
@@ -143,7 +147,7 @@ def _moments(dag: Dag) -> list[int]:
 
 
 def _at(dag: Dag, budget: int, turn: int, time_limit: float) -> tuple[float, tuple[int, ...]]:
-    """Bound on the extra seconds at one moment, inf if nothing fits; and the ops that run again."""
+    """Bound the extra seconds at one moment, inf if nothing fits; and name the ops that run again."""
     turn_of = dag.turn_of
     total = math.fsum(op.seconds for op in dag.ops) or 1.0
     cost: list[float] = []
@@ -202,7 +206,7 @@ def _at(dag: Dag, budget: int, turn: int, time_limit: float) -> tuple[float, tup
 def _solved(
     cost: list[float], rows: list[tuple[list[int], list[float], float, float]], time_limit: float
 ) -> Any:
-    """What HiGHS says, all variables binary."""
+    """Solve with HiGHS, all variables binary."""
     places = np.repeat(np.arange(len(rows)), [len(row[0]) for row in rows])
     at = np.array([x for row in rows for x in row[0]])
     factors = np.array([f for row in rows for f in row[1]])

@@ -80,7 +80,7 @@ class Frontier:
         return iter(self.points)
 
     def within(self, memory_budget: int) -> Point:
-        """The fastest point within ``memory_budget`` (bytes).
+        """Return the fastest point within ``memory_budget`` (bytes).
 
         Raises:
             InfeasibleBudget: no persistent schedule fits.
@@ -93,12 +93,12 @@ class Frontier:
         return fitting[-1]
 
     def schedule(self, point: Point) -> Schedule:
-        """The schedule of one of ``points``."""
+        """Return the schedule of one of ``points``."""
         return self._table.schedule(self._table.read(point.budget))
 
 
 def pareto(chain: Chain, step: int | None = None) -> Frontier:
-    """All persistent schedules worth having: the least seconds for every budget, from one table.
+    """Return all persistent schedules worth having: the least seconds for every budget, from one table.
 
     Args:
         chain: what each stage costs.
@@ -110,7 +110,8 @@ def pareto(chain: Chain, step: int | None = None) -> Frontier:
         seconds and bytes are those of its schedule.
 
     Raises:
-        TypeError, ValueError: ``step`` is no int of at least 1, or the chain is too large (see ``solve_optimal``).
+        TypeError, ValueError: ``step`` is no int of at least 1, or the chain is too large (see
+            ``solve_optimal``).
     """
     return Frontier(
         checked_chain("pareto", chain), None if step is None else checked_count("pareto", "step", step)

@@ -1,4 +1,4 @@
-"""The table C of ``optimal.py``: least extra seconds of every segment, on a grid of bytes, and what is read off it.
+"""The table C of ``optimal.py``: least extra seconds of segments on a grid of bytes, and readings of it.
 
 *Extra* seconds are those above one forward and one backward of each stage: what is run again, and what the
 chosen options recompute. The bytes of a segment are those above its base (``tables.py``). Segments on the
@@ -60,19 +60,19 @@ class Reading(NamedTuple):
 
 @compiled
 def _row(g: Grid, s: int, t: int) -> Floats:
-    """C(s,t) at lo-1 .. hi units; the margin below repeats lo, or is the worst there is, the one above is the seconds of A."""
+    """Return C(s,t) at lo-1 .. hi units: first a margin, lo's or the worst value; last A's seconds."""
     return g.values[g.offset[s, t] : g.offset[s, t] + g.hi[s, t] - g.lo[s, t] + 2]
 
 
 @compiled
 def _units(g: Grid, need: int) -> int:
-    """The fewest units with room for ``need`` bytes."""
+    """Return the fewest units with room for ``need`` bytes."""
     return -((g.phase - need) // g.unit)
 
 
 @partial(compiled, fastmath={"nnan", "nsz"})
 def _relax(row: Floats, start: int, end: int, cost: float, x: Floats, shift: int, y: Floats, at: int) -> None:
-    """row[i] = min(row[i], cost + x[i - shift] + y[i - at]) for start <= i < end.
+    """Set row[i] = min(row[i], cost + x[i - shift] + y[i - at]) for start <= i < end.
 
     Beyond the end of x or y its last value stands. No value is a NaN, and saying so lets the loops become
     vector code.
@@ -100,7 +100,7 @@ def _relax(row: Floats, start: int, end: int, cost: float, x: Floats, shift: int
 
 @compiled
 def _shifted(g: Grid, s: int, t: int, size: int, out: Floats) -> Floats:
-    """C(s,t) with ``size`` bytes less than the grid says, to be read ``size // unit`` units higher."""
+    """Return C(s,t) with ``size`` bytes less than the grid says, to be read ``size // unit`` units higher."""
     row = _row(g, s, t)
     part = (size % g.unit) / g.unit
     if not g.interpolate or part == 0:
@@ -184,7 +184,7 @@ def _keep(a: Arrays, g: Grid, s: int, t: int, buffer: Floats) -> None:
 
 @compiled
 def _keep_until(a: Arrays, g: Grid, s: int, i: int, t: int, buffer: Floats) -> None:
-    """Try to keep stages s..i-1, all with their fastest options: early, so that ``_splits`` has little to do."""
+    """Try to keep stages s..i-1 with their fastest options: early, to leave ``_splits`` little to do."""
     row, none = _row(g, s, t), np.zeros(1)
     kept = a.kept[i] - a.kept[s]
     need = kept + g.least[i, t]
@@ -199,7 +199,7 @@ def _keep_until(a: Arrays, g: Grid, s: int, i: int, t: int, buffer: Floats) -> N
 
 @compiled
 def _worst(a: Arrays, s: int, t: int) -> float:
-    """Extra seconds of s..t reversed a stage at a time from x_s: what it comes to where little more than P is left."""
+    """Return the extra seconds of s..t reversed a stage at a time from x_s, as with little more than P."""
     return float((a.ahead[t] - a.ahead[s]) * (t - s + 1) + a.quick[t + 1] - a.quick[s])
 
 
@@ -251,7 +251,7 @@ def _estimate(a: Arrays, p: Peaks, g: Grid, s: int, t: int, room: int) -> float:
 
 @compiled
 def _decide(a: Arrays, p: Peaks, g: Grid, s: int, t: int, room: int) -> tuple[int, int]:
-    """What to do with s..t and ``room`` bytes above base: (option, 0) to keep s, or (-1, j) to split at j.
+    """Decide on s..t with ``room`` bytes above base: (option, 0) to keep s, or (-1, j) to split at j.
 
     Exact in bytes; only the seconds are the grid's. Ties go to keep, and to the first.
     """
@@ -280,7 +280,7 @@ def _decide(a: Arrays, p: Peaks, g: Grid, s: int, t: int, room: int) -> tuple[in
 
 @compiled
 def read_off(a: Arrays, p: Peaks, g: Grid, budget: int) -> Reading:
-    """The schedule for ``budget`` bytes, which P has been seen to fit."""
+    """Return the schedule for ``budget`` bytes, which P has been seen to fit."""
     length = a.first.size
     option, at = np.empty(2 * length, np.int64), np.empty(2 * length, np.int64)
     stack = np.empty((length + 1, 3), np.int64)  # segments to come and their room, in bytes above base
@@ -312,7 +312,7 @@ def read_off(a: Arrays, p: Peaks, g: Grid, budget: int) -> Reading:
 
 
 def filled_grid(a: Arrays, p: Peaks, budget: int, unit: int, phase: int, interpolate: bool) -> Grid:
-    """The grid of ``unit`` bytes for budgets up to ``budget`` (bytes), filled."""
+    """Return the grid of ``unit`` bytes for budgets up to ``budget`` (bytes), filled."""
     length = len(a.first)
     here = np.nonzero(np.triu(np.broadcast_to(a.split[1:], (length, length))))
     there = (a.origin[here], a.origin[here] + here[1] - here[0])
@@ -336,5 +336,5 @@ def filled_grid(a: Arrays, p: Peaks, budget: int, unit: int, phase: int, interpo
 
 
 def root_values(g: Grid) -> tuple[int, Floats]:
-    """The units from which the whole chain fits, and its extra seconds from there on, one unit after another."""
+    """Return the units from which the whole chain fits, and its extra seconds from there on, by units."""
     return int(g.lo[0, -1]), np.array(_row(g, 0, len(g.lo) - 1)[1:])

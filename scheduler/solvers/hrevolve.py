@@ -74,7 +74,7 @@ class UniformOptimum:
 
 @compiled
 def _fill(M: Floats, D: Floats, R: Floats, L: Floats, write: float, read: float, bounded: bool) -> None:
-    """Fill the four tables (d, m, l) from l = 1 on; index d = 0 stands for an unlimited disk if not ``bounded``."""
+    """Fill the four tables (d, m, l) from l = 1 on; d = 0 is an unlimited disk if not ``bounded``."""
     disks, slots, lengths = M.shape
     for length in range(1, lengths):
         for d in range(disks):
@@ -123,12 +123,12 @@ class _Tables:
         _fill(self.M, self.D, self.R, self.L, write, read, self.bounded)
 
     def _split(self, left: Floats, right: Floats, length: int) -> int:
-        """Where to split: the first j that is best."""
+        """Find where to split: the first j that is best."""
         j = np.arange(1, length)
         return 1 + int(np.argmin(j + right[length - 1 : 0 : -1] + left[1:length]))
 
     def schedule(self) -> Schedule:
-        """The schedule of all steps, with all slots but that of x_0 free."""
+        """Return the schedule of all steps, with all slots but that of x_0 free."""
         actions: list[Action] = []
         M, D = self.M, self.D
         # (first, length, m, d, x_first has its slot on disk, x_first is still to be written there)
@@ -174,7 +174,7 @@ class _Tables:
 def solve_uniform(
     steps: int, memory_slots: int, disk_slots: int | None, write: float, read: float
 ) -> UniformOptimum:
-    """The cheapest way to reverse a uniform chain with slots in memory and on disk.
+    """Return the cheapest way to reverse a uniform chain with slots in memory and on disk.
 
     Args:
         steps: number of steps l.
@@ -211,7 +211,7 @@ def solve_uniform(
 
 
 def _disk_slots(schedule: Schedule) -> int:
-    """The most boundaries on disk at once."""
+    """Return the most boundaries on disk at once."""
     there: set[int] = set()
     most = 0
     for action in schedule:

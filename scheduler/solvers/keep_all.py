@@ -10,7 +10,7 @@ __all__ = ["solve"]
 
 
 def solve(chain: Chain, memory_budget: int) -> Schedule:
-    """Every stage is run once and keeps all its saved tensors (option 0).
+    """Run every stage once, keeping all its saved tensors (option 0).
 
     Args:
         memory_budget: bytes.

@@ -1,4 +1,4 @@
-"""A lower bound on the seconds of any schedule, by a knapsack: at the first backward memory is as full as it gets.
+"""A lower bound on the seconds of any schedule, by a knapsack at the first backward.
 
 When ``Backward(L-1)`` runs, every stage whose saved tensors are not there must run forward once more. Which
 stages are kept, and with which option, is a multiple-choice knapsack with the budget as its capacity; its
@@ -21,7 +21,7 @@ __all__ = ["Knapsack"]
 
 
 def _hull(stage: Stage, sizes: list[int]) -> list[tuple[int, float]]:
-    """The stage's choices at the first backward, (bytes, extra seconds), on their lower convex hull.
+    """Return the stage's choices at the first backward, (bytes, extra seconds), on their lower convex hull.
 
     Args:
         sizes: bytes of each option.
@@ -46,7 +46,7 @@ def _hull(stage: Stage, sizes: list[int]) -> list[tuple[int, float]]:
 
 
 def _top(chain: Chain) -> int:
-    """The least bytes above what is kept while the last stage is kept and reversed."""
+    """Return the least bytes above what is kept while the last stage is kept and reversed."""
     last = chain.stages[-1]
     gradients = chain.output_grad + last.input_grad
     return min(
@@ -56,7 +56,7 @@ def _top(chain: Chain) -> int:
 
 
 def _own(chain: Chain) -> list[list[int]]:
-    """(L, options) bytes that no other stage can have a part in: values that it makes and keeps, and that do not leave it."""
+    """Return (L, options) bytes of values that a stage makes, keeps and hands to no other."""
     shared = {value for stage in chain.stages for value in stage.enters} | {c.value for c in chain.carried}
     return [
         [sum(chain.values[v] for v in option.keeps if v not in shared) for option in stage.options]
@@ -89,5 +89,5 @@ class Knapsack:
         self._extra = np.cumsum(extra).clip(min=0.0)
 
     def extra(self, budget: int) -> float:
-        """Seconds above the plain step that every schedule within ``budget`` (bytes) takes, at the least."""
+        """Return the seconds above the plain step that no schedule within ``budget`` (bytes) beats."""
         return float(np.interp(budget, self._bytes, self._extra))

@@ -70,7 +70,7 @@ class DagOptimum:
 
 
 def _useful_until(dag: Dag) -> tuple[list[int], list[int]]:
-    """The last phase in which each op can be of use, and in which each value can."""
+    """Return the last phase in which each op can be of use, and in which each value can."""
     turn_of = dag.turn_of
     ops = list(turn_of)
     values = [len(dag.turns) if v in dag.outputs else -1 for v in range(len(dag.sizes))]
@@ -88,7 +88,7 @@ class _Model:
     """The variables and rows of one MILP."""
 
     def __init__(self, dag: Dag, budget: int | None, most_seconds: float) -> None:
-        """With a ``budget`` the seconds are minimised, without one the peak."""
+        """Minimise the seconds within a ``budget``, without one the peak."""
         self.dag = dag
         self.cost: list[float] = []
         self.upper: list[float] = []
@@ -114,7 +114,7 @@ class _Model:
             self.row(at, [self.cost[x] for x in at], most=most_seconds / total)
 
     def variable(self, upper: float = 1.0, integer: bool = False, cost: float = 0.0) -> int:
-        """A new variable from 0 to ``upper``."""
+        """Add a variable from 0 to ``upper``."""
         self.cost.append(cost)
         self.upper.append(upper)
         self.integer.append(int(integer))
@@ -123,11 +123,11 @@ class _Model:
     def row(
         self, at: list[int], factors: list[float], least: float = -math.inf, most: float = math.inf
     ) -> None:
-        """A new constraint."""
+        """Add a constraint."""
         self.rows.append((at, factors, least, most))
 
     def _within(self, at: list[int], factors: list[float], extra: int) -> None:
-        """The bytes ``extra`` and those of the variables fit."""
+        """Demand that the bytes ``extra`` and those of the variables fit."""
         if self.room is None:
             self.row([*at, self.peak], [*factors, -1.0], most=-extra / self.unit)
         else:
@@ -205,7 +205,7 @@ class _Model:
         self._within(list(final.values()), [weight[v] for v in final], base[-1] - base[0])
 
     def solve(self, time_limit: float, *, relaxed: bool = False) -> Any:
-        """What HiGHS says."""
+        """Solve with HiGHS; return its result."""
         at = np.array([x for row in self.rows for x in row[0]])
         factors = np.array([f for row in self.rows for f in row[1]])
         ends = np.cumsum([0, *(len(row[0]) for row in self.rows)])
@@ -221,7 +221,7 @@ class _Model:
         )
 
     def plan(self, x: Any) -> tuple[DagAction, ...]:
-        """The plan of a solution: what runs is read off it, and values go as soon as it has no use for them."""
+        """Read the plan off a solution; values go as soon as it has no use for them."""
         dag = self.dag
         last_use = dag.last_use
         actions: list[DagAction] = []
@@ -237,7 +237,7 @@ class _Model:
                     found = [v for v in group if (t, o, v) in self.before and x[self.before[t, o, v]] > 0.5]
                     found += [v for v in group if v in dag.inputs]
                     need.update(found[:1])
-                # What is there already is kept where it will be needed, not made again.
+                # What is live already is kept where it will be needed, not recomputed.
                 need |= {
                     v
                     for v in needs[-1] & set(op.writes)
@@ -259,7 +259,7 @@ class _Model:
 def solve_dag(
     dag: Dag, memory_budget: int, *, time_limit: float = 60.0, most_seconds: float = math.inf
 ) -> DagOptimum:
-    """The fastest plan of ``dag`` within ``memory_budget`` that HiGHS finds, and a bound on all plans.
+    """Return the fastest plan of ``dag`` within ``memory_budget`` that HiGHS finds, and a bound on all plans.
 
     Args:
         dag: up to some hundred ops.
@@ -270,8 +270,8 @@ def solve_dag(
     Raises:
         InfeasibleBudget: no plan of the class fits; ``smallest`` is the least peak of the class, or of the
             best plan found within the time limit, as its note says.
-        TypeError, ValueError: no Dag; ``memory_budget`` is no int or not in 1 .. 2**63 - 1; ``time_limit`` is not positive and
-            finite; no plan takes ``most_seconds`` at most.
+        TypeError, ValueError: no Dag; ``memory_budget`` is no int or not in 1 .. 2**63 - 1; ``time_limit`` is
+            not positive and finite; no plan takes ``most_seconds`` at most.
         TimeoutError: the time limit came before the first plan; the message has the bound so far.
     """
     limit = checked_time_limit("solve_dag", time_limit)
@@ -313,7 +313,7 @@ def solve_dag(
 
 
 def relaxed_seconds(dag: Dag, memory_budget: int, *, time_limit: float = 60.0) -> float:
-    """Seconds of the linear relaxation: a bound that costs one LP; inf if even that does not fit.
+    """Return seconds of the linear relaxation: a bound that costs one LP; inf if even that does not fit.
 
     Raises:
         TimeoutError: HiGHS did not finish within ``time_limit`` seconds.
@@ -328,7 +328,7 @@ def relaxed_seconds(dag: Dag, memory_budget: int, *, time_limit: float = 60.0) -
 
 
 def milp_bound(chain: Chain, memory_budget: int, *, time_limit: float = 60.0) -> DagOptimum:
-    """``solve_dag`` of ``chain_dag(chain)``: a bound that owes nothing to the other solvers.
+    """Apply ``solve_dag`` to ``chain_dag(chain)``: a bound that owes nothing to the other solvers.
 
     The plan is one of the Dag, and not a Schedule: ``chain_dag`` says how far the two differ.
 

@@ -1,7 +1,7 @@
 """Binomial checkpointing of a loop whose number of steps is not known before it ends.
 
-The problem is that of Stumm & Walther 2010, *New algorithms for optimal online checkpointing*, SIAM Journal on
-Scientific Computing 32(2), https://doi.org/10.1137/080742439: c slots, x_0 in one of them; before each
+The problem is that of Stumm & Walther 2010, *New algorithms for optimal online checkpointing*, SIAM Journal
+on Scientific Computing 32(2), https://doi.org/10.1137/080742439: c slots, x_0 in one of them; before each
 step its input may be held, in the place of another; when the loop has ended after n steps, all of them are
 reversed from what is held. The loop runs its last step before it knows that it was the last, so that the
 count is that of two phases (``binomial.py``).
@@ -11,8 +11,8 @@ gap is reversed by Revolve, with all slots but those of the boundaries before it
 fewer that keeps one step at a time and gives up no held boundary before its turn. (To give some up would
 help only from a much worse placement; with the placement below it never did, n up to 600 and c up to 10.)
 
-Placement. Before each step: whatever is held if the loop ends right after it at the least count, of holding the
-input of the step in the place of any other, or not at all; ties go to the place of the earliest.
+Placement. Before each step: whatever is held if the loop ends right after it at the least count, of holding
+the input of the step in the place of any other, or not at all; ties go to the place of the earliest.
 
 What is claimed:
 
@@ -45,7 +45,7 @@ __all__ = ["OnlineRevolve"]
 
 @lru_cache(maxsize=2**16)
 def _again(steps: int, slots: int) -> int:
-    """p(l, c): runs that keep nothing, to reverse a segment from its held input."""
+    """Return p(l, c): runs that keep nothing, to reverse a segment from its held input."""
     return revolve_runs(steps, slots) - steps
 
 
@@ -53,7 +53,8 @@ class OnlineRevolve:
     """Where to hold boundaries of a loop of unknown length, and how to reverse it from there.
 
     Call ``step()`` before each step of the loop and carry out what it says; when the loop is over, carry
-    out ``backward_actions()``. All actions together are a legal ``Schedule`` of as many stages as there were steps.
+    out ``backward_actions()``. All actions together are a legal ``Schedule`` of as many stages as there were
+    steps.
 
     Args:
         slots: c >= 1 boundaries held at most, the initial state among them.
@@ -75,7 +76,7 @@ class OnlineRevolve:
         self._reach = self.slots  # C(c + r + 1, c) - 1: the most steps with as few
 
     def step(self) -> tuple[Action, ...]:
-        """What to do for the next step n: hold its input or not, in the place of which other; run it."""
+        """Decide on the next step n: hold its input or not, in the place of which other; run it."""
         n = self.steps
         self.steps += 1
         while self.steps > self._reach:
@@ -94,7 +95,7 @@ class OnlineRevolve:
         return (Free(dropped), Checkpoint(n))
 
     def _least_useful(self, n: int) -> int:
-        """Which of the held boundaries and x_n to do without, if the loop ends after step n."""
+        """Find which of the held boundaries and x_n to do without, if the loop ends after step n."""
         places = (*self.held, n, n + 1)
         sizes = [
             end - start for start, end in pairwise(places)
@@ -110,7 +111,7 @@ class OnlineRevolve:
         return found
 
     def _segments(self) -> list[tuple[int, int, int]]:
-        """First step, steps and slots of each gap, were the loop to end here."""
+        """Return first step, steps and slots of each gap, were the loop to end here."""
         gaps = pairwise((*self.held, self.steps))
         return [(start, end - start, self.slots - i) for i, (start, end) in enumerate(gaps)]
 

@@ -30,17 +30,19 @@ What is claimed: the schedule is within the budget; one is found iff some persis
 common divisor of boundaries, saved tensors and what stages retain is affordable as the unit. Elsewhere two
 tables are made. With sizes rounded down C is a lower bound; interpolated between grid points it estimates
 best. A schedule is read off each and the faster one returned; ``Optimum.lower_bound`` is the better of that
-bound and the knapsack's (``knapsack.py``), and ``Optimum.exact`` says whether the schedule meets it. Past some
-500 unlike stages splits are tried at the smallest of every few boundaries only (``Arrays.split``), elsewhere
-only where nothing else fits; the knapsack's is then the only bound. docs/solver_speed.md has the times and gaps.
+bound and the knapsack's (``knapsack.py``), and ``Optimum.exact`` says whether the schedule meets it. Past
+some 500 unlike stages splits are tried at the smallest of every few boundaries only (``Arrays.split``),
+elsewhere only where nothing else fits; the knapsack's is then the only bound. docs/solver_speed.md has the
+times and gaps.
 
-Where the chain knows its values, the referee counts fewer bytes than the sums, and a budget by the sums that uses what
-is left is found by bisection (``ByStorage``). The schedule is then the fastest for that budget by the sums; the bound is
-the knapsack's, and ``smallest`` the least that a schedule takes of a few that the sums suggest.
+Where the chain knows its values, the referee counts fewer bytes than the sums, and a budget by the sums that
+uses what is left is found by bisection (``ByStorage``). The schedule is then the fastest for that budget by
+the sums; the bound is the knapsack's, and ``smallest`` the least that a schedule takes of a few that the sums
+suggest.
 
 What is not claimed: that no other schedule is faster. ``exhaustive`` finds those that let a boundary go early
 and bring it back with what comes before it: one to two percent on chains of ten unlike stages, up to eight,
-and nothing where stages are alike (docs/persistence.md). What autograd saved cannot be let go like that.
+and nothing where stages are alike (docs/persistence.md). What autograd saved cannot be released like that.
 """
 
 from __future__ import annotations
@@ -64,12 +66,14 @@ __all__ = ["Optimum", "Table", "solve", "solve_many", "solve_optimal"]
 
 # One table of C takes about so many bytes, and additions to fill it,
 TABLE_BYTES, TABLE_STEPS = 128 * 2**20, 10**9
-# unless that leaves the whole chain fewer slots than MIN_SLOTS: fewer estimate badly. More than MAX_SLOTS are of
-# use only to a grid that is exact; before one much finer than that, a grid of QUICK_SLOTS is tried.
+# unless that leaves the whole chain fewer slots than MIN_SLOTS: fewer estimate badly. More than MAX_SLOTS are
+# of use only to a grid that is exact; before one much finer than that, a grid of QUICK_SLOTS is tried.
 MIN_SLOTS, MAX_SLOTS, QUICK_SLOTS = 500, 6000, 1000
-# Where MIN_SLOTS take more than so many, splits are tried at some of the boundaries only, one in MOST_WINDOW at least.
+# Where MIN_SLOTS take more than so many, splits are tried at some of the boundaries only, one in MOST_WINDOW
+# at least.
 MOST_BYTES, MOST_STEPS, MOST_WINDOW = 384 * 2**20, 8 * 10**9, 100
-# Where values are known, the budgets by the sums that are tried at first, and steps between those that may follow.
+# Where values are known, the budgets by the sums that are tried at first, and steps between those that may
+# follow.
 SUMS_FIRST, SUMS_TRIED = 8, 1000
 MOST_STAGES = 5000  # P alone takes a minute there, and each table of segments 200 MB
 
@@ -118,7 +122,7 @@ class Table:
 
     def __init__(self, chain: Chain, most: int, *, many: bool = False) -> None:
         self.chain = chain
-        self._a = a = arrays_of(chain)
+        self._a = a = arrays_of("optimal", chain, 1)
         self._p = p = peaks_of(a, np.ones(len(chain) + 1, np.bool_))
         self._held = int(a.boundary[0] + a.after[-1])  # base of the whole chain
         # Every backward is followed by an action that costs at least what it leaves behind, except the last.
@@ -140,7 +144,7 @@ class Table:
         window = max(math.sqrt(steps / coarse / MOST_STEPS), size / coarse / MOST_BYTES, 1)
         window = min(math.ceil(window), MOST_WINDOW)
         if window > 1:
-            self._a = a = arrays_of(chain, window)
+            self._a = a = arrays_of("optimal", chain, window)
             steps, size = steps / window**2, size / window
         divisor = self._divisor()
         fine = min(max(steps / TABLE_STEPS, size / TABLE_BYTES, 1), coarse)
@@ -157,11 +161,12 @@ class Table:
                 break
 
     def _tabulate(self, rounds: bool) -> bool:
-        """Fill the grid, or both, if it ``rounds``; whether what is read off for ``most`` is seen to be optimal."""
+        """Fill the grid, or both, if it ``rounds``; return whether ``most``'s schedule is proven optimal."""
         a, p = self._a, self._p
         phase = (self.most - self._held) % self.unit
         g = filled_grid(a, p, self.most, self.unit, phase, False)
-        # Sizes are rounded down: a lower bound, if all splits are tried. The whole chain's values are all it takes.
+        # Sizes are rounded down: a lower bound, if all splits are tried. The whole chain's values are all it
+        # takes.
         self._bounds = root_values(g) if self._window == 1 else None
         self._first = read_off(a, p, g, self.most)
         if rounds and (self._many or self._first.extra > self._bound(self.most)):
@@ -171,13 +176,13 @@ class Table:
         return self.read(self.most).extra <= self._bound(self.most)
 
     def _divisor(self) -> int:
-        """The greatest common divisor (bytes) of the sizes that are added up in what is held."""
+        """Return the greatest common divisor (bytes) of the sizes that are added up in what is held."""
         stages = self.chain.stages
         sizes = [stage.input for stage in stages[1:]] + [stage.retained for stage in stages[1:]]
         return math.gcd(*sizes, *(option.saved for stage in stages for option in stage.options)) or 1
 
     def _bound(self, budget: int) -> float:
-        """Extra seconds that no persistent schedule within ``budget`` can beat."""
+        """Return extra seconds that no persistent schedule within ``budget`` can beat."""
         least = self.knapsack.extra(budget)
         if self._bounds is None:
             return least
@@ -187,21 +192,21 @@ class Table:
         return max(least, float(values[min(max(up - lo, 0), len(values) - 1)]))
 
     def read(self, budget: int) -> Reading:
-        """The best schedule found within ``budget`` (bytes), undecoded; ``smallest`` fits."""
+        """Return the best schedule found within ``budget`` (bytes), undecoded; ``smallest`` fits."""
         budget = min(budget, self.most)
         reading = read_off(self._a, self._p, self._g, budget)
         return self._first if budget == self.most and self._first.extra < reading.extra else reading
 
     def peak(self, budget: int, reading: Reading) -> int:
-        """Bytes that the schedule of ``reading``, which was for ``budget``, takes."""
+        """Return bytes that the schedule of ``reading``, which was for ``budget``, takes."""
         return max(min(budget, self.most) - reading.spare, self._end)
 
     def lower_bound(self, budget: int) -> float:
-        """Seconds of a step that no persistent schedule within ``budget`` (bytes) can beat."""
+        """Return seconds of a step that no persistent schedule within ``budget`` (bytes) can beat."""
         return self.chain.plain_seconds + self._bound(min(budget, self.most))
 
     def schedule(self, reading: Reading) -> Schedule:
-        """The schedule of a reading."""
+        """Return the schedule of a reading."""
         decisions = iter(zip(reading.option.tolist(), reading.at.tolist(), strict=True))
 
         def decide(_s: int, _t: int, _: None) -> Decision[None]:
@@ -211,7 +216,7 @@ class Table:
         return build(len(self.chain), decide, None)
 
     def solve(self, budget: int) -> Optimum:
-        """The fastest persistent schedule within ``budget`` (bytes), as far as the module says.
+        """Return the fastest persistent schedule within ``budget`` (bytes), as far as the module says.
 
         Raises:
             InfeasibleBudget: no persistent schedule fits; ``smallest`` is exact.
@@ -243,14 +248,14 @@ class ByStorage:
         self.smallest = min(self.tried(by_sums)[1].peak for by_sums in sorted(first))
 
     def tried(self, by_sums: int) -> tuple[Schedule, Timeline]:
-        """What the table has for a budget by the sums (bytes), and what the referee says of it."""
+        """Return the table's schedule for a budget by the sums (bytes), and what the referee says of it."""
         if by_sums not in self._tried:
             schedule = self.table.schedule(self.table.read(by_sums))
             self._tried[by_sums] = schedule, simulate(self.chain, schedule)
         return self._tried[by_sums]
 
     def solve(self, budget: int) -> Optimum:
-        """The fastest schedule within ``budget`` (bytes), by bisection over budgets by the sums.
+        """Return the fastest schedule within ``budget`` (bytes), by bisection over budgets by the sums.
 
         Raises:
             InfeasibleBudget: no schedule that was tried fits.
@@ -272,12 +277,12 @@ class ByStorage:
 
 
 def solve_optimal(chain: Chain, memory_budget: int) -> Optimum:
-    """The fastest persistent schedule within ``memory_budget`` (bytes), as far as the module says.
+    """Return the fastest persistent schedule within ``memory_budget`` (bytes), as far as the module says.
 
     Raises:
         InfeasibleBudget: no persistent schedule fits; ``smallest`` is exact.
-        TypeError, ValueError: an argument of the wrong kind, a budget not in 1 .. 2**63 - 1; sums of the chain's
-            sizes or seconds that overflow.
+        TypeError, ValueError: an argument of the wrong kind, a budget not in 1 .. 2**63 - 1; sums of the
+            chain's sizes or seconds that overflow.
     """
     memory_budget = checked_budget("solve_optimal", memory_budget)
     if checked_chain("solve_optimal", chain).values:
@@ -286,12 +291,12 @@ def solve_optimal(chain: Chain, memory_budget: int) -> Optimum:
 
 
 def solve(chain: Chain, memory_budget: int) -> Schedule:
-    """The schedule of ``solve_optimal``."""
+    """Return the schedule of ``solve_optimal``."""
     return solve_optimal(chain, memory_budget).schedule
 
 
 def solve_many(chain: Chain, memory_budgets: Sequence[int]) -> list[Schedule]:
-    """One schedule a budget (bytes), all from the table of the largest; raises as ``solve_optimal`` does."""
+    """Return a schedule for each budget (bytes), all from one table; raises as ``solve_optimal`` does."""
     table = ByStorage(chain) if chain.values else Table(chain, max(memory_budgets), many=True)
     if min(memory_budgets) < table.smallest:
         raise InfeasibleBudget(min(memory_budgets), table.smallest, "optimal")

@@ -9,7 +9,7 @@ there is nothing between the only checkpoint and the end, and the step is the pl
 What is claimed: given no k, the fastest of all k that fits, and of those the one of least peak (every k
 but the last takes the same seconds); ``InfeasibleBudget.smallest`` is the least of their peaks.
 
-Where stages may run only once they are kept, and k is counted anew after each of them.
+Where stages may run only once they are kept, and k counts from 0 after each of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["solve"]
 
 
 def _trees(chain: Chain, periods: Iterable[int]) -> Iterator[Ints]:
-    """The tree of each number of stages k."""
+    """Yield the tree of each number of stages k."""
     stage = np.arange(len(chain))
     once = np.array([not stage.recomputable for stage in chain.stages])
     runs = np.array(run_ends(chain))
@@ -42,7 +42,7 @@ def _trees(chain: Chain, periods: Iterable[int]) -> Iterator[Ints]:
 
 
 def solve(chain: Chain, memory_budget: int, *, every: int | None = None) -> Schedule:
-    """The schedule with a checkpoint every ``every`` stages; the best number of stages if it is None.
+    """Return the schedule with a checkpoint every ``every`` stages; the best number of stages if it is None.
 
     Args:
         memory_budget: bytes.

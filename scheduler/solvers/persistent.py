@@ -47,7 +47,7 @@ Decision: TypeAlias = KeepStage[S] | Split[S]
 
 
 def build(length: int, decide: Callable[[int, int, S], Decision[S]], state: S) -> Schedule:
-    """The persistent schedule of ``length`` stages that ``decide`` describes.
+    """Return the persistent schedule of ``length`` stages that ``decide`` describes.
 
     Args:
         length: number of stages L.
@@ -81,7 +81,7 @@ def build(length: int, decide: Callable[[int, int, S], Decision[S]], state: S) -
 
 
 def run_ends(chain: Chain) -> list[int]:
-    """(L,) for each stage, the last stage of its maximal run of recomputable stages.
+    """Return (L,) for each stage, the last stage of its maximal run of recomputable stages.
 
     A stage that may run only once is a run of its own. No split may carry it along uncovered, so the
     solvers that place checkpoints by position place them inside these runs.
@@ -94,7 +94,7 @@ def run_ends(chain: Chain) -> list[int]:
 
 
 def first_fit(chain: Chain, budget: int, schedules: Iterable[Schedule], solver: str) -> Schedule:
-    """The first of ``schedules`` whose peak, by the referee, is at most ``budget`` (bytes).
+    """Return the first of ``schedules`` whose peak, by the referee, is at most ``budget`` (bytes).
 
     Raises:
         InfeasibleBudget: none fits; ``smallest`` is the least of their peaks.

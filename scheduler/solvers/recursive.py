@@ -3,7 +3,8 @@
 Source: *Training Deep Nets with Sublinear Memory Cost*, arXiv:1604.06174, section 4.2. A segment of n
 stages holds k boundaries that cut it into k + 1 parts of (nearly) equal length, and each part is reversed
 in the same way, from the last to the first, down to single stages. With g(n) = k + g(n / (k + 1)), at most
-k·⌈log_{k+1} n⌉ boundaries are held at once, besides the input of the chain, and each stage runs at most once more per level.
+k·⌈log_{k+1} n⌉ boundaries are held at once, besides the input of the chain, and each stage runs at most once
+more per level.
 
 What is claimed: of the schedules for k = 1 .. n - 1 the fastest that fits is returned, and
 ``InfeasibleBudget.smallest`` is the least of their peaks. Positions count, seconds and bytes do not:
@@ -27,7 +28,7 @@ __all__ = ["solve"]
 
 @compiled
 def recursive_tree(length: int, inner: int) -> Ints:
-    """The tree of ``length`` stages in which every segment holds ``inner`` boundaries, or all it has if fewer."""
+    """Return the tree in which every segment holds ``inner`` boundaries, or all it has."""
     tree = np.zeros(2 * length - 1, np.int64)
     stack = np.empty((length, 3), np.int64)  # segments s..t and how many parts they are still to be cut into
     stack[0] = 0, length - 1, 1
@@ -48,7 +49,7 @@ def recursive_tree(length: int, inner: int) -> Ints:
 
 
 def solve(chain: Chain, memory_budget: int) -> Schedule:
-    """The recursive schedule with the k that makes it fastest, of those that fit.
+    """Return the recursive schedule with the k that makes it fastest, of those that fit.
 
     Args:
         memory_budget: bytes.

@@ -27,7 +27,7 @@ __all__ = ["schedule_with_slots", "solve"]
 
 @compiled
 def binomial_tree(length: int, slots: int) -> Ints:
-    """The tree of ``length`` stages with ``slots`` >= 1 boundaries held at most, the input's among them."""
+    """Return the tree with at most ``slots`` >= 1 boundaries held, the input's among them."""
     tree = np.zeros(2 * length - 1, np.int64)
     stack = np.empty((length, 3), np.int64)  # first stage, stages and slots of the segments still to do
     stack[0] = 0, length, slots
@@ -46,12 +46,12 @@ def binomial_tree(length: int, slots: int) -> Ints:
 
 
 def schedule_with_slots(chain: Chain, slots: int) -> Schedule:
-    """The binomial schedule that holds at most ``slots`` >= 1 boundaries, besides the working one."""
+    """Return the binomial schedule that holds at most ``slots`` >= 1 boundaries, besides the working one."""
     return schedule_of(next(trees_by_runs(chain, binomial_tree, lambda _: [slots])), len(chain))
 
 
 def solve(chain: Chain, memory_budget: int) -> Schedule:
-    """The binomial schedule with the number of slots that makes it fastest, of those that fit.
+    """Return the binomial schedule with the number of slots that makes it fastest, of those that fit.
 
     Args:
         memory_budget: bytes.

@@ -22,7 +22,7 @@ __all__ = ["solve"]
 
 
 def _matches(chain: Chain, keep: object) -> list[bool]:
-    """(L,) whether each stage is named by ``keep``; or an error that says what to pass."""
+    """Return (L,) whether each stage is named by ``keep``; or an error that says what to pass."""
     names = [stage.name for stage in chain.stages]
     if isinstance(keep, (str, re.Pattern)):
         try:
@@ -53,7 +53,7 @@ def solve(
     *,
     keep: str | re.Pattern[str] | Callable[[str], bool] | Iterable[str],
 ) -> Schedule:
-    """The schedule that keeps the stages that ``keep`` names and recomputes the others.
+    """Return the schedule that keeps the stages that ``keep`` names and recomputes the others.
 
     Args:
         memory_budget: bytes.

@@ -20,7 +20,7 @@ __all__ = ["solve"]
 
 
 def segment_ends(chain: Chain) -> list[int]:
-    """(L,) for each stage, the last stage of its segment."""
+    """Return (L,) for each stage, the last stage of its segment."""
     ends: list[int] = []
     runs = run_ends(chain)
     while len(ends) < len(chain):
@@ -35,7 +35,7 @@ def segment_ends(chain: Chain) -> list[int]:
 
 
 def solve(chain: Chain, memory_budget: int) -> Schedule:
-    """The √n schedule.
+    """Return the √n schedule.
 
     Args:
         memory_budget: bytes.

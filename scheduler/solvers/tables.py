@@ -5,7 +5,8 @@ bytes above its *base*: what is held (h) and ``after[t]``, what lives once stage
 written, all that counts lies in the segment itself, and equal segments (the same blocks elsewhere in a
 transformer) have equal tables: each is computed once, at its *origin*.
 
-Segments are computed in blocks of TILE values of s, from the end of the chain; in each by t, then by s from above.
+Segments are computed in blocks of TILE values of s, from the end of the chain; in each by t, then by s from
+above.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from scheduler.chain import Chain, Option, Stage
+from scheduler.chain import Chain, Stage
 from scheduler.solvers.checks import MOST_BYTES, checked_sums
 
 __all__ = [
@@ -30,7 +31,6 @@ __all__ = [
     "arrays_of",
     "compiled",
     "keep_need",
-    "option_table",
     "peaks_of",
     "quickest",
     "run_need",
@@ -46,7 +46,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiled(function: F, **options: Any) -> F:
-    """``function`` compiled at its first call, and kept on disk where there is a place for it."""
+    """Compile ``function`` at its first call, and keep it on disk where a place can be written."""
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # numba's word for: neither the package's folder nor the user's can be written
@@ -54,14 +54,17 @@ def compiled(function: F, **options: Any) -> F:
 
 
 class Arrays(NamedTuple):
-    """The chain for compiled code. L stages, at most K options; seconds as floats, bytes as ints."""
+    """The chain in sums for compiled code. L stages, at most K options; seconds as floats, bytes as ints.
 
-    ahead: Floats  # (L + 1,) seconds of the forwards of the stages before i
-    quick: Floats  # (L + 1,) seconds of the fastest options' recomputation of the stages before i
-    fastest: Ints  # (L,) the option of least recomputation
-    kept: Ints  # (L + 1,) bytes saved under the fastest options by the stages before i
+    What follows ``after`` is for tables of segments, and empty for solvers that have none.
+    """
+
+    forward: Floats  # (L,)
+    backward: Floats  # (L,)
     boundary: Ints  # (L + 1,)
     grad: Ints  # (L + 1,) gradients of the boundaries
+    recomputable: NDArray[np.bool_]  # (L,)
+    running: Ints  # (L,) what a run that keeps nothing adds: its output and its transient
     choices: Ints  # (L,) number of options
     saved: Ints  # (L, K)
     recompute: Floats  # (L, K)
@@ -70,6 +73,10 @@ class Arrays(NamedTuple):
     backward_overhead: Ints  # (L, K)
     first: Ints  # (L,) bytes above base while stage i runs for the first time: never over 0
     after: Ints  # (L,) fixed and long-lived bytes once stages i+1.. are reversed
+    ahead: Floats  # (L + 1,) seconds of the forwards of the stages before i
+    quick: Floats  # (L + 1,) seconds of the fastest options' recomputation of the stages before i
+    fastest: Ints  # (L,) the option of least recomputation
+    kept: Ints  # (L + 1,) bytes saved under the fastest options by the stages before i
     run: Ints  # (2, L, L) see ``run_need``
     split: NDArray[
         np.bool_
@@ -86,7 +93,7 @@ class Peaks(NamedTuple):
 
 
 def _origins(chain: Chain, split: NDArray[np.bool_]) -> Ints:
-    """(L, L) for each segment s..t, the s' of the first of those computed that have the same stages in it.
+    """Return (L, L) for s..t the s' of the first of those computed that have the same stages in it.
 
     A segment that ends the chain runs first when there is no gradient yet: it equals none but itself.
     """
@@ -124,91 +131,109 @@ def _origins(chain: Chain, split: NDArray[np.bool_]) -> Ints:
 
 
 def quickest(stage: Stage) -> int:
-    """The option of least recomputation, and of those the smallest."""
+    """Return the option of least recomputation, and of those the smallest."""
     return min(range(len(stage.options)), key=lambda k: (stage.options[k].recompute, stage.options[k].saved))
 
 
-def option_table(chain: Chain, field: str | Callable[[Option], Any], dtype: type) -> NDArray[Any]:
-    """(L, K) a field of all options, 0 where a stage has fewer than K."""
-    width = max(len(stage.options) for stage in chain.stages)
-    value = attrgetter(field) if isinstance(field, str) else field
-    rows = [[value(o) for o in stage.options] for stage in chain.stages]
-    return np.array([row + [0] * (width - len(row)) for row in rows], dtype)
-
-
-def arrays_of(chain: Chain, window: int = 1) -> Arrays:
-    """The chain as arrays.
+def arrays_of(call: str, chain: Chain, window: int = 0) -> Arrays:
+    """Return the chain as arrays.
 
     Args:
-        window: the grid tries splits at the smallest of every ``window`` boundaries.
+        call: whose error it is that sums overflow.
+        window: the grid tries splits at the smallest of every ``window`` boundaries; 0 for no tables of
+            segments.
 
     Raises:
-        ValueError: its sizes or seconds could overflow.
+        ValueError: the sizes or seconds of the chain could overflow.
     """
-    checked_sums("optimal", chain)
+    checked_sums(call, chain)
     stages = chain.stages
     length = len(stages)
+    options = [option for stage in stages for option in stage.options]
+    choices = np.array([len(stage.options) for stage in stages], np.int64)
+    exists = np.arange(choices.max()) < choices[:, None]
 
-    def sums(values: list[float]) -> Floats:
-        return np.concatenate(([0.0], np.cumsum(values)))
+    def table(field: str, dtype: type = np.int64) -> NDArray[Any]:
+        """Return (L, K), 0 where a stage has fewer than K options."""
+        found: NDArray[Any] = np.zeros(exists.shape, dtype)
+        found[exists] = list(map(attrgetter(field), options))
+        return found
 
-    quick = [quickest(stage) for stage in stages]
+    def each(field: str, dtype: type = np.int64) -> NDArray[Any]:
+        return np.array(list(map(attrgetter(field), stages)), dtype)
+
+    rerun = np.zeros(exists.shape, np.int64)
+    rerun[exists] = [option.transient(again=True) for option in options]
+    carried = each("carried")
+    retained = each("retained")
     boundary = np.array([chain.input_bytes(i) for i in range(length + 1)], np.int64)
+    first = np.cumsum(carried) - carried.sum()
+    running = boundary[1:] + each("forward_overhead")
+    quick = [quickest(stage) for stage in stages]
+    chosen = [stage.options[k] for stage, k in zip(stages, quick, strict=True)]
     split = np.zeros(length + 1, np.bool_)
     split[length] = True
-    for j in range(1, length, window):
+    for j in range(1, length, window) if window else ():
         split[j + np.argmin(boundary[j : min(j + window, length)])] = True
-    carried = np.array([stage.carried for stage in stages], np.int64)
-    retained = np.array([stage.retained for stage in stages], np.int64)
-    first = np.cumsum(carried) - carried.sum()
-    overhead = np.array([stage.forward_overhead for stage in stages], np.int64)
-    once = np.array([not stage.recomputable for stage in stages])
-    run = np.empty((2, length, length), np.int64)
-    for which, base in enumerate((0, first)):
-        here = np.where(once, NEVER, boundary[:-1] + boundary[1:] + overhead + base)
-        on_the_way = np.triu(np.broadcast_to(here, (length, length)), 1)
-        # x_s itself is in h, not above it.
-        np.fill_diagonal(on_the_way, np.where(once, NEVER, here - boundary[:-1]))
-        lowest = -NEVER * np.tri(length, k=-1, dtype=np.int64)
-        run[which] = np.maximum.accumulate(on_the_way + lowest, axis=1)
+    recomputable = each("recomputable", np.bool_)
     return Arrays(
-        ahead=sums([stage.forward for stage in stages]),
-        quick=sums([stage.options[k].recompute for stage, k in zip(stages, quick, strict=True)]),
-        fastest=np.array(quick, np.int64),
-        kept=np.cumsum(
-            [0] + [stage.options[k].saved for stage, k in zip(stages, quick, strict=True)], dtype=np.int64
-        ),
+        forward=each("forward", np.float64),
+        backward=each("backward", np.float64),
         boundary=boundary,
         grad=np.array([chain.grad_bytes(i) for i in range(length + 1)], np.int64),
-        choices=np.array([len(stage.options) for stage in stages], np.int64),
-        saved=option_table(chain, "saved", np.int64),
-        recompute=option_table(chain, "recompute", np.float64),
-        forward_overhead=option_table(chain, "forward_overhead", np.int64),
-        rerun_overhead=option_table(chain, lambda option: option.transient(again=True), np.int64),
-        backward_overhead=option_table(chain, "backward_overhead", np.int64),
+        recomputable=recomputable,
+        running=running,
+        choices=choices,
+        saved=table("saved"),
+        recompute=table("recompute", np.float64),
+        forward_overhead=table("forward_overhead"),
+        rerun_overhead=rerun,
+        backward_overhead=table("backward_overhead"),
         first=first,
         after=chain.fixed + carried.sum() + np.cumsum(retained[::-1])[::-1] - retained,
-        run=run,
+        ahead=np.concatenate(([0.0], np.cumsum([stage.forward for stage in stages]))),
+        quick=np.concatenate(([0.0], np.cumsum([option.recompute for option in chosen]))),
+        fastest=np.array(quick, np.int64),
+        kept=np.cumsum([0, *(option.saved for option in chosen)], dtype=np.int64),
+        run=_runs(boundary[:-1], running, first, recomputable) if window else np.empty((2, 0, 0), np.int64),
         split=split,
-        origin=_origins(chain, split),
+        origin=_origins(chain, split) if window else np.empty((0, 0), np.int64),
     )
 
 
+def _runs(boundary: Ints, running: Ints, first: Ints, recomputable: NDArray[np.bool_]) -> Ints:
+    """Return (2, L, L) the most bytes above base while stages s..i run from x_s; see ``run_need``."""
+    length = len(running)
+    run = np.empty((2, length, length), np.int64)
+    for which, base in enumerate((np.zeros_like(first), first)):
+        here = np.where(recomputable, boundary + running + base, NEVER)
+        on_the_way = np.triu(np.broadcast_to(here, (length, length)), 1)
+        # x_s itself is in h, not above it.
+        np.fill_diagonal(on_the_way, np.where(recomputable, here - boundary, NEVER))
+        lowest = -NEVER * np.tri(length, k=-1, dtype=np.int64)
+        run[which] = np.maximum.accumulate(on_the_way + lowest, axis=1)
+    return run
+
+
 @compiled
-def keep_need(a: Arrays, s: int, t: int, k: int) -> int:
-    """Bytes above base to keep stage s of s..t with option k, and to reverse it once s+1..t are reversed."""
+def keep_need(a: Arrays, s: int, t: int, k: int, x: int = 0, back: int = 0) -> int:
+    """Return bytes above base to keep stage s of s..t with option k, and to reverse it after s+1..t.
+
+    Args:
+        x, back: bytes of what has x_s in it, unless it is in h, when s runs and when it is reversed.
+    """
     # A segment that ends at L-1 runs before any backward: no gradient yet, long-lived bytes so far.
     now = a.first[s] if t == a.first.size - 1 else a.grad[t + 1]
     # A stage that ends a segment, but for the last of the chain, is run again just before its backward.
     again = s == t and t < a.first.size - 1
     now += a.rerun_overhead[s, k] if again else a.forward_overhead[s, k]
     backward = a.after[s] - a.after[t] + a.grad[s + 1] + a.grad[s] + a.backward_overhead[s, k]
-    return int(a.saved[s, k] + max(now, backward))
+    return int(a.saved[s, k] + max(x + now, back + backward))
 
 
 @compiled
 def run_need(a: Arrays, s: int, t: int, j: int) -> int:
-    """Bytes above base to run stages s..j-1 of s..t, from x_s, which is in h; NEVER or more if one may run only once."""
+    """Return bytes above base to run stages s..j-1 of s..t, from x_s in h; NEVER or more if one runs once."""
     if t == a.first.size - 1:
         return int(a.run[1, s, j - 1])
     return int(a.run[0, s, j - 1] + a.grad[t + 1])
@@ -216,7 +241,7 @@ def run_need(a: Arrays, s: int, t: int, j: int) -> int:
 
 @compiled
 def peaks_of(a: Arrays, split: NDArray[np.bool_]) -> Peaks:
-    """The tables P and A, for splits at the boundaries ``split`` (L + 1,) and segments that end there."""
+    """Return the tables P and A, for splits at ``split`` (L + 1,) and segments that end there."""
     length = a.first.size
     least = np.full((length, length), NEVER)
     least_to = np.full((length, length), NEVER)

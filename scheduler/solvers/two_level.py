@@ -24,9 +24,9 @@ f says where x_s is, and x its bytes if it is a copy of its own (else 0; then it
       split j:       forward_s + .. + forward_{j-1} + F_loose(j, R', H') + C(s, j-1, R - y),   s < j < L
 
 where R' = R - x if x_s stays, and R otherwise; H' = H less its bytes if they are written; y = x, or
-saved_{s-1} if x_s comes early with them; and C is the recurrence of ``optimal.py``. As there, the grids of C and F estimate seconds and nothing else. What
-fits is decided in exact bytes, by the least peaks of segments and, for suffixes of the chain, by the frontier
-of least peaks against host bytes.
+saved_{s-1} if x_s comes early with them; and C is the recurrence of ``optimal.py``. As there, the grids of C
+and F estimate seconds and nothing else. What fits is decided in exact bytes, by the least peaks of segments
+and, for suffixes of the chain, by the frontier of least peaks against host bytes.
 
 What is claimed. No schedule is over either budget, and none is slower than the one of ``optimal``. A
 schedule is found iff one of the class fits, and ``InfeasibleBudget.smallest`` is exact, unless a frontier
@@ -37,9 +37,10 @@ returned. ``TwoLevelOptimum.lower_bound`` is a bound on the class either way.
 
 With asynchronous copies the class is that of all orders of the same copies, and no optimality is claimed. A
 step takes at least its compute, at least its writes and at least its reads; hence at least the least
-(compute + w (writes + reads)) / (1 + 2w) for any w >= 0, which is F with copies at w times their seconds. F is
-solved for several w, and read off for the whole of R and for parts of it. Each solution's copies are spread
-out, frees as late and prefetches as early as the device's bytes allow, and the referee picks the fastest.
+(compute + w (writes + reads)) / (1 + 2w) for any w >= 0, which is F with copies at w times their seconds. F
+is solved for several w, and read off for the whole of R and for parts of it. Each solution's copies are
+spread out, frees as late and prefetches as early as the device's bytes allow, and the referee picks the
+fastest.
 """
 
 from __future__ import annotations
@@ -48,12 +49,13 @@ import math
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from operator import itemgetter
 from typing import Any
 
 from scheduler.chain import Chain
 from scheduler.errors import InfeasibleBudget
-from scheduler.host import HostMemory, apart
+from scheduler.host import HostMemory
 from scheduler.schedule import (
     Action,
     Backward,
@@ -67,11 +69,12 @@ from scheduler.schedule import (
     Prefetch,
     PrefetchSaved,
     Schedule,
+    Timeline,
     simulate,
 )
 from scheduler.solvers import optimal
-from scheduler.solvers.checks import MOST_SECONDS, by_sums, checked_budget, checked_chain
-from scheduler.solvers.tables import Floats, Ints, quickest
+from scheduler.solvers.checks import MOST_SECONDS, checked_budget, checked_chain
+from scheduler.solvers.tables import Floats, Ints, arrays_of, quickest
 from scheduler.solvers.two_level_tables import (
     EARLY,
     GOES,
@@ -128,13 +131,13 @@ class TwoLevelOptimum:
 
 
 def _units(n: Numbers, room: int, host_room: int, fills: int) -> tuple[int, int, bool]:
-    """The units (bytes) of the finest grids affordable ``fills`` times, and whether they round nothing."""
-    length, options = n.saved.shape
-    sizes = [int(size) for array in (n.boundary, n.saved) for size in array.flat]
+    """Return the units (bytes) of the finest affordable grids, and whether nothing is rounded."""
+    length, options = n.a.saved.shape
+    sizes = [int(size) for array in (n.a.boundary, n.a.saved) for size in array.flat]
     divisor = math.gcd(*sizes) or 1
 
     def slots(hosts: int) -> int:
-        """How many slots of device memory are affordable with as many of the host."""
+        """Return how many slots of device memory are affordable with as many of the host."""
         steps = length**3 // 6 + (5 + options) * (length // 2 + 2 * options) * length * hosts
         numbers = length * length + (2 + options) * length * hosts
         return min(TABLE_STEPS // fills // steps, TABLE_BYTES // (8 * numbers))
@@ -149,10 +152,11 @@ def _units(n: Numbers, room: int, host_room: int, fills: int) -> tuple[int, int,
 def _read_off(
     chain: Chain, n: Numbers, least: Ints, p: Frontiers, g: Grid, room: int, host_room: int
 ) -> Schedule:
-    """The schedule that the grid describes, copies where they are asked for."""
+    """Return the schedule that the grid describes, copies where they are asked for."""
     actions: list[Action] = []
     last = len(chain) - 1
-    # What is left to do, last first: actions, (s, t, room) to run again, (f, s, room, host room) of the first sweep.
+    # What is left to do, last first: actions, (s, t, room) to run again, (f, s, room, host room) of the first
+    # sweep.
     stack: list[Any] = [(LOOSE, 0, room, host_room)]
     while stack:
         item = stack.pop()
@@ -163,10 +167,10 @@ def _read_off(
             option, j = decide_again(n, least, g, s, t, here)
             if option >= 0:
                 actions.append(Keep(s, option))
-                stack += [Backward(s), *([(s + 1, t, here - int(n.saved[s, option]))] if s < t else [])]
+                stack += [Backward(s), *([(s + 1, t, here - int(n.a.saved[s, option]))] if s < t else [])]
             else:
                 actions += [Checkpoint(s), *(Forward(i) for i in range(s + 1, j))]
-                stack += [(s, j - 1, here), (j, t, here - int(n.boundary[j]))]
+                stack += [(s, j - 1, here), (j, t, here - int(n.a.boundary[j]))]
         else:
             f, s, here, there = item
             option, j, way, off = decide_sweep(n, least, p, g, f, s, here, there)
@@ -189,20 +193,19 @@ def _read_off(
                     (OFF + option, s + 1, rest, host_rest - int(n.host_saved[s, option])),
                 ]
             elif s < last:
-                stack.append((INSIDE, s + 1, rest - int(n.saved[s, option]), host_rest))
+                stack.append((INSIDE, s + 1, rest - int(n.a.saved[s, option]), host_rest))
     return Schedule(tuple(actions))
 
 
-def _later_frees(chain: Chain, schedule: Schedule, budget: int, host: HostMemory) -> Schedule:
-    """What was copied to the host is freed only when its bytes are needed; if they never are, not copied."""
-    line = simulate(chain, schedule, host)
+def _later_frees(schedule: Schedule, line: Timeline, budget: int) -> Schedule:
+    """Free what was copied only when its bytes are needed; if they never are, do not copy it."""
     saved_off = {action.stage for action in schedule if isinstance(action, OffloadSaved)}
     off = {action.boundary for action in schedule if isinstance(action, Offload)}
     waiting: deque[tuple[Free | FreeSaved, int]] = deque()  # frees, oldest first, and their bytes
     actions: list[Action] = []
 
     def make_room(live: int) -> None:
-        """Free the oldest until ``live`` bytes fit beside what is left; a free that adds bytes (x_{i+1}) among it."""
+        """Free the oldest until ``live`` bytes fit; a free may add bytes (x_{i+1})."""
         while waiting and live + sum(s for _, s in waiting) + max(0, *(-s for _, s in waiting)) > budget:
             actions.append(waiting.popleft()[0])
 
@@ -231,9 +234,8 @@ def _later_frees(chain: Chain, schedule: Schedule, budget: int, host: HostMemory
     return Schedule(tuple(actions))
 
 
-def _earlier_prefetches(chain: Chain, schedule: Schedule, budget: int, host: HostMemory) -> Schedule:
-    """Prefetches moved forward, in the order in which they are needed, as far as the device has room."""
-    line = simulate(chain, schedule, host)
+def _earlier_prefetches(schedule: Schedule, line: Timeline, budget: int) -> Schedule:
+    """Move prefetches forward, in the order in which they are needed, as far as the device has room."""
     moved: list[tuple[Action, int]] = []  # and the most bytes live while it runs
     for index, action in enumerate(schedule):
         moved.append((action, line.during[index]))
@@ -255,14 +257,15 @@ def _earlier_prefetches(chain: Chain, schedule: Schedule, budget: int, host: Hos
 
 
 def solve_two_level(chain: Chain, memory_budget: int, host: HostMemory) -> TwoLevelOptimum:
-    """The fastest schedule of the class within ``memory_budget`` (bytes) and ``host.capacity``, as the module says.
+    """Return the fastest schedule of the class within ``memory_budget`` and ``host.capacity`` (bytes).
 
     Raises:
-        InfeasibleBudget: no schedule of the class fits; ``smallest`` is the least device budget with this host.
-        TypeError, ValueError: an argument of the wrong kind, a budget not in 1 .. 2**63 - 1; sizes of the chain,
-            its seconds or those of its copies whose sums overflow.
+        InfeasibleBudget: no schedule of the class fits; ``smallest`` is the least device budget with this
+            host.
+        TypeError, ValueError: an argument of the wrong kind, a budget not in 1 .. 2**63 - 1; sizes of the
+            chain, its seconds or those of its copies whose sums overflow.
     """
-    chain = by_sums(apart(checked_chain("solve_two_level", chain)))
+    chain = checked_chain("solve_two_level", chain).apart().as_sums()
     memory_budget = checked_budget("solve_two_level", memory_budget)
     if not isinstance(host, HostMemory):
         raise TypeError(f"solve_two_level: host={host!r} must be a HostMemory")
@@ -279,10 +282,12 @@ def solve_two_level(chain: Chain, memory_budget: int, host: HostMemory) -> TwoLe
         )
     bounded = host.capacity < everything
     host_room = host.capacity if bounded else 0
-    n = numbers_of(chain, host, 1.0, bounded)
+    a = arrays_of("two_level", chain, 1)
+    a = a._replace(after=a.after - chain.fixed)
+    n = numbers_of(a, host, 1.0, bounded)
     least = peaks(n)
     p = frontiers(n, least, host_room)
-    needed = max(suffix_peak(p, LOOSE, 0, host_room), int(n.after[0]) + chain.stages[0].retained)
+    needed = max(suffix_peak(p, LOOSE, 0, host_room), int(n.a.after[0]) + chain.stages[0].retained)
     smallest = chain.fixed + needed
     if memory_budget < smallest:
         raise InfeasibleBudget(memory_budget, smallest, "two_level")
@@ -293,7 +298,7 @@ def solve_two_level(chain: Chain, memory_budget: int, host: HostMemory) -> TwoLe
     schedules: dict[Schedule, None] = {}  # a set, in order
     again: dict[bool, Floats | None] = {False: None, True: None}  # C does not depend on the weight
     for weight in weights:
-        n = numbers_of(chain, host, weight, bounded)
+        n = numbers_of(a, host, weight, bounded)
         for interpolate in (False,) if exact else (False, True):
             g = filled(n, least, p, room, host_room, (unit, host_unit), interpolate, again[interpolate])
             again[interpolate] = g.again
@@ -302,18 +307,19 @@ def solve_two_level(chain: Chain, memory_budget: int, host: HostMemory) -> TwoLe
             for reserve in RESERVES if host.asynchronous else (0.0,):
                 spared = int((room - needed) * reserve) // unit * unit
                 schedules[_read_off(chain, n, least, p, g, room - spared, host_room)] = None
+    judged = cache(lambda schedule: simulate(chain, schedule, host))
     if host.asynchronous:
         for schedule in list(schedules):
-            later = _later_frees(chain, schedule, memory_budget, host)
-            schedules |= {later: None, _earlier_prefetches(chain, later, memory_budget, host): None}
+            later = _later_frees(schedule, judged(schedule), memory_budget)
+            schedules |= {later: None, _earlier_prefetches(later, judged(later), memory_budget): None}
     with suppress(InfeasibleBudget):
         schedules[optimal.solve(chain, memory_budget)] = None
-    lines = [(simulate(chain, schedule, host), schedule) for schedule in schedules]
+    lines = [(judged(schedule), schedule) for schedule in schedules]
     fits = [(line.seconds, schedule) for line, schedule in lines if line.peak <= memory_budget]
     seconds, schedule = min(fits, key=itemgetter(0))
     return TwoLevelOptimum(schedule, seconds, bound, unit, host_unit)
 
 
 def solve(chain: Chain, memory_budget: int, host: HostMemory) -> Schedule:
-    """The schedule of ``solve_two_level``."""
+    """Return the schedule of ``solve_two_level``."""
     return solve_two_level(chain, memory_budget, host).schedule

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from scheduler.chain import Chain
 from scheduler.host import HostMemory
-from scheduler.solvers.checks import MOST_SECONDS, checked_sums
-from scheduler.solvers.tables import NEVER, Floats, Ints, compiled, option_table
+from scheduler.solvers.checks import MOST_SECONDS
+from scheduler.solvers.tables import NEVER, Arrays, Floats, Ints, compiled, keep_need, peaks_of, run_need
 
 __all__ = [
     "EARLY",
@@ -33,11 +32,12 @@ __all__ = [
     "suffix_peak",
 ]
 
-# Where x_s is when the first sweep comes to stage s: on the device by itself; inside the saved tensors of stage
-# s-1 there; or (OFF + k) on the device by itself while those of option k, it among them, are on the host.
+# Where x_s is when the first sweep comes to stage s: on the device by itself; inside the saved tensors of
+# stage s-1 there; or (OFF + k) on the device by itself while those of option k, it among them, are on the
+# host.
 LOOSE, INSIDE, OFF = 0, 1, 2
-# What becomes of x_s once stage s has run: it stays; it goes, and comes back by itself; it goes, and comes back with
-# the saved tensors of stage s-1, earlier than stage s-1 itself would need them.
+# What becomes of x_s once stage s has run: it stays; it goes, and comes back by itself; it goes, and comes
+# back with the saved tensors of stage s-1, earlier than stage s-1 itself would need them.
 STAYS, GOES, EARLY = 0, 1, 2
 
 NONE = MOST_SECONDS  # nothing fits
@@ -45,22 +45,12 @@ MOST_POINTS = 1024  # of one frontier; above that neighbours are merged to the c
 
 
 class Numbers(NamedTuple):
-    """The chain and its copies for compiled code: L stages, at most K options; bytes without ``chain.fixed``."""
+    """The chain and its copies for compiled code; ``a.after`` is without ``chain.fixed``.
 
-    forward: Floats  # (L,)
-    backward: Floats  # (L,)
-    boundary: Ints  # (L + 1,)
-    grad: Ints  # (L + 1,) gradients of the boundaries
-    overhead: Ints  # (L,) transient of a forward that keeps nothing
-    recomputable: NDArray[np.bool_]  # (L,)
-    choices: Ints  # (L,) number of options
-    saved: Ints  # (L, K)
-    recompute: Floats  # (L, K)
-    forward_overhead: Ints  # (L, K)
-    backward_overhead: Ints  # (L, K)
-    first: Ints  # (L,) long-lived bytes while stage i runs for the first time
-    after: Ints  # (L,) the same once stages i+1.. are reversed
-    # What is charged for copies: seconds as weighed, and host bytes, 0 where the host has room for all.
+    Copies are charged with seconds as weighed, and host bytes, 0 where the host has room for all.
+    """
+
+    a: Arrays
     write: Floats  # (L,) of x_i
     read: Floats  # (L,)
     saved_copy: Floats  # (L, K) there and back
@@ -76,13 +66,14 @@ class Grid(NamedTuple):
     host_unit: int
     host_phase: int
     interpolate: bool  # between grid points; otherwise sizes are rounded down
-    # Column c of a row is for c - 1 units; the margin, column 0, and what does not fit repeat the first that does.
+    # Column c of a row is for c - 1 units; the margin, column 0, and what does not fit repeat the first that
+    # does.
     again: Floats  # C (L, L, columns)
     sweep: Floats  # F (2 + K, L, host units, columns)
 
 
 class Frontiers(NamedTuple):
-    """For each place of x_s and each s, least peaks by host bytes: ``start[f, s]`` .. ``start[f, s] + size[f, s]``."""
+    """For each place f of x_s, least peaks by host bytes: ``size[f, s]`` from ``start[f, s]`` on."""
 
     start: Ints  # (2 + K, L)
     size: Ints  # (2 + K, L)
@@ -90,100 +81,62 @@ class Frontiers(NamedTuple):
     peak: Ints  # descending: bytes above h
 
 
-def numbers_of(chain: Chain, host: HostMemory, weight: float, bounded: bool) -> Numbers:
-    """The chain as arrays, with copies at ``weight`` times their seconds; or a ValueError where sums overflow."""
-    checked_sums("two_level", chain)
-    stages = chain.stages
+def numbers_of(a: Arrays, host: HostMemory, weight: float, bounded: bool) -> Numbers:
+    """Add copies at ``weight`` times their seconds; ``bounded``: the host is too small for all."""
+
+    def seconds(copy: Callable[[int], float], sizes: Ints) -> Floats:
+        return np.array([weight * copy(size) for size in sizes.ravel().tolist()]).reshape(sizes.shape)
 
     def there_and_back(size: int) -> float:
-        return weight * (host.write_seconds(size) + host.read_seconds(size))
+        return host.write_seconds(size) + host.read_seconds(size)
 
-    boundary = [chain.input_bytes(i) for i in range(len(stages) + 1)]
-    saved = option_table(chain, "saved", np.int64)
-    carried = np.array([stage.carried for stage in stages], np.int64)
-    retained = np.array([stage.retained for stage in stages], np.int64)
+    boundary = a.boundary[:-1]
     return Numbers(
-        forward=np.array([stage.forward for stage in stages]),
-        backward=np.array([stage.backward for stage in stages]),
-        boundary=np.array(boundary, np.int64),
-        grad=np.array([chain.grad_bytes(i) for i in range(len(stages) + 1)], np.int64),
-        overhead=np.array([stage.forward_overhead for stage in stages], np.int64),
-        recomputable=np.array([stage.recomputable for stage in stages]),
-        choices=np.array([len(stage.options) for stage in stages], np.int64),
-        saved=saved,
-        recompute=option_table(chain, "recompute", np.float64),
-        forward_overhead=option_table(chain, "forward_overhead", np.int64),
-        backward_overhead=option_table(chain, "backward_overhead", np.int64),
-        first=np.cumsum(carried),
-        after=carried.sum() + np.cumsum(retained[::-1])[::-1] - retained,
-        write=np.array([weight * host.write_seconds(size) for size in boundary[:-1]]),
-        read=np.array([weight * host.read_seconds(size) for size in boundary[:-1]]),
-        saved_copy=np.array([[there_and_back(int(size)) for size in row] for row in saved]),
-        host_boundary=np.array(boundary[:-1], np.int64) * bounded,
-        host_saved=saved * bounded,
+        a,
+        write=seconds(host.write_seconds, boundary),
+        read=seconds(host.read_seconds, boundary),
+        saved_copy=seconds(there_and_back, a.saved),
+        host_boundary=boundary * bounded,
+        host_saved=a.saved * bounded,
     )
 
 
 @compiled
 def _keep_need(n: Numbers, s: int, t: int, k: int, x: int = 0, back: int = 0) -> int:
-    """Bytes above h to keep stage s of s..t with option k, and to reverse it once s+1..t are reversed.
+    """Return ``keep_need`` in bytes above h."""
+    return keep_need(n.a, s, t, k, x, back) + int(n.a.after[t])
 
-    Args:
-        x, back: bytes of what has x_s in it, unless it is in h, when s runs and when it is reversed.
-    """
-    # A segment that ends at L-1 runs before any backward: no gradient yet, long-lived bytes so far.
-    base = n.first[s] if t == n.forward.size - 1 else n.after[t] + n.grad[t + 1]
-    backward = n.after[s] + n.grad[s + 1] + n.grad[s] + n.backward_overhead[s, k]
-    return int(n.saved[s, k] + max(x + base + n.forward_overhead[s, k], back + backward))
+
+@compiled
+def _run_need(n: Numbers, s: int, t: int, j: int) -> int:
+    """Return ``run_need`` in bytes above h."""
+    return run_need(n.a, s, t, j) + int(n.a.after[t])
 
 
 @compiled
 def _ways(n: Numbers, f: int, s: int) -> int:
-    """How many of STAYS, GOES and EARLY there are for x_s."""
-    return 1 if f == INSIDE or s == n.forward.size - 1 else 2 if f == LOOSE else 3
+    """Return how many of STAYS, GOES and EARLY there are for x_s."""
+    return 1 if f == INSIDE or s == n.a.forward.size - 1 else 2 if f == LOOSE else 3
 
 
 @compiled
 def place(n: Numbers, f: int, s: int, way: int) -> tuple[int, int, int, int, float]:
-    """Bytes of x_s while s runs, after that, and of what has x_s in it later; host bytes and seconds of its copies."""
-    x = 0 if f == INSIDE else n.boundary[s]
+    """Return bytes of x_s while s runs, after that, of what has it later; host bytes, seconds of copies."""
+    x = 0 if f == INSIDE else n.a.boundary[s]
     if way == STAYS:
         return x, x, x, 0, 0.0
     if way == EARLY:
-        return x, 0, n.saved[s - 1, f - OFF], 0, 0.0
+        return x, 0, n.a.saved[s - 1, f - OFF], 0, 0.0
     return (x, 0, x, n.host_boundary[s], n.read[s] + n.write[s]) if f == LOOSE else (x, 0, x, 0, n.read[s])
 
 
-@compiled
-def _run_need(n: Numbers, s: int, t: int, i: int) -> int:
-    """Bytes above h to run stage i of s..t on the way from x_s, which is in h, to a split."""
-    if not n.recomputable[i]:
-        return int(NEVER)
-    base = n.first[i] if t == n.forward.size - 1 else n.after[t] + n.grad[t + 1]
-    return int(base + (n.boundary[i] if i > s else 0) + n.boundary[i + 1] + n.overhead[i])
-
-
-@compiled
 def peaks(n: Numbers) -> Ints:
-    """P (L, L): the least peak above h, which has x_s in it, of any one-level schedule of s..t < L-1."""
-    length = n.forward.size
-    least = np.full((length, length), NEVER)
-    for s in range(length - 2, -1, -1):
-        for t in range(s, length - 1):
-            best = int(NEVER)
-            for k in range(n.choices[s]):
-                rest = n.saved[s, k] + least[s + 1, t] if t > s else 0
-                best = min(best, max(_keep_need(n, s, t, k), rest))
-            run = 0
-            for j in range(s + 1, t + 1):
-                run = max(run, _run_need(n, s, t, j - 1))
-                best = min(best, max(run, n.boundary[j] + least[j, t], least[s, j - 1]))
-            least[s, t] = best
-    return least
+    """Return P (L, L): the least peak above h, which has x_s in it, of any one-level schedule of s..t."""
+    return peaks_of(n.a, n.a.split).least + n.a.after
 
 
 def _merged(host: list[Ints], peak: list[Ints], capacity: int) -> tuple[Ints, Ints]:
-    """The points that no other one beats in both host bytes and peak."""
+    """Return the points that no other one beats in both host bytes and peak."""
     h, p = np.concatenate(host), np.concatenate(peak)
     fits = (h <= capacity) & (p < NEVER)
     h, p = h[fits], p[fits]
@@ -199,20 +152,20 @@ def _merged(host: list[Ints], peak: list[Ints], capacity: int) -> tuple[Ints, In
 
 
 def frontiers(n: Numbers, least: Ints, capacity: int) -> Frontiers:
-    """P2: what a suffix s..L-1 needs at least on the device, for each number of host bytes."""
-    length = n.forward.size
-    places = OFF + n.saved.shape[1]
+    """Return P2: what a suffix s..L-1 needs at least on the device, for each number of host bytes."""
+    length = n.a.forward.size
+    places = OFF + n.a.saved.shape[1]
     points: dict[tuple[int, int], tuple[Ints, Ints]] = {}
     for s in range(length - 1, -1, -1):
-        runs = [_run_need(n, s, length - 1, i) for i in range(s, length - 1)]
+        runs = [_run_need(n, s, length - 1, j) for j in range(s + 1, length)]
         for f in range(places):
             hosts, tops = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
             # Where x_s is OFF it matters for EARLY alone with which option.
             for way in range(_ways(n, f, s)):
-                if way == EARLY and s > 0 and f - OFF >= n.choices[s - 1]:
+                if way == EARLY and s > 0 and f - OFF >= n.a.choices[s - 1]:
                     continue
                 x, stays, back, copied, _ = place(n, f, s, way)
-                for k in range(n.choices[s]):
+                for k in range(n.a.choices[s]):
                     need = _keep_need(n, s, length - 1, k, x, back)
                     if s == length - 1:
                         hosts.append(np.zeros(1, np.int64))
@@ -220,13 +173,12 @@ def frontiers(n: Numbers, least: Ints, capacity: int) -> Frontiers:
                         continue
                     h, p = points[INSIDE, s + 1]
                     hosts.append(h + copied)
-                    tops.append(np.maximum(need, p + stays + n.saved[s, k]))
+                    tops.append(np.maximum(need, p + stays + n.a.saved[s, k]))
                     h, p = points[OFF + k, s + 1]
                     hosts.append(h + copied + n.host_saved[s, k])
                     tops.append(np.maximum(need, p + stays))
-                need = 0
                 for j in range(s + 1, length):
-                    need = max(need, (x if j == s + 1 else stays) + runs[j - 1 - s])
+                    need = max(x + runs[0], stays + runs[j - 1 - s])
                     if need >= NEVER:
                         break
                     h, p = points[LOOSE, j]
@@ -245,7 +197,7 @@ def frontiers(n: Numbers, least: Ints, capacity: int) -> Frontiers:
 
 @compiled
 def suffix_peak(p: Frontiers, f: int, s: int, host_room: int) -> int:
-    """The least peak above h of s..L-1 with ``host_room`` bytes of the host left; NEVER if nothing fits there."""
+    """Return the least peak above h of s..L-1 with ``host_room`` host bytes left; NEVER if nothing fits."""
     low, high = p.start[f, s], p.start[f, s] + p.size[f, s]
     at = low + np.searchsorted(p.host[low:high], host_room, side="right") - 1
     return int(p.peak[at]) if at >= low and host_room >= 0 else int(NEVER)
@@ -253,7 +205,7 @@ def suffix_peak(p: Frontiers, f: int, s: int, host_room: int) -> int:
 
 @compiled
 def _host_less(g: Grid, q: int, size: int) -> int:
-    """Host units left of q when ``size`` bytes are taken; negative if they do not fit."""
+    """Return host units left of q when ``size`` bytes are taken; negative if they do not fit."""
     if size > q * g.host_unit + g.host_phase:
         return -1
     return max(q - (size + g.interpolate * (g.host_unit // 2)) // g.host_unit, 0)
@@ -261,15 +213,16 @@ def _host_less(g: Grid, q: int, size: int) -> int:
 
 @compiled
 def _columns(g: Grid, need: int) -> int:
-    """The first column of a row with room for ``need`` bytes."""
+    """Return the first column of a row with room for ``need`` bytes."""
     return max(1 - (g.phase - need) // g.unit, 1)
 
 
 @partial(compiled, fastmath={"nnan", "nsz"})
 def _relax(g: Grid, row: Floats, start: int, cost: float, x: Floats, size: int, y: Floats) -> None:
-    """row[c] = min(row[c], cost + y[c] + x with ``size`` bytes less than c says) for start <= c.
+    """Set row[c] = min(row[c], cost + y[c] + x with ``size`` bytes less than c says) for start <= c.
 
-    ``start`` leaves room for ``size`` bytes. No value is a NaN, and saying so lets the loop become vector code.
+    ``start`` leaves room for ``size`` bytes. No value is a NaN, and saying so lets the loop become vector
+    code.
     """
     count = row.size - start
     if count <= 0:
@@ -293,35 +246,34 @@ def _close(row: Floats) -> None:
 
 @compiled
 def _fill_again(n: Numbers, least: Ints, g: Grid) -> None:
-    """C: least seconds of s..t < L-1 with one level, run again when its gradient is there."""
-    length, columns = n.forward.size, g.again.shape[2]
+    """Fill C: least seconds of s..t < L-1 with one level, run again when its gradient is live."""
+    length, columns = n.a.forward.size, g.again.shape[2]
     zero = np.zeros(columns)
     for s in range(length - 2, -1, -1):
         for t in range(s, length - 1):
             row = g.again[s, t]
             row[:] = NONE
-            for k in range(n.choices[s]):
-                cost = n.forward[s] + n.backward[s] + n.recompute[s, k]
+            for k in range(n.a.choices[s]):
+                cost = n.a.forward[s] + n.a.backward[s] + n.a.recompute[s, k]
                 need = _keep_need(n, s, t, k)
                 if s == t:
                     _relax(g, row, _columns(g, need), cost, zero, 0, zero)
                 else:
-                    need = max(need, n.saved[s, k] + least[s + 1, t])
-                    _relax(g, row, _columns(g, need), cost, g.again[s + 1, t], n.saved[s, k], zero)
-            cost, run = 0.0, 0
+                    need = max(need, n.a.saved[s, k] + least[s + 1, t])
+                    _relax(g, row, _columns(g, need), cost, g.again[s + 1, t], n.a.saved[s, k], zero)
+            cost = 0.0
             for j in range(s + 1, t + 1):
-                cost += n.forward[j - 1]
-                run = max(run, _run_need(n, s, t, j - 1))
-                need = max(run, n.boundary[j] + least[j, t], least[s, j - 1])
+                cost += n.a.forward[j - 1]
+                need = max(_run_need(n, s, t, j), n.a.boundary[j] + least[j, t], least[s, j - 1])
                 start = _columns(g, need)
-                _relax(g, row, start, cost, g.again[j, t], n.boundary[j], g.again[s, j - 1])
+                _relax(g, row, start, cost, g.again[j, t], n.a.boundary[j], g.again[s, j - 1])
             _close(row)
 
 
 @compiled
 def _fill_sweep(n: Numbers, least: Ints, p: Frontiers, g: Grid) -> None:
-    """F: least seconds of s..L-1 in the first sweep and after it."""
-    length = n.forward.size
+    """Fill F: least seconds of s..L-1 in the first sweep and after it."""
+    length = n.a.forward.size
     hosts, columns = g.sweep.shape[2:]
     left, zero = np.empty(columns), np.zeros(columns)
     last = length - 1
@@ -329,7 +281,7 @@ def _fill_sweep(n: Numbers, least: Ints, p: Frontiers, g: Grid) -> None:
     tops = np.full((places, length, hosts), NEVER)
     for s in range(last, -1, -1):
         for f in range(places):
-            if f >= OFF and (s == 0 or f - OFF >= n.choices[s - 1]):
+            if f >= OFF and (s == 0 or f - OFF >= n.a.choices[s - 1]):
                 continue
             for q in range(hosts):
                 tops[f, s, q] = suffix_peak(p, f, s, q * g.host_unit + g.host_phase)
@@ -337,15 +289,15 @@ def _fill_sweep(n: Numbers, least: Ints, p: Frontiers, g: Grid) -> None:
             rows[:] = NONE
             for way in range(_ways(n, f, s)):
                 x, stays, back, copied, fee = place(n, f, s, way)
-                for k in range(n.choices[s]):
+                for k in range(n.a.choices[s]):
                     need = _keep_need(n, s, last, k, x, back)
-                    cost = fee + n.forward[s] + n.backward[s] + n.recompute[s, k]
+                    cost = fee + n.a.forward[s] + n.a.backward[s] + n.a.recompute[s, k]
                     for q in range(hosts):
                         if s == last:
                             _relax(g, rows[q], _columns(g, need), cost, zero, 0, zero)
                             continue
                         for off in range(2):
-                            taken = stays if off else stays + n.saved[s, k]
+                            taken = stays if off else stays + n.a.saved[s, k]
                             rest = _host_less(g, q, copied + (n.host_saved[s, k] if off else 0))
                             where = OFF + k if off else INSIDE
                             if rest < 0 or tops[where, s + 1, rest] >= NEVER:
@@ -353,14 +305,13 @@ def _fill_sweep(n: Numbers, least: Ints, p: Frontiers, g: Grid) -> None:
                             start = _columns(g, max(need, taken + tops[where, s + 1, rest]))
                             seconds = cost + (n.saved_copy[s, k] if off else 0.0)
                             _relax(g, rows[q], start, seconds, g.sweep[where, s + 1, rest], taken, zero)
-                cost, need = fee, 0
+                cost = fee
                 for j in range(s + 1, length):
-                    cost += n.forward[j - 1]
-                    run = (x if j == s + 1 else stays) + _run_need(n, s, last, j - 1)
+                    cost += n.a.forward[j - 1]
+                    run = max(x + _run_need(n, s, last, s + 1), stays + _run_need(n, s, last, j))
                     if run >= NEVER:
                         break
-                    need = max(need, run)
-                    first = max(need, back + least[s, j - 1])
+                    first = max(run, back + least[s, j - 1])
                     if _columns(g, first) >= columns:
                         continue
                     left[:] = NONE
@@ -377,7 +328,7 @@ def _fill_sweep(n: Numbers, least: Ints, p: Frontiers, g: Grid) -> None:
 
 @compiled
 def _look_up(g: Grid, row: Floats, room: int) -> float:
-    """The value of ``row`` with ``room`` bytes."""
+    """Return the value of ``row`` with ``room`` bytes."""
     column = _columns(g, room)
     part = ((column - 1) * g.unit + g.phase - room) / g.unit * g.interpolate
     return float((1 - part) * row[column] + part * row[column - 1])
@@ -385,33 +336,33 @@ def _look_up(g: Grid, row: Floats, room: int) -> float:
 
 @compiled
 def _look_up_sweep(g: Grid, f: int, s: int, room: int, host_room: int) -> float:
-    """F with ``room`` bytes of the device and ``host_room`` of the host."""
+    """Look up F with ``room`` bytes of the device and ``host_room`` of the host."""
     q = -((g.host_phase - host_room + g.interpolate * (g.host_unit // 2)) // g.host_unit)
     return _look_up(g, g.sweep[f, s, min(max(q, 0), g.sweep.shape[2] - 1)], room)
 
 
 @compiled
 def decide_again(n: Numbers, least: Ints, g: Grid, s: int, t: int, room: int) -> tuple[int, int]:
-    """What to do with s..t < L-1 and ``room`` bytes above h: (option, 0) to keep s, or (-1, j) to split at j.
+    """Decide on s..t < L-1 with ``room`` bytes above h: (option, 0) to keep s, or (-1, j) to split at j.
 
     Exact in bytes; only the seconds are the grid's. Ties go to keep, and to the first.
     """
     best, option, at = np.inf, -1, 0
-    for k in range(n.choices[s]):
-        rest = room - n.saved[s, k]
+    for k in range(n.a.choices[s]):
+        rest = room - n.a.saved[s, k]
         if _keep_need(n, s, t, k) > room or (t > s and least[s + 1, t] > rest):
             continue
-        seconds = n.forward[s] + n.backward[s] + n.recompute[s, k]
+        seconds = n.a.forward[s] + n.a.backward[s] + n.a.recompute[s, k]
         if t > s:
             seconds += _look_up(g, g.again[s + 1, t], rest)
         if seconds < best or option < 0:
             best, option = seconds, k
     cost = 0.0
     for j in range(s + 1, t + 1):
-        cost += n.forward[j - 1]
-        if _run_need(n, s, t, j - 1) > room:
+        cost += n.a.forward[j - 1]
+        if _run_need(n, s, t, j) > room:
             break
-        rest = room - n.boundary[j]
+        rest = room - n.a.boundary[j]
         if least[j, t] > rest or least[s, j - 1] > room:
             continue
         seconds = cost + _look_up(g, g.again[j, t], rest) + _look_up(g, g.again[s, j - 1], room)
@@ -424,21 +375,22 @@ def decide_again(n: Numbers, least: Ints, g: Grid, s: int, t: int, room: int) ->
 def decide_sweep(
     n: Numbers, least: Ints, p: Frontiers, g: Grid, f: int, s: int, room: int, host_room: int
 ) -> tuple[int, int, int, int]:
-    """What the first sweep does at stage s: (option or -1, split or 0, way of x_s, whether the saved tensors go).
+    """Decide on stage s in the first sweep: (option or -1, split or 0, way of x_s, saved tensors go).
 
-    Exact in bytes, ``room`` above h without x_s and ``host_room`` of the host; only the seconds are the grid's.
+    Exact in bytes, ``room`` above h without x_s and ``host_room`` of the host; only the seconds are the
+    grid's.
     """
-    last = n.forward.size - 1
+    last = n.a.forward.size - 1
     best, found = np.inf, (-1, 0, 0, 0)
     for way in range(_ways(n, f, s)):
         x, stays, back, copied, fee = place(n, f, s, way)
         here, there = room - stays, host_room - copied
-        for k in range(n.choices[s]):
+        for k in range(n.a.choices[s]):
             if _keep_need(n, s, last, k, x, back) > room:
                 continue
-            cost = fee + n.forward[s] + n.backward[s] + n.recompute[s, k]
+            cost = fee + n.a.forward[s] + n.a.backward[s] + n.a.recompute[s, k]
             for off in range(1 if s == last else 2):
-                rest = here if off else here - n.saved[s, k]
+                rest = here if off else here - n.a.saved[s, k]
                 host_rest = there - (n.host_saved[s, k] if off else 0)
                 seconds = cost + (n.saved_copy[s, k] if off else 0.0)
                 if s < last:
@@ -450,8 +402,8 @@ def decide_sweep(
                     best, found = seconds, (k, 0, way, off)
         cost = fee
         for j in range(s + 1, last + 1):
-            cost += n.forward[j - 1]
-            if (x if j == s + 1 else stays) + _run_need(n, s, last, j - 1) > room:
+            cost += n.a.forward[j - 1]
+            if max(x + _run_need(n, s, last, s + 1), stays + _run_need(n, s, last, j)) > room:
                 break
             if back + least[s, j - 1] > room or suffix_peak(p, LOOSE, j, there) > here:
                 continue
@@ -472,15 +424,15 @@ def filled(
     interpolate: bool,
     again: Floats | None,
 ) -> Grid:
-    """The grid of ``units`` bytes (device, host) for ``room`` and ``host_room`` bytes, filled.
+    """Return the grid of ``units`` bytes (device, host) for ``room`` and ``host_room`` bytes, filled.
 
     Args:
         again: C of an earlier grid of the same chain, room and units; it does not depend on the copies.
     """
-    length = n.forward.size
+    length = n.a.forward.size
     columns, hosts = room // units[0] + 2, host_room // units[1] + 1
     table = np.empty((length, length, columns)) if again is None else again
-    sweep = np.empty((OFF + n.saved.shape[1], length, hosts, columns))
+    sweep = np.empty((OFF + n.a.saved.shape[1], length, hosts, columns))
     g = Grid(units[0], room % units[0], units[1], host_room % units[1], interpolate, table, sweep)
     if again is None:
         _fill_again(n, least, g)

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.shared.helpers import smallest
-from tests.shared.models import Case
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,6 +27,8 @@ from scheduler.costs.assemble import StageFacts, Values, assemble
 from scheduler.costs.gradients import parameter_grads
 from scheduler.costs.measure import Enter, StageRun, fresh_grads, measure_stage
 from scheduler.kinds import KINDS, Kind
+from tests.shared.helpers import smallest
+from tests.shared.models import Case
 from tests.shared.steps import assert_equal, restored, train
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from scheduler import Chain, InfeasibleBudget, Plan, solve_chain
+from scheduler.budget import free_machine_bytes, parse_budget
 from scheduler.plan import CaptureRecord
 from scheduler.schedule import Backward, Checkpoint, Free, Keep, Schedule, simulate
 
@@ -162,3 +163,24 @@ def test_the_table_shows_stages_runs_totals_and_the_budget() -> None:
     runs = {row[1]: row for row in rows if row[:1] and row[0] in "012" and len(row) > 5}
     assert [int(runs[name][3]) for name in ("embed", "block", "head")] == list(plan.timeline.runs)
     assert any(row[:2] == ["total", str(sum(plan.timeline.runs))] for row in rows)
+
+
+def test_a_share_of_memory_is_one_of_the_device_that_the_plan_is_for() -> None:
+    plan = _plan()
+
+    def planned_for(device: str, memory: int) -> Plan:
+        record = dataclasses.replace(plan.capture, target=device, target_memory=memory)
+        return dataclasses.replace(plan, capture=record)
+
+    assert plan.within("50%").memory_budget == parse_budget("50%")  # the CPU's memory is this machine's
+    assert (
+        planned_for("T4", 0).within("50%").memory_budget == 8 * 10**9
+    )  # as plans of old versions are written
+    mine = planned_for("mine", 4000)
+    assert mine.within("50%").memory_budget == 2000
+    assert mine.within("auto").memory_budget == 4000 - 200
+    assert Plan.from_json(json.loads(json.dumps(mine.to_json()))).within("100%").memory_budget == 4000
+    free, alive = free_machine_bytes(), 10**15
+    there = dataclasses.replace(plan, resident={"parameters": alive, "allocator slack": alive}, live=object())
+    assert 0 < there.within("auto - 1B").memory_budget - alive < 2 * free < alive
+    assert plan.within("auto - 1B").memory_budget < alive

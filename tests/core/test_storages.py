@@ -210,6 +210,59 @@ def test_bytes_after_each_action_are_the_literal_union(chain: Chain, seed: int) 
         assert list(simulate(chain, schedule).live) == literal(chain, schedule)
 
 
+@st.composite
+def long_lived(draw: st.DrawFn) -> Chain:
+    """Such a line of stages with values that outlive the next stages, and states for runs again."""
+    chain = draw(graphs())
+    count, values, carried = len(chain), list(chain.values), []
+    made, change = [0] * count, [draw(st.integers(0, 3)) for _ in chain.stages]
+    for _ in range(draw(st.integers(0, 3))):
+        origin = draw(st.integers(0, count - 1))
+        readers = tuple(i for i in range(origin + 1, count) if draw(st.booleans()))
+        savers = tuple(i for i in readers if draw(st.booleans()))
+        freed, last = draw(st.none() | st.just(origin)), draw(st.none() | st.integers(origin, count - 1))
+        carried.append(Carried(len(values), origin, readers, savers, freed, last))
+        values.append(draw(st.integers(1, 9)))
+        made[origin] += values[-1]
+        change[origin] -= values[-1] if freed is not None else 0
+    stages = tuple(
+        replace(each, carried=made[i], carried_change=change[i], rerun_state=draw(st.integers(0, 4)))
+        for i, each in enumerate(chain.stages)
+    )
+    fixed = chain.fixed + sum(each.rerun_state for each in stages)
+    return replace(chain, stages=stages, fixed=fixed, values=tuple(values), carried=tuple(carried))
+
+
+def literal_long_lived(chain: Chain, schedule: Schedule) -> list[int]:
+    """Bytes after each action of carried values and their gradients, and of states, by what has run and is reversed."""
+    whole: dict[int, bool] = {}  # of each stage that has run, whether its first run kept all
+    reversed_: set[int] = set()
+    after = []
+    for action in schedule:
+        if isinstance(action, Backward):
+            reversed_.add(action.stage)
+        else:
+            whole.setdefault(action.stage, action == Keep(action.stage))  # type: ignore[union-attr] # no boundaries
+        waiting = whole.keys() - reversed_
+        total = sum(chain.stages[i].rerun_state for i in waiting if not whole[i])
+        for each in chain.carried:
+            handed_on = (len(chain) - 1 if each.last is None else each.last) not in whole
+            needed = any(i in waiting and (not whole[i] or i in each.savers) for i in each.readers)
+            alive = each.made in whole and (each.freed is None or handed_on or needed)
+            total += chain.values[each.value] * (alive + (each.freed in reversed_))
+        after.append(total + sum(chain.stages[i].carried_change for i in reversed_))
+    return after
+
+
+@given(long_lived(), st.integers(0, 2**32))
+def test_long_lived_bytes_are_those_of_the_literal_definition(chain: Chain, seed: int) -> None:
+    schedules = list(persistent_schedules(chain))
+    states = sum(each.rerun_state for each in chain.stages)
+    for schedule in random.Random(seed).sample(schedules, min(20, len(schedules))):
+        both = zip(literal(chain, schedule), literal_long_lived(chain, schedule), strict=True)
+        assert list(simulate(chain, schedule).live) == [short + long - states for short, long in both]
+
+
 def test_the_literal_union_bites() -> None:
     chain = chain_of_three()
     schedule = Schedule((Keep(0), Keep(1), Keep(2), Backward(2), Backward(1), Backward(0)))

@@ -20,7 +20,6 @@ from executors import execute, rehearse
 from executors.arena import Arena
 from executors.offload import Store
 from scheduler import HostMemory, Plan, Schedule, solve
-from scheduler.host import apart
 from scheduler.memory_timeline import MemoryTimeline
 from scheduler.program import ReplayProgram
 from scheduler.schedule import (
@@ -159,7 +158,7 @@ def test_what_is_copied_is_what_the_referee_says(stores: list[Any]) -> None:
 
 def walks(plan: Plan, seed: int, count: int) -> Iterator[Plan]:
     """Plans of random legal schedules with copies that executors follow."""
-    chain, found = apart(plan.chain), 0
+    chain, found = plan.chain.apart(), 0
     for each in range(seed, seed + 100 * count):
         actions = legal_walk(chain, HOST, each, in_order=True)
         try:
