@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from executors.replay import ReplayError
+from executors.compare_replay import ReplayError
 from scheduler.budget import format_bytes
 from scheduler.capture.loss import output_tensors
 from scheduler.capture.state import in_backward

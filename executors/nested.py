@@ -1,6 +1,6 @@
 """A persistent schedule as nested calls of a framework's own checkpoint function.
 
-Slower than ``executors.replay`` and limited in depth by Python's recursion, but nothing of ours runs in the
+Slower than ``executors.step`` and limited in depth by Python's recursion, but nothing of ours runs in the
 backward: it is what the tests hold the replay executor against. It works on whatever ``checkpoint`` works
 on: for PyTorch ``lambda f, x: torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False)``, for JAX
 ``lambda f, x: jax.checkpoint(f)(x)``.

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from executors.graph import GraphExecutor
+from executors.block_stages import ModuleExecutor
+from executors.graph_stages import GraphExecutor
 from executors.guard import Guard
-from executors.modules import ModuleExecutor
 from executors.recapture import check_names, recaptured
 from scheduler.budget import format_bytes, machine_bytes
 from scheduler.capture.eager import wrapped_forward

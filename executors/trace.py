@@ -21,7 +21,7 @@ AGAIN = {
 
 
 class Observer(Protocol):
-    """Is told where a step is; see ``executors.replay.Step.observe``."""
+    """Is told where a step is; see ``executors.step.Step``."""
 
     def __call__(self, what: str, where: int, tensors: Sequence[Tensor] = ()) -> None:
         """Something begins.

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-import executors.first_sweep
+import executors.step_state
 from executors import execute, rehearse
 from executors.arena import Arena
 from executors.offload import Store
@@ -104,7 +104,7 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             super().__init__(arena)
             sides.append(self.side)
 
-    monkeypatch.setattr(executors.first_sweep, "Store", Noted)
+    monkeypatch.setattr(executors.step_state, "Store", Noted)
     return sides
 
 

@@ -10,23 +10,24 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from scheduler.capture.environment import RunContext
 from scheduler.capture.graph_capture import GraphCapture
-from scheduler.capture.recompute import Rebuild, compile_rebuilds, divisible, packs_of, stage_values
-from scheduler.capture.state import (
-    AutocastState,
-    RandomState,
-    autocast_contexts,
-    autocast_state,
-    may_be_seed,
-    reverse,
+from scheduler.capture.recompute import (
+    Rebuild,
+    Thinned,
+    compile_rebuilds,
+    divisible,
+    packs_of,
+    rerun,
+    stage_values,
 )
+from scheduler.capture.state import RandomState, may_be_seed, reverse
 from scheduler.capture.target import Device, Target
 from scheduler.costs.clock import Spans
 from scheduler.costs.measure import (
@@ -187,31 +188,6 @@ def _fresh(capture: GraphCapture, k: int, arguments: Sequence[Any]) -> list[Any]
     return fresh
 
 
-def _again(
-    part: Rebuild, fresh: list[Any], saved: Mapping[int, Tensor], autocast: AutocastState = ()
-) -> dict[int, Tensor]:
-    """Run a program of an option, with the autocast of the forward: number -> dropped pack."""
-    filled: dict[int, Tensor] = {}
-    count = 0
-
-    def pack(tensor: Tensor) -> None:
-        nonlocal count
-        if count < len(part.saves) and part.saves[count] in part.dropped:
-            filled[part.saves[count]] = tensor.detach()
-        count += 1
-
-    kept = [saved[number].detach().requires_grad_(flag) for number, flag in part.sources]
-    with ExitStack() as contexts:
-        for context in autocast_contexts(autocast):
-            contexts.enter_context(context)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _never):
-            made = part.function(*(fresh[i] for i in part.arguments), *kept)
-    if count != len(part.saves):
-        raise RuntimeError(f"the ops run again save {count} tensors, not {len(part.saves)}")
-    filled.update((number, tensor.detach()) for number, tensor in zip(part.gives, made, strict=True))
-    return filled
-
-
 def _tried(
     parts: Sequence[Rebuild],
     fresh: Callable[[], list[Any]],
@@ -228,17 +204,18 @@ def _tried(
         times: how often they run, at most.
     """
     took: list[float] = []
-    autocast = autocast_state(random.device)
-    given = dict(enumerate(saved))
+    context = RunContext(random.device.type)
     while len(took) < (times if data else 1) and sum(took) < PATIENCE:
         seconds = 0.0
         for part in parts:
             arguments = fresh()
             random.restore()
+            kept = [saved[number].detach().requires_grad_(flag) for number, flag in part.sources]
+            filled: dict[int, Tensor] = {}
             spans = Spans(random.device)
             try:
-                with spans.span():
-                    filled = _again(part, arguments, given, autocast)
+                with context.restored(), spans.span():
+                    rerun(part, arguments, kept, filled.__setitem__)
             except RuntimeError:  # other ops than before, or fewer: not an option
                 return None
             seconds += sum(spans.seconds())
@@ -266,7 +243,7 @@ def _peaks(
 ) -> tuple[int, int, int]:
     """Most bytes above the inputs while the stage runs forward, and from there to its backward's end; those it keeps."""
     arrived: dict[int, Tensor] = {}
-    autocast = autocast_state(capture.device)
+    context = RunContext(capture.device.type)
 
     def sink(position: int, tensor: Tensor) -> Tensor:
         result: Tensor = _Sink.apply(as_leaf(position, tensor), position, arrived)
@@ -274,35 +251,29 @@ def _peaks(
 
     def step(mark: Any) -> None:
         filled: dict[int, Tensor] = {}
-        waiting = {number: part for part in parts for number in part.dropped}
-        reads = {
-            number: sum(number in dict(part.sources) for part in parts)
-            for part in parts
-            for number, _ in part.sources
-        }
-        sources: dict[int, Tensor] = {}
+        thinned: Thinned[Tensor] = Thinned(parts)
+        read = thinned.reads()
         count = 0
 
         def pack(tensor: Tensor) -> int | Tensor:
             nonlocal count
             number, count = count, count + 1
-            if number in waiting and tensor.untyped_storage()._cdata not in run.lasting:
+            if number in thinned.parts and tensor.untyped_storage()._cdata not in run.lasting:
                 return number
             held = _unowned(tensor)
-            if number in reads:
-                sources[number] = held
+            if number in read:
+                thinned.sources[number] = held
             return held
 
         def unpack(packed: int | Tensor) -> Tensor:
             if isinstance(packed, Tensor):
                 return packed
             if packed not in filled:
-                part = waiting[packed]
-                filled.update(_again(part, _fresh(capture, k, arguments), sources, autocast))
-                for number, _ in part.sources:
-                    reads[number] -= 1
-                    if not reads[number]:
-                        del sources[number]
+                part = thinned.parts[packed]
+                kept = [thinned.sources[n].detach().requires_grad_(flag) for n, flag in part.sources]
+                with context.restored():
+                    rerun(part, _fresh(capture, k, arguments), kept, filled.__setitem__)
+                thinned.ran(part)
             return filled.pop(packed)
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
