@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import operator
 import threading
@@ -18,7 +19,7 @@ from executors.compare_replay import Comparison, ReplayError
 from executors.graph_stages import locate
 from executors.step import Step
 from executors.step_state import Handle
-from executors.trace import Observer
+from executors.trace import Observer, silent
 from scheduler.capture.block_state import BlockState
 from scheduler.capture.environment import RunContext
 from scheduler.capture.flat import flatten, repeats, tensor_leaves, unflatten
@@ -37,12 +38,11 @@ LOGGER = logging.getLogger("rematplan")
 
 
 class _Own:
-    """What a module that is one block or several reads of the model, and where that lies.
+    """What a module, one block or several, reads of the model.
 
     Attributes:
         names: of its parameters and buffers that it does not change.
-        constant: (dict, key) of these.
-        sampler: of their values.
+        constant, sampler: (dict, key) of these, and a sampler of their values.
         state: the rest: what hangs on its modules, and tensors that it changes.
         outer, inner: modules around it and within it that fully_shard has sharded.
     """
@@ -70,17 +70,20 @@ class _Own:
         self.outer = holders(model, name)
         self.inner = [inner for inner in sharded_within(module) if inner is not module]
 
+    def tensors(self) -> list[Tensor]:
+        """Return the parameters and buffers that are in their places now."""
+        return [values[key] for values, key in self.constant]
+
 
 class ModuleExecutor:
-    """Runs steps of one model by one program; made once per execute().
+    """Runs steps of one model by one program; one per execute().
 
     Args:
         capture: the blocks.
         program: the replay program, for as many stages as the capture has.
         model: whose submodules are run.
         plain: the plain forward.
-        observe: is told where each step is.
-        check: what a replayed tensor is compared by; a key of ``executors.check.CHECKS``.
+        check: what a recomputed tensor is compared by; a key of ``executors.check.CHECKS``.
     """
 
     def __init__(
@@ -89,25 +92,20 @@ class ModuleExecutor:
         program: ReplayProgram,
         model: nn.Module,
         plain: Callable[..., Any],
-        observe: Observer | None = None,
         check: str = "metadata",
     ) -> None:
-        self.capture = capture
-        self.check = check
-        self.program = program
-        self.device = capture.device
-        self.observe = observe
+        self.capture, self.program, self.device = capture, program, capture.device
+        self.plain, self.check = plain, check
+        self.observe: Observer | None = None  # is told where each step is
         self.ran_out = False  # whether a replay of a step ran out of memory
-        self.plain = plain
         self.modules = {block.name: model.get_submodule(block.name) for block in capture.blocks}
         changed = {block.name: capture.changed[block.stage] for block in capture.blocks}
         self.own = {
             name: _Own(model, name, module, changed[name], capture.overwritten)
             for name, module in self.modules.items()
         }
-        self.compiled = any(
-            is_compiled(inner) for module in self.modules.values() for inner in module.modules()
-        )
+        inner = itertools.chain.from_iterable(module.modules() for module in self.modules.values())
+        self.compiled = any(map(is_compiled, inner))
         self.replays = any(program.kept[block.stage] is None for block in capture.blocks)
         self.whole = frozenset(self.modules[name] for name in capture.whole)
         self.reversing = frozenset(b.stage for b in capture.blocks if b.name in capture.reversing)
@@ -116,17 +114,16 @@ class ModuleExecutor:
         self.lock = threading.Lock()
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the model's own forward with the blocks intercepted; gives its output."""
+        """Run the model's own forward with the blocks intercepted; return its output."""
         if not self.replays and self.observe is None:
             return self.plain(*args, **kwargs)
-        # Which blocks draw random numbers may depend on data, so that it is seen at each run, where there is data.
+        # Which blocks draw random numbers may depend on data: where there is data, each first run tells.
         stages = BlockStages(self)
         step = Step(self.program, stages, self.device, self.capture.random, self.observe, self.check)
         if not step.faked:
             step.random = [False] * len(self.capture)
         sweep = _Sweep(self, stages, step)
-        if self.observe is not None:
-            self.observe("first", 0)
+        step.tell("first", 0)
         intercepting = [(m, sweep.wrapper(name)) for name, m in self.modules.items()]
         with self.lock, intercepted(intercepting, self.whole):
             output = self.plain(*args, **kwargs)
@@ -155,7 +152,7 @@ class _Run:
         places: (leaf, position in the boundary) of the arguments that are fed.
         repeats: (leaf, earlier leaf) of arguments that are one tensor.
         external: places of all other tensors.
-        reads: the parameters and steady buffers, then the external tensors and those of its state, as it found them.
+        reads: parameters and steady buffers, then external tensors and those of its state, as it found them.
         taken: the state that it found.
         given: that of generators and objects among the arguments, if there are any.
     """
@@ -187,27 +184,23 @@ class _Run:
             others += [tensor for _, tensor in self.taken.read()]
         sharded = own.outer or own.inner  # gathered parameters are others each time
         self.reads = (
-            AsRead(
-                [values[key] for values, key in own.constant],
-                own.sampler if sampled and not sharded else None,
-            ),
+            AsRead(own.tensors(), own.sampler if sampled and not sharded else None),
             AsRead(others, Sampler() if sampled and others else None),
         )
 
     def name_of(self, own: _Own, label: str, which: int, number: int) -> str:
-        """What was read, in words."""
+        """Return what was read, in words."""
         if which == 0:
             return f"{own.names[number]} of block {label}"
         if number < len(self.external):
             return f"argument {self.external[number]} of block {label}"
         return f"{self.taken.read()[number - len(self.external)][0]} of block {label}"
 
-    def gathered_anew(self, own: _Own) -> None:
-        """Note what fully_shard has gathered by now in the place of what the first run read."""
-        # Where fully_shard's hooks are inside of what is intercepted, the parameters were not gathered yet when the
-        # first run began: others than the re-run finds.
+    def note_gathered(self, own: _Own) -> None:
+        """Note the parameters that fully_shard has gathered by now in place of those of the first run."""
+        # Where fully_shard's hooks lie within what is intercepted, they were not gathered when that began.
         then = dict(zip(map(id, self.reads[0].tensors), self.reads[0].versions, strict=True))
-        now = AsRead([values[key] for values, key in own.constant])
+        now = AsRead(own.tensors())
         now.versions = [then.get(id(t), t._version) for t in now.tensors]
         self.reads = now, self.reads[1]
 
@@ -215,7 +208,7 @@ class _Run:
         """Whether a re-run finds its parameters and buffers as the first run did."""
         if own.outer or own.inner:
             return True
-        return all(map(operator.is_, [values[key] for values, key in own.constant], self.reads[0].tensors))
+        return all(map(operator.is_, own.tensors(), self.reads[0].tensors))
 
 
 class _Sweep:
@@ -224,7 +217,7 @@ class _Sweep:
     Attributes:
         ran: the block after the latest that ran.
         count: blocks that ran.
-        crossing: (block, output leaf) -> (tensor, version) of what crosses into the next block, while that is awaited.
+        crossing: (block, output leaf) -> (tensor, version) of what crosses into the next block, until it runs.
     """
 
     def __init__(self, executor: ModuleExecutor, stages: BlockStages, step: Step) -> None:
@@ -234,21 +227,20 @@ class _Sweep:
         self.crossing: dict[tuple[int, int], tuple[Tensor, int]] = {}
 
     def wrapper(self, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """How the module of that name, one block or several, is intercepted."""
-        blocks = self.blocks
+        """Return what intercepts the module of that name, one block or several."""
 
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
             def intercept(*args: Any, **kwargs: Any) -> Any:
                 begin = self.ran
-                index = next((i for i in range(begin, len(blocks)) if blocks[i].name == name), None)
+                ahead = range(begin, len(self.blocks))
+                index = next((i for i in ahead if self.blocks[i].name == name), None)
                 if index is None or not self.step.state.sweeping:
-                    expected = blocks[begin].name if begin < len(blocks) else "no more"
+                    expected = self.blocks[begin].name if ahead else "no more"
                     raise ReplayError(
                         f"block {name} ran out of the order of the plan (at position {begin}, where that has {expected}); "
                         "make a plan for this call, or pass other blocks to solve(capture=...)"
                     )
-                self.ran = index + 1
-                self.count += 1
+                self.ran, self.count = index + 1, self.count + 1
                 return self._first_run(begin, index, forward, args, kwargs)
 
             return intercept
@@ -258,17 +250,18 @@ class _Sweep:
     def _first_run(self, begin: int, index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a block; those from ``begin`` to it are left out."""
         block, step = self.blocks[index], self.step
-        stage, following, observe = block.stage, self.executor.following(index), step.observe
+        stage, following = block.stage, self.executor.following(index)
         leaves, spec = flatten(args, kwargs)
         if begin < index:
             self._pass_over(begin, index, leaves)
         places, boundary = self._boundary_into(index, block, leaves)
         self.crossing = {value: each for value, each in self.crossing.items() if value in following}
-        if observe is not None:
-            values = block.boundary or [(index - 1, 0)] * len(boundary)
-            made = [t for (maker, _), t in zip(values, boundary, strict=True) if maker == index - 1]
-            step.watch(stage - 1, made)
-            observe("first", stage)
+        if step.tell is not silent:
+            makers = [maker for maker, _ in block.boundary] or [index - 1] * len(boundary)
+            step.watch(
+                stage - 1, [t for t, maker in zip(boundary, makers, strict=True) if maker == index - 1]
+            )
+        step.tell("first", stage)
         if step.program.kept[stage] is None:
             own = self.executor.own[block.name]
             run = _Run(forward, leaves, spec, places, own, step.comparison.sampled)
@@ -279,25 +272,20 @@ class _Sweep:
         for output, tensor in outputs:
             if (index, output) in following:
                 self.crossing[index, output] = tensor, tensor._version
-        if observe is not None:
-            step.watch(stage, [t for _, t in outputs])
-            observe("first", stage + 1)
+        step.watch(stage, [t for _, t in outputs])
+        step.tell("first", stage + 1)
         return result
 
     def _pass_over(self, begin: int, end: int, leaves: list[Any]) -> None:
-        """Blocks are left out: what would have entered them goes on, by identity, to the block at ``end``.
-
-        Args:
-            leaves: of the arguments of that block.
-        """
+        """Pass on, by identity, what would have entered blocks left out, to the one at ``end``."""
         blocks = self.blocks
-        # Where the first one would have been given something by the user's code, the block at the end tells what.
+        # What the user's code would have given to the first one, the arguments of the block at the end tell.
         crossing: dict[tuple[int, int], Any] = dict(self.crossing)
         boundaries: dict[int, list[Any]] = {}
         for index in range(begin, end):
             block, following = blocks[index], blocks[index + 1]
             if block.fed and any(value not in crossing for value in block.boundary):
-                return  # the check of what enters the block at the end says so
+                return  # the check of what enters the block at the end refuses it
             if not block.fed:
                 boundary: list[Any] = [object() for _ in following.boundary]
                 positions = tuple(range(len(boundary)))
@@ -332,7 +320,7 @@ class _Sweep:
     def _boundary_into(
         self, index: int, block: Block, leaves: list[Any]
     ) -> tuple[list[tuple[int, int]], tuple[Tensor, ...]]:
-        """The boundary into a block, checked against the plan: (leaf, position in it) of what is fed, and its tensors."""
+        """Return (leaf, position in the boundary) of what is fed into a block, and the boundary, as planned."""
         if not block.fed:
             tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
             return [(i, at) for at, i in enumerate(tensors)], tuple([leaves[i] for i in tensors])
@@ -357,7 +345,7 @@ class _Sweep:
 
 
 class BlockStages:
-    """The blocks of one step of a ModuleExecutor: what their first runs found, and their runs again (``Stages``).
+    """The blocks of a step of a ModuleExecutor (``Stages``): what their first runs found, and their re-runs.
 
     Attributes:
         runs: stage -> its first run, while it may run again.
@@ -378,19 +366,15 @@ class BlockStages:
         """Run a block for the first time, and drop its saved tensors."""
         self.runs[stage] = run
         step.lasting.add(run.reads[0].tensors)
-        step.lasting.add(run.reads[1].tensors, bound=False)
-        if run.taken.copies:
-            step.lasting.add([tensor for tensor, _ in run.taken.copies], bound=False)
+        step.lasting.add([*run.reads[1].tensors, *(t for t, _ in run.taken.copies)], bound=False)
         step.before_first_run(stage, boundary)
         if not step.context.is_current():
             self.contexts[stage] = RunContext(step.device.type)
         draws = None if step.faked else Draws(step.device)
         with _dropping_late(step, stage) if stage in self.reversing else step.dropping(stage):
             result = run.forward(*args, **kwargs)
-        if draws is not None:
-            state = draws.state()
-            if state is not None:
-                step.state.generators[stage] = state
+        if draws is not None and (state := draws.state()) is not None:
+            step.state.generators[stage] = state
         return result
 
     def run(self, stage: int, boundary: tuple[Tensor, ...], comparison: Comparison) -> tuple[Tensor, ...]:
@@ -402,7 +386,7 @@ class BlockStages:
         own = self.executor.own[self.executor.capture.blocks[index].name]
         if own.outer or own.inner:
             with gathered(own.outer, own.inner):
-                self.runs[stage].gathered_anew(own)
+                self.runs[stage].note_gathered(own)
                 return self._run_block(stage, index, own, boundary, comparison)
         return self._run_block(stage, index, own, boundary, comparison)
 
@@ -420,8 +404,7 @@ class BlockStages:
         for i, earlier in run.repeats:
             leaves[i] = leaves[earlier]
         after = self.executor.following(index)
-        passing = zip(block.boundary, boundary, strict=False)
-        crossing = {value: tensor for value, tensor in passing if value in after}
+        crossing = {v: t for v, t in zip(block.boundary, boundary, strict=False) if v in after}
         del boundary
         args, kwargs = unflatten(leaves, run.spec)
         del leaves
@@ -442,7 +425,7 @@ class BlockStages:
         """Return none: blocks are kept whole, or not at all."""
         return ()
 
-    def rebuild_arguments(self, stage: int, *_: Any) -> list[Any]:
+    def arguments(self, stage: int, *_: Any) -> list[Any]:
         """See ``rebuilds``."""
         raise ReplayError(f"block {self.name(stage)} was kept in part")
 
@@ -466,7 +449,7 @@ class BlockStages:
 
 @contextmanager
 def _dropping_late(step: Step, stage: int) -> Iterator[None]:
-    """The context of the first run of a block that reverses what it makes: dropped tensors stay until it is over."""
+    """Drop what a first run saves once it is over: until then it may reverse what it has made."""
     dropping = step.dropping(stage)
     live: dict[int, Tensor] = {}
 
@@ -489,7 +472,7 @@ def _dropping_late(step: Step, stage: int) -> Iterator[None]:
 
 
 def _same_value(tensor: Tensor, made: Tensor | None, version: int) -> bool:
-    """Whether a tensor is what was made, unchanged, or a view of just that: hooks of modules wrap in views."""
+    """Whether a tensor is what was made, unchanged, or a view of all of it, in which hooks of modules wrap it."""
     if made is None or tensor._version != version:
         return False
     return tensor is made or (
@@ -501,11 +484,11 @@ def _same_value(tensor: Tensor, made: Tensor | None, version: int) -> bool:
 
 @contextmanager
 def _as_then(run: _Run, own: _Own) -> Iterator[None]:
-    """Within it, the parameters and buffers that a block does not change are those that its first run read.
+    """Put the parameters and buffers in place that a block's first run read, and does not change.
 
     Others may have taken their places meanwhile (functional_call).
     """
-    now = [values[key] for values, key in own.constant]
+    now = own.tensors()
     for (values, key), tensor in zip(own.constant, run.reads[0].tensors, strict=True):
         values[key] = tensor
     try:

@@ -29,7 +29,7 @@ class Comparison:
 
     Attributes:
         sampled: whether a few values of what re-runs read are compared.
-        thorough: whether runs of which nothing is saved are compared, too, so that the op is named that differs first.
+        thorough: whether runs of which nothing is saved are compared, too, to name the op that differs first.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Comparison:
         self._take, self._saved = CHECKS[check], saved
         self._name, self._saved_name = name, saved_name
         self._boundaries: dict[int, tuple[Fingerprint, ...]] = {}
-        # One of each: Python's collector goes through all that a step of many stages leaves behind, again and again.
+        # One of each: Python's collector goes through all objects of a step of many stages, again and again.
         self._known: dict[Any, Any] = {}
         self._start: AsRead | None = None  # the held boundary that the next run starts from
 
@@ -60,13 +60,13 @@ class Comparison:
         self._boundaries[boundary] = self._known.setdefault(found, found)
 
     def starts_from(self, boundary: int, read: AsRead) -> None:
-        """Refuse a held boundary that was changed in place; its values are compared with the run's other inputs."""
+        """Refuse a held boundary that was changed in place; compare its values later, with the other inputs."""
         if read.changed():
             self._refuse_changed(f"boundary {boundary}, the output of {self._name(boundary - 1)},")
         self._start = read
 
     def check_reads(self, stage: int, reads: Sequence[AsRead], name_of: Callable[[int, int], str]) -> None:
-        """Refuse to run a stage again if something that it reads is not what the first run read (rule 9 of step.py).
+        """Refuse to run a stage again on other inputs than those of its first run (rule 9 of step.py).
 
         Args:
             reads: its parameters, buffers and arguments.

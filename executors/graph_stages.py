@@ -26,14 +26,13 @@ __all__ = ["GraphExecutor", "locate"]
 
 
 class GraphExecutor:
-    """Runs steps of one model by one program; made once per execute().
+    """Runs steps of one model by one program; one per execute().
 
     Args:
         capture: the captured model.
         program: the replay program, for as many stages as the capture has.
         model: whose parameters and buffers are read at every step.
-        observe: is told where each step is.
-        check: what a replayed tensor is compared by; a key of ``executors.check.CHECKS``.
+        check: what a recomputed tensor is compared by; a key of ``executors.check.CHECKS``.
         host_bytes: that the program has on the host at most.
     """
 
@@ -42,15 +41,11 @@ class GraphExecutor:
         capture: GraphCapture,
         program: ReplayProgram,
         model: nn.Module,
-        observe: Observer | None = None,
         check: str = "metadata",
         host_bytes: int = 0,
     ) -> None:
-        self.capture = capture
-        self.check = check
-        self.program = program
-        self.device = capture.device
-        self.observe = observe
+        self.capture, self.program, self.device, self.check = capture, program, capture.device, check
+        self.observe: Observer | None = None  # is told where each step is
         self.ran_out = False  # whether a replay of a step ran out of memory
         self.arena = Arena(host_bytes, capture.device) if program.copies else None
         self.stages = capture.stages
@@ -161,9 +156,9 @@ class GraphExecutor:
 
 
 def _gathering(stage: GraphStage) -> Callable[..., list[Any]]:
-    """A function that gathers the stage's arguments.
+    """Return a function that gathers the stage's arguments.
 
-    Of (its parameters and buffers, the boundary, carried values, the flat inputs of the call, constants).
+    From its parameters and buffers, the boundary, carried values, the flat inputs of the call, and constants.
     """
     own = itertools.count()
     where = {"boundary": "boundary", "carried": "carried", "input": "inputs", "constant": "constants"}
@@ -178,7 +173,7 @@ def _gathering(stage: GraphStage) -> Callable[..., list[Any]]:
 
 
 def _following(stage: GraphStage) -> Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """A function that gives the next boundary, of the stage's results and values of its own boundary that pass through."""
+    """Return a function of the stage's results and its boundary, a part of which passes, to the next boundary."""
     terms = [f"results[{i}]" if i >= 0 else f"boundary[{-1 - i}]" for i in stage.boundary_from]
     following: Callable[..., tuple[Tensor, ...]] = eval(  # of indices
         f"lambda results, boundary: ({''.join(term + ', ' for term in terms)})", {}
@@ -187,7 +182,7 @@ def _following(stage: GraphStage) -> Callable[[tuple[Tensor, ...], tuple[Tensor,
 
 
 class GraphStages:
-    """The stages of one step of a GraphExecutor: what their first runs read, and their runs again (``Stages``)."""
+    """The stages of a step of a GraphExecutor (``Stages``): what their first runs read, and their re-runs."""
 
     compiled = False
     reversing: frozenset[int] = frozenset()
@@ -216,8 +211,7 @@ class GraphStages:
             executor.stages[k].function,
             executor.program.copies,
         )
-        if step.observe is not None:
-            step.observe("first", k)
+        step.tell("first", k)
         if option != 0:
             step.before_first_run(k, boundary)
         own: list[Tensor] = [values[key] for _, values, key in executor.lookups[k]]
@@ -246,48 +240,35 @@ class GraphStages:
 
     def run(self, stage: int, boundary: tuple[Tensor, ...], comparison: Comparison) -> tuple[Tensor, ...]:
         """See ``Stages``."""
-        results = self.executor.stages[stage].function(*self._arguments(stage, boundary, comparison))
+        results = self.executor.stages[stage].function(*self.arguments(stage, boundary, comparison))
         return self.executor.follow[stage](results, boundary)
 
     def rebuilds(self, stage: int, option: int) -> tuple[Rebuild, ...]:
         """See ``Stages``."""
         return self.executor.rebuilds[stage, option]
 
-    def rebuild_arguments(
-        self, stage: int, rebuild: Rebuild, boundary: tuple[Tensor, ...], comparison: Comparison
+    def arguments(
+        self, stage: int, boundary: tuple[Tensor, ...], comparison: Comparison, rebuild: Rebuild | None = None
     ) -> list[Any]:
         """See ``Stages``."""
-        return self._arguments(stage, boundary, comparison, frozenset(rebuild.arguments))
-
-    def _arguments(
-        self,
-        k: int,
-        boundary: tuple[Tensor, ...],
-        comparison: Comparison,
-        among: frozenset[int] | None = None,
-    ) -> list[Any]:
-        """Return the arguments of stage k as its first run found them.
-
-        Args:
-            among: which of them are read; None for all.
-        """
         executor = self.executor
 
         def name_of(which: int, number: int) -> str:
-            if which == 0:
-                position = executor.lookups[k][executor.constant[k][number]][0]
-            else:
-                position = [i for i, key in executor.given[k] if isinstance(self.inputs[key], Tensor)][number]
-            source = executor.stages[k].sources[position]
-            return f"{source.kind} {source.key}" if among is None or position in among else ""
+            constant = [executor.lookups[stage][j][0] for j in executor.constant[stage]]
+            given = [i for i, key in executor.given[stage] if isinstance(self.inputs[key], Tensor)]
+            position = (constant, given)[which][number]
+            source = executor.stages[stage].sources[position]
+            return f"{source.kind} {source.key}" if rebuild is None or position in rebuild.arguments else ""
 
-        comparison.check_reads(k, self.first_reads[k], name_of)
+        comparison.check_reads(stage, self.first_reads[stage], name_of)
         carried: dict[str, Tensor] = {}
-        for name in executor.carried_by[k]:
+        for name in executor.carried_by[stage]:
             tensor, flag = self.carried[name]
             carried[name] = tensor.detach().requires_grad_(flag)
-        arguments = executor.gather[k](self.parameters[k], boundary, carried, self.inputs, executor.constants)
-        for position, snapshot in zip(executor.changed[k], self.snapshots.get(k, ()), strict=True):
+        arguments = executor.gather[stage](
+            self.parameters[stage], boundary, carried, self.inputs, executor.constants
+        )
+        for position, snapshot in zip(executor.changed[stage], self.snapshots.get(stage, ()), strict=True):
             arguments[position] = snapshot.clone()
         return arguments
 
@@ -313,7 +294,7 @@ class GraphStages:
 
 
 def locate(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    """The dict and key that hold a parameter or buffer."""
+    """Return the dict and key that hold a parameter or buffer."""
     path, _, key = name.rpartition(".")
     owner = model.get_submodule(path)
     values = owner._parameters if key in owner._parameters else owner._buffers

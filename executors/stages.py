@@ -16,8 +16,8 @@ __all__ = ["Stages"]
 class Stages(Protocol):
     """How the stages of one step run again: ``graph_stages.py`` and ``block_stages.py``.
 
-    It does not hold the step, which holds it: a circle would keep both until Python's collector runs. What runs a stage again
-    first has ``comparison.check_reads`` compare its inputs.
+    It does not hold the step, which holds it: a circle would keep both until Python's collector runs. A re-run
+    has ``comparison.check_reads`` compare its inputs first.
 
     Attributes:
         compiled: whether stages have code that torch.compile has compiled.
@@ -30,7 +30,7 @@ class Stages(Protocol):
     def run(self, stage: int, boundary: tuple[Tensor, ...], comparison: Comparison) -> tuple[Tensor, ...]:
         """Re-run a stage on the tensors of its boundary; return those of the next boundary.
 
-        Called in grad mode, as the first run was: ops choose their kernels by it (LSTMs, attention), and code may ask for it.
+        Called in grad mode, as the first run was: ops choose their kernels by it (LSTMs, attention).
 
         Args:
             boundary: requires grad where it did.
@@ -39,13 +39,13 @@ class Stages(Protocol):
     def rebuilds(self, stage: int, option: int) -> Sequence[Rebuild]:
         """Return the programs that recompute what an option (not the first) of the stage drops."""
 
-    def rebuild_arguments(
-        self, stage: int, rebuild: Rebuild, boundary: tuple[Tensor, ...], comparison: Comparison
+    def arguments(
+        self, stage: int, boundary: tuple[Tensor, ...], comparison: Comparison, rebuild: Rebuild
     ) -> list[Any]:
-        """Return the stage's arguments that such a program reads."""
+        """Return the stage's arguments as its first run found them, for such a program."""
 
     def release(self, stage: int, rerunnable: Sequence[bool]) -> None:
-        """Release what is held for re-runs of this stage alone; of others, ``rerunnable`` says which may still come."""
+        """Release what is held for re-runs of this stage, and not for those that are still ``rerunnable``."""
 
     def ran_out(self) -> None:
         """Note that a replay ran out of memory."""

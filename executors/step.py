@@ -1,44 +1,45 @@
-"""One training step by a replay program, a state machine that autograd's hooks drive: autograd's own graph, without its values.
+"""One training step by a replay program: a state machine that autograd's hooks drive.
 
-A stage is in one of these states (``StepState``), from its first run to the end of its backward:
+Autograd builds its own graph, without its values. A stage is in one of these states (``StepState``):
 
-    state      autograd's graph has        what is held for re-runs      until
-    kept       saved tensors               nothing                       autograd releases them
-    dropped    handles                     all that its runs read        the program rebuilds it (2), or its last handle dies (3)
-    thinned    handles and saved tensors   its boundary, some of these   the first unpack of a handle runs a part again (5)
-    rebuilt    handles of filled tensors   as dropped; rule 7            each unpack takes one; its last handle dies (3)
-    released   nothing                     nothing
+    state     in autograd's graph      held for its re-runs        until
+    kept      saved tensors            nothing                     autograd releases them
+    dropped   handles                  all that its runs read      rebuilt (2), or the last handle dies (3)
+    thinned   handles, saved tensors   its boundary, some of both  a handle's unpack runs a part again (5)
+    rebuilt   handles, now filled      as dropped, but see 7       unpacks take all, the last handle dies (3)
+    released  nothing                  nothing
 
-A boundary is *working* while it is the latest that the replay has produced, and *held* from the first sweep or from a
-``Checkpoint`` of the program until a ``Free``, or until no stage that it serves is dropped, thinned or rebuilt (3).
+A boundary is *working* while it is the latest that the replay has produced, and *held* from the first sweep
+or from a ``Checkpoint`` of the program until a ``Free``, or until no stage that it serves can run again (3).
 
 The rules, referred to by number:
 
-1. The first sweep runs every stage once in grad mode. For a stage whose saved tensors are dropped, the
-   pack hook hands autograd a handle (stage, index) in place of each; the index counts the pack calls of
-   that stage. A tensor that outlives the step (parameter, input, carried value) is packed by reference.
-2. The first unpack of a dropped handle of stage k runs the replay program up to the backward of stage k.
-   A rebuild re-runs the stage in grad mode on detached inputs with their requires_grad flags restored; its
-   pack hook sees the same calls in the same order, fills the handles, and stops the run after the last
-   one, before that op's kernel runs, unless the output is needed.
+1. The first sweep runs every stage once in grad mode. For a stage whose saved tensors are dropped, the pack
+   hook hands autograd a handle (stage, index) in place of each; the index counts the pack calls of that
+   stage. A tensor that outlives the step (parameter, input, carried value) is packed by reference.
+2. The first unpack of a dropped handle of stage k runs the replay program up to the backward of stage k. A
+   rebuild re-runs the stage in grad mode on detached inputs with their requires_grad flags restored; its pack
+   hook sees the same calls in the same order, fills the handles, and stops the run after the last one, before
+   that op's kernel runs, unless the output is needed.
 3. A rebuilt value is released at its unpack. Handles count themselves: when the last handle of a stage dies
-   (autograd releases a node's saved tensors when it is done with them), so does what was held for it.
-   Hence retain_graph, double backward, partial and abandoned backwards need no case of their own.
-4. A request that the program has passed already (a second backward) restarts it; if what it needs is released,
-   the stage is rebuilt from the nearest boundary that is held: slower, never wrong.
+   (autograd releases a node's saved tensors when it is done with them), so does what was held for it. Hence
+   retain_graph, double backward, partial and abandoned backwards need no case of their own.
+4. A request that the program has passed already (a second backward) restarts it; if what it needs is
+   released, the stage is rebuilt from the nearest boundary that is held: slower, never wrong.
 5. A stage kept with an option drops some of its saved tensors. The first unpack of one of these, once the
-   program is at the stage's backward, runs the part of the option's own program (``Rebuild``) that recomputes it, on
-   what was kept; any other request is answered as for a dropped stage.
-6. Random numbers: each stage that draws is re-run from its own state, and the generators are put back
-   after every replay. So is what surrounds the code (``RunContext``): grad mode, autocast, what chooses kernels, the
-   default device and function modes. Buffers that a stage changes are changed by its first run only.
-7. Once the program has kept a rebuilt stage whole, no run of it starts from that stage's input any more. The input is
-   released, and autograd holds what it saved of it; not so where it may be asked for again: the graph is retained, or
-   saved tensors of stages that are reversed already are still wanted.
-8. Where the program copies between device and host, whatever a kept stage saved, and every boundary that is held, is a
-   ``Moved`` (offload.py); its unpack runs the program up to the backward of its stage, like that of a handle.
-9. Autograd checks versions only of tensors that it holds itself. Whatever is kept by reference, and
-   whatever a re-run reads, is checked here: a change in place between forward and backward raises.
+   program is at the stage's backward, runs the part of the option's own program (``Rebuild``) that recomputes
+   it, on what was kept; any other request is answered as for a dropped stage.
+6. Random numbers: each stage that draws is re-run from its own state, and the generators are put back after
+   every replay. So is what surrounds the code (``RunContext``): grad mode, autocast, what chooses kernels,
+   the default device and function modes. Buffers that a stage changes are changed by its first run only.
+7. Once the program has kept a rebuilt stage whole, no run of it starts from that stage's input any more. The
+   input is released, and autograd holds what it saved of it; not so where it may be asked for again: the
+   graph is retained, or saved tensors of stages that are reversed already are still wanted.
+8. Where the program copies between device and host, whatever a kept stage saved, and every boundary that is
+   held, is a ``Moved`` (offload.py); its unpack runs the program up to the backward of its stage, like that
+   of a handle.
+9. Autograd checks versions only of tensors that it holds itself. Whatever is kept by reference, and whatever
+   a re-run reads, is checked here: a change in place between forward and backward raises.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ from executors.compare_replay import Comparison, ReplayError
 from executors.offload import Moved
 from executors.stages import Stages
 from executors.step_state import Handle, Held, Lasting, StepState, tensors_of
-from executors.trace import Observer
+from executors.trace import Observer, silent
 from scheduler.capture.environment import RunContext
 from scheduler.capture.layouts import storage_key
 from scheduler.capture.recompute import OtherOps, Rebuild, Thinned, rerun
@@ -67,7 +68,6 @@ from scheduler.program import ReplayProgram
 from scheduler.schedule import COPY_ACTIONS, Backward, Checkpoint, Forward, Free, Keep
 
 __all__ = ["Step"]
-
 
 _MOVES = (Free, *COPY_ACTIONS)
 
@@ -80,7 +80,7 @@ class Step:
         stages: how.
         device: that holds the model.
         random: stages of which the generators are noted before their first run.
-        observe: is told where the step is; None, as in training, costs nothing.
+        observe: is told where the step is.
         check: what a recomputed tensor is compared by; a key of ``CHECKS``.
         arena: for copies on the host, if the program makes any.
 
@@ -100,9 +100,9 @@ class Step:
         arena: Arena | None = None,
     ) -> None:
         self.program, self.stages, self.device = program, stages, device
-        self.random, self.observe = random, observe
+        self.random, self.tell = random, observe or silent
         self.faked = detect_fake_mode() is not None
-        self.state = StepState(program, stages.release, observe, check != "none" and not self.faked, arena)
+        self.state = StepState(program, stages.release, self.tell, check != "none" and not self.faked, arena)
         self.comparison = Comparison(check, self.faked, self.state.prints, stages.name, stages.saved_name)
         self.lasting = Lasting()
         self.context = RunContext(device.type)
@@ -123,9 +123,10 @@ class Step:
             self.state.generators[stage] = RandomState(self.device, self.faked)
 
     def dropping(self, stage: int, parts: Sequence[Rebuild] | None = None) -> saved_tensors_hooks:
-        """Return the context of a first run whose saved tensors are dropped (rule 1), or those that an option drops (rule 5).
+        """Return the context of a first run that drops what it saves (rule 1).
 
-        With ``parts`` of () nothing is dropped (rule 8).
+        Args:
+            parts: of an option, which drops what these recompute (rule 5); () to drop nothing (rule 8).
         """
         state, lasting, fingerprint = self.state, self.lasting, self.comparison.fingerprint
         prints, keys, store = state.prints[stage], lasting.keys, state.store
@@ -160,15 +161,14 @@ class Step:
         return shielded(hook) if self.stages.compiled else hook
 
     def watch(self, stage: int, results: Sequence[Tensor]) -> None:
-        """Tell the observer that the backward of the stage begins, when the gradients of its results arrive."""
-        observe = self.observe
-        if observe is not None:
+        """Tell the observer that the stage's backward begins, when the gradients of its results arrive."""
+        if self.tell is not silent:
             for tensor in results:
                 if tensor.requires_grad:
-                    on_gradient(tensor, lambda _: observe("backward", stage))
+                    on_gradient(tensor, lambda _: self.tell("backward", stage))
 
     def after_first_run(self, stage: int, results: Sequence[Tensor], following: tuple[Tensor, ...]) -> None:
-        """Copy what the program copies once the stage has run; ``following`` is the next boundary (rule 8)."""
+        """Copy what the program copies once the stage has run; ``following``: the next boundary (rule 8)."""
         state, store = self.state, self.state.store
         if store is None:
             return
@@ -207,7 +207,7 @@ class Step:
         return packed.unpack()
 
     def _replay_until(self, stage: int, index: int | None = None) -> None:
-        """Run the program up to the backward of ``stage``, so that this handle of it, if any, is filled (rules 2, 4, 5)."""
+        """Run the program up to the backward of ``stage``; fill this handle of it, if any (rules 2, 4, 5)."""
         task = torch._C._current_graph_task_id()
         if index is None and task == self._task and self._position >= self.program.backward_at[stage]:
             return
@@ -221,8 +221,7 @@ class Step:
         finally:
             if generators is not None:
                 generators.restore()
-            if self.observe is not None:
-                self.observe("backward", stage)
+            self.tell("backward", stage)
 
     def _replay(self, task: int, stage: int, index: int | None) -> None:
         target = self.program.backward_at[stage]
@@ -235,8 +234,7 @@ class Step:
             return
         state = self.state
         if done:
-            if self.observe is not None:
-                self.observe("backward", stage)
+            self.tell("backward", stage)
             if index not in state.filled[stage] and stage in state.thinned:
                 self._recompute(stage, index)
             if index in state.filled[stage]:
@@ -244,12 +242,11 @@ class Step:
         self._rebuild_from_nearest(stage)
 
     def _follow(self, stage: int, target: int) -> bool:
-        """Run the program's actions up to the backward of ``stage``; return False if something they need is released."""
+        """Run the program up to the backward of ``stage``; return False if something it needs is released."""
         replay = self.program.replay
         while self._position < target:
             action = replay[self._position]
-            if self.observe is not None:
-                self.observe("replay", self._position)
+            self.tell("replay", self._position)
             if isinstance(action, Backward):
                 self.state.reversed(action.stage)
                 if self._working is not None and self._working[0] > action.stage:
@@ -265,7 +262,7 @@ class Step:
         return True
 
     def _run(self, action: Forward | Checkpoint | Keep, reversing: int) -> bool:
-        """Run a stage as the program says, on the way to the backward of ``reversing``; return False if its boundary is released."""
+        """Run a stage, before the backward of ``reversing``; return False if its boundary is released."""
         stage, state = action.stage, self.state
         current = self._boundary(stage)
         if current is None:
@@ -312,8 +309,7 @@ class Step:
                 f"stage {stage}: no boundary before it is held any more; an earlier backward released it. "
                 "Pass retain_graph=True to that backward"
             )
-        if self.observe is not None:
-            self.observe("again", stage)
+        self.tell("again", stage)
         for between in range(start, stage):
             current = self._advance(between, current)
         self._rebuild(stage, current, wanted=False)
@@ -333,8 +329,7 @@ class Step:
     def _advance(self, stage: int, boundary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Run a stage of which nothing is saved."""
         self._ready(stage)
-        if self.observe is not None:
-            self.observe("advance", stage)
+        self.tell("advance", stage)
         with self._discarding(stage):
             produced = self._outputs(stage, boundary)
         self.comparison.check_output(stage, produced)
@@ -355,7 +350,11 @@ class Step:
     def _rebuild(
         self, stage: int, boundary: tuple[Tensor, ...], wanted: bool, parts: Sequence[Rebuild] = ()
     ) -> tuple[Tensor, ...] | None:
-        """Re-run a stage and fill its handles (rule 2), or those that an option keeps (rule 5); return its output, if wanted."""
+        """Re-run a stage and fill its handles (rule 2), or those that an option keeps (rule 5).
+
+        Returns:
+            its output, if wanted.
+        """
         state, prints = self.state, self.state.prints[stage]
         needed = prints
         read: set[int] = set()
@@ -390,8 +389,7 @@ class Step:
                 raise _Stop
 
         self._ready(stage)
-        if self.observe is not None:
-            self.observe("rebuild", stage)
+        self.tell("rebuild", stage)
         produced: tuple[Tensor, ...] | None = None
         try:
             with self._saving(stage, pack):
@@ -417,8 +415,7 @@ class Step:
         if part is None or any(source not in thinned.sources for source, _ in part.sources):
             return
         self._ready(stage)
-        if self.observe is not None:
-            self.observe("part", stage)
+        self.tell("part", stage)
         kept = [self.unpack(thinned.sources[i]).detach().requires_grad_(flag) for i, flag in part.sources]
         thinned.ran(part)
         prints, filled = state.prints[stage], state.filled[stage]
@@ -432,7 +429,7 @@ class Step:
                 self.comparison.check_saved(stage, number, tensor)
                 filled[number] = tensor
 
-        arguments = self.stages.rebuild_arguments(stage, part, self._leaves(stage, boundary), self.comparison)
+        arguments = self.stages.arguments(stage, self._leaves(stage, boundary), self.comparison, part)
         del boundary
         try:
             rerun(part, arguments, kept, fill)
@@ -459,7 +456,7 @@ class Step:
         return saved_tensors_hooks(self._shielded(_discard), _never)
 
     def _saving(self, stage: int, pack: Callable[[Tensor], None]) -> saved_tensors_hooks:
-        """Return the context of a re-run whose saved tensors go to ``pack``, and which reverses them only where the first run did."""
+        """Return the context of a re-run whose saved tensors go to ``pack``, and stay for stages in ``reversing``."""
         if stage not in self.stages.reversing:
             return saved_tensors_hooks(self._shielded(pack), _never)
 

@@ -1,4 +1,4 @@
-"""The saved tensors and boundaries of one step while they are live, and when each is released; step.py numbers the rules."""
+"""The live saved tensors and boundaries of a step; step.py numbers the rules of their release."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Held:
 
 
 class Lasting:
-    """The storages that outlive the step (parameters, inputs, carried values): saved tensors in them are packed by reference.
+    """The storages that outlive the step (parameters, inputs, carried values): packed by reference.
 
     Attributes:
         keys: their identities.
@@ -83,8 +83,8 @@ class Lasting:
         """Count the storages of these tensors among them.
 
         Args:
-            bound: whether they surely live on. Code may bind others in their place (``p.data = other``): a tensor that is made
-                at the same address would then pass for one of them, unless the identity is held.
+            bound: whether they surely live on. Code may bind others in their place (``p.data = other``): a tensor
+                that is made at the same address would then pass for one of them, unless the identity is held.
         """
         self.keys |= storage_keys(tensors)
         if not bound:
@@ -108,7 +108,7 @@ class StepState:
     Args:
         program: what the step follows.
         release_inputs: (stage, ``rerunnable``); called when no re-run of the stage can be asked for any more.
-        observe: is told which boundaries are held and freed.
+        tell: is told which boundaries are held and freed.
         sampled: whether a few values of the boundaries are compared before re-runs that read them.
         arena: for copies on the host, if the program makes any.
 
@@ -116,8 +116,8 @@ class StepState:
         boundaries: boundary -> its tensors, detached, while held; or what stands for them (rule 8).
         reads: boundary -> its tensors as they were when it was held.
         store: what is on the device and on the host, if the program copies between the two.
-        prints: stage -> index -> what a recomputed saved tensor is compared by; None if it is packed by reference, or its
-            handle is gone.
+        prints: stage -> index -> what a recomputed saved tensor is compared by; None if it is packed by
+            reference, or its handle is gone.
         handles: stage -> handles alive.
         filled: stage -> index -> recomputed saved tensor that no unpack has taken yet.
         thinned: stage kept with an option -> how to recompute what it dropped.
@@ -130,12 +130,12 @@ class StepState:
         self,
         program: ReplayProgram,
         release_inputs: Callable[[int, Sequence[bool]], None],
-        observe: Observer | None,
+        tell: Observer,
         sampled: bool,
         arena: Arena | None,
     ) -> None:
         stages = len(program.kept)
-        self.observe, self.sampled, self.release_inputs = observe, sampled, release_inputs
+        self.tell, self.sampled, self.release_inputs = tell, sampled, release_inputs
         self.boundaries: dict[int, tuple[Tensor | Moved, ...]] = {}
         self.reads: dict[int, AsRead] = {}
         self.store = None if arena is None else Store(arena)
@@ -157,8 +157,7 @@ class StepState:
             self.boundaries[boundary] = held
             if held:
                 self.reads[boundary] = AsRead(held, Sampler() if self.sampled else None)
-        if self.observe is not None:
-            self.observe("held", boundary, tensors)
+        self.tell("held", boundary, tensors)
 
     def tensors(self, boundary: int) -> tuple[Tensor, ...]:
         """Return the tensors of a held boundary, on the device."""
@@ -168,8 +167,8 @@ class StepState:
         """Hold a boundary no longer."""
         held = self.boundaries.pop(boundary, None)
         self.reads.pop(boundary, None)
-        if self.observe is not None and held is not None:
-            self.observe("freed", boundary, tensors_of(held) if self.store is None else ())
+        if held is not None:
+            self.tell("freed", boundary, () if self.store is not None else tensors_of(held))
 
     def move(self, action: CopyAction | Free) -> None:
         """Free a boundary, or carry out a copy (rule 8)."""
@@ -188,7 +187,7 @@ class StepState:
             self.store.reversed(stage)
 
     def sweep_is_over(self) -> None:
-        """Release stages without handles: the forward is done, and from here on the last handle of a stage does it."""
+        """Release stages without handles; after the forward, the last handle of a stage does it."""
         self.sweeping = False
         if self.store is not None:
             self.store.sweep_is_over()

@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.overrides import _get_current_function_mode_stack
@@ -31,8 +31,8 @@ _PRECISIONS = {
     **{(kind, op): ("generic", "all") for kind in ("cuda", "mkldnn") for op in ("matmul", "conv", "rnn")},
 }
 
-
-Precision = tuple[str | None, bool | None, tuple[str, ...]]
+_Precision = tuple[str | None, bool | None, tuple[str, ...]]
+_Switch = tuple[str, Callable[[], Any], Callable[[Any], Any] | None]
 
 
 def _or_mixed(read: Callable[[], Any]) -> Any:
@@ -43,7 +43,7 @@ def _or_mixed(read: Callable[[], Any]) -> Any:
         return None
 
 
-def _precision() -> Precision:
+def _precision() -> _Precision:
     """Return the precision of float32 products: of both older settings, and of each of torch.backends."""
     each = [torch._C._get_fp32_precision_getter(*place) for place in _PRECISIONS]
     named = _or_mixed(torch.get_float32_matmul_precision)
@@ -55,7 +55,7 @@ def _matmul_precision() -> Any:
     return _or_mixed(torch.get_float32_matmul_precision) or _precision()
 
 
-def _set_precision(then: Precision) -> None:
+def _set_precision(then: _Precision) -> None:
     named, tf32, each = _precision()
     if then[0] is not None and named not in (None, then[0]):
         torch.set_float32_matmul_precision(then[0])
@@ -73,70 +73,61 @@ def _deterministic() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-class _Switch(NamedTuple):
-    """A setting of the process that chooses kernels.
-
-    Attributes:
-        name: in a plan's record.
-        value: reads what a plan depends on; None if no plan does.
-        read, write: read and set all of it; None if ``write`` of another one does.
-    """
-
-    name: str
-    value: Callable[[], Any] | None
-    read: Callable[[], Any] | None
-    write: Callable[[Any], Any] | None
-
-
-def _switch(name: str, read: Callable[[], Any], write: Callable[[Any], Any]) -> _Switch:
-    return _Switch(name, read, read, write)
-
-
 _C, _MATMUL = torch._C, torch.backends.cuda.matmul
-_SWITCHES = (
-    _Switch(
+# What chooses kernels: name in a plan's record, read, write; None where another one's ``write`` does it, or none can.
+_SWITCHES: tuple[_Switch, ...] = (
+    (
         "deterministic algorithms",
-        torch.are_deterministic_algorithms_enabled,
         _deterministic,
         lambda now: torch.use_deterministic_algorithms(now[0], warn_only=now[1]),
     ),
-    _switch("flash attention", _C._get_flash_sdp_enabled, _C._set_sdp_use_flash),
-    _switch("memory-efficient attention", _C._get_mem_efficient_sdp_enabled, _C._set_sdp_use_mem_efficient),
-    _switch("math attention", _C._get_math_sdp_enabled, _C._set_sdp_use_math),
-    _switch("cuDNN attention", _C._get_cudnn_sdp_enabled, _C._set_sdp_use_cudnn),
-    _Switch("order of attention", None, _C._get_sdp_priority_order, _C._set_sdp_priority_order),
-    _switch("oneDNN", _C._get_mkldnn_enabled, _C._set_mkldnn_enabled),
-    _Switch("float32 matmul precision", _matmul_precision, _precision, _set_precision),
-    _switch("default dtype", torch.get_default_dtype, torch.set_default_dtype),
-    _Switch("quantized engine", _C._get_qengine, None, None),
+    ("flash attention", _C._get_flash_sdp_enabled, _C._set_sdp_use_flash),
+    ("memory-efficient attention", _C._get_mem_efficient_sdp_enabled, _C._set_sdp_use_mem_efficient),
+    ("math attention", _C._get_math_sdp_enabled, _C._set_sdp_use_math),
+    ("cuDNN attention", _C._get_cudnn_sdp_enabled, _C._set_sdp_use_cudnn),
+    ("order of attention", _C._get_sdp_priority_order, _C._set_sdp_priority_order),
+    ("oneDNN", _C._get_mkldnn_enabled, _C._set_mkldnn_enabled),
+    ("float32 matmul precision", _precision, _set_precision),
+    ("default dtype", torch.get_default_dtype, torch.set_default_dtype),
+    ("quantized engine", _C._get_qengine, None),
 )
-_ON_CUDA = (
-    _switch("cuDNN", _C._get_cudnn_enabled, _C._set_cudnn_enabled),
-    _switch("cuDNN benchmark", _C._get_cudnn_benchmark, _C._set_cudnn_benchmark),
-    _Switch("deterministic cuDNN", None, _C._get_cudnn_deterministic, _C._set_cudnn_deterministic),
-    _Switch("TF32 in cuDNN", lambda: _or_mixed(_C._get_cudnn_allow_tf32), None, None),
-    _switch(
+_ON_CUDA: tuple[_Switch, ...] = (
+    ("cuDNN", _C._get_cudnn_enabled, _C._set_cudnn_enabled),
+    ("cuDNN benchmark", _C._get_cudnn_benchmark, _C._set_cudnn_benchmark),
+    ("deterministic cuDNN", _C._get_cudnn_deterministic, _C._set_cudnn_deterministic),
+    ("TF32 in cuDNN", lambda: _or_mixed(_C._get_cudnn_allow_tf32), None),
+    (
         "reduced precision of fp16 sums",
         _C._get_cublas_allow_fp16_reduced_precision_reduction,
         functools.partial(setattr, _MATMUL, "allow_fp16_reduced_precision_reduction"),
     ),
-    _switch(
+    (
         "reduced precision of bf16 sums",
         _C._get_cublas_allow_bf16_reduced_precision_reduction,
         functools.partial(setattr, _MATMUL, "allow_bf16_reduced_precision_reduction"),
     ),
 )
-
-
-# Of every setting, and of those that the CPU has: hot paths go through these.
-_WRITTEN = {
-    on_cpu: [
-        (s.name, s.read, s.write) for s in (*_SWITCHES, *(() if on_cpu else _ON_CUDA)) if s.read and s.write
-    ]
-    for on_cpu in (True, False)
+# What a plan depends on: not on these, and of those on less, which is read faster.
+_NOT_IN_PLANS = ("order of attention", "deterministic cuDNN")
+_IN_PLANS = {
+    "deterministic algorithms": torch.are_deterministic_algorithms_enabled,
+    "float32 matmul precision": _matmul_precision,
 }
-_VALUES = [(s.name, s.value) for s in _SWITCHES if s.value]
-_CUDA_VALUES = [(s.name, s.value) for s in _ON_CUDA if s.value]
+
+
+def _written(rows: tuple[_Switch, ...]) -> list[tuple[str, Callable[[], Any], Callable[[Any], Any]]]:
+    return [(name, read, write) for name, read, write in rows if write is not None]
+
+
+def _values(rows: tuple[_Switch, ...]) -> list[tuple[str, Callable[[], Any]]]:
+    return [(name, _IN_PLANS.get(name, read)) for name, read, _ in rows if name not in _NOT_IN_PLANS]
+
+
+_WRITTEN = {
+    True: _written(_SWITCHES),
+    False: _written(_SWITCHES + _ON_CUDA),
+}  # by whether the device is the CPU
+_VALUES, _CUDA_VALUES = _values(_SWITCHES), _values(_ON_CUDA)
 
 
 def switches(kind: str) -> list[Any]:

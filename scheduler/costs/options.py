@@ -1,8 +1,9 @@
-"""What the options of a stage cost: seconds of the ops that run again, and bytes while they do.
+"""The costs of a stage's options: seconds of the ops that run again, and bytes while they do.
 
-Ops are timed one by one; which to run again for which bytes is then a matter of ``scheduler.options``. Every
-option that comes of it is tried out on the tensors of the real step: what it makes again must be, bit for bit,
-what autograd saved, or the option is left out. Without data (``Target``) only shapes, dtypes and strides are compared.
+Ops are timed one by one; ``scheduler.options`` chooses which run again for which bytes. Every option is then tried
+out on the tensors of the real step, by the code that recomputes it in training (``recompute.rerun``): the result must
+be, bit for bit, what autograd saved, or the option is left out. Without data (``Target``) only shapes, dtypes and
+strides are compared.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from scheduler.capture.recompute import (
 )
 from scheduler.capture.state import RandomState, may_be_seed, reverse
 from scheduler.capture.target import Device, Target
+from scheduler.capture.verify import equal_bits
 from scheduler.costs.clock import Spans
 from scheduler.costs.measure import (
     OptionCost,
@@ -60,7 +62,7 @@ class TimedOps(fx.Interpreter):
         self.estimates: list[float] = []
 
     def seconds(self) -> list[float]:
-        """Of each op, in order."""
+        """Return the seconds of each op, in order."""
         return self.estimates if self.spans is None else self.spans.seconds()
 
     def run_node(self, n: fx.Node) -> Any:
@@ -79,7 +81,7 @@ class TimedOps(fx.Interpreter):
 def measure_options(
     capture: GraphCapture, k: int, run: StageRun, arguments: list[Any], *, clock: bool
 ) -> tuple[tuple[OptionCost, ...], float]:
-    """The options of stage k that keep less than all, from the largest to the smallest; and their gap (``Choices``).
+    """Return the options of stage k that keep less than all, from the largest to the smallest, and their gap.
 
     Args:
         run: the stage in isolation.
@@ -138,13 +140,13 @@ def measure_options(
 
 
 def _name(rerun: Sequence[str]) -> str:
-    """What runs again, by kind of op."""
+    """Return a name that lists what runs again, by kind of op."""
     kinds = Counter(name.rstrip("0123456789").rstrip("_") for name in rerun)
     return "all but " + ", ".join(kind if n == 1 else f"{n} {kind}" for kind, n in kinds.items())
 
 
 def makes_again(capture: GraphCapture, k: int, arguments: Sequence[Any], dropped: frozenset[int]) -> bool:
-    """Whether the packs that an option of stage k drops are made again to the bit.
+    """Whether the packs that an option of stage k drops are recomputed bit for bit.
 
     Args:
         arguments: of the stage, as the real step has them, the generators as it begins with them.
@@ -163,7 +165,7 @@ def makes_again(capture: GraphCapture, k: int, arguments: Sequence[Any], dropped
 
 
 def _saved(capture: GraphCapture, k: int, arguments: Sequence[Any]) -> list[Tensor]:
-    """What autograd saves of a run of stage k."""
+    """Return what autograd saves in a run of stage k."""
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -176,7 +178,7 @@ def _saved(capture: GraphCapture, k: int, arguments: Sequence[Any]) -> list[Tens
 
 
 def _fresh(capture: GraphCapture, k: int, arguments: Sequence[Any]) -> list[Any]:
-    """The arguments as a re-run gets them: detached, requiring grad as they did, buffers as copies."""
+    """Return the arguments as a re-run gets them: detached, requiring grad as they did, buffers as copies."""
     fresh = []
     for argument, source in zip(arguments, capture.stages[k].sources, strict=True):
         if source.kind == "buffer":
@@ -196,7 +198,7 @@ def _tried(
     data: bool = True,
     times: int = REPEATS,
 ) -> float | None:
-    """Median seconds of an option's programs; None if they do not make again, to the bit, what autograd saved.
+    """Return median seconds of an option's programs; None if they do not recompute, bit for bit, what autograd saved.
 
     Args:
         random: the random numbers as the stage began with them.
@@ -230,18 +232,13 @@ def _tried(
 def _equal(a: Tensor, b: Tensor, data: bool) -> bool:
     if (a.shape, a.dtype, a.stride()) != (b.shape, b.dtype, b.stride()):
         return False
-    return (
-        not data
-        or may_be_seed(a)
-        or torch.equal(a, b)
-        or bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
-    )
+    return not data or may_be_seed(a) or equal_bits(a, b)
 
 
 def _peaks(
     capture: GraphCapture, k: int, run: StageRun, parts: Sequence[Rebuild], arguments: list[Any]
 ) -> tuple[int, int, int]:
-    """Most bytes above the inputs while the stage runs forward, and from there to its backward's end; those it keeps."""
+    """Return the most bytes above the inputs in the stage's forward, in its backward, and those kept between."""
     arrived: dict[int, Tensor] = {}
     context = RunContext(capture.device.type)
 
