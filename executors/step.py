@@ -44,7 +44,6 @@ The rules, referred to by number:
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -295,7 +294,7 @@ class Step:
             return self._working[1]
         if boundary not in state.boundaries:
             return None
-        held = state.tensors(boundary)
+        held = tensors_of(state.boundaries[boundary])
         if state.store is None and held:
             self.comparison.starts_from(boundary, state.reads[boundary])
         return held
@@ -441,7 +440,7 @@ class Step:
     def _discarding(self, stage: int) -> saved_tensors_hooks:
         """Return the context of a re-run of which nothing is saved."""
         if not self.comparison.thorough:
-            return self._saving(stage, _discard) if stage in self.stages.reversing else self._discards
+            return self._saving(stage, _discard)
         numbers = itertools.count()
 
         def look(tensor: Tensor) -> None:
@@ -450,10 +449,6 @@ class Step:
                 self.comparison.check_saved(stage, index, tensor)
 
         return self._saving(stage, look)
-
-    @functools.cached_property
-    def _discards(self) -> saved_tensors_hooks:
-        return saved_tensors_hooks(self._shielded(_discard), _never)
 
     def _saving(self, stage: int, pack: Callable[[Tensor], None]) -> saved_tensors_hooks:
         """Return the context of a re-run whose saved tensors go to ``pack``, and stay for stages in ``reversing``."""

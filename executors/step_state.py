@@ -159,10 +159,6 @@ class StepState:
                 self.reads[boundary] = AsRead(held, Sampler() if self.sampled else None)
         self.tell("held", boundary, tensors)
 
-    def tensors(self, boundary: int) -> tuple[Tensor, ...]:
-        """Return the tensors of a held boundary, on the device."""
-        return tensors_of(self.boundaries[boundary])
-
     def free(self, boundary: int) -> None:
         """Hold a boundary no longer."""
         held = self.boundaries.pop(boundary, None)
