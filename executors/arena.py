@@ -1,4 +1,4 @@
-"""Host memory for copies, in one region that is page-locked once (torch's allocator rounds blocks to powers of two)."""
+"""Host memory for copies, in one region that is page-locked once; torch's own rounds up to powers of two."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ ROOM = 50  # one part in so many more, for what lies between blocks
 class Arena:
     """Allocates blocks out of one region, first fit.
 
-    Copies on streams may still read a block that is given back: whoever takes it next has to write it after them.
+    Copies on streams may still read a block that is given back: whoever takes it next has to write it after
+    them.
 
     Args:
-        size: bytes that blocks take together at most; where blocks of other sizes leave no gap that is large enough,
-            further ones are memory of their own.
+        size: bytes that blocks take together at most; where blocks of other sizes leave no gap that is large
+            enough, further ones are memory of their own.
         device: page-locked for copies from and to it, on CUDA.
     """
 

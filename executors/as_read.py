@@ -1,7 +1,8 @@
-"""Compare the tensors that a re-run reads with those of the first run, by version, address and a few of their values.
+"""Compare the tensors that a re-run reads with those of the first run: versions, addresses, a few values.
 
-``p.data = other`` changes no version, and ``p.data.mul_(2)`` changes no address either, so a few elements spread over
-each tensor are compared. On CUDA they stay there, and nothing waits for the device before they are compared.
+``p.data = other`` changes no version, and ``p.data.mul_(2)`` changes no address either, so a few elements
+spread over each tensor are compared. On CUDA they stay there, and nothing waits for the device before they
+are compared.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def address(tensor: Tensor) -> int:
 
 
 def _elements(tensor: Tensor) -> Tensor | None:
-    """Return a view of a few elements spread over a tensor, their bits as integers; None where it has no such view."""
+    """Return a view of a few elements spread over a tensor, their bits as integers; None if it has none."""
     if type(tensor) not in _EXACT or tensor.layout is not torch.strided or tensor.is_quantized:
         return None
     whole = tensor.detach()
@@ -106,7 +107,7 @@ class AsRead:
         self.sample = [] if sampler is None else sampler.take(tensors, self.addresses)
 
     def changed(self) -> Sequence[int]:
-        """Return the numbers of those that were changed in place since, or have other data, by version and address."""
+        """Return the numbers of those that were changed in place since (their version), or have other data."""
         versions = [tensor._version for tensor in self.tensors]
         addresses = [*map(address, self.tensors)]
         if versions == self.versions and addresses == self.addresses:

@@ -217,7 +217,7 @@ class _Sweep:
     Attributes:
         ran: the block after the latest that ran.
         count: blocks that ran.
-        crossing: (block, output leaf) -> (tensor, version) of what crosses into the next block, until it runs.
+        crossing: (block, output leaf) -> (tensor, version) of what crosses into the next block.
     """
 
     def __init__(self, executor: ModuleExecutor, stages: BlockStages, step: Step) -> None:
@@ -320,7 +320,7 @@ class _Sweep:
     def _boundary_into(
         self, index: int, block: Block, leaves: list[Any]
     ) -> tuple[list[tuple[int, int]], tuple[Tensor, ...]]:
-        """Return (leaf, position in the boundary) of what is fed into a block, and the boundary, as planned."""
+        """Return (leaf, position in the boundary) of what is fed into a block, and the boundary."""
         if not block.fed:
             tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
             return [(i, at) for at, i in enumerate(tensors)], tuple([leaves[i] for i in tensors])
@@ -472,7 +472,7 @@ def _dropping_late(step: Step, stage: int) -> Iterator[None]:
 
 
 def _same_value(tensor: Tensor, made: Tensor | None, version: int) -> bool:
-    """Whether a tensor is what was made, unchanged, or a view of all of it, in which hooks of modules wrap it."""
+    """Whether a tensor is what was made, unchanged, or a view of all of it (hooks of modules wrap in views)."""
     if made is None or tensor._version != version:
         return False
     return tensor is made or (

@@ -33,7 +33,7 @@ def nothing(_: Tensor) -> Fingerprint:
 
 
 def metadata(tensor: Tensor) -> Fingerprint:
-    """Return (shape, dtype, strides, device); of a sparse tensor, layout and count of elements instead of strides."""
+    """Return (shape, dtype, strides, device); a sparse tensor has layout and count for strides."""
     if tensor.layout is not torch.strided:
         return tensor.shape, tensor.dtype, (tensor.layout, nonzeros(tensor)), tensor.device
     return tensor.shape, tensor.dtype, tensor.stride(), tensor.device
@@ -52,12 +52,13 @@ CHECKS: dict[str, Callable[[Tensor], Fingerprint]] = {
 
 
 def checksum(tensor: Tensor) -> tuple[int, ...]:
-    """Return a checksum of a tensor's bits, which depends on their order (another permutation or mask differs).
+    """Return a checksum of a tensor's bits, in which their order counts, as of a permutation or mask.
 
-    On the CPU the bytes are read in place, and torch allocates nothing. On a device it allocates up to 1 MiB there, and
-    waits for the device.
+    On the CPU the bytes are read in place, and torch allocates nothing. On a device it allocates up to 1 MiB
+    there, and waits for the device.
 
-    Bits are read in the order in which they lie in memory: those of tensors with other strides do not compare.
+    Bits are read in the order in which they lie in memory: those of tensors with other strides do not
+    compare.
     """
     tensor = tensor.detach()
     if hasattr(tensor, "__tensor_flatten__"):  # what wraps tensors has no memory of its own
@@ -115,7 +116,7 @@ def _crc(elements: Any, value: int) -> int:
 
 
 def sums(tensor: Tensor) -> tuple[int]:
-    """Return sums of a tensor's bits as integers, weighted by position; integers sum to the same in any order.
+    """Return sums of a tensor's bits as integers, weighted by position; exact in any order of summation.
 
     Aligned bits are read as words of eight bytes: a sum of smaller integers would first copy all of them.
     """
@@ -175,7 +176,7 @@ def _pieces(words: Tensor) -> Iterator[Tensor]:
 
 
 def _sums(words: Tensor) -> Iterator[Tensor]:
-    """Yield, for each dimension, the sum, and the sum weighted by numbers that depend on the position along it."""
+    """Yield, for each dimension, the sum, and the sum weighted by a hash of the position along it."""
     if not words.ndim:
         yield words
     for dim in range(words.ndim):
@@ -189,7 +190,7 @@ def _sums(words: Tensor) -> Iterator[Tensor]:
 
 
 def difference(first: Fingerprint, again: Fingerprint) -> str | None:
-    """Return how a recomputed tensor differs from the first one, in words; None if only in strides that do not matter."""
+    """Return how a recomputed tensor differs, in words; None if only in strides that do not matter."""
     if first == again:
         return None
     shape, dtype, strides, device, *sums = first

@@ -18,7 +18,7 @@ class ReplayError(RuntimeError):
 
 
 class Comparison:
-    """What the first runs of a step's stages were like, and the refusal of re-runs that are not.
+    """Notes what the first runs of a step's stages were like, and refuses re-runs that differ.
 
     Args:
         check: what tensors are compared by; a key of ``CHECKS``.
@@ -60,7 +60,7 @@ class Comparison:
         self._boundaries[boundary] = self._known.setdefault(found, found)
 
     def starts_from(self, boundary: int, read: AsRead) -> None:
-        """Refuse a held boundary that was changed in place; compare its values later, with the other inputs."""
+        """Refuse a held boundary that was changed in place; its values are compared with the other inputs."""
         if read.changed():
             self._refuse_changed(f"boundary {boundary}, the output of {self._name(boundary - 1)},")
         self._start = read

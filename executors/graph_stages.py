@@ -173,7 +173,7 @@ def _gathering(stage: GraphStage) -> Callable[..., list[Any]]:
 
 
 def _following(stage: GraphStage) -> Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """Return a function of the stage's results and its boundary, a part of which passes, to the next boundary."""
+    """Return a function from a stage's results and boundary, a part of which passes, to the next boundary."""
     terms = [f"results[{i}]" if i >= 0 else f"boundary[{-1 - i}]" for i in stage.boundary_from]
     following: Callable[..., tuple[Tensor, ...]] = eval(  # of indices
         f"lambda results, boundary: ({''.join(term + ', ' for term in terms)})", {}

@@ -1,9 +1,10 @@
 """Steps of one planned model that overlap, or are reversed more than once: what no plan of one call counts.
 
-A plan is for one forward and one backward from it, which releases what the forward saved. Where a second forward runs
-while an earlier one still waits for its backward, or where a backward retains the graph, more bytes are live than the
-plan says. A hook before the backward of the outputs notices, at some 2 µs a forward: it dies with the graph, and is
-called when the graph is reversed. If the bytes exceed the budget, a PeakWarning says so, once of each kind.
+A plan is for one forward and one backward from it, which releases what the forward saved. Where a second
+forward runs while an earlier one still waits for its backward, or where a backward retains the graph, more
+bytes are live than the plan says. A hook before the backward of the outputs notices, at some 2 µs a forward:
+it dies with the graph, and is called when the graph is reversed. If the bytes exceed the budget, a
+PeakWarning says so, once of each kind.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _STEP_FUNCTION = (
 
 
 class _CastMark:
-    """Detects whether autocast's cache still holds what it held after a forward, so that its context is still entered.
+    """Detects whether autocast's cache still holds what it held after a forward: its context is still entered.
 
     A cast that is taken from the cache has the graph node of the one that put it there.
     """
@@ -64,7 +65,7 @@ class _CastMark:
 
 
 class _Graph:
-    """The hook on the outputs of one forward; it lives as long as they do, or anything computed from them.
+    """Hook on the outputs of one forward; it lives as long as they do, or anything computed from them.
 
     Attributes:
         reversed: whether a backward has begun that releases what the forward saved.
@@ -115,7 +116,7 @@ class InFlight:
         return bool(self._earlier())
 
     def plainly(self, model: nn.Module, forward: Callable[[], Any], plan: Plan) -> Any:
-        """Run a forward of the plain model in grad mode (in eval mode, say), which may share casts with planned ones."""
+        """Run a forward of the plain model in grad mode (in eval mode, say); it may share casts with planned ones."""
         if not self._caches():
             return forward()
         if self.shares_casts(model) and any(each.capture.uncached for each in self._earlier()):
@@ -131,11 +132,13 @@ class InFlight:
             shares_casts: what the method of this name returned before the plan was looked for.
 
         Raises:
-            ReplayError: the plain model casts each weight once for this forward and earlier ones that still wait for their
-                backward, in which the gradients of all are summed before they are cast back; by these plans it does not.
+            ReplayError: the plain model casts each weight once for this forward and earlier ones that still
+                wait for their backward, in which the gradients of all are summed before they are cast back;
+                by these plans it does not.
 
         Warns:
-            PeakWarning: earlier ones still wait for their backward, and together they will not fit the budget.
+            PeakWarning: earlier ones still wait for their backward, and together they will not fit the
+                budget.
         """
         earlier = self._earlier()
         emptied = shares_casts and self.mark is not None and not self.mark.stays()  # by what was planned
@@ -273,8 +276,9 @@ def later_peak(plan: Plan, *, retained: bool) -> int:
     """Return a bound on the peak (bytes) of a step whose backward finds the gradients of all parameters.
 
     Args:
-        retained: whether an earlier backward of the same forward has retained the graph: the later one finds every boundary
-            that it held, too, and what was kept of a stage is not released when that is reversed.
+        retained: whether an earlier backward of the same forward has retained the graph: the later one finds
+            every boundary that it held, too, and what was kept of a stage is not released when that is
+            reversed.
     """
     stages, kept = plan.chain.stages, plan.program.kept
     holding = (

@@ -53,7 +53,7 @@ def nested(
 
 
 def _parse(actions: tuple[Action, ...], at: int, start: int, stop: int) -> tuple[Parts, int]:
-    """Return the tree of the actions from index ``at`` on, which reverse stages start..stop-1; and where they end."""
+    """Return the tree of the actions from index ``at`` on that reverse stages start..stop-1, and their end."""
 
     def expect(action: Action) -> None:
         if at >= len(actions) or actions[at] != action:

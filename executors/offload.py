@@ -1,14 +1,14 @@
 """Copies between device and host during a step, by storage: where boundaries and saved tensors are.
 
-Autograd's graph holds a ``Moved`` in place of each saved tensor, and the step holds its boundaries as such; each
-lies in a ``MovedStorage``, which is on the device, on the host, or both. Boundary i, and the saved tensors of
-stage i with boundary i+1 among them, are *items* of the referee (``scheduler.host.Item``). A storage stays on
-either side while an item that it belongs to is needed there, and its last copy is released with the last Moved:
-an order of backwards that the program does not foresee is slower, never wrong.
+Autograd's graph holds a ``Moved`` in place of each saved tensor, and the step holds its boundaries as such;
+each lies in a ``MovedStorage``, which is on the device, on the host, or both. Boundary i, and the saved
+tensors of stage i with boundary i+1 among them, are *items* of the referee (``scheduler.host.Item``). A
+storage stays on either side while an item that it belongs to is needed there, and its last copy is released
+with the last Moved: an order of backwards that the program does not foresee is slower, never wrong.
 
-On CUDA copies run on streams of their own, from and to page-locked memory, beside the compute, which waits for a
-copy where it needs what is read, or is about to release what is written. The host's memory is outside of torch's
-allocators (``arena.py``): on the CPU, the bytes counted for the device are those of a device.
+On CUDA copies run on streams of their own, from and to page-locked memory, beside the compute, which waits
+for a copy where it needs what is read, or is about to release what is written. The host's memory is outside
+of torch's allocators (``arena.py``): on the CPU, the bytes counted for the device are those of a device.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ class MovedStorage:
     """One storage, on the device, on the host, or both.
 
     Attributes:
-        on_device: the known tensors of this storage, by how they lie in it; None while it is on the host alone.
+        on_device: the known tensors of this storage, by how they lie in it; None while it is on the host
+            alone.
         holders, hosts: the items that need it on the device, and on the host.
         pinned: whether it outlives the step (a parameter, a carried value): moving it would free nothing.
     """
@@ -246,8 +247,8 @@ class Store:
     def __init__(self, arena: Arena) -> None:
         self.side = HostSide(arena)
         self._items: dict[Item, list[weakref.ref[MovedStorage]]] = {}
-        # Of the boundary that the next stage of the first sweep starts from; and what the running stage has saved,
-        # where a node that dies meanwhile (argsort's) takes its storages with it.
+        # Of the boundary that the next stage of the first sweep starts from; and what the running stage has
+        # saved, where a node that dies meanwhile (argsort's) takes its storages with it.
         self._entering: list[MovedStorage] = []
         self._packed: list[weakref.ref[MovedStorage]] = []
 
@@ -296,7 +297,7 @@ class Store:
         return bool(packed)
 
     def passed(self, boundary: int) -> None:
-        """Note that a boundary which is not held has been used: its storages are live only for other items."""
+        """Note that a boundary which is not held was used: its storages are live only for other items."""
         self._leave(("boundary", boundary))
 
     def sweep_is_over(self) -> None:

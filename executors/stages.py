@@ -16,8 +16,8 @@ __all__ = ["Stages"]
 class Stages(Protocol):
     """How the stages of one step run again: ``graph_stages.py`` and ``block_stages.py``.
 
-    It does not hold the step, which holds it: a circle would keep both until Python's collector runs. A re-run
-    has ``comparison.check_reads`` compare its inputs first.
+    It does not hold the step, which holds it: a circle would keep both until Python's collector runs. A
+    re-run has ``comparison.check_reads`` compare its inputs first.
 
     Attributes:
         compiled: whether stages have code that torch.compile has compiled.

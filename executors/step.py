@@ -451,7 +451,7 @@ class Step:
         return self._saving(stage, look)
 
     def _saving(self, stage: int, pack: Callable[[Tensor], None]) -> saved_tensors_hooks:
-        """Return the context of a re-run whose saved tensors go to ``pack``, and stay for stages in ``reversing``."""
+        """Return the context of a re-run that hands saved tensors to ``pack``; those in ``reversing`` keep them."""
         if stage not in self.stages.reversing:
             return saved_tensors_hooks(self._shielded(pack), _never)
 

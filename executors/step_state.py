@@ -83,8 +83,9 @@ class Lasting:
         """Count the storages of these tensors among them.
 
         Args:
-            bound: whether they surely live on. Code may bind others in their place (``p.data = other``): a tensor
-                that is made at the same address would then pass for one of them, unless the identity is held.
+            bound: whether they surely live on. Code may bind others in their place (``p.data = other``): a
+                tensor that is made at the same address would then pass for one of them, unless the identity
+                is held.
         """
         self.keys |= storage_keys(tensors)
         if not bound:

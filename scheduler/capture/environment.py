@@ -1,4 +1,4 @@
-"""The process state that decides which ops and kernels code runs: what a plan is made for, and what re-runs find again."""
+"""The process state that decides which ops and kernels run: recorded in plans, restored for re-runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _Switch = tuple[str, Callable[[], Any], Callable[[Any], Any] | None]
 
 
 def _or_mixed(read: Callable[[], Any]) -> Any:
-    """Return an older setting; None where it raises, for the newer ones of torch.backends were set one by one."""
+    """Return an older setting; None where it raises, since torch.backends was set one by one."""
     try:
         return read()
     except RuntimeError:
@@ -74,7 +74,8 @@ def _deterministic() -> tuple[bool, bool]:
 
 
 _C, _MATMUL = torch._C, torch.backends.cuda.matmul
-# What chooses kernels: name in a plan's record, read, write; None where another one's ``write`` does it, or none can.
+# What chooses kernels: name in a plan's record, read, write; None where another one's ``write`` does it, or
+# none can.
 _SWITCHES: tuple[_Switch, ...] = (
     (
         "deterministic algorithms",
@@ -140,7 +141,7 @@ def switches(kind: str) -> list[Any]:
 
 
 def deterministic_switches(kind: str) -> list[Any]:
-    """Return ``switches(kind)`` with deterministic algorithms, where an op that has none raises RuntimeError."""
+    """Return ``switches(kind)`` with deterministic algorithms; ops that have none then raise RuntimeError."""
     now = {name: read() for name, read, _ in _WRITTEN[kind == "cpu"]}
     now["deterministic algorithms"] = True, False
     if kind == "cuda":
@@ -169,7 +170,7 @@ def _autocast(kind: str) -> list[tuple[str, bool, torch.dtype]]:
 
 
 def _function_modes() -> tuple[torch.device | None, list[Any]]:
-    """Return the default device that this thread's function modes set, None if they set none, and the other modes."""
+    """Return the default device that this thread's function modes set, if any, and the other modes."""
     device: torch.device | None = None
     others: list[Any] = []
     for mode in _get_current_function_mode_stack():
@@ -183,8 +184,9 @@ def _function_modes() -> tuple[torch.device | None, list[Any]]:
 class RunContext:
     """What surrounds a run: grad mode, autocast, kernel switches, default device and function modes.
 
-    Captured at a first run, and entered for re-runs: these lie within a backward, outside of the contexts that the user's
-    code has around its forward, and perhaps in a thread of autograd's, where there are no function modes.
+    Captured at a first run, and entered for re-runs: these lie within a backward, outside of the contexts
+    that the user's code has around its forward, and perhaps in a thread of autograd's, where there are no
+    function modes.
 
     Args:
         kind: type of the device that holds the model.
@@ -207,7 +209,7 @@ class RunContext:
         )
 
     def restored(self) -> AbstractContextManager[Any]:
-        """Return the context that brings it back; autocast's cache is off, for casts in it may be of a no-grad run."""
+        """Return the context that restores it; autocast's cache is off, for its casts may be of a no-grad run."""
         contexts: list[AbstractContextManager[Any]] = []
         if torch.is_grad_enabled() is not self.grad:
             contexts.append(torch.enable_grad() if self.grad else torch.no_grad())

@@ -1,4 +1,4 @@
-"""Run code a second time as replays do, within a backward and on the same random numbers, and compare the bits."""
+"""Run code again as replays do, within a backward and on the same random numbers, and compare the bits."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ __all__ = [
     "unlike",
 ]
 
-# In units of the data type's precision, against the largest value: what sums in another order may differ by; and at most, of
-# the largest value, where deterministic algorithms show that it is the order alone.
+# In units of the data type's precision, against the largest value: what sums in another order may differ by;
+# and at most, of the largest value, where deterministic algorithms show that it is the order alone.
 ROUNDING, MOST, LARGEST = 64, 1024, 0.05
 ELSEWHERE = "it draws, and cuDNN's dropout between the layers of an RNN has random numbers that setting the generator back would change"
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
@@ -53,7 +53,7 @@ def deterministic(device: torch.device) -> Iterator[None]:
 def in_backward_of(device: torch.device, run: Callable[[], Any]) -> Any:
     """Return what ``run`` returns within a backward, in the caller's ``RunContext``.
 
-    Backwards on a GPU have a thread of their own, in which libraries choose their algorithms anew.
+    Backwards on a GPU have a thread of their own, in which libraries choose their algorithms separately.
     """
     if is_distributed():  # hooks that gather parameters take a backward for one of theirs
         return run()
@@ -74,8 +74,9 @@ def in_backward_of(device: torch.device, run: Callable[[], Any]) -> Any:
 def unlike(first: Sequence[Tensor], run: Callable[[], Sequence[Tensor]], random: RandomState) -> str:
     """Return why a run cannot be replayed, in words; "" if a second one gives the same bits.
 
-    Kernels that sum in no fixed order give other last bits each time. Where these alone differ, the two runs are made once more
-    under deterministic algorithms; where there are none, they may differ as sums in another order do.
+    Kernels that sum in no fixed order give other last bits each time. Where these alone differ, the two runs
+    are made once more under deterministic algorithms; where there are none, they may differ as sums in
+    another order do.
 
     Args:
         first: results of the first run.
@@ -93,8 +94,8 @@ def unlike(first: Sequence[Tensor], run: Callable[[], Sequence[Tensor]], random:
             random.restore()
         return in_backward_of(device, run)
 
-    # Random state outside of the generators may restart once these are set: a run that draws is compared with the second
-    # run since. Where nothing is drawn nothing is set.
+    # Random state outside of the generators may restart once these are set: a run that draws is compared with
+    # the second run since. Where nothing is drawn nothing is set.
     first, second = pair() if random.differs() else (first, again(random))
     if _equal(first, second):
         return ""
@@ -150,7 +151,7 @@ def largest(tensor: Tensor) -> float:
 
 
 def draws_elsewhere(model: nn.Module, device: Device) -> bool:
-    """Whether modules have dropout whose random state is outside of the generator: cuDNN's, between the layers of an RNN.
+    """Whether the model has dropout with random state outside of the generator: cuDNN's, between RNN layers.
 
     It continues from call to call, and restarts when somebody sets the generator.
     """

@@ -1,9 +1,9 @@
 """The costs of a stage's options: seconds of the ops that run again, and bytes while they do.
 
-Ops are timed one by one; ``scheduler.options`` chooses which run again for which bytes. Every option is then tried
-out on the tensors of the real step, by the code that recomputes it in training (``recompute.rerun``): the result must
-be, bit for bit, what autograd saved, or the option is left out. Without data (``Target``) only shapes, dtypes and
-strides are compared.
+Ops are timed one by one; ``scheduler.options`` chooses which run again for which bytes. Every option is then
+tried out on the tensors of the real step, by the code that recomputes it in training (``recompute.rerun``):
+the result must be, bit for bit, what autograd saved, or the option is left out. Without data (``Target``)
+only shapes, dtypes and strides are compared.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def _tried(
     data: bool = True,
     times: int = REPEATS,
 ) -> float | None:
-    """Return median seconds of an option's programs; None if they do not recompute, bit for bit, what autograd saved.
+    """Return median seconds of an option's programs; None if they do not give the bits that autograd saved.
 
     Args:
         random: the random numbers as the stage began with them.
@@ -239,7 +239,7 @@ def _equal(a: Tensor, b: Tensor, data: bool) -> bool:
 def _peaks(
     capture: GraphCapture, k: int, run: StageRun, parts: Sequence[Rebuild], arguments: list[Any]
 ) -> tuple[int, int, int]:
-    """Return the most bytes above the inputs in the stage's forward, in its backward, and those kept between."""
+    """Return the most bytes above the inputs in the stage's forward, in its backward, and those kept."""
     arrived: dict[int, Tensor] = {}
     context = RunContext(capture.device.type)
 
