@@ -124,10 +124,8 @@ def _values(rows: tuple[_Switch, ...]) -> list[tuple[str, Callable[[], Any]]]:
     return [(name, _IN_PLANS.get(name, read)) for name, read, _ in rows if name not in _NOT_IN_PLANS]
 
 
-_WRITTEN = {
-    True: _written(_SWITCHES),
-    False: _written(_SWITCHES + _ON_CUDA),
-}  # by whether the device is the CPU
+# By whether the device is the CPU.
+_WRITTEN = {True: _written(_SWITCHES), False: _written(_SWITCHES + _ON_CUDA)}
 _VALUES, _CUDA_VALUES = _values(_SWITCHES), _values(_ON_CUDA)
 
 
