@@ -108,9 +108,9 @@ _ON_CUDA: tuple[_Switch, ...] = (
         functools.partial(setattr, _MATMUL, "allow_bf16_reduced_precision_reduction"),
     ),
 )
-# What a plan depends on: not on these, and of those on less, which is read faster.
 _NOT_IN_PLANS = ("order of attention", "deterministic cuDNN")
-_IN_PLANS = {
+# Plans depend on a part of these, which is read faster.
+_PART_IN_PLANS = {
     "deterministic algorithms": torch.are_deterministic_algorithms_enabled,
     "float32 matmul precision": _matmul_precision,
 }
@@ -121,7 +121,7 @@ def _written(rows: tuple[_Switch, ...]) -> list[tuple[str, Callable[[], Any], Ca
 
 
 def _values(rows: tuple[_Switch, ...]) -> list[tuple[str, Callable[[], Any]]]:
-    return [(name, _IN_PLANS.get(name, read)) for name, read, _ in rows if name not in _NOT_IN_PLANS]
+    return [(name, _PART_IN_PLANS.get(name, read)) for name, read, _ in rows if name not in _NOT_IN_PLANS]
 
 
 # By whether the device is the CPU.
