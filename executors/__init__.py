@@ -6,6 +6,7 @@ step they are taken, on tensors without data or for real; ``trace_of(model)`` te
 ``run_step(model, step)`` runs a step again that ran out of memory. ``broadcast_plan(plan)`` gives all ranks one plan.
 """
 
+from executors.compare_replay import ReplayError as ReplayError
 from executors.distributed import broadcast_plan as broadcast_plan
 from executors.memory import MeasuredPeak as MeasuredPeak
 from executors.memory import measure_peak as measure_peak
@@ -15,7 +16,6 @@ from executors.planned import plans_of as plans_of
 from executors.planned import trace_of as trace_of
 from executors.rehearsal import Rehearsal as Rehearsal
 from executors.rehearse import rehearse as rehearse
-from executors.replay import ReplayError as ReplayError
 from executors.retry import run_step as run_step
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Host memory for copies, in one region that is page-locked once: torch's own allocator rounds each block up to a power of two."""
+"""Host memory for copies, in one region that is page-locked once; torch's own rounds up to powers of two."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ ROOM = 50  # one part in so many more, for what lies between blocks
 
 
 class Arena:
-    """Cuts blocks out of one region, first fit.
+    """Allocates blocks out of one region, first fit.
 
-    Copies on streams may still read a block that is given back: whoever takes it next is to write it in order behind them.
+    Copies on streams may still read a block that is given back: whoever takes it next has to write it after
+    them.
 
     Args:
-        size: bytes that blocks take together at most; where blocks of other sizes leave no gap that is large enough, further ones
-            are memory of their own.
+        size: bytes that blocks take together at most; where blocks of other sizes leave no gap that is large
+            enough, further ones are memory of their own.
         device: page-locked for copies from and to it, on CUDA.
     """
 
@@ -35,7 +36,7 @@ class Arena:
         self.size = _up(size + size // ROOM + mmap.PAGESIZE, mmap.PAGESIZE)
         self.beyond = 0  # blocks that found no gap
         self._free = [(0, self.size)]  # (offset, bytes), ascending, none beside another
-        # Blocks are given back by whatever thread, in the middle of whatever Python's garbage collector interrupts.
+        # Blocks are given back by any thread, wherever Python's garbage collector interrupts it.
         self._given: deque[tuple[int, int]] = deque()
         self._lock = threading.Lock()
 
@@ -48,7 +49,7 @@ class Arena:
         return region
 
     def take(self, size: int) -> tuple[Tensor, int]:
-        """A block, (size,) of uint8, and its offset, to give it back by; -1 for one of its own."""
+        """Return a block, (size,) of uint8, and its offset, to give it back by; -1 for memory of its own."""
         needed = _up(size, ALIGNED)
         with self._lock:
             gaps = self.gaps()
@@ -68,7 +69,7 @@ class Arena:
             self._given.append((offset, size))
 
     def gaps(self) -> list[tuple[int, int]]:
-        """(offset, bytes) of what is free, ascending, none beside another."""
+        """Return (offset, bytes) of what is free, ascending, none beside another."""
         while self._given:
             offset, size = self._given.popleft()
             begin, end = offset, offset + _up(size, ALIGNED)
@@ -80,7 +81,7 @@ class Arena:
 
 
 def _up(size: int, unit: int) -> int:
-    """The next multiple of a unit, one at least."""
+    """Return the next multiple of a unit, at least one."""
     return max(1, -(-size // unit)) * unit
 
 

@@ -1,7 +1,8 @@
-"""Whether tensors that a re-run reads are what the first run read: their versions, where they lie, some of their values.
+"""Compare the tensors that a re-run reads with those of the first run: versions, addresses, a few values.
 
-``p.data = other`` moves no version, and ``p.data.mul_(2)`` moves no address either: a few elements spread over each
-tensor tell. On CUDA they stay there, and nothing waits for the device before they are compared.
+``p.data = other`` changes no version, and ``p.data.mul_(2)`` changes no address either, so a few elements
+spread over each tensor are compared. On CUDA they stay there, and nothing waits for the device before they
+are compared.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _EXACT = frozenset({Tensor, nn.Parameter, nn.Buffer})
 
 
 def address(tensor: Tensor) -> int:
-    """Where a tensor's values lie; 0 if it has no such place (sparse, fake)."""
+    """Return the address of a tensor's values; 0 if it has none (sparse, fake)."""
     if isinstance(tensor, FakeTensor):
         return 0
     try:
@@ -35,7 +36,7 @@ def address(tensor: Tensor) -> int:
 
 
 def _elements(tensor: Tensor) -> Tensor | None:
-    """A few elements spread over a tensor, their bits as integers, as a view; None where there are no such."""
+    """Return a view of a few elements spread over a tensor, their bits as integers; None if it has none."""
     if type(tensor) not in _EXACT or tensor.layout is not torch.strided or tensor.is_quantized:
         return None
     whole = tensor.detach()
@@ -55,7 +56,7 @@ def _elements(tensor: Tensor) -> Tensor | None:
 
 
 class Sampler:
-    """Takes samples of the same tensors again and again: views of their elements are made once."""
+    """Samples the same tensors repeatedly: views of their elements are made once."""
 
     def __init__(self) -> None:
         self._addresses: list[int] = []
@@ -63,7 +64,7 @@ class Sampler:
         self._numbers: list[list[int]] = []  # by device: numbers of the tensors that the views are of
 
     def take(self, tensors: Sequence[Tensor], addresses: list[int]) -> list[Sample]:
-        """The sampled elements: of those on each device one tensor."""
+        """Return the sampled elements, in one tensor for each device."""
         if addresses != self._addresses:
             by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
             for number, tensor in enumerate(tensors):
@@ -76,7 +77,7 @@ class Sampler:
         return [_joined(views) for views in self._views]
 
     def unlike(self, before: Sequence[Sample], now: Sequence[Sample]) -> set[int]:
-        """The numbers of the tensors whose samples differ."""
+        """Return the numbers of the tensors whose samples differ."""
         found: set[int] = set()
         for numbers, views, a, b in zip(self._numbers, self._views, before, now, strict=True):
             ends = [0]
@@ -106,25 +107,21 @@ class AsRead:
         self.sample = [] if sampler is None else sampler.take(tensors, self.addresses)
 
     def changed(self) -> Sequence[int]:
-        """The numbers of those that were changed in place since, by their versions, or that have other data."""
-        versions = [*map(version_of, self.tensors)]
+        """Return the numbers of those that were changed in place since (their version), or have other data."""
+        versions = [version_of(tensor) for tensor in self.tensors]
         addresses = [*map(address, self.tensors)]
         if versions == self.versions and addresses == self.addresses:
             return ()
-        pairs = zip(
-            zip(versions, addresses, strict=True),
-            zip(self.versions, self.addresses, strict=True),
-            strict=True,
-        )
-        return [number for number, (now, then) in enumerate(pairs) if now != then]
+        now, then = zip(versions, addresses, strict=True), zip(self.versions, self.addresses, strict=True)
+        return [number for number, (a, b) in enumerate(zip(now, then, strict=True)) if a != b]
 
     def now(self) -> list[Tensor]:
-        """The sample as it is now."""
+        """Return the sample as it is now."""
         return [] if self.sampler is None else self.sampler.take(self.tensors, [*map(address, self.tensors)])
 
 
 def unlike(reads: Sequence[AsRead]) -> list[tuple[int, int]]:
-    """(which of these, number of the tensor) of those whose values have changed, by their samples.
+    """Return (which of these, number of the tensor) of those whose values have changed, by their samples.
 
     Waits for the device once.
     """
@@ -152,6 +149,6 @@ def unlike(reads: Sequence[AsRead]) -> list[tuple[int, int]]:
 
 
 def _joined(parts: list[Tensor]) -> Sample:
-    """Copies of some elements; on the host outside of torch's allocator."""
+    """Return copies of some elements; on the host outside of torch's allocator."""
     flat = torch.cat([part if part.ndim == 1 else part.flatten() for part in parts])
     return flat.numpy().copy() if flat.device.type == "cpu" else flat

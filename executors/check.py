@@ -1,4 +1,4 @@
-"""What a replayed tensor is compared by with the one of the first run."""
+"""Fingerprints, by which a recomputed tensor is compared with that of the first run."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ Fingerprint = tuple[Any, ...]
 BUFFER = 2**18  # bytes that are copied at once of a tensor that does not lie in one piece, on the CPU
 LONGEST = (
     2**12
-)  # places along a dimension that has a sum for each of them: bounds what a checksum takes on a device
+)  # elements along a dimension, each with a sum of its own: bounds the bytes of a checksum on a device
 COPIED = 2**15  # elements that are copied at once where they are not aligned, on a device
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the golden ratio in 64 bits: multiples of it are spread evenly
 
 
 def nothing(_: Tensor) -> Fingerprint:
-    """Equal for all tensors."""
+    """Return the same for all tensors."""
     return ()
 
 
 def metadata(tensor: Tensor) -> Fingerprint:
-    """(shape, dtype, strides, device); of a sparse tensor, its layout and how many elements it has instead of strides."""
+    """Return (shape, dtype, strides, device); a sparse tensor has layout and count for strides."""
     if tensor.layout is not torch.strided:
         return tensor.shape, tensor.dtype, (tensor.layout, nonzeros(tensor)), tensor.device
     return tensor.shape, tensor.dtype, tensor.stride(), tensor.device
 
 
 def values(tensor: Tensor) -> Fingerprint:
-    """The metadata, and a checksum; of what may be a seed, the metadata alone."""
+    """Return the metadata, and a checksum; of what may be a seed, the metadata alone."""
     return metadata(tensor) if may_be_seed(tensor) else (*metadata(tensor), checksum(tensor))
 
 
@@ -52,12 +52,13 @@ CHECKS: dict[str, Callable[[Tensor], Fingerprint]] = {
 
 
 def checksum(tensor: Tensor) -> tuple[int, ...]:
-    """A checksum of a tensor's bits, which sees elements that have changed places, as in another permutation or mask.
+    """Return a checksum of a tensor's bits, in which their order counts, as of a permutation or mask.
 
-    On the CPU the bytes are read where they lie, and torch allocates nothing. On a device it takes up to 1 MiB there, and it
-    waits for the device.
+    On the CPU the bytes are read in place, and torch allocates nothing. On a device it allocates up to 1 MiB
+    there, and waits for the device.
 
-    Bits are read in the order in which they lie in memory: those of tensors with other strides do not compare.
+    Bits are read in the order in which they lie in memory: those of tensors with other strides do not
+    compare.
     """
     tensor = tensor.detach()
     if hasattr(tensor, "__tensor_flatten__"):  # what wraps tensors has no memory of its own
@@ -70,7 +71,7 @@ def checksum(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _as_it_lies(tensor: Tensor) -> tuple[list[int], list[int]]:
-    """Sizes and strides of the tensor's elements in the order in which they lie in memory, in the fewest dimensions."""
+    """Return sizes and strides of the elements in memory order, in the fewest dimensions."""
     shape: list[int] = []
     strides: list[int] = []
     dims = [(stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
@@ -90,7 +91,7 @@ def _as_it_lies(tensor: Tensor) -> tuple[list[int], list[int]]:
 
 
 def crc(tensor: Tensor) -> tuple[int]:
-    """CRC-32 of the bytes of a tensor on the CPU, of whatever dtype, as they lie in memory."""
+    """Return the CRC-32 of the bytes of a tensor on the CPU, of any dtype, as they lie in memory."""
     shape, strides = _as_it_lies(tensor)
     storage, size = tensor.untyped_storage(), tensor.element_size()
     memory: Any = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
@@ -99,7 +100,7 @@ def crc(tensor: Tensor) -> tuple[int]:
 
 
 def _crc(elements: Any, value: int) -> int:
-    """CRC-32 of the elements of an array, those in one piece of memory at once; ``value`` is of what came before."""
+    """Return the CRC-32 of an array's elements, contiguous ones at once; ``value`` is of what came before."""
     if elements.flags.c_contiguous:
         return zlib.crc32(elements, value)
     if elements.nbytes <= BUFFER:
@@ -115,10 +116,9 @@ def _crc(elements: Any, value: int) -> int:
 
 
 def sums(tensor: Tensor) -> tuple[int]:
-    """Sums of a tensor's bits as integers, weighted by their places; integers add up to the same in any order.
+    """Return sums of a tensor's bits as integers, weighted by position; exact in any order of summation.
 
-    Where they are aligned, bits are read as words of eight bytes: a sum of smaller integers would first make copies of all
-    of them.
+    Aligned bits are read as words of eight bytes: a sum of smaller integers would first copy all of them.
     """
     if tensor.layout is not torch.strided:
         *_, tensor = parts(tensor)
@@ -136,7 +136,7 @@ def sums(tensor: Tensor) -> tuple[int]:
 
 
 def _words(bits: Tensor) -> Iterator[Tensor]:
-    """The bits as 64-bit integers: views as far as they are aligned, small copies of the rest."""
+    """Yield the bits as 64-bit integers: views as far as they are aligned, small copies of the rest."""
     many = 8 // bits.element_size()  # elements in a word
     strides, offset = bits.stride(), int(bits.storage_offset())
     if many == 1:
@@ -162,7 +162,7 @@ def _words(bits: Tensor) -> Iterator[Tensor]:
 
 
 def _pieces(words: Tensor) -> Iterator[Tensor]:
-    """Views of all parts, each with no dimension longer than ``LONGEST``."""
+    """Yield views of all parts, each with no dimension longer than ``LONGEST``."""
     long = next((d for d, size in enumerate(words.shape) if size > LONGEST), None)
     if long is None:
         yield words
@@ -176,7 +176,7 @@ def _pieces(words: Tensor) -> Iterator[Tensor]:
 
 
 def _sums(words: Tensor) -> Iterator[Tensor]:
-    """For each dimension the sum, and the sum weighted by numbers that belong to the places along it."""
+    """Yield, for each dimension, the sum, and the sum weighted by a hash of the position along it."""
     if not words.ndim:
         yield words
     for dim in range(words.ndim):
@@ -190,7 +190,7 @@ def _sums(words: Tensor) -> Iterator[Tensor]:
 
 
 def difference(first: Fingerprint, again: Fingerprint) -> str | None:
-    """How a replayed tensor differs from the first one, in words; None if it only has other strides where none matter."""
+    """Return how a recomputed tensor differs, in words; None if only in strides that do not matter."""
     if first == again:
         return None
     shape, dtype, strides, device, *sums = first

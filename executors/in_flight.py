@@ -1,9 +1,10 @@
-"""Steps of one planned model that are under way at once, or reversed more than once: what no plan of one call counts.
+"""Steps of one planned model that overlap, or are reversed more than once: what no plan of one call counts.
 
-A plan is for one forward and one backward from it, which releases what the forward saved. Where a second forward runs while
-an earlier one still waits for its backward, or where a backward retains the graph, more bytes are live than the plan says.
-A hook before the backward of the outputs tells, at some 2 µs a forward: it goes when the graph goes, and is called when
-the graph is reversed. If that will not fit the budget, a PeakWarning says so, once of each kind.
+A plan is for one forward and one backward from it, which releases what the forward saved. Where a second
+forward runs while an earlier one still waits for its backward, or where a backward retains the graph, more
+bytes are live than the plan says. A hook before the backward of the outputs notices, at some 2 µs a forward:
+it dies with the graph, and is called when the graph is reversed. If the bytes exceed the budget, a
+PeakWarning says so, once of each kind.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from executors.replay import ReplayError
+from executors.compare_replay import ReplayError
 from scheduler.budget import format_bytes
 from scheduler.capture.loss import output_tensors
 from scheduler.capture.private import keeps_graph, parametrizations_are_cached, version_of
@@ -25,7 +26,7 @@ from scheduler.errors import PeakWarning
 from scheduler.plan import Plan
 from scheduler.schedule import Backward, Checkpoint, Keep
 
-__all__ = ["InFlight", "retained_peak", "waiting_bytes"]
+__all__ = ["InFlight", "later_peak", "waiting_bytes"]
 
 _STEP_FUNCTION = (
     "plan the whole step: solve(step_function, budget, sample=batch) takes a function that makes all these calls and returns "
@@ -34,9 +35,9 @@ _STEP_FUNCTION = (
 
 
 class _CastMark:
-    """Tells whether autocast's cache still holds what it held after a forward: whether its context goes on.
+    """Detects whether autocast's cache still holds what it held after a forward: its context is still entered.
 
-    A cast that is taken from the cache has the node in the graph of the one that put it there.
+    A cast that is taken from the cache has the graph node of the one that put it there.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -54,7 +55,7 @@ class _CastMark:
         return _versions(weights) != self.versions
 
     def stays(self) -> bool:
-        """Whether it is there still; it is afterwards."""
+        """Whether the cast is still cached; afterwards it is."""
         before, self.node = self.node, self._cast()
         return before is not None and self.node is before
 
@@ -64,7 +65,7 @@ class _CastMark:
 
 
 class _Graph:
-    """The hook on the outputs of one forward; it lives as long as they do, or anything that was made of them.
+    """Hook on the outputs of one forward; it lives as long as they do, or anything computed from them.
 
     Attributes:
         reversed: whether a backward has begun that releases what the forward saved.
@@ -99,7 +100,7 @@ class InFlight:
         self._waiting: dict[int, tuple[Plan, int]] = {}
 
     def shares_casts(self, model: nn.Module) -> bool:
-        """Whether a forward that begins now has casts in common with earlier ones, in the plain model.
+        """Whether a forward that begins now shares casts with earlier ones, in the plain model.
 
         Raises:
             ReplayError: of those casts some are not those of the weights any more.
@@ -115,7 +116,7 @@ class InFlight:
         return bool(self._earlier())
 
     def plainly(self, model: nn.Module, forward: Callable[[], Any], plan: Plan) -> Any:
-        """Run a forward of the plain model in grad mode, in eval mode say: it has casts in common with planned ones, too."""
+        """Run a forward of the plain model in grad mode (in eval mode, say); it may share casts with planned ones."""
         if not self._caches():
             return forward()
         if self.shares_casts(model) and any(each.capture.uncached for each in self._earlier()):
@@ -125,17 +126,19 @@ class InFlight:
         return output
 
     def begins(self, plan: Plan, shares_casts: bool = False) -> None:
-        """A forward by this plan is about to run.
+        """Note that a forward by this plan is about to run.
 
         Args:
-            shares_casts: what the method of this name said before the plan was looked for.
+            shares_casts: what the method of this name returned before the plan was looked for.
 
         Raises:
-            ReplayError: the plain model casts each weight once for this forward and earlier ones that still wait for their
-                backward, in which the gradients of all are summed before they are cast back; by these plans it does not.
+            ReplayError: the plain model casts each weight once for this forward and earlier ones that still
+                wait for their backward, in which the gradients of all are summed before they are cast back;
+                by these plans it does not.
 
         Warns:
-            PeakWarning: earlier ones still wait for their backward, and together they will not fit the budget.
+            PeakWarning: earlier ones still wait for their backward, and together they will not fit the
+                budget.
         """
         earlier = self._earlier()
         emptied = shares_casts and self.mark is not None and not self.mark.stays()  # by what was planned
@@ -159,7 +162,7 @@ class InFlight:
         )
 
     def _earlier(self) -> list[Plan]:
-        """The plans of forwards that wait for their backward."""
+        """Return the plans of forwards that wait for their backward."""
         if not self.graphs or in_backward():
             return []
         alive = [(ref, graph) for ref in self.graphs if (graph := ref()) is not None and not graph.reversed]
@@ -167,11 +170,11 @@ class InFlight:
         return [graph.plan for _, graph in alive]
 
     def _caches(self) -> bool:
-        """Whether autocast keeps casts of weights, as things are."""
+        """Whether autocast caches casts of weights now."""
         return torch.is_autocast_enabled(self.device.type) and torch.is_autocast_cache_enabled()
 
     def gave(self, model: nn.Module, plan: Plan, output: Any) -> None:
-        """A forward by this plan is over, and gave ``output``."""
+        """Note that a forward by this plan has returned ``output``."""
         if in_backward():
             return
         graph = None
@@ -189,7 +192,7 @@ class InFlight:
         waiting = sum(map(self._waiting_of, earlier))
         # The last backward finds the gradients of those before it.
         peak = max(
-            plan.predicted_peak + waiting, *(_peak_with_gradients(each) + waiting - self._waiting_of(each) for each in earlier)
+            plan.predicted_peak + waiting, *(later_peak(each, retained=False) + waiting - self._waiting_of(each) for each in earlier)
         )  # fmt: skip # of two terms
         if peak <= plan.memory_budget:
             return
@@ -205,10 +208,10 @@ class InFlight:
         )
 
     def retained(self, plan: Plan) -> None:
-        """A backward begins that keeps the graph.
+        """Note that a backward begins that keeps the graph.
 
         Warns:
-            PeakWarning: with what it keeps, the step will not fit the budget.
+            PeakWarning: with what it keeps, the step exceeds the budget.
         """
         if torch.is_grad_enabled():
             least = 2 * plan.plain.peak - plan.chain.fixed
@@ -223,7 +226,7 @@ class InFlight:
                     about="at least ",
                 )
             return
-        peak = retained_peak(plan)
+        peak = later_peak(plan, retained=True)
         if "retained" not in self.said and peak > plan.memory_budget:
             self._warn(
                 "retained",
@@ -257,32 +260,27 @@ def _versions(weights: Iterable[Tensor]) -> int:
 
 
 def waiting_bytes(plan: Plan) -> int:
-    """Bytes of activations that a step holds between its forward and its backward."""
+    """Return the bytes of activations that a step holds between its forward and its backward."""
     chain = plan.chain
     swept = len(plan.schedule) - len(plan.program.replay)
     state = sum(stage.rerun_state for stage in chain.stages)
     return max(0, plan.timeline.live[swept - 1] - chain.fixed + state - chain.output_grad)
 
 
-def _peak_with_gradients(plan: Plan) -> int:
-    """The peak of a backward that finds the gradients of all parameters."""
-    missing = sum(stage.grad for stage in plan.chain.stages)
-    peak = 0
-    for action, during in zip(plan.schedule, plan.timeline.during, strict=True):
-        peak = max(peak, during + missing)
-        if isinstance(action, Backward):
-            missing -= plan.chain.stages[action.stage].grad
-    return peak
+def later_peak(plan: Plan, *, retained: bool) -> int:
+    """Return a bound on the peak (bytes) of a step whose backward finds the gradients of all parameters.
 
-
-def retained_peak(plan: Plan) -> int:
-    """At most the peak of several backwards of one forward, of which only the last releases what the forward left.
-
-    A backward but the first finds all gradients, and every boundary that the one before held; what was kept of a stage stays
-    when that is reversed.
+    Args:
+        retained: whether an earlier backward of the same forward has retained the graph: the later one finds
+            every boundary that it held, too, and what was kept of a stage is not released when that is
+            reversed.
     """
     stages, kept = plan.chain.stages, plan.program.kept
-    holding = plan.program.held | {a.stage for a in plan.schedule if isinstance(a, Checkpoint)}
+    holding = (
+        plan.program.held | {a.stage for a in plan.schedule if isinstance(a, Checkpoint)}
+        if retained
+        else set()
+    )
     waiting = set(holding)  # boundaries that the plan does not count at present
     missing = sum(stage.grad for stage in stages)
     stays = peak = 0
@@ -293,6 +291,7 @@ def retained_peak(plan: Plan) -> int:
         if isinstance(action, Backward):
             stage, option = stages[action.stage], kept[action.stage]
             missing -= stage.grad
-            stays += stage.rerun_state + (0 if option is None else max(0, stage.options[option].saved))
+            if retained:
+                stays += stage.rerun_state + (0 if option is None else max(0, stage.options[option].saved))
             waiting |= {action.stage} & holding
     return peak

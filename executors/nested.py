@@ -1,7 +1,7 @@
 """A persistent schedule as nested calls of a framework's own checkpoint function.
 
-Slower than ``executors.replay`` and limited in depth by Python's recursion, but nothing of ours runs in the
-backward: it is what the tests hold the replay executor against. It works on whatever ``checkpoint`` works
+Slower than ``executors.step`` and limited in depth by Python's recursion, but nothing of ours runs in the
+backward: the tests compare the replay executor with it. It works on whatever ``checkpoint`` works
 on: for PyTorch ``lambda f, x: torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False)``, for JAX
 ``lambda f, x: jax.checkpoint(f)(x)``.
 
@@ -28,7 +28,7 @@ Parts: TypeAlias = "list[int | Parts]"
 def nested(
     schedule: Schedule, stages: Sequence[Callable[[T], T]], checkpoint: Callable[[Callable[[T], T], T], T]
 ) -> Callable[[T], T]:
-    """The composition of ``stages``, whose backward follows ``schedule``.
+    """Return the composition of ``stages``, whose backward follows ``schedule``.
 
     Args:
         schedule: persistent, for as many stages; every kept stage with its option 0, which keeps all.
@@ -53,7 +53,7 @@ def nested(
 
 
 def _parse(actions: tuple[Action, ...], at: int, start: int, stop: int) -> tuple[Parts, int]:
-    """The tree of the actions from index ``at`` on, which reverse stages start..stop-1; and where they end."""
+    """Return the tree of the actions from index ``at`` on that reverse stages start..stop-1, and their end."""
 
     def expect(action: Action) -> None:
         if at >= len(actions) or actions[at] != action:

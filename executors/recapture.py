@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from executors.block_stages import ModuleExecutor
 from executors.engine import Engine
-from executors.graph import GraphExecutor
-from executors.modules import ModuleExecutor
+from executors.graph_stages import GraphExecutor
 from executors.plain import plain_forward
 from scheduler.capture.environment import environment_difference, environment_text
 from scheduler.capture.graph import OpGraph

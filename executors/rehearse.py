@@ -129,7 +129,7 @@ class _Notes:
         return self.split + (where if what == "replay" else self.plan.program.backward_at[where])
 
     def __call__(self, what: str, where: int, tensors: Sequence[Tensor] = ()) -> None:
-        """See ``executors.replay.Observer``."""
+        """See ``executors.trace.Observer``."""
         if what == "held":
             numbers = (self.number(tensor) for tensor in tensors)
             self.held.update(number for number in numbers if number is not None)

@@ -1,4 +1,4 @@
-"""Who is told what a planned step runs, replays and frees; and the account of it as text."""
+"""Observers of a planned step, which are told what it runs, replays and frees; one writes it down as text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scheduler.budget import format_bytes
 from scheduler.capture.layouts import held_bytes, storage_key
 from scheduler.plan import Plan
 
-__all__ = ["Observer", "Trace"]
+__all__ = ["Observer", "Trace", "silent"]
 
 AGAIN = {
     "advance": "for its output",
@@ -21,19 +21,23 @@ AGAIN = {
 
 
 class Observer(Protocol):
-    """Is told where a step is; see ``executors.replay.Step.observe``."""
+    """Is told where a step is."""
 
     def __call__(self, what: str, where: int, tensors: Sequence[Tensor] = ()) -> None:
-        """Something begins.
+        """Note that something begins.
 
         Args:
             what: "first", the first run of stage ``where``; "replay", the action ``where`` of the replay program;
                 "again", a rebuild of stage ``where`` that the program does not have; "backward", the reversal of
                 stage ``where``, or what is left of it after a replay; "held", boundary ``where`` is held from here on;
-                "freed", it is not any more. And what a replay really does: "advance", stage ``where`` runs without
-                grad; "rebuild", it runs in grad mode; "part", some of its ops do.
+                "freed", it is not any more. And what a replay really does: "advance", stage ``where`` runs for its
+                output; "rebuild", for what autograd saves; "part", some of its ops run.
             tensors: of the boundary that is held or freed.
         """
+
+
+def silent(what: str, where: int, tensors: Sequence[Tensor] = ()) -> None:
+    """Tell nobody: the observer of training steps."""
 
 
 class Trace:
@@ -53,7 +57,7 @@ class Trace:
         self.events.append((what, where, sum(sizes.values())))
 
     def text(self) -> str:
-        """The step, one event a line."""
+        """Return the step, one event a line."""
         stages = self.plan.chain.stages
         lines = [f"{self.name}: {len(stages)} stages, budget {format_bytes(self.plan.memory_budget)}"]
         latest = {"first": -1, "backward": -1}  # both are told more than once

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, NoReturn, TypeVar
 
 import networkx as nx
 import torch
@@ -24,16 +24,21 @@ from scheduler.capture.linearize import Linear
 from scheduler.options import StageOp, StageValue
 
 __all__ = [
+    "OtherOps",
     "Rebuild",
     "StageValues",
+    "Thinned",
     "check_dropped",
     "compile_rebuilds",
     "divisible",
     "op_rows",
     "origin_of_pack",
     "packs_of",
+    "rerun",
     "stage_values",
 ]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,73 @@ class Rebuild:
     function: Callable[..., tuple[torch.Tensor, ...]]
     saves: tuple[int, ...]
     gives: tuple[int, ...]
+
+
+class OtherOps(RuntimeError):
+    """A program of an option does not save what the first run of its stage did."""
+
+
+def rerun(
+    part: Rebuild,
+    arguments: Sequence[Any],
+    sources: Sequence[torch.Tensor],
+    fill: Callable[[int, torch.Tensor], None],
+) -> None:
+    """Run a program of an option, in grad mode, and give ``fill`` the number and the tensor, detached, of each dropped pack.
+
+    Args:
+        arguments: of the stage, of which it reads some.
+        sources: the kept packs that it reads.
+
+    Raises:
+        OtherOps: the ops save more or fewer tensors than in the first run.
+    """
+    count = 0
+
+    def pack(tensor: torch.Tensor) -> None:
+        nonlocal count
+        if count < len(part.saves) and part.saves[count] in part.dropped:
+            fill(part.saves[count], tensor.detach())
+        count += 1
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _never):
+        made = part.function(*(arguments[i] for i in part.arguments), *sources)
+    if count != len(part.saves):
+        raise OtherOps(f"the ops run again save {count} tensors, {len(part.saves)} in the first run")
+    for number, tensor in zip(part.gives, made, strict=True):
+        fill(number, tensor.detach())
+
+
+def _never(_: Any) -> NoReturn:
+    raise RuntimeError("the graph of ops that run again must not be reversed")
+
+
+class Thinned(Generic[T]):
+    """A stage kept with an option, until all that it dropped is recomputed.
+
+    Attributes:
+        parts: what is still to run, by the number of each pack that it recomputes.
+        sources: kept packs that the parts read, or what stands for them.
+        boundary: the tensors that enter the stage, or what stands for them.
+    """
+
+    __slots__ = ("boundary", "parts", "sources")
+
+    def __init__(self, parts: Sequence[Rebuild], boundary: tuple[Any, ...] = ()) -> None:
+        self.parts = {index: part for part in parts for index in part.dropped}
+        self.sources: dict[int, T] = {}
+        self.boundary = boundary
+
+    def reads(self) -> set[int]:
+        """Return the numbers of the packs that the parts still to run read."""
+        return {number for part in set(self.parts.values()) for number, _ in part.sources}
+
+    def ran(self, part: Rebuild) -> None:
+        """Release what only this part read."""
+        for number in part.dropped:
+            del self.parts[number]
+        for number in self.sources.keys() - self.reads():
+            del self.sources[number]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,19 +1,23 @@
-"""Code that is run again as replays run it: within a backward, on the random numbers of its first run; does it give the same bits?"""
+"""Run code again as replays do, within a backward and on the same random numbers, and compare the bits."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scheduler.capture.environment import default_device, function_modes, on_default_device, under_modes
+from scheduler.capture.environment import (
+    RunContext,
+    deterministic_switches,
+    switched,
+)
 from scheduler.capture.layouts import equal_bits
 from scheduler.capture.sharded import is_distributed
-from scheduler.capture.state import RandomState, autocast_contexts, autocast_state, on_gradient
+from scheduler.capture.state import RandomState, on_gradient
 from scheduler.capture.target import Device
 
 __all__ = [
@@ -26,8 +30,8 @@ __all__ = [
     "unlike",
 ]
 
-# In units of the data type's precision, against the largest value: what sums in another order may differ by; and at most, of
-# the largest value, where deterministic algorithms show that it is the order alone.
+# In units of the data type's precision, against the largest value: what sums in another order may differ by;
+# and at most, of the largest value, where deterministic algorithms show that it is the order alone.
 ROUNDING, MOST, LARGEST = 64, 1024, 0.05
 ELSEWHERE = "it draws, and cuDNN's dropout between the layers of an RNN has random numbers that setting the generator back would change"
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
@@ -39,42 +43,29 @@ def deterministic(device: torch.device) -> Iterator[None]:
 
     Source: https://docs.pytorch.org/docs/stable/notes/randomness.html
     """
-    enabled, warns = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    cudnn, environment = torch.backends.cudnn, os.environ.get(CUBLAS)
-    flags = cudnn.deterministic, cudnn.benchmark
-    torch.use_deterministic_algorithms(True)
+    workspaces = os.environ.get(CUBLAS)
     if device.type == "cuda":
-        cudnn.deterministic, cudnn.benchmark = True, False
-        os.environ.setdefault(CUBLAS, ":4096:8")  # torch asks for it at each product
+        os.environ.setdefault(CUBLAS, ":4096:8")  # torch reads it at each product
     try:
-        yield
+        with switched(deterministic_switches(device.type), device.type):
+            yield
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warns)
-        if device.type == "cuda":
-            cudnn.deterministic, cudnn.benchmark = flags
-            if environment is None:
-                os.environ.pop(CUBLAS, None)
+        if device.type == "cuda" and workspaces is None:
+            os.environ.pop(CUBLAS, None)
 
 
 def in_backward_of(device: torch.device, run: Callable[[], Any]) -> Any:
-    """What ``run`` gives within a backward, in the caller's grad mode, autocast, default device and function modes.
+    """Return what ``run`` returns within a backward, in the caller's ``RunContext``.
 
-    Backwards on a GPU have a thread of their own, in which libraries choose their algorithms anew.
+    Backwards on a GPU have a thread of their own, in which libraries choose their algorithms separately.
     """
     if is_distributed():  # hooks that gather parameters take a backward for one of theirs
         return run()
     found: list[Any] = []
-    autocast, grad = autocast_state(device), torch.is_grad_enabled()
-    default, modes = default_device(), function_modes()
+    context = RunContext(device.type)
 
     def hook(_: Tensor) -> None:
-        with ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(grad))
-            for context in (*autocast_contexts(autocast), *under_modes(modes), *on_default_device(default)):
-                stack.enter_context(context)
+        with context.restored():
             found.append(run())
 
     with torch.enable_grad():
@@ -85,10 +76,11 @@ def in_backward_of(device: torch.device, run: Callable[[], Any]) -> Any:
 
 
 def unlike(first: Sequence[Tensor], run: Callable[[], Sequence[Tensor]], random: RandomState) -> str:
-    """Why a run cannot be replayed, in words; "" if a second one gives the same bits.
+    """Return why a run cannot be replayed, in words; "" if a second one gives the same bits.
 
-    Kernels that sum in no fixed order give other last bits each time. Where these alone differ, the two runs are made once more
-    under deterministic algorithms; where there are none, they may differ as sums in another order do.
+    Kernels that sum in no fixed order give other last bits each time. Where these alone differ, the two runs
+    are made once more under deterministic algorithms; where there are none, they may differ as sums in
+    another order do.
 
     Args:
         first: results of the first run.
@@ -106,8 +98,8 @@ def unlike(first: Sequence[Tensor], run: Callable[[], Sequence[Tensor]], random:
             random.restore()
         return in_backward_of(device, run)
 
-    # Random state outside of the generators may begin anew once these are set: of a run that draws, the one that is compared
-    # is not the first since. Where nothing is drawn nothing is set.
+    # Random state outside of the generators may restart once these are set: a run that draws is compared with
+    # the second run since. Where nothing is drawn nothing is set.
     first, second = pair() if random.differs() else (first, again(random))
     if _equal(first, second):
         return ""
@@ -150,22 +142,22 @@ def rounds_alike(a: Tensor, b: Tensor, units: int = ROUNDING) -> bool:
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """The tensor's numbers: of a sparse one all, of a complex one both parts."""
+    """Return the tensor's numbers: a sparse one as a dense one, a complex one as real and imaginary parts."""
     tensor = tensor.detach()
     tensor = tensor if tensor.layout is torch.strided else tensor.to_dense()
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def largest(tensor: Tensor) -> float:
-    """The largest finite magnitude; 0 if there is none."""
+    """Return the largest finite magnitude; 0 if no element is finite."""
     finite = tensor[tensor.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 def draws_elsewhere(model: nn.Module, device: Device) -> bool:
-    """Whether modules have dropout whose random state is outside of the generator: cuDNN's, between the layers of an RNN.
+    """Whether the model has dropout with random state outside of the generator: cuDNN's, between RNN layers.
 
-    It goes on from call to call, and begins anew when somebody sets the generator.
+    It continues from call to call, and restarts when somebody sets the generator.
     """
     return device.type == "cuda" and any(
         isinstance(module, nn.RNNBase) and module.training and module.dropout > 0 and module.num_layers > 1

@@ -34,13 +34,10 @@ from scheduler.capture.unwind import unwound
 
 __all__ = [
     "CPU_RANDOM_STATE",
-    "AutocastState",
     "Draws",
     "HostRandomState",
     "RandomState",
     "aliased",
-    "autocast_contexts",
-    "autocast_state",
     "bare",
     "in_backward",
     "may_be_seed",
@@ -186,29 +183,6 @@ def model_device(model: nn.Module) -> torch.device:
 def shielded(hook: Callable[..., Any]) -> Callable[..., Any]:
     """A hook for saved tensors that torch.compile leaves alone, as it is called from compiled blocks."""
     return torch.compiler.disable(hook) if dynamo_is_loaded() else hook
-
-
-AutocastState = tuple[tuple[str, bool, torch.dtype], ...]  # (device type, enabled, dtype)
-
-
-def autocast_state(device: torch.device) -> AutocastState:
-    """Return (device type, enabled, dtype) for the CPU and the model's device."""
-    return tuple(
-        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        for kind in dict.fromkeys(("cpu", device.type))
-    )
-
-
-def autocast_contexts(state: AutocastState) -> list[torch.autocast]:
-    """Return what brings back the autocast state of the forward, where the backward's differs.
-
-    The cache of casts is off: what it holds may come from a no-grad run.
-    """
-    contexts = []
-    for kind, enabled, dtype in state:
-        if enabled or torch.is_autocast_enabled(kind):
-            contexts.append(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
-    return contexts
 
 
 @contextmanager

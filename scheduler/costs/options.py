@@ -1,8 +1,9 @@
-"""What the options of a stage cost: seconds of the ops that run again, and bytes while they do.
+"""The costs of a stage's options: seconds of the ops that run again, and bytes while they do.
 
-Ops are timed one by one; which to run again for which bytes is then a matter of ``scheduler.options``. Every
-option that comes of it is tried out on the tensors of the real step: what it makes again must be, bit for bit,
-what autograd saved, or the option is left out. Without data (``Target``) only shapes, dtypes and strides are compared.
+Ops are timed one by one; ``scheduler.options`` chooses which run again for which bytes. Every option is then
+tried out on the tensors of the real step, by the code that recomputes it in training (``recompute.rerun``):
+the result must be, bit for bit, what autograd saved, or the option is left out. Without data (``Target``)
+only shapes, dtypes and strides are compared.
 """
 
 from __future__ import annotations
@@ -10,25 +11,26 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from scheduler.capture.environment import RunContext
 from scheduler.capture.graph_capture import GraphCapture
 from scheduler.capture.layouts import equal_bits
 from scheduler.capture.private import storage_id
-from scheduler.capture.recompute import Rebuild, compile_rebuilds, divisible, packs_of, stage_values
-from scheduler.capture.state import (
-    AutocastState,
-    RandomState,
-    autocast_contexts,
-    autocast_state,
-    may_be_seed,
-    reverse,
+from scheduler.capture.recompute import (
+    Rebuild,
+    Thinned,
+    compile_rebuilds,
+    divisible,
+    packs_of,
+    rerun,
+    stage_values,
 )
+from scheduler.capture.state import RandomState, may_be_seed, reverse
 from scheduler.capture.target import Device, Target
 from scheduler.costs.clock import Spans
 from scheduler.costs.measure import (
@@ -61,7 +63,7 @@ class TimedOps(fx.Interpreter):
         self.estimates: list[float] = []
 
     def seconds(self) -> list[float]:
-        """Of each op, in order."""
+        """Return the seconds of each op, in order."""
         return self.estimates if self.spans is None else self.spans.seconds()
 
     def run_node(self, n: fx.Node) -> Any:
@@ -80,7 +82,7 @@ class TimedOps(fx.Interpreter):
 def measure_options(
     capture: GraphCapture, k: int, run: StageRun, arguments: list[Any], *, clock: bool
 ) -> tuple[tuple[OptionCost, ...], float]:
-    """The options of stage k that keep less than all, from the largest to the smallest; and their gap (``Choices``).
+    """Return the options of stage k that keep less than all, from the largest to the smallest, and their gap.
 
     Args:
         run: the stage in isolation.
@@ -139,13 +141,13 @@ def measure_options(
 
 
 def _name(rerun: Sequence[str]) -> str:
-    """What runs again, by kind of op."""
+    """Return a name that lists what runs again, by kind of op."""
     kinds = Counter(name.rstrip("0123456789").rstrip("_") for name in rerun)
     return "all but " + ", ".join(kind if n == 1 else f"{n} {kind}" for kind, n in kinds.items())
 
 
 def makes_again(capture: GraphCapture, k: int, arguments: Sequence[Any], dropped: frozenset[int]) -> bool:
-    """Whether the packs that an option of stage k drops are made again to the bit.
+    """Whether the packs that an option of stage k drops are recomputed bit for bit.
 
     Args:
         arguments: of the stage, as the real step has them, the generators as it begins with them.
@@ -164,7 +166,7 @@ def makes_again(capture: GraphCapture, k: int, arguments: Sequence[Any], dropped
 
 
 def _saved(capture: GraphCapture, k: int, arguments: Sequence[Any]) -> list[Tensor]:
-    """What autograd saves of a run of stage k."""
+    """Return what autograd saves in a run of stage k."""
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ def _saved(capture: GraphCapture, k: int, arguments: Sequence[Any]) -> list[Tens
 
 
 def _fresh(capture: GraphCapture, k: int, arguments: Sequence[Any]) -> list[Any]:
-    """The arguments as a re-run gets them: detached, requiring grad as they did, buffers as copies."""
+    """Return the arguments as a re-run gets them: detached, requiring grad as they did, buffers as copies."""
     fresh = []
     for argument, source in zip(arguments, capture.stages[k].sources, strict=True):
         if source.kind == "buffer":
@@ -189,31 +191,6 @@ def _fresh(capture: GraphCapture, k: int, arguments: Sequence[Any]) -> list[Any]
     return fresh
 
 
-def _again(
-    part: Rebuild, fresh: list[Any], saved: Mapping[int, Tensor], autocast: AutocastState = ()
-) -> dict[int, Tensor]:
-    """Run a program of an option, with the autocast of the forward: number -> dropped pack."""
-    filled: dict[int, Tensor] = {}
-    count = 0
-
-    def pack(tensor: Tensor) -> None:
-        nonlocal count
-        if count < len(part.saves) and part.saves[count] in part.dropped:
-            filled[part.saves[count]] = tensor.detach()
-        count += 1
-
-    kept = [saved[number].detach().requires_grad_(flag) for number, flag in part.sources]
-    with ExitStack() as contexts:
-        for context in autocast_contexts(autocast):
-            contexts.enter_context(context)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _never):
-            made = part.function(*(fresh[i] for i in part.arguments), *kept)
-    if count != len(part.saves):
-        raise RuntimeError(f"the ops run again save {count} tensors, not {len(part.saves)}")
-    filled.update((number, tensor.detach()) for number, tensor in zip(part.gives, made, strict=True))
-    return filled
-
-
 def _tried(
     parts: Sequence[Rebuild],
     fresh: Callable[[], list[Any]],
@@ -222,7 +199,7 @@ def _tried(
     data: bool = True,
     times: int = REPEATS,
 ) -> float | None:
-    """Median seconds of an option's programs; None if they do not make again, to the bit, what autograd saved.
+    """Return median seconds of an option's programs; None if they do not give the bits that autograd saved.
 
     Args:
         random: the random numbers as the stage began with them.
@@ -230,17 +207,18 @@ def _tried(
         times: how often they run, at most.
     """
     took: list[float] = []
-    autocast = autocast_state(random.device)
-    given = dict(enumerate(saved))
+    context = RunContext(random.device.type)
     while len(took) < (times if data else 1) and sum(took) < PATIENCE:
         seconds = 0.0
         for part in parts:
             arguments = fresh()
             random.restore()
+            kept = [saved[number].detach().requires_grad_(flag) for number, flag in part.sources]
+            filled: dict[int, Tensor] = {}
             spans = Spans(random.device)
             try:
-                with spans.span():
-                    filled = _again(part, arguments, given, autocast)
+                with context.restored(), spans.span():
+                    rerun(part, arguments, kept, filled.__setitem__)
             except RuntimeError:  # other ops than before, or fewer: not an option
                 return None
             seconds += sum(spans.seconds())
@@ -261,9 +239,9 @@ def _equal(a: Tensor, b: Tensor, data: bool) -> bool:
 def _peaks(
     capture: GraphCapture, k: int, run: StageRun, parts: Sequence[Rebuild], arguments: list[Any]
 ) -> tuple[int, int, int]:
-    """Most bytes above the inputs while the stage runs forward, and from there to its backward's end; those it keeps."""
+    """Return the most bytes above the inputs in the stage's forward, in its backward, and those kept."""
     arrived: dict[int, Tensor] = {}
-    autocast = autocast_state(capture.device)
+    context = RunContext(capture.device.type)
 
     def sink(position: int, tensor: Tensor) -> Tensor:
         result: Tensor = _Sink.apply(as_leaf(position, tensor), position, arrived)
@@ -271,35 +249,29 @@ def _peaks(
 
     def step(mark: Any) -> None:
         filled: dict[int, Tensor] = {}
-        waiting = {number: part for part in parts for number in part.dropped}
-        reads = {
-            number: sum(number in dict(part.sources) for part in parts)
-            for part in parts
-            for number, _ in part.sources
-        }
-        sources: dict[int, Tensor] = {}
+        thinned: Thinned[Tensor] = Thinned(parts)
+        read = thinned.reads()
         count = 0
 
         def pack(tensor: Tensor) -> int | Tensor:
             nonlocal count
             number, count = count, count + 1
-            if number in waiting and storage_id(tensor.untyped_storage()) not in run.lasting:
+            if number in thinned.parts and storage_id(tensor.untyped_storage()) not in run.lasting:
                 return number
             held = _unowned(tensor)
-            if number in reads:
-                sources[number] = held
+            if number in read:
+                thinned.sources[number] = held
             return held
 
         def unpack(packed: int | Tensor) -> Tensor:
             if isinstance(packed, Tensor):
                 return packed
             if packed not in filled:
-                part = waiting[packed]
-                filled.update(_again(part, _fresh(capture, k, arguments), sources, autocast))
-                for number, _ in part.sources:
-                    reads[number] -= 1
-                    if not reads[number]:
-                        del sources[number]
+                part = thinned.parts[packed]
+                kept = [thinned.sources[n].detach().requires_grad_(flag) for n, flag in part.sources]
+                with context.restored():
+                    rerun(part, _fresh(capture, k, arguments), kept, filled.__setitem__)
+                thinned.ran(part)
             return filled.pop(packed)
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):

@@ -57,13 +57,13 @@ from rematplan.scheduler.solvers.frontier import Frontier, pareto
 from rematplan.scheduler.solvers.hrevolve import solve_uniform
 
 if TYPE_CHECKING:
+    from rematplan.executors.compare_replay import ReplayError
     from rematplan.executors.distributed import broadcast_plan
     from rematplan.executors.execute import execute, plan_of, plans_of, trace_of
     from rematplan.executors.lightning import Rematerialize
     from rematplan.executors.measured_peak import MeasuredPeak, measure_peak
     from rematplan.executors.rehearsal import Rehearsal
     from rematplan.executors.rehearse import rehearse
-    from rematplan.executors.replay import ReplayError
     from rematplan.executors.retry import run_step
     from rematplan.scheduler.capture.blocks.callables import CallableChain
     from rematplan.scheduler.estimate import Estimate, estimate
@@ -140,7 +140,7 @@ _LATE = {
     "MeasuredPeak": f"{_EXECUTORS}.measured_peak",
     "Rehearsal": f"{_EXECUTORS}.rehearsal",
     "Rematerialize": f"{_EXECUTORS}.lightning",
-    "ReplayError": f"{_EXECUTORS}.replay",
+    "ReplayError": f"{_EXECUTORS}.compare_replay",
     "broadcast_plan": f"{_EXECUTORS}.distributed",
     "estimate": f"{_SCHEDULER}.estimate",
     "execute": f"{_EXECUTORS}.execute",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from executors import execute
-from executors.first_sweep import FirstSweep
+from executors.step_state import Lasting
 from scheduler import CaptureError, Schedule, solve
 from scheduler.capture.layouts import storage_keys
 from scheduler.schedule import Action, Backward, Checkpoint, Forward, Keep
@@ -345,13 +345,12 @@ class _Note:
 
 @pytest.mark.parametrize("bound", [True, False])
 def test_what_is_made_where_old_data_lay_does_not_pass_for_it(bound: bool) -> None:
-    step = object.__new__(FirstSweep)
-    step.lasting, step.identities = set(), []
+    lasting = Lasting()
     passed = 0
     for _ in range(100):
         code = torch.zeros(WIDTH)
-        step.last([code], bound=bound)
+        lasting.add([code], bound=bound)
         code.data = torch.ones(WIDTH)  # the storage from before is gone
         made = [torch.empty(WIDTH) for _ in range(10)]
-        passed += len(storage_keys(made) & step.lasting)
+        passed += len(storage_keys(made) & lasting.keys)
     assert (passed > 0) is bound

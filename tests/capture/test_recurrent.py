@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from executors import execute, measure_peak
-from executors.replay import ReplayError
+from executors.compare_replay import ReplayError
 from scheduler import CallableChain, CaptureError, Plan, solve
 from scheduler.capture.module_capture import capture_modules
 from scheduler.capture.state import preserved

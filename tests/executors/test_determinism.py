@@ -68,6 +68,14 @@ class Counting(CountsRuns):
         return result
 
 
+class Late(Counting):
+    """One that changes its result where autograd saves nothing any more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += not self.steady
+        return self.change(self.linear(x).tanh(), self.runs)
+
+
 def by_counter(x: Tensor, runs: int) -> Tensor:
     return x / (runs + 1)
 
@@ -89,11 +97,21 @@ def by_layout(x: Tensor, runs: int) -> Tensor:
     return x.t().contiguous().t() if runs % 2 else x.contiguous()
 
 
-def counting(change: Callable[[Tensor, int], Tensor], **options: Any) -> tuple[Case, nn.Module]:
+def by_dtype(x: Tensor, runs: int) -> Tensor:
+    return x.double() if runs > 1 else x
+
+
+def by_offset(x: Tensor, runs: int) -> Tensor:
+    return x + float(runs > 1)
+
+
+def counting(
+    change: Callable[[Tensor, int], Tensor], kind: type[Counting] = Counting, **options: Any
+) -> tuple[Case, nn.Module]:
     """Four blocks, the second of which counts, all re-run."""
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(4)]
-    model = nn.Sequential(blocks[0], Counting(change), *blocks[2:]).train()
+    model = nn.Sequential(blocks[0], kind(change), *blocks[2:]).train()
     batch = torch.randn(32, WIDTH)
     plan = solve(model, "1GiB", sample=batch, capture=[*model])
     unsteady(model)
@@ -175,6 +193,20 @@ def test_another_shape_or_layout_is_refused_by_default(change: Any, message: str
     unsteady(model)
     with pytest.raises(ReplayError, match=message):
         loss_of(planned(batch)).backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "check", "message"),
+    [
+        (by_dtype, "metadata", r"was \(32, 16\) torch.float32 .* and is \(32, 16\) torch.float64"),
+        (by_offset, "values", r"of shape \(32, 16\), torch.float32, has other values"),
+    ],
+)
+def test_a_re_run_whose_output_alone_differs_is_refused(change: Any, check: str, message: str) -> None:
+    case, planned = counting(change, Late, check=check)
+    loss = loss_of(case(planned))
+    with pytest.raises(ReplayError, match=rf"stage 2 \(1\): its output 0 {message}"):
+        loss.backward()
 
 
 SWITCH = {"step": 0.0, "factor": 1.0}

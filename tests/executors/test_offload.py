@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-import executors.first_sweep
+import executors.step_state
 from executors import execute, rehearse
 from executors.arena import Arena
 from executors.offload import Store
@@ -104,7 +104,7 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             super().__init__(arena)
             sides.append(self.side)
 
-    monkeypatch.setattr(executors.first_sweep, "Store", Noted)
+    monkeypatch.setattr(executors.step_state, "Store", Noted)
     return sides
 
 
@@ -277,7 +277,7 @@ def test_what_was_changed_in_place_is_refused_wherever_it_was() -> None:
     for _ in range(2):
         store.move(OffloadSaved(0))
         store.move(FreeSaved(0))
-        assert packed.block.on_device is None
+        assert packed.storage.on_device is None
         store.move(PrefetchSaved(0))
         assert torch.equal(packed.tensor(), torch.tensor([2.0, 3.0, 4.0, 5.0]))
     packed.tensor().add_(1)
@@ -307,8 +307,8 @@ def test_tensors_come_back_as_they_lay() -> None:
     store.move(FreeSaved(0))
     for moved, tensor in zip(packed, want, strict=True):
         assert torch.equal(moved.tensor(), tensor)
-        assert moved.tensor().stride() == moved.place.stride
-        assert moved.tensor().is_conj() == moved.place.conj
+        assert moved.tensor().stride() == moved.view.stride
+        assert moved.tensor().is_conj() == moved.view.conj
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from executors import execute
 from scheduler import Plan, Schedule, solve
 from scheduler.capture.graph_capture import GraphCapture
-from scheduler.capture.recompute import compile_rebuilds, divisible, packs_of
+from scheduler.capture.recompute import compile_rebuilds, divisible, packs_of, rerun
 from scheduler.capture.state import RandomState, preserved
-from scheduler.costs.options import _again, _fresh
+from scheduler.costs.options import _fresh
 from scheduler.schedule import Backward, Keep
 from scheduler.solvers.persistent import Decision, KeepStage, Split, build
 from tests.shared.helpers import smallest
@@ -99,7 +99,9 @@ def test_whatever_is_dropped_is_made_again_bit_for_bit(name: str) -> None:
             for part in generator.sample(parts, len(parts)):  # in any order
                 state.restore()
                 again = _fresh(capture, k, arguments)
-                made = _again(part, again, {n: t.detach() for n, t in enumerate(saved)})
+                kept = [saved[n].detach().requires_grad_(flag) for n, flag in part.sources]
+                made: dict[int, Tensor] = {}
+                rerun(part, again, kept, made.__setitem__)
                 assert made.keys() == part.dropped
                 filled.update(made)
             assert filled.keys() == dropped

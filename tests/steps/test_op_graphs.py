@@ -51,7 +51,7 @@ def test_a_boundary_that_was_only_passed_on_keeps_nothing_on_the_device() -> Non
     moved = store.hold(2, (value,), own=False)[0]
     store.move(Offload(2))
     store.move(Free(2))
-    assert moved.block.on_device is None
+    assert moved.storage.on_device is None
     assert torch.equal(moved.tensor(), torch.arange(8.0))
 
 

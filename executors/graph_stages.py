@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from executors.arena import Arena
 from executors.as_read import AsRead, Sampler
-from executors.replay import Step
+from executors.compare_replay import Comparison
+from executors.step import Step
 from executors.trace import Observer
 from scheduler.capture.flat import tree_unflatten
 from scheduler.capture.graph_capture import GraphCapture
@@ -25,14 +26,13 @@ __all__ = ["GraphExecutor", "locate"]
 
 
 class GraphExecutor:
-    """Runs steps of one model by one program; made once per execute().
+    """Runs steps of one model by one program; one per execute().
 
     Args:
         capture: the captured model.
         program: the replay program, for as many stages as the capture has.
         model: whose parameters and buffers are read at every step.
-        observe: is told where each step is.
-        check: what a replayed tensor is compared by; a key of ``executors.check.CHECKS``.
+        check: what a recomputed tensor is compared by; a key of ``executors.check.CHECKS``.
         host_bytes: that the program has on the host at most.
     """
 
@@ -41,15 +41,11 @@ class GraphExecutor:
         capture: GraphCapture,
         program: ReplayProgram,
         model: nn.Module,
-        observe: Observer | None = None,
         check: str = "metadata",
         host_bytes: int = 0,
     ) -> None:
-        self.capture = capture
-        self.check = check
-        self.program = program
-        self.device = capture.device
-        self.observe = observe
+        self.capture, self.program, self.device, self.check = capture, program, capture.device, check
+        self.observe: Observer | None = None  # is told where each step is
         self.ran_out = False  # whether a replay of a step ran out of memory
         self.arena = Arena(host_bytes, capture.device) if program.copies else None
         self.stages = capture.stages
@@ -95,44 +91,55 @@ class GraphExecutor:
         self.carried_by = [
             tuple(dict.fromkeys(s.key for s in stage.sources if s.kind == "carried")) for stage in self.stages
         ]
-        self.given = [[s.key for s in stage.sources if s.kind == "input"] for stage in self.stages]
+        self.given = [
+            [(i, s.key) for i, s in enumerate(stage.sources) if s.kind == "input"] for stage in self.stages
+        ]
         self.gather = [_gathering(stage) for stage in self.stages]
         self.follow = [_following(stage) for stage in self.stages]
         # Nothing is run again, so that a step needs no Step.
         self.keeps_all = not any(program.kept) and None not in program.kept and not program.copies
 
     def forward(self, flat_inputs: list[Any]) -> Any:
-        """Run the first sweep in grad mode; gives the model's output.
+        """Run the first sweep in grad mode; return the model's output.
 
         Args:
             flat_inputs: the leaves of the call.
         """
         if self.capture.graph.face.state:
             flat_inputs = self.capture.graph.flat(flat_inputs)
-        step = None if self.keeps_all and self.observe is None else GraphStep(self, flat_inputs)
+        step = stages = None
+        if not self.keeps_all or self.observe is not None:
+            stages = GraphStages(self, flat_inputs)
+            how = self.device, self.random, self.observe, self.check, self.arena
+            step = Step(self.program, stages, *how)
+            # Boundary 0 is empty (the inputs are read where they are needed), so holding it costs nothing.
+            step.state.hold(0, ())
+            step.lasting.add([t for t in flat_inputs if isinstance(t, Tensor)])
+            step.lasting.add(list(self.constants.values()))
         carried: dict[str, Tensor] = {}
         boundary: tuple[Tensor, ...] = ()
         with uncached() if self.capture.uncached else nullcontext():
             for k, stage in enumerate(self.stages):
-                if step is not None:
-                    results = step.first_run(k, boundary, carried)
-                else:
+                if step is None or stages is None:
                     own = [values[key] for _, values, key in self.lookups[k]]
                     results = stage.function(
                         *self.gather[k](own, boundary, carried, flat_inputs, self.constants)
                     )
+                else:
+                    results = stages.first_run(step, k, boundary, carried)
                 boundary = self.follow[k](results, boundary)
                 for name, index in zip(stage.carried, stage.carried_from, strict=True):
                     carried[name] = results[index]
-                    if step is not None:
-                        step.carry(name, results[index])
+                    if step is not None and stages is not None:
+                        step.lasting.add((results[index],))
+                        stages.carry(name, results[index])
                 if step is not None:
                     step.watch(k, results)
                     step.after_first_run(k, results, boundary)
                 del results
         output = [self._output(leaf, flat_inputs, carried) for leaf in self.capture.outputs]
         if step is not None:
-            step.sweep_is_over()
+            step.state.sweep_is_over()
         return tree_unflatten(output, self.capture.output_spec)
 
     def _output(self, leaf: Any, flat_inputs: list[Any], carried: dict[str, Tensor]) -> Any:
@@ -149,9 +156,9 @@ class GraphExecutor:
 
 
 def _gathering(stage: GraphStage) -> Callable[..., list[Any]]:
-    """A function that gathers the stage's arguments.
+    """Return a function that gathers the stage's arguments.
 
-    Of (its parameters and buffers, the boundary, carried values, the flat inputs of the call, constants).
+    From its parameters and buffers, the boundary, carried values, the flat inputs of the call, and constants.
     """
     own = itertools.count()
     where = {"boundary": "boundary", "carried": "carried", "input": "inputs", "constant": "constants"}
@@ -166,7 +173,7 @@ def _gathering(stage: GraphStage) -> Callable[..., list[Any]]:
 
 
 def _following(stage: GraphStage) -> Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """A function that gives the next boundary, of the stage's results and values of its own boundary that pass through."""
+    """Return a function from a stage's results and boundary, a part of which passes, to the next boundary."""
     terms = [f"results[{i}]" if i >= 0 else f"boundary[{-1 - i}]" for i in stage.boundary_from]
     following: Callable[..., tuple[Tensor, ...]] = eval(  # of indices
         f"lambda results, boundary: ({''.join(term + ', ' for term in terms)})", {}
@@ -174,141 +181,120 @@ def _following(stage: GraphStage) -> Callable[[tuple[Tensor, ...], tuple[Tensor,
     return following
 
 
-class GraphStep(Step):
-    """One step of a GraphExecutor."""
+class GraphStages:
+    """The stages of a step of a GraphExecutor (``Stages``): what their first runs read, and their re-runs."""
+
+    compiled = False
+    reversing: frozenset[int] = frozenset()
 
     def __init__(self, executor: GraphExecutor, flat_inputs: list[Any]) -> None:
-        how = executor.observe, executor.check, executor.arena
-        super().__init__(executor.program, executor.device, executor.random, *how)
         self.executor = executor
         self.inputs = flat_inputs
-        self.carried: dict[str, Tensor] = {}
-        self.carried_flags: dict[str, bool] = {}
+        self.carried: dict[str, tuple[Tensor, bool]] = {}  # detached, and whether it requires grad
         # stage -> what its first run read and nobody may change: parameters and buffers; inputs
         self.first_reads: dict[int, tuple[AsRead, AsRead]] = {}
-        self.snapshots: dict[int, list[Tensor]] = {}
         self.parameters: dict[int, list[Tensor]] = {}
-        # Boundary 0 is empty (the inputs are read where they are needed), so holding it costs nothing.
-        self.hold(0, ())
-        self.flags[0] = ()
-        self.last([t for t in flat_inputs if isinstance(t, Tensor)])
-        self.last(list(executor.constants.values()))
+        self.snapshots: dict[int, list[Tensor]] = {}  # of the buffers that the stage changes
 
     def carry(self, name: str, tensor: Tensor) -> None:
-        """A carried value was made: saved tensors on it are packed by reference from here on."""
-        self.last((tensor,))
+        """Hold a carried value for the stages that read it when they run again."""
         if name in self.executor.readers:
-            self.carried[name] = tensor.detach()
-            self.carried_flags[name] = tensor.requires_grad
+            self.carried[name] = tensor.detach(), tensor.requires_grad
 
     def first_run(
-        self, k: int, boundary: tuple[Tensor, ...], carried: dict[str, Tensor]
+        self, step: Step, k: int, boundary: tuple[Tensor, ...], carried: dict[str, Tensor]
     ) -> tuple[Tensor, ...]:
-        """The results of the first run of stage k."""
-        option, function = self.program.kept[k], self.executor.stages[k].function
-        if self.observe is not None:
-            self.observe("first", k)
-        if option != 0:
-            self.before_first_run(k, boundary)
-        arguments = self._first_arguments(k, boundary, carried)
-        if option == 0 and not self.program.copies:
-            return function(*arguments)
-        parts = self.executor.rebuilds[k, option] if option else None if option is None else ()
-        with self.dropping(k, parts):
-            return function(*arguments)
-
-    def _first_arguments(self, k: int, boundary: tuple[Tensor, ...], carried: dict[str, Tensor]) -> list[Any]:
+        """Return the results of the first run of stage k."""
         executor = self.executor
+        option, function, copies = (
+            executor.program.kept[k],
+            executor.stages[k].function,
+            executor.program.copies,
+        )
+        step.tell("first", k)
+        if option != 0:
+            step.before_first_run(k, boundary)
         own: list[Tensor] = [values[key] for _, values, key in executor.lookups[k]]
         arguments = executor.gather[k](own, boundary, carried, self.inputs, executor.constants)
-        if executor.program.kept[k] != 0 or executor.program.copies:
+        if option != 0 or copies:
             # Views of parameters are packed by reference too: they share the storage.
-            self.last(own)
-        if executor.program.kept[k] != 0:
-            self.parameters[k] = own
-            if executor.changed[k]:
-                self.snapshots[k] = [arguments[i].clone() for i in executor.changed[k]]
-            constant = [own[j] for j in executor.constant[k]]
-            given = [self.inputs[key] for key in executor.given[k]]
-            self.first_reads[k] = (
-                AsRead(constant, executor.samplers[k] if self.sampled else None),
-                AsRead([t for t in given if isinstance(t, Tensor)], Sampler() if self.sampled else None),
-            )
-        return arguments
+            step.lasting.add(own)
+        if option != 0:
+            self._note_reads(k, own, arguments, step.comparison.sampled)
+        if option == 0 and not copies:
+            return function(*arguments)
+        parts = executor.rebuilds[k, option] if option else None if option is None else ()
+        with step.dropping(k, parts):
+            return function(*arguments)
 
-    def run_stage(self, k: int, boundary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Re-run stage k; see Step."""
-        results = self.executor.stages[k].function(*self._arguments_again(k, boundary))
-        return self.executor.follow[k](results, boundary)
+    def _note_reads(self, k: int, own: list[Tensor], arguments: list[Any], sampled: bool) -> None:
+        executor = self.executor
+        self.parameters[k] = own
+        if executor.changed[k]:
+            self.snapshots[k] = [arguments[i].clone() for i in executor.changed[k]]
+        given = [self.inputs[key] for _, key in executor.given[k]]
+        self.first_reads[k] = (
+            AsRead([own[j] for j in executor.constant[k]], executor.samplers[k] if sampled else None),
+            AsRead([t for t in given if isinstance(t, Tensor)], Sampler() if sampled else None),
+        )
 
-    def ran_out(self) -> None:
-        """See Step."""
-        self.executor.ran_out = True
+    def run(self, stage: int, boundary: tuple[Tensor, ...], comparison: Comparison) -> tuple[Tensor, ...]:
+        """See ``Stages``."""
+        results = self.executor.stages[stage].function(*self.arguments(stage, boundary, comparison))
+        return self.executor.follow[stage](results, boundary)
 
-    def name_of(self, stage: int) -> str:
-        """See Step."""
-        return self.executor.stages[stage].name
-
-    def saved_tensor(self, stage: int, index: int) -> str:
-        """See Step."""
-        capture = self.executor.capture
-        return f"saved tensor {index}{origin_of_pack(capture.graph, capture.linear, stage, index)}"
-
-    def rebuilds_of(self, stage: int, option: int) -> tuple[Rebuild, ...]:
-        """See Step."""
+    def rebuilds(self, stage: int, option: int) -> tuple[Rebuild, ...]:
+        """See ``Stages``."""
         return self.executor.rebuilds[stage, option]
 
-    def run_rebuild(
-        self, stage: int, rebuild: Rebuild, boundary: tuple[Tensor, ...], sources: list[Tensor]
-    ) -> tuple[Tensor, ...]:
-        """See Step."""
-        arguments = self._arguments_again(stage, boundary, frozenset(rebuild.arguments))
-        return rebuild.function(*(arguments[i] for i in rebuild.arguments), *sources)
-
-    def _arguments_again(
-        self, k: int, boundary: tuple[Tensor, ...], among: frozenset[int] | None = None
+    def arguments(
+        self, stage: int, boundary: tuple[Tensor, ...], comparison: Comparison, rebuild: Rebuild | None = None
     ) -> list[Any]:
-        """The arguments of stage k as its first run found them.
+        """See ``Stages``."""
+        executor = self.executor
 
-        Args:
-            among: which of them are read; None for all.
-        """
-        executor, own = self.executor, self.parameters[k]
-        sources = executor.stages[k].sources
+        def name_of(which: int, number: int) -> str:
+            constant = [executor.lookups[stage][j][0] for j in executor.constant[stage]]
+            given = [i for i, key in executor.given[stage] if isinstance(self.inputs[key], Tensor)]
+            position = (constant, given)[which][number]
+            source = executor.stages[stage].sources[position]
+            return f"{source.kind} {source.key}" if rebuild is None or position in rebuild.arguments else ""
 
-        def position_of(which: int, number: int) -> int:
-            if which == 0:
-                return executor.lookups[k][executor.constant[k][number]][0]
-            keys = [s.key for s in sources if s.kind == "input" and isinstance(self.inputs[s.key], Tensor)]
-            return next(i for i, s in enumerate(sources) if s.kind == "input" and s.key == keys[number])
-
-        def name(which: int, number: int) -> str:
-            source = sources[position_of(which, number)]
-            return f"{source.kind} {source.key}"
-
-        def matters(which: int, number: int) -> bool:
-            return among is None or position_of(which, number) in among
-
-        self.as_read(k, self.first_reads[k], name, matters)
-        carried = {
-            name: self.carried[name].detach().requires_grad_(self.carried_flags[name])
-            for name in executor.carried_by[k]
-        }
-        arguments = executor.gather[k](own, boundary, carried, self.inputs, executor.constants)
-        for position, snapshot in zip(executor.changed[k], self.snapshots.get(k, ()), strict=True):
+        comparison.check_reads(stage, self.first_reads[stage], name_of)
+        carried: dict[str, Tensor] = {}
+        for name in executor.carried_by[stage]:
+            tensor, flag = self.carried[name]
+            carried[name] = tensor.detach().requires_grad_(flag)
+        arguments = executor.gather[stage](
+            self.parameters[stage], boundary, carried, self.inputs, executor.constants
+        )
+        for position, snapshot in zip(executor.changed[stage], self.snapshots.get(stage, ()), strict=True):
             arguments[position] = snapshot.clone()
         return arguments
 
-    def release_inputs(self, stage: int) -> None:
-        """Drop the carried values that only re-runs of this stage still needed."""
+    def release(self, stage: int, rerunnable: Sequence[bool]) -> None:
+        """Drop the snapshots of its buffers, and the carried values that no re-run needs any more."""
         self.snapshots.pop(stage, None)
         for name in self.executor.carried_by[stage]:
-            if name in self.carried and not any(self.rerunnable[k] for k in self.executor.readers[name]):
+            if name in self.carried and not any(rerunnable[k] for k in self.executor.readers[name]):
                 del self.carried[name]
+
+    def ran_out(self) -> None:
+        """See ``Stages``."""
+        self.executor.ran_out = True
+
+    def name(self, stage: int) -> str:
+        """See ``Stages``."""
+        return self.executor.stages[stage].name
+
+    def saved_name(self, stage: int, index: int) -> str:
+        """See ``Stages``."""
+        capture = self.executor.capture
+        return f"saved tensor {index}{origin_of_pack(capture.graph, capture.linear, stage, index)}"
 
 
 def locate(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    """The dict and key that hold a parameter or buffer."""
+    """Return the dict and key that hold a parameter or buffer."""
     path, _, key = name.rpartition(".")
     owner = model.get_submodule(path)
     values = owner._parameters if key in owner._parameters else owner._buffers

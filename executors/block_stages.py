@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import operator
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from executors.as_read import AsRead, Sampler
-from executors.graph import locate
-from executors.handles import Handle
-from executors.replay import ReplayError, Step
-from executors.trace import Observer
+from executors.compare_replay import Comparison, ReplayError
+from executors.graph_stages import locate
+from executors.step import Step
+from executors.step_state import Handle
+from executors.trace import Observer, silent
 from scheduler.capture.block_state import BlockState
-from scheduler.capture.environment import default_device, on_default_device, switched, switches
+from scheduler.capture.environment import RunContext
 from scheduler.capture.flat import flatten, repeats, tensor_leaves, unflatten
 from scheduler.capture.layouts import storage_key
 from scheduler.capture.module_calls import intercepted, is_compiled
@@ -28,7 +30,7 @@ from scheduler.capture.nested_plans import inner_plans_left_out
 from scheduler.capture.private import version_of
 from scheduler.capture.python_state import is_plain
 from scheduler.capture.sharded import gathered, holders, sharded_within
-from scheduler.capture.state import AutocastState, Draws, autocast_contexts, autocast_state
+from scheduler.capture.state import Draws
 from scheduler.program import ReplayProgram
 
 __all__ = ["ModuleExecutor"]
@@ -37,12 +39,11 @@ LOGGER = logging.getLogger("rematplan")
 
 
 class _Own:
-    """What a module that is one block or several reads of the model, and where that lies.
+    """What a module, one block or several, reads of the model.
 
     Attributes:
         names: of its parameters and buffers that it does not change.
-        constant: (dict, key) of these.
-        sampler: of their values.
+        constant, sampler: (dict, key) of these, and a sampler of their values.
         state: the rest: what hangs on its modules, and tensors that it changes.
         outer, inner: modules around it and within it that fully_shard has sharded.
     """
@@ -70,17 +71,20 @@ class _Own:
         self.outer = holders(model, name)
         self.inner = [inner for inner in sharded_within(module) if inner is not module]
 
+    def tensors(self) -> list[Tensor]:
+        """Return the parameters and buffers that are in their places now."""
+        return [values[key] for values, key in self.constant]
+
 
 class ModuleExecutor:
-    """Runs steps of one model by one program; made once per execute().
+    """Runs steps of one model by one program; one per execute().
 
     Args:
         capture: the blocks.
         program: the replay program, for as many stages as the capture has.
         model: whose submodules are run.
         plain: the plain forward.
-        observe: is told where each step is.
-        check: what a replayed tensor is compared by; a key of ``executors.check.CHECKS``.
+        check: what a recomputed tensor is compared by; a key of ``executors.check.CHECKS``.
     """
 
     def __init__(
@@ -89,25 +93,20 @@ class ModuleExecutor:
         program: ReplayProgram,
         model: nn.Module,
         plain: Callable[..., Any],
-        observe: Observer | None = None,
         check: str = "metadata",
     ) -> None:
-        self.capture = capture
-        self.check = check
-        self.program = program
-        self.device = capture.device
-        self.observe = observe
+        self.capture, self.program, self.device = capture, program, capture.device
+        self.plain, self.check = plain, check
+        self.observe: Observer | None = None  # is told where each step is
         self.ran_out = False  # whether a replay of a step ran out of memory
-        self.plain = plain
         self.modules = {block.name: model.get_submodule(block.name) for block in capture.blocks}
         changed = {block.name: capture.changed[block.stage] for block in capture.blocks}
         self.own = {
             name: _Own(model, name, module, changed[name], capture.overwritten)
             for name, module in self.modules.items()
         }
-        self.compiled = any(
-            is_compiled(inner) for module in self.modules.values() for inner in module.modules()
-        )
+        inner = itertools.chain.from_iterable(module.modules() for module in self.modules.values())
+        self.compiled = any(map(is_compiled, inner))
         self.replays = any(program.kept[block.stage] is None for block in capture.blocks)
         self.whole = frozenset(self.modules[name] for name in capture.whole)
         self.reversing = frozenset(b.stage for b in capture.blocks if b.name in capture.reversing)
@@ -116,25 +115,32 @@ class ModuleExecutor:
         self.lock = threading.Lock()
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the model's own forward with the blocks intercepted; gives its output."""
+        """Run the model's own forward with the blocks intercepted; return its output."""
         if not self.replays and self.observe is None:
             return self.plain(*args, **kwargs)
-        step = ModuleStep(self)
-        if self.observe is not None:
-            self.observe("first", 0)
-        intercepting = [(m, step.wrapper(name)) for name, m in self.modules.items()]
+        # Which blocks draw random numbers may depend on data: where there is data, each first run tells.
+        stages = BlockStages(self)
+        step = Step(self.program, stages, self.device, self.capture.random, self.observe, self.check)
+        if not step.faked:
+            step.random = [False] * len(self.capture)
+        sweep = _Sweep(self, stages, step)
+        step.tell("first", 0)
+        intercepting = [(m, sweep.wrapper(name)) for name, m in self.modules.items()]
         with self.lock, intercepted(intercepting, self.whole):
             output = self.plain(*args, **kwargs)
-        step.finish()
-        left_out = len(self.capture.blocks) - step.count
+        sweep.crossing = {}
+        step.state.sweep_is_over()
+        left_out = len(self.capture.blocks) - sweep.count
         if left_out and not self.told:
             self.told = True
-            LOGGER.info(
-                "a forward left out %d of %d blocks of the plan; they cost nothing",
-                left_out,
-                len(self.capture.blocks),
-            )
+            text = "a forward left out %d of %d blocks of the plan; they cost nothing"
+            LOGGER.info(text, left_out, len(self.capture.blocks))
         return output
+
+    def following(self, index: int) -> tuple[tuple[int, int], ...]:
+        """Return what crosses into the block after; see ``Block.boundary``."""
+        blocks = self.capture.blocks
+        return blocks[index + 1].boundary if index + 1 < len(blocks) else ()
 
 
 class _Run:
@@ -147,7 +153,7 @@ class _Run:
         places: (leaf, position in the boundary) of the arguments that are fed.
         repeats: (leaf, earlier leaf) of arguments that are one tensor.
         external: places of all other tensors.
-        reads: the parameters and steady buffers, then the external tensors and those of its state, as it found them.
+        reads: parameters and steady buffers, then external tensors and those of its state, as it found them.
         taken: the state that it found.
         given: that of generators and objects among the arguments, if there are any.
     """
@@ -179,27 +185,23 @@ class _Run:
             others += [tensor for _, tensor in self.taken.read()]
         sharded = own.outer or own.inner  # gathered parameters are others each time
         self.reads = (
-            AsRead(
-                [values[key] for values, key in own.constant],
-                own.sampler if sampled and not sharded else None,
-            ),
+            AsRead(own.tensors(), own.sampler if sampled and not sharded else None),
             AsRead(others, Sampler() if sampled and others else None),
         )
 
     def name_of(self, own: _Own, label: str, which: int, number: int) -> str:
-        """What was read, in words."""
+        """Return what was read, in words."""
         if which == 0:
             return f"{own.names[number]} of block {label}"
         if number < len(self.external):
             return f"argument {self.external[number]} of block {label}"
         return f"{self.taken.read()[number - len(self.external)][0]} of block {label}"
 
-    def gathered_anew(self, own: _Own) -> None:
-        """Note what fully_shard has gathered by now in the place of what the first run read."""
-        # Where fully_shard's hooks are inside of what is intercepted, the parameters were not gathered yet when the
-        # first run began: others than the re-run finds.
+    def note_gathered(self, own: _Own) -> None:
+        """Note the parameters that fully_shard has gathered by now in place of those of the first run."""
+        # Where fully_shard's hooks lie within what is intercepted, they were not gathered when that began.
         then = dict(zip(map(id, self.reads[0].tensors), self.reads[0].versions, strict=True))
-        now = AsRead([values[key] for values, key in own.constant])
+        now = AsRead(own.tensors())
         now.versions = [then.get(id(t), version_of(t)) for t in now.tensors]
         self.reads = now, self.reads[1]
 
@@ -207,55 +209,39 @@ class _Run:
         """Whether a re-run finds its parameters and buffers as the first run did."""
         if own.outer or own.inner:
             return True
-        return all(map(operator.is_, [values[key] for values, key in own.constant], self.reads[0].tensors))
+        return all(map(operator.is_, own.tensors(), self.reads[0].tensors))
 
 
-class ModuleStep(Step):
-    """One step of a ModuleExecutor."""
+class _Sweep:
+    """The first sweep of a step: the model's own forward, with its blocks intercepted.
 
-    def __init__(self, executor: ModuleExecutor) -> None:
-        capture = executor.capture
-        # Which blocks draw random numbers may depend on data, so that it is seen at each run, where there is data.
-        super().__init__(executor.program, executor.device, capture.random, executor.observe, executor.check)
-        if not self.faked:
-            self.random = [False] * len(capture)
-        self.executor = executor
-        self.compiled = executor.compiled
-        self.reversing = executor.reversing
-        self.ran = 0  # the block after the latest that ran
-        self.count = 0  # blocks that ran
-        self.passed: dict[
-            int, tuple[int, ...]
-        ] = {}  # stage left out -> its next boundary, by positions in its own
-        # (block, output leaf) -> (tensor, version): what crosses into the next block, while that is awaited
+    Attributes:
+        ran: the block after the latest that ran.
+        count: blocks that ran.
+        crossing: (block, output leaf) -> (tensor, version) of what crosses into the next block.
+    """
+
+    def __init__(self, executor: ModuleExecutor, stages: BlockStages, step: Step) -> None:
+        self.executor, self.stages, self.step = executor, stages, step
+        self.blocks = executor.capture.blocks
+        self.ran = self.count = 0
         self.crossing: dict[tuple[int, int], tuple[Tensor, int]] = {}
-        self.runs: dict[int, _Run] = {}
-        # Where they are not those of the step: the model's code sets them.
-        self.autocasts: dict[int, AutocastState] = {}
-        self.kernels: dict[int, list[Any]] = {}
-        self.default_devices: dict[int, torch.device | None] = {}
-
-    def finish(self) -> None:
-        """The forward is over."""
-        self.crossing = {}
-        self.sweep_is_over()
 
     def wrapper(self, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """How the module of that name, one block or several, is intercepted."""
-        blocks = self.executor.capture.blocks
+        """Return what intercepts the module of that name, one block or several."""
 
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
             def intercept(*args: Any, **kwargs: Any) -> Any:
                 begin = self.ran
-                index = next((i for i in range(begin, len(blocks)) if blocks[i].name == name), None)
-                if index is None or not self.sweeping:
-                    expected = blocks[begin].name if begin < len(blocks) else "no more"
+                ahead = range(begin, len(self.blocks))
+                index = next((i for i in ahead if self.blocks[i].name == name), None)
+                if index is None or not self.step.state.sweeping:
+                    expected = self.blocks[begin].name if ahead else "no more"
                     raise ReplayError(
                         f"block {name} ran out of the order of the plan (at position {begin}, where that has {expected}); "
                         "make a plan for this call, or pass other blocks to solve(capture=...)"
                     )
-                self.ran = index + 1
-                self.count += 1
+                self.ran, self.count = index + 1, self.count + 1
                 return self._first_run(begin, index, forward, args, kwargs)
 
             return intercept
@@ -264,51 +250,43 @@ class ModuleStep(Step):
 
     def _first_run(self, begin: int, index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a block; those from ``begin`` to it are left out."""
-        block = self.executor.capture.blocks[index]
-        stage, following = block.stage, self._following(index)
+        block, step = self.blocks[index], self.step
+        stage, following = block.stage, self.executor.following(index)
         leaves, spec = flatten(args, kwargs)
         if begin < index:
             self._pass_over(begin, index, leaves)
         places, boundary = self._boundary_into(index, block, leaves)
         self.crossing = {value: each for value, each in self.crossing.items() if value in following}
-        if self.observe is not None:
-            values = block.boundary or [(index - 1, 0)] * len(boundary)
-            made = [t for (maker, _), t in zip(values, boundary, strict=True) if maker == index - 1]
-            self.watch(stage - 1, made)
-            self.observe("first", stage)
-        if self.program.kept[stage] is None:
-            run = _Run(forward, leaves, spec, places, self.executor.own[block.name], self.sampled)
-            result = self._drop(stage, run, boundary, args, kwargs)
+        if step.tell is not silent:
+            makers = [maker for maker, _ in block.boundary] or [index - 1] * len(boundary)
+            step.watch(
+                stage - 1, [t for t, maker in zip(boundary, makers, strict=True) if maker == index - 1]
+            )
+        step.tell("first", stage)
+        if step.program.kept[stage] is None:
+            own = self.executor.own[block.name]
+            run = _Run(forward, leaves, spec, places, own, step.comparison.sampled)
+            result = self.stages.drop(step, stage, run, boundary, args, kwargs)
         else:
             result = forward(*args, **kwargs)
         outputs = tensor_leaves(result)
         for output, tensor in outputs:
             if (index, output) in following:
                 self.crossing[index, output] = tensor, version_of(tensor)
-        if self.observe is not None:
-            self.watch(stage, [t for _, t in outputs])
-            self.observe("first", stage + 1)
+        step.watch(stage, [t for _, t in outputs])
+        step.tell("first", stage + 1)
         return result
 
-    def _following(self, index: int) -> tuple[tuple[int, int], ...]:
-        """What crosses into the block after; see ``Block.boundary``."""
-        blocks = self.executor.capture.blocks
-        return blocks[index + 1].boundary if index + 1 < len(blocks) else ()
-
     def _pass_over(self, begin: int, end: int, leaves: list[Any]) -> None:
-        """Blocks are left out: what would have entered them goes on, by identity, to the block at ``end``.
-
-        Args:
-            leaves: of the arguments of that block.
-        """
-        blocks = self.executor.capture.blocks
-        # Where the first one would have been given something by the user's code, the block at the end tells what.
+        """Pass on, by identity, what would have entered blocks left out, to the one at ``end``."""
+        blocks = self.blocks
+        # What the user's code would have given to the first one, the arguments of the block at the end tell.
         crossing: dict[tuple[int, int], Any] = dict(self.crossing)
         boundaries: dict[int, list[Any]] = {}
         for index in range(begin, end):
             block, following = blocks[index], blocks[index + 1]
             if block.fed and any(value not in crossing for value in block.boundary):
-                return  # the check of what enters the block at the end says so
+                return  # the check of what enters the block at the end refuses it
             if not block.fed:
                 boundary: list[Any] = [object() for _ in following.boundary]
                 positions = tuple(range(len(boundary)))
@@ -323,7 +301,7 @@ class ModuleStep(Step):
                     fed.get(output, first) if made == index else block.boundary.index((made, output))
                     for made, output in following.boundary
                 )
-            boundaries[index], self.passed[block.stage] = boundary, positions
+            boundaries[index], self.stages.passed[block.stage] = boundary, positions
             crossing.update(zip(following.boundary, [boundary[at] for at in positions], strict=True))
         known: dict[int, tuple[Tensor, int]] = {}
         for argument, output, back in blocks[end].fed:
@@ -335,15 +313,15 @@ class ModuleStep(Step):
             resolved = [known.get(id(each), each) for each in boundary]
             tensors = tuple([each[0] for each in resolved if isinstance(each, tuple)])
             stage = blocks[index].stage
-            if self.program.kept[stage] is None:
-                self.before_first_run(stage, tensors)
+            if self.step.program.kept[stage] is None:
+                self.step.before_first_run(stage, tensors)
         found = {value: known.get(id(each), each) for value, each in crossing.items()}
         self.crossing = {value: each for value, each in found.items() if isinstance(each, tuple)}
 
     def _boundary_into(
         self, index: int, block: Block, leaves: list[Any]
     ) -> tuple[list[tuple[int, int]], tuple[Tensor, ...]]:
-        """The boundary into a block, checked against the plan: (leaf, position in it) of what is fed, and its tensors."""
+        """Return (leaf, position in the boundary) of what is fed into a block, and the boundary."""
         if not block.fed:
             tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
             return [(i, at) for at, i in enumerate(tensors)], tuple([leaves[i] for i in tensors])
@@ -353,7 +331,7 @@ class ModuleStep(Step):
             value = index - back, output
             given = leaves[argument] if argument < len(leaves) else None
             if not isinstance(given, Tensor) or not _same_value(given, *self.crossing.get(value, (None, 0))):
-                before = "the block before" if back == 1 else self.executor.capture.blocks[index - back].label
+                before = "the block before" if back == 1 else self.blocks[index - back].label
                 raise ReplayError(
                     f"argument {argument} of block {block.label} is not output {output} of {before}, as it "
                     "was when the plan was made; make a plan for this call"
@@ -366,54 +344,42 @@ class ModuleStep(Step):
             )
         return places, tuple([crossing[value] for value in block.boundary])
 
-    def _drop(self, stage: int, run: _Run, boundary: tuple[Tensor, ...], args: Any, kwargs: Any) -> Any:
-        """The first run of a block whose saved tensors are dropped."""
+
+class BlockStages:
+    """The blocks of a step of a ModuleExecutor (``Stages``): what their first runs found, and their re-runs.
+
+    Attributes:
+        runs: stage -> its first run, while it may run again.
+        contexts: stage -> what surrounded that, where the model's code has set something.
+        passed: stage left out -> its next boundary, by positions in its own.
+    """
+
+    def __init__(self, executor: ModuleExecutor) -> None:
+        self.executor = executor
+        self.compiled, self.reversing = executor.compiled, executor.reversing
+        self.runs: dict[int, _Run] = {}
+        self.contexts: dict[int, RunContext] = {}
+        self.passed: dict[int, tuple[int, ...]] = {}
+
+    def drop(
+        self, step: Step, stage: int, run: _Run, boundary: tuple[Tensor, ...], args: Any, kwargs: Any
+    ) -> Any:
+        """Run a block for the first time, and drop its saved tensors."""
         self.runs[stage] = run
-        self.last(run.reads[0].tensors)
-        self.last(run.reads[1].tensors, bound=False)
-        if run.taken.copies:
-            self.last([tensor for tensor, _ in run.taken.copies], bound=False)
-        self.before_first_run(stage, boundary)
-        if (autocast := autocast_state(self.device)) != self.autocast:
-            self.autocasts[stage] = autocast
-        if (kernels := switches(self.device.type)) != self.switches:
-            self.kernels[stage] = kernels
-        if (device := default_device()) != self.default_device:
-            self.default_devices[stage] = device
-        draws = None if self.faked else Draws(self.device)
-        with self._dropping_late(stage) if stage in self.reversing else self.dropping(stage):
+        step.lasting.add(run.reads[0].tensors)
+        step.lasting.add([*run.reads[1].tensors, *(t for t, _ in run.taken.copies)], bound=False)
+        step.before_first_run(stage, boundary)
+        if not step.context.is_current():
+            self.contexts[stage] = RunContext(step.device.type)
+        draws = None if step.faked else Draws(step.device)
+        with _dropping_late(step, stage) if stage in self.reversing else step.dropping(stage):
             result = run.forward(*args, **kwargs)
-        if draws is not None:
-            state = draws.state()
-            if state is not None:
-                self.states[stage] = state
+        if draws is not None and (state := draws.state()) is not None:
+            step.state.generators[stage] = state
         return result
 
-    @contextmanager
-    def _dropping_late(self, stage: int) -> Iterator[None]:
-        """The context of the first run of a block that reverses what it makes: dropped tensors are there until it is over."""
-        dropping = self.dropping(stage)
-        there: dict[int, Tensor] = {}
-
-        def pack(tensor: Tensor) -> Any:
-            packed = dropping.pack_hook(tensor)
-            if type(packed) is Handle:
-                there[packed.index] = tensor.detach()
-            return packed
-
-        def unpack(packed: Any) -> Tensor:
-            if type(packed) is Handle and packed.index in there:
-                return there[packed.index]
-            return self.unpack(packed)
-
-        try:
-            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-                yield
-        finally:
-            there.clear()
-
-    def run_stage(self, stage: int, boundary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Re-run a block; see Step. Parameters that fully_shard has sharded are gathered for it."""
+    def run(self, stage: int, boundary: tuple[Tensor, ...], comparison: Comparison) -> tuple[Tensor, ...]:
+        """See ``Stages``. Parameters that fully_shard has sharded are gathered for it."""
         if stage in self.passed:
             return tuple([boundary[at] for at in self.passed[stage]])
         index = self.executor.capture.stages[stage]
@@ -421,16 +387,16 @@ class ModuleStep(Step):
         own = self.executor.own[self.executor.capture.blocks[index].name]
         if own.outer or own.inner:
             with gathered(own.outer, own.inner):
-                return self._run_block(stage, index, boundary)
-        return self._run_block(stage, index, boundary)
+                self.runs[stage].note_gathered(own)
+                return self._run_block(stage, index, own, boundary, comparison)
+        return self._run_block(stage, index, own, boundary, comparison)
 
-    def _run_block(self, stage: int, index: int, boundary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _run_block(
+        self, stage: int, index: int, own: _Own, boundary: tuple[Tensor, ...], comparison: Comparison
+    ) -> tuple[Tensor, ...]:
         """Re-run a block."""
         block, run = self.executor.capture.blocks[index], self.runs[stage]
-        own = self.executor.own[block.name]
-        if own.outer or own.inner:
-            run.gathered_anew(own)
-        self.as_read(stage, run.reads, functools.partial(run.name_of, own, block.label))
+        comparison.check_reads(stage, run.reads, functools.partial(run.name_of, own, block.label))
         leaves = run.leaves.copy()
         for i in run.external:
             leaves[i] = leaves[i].detach().requires_grad_(leaves[i].requires_grad)
@@ -438,50 +404,76 @@ class ModuleStep(Step):
             leaves[place] = boundary[position]
         for i, earlier in run.repeats:
             leaves[i] = leaves[earlier]
-        after = self._following(index)
-        passing = zip(block.boundary, boundary, strict=False)
-        there = {value: tensor for value, tensor in passing if value in after}
+        after = self.executor.following(index)
+        crossing = {v: t for v, t in zip(block.boundary, boundary, strict=False) if v in after}
         del boundary
         args, kwargs = unflatten(leaves, run.spec)
         del leaves
-        with inner_plans_left_out(), own.state.as_of(run.taken), ExitStack() as contexts:
-            if run.given is not None:
-                contexts.enter_context(own.state.as_of(run.given))
-            if not run.is_as_then(own):
-                contexts.enter_context(_as_then(run, own))
-            for context in autocast_contexts(self.autocasts[stage]) if stage in self.autocasts else ():
-                contexts.enter_context(context)
-            if stage in self.kernels:
-                contexts.enter_context(switched(self.kernels[stage], self.device.type))
-            if stage in self.default_devices:
-                for each in on_default_device(self.default_devices[stage]):
-                    contexts.enter_context(each)
+        with (
+            inner_plans_left_out(),
+            own.state.as_of(run.taken),
+            nullcontext() if run.given is None else own.state.as_of(run.given),
+            nullcontext() if run.is_as_then(own) else _as_then(run, own),
+            self.contexts[stage].restored() if stage in self.contexts else nullcontext(),
+        ):
             result = run.forward(*args, **kwargs)
         del args, kwargs
         for output, tensor in tensor_leaves(result):
-            there[index, output] = tensor
-        return tuple([there[value] for value in after])
+            crossing[index, output] = tensor
+        return tuple([crossing[value] for value in after])
+
+    def rebuilds(self, *_: int) -> tuple[()]:
+        """Return none: blocks are kept whole, or not at all."""
+        return ()
+
+    def arguments(self, stage: int, *_: Any) -> list[Any]:
+        """See ``rebuilds``."""
+        raise ReplayError(f"block {self.name(stage)} was kept in part")
+
+    def release(self, stage: int, rerunnable: Sequence[bool]) -> None:  # noqa: ARG002 # no value crosses several
+        """Drop what the first run found."""
+        self.runs.pop(stage, None)
 
     def ran_out(self) -> None:
-        """See Step."""
+        """See ``Stages``."""
         self.executor.ran_out = True
 
-    def name_of(self, stage: int) -> str:
-        """See Step."""
+    def name(self, stage: int) -> str:
+        """See ``Stages``."""
         index = self.executor.capture.stages[stage]
         return "code between blocks" if index is None else self.executor.capture.blocks[index].label
 
-    def saved_tensor(self, stage: int, index: int) -> str:
-        """See Step."""
-        return f"saved tensor {index} of block {self.name_of(stage)}"
+    def saved_name(self, stage: int, index: int) -> str:
+        """See ``Stages``."""
+        return f"saved tensor {index} of block {self.name(stage)}"
 
-    def release_inputs(self, stage: int) -> None:
-        """Drop the arguments that only re-runs of this stage still needed."""
-        self.runs.pop(stage, None)
+
+@contextmanager
+def _dropping_late(step: Step, stage: int) -> Iterator[None]:
+    """Drop what a first run saves once it is over: until then it may reverse what it has made."""
+    dropping = step.dropping(stage)
+    live: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Any:
+        packed = dropping.pack_hook(tensor)
+        if type(packed) is Handle:
+            live[packed.index] = tensor.detach()
+        return packed
+
+    def unpack(packed: Any) -> Tensor:
+        if type(packed) is Handle and packed.index in live:
+            return live[packed.index]
+        return step.unpack(packed)
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        live.clear()
 
 
 def _same_value(tensor: Tensor, made: Tensor | None, version: int) -> bool:
-    """Whether a tensor is what was made, unchanged, or a view of just that: hooks of modules wrap in views."""
+    """Whether a tensor is what was made, unchanged, or a view of all of it (hooks of modules wrap in views)."""
     if made is None or version_of(tensor) != version:
         return False
     return tensor is made or (
@@ -493,11 +485,11 @@ def _same_value(tensor: Tensor, made: Tensor | None, version: int) -> bool:
 
 @contextmanager
 def _as_then(run: _Run, own: _Own) -> Iterator[None]:
-    """Within it, the parameters and buffers that a block does not change are those that its first run read.
+    """Put the parameters and buffers in place that a block's first run read, and does not change.
 
     Others may have taken their places meanwhile (functional_call).
     """
-    now = [values[key] for values, key in own.constant]
+    now = own.tensors()
     for (values, key), tensor in zip(own.constant, run.reads[0].tensors, strict=True):
         values[key] = tensor
     try:
