@@ -50,7 +50,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 from torch.autograd.graph import saved_tensors_hooks
 
 from executors.arena import Arena
@@ -61,6 +60,7 @@ from executors.step_state import Handle, Held, Lasting, StepState, tensors_of
 from executors.trace import Observer, silent
 from scheduler.capture.environment import RunContext
 from scheduler.capture.layouts import storage_key
+from scheduler.capture.private import detect_fake_mode, graph_task, keeps_graph
 from scheduler.capture.recompute import OtherOps, Rebuild, Thinned, rerun
 from scheduler.capture.state import RandomState, on_gradient, shielded
 from scheduler.program import ReplayProgram
@@ -207,7 +207,7 @@ class Step:
 
     def _replay_until(self, stage: int, index: int | None = None) -> None:
         """Run the program up to the backward of ``stage``; fill this handle of it, if any (rules 2, 4, 5)."""
-        task = torch._C._current_graph_task_id()
+        task = graph_task()
         if index is None and task == self._task and self._position >= self.program.backward_at[stage]:
             return
         generators = RandomState(self.device, self.faked) if self.state.generators else None
@@ -284,7 +284,7 @@ class Step:
 
     def _reversed_for_good(self, stage: int) -> bool:
         """Whether nothing of the stages after this one can be asked for again (rule 7)."""
-        if torch._C._autograd._get_current_graph_task_keep_graph():
+        if keeps_graph():
             return False
         return not any(self.state.handles[stage + 1 : self.state.top() + 1])
 

@@ -27,6 +27,7 @@ PRIVATE = ROOT / "scheduler/capture/private.py"
 # Private names that are not torch's, or that private.py says are stable.
 ALLOWED = {
     **dict.fromkeys((*vars(nn.Module()), "_compiled_call_impl", "_call_impl"), "nn.Module's, stable in fact"),
+    "_replace": "named tuples': Python's",
     "_inst": "the generator behind random's functions: Python's",
     "_rand": "the generator behind numpy.random's functions: NumPy's",
     "_getframe": "sys's: Python's",

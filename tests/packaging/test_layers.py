@@ -38,9 +38,17 @@ def sources() -> Iterator[tuple[str, ast.Module]]:
             yield name, ast.parse(path.read_text(encoding="utf-8"))
 
 
+def _walk(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those that only type checkers see."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield from _walk(child)
+
+
 def imported(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    """Names of the modules that a file imports, wherever it does, with the line."""
-    for node in ast.walk(tree):
+    """Names of the modules that a file imports when it runs, wherever it does, with the line."""
+    for node in _walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
         elif isinstance(node, ast.Import):
