@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from scheduler.budget import format_bytes
 from scheduler.cuts import explain_cut, summary
 from scheduler.kinds import KINDS
+from scheduler.text_table import lines_of, new_table
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from scheduler.plan import Plan
 
-__all__ = ["cost_table", "explain", "lines_of", "new_table"]
+__all__ = ["cost_table", "explain"]
 
 MANY_ROWS = 64  # before the calls of one module share a row
-
-
-def new_table(title: str | None = None) -> Table:
-    """Return an empty table in the style of all that are printed."""
-    from rich import box
-    from rich.table import Table
-
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-
-
-def lines_of(width: int, *printed: Any, **options: Any) -> list[str]:
-    """Print on a console of ``width`` characters; return the lines, without blanks at their ends."""
-    from rich.console import Console
-
-    text = io.StringIO()
-    console = Console(file=text, width=width, highlight=False, **options)
-    for each in printed:
-        console.print(each)
-    return [line.rstrip() for line in text.getvalue().strip("\n").splitlines()]
 
 
 def explain(plan: Plan, stage: int) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from scheduler.capture.eager import own_attributes, replaced
+from scheduler.capture.eager import own_attributes
 from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
 from scheduler.capture.module_calls import Recurrence, is_compiled
 from scheduler.capture.plain_steps import PlainSteps
-from scheduler.capture.private import modes_disabled
+from scheduler.capture.private import modes_disabled, replaced
 from scheduler.capture.protocol import Asked, Producer
 from scheduler.capture.sample import canonical_call, forward_signature
 from scheduler.capture.sharded import sharded_within

@@ -13,7 +13,7 @@ from scheduler.errors import InfeasibleBudget, SearchLimit
 from scheduler.schedule import simulate
 from scheduler.solvers import SOLVERS, checked_solver, solve_chain
 from scheduler.solvers.checks import checked_budget, checked_chain
-from scheduler.table import lines_of, new_table
+from scheduler.text_table import lines_of, new_table
 
 __all__ = ["Cell", "Comparison", "compare"]
 

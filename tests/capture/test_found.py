@@ -40,7 +40,7 @@ def _unfilled() -> Callable[..., Any]:
         return later(x)
 
     if function is None:
-        later = nn.Linear(2, 2)
+        later: nn.Module = nn.Linear(2, 2)
     return function
 
 

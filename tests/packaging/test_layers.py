@@ -121,7 +121,7 @@ def test_every_public_name_is_there_and_says_what_it_is(name: str) -> None:
 
 def test_what_is_not_public_is_refused_by_name() -> None:
     with pytest.raises(AttributeError, match="no attribute 'solver'"):
-        _ = rematplan.solver  # type: ignore[attr-defined]
+        _ = rematplan.solver
 
 
 def test_the_public_list_is_sorted_and_without_repetition() -> None:

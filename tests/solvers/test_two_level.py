@@ -335,8 +335,8 @@ def test_frees_made_later_and_prefetches_made_earlier_keep_the_budget_and_cost_n
     budget = data.draw(st.integers(*bounds(chain, host)))
     schedule = solve_two_level(chain, budget, host).schedule
     beside = dataclasses.replace(host, asynchronous=True)
-    later = two_level._later_frees(chain, schedule, budget, beside)
-    earlier = two_level._earlier_prefetches(chain, later, budget, beside)
+    later = two_level._later_frees(schedule, simulate(chain, schedule, beside), budget)
+    earlier = two_level._earlier_prefetches(later, simulate(chain, later, beside), budget)
     lines = [simulate(chain, actions, beside) for actions in (schedule, later, earlier)]
     assert max(line.peak for line in lines) <= budget
     assert lines[1].seconds <= lines[0].seconds + 1e-9
