@@ -1,11 +1,11 @@
 """What people do to train in less memory: each method as a context in which a model trains by it.
 
-``with method(model) as trained: trained(**batch)``: the same parameters, and on leaving the model is as it was. The
-forward and the backward belong inside. ``blocks(model)`` are the layers that Hugging Face checkpoints, and the residual
-blocks of convolutional nets.
+``with method(model) as trained: trained(**batch)``: the same parameters, and on leaving the model is as it
+was. The forward and the backward belong inside. ``blocks(model)`` are the layers that Hugging Face
+checkpoints, and the residual blocks of convolutional nets.
 
-PyTorch's checkpoint runs BatchNorm twice, so that running statistics are updated twice: loss and gradients are those of
-the plain step, buffers are not.
+PyTorch's checkpoint runs BatchNorm twice, so that running statistics are updated twice: loss and gradients
+are those of the plain step, buffers are not.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from executors import execute
-from scheduler import Plan, solve_chain
+from rematplan import Plan, execute, solve_chain
 
 __all__ = [
     "Method",
@@ -138,8 +137,8 @@ def every(n: int) -> Method:
 def segments(count: int) -> Method:
     """As ``torch.utils.checkpoint.checkpoint_sequential``: segments of blocks; the last one keeps everything.
 
-    The first block of a segment runs all of it, with the other arguments that the model gave to the first; the
-    others pass on what they get.
+    The first block of a segment runs all of it, with the other arguments that the model gave to the first;
+    the others pass on what they get.
     """
 
     @contextmanager

@@ -20,9 +20,8 @@ import torch
 from torch import nn
 
 from benchmarks.coverage_cases import FAMILIES
-from executors import execute, measure_peak
-from scheduler import CaptureError, InfeasibleBudget, Plan, solve
-from scheduler.capture.loss import find_loss
+from rematplan import CaptureError, InfeasibleBudget, Plan, execute, measure_peak, solve
+from rematplan.scheduler.torch_layer.loss import find_loss
 from tests.shared.models import Case
 from tests.shared.steps import Record, assert_equal, restored, state, tensors
 
@@ -34,13 +33,11 @@ STEPS = 2
 class Row:
     """What became of one architecture.
 
-    Attributes:
-        verdict: "equal" (planned, within budget, every bit as in the plain model), "refused", or "wrong".
-        why: of the capture, of the refusal, or what is wrong.
-        smallest: the smallest budget that can be met, as a share of the plain step's peak.
-        used: measured peaks as shares of their budgets: the smallest, and one halfway to the plain step's peak.
-        seconds: to plan.
-        steady: whether two runs of the plain model from one state are equal.
+    Attributes: verdict: "equal" (planned, within budget, every bit as in the plain model), "refused", or
+        "wrong". why: of the capture, of the refusal, or what is wrong. smallest: the smallest budget that can
+        be met, as a share of the plain step's peak. used: measured peaks as shares of their budgets: the
+        smallest, and one halfway to the plain step's peak. seconds: to plan. steady: whether two runs of the
+        plain model from one state are equal.
     """
 
     name: str

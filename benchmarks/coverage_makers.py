@@ -13,7 +13,8 @@ from tests.shared.models import Case, keywords
 BATCH, TOKENS, VOCABULARY, PIXELS = 4, 32, 128, 32
 Make = Callable[[], Case]
 
-# What most configurations call their sizes. transformers maps the names that an older configuration has for them.
+# What most configurations call their sizes. transformers maps the names that an older configuration has for
+# them.
 TEXT: Mapping[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,

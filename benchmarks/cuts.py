@@ -1,6 +1,7 @@
 """Claim: the cuts found from the graph alone lose next to nothing to coarser or finer ones.
 
-Seconds come from a roofline and are noiseless; bytes are counted. All cut sets of a model get the same budgets.
+Seconds come from a roofline and are noiseless; bytes are counted. All cut sets of a model get the same
+budgets.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from typing import NamedTuple
 
 import torch
 
-from scheduler import solve_chain
-from scheduler.capture.graph import OpGraph
-from scheduler.capture.graph_capture import capture_graph, op_graphs
-from scheduler.capture.linearize import Linear, _forbidden, _gaps, _prefix, _valleys
-from scheduler.capture.sample import canonical_call
-from scheduler.capture.state import preserved
-from scheduler.chain import Chain
-from scheduler.costs.graph_chain import graph_chain, measure_graph
-from scheduler.costs.resident import resident_parts
-from scheduler.costs.roofline import roofline_graph
-from scheduler.errors import InfeasibleBudget
-from scheduler.schedule import simulate
+from rematplan import solve_chain
+from rematplan.scheduler.capture.graph.cut import Linear, _forbidden, _gaps, _prefix, _valleys
+from rematplan.scheduler.capture.graph.graph_capture import capture_graph, op_graphs
+from rematplan.scheduler.capture.graph.op_graph import OpGraph
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.errors import InfeasibleBudget
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.costs.graph_chain import graph_chain, measure_graph
+from rematplan.scheduler.costs.resident import resident_parts
+from rematplan.scheduler.costs.roofline import roofline_graph
+from rematplan.scheduler.torch_layer.call import canonical_call
+from rematplan.scheduler.torch_layer.preserve import preserved
 from tests.shared import models
 from tests.shared.helpers import smallest
 from tests.shared.models import Case

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from benchmarks.host_overhead import medians
-from executors import execute
-from executors.runner import plans_within
-from scheduler import solve
-from scheduler.capture.environment import environment
-from scheduler.capture.flat import flatten, repeated_floats
+from rematplan import execute, solve
+from rematplan.executors.runner import plans_within
+from rematplan.scheduler.torch_layer.environment import environment
+from rematplan.scheduler.torch_layer.leaves import flatten, repeated_floats
 from tests.shared.models import make_gpt2
 
 CALLS = 50  # of a comparison for each time that it is timed

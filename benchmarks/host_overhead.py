@@ -1,9 +1,10 @@
 """Claim: a stage run costs at most 20 µs of the host's time above the run itself; a plan that keeps all, 1 % at the most.
 
-Layers so small that the interpreter is all there is. Each row runs one Revolve schedule as a planned model, and as nested
-torch checkpoints, interleaved with a bare step: the plain one in which hooks run the same layers at the same moments, without
-grad and for nothing. What the schedule runs again is not overhead, and a run in the midst of a backward takes twice as long as
-one in a row of its like, since the processor has other code at hand.
+Layers so small that the interpreter is all there is. Each row runs one Revolve schedule as a planned model,
+and as nested torch checkpoints, interleaved with a bare step: the plain one in which hooks run the same
+layers at the same moments, without grad and for nothing. What the schedule runs again is not overhead, and a
+run in the midst of a backward takes twice as long as one in a row of its like, since the processor has other
+code at hand.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from executors import execute
-from executors.nested import nested
-from scheduler import Chain, Plan, Schedule, solve
-from scheduler.schedule import Action, Backward, Checkpoint, Forward, Keep
-from scheduler.solvers import solve_chain
+from rematplan import Chain, Plan, Schedule, execute, solve
+from rematplan.executors.nested import nested
+from rematplan.scheduler.core.referee import Action, Backward, Checkpoint, Forward, Keep
+from rematplan.scheduler.solvers import solve_chain
 from tests.shared.models import make_gpt2
 from tests.shared.steps import scheduled
 
@@ -90,7 +90,8 @@ def bare(schedule: Schedule, layers: list[nn.Module]) -> Callable[[Tensor], Tens
 def medians(steps: dict[str, Callable[[], Any]], repeats: int = REPEATS) -> dict[str, float]:
     """Median thread seconds of each, interleaved, after warm-ups.
 
-    Each is timed right after runs of its own, for what ran before it decides which of its code the processor has at hand.
+    Each is timed right after runs of its own, for what ran before it decides which of its code the processor
+    has at hand.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats + 5):

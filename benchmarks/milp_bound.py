@@ -11,12 +11,12 @@ import time
 import numpy as np
 
 from benchmarks.persistence import like_blocks, random_chain
-from scheduler.chain import Chain
-from scheduler.dag import Dag, Drop, Op, Run, chain_dag, simulate_dag
-from scheduler.errors import InfeasibleBudget
-from scheduler.schedule import simulate
-from scheduler.solvers import SOLVERS, solve_chain
-from scheduler.solvers.milp import relaxed_seconds, solve_dag
+from rematplan.scheduler.bounds.dag import Dag, Drop, Op, Run, chain_dag, simulate_dag
+from rematplan.scheduler.bounds.milp import relaxed_seconds, solve_dag
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.errors import InfeasibleBudget
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.solvers import SOLVERS, solve_chain
 from tests.shared.helpers import smallest
 
 LENGTHS = (4, 6, 8, 10, 12, 16)

@@ -1,14 +1,15 @@
 """A captured training step as a Dag of ops, and the plan of its chain as a plan of that Dag.
 
-A value is a storage (a new one after each change in place), or the gradient of one. A forward op makes values;
-views are free. Each op that needs a gradient has a backward turn, in reverse order: it reads what autograd saved
-for it and takes twice the seconds. What the Dag simplifies, for all plans alike:
+A value is a storage (a new one after each change in place), or the gradient of one. A forward op makes
+values; views are free. Each op that needs a gradient has a backward turn, in reverse order: it reads what
+autograd saved for it and takes twice the seconds. What the Dag simplifies, for all plans alike:
 
 * there are no workspaces; a gradient has the bytes of its value, and that of an addend which nothing else
   reads is the gradient of the sum; gradients of parameters stay from when they are made, outputs too;
-* parameters, inputs and buffers are left out: they are always there; so are ops that lead to none with a gradient;
-* an op whose result has one reader, in the same stage, and is not saved, is one op with that reader: it cannot be
-  held between the two;
+* parameters, inputs and buffers are left out: they are always there; so are ops that lead to none with a
+  gradient;
+* an op whose result has one reader, in the same stage, and is not saved, is one op with that reader: it
+  cannot be held between the two;
 * a backward that reads nothing saved is one turn with the one before it;
 * a random op may run again without those before it.
 """
@@ -24,14 +25,14 @@ from typing import Any
 
 import torch
 
-from scheduler.capture.graph import OpGraph
-from scheduler.capture.graph_capture import GraphCapture
-from scheduler.capture.recompute import compile_rebuilds
-from scheduler.chain import Chain
-from scheduler.costs.options import TimedOps
-from scheduler.costs.peak import allocated
-from scheduler.dag import Dag, DagAction, Drop, Op, Run, Turn
-from scheduler.schedule import Action, Backward, Checkpoint, Free, Keep
+from rematplan.scheduler.bounds.dag import Dag, DagAction, Drop, Op, Run, Turn
+from rematplan.scheduler.capture.graph.graph_capture import GraphCapture
+from rematplan.scheduler.capture.graph.op_graph import OpGraph
+from rematplan.scheduler.capture.graph.recompute import compile_rebuilds
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.referee import Action, Backward, Checkpoint, Free, Keep
+from rematplan.scheduler.costs.meters.peak import allocated
+from rematplan.scheduler.costs.option_costs import TimedOps
 
 __all__ = ["OpDag", "measured_seconds", "op_dag", "op_seconds", "priced", "relaxed_dag", "translate"]
 
@@ -69,8 +70,9 @@ def measured_seconds(
 ) -> list[float]:
     """Seconds of each op, such that no stage and no option of ``chain`` is priced below the sum of its ops.
 
-    Medians of single ops, over equal stages too, scaled by one factor a stage: the greatest that keeps the sum of
-    all ops within the stage's forward, and that of the ops which an option runs again within its ``recompute``.
+    Medians of single ops, over equal stages too, scaled by one factor a stage: the greatest that keeps the
+    sum of all ops within the stage's forward, and that of the ops which an option runs again within its
+    ``recompute``.
     """
     runs = [op_seconds(capture, flat, clock=True) for _ in range(repeats)]
     slices = [slice(a, b) for a, b in itertools.pairwise(capture.linear.cuts)]
@@ -150,7 +152,7 @@ def _values(graph: OpGraph) -> _Values:
     return found
 
 
-def op_dag(capture: GraphCapture, seconds: Sequence[float]) -> OpDag:
+def op_dag(capture: GraphCapture, seconds: Sequence[float]) -> OpDag:  # noqa: C901 - one list of what becomes an op
     """The Dag of a captured step whose first output is its loss.
 
     Args:
@@ -251,26 +253,28 @@ def op_dag(capture: GraphCapture, seconds: Sequence[float]) -> OpDag:
     )
 
 
-# One node of autograd each, which makes the gradient of the weight, a tensor of its own, while what it saved is there.
+# One node of autograd each, which makes the gradient of the weight, a tensor of its own, while what it saved
+# is there.
 DENSE = ("linear", "addmm", "mm", "conv1d", "conv2d", "conv3d", "convolution", "embedding")
 
 
 def relaxed_dag(capture: GraphCapture, seconds: Sequence[float], resident: int = 0) -> Dag:
     """A Dag that asks less than the captured step: what ``dag_floor`` says of it by default holds for the step.
 
-    One turn for each op that makes a value; one for the moment when the forward is over; and one for the backward of
-    each op that saves something and on which the loss depends, in reverse order, as autograd's engine goes. Every
-    simplification lets more plans in, or makes them cheaper:
+    One turn for each op that makes a value; one for the moment when the forward is over; and one for the
+    backward of each op that saves something and on which the loss depends, in reverse order, as autograd's
+    engine goes. Every simplification lets more plans in, or makes them cheaper:
 
-    * there are no workspaces, no gradients of values, and backwards take no seconds; all that a backward takes is,
-      for products, convolutions and embeddings, the gradient of their largest parameter;
+    * there are no workspaces, no gradients of values, and backwards take no seconds; all that a backward
+      takes is, for products, convolutions and embeddings, the gradient of their largest parameter;
     * parameters, inputs and buffers are always there, at no cost;
-    * any value may be kept, whether or not autograd saves it; no ops are joined; random ops may run in any order;
+    * any value may be kept, whether or not autograd saves it; no ops are joined; random ops may run in any
+      order;
     * views are free; what the model returns stays, once made.
 
-    A change in place makes a new value of the same size: exact for what is there between ops, too much while the change
-    runs, so that moments in the forward prove nothing. Plans are taken to hold storages whole and to run ops whole:
-    one that held a slice of a value, or its bits in another form, is not bounded.
+    A change in place makes a new value of the same size: exact for what is there between ops, too much while
+    the change runs, so that moments in the forward prove nothing. Plans are taken to hold storages whole and
+    to run ops whole: one that held a slice of a value, or its bits in another form, is not bounded.
 
     Args:
         seconds: of each op.
@@ -368,7 +372,7 @@ def priced(made: OpDag, capture: GraphCapture, chain: Chain) -> Chain:
     return replace(chain, stages=tuple(stages))
 
 
-def translate(made: OpDag, capture: GraphCapture, schedule: Iterable[Action]) -> tuple[DagAction, ...]:
+def translate(made: OpDag, capture: GraphCapture, schedule: Iterable[Action]) -> tuple[DagAction, ...]:  # noqa: C901 - one case per action
     """A plan of the chain as one of the Dag: it runs the same ops, and holds what the plan's words hold.
 
     A boundary inside a kept stage stays with it; what autograd saved goes after its last reader.

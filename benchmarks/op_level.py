@@ -1,13 +1,14 @@
 """Claim: stages kept in part beat what people use, at equal measured peak, in the time of a real step.
 
-Per model the plain step, the baselines of ``baselines.py``, the stage-level optimum and the op-level optimum, all
-executed for real. Gradients exist before the step and count as live all step, as when they are accumulated: what
-the methods differ in is activations. Budgets are shares of the plain step's activation bytes: its measured peak less
-what is live all step. Beside each budget stands the floor (``scheduler/solvers/floor.py``): overhead below which there is no
-plan of these ops, in the same seconds of single ops.
+Per model the plain step, the baselines of ``baselines.py``, the stage-level optimum and the op-level optimum,
+all executed for real. Gradients exist before the step and count as live all step, as when they are
+accumulated: what the methods differ in is activations. Budgets are shares of the plain step's activation
+bytes: its measured peak less what is live all step. Beside each budget stands the floor
+(``scheduler/bounds/floor.py``): overhead below which there is no plan of these ops, in the same seconds of
+single ops.
 
-``python -m benchmarks op_level --only ViT`` measures one model alone; with ``--write`` it replaces the section of that
-model in the document.
+``python -m benchmarks op_level --only ViT`` measures one model alone; with ``--write`` it replaces the
+section of that model in the document.
 """
 
 from __future__ import annotations
@@ -31,12 +32,11 @@ from torch.utils import _pytree as pytree
 from benchmarks import baselines
 from benchmarks.op_dag import measured_seconds, relaxed_dag
 from benchmarks.op_level_cases import CASES, DEVICE
-from executors import measure_peak
-from scheduler import InfeasibleBudget, Plan, solve
-from scheduler.capture.loss import find_loss
-from scheduler.capture.sample import canonical_call
-from scheduler.dag import Dag
-from scheduler.solvers.floor import Floor, dag_floor
+from rematplan import InfeasibleBudget, Plan, measure_peak, solve
+from rematplan.scheduler.bounds.dag import Dag
+from rematplan.scheduler.bounds.floor import Floor, dag_floor
+from rematplan.scheduler.torch_layer.call import canonical_call
+from rematplan.scheduler.torch_layer.loss import find_loss
 from tests.shared import models
 from tests.shared.models import Case
 
@@ -417,7 +417,7 @@ def report(cases: Mapping[str, Compared] | None = None, *, only: str = "") -> st
         "`floor`: no plan of any kind that runs these ops whole has a lower overhead at this budget, by the seconds of single",
         "ops, measured one by one, and scaled such that no stage and no option of the plan is priced below the sum of",
         "its ops. Proven by integer programming: once the forward is over, what autograd saved and what does not fit has to be",
-        "made again (`scheduler/solvers/floor.py` has the argument, `relaxed_dag` of `benchmarks/op_dag.py` what is left out of the",
+        "made again (`scheduler/bounds/floor.py` has the argument, `relaxed_dag` of `benchmarks/op_dag.py` what is left out of the",
         "step). The bytes of a plan that are no saved values, its gradients and workspaces, are not in the floor.",
     ]
     if cases is not None:

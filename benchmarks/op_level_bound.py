@@ -1,7 +1,7 @@
 """Claims: op-level plans are within 1 % of the MILP optimum, and 2,500 ops are planned within 10 s of their capture.
 
-The plan of the chain, with options, is translated into one of the Dag of single ops (``op_dag.py``), and its peak
-there is the budget of the MILP, which may run any op again at any time.
+The plan of the chain, with options, is translated into one of the Dag of single ops (``op_dag.py``), and its
+peak there is the budget of the MILP, which may run any op again at any time.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch.utils import _pytree as pytree
 
 from benchmarks.milp_bound import kept_all
 from benchmarks.op_dag import op_dag, op_seconds, priced, relaxed_dag, translate
-from scheduler import solve
-from scheduler.capture.sample import canonical_call
-from scheduler.costs.roofline import device_rates
-from scheduler.dag import simulate_dag
-from scheduler.solvers import solve_chain
-from scheduler.solvers.floor import dag_floor
-from scheduler.solvers.milp import solve_dag
+from rematplan import solve
+from rematplan.scheduler.bounds.dag import simulate_dag
+from rematplan.scheduler.bounds.floor import dag_floor
+from rematplan.scheduler.bounds.milp import solve_dag
+from rematplan.scheduler.costs.roofline import device_rates
+from rematplan.scheduler.solvers import solve_chain
+from rematplan.scheduler.torch_layer.call import canonical_call
 from tests.shared import models
 from tests.shared.helpers import smallest
 
@@ -93,7 +93,8 @@ def bound_rows(subject: Subject) -> list[str]:
     low, high = smallest(chain, "optimal"), smallest(chain, "keep_all")
     title = f"{subject.title}: {len(chain)} stages, {sum(map(len, made.forward))} forward ops, {len(dag.ops)} in all"
     rows = ["", f"## {title}", "", *HEAD]
-    # The chain counts bytes that the Dag does not, and the other way round: of our plans, the fastest with no higher peak.
+    # The chain counts bytes that the Dag does not, and the other way round: of our plans, the fastest with no
+    # higher peak.
     plans = []
     for step in range(STEPS + 1):
         schedule = solve_chain(chain, low + (high - low) * step // STEPS)
@@ -178,7 +179,7 @@ def report() -> str:
             "peak as its budget, and may run any op again at any time. `ours`, `best known`, `bound`: seconds over the plain "
             f"step, of our plan (of those at {STEPS + 1} budgets, the fastest with no higher peak), of the best plan known (the "
             "MILP's; ours where it found none that is as fast), and below which it is proven that there is none: by the MILP, or "
-            "by the `floor` (`scheduler/solvers/floor.py`), the best of all moments, which also bounds whole models. Roofline "
+            "by the `floor` (`scheduler/bounds/floor.py`), the best of all moments, which also bounds whole models. Roofline "
             f"seconds ({rates.flops / 1e9:.0f} GFLOP/s, {rates.bandwidth / 1e9:.1f} GB/s), at most {TIME_LIMIT:.0f} s a solve. "
             "`budget`: of the way from the chain's smallest to keeping all. `our peak`: of that of keeping all, activations and "
             "gradients. What the Dag simplifies is said in `benchmarks/op_dag.py`."

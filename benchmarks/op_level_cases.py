@@ -1,6 +1,7 @@
 """The models of ``op_level.py``, at sizes whose plain step takes one to four seconds on two cores.
 
-All methods on all of them then take about half an hour. Vocabularies are cut to 2048, so that the blocks matter.
+All methods on all of them then take about half an hour. Vocabularies are cut to 2048, so that the blocks
+matter.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Claim: at every budget the optimal schedule is the fastest; all solvers on three chains.
 
 A GPT-2, a ResNet (captured, priced by a roofline, so that the run is the same everywhere) and a heterogeneous
-synthetic chain. The two-level solver may copy to a host over a link that would take the time of the plain step
-for all saved tensors.
+synthetic chain. The two-level solver may copy to a host over a link that would take the time of the plain
+step for all saved tensors.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.solver_speed import synthetic
-from scheduler import solve
-from scheduler.chain import Chain
-from scheduler.host import HostMemory
-from scheduler.solvers import SOLVERS
-from scheduler.solvers.compare import Comparison, compare
+from rematplan import solve
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.host import HostMemory
+from rematplan.scheduler.solvers import SOLVERS
+from rematplan.scheduler.solvers.compare import Comparison, compare
 from tests.shared.helpers import smallest
 
 if TYPE_CHECKING:

@@ -1,9 +1,8 @@
 """Claim: the peak of a planned step is predicted within 1 %, and no step is over its budget.
 
-Six models in float32 and under bfloat16 autocast, with AdamW and SGD, with gradients that exist before the step and
-without, and random models; five models whose stages are whole modules. Six budgets each, between the smallest and
-keeping all. On the CPU, or on a GPU:
-python -m benchmarks peak_accuracy --device cuda --write
+Six models in float32 and under bfloat16 autocast, with AdamW and SGD, with gradients that exist before the
+step and without, and random models; five models whose stages are whole modules. Six budgets each, between the
+smallest and keeping all. On the CPU, or on a GPU: python -m benchmarks peak_accuracy --device cuda --write
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from executors import execute, measure_peak
-from scheduler import CaptureError, Plan, solve
-from scheduler.costs.cuda_memory import expandable_segments
+from rematplan import CaptureError, Plan, execute, measure_peak, solve
+from rematplan.scheduler.costs.meters.cuda_overheads import expandable_segments
 from tests.shared.helpers import smallest
 from tests.shared.models import SEVEN, Case
 from tests.shared.random_models import WIDTH, drawn

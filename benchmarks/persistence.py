@@ -10,9 +10,9 @@ import time
 
 import numpy as np
 
-from scheduler.chain import Chain, Option, Stage
-from scheduler.schedule import simulate
-from scheduler.solvers import solve_chain
+from rematplan.scheduler.core.chain import Chain, Option, Stage
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.solvers import solve_chain
 from tests.shared.helpers import smallest
 
 LENGTHS = (6, 8, 10)

@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from scheduler import DeviceSpec, InfeasibleBudget, Plan, simulate, solve, solve_chain
-from scheduler.budget import format_bytes
+from rematplan import DeviceSpec, InfeasibleBudget, Plan, simulate, solve, solve_chain
+from rematplan.scheduler.core.budget import format_bytes
 
 TOKENS = 8192
 MEMORY = 300 * 2**30  # parameters and gradients are 263 GiB of it

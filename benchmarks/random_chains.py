@@ -1,7 +1,8 @@
 """Claim: on 100,000 random chains no schedule is over its budget, and the optimum is the literal recurrence's.
 
-Sizes without a common divisor and with one, transients up to five times the sizes, several options, stages that run
-once. Every tenth chain is solved by the literal recurrence too: infeasible exactly when it says so, and as fast.
+Sizes without a common divisor and with one, transients up to five times the sizes, several options, stages
+that run once. Every tenth chain is solved by the literal recurrence too: infeasible exactly when it says so,
+and as fast.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import time
 
 import numpy as np
 
-from scheduler.chain import Chain, Option, Stage
-from scheduler.errors import InfeasibleBudget
-from scheduler.schedule import simulate
-from scheduler.solvers import solve_chain
-from scheduler.solvers.optimal import solve_optimal
+from rematplan.scheduler.core.chain import Chain, Option, Stage
+from rematplan.scheduler.core.errors import InfeasibleBudget
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.solvers import solve_chain
+from rematplan.scheduler.solvers.optimal import solve_optimal
 from tests.shared.brute_force import fastest_persistent
 
 CHAINS = 100_000

@@ -1,7 +1,8 @@
 """Claim: of 1,000 random graphs of ops none is trained wrong by its plans, and none takes more than its budget.
 
-The ops sort, index, scatter, view and write in place (``tests/shared/op_graphs.py``). Each model is planned by ``two_level``, which
-copies to a host drawn with it, and by ``optimal``, each at its smallest budget and one in the middle.
+The ops sort, index, scatter, view and write in place (``tests/shared/op_graphs.py``). Each model is planned
+by ``two_level``, which copies to a host drawn with it, and by ``optimal``, each at its smallest budget and
+one in the middle.
 """
 
 from __future__ import annotations

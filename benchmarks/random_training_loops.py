@@ -1,7 +1,9 @@
 """Claim: of 1,000 random training loops none trains otherwise by its plan, and none takes more than its budget without a word.
 
-What a forward reads and writes besides parameters, buffers and arguments is drawn from ``tests/shared/state_kinds.py`` and ``tests/shared/state_written.py``,
-what the loop does between from ``tests/shared/training_loops.py``; ``tests/shared/training_loop_steps.py`` compares all of it after each of five steps.
+What a forward reads and writes besides parameters, buffers and arguments is drawn from
+``tests/shared/state_kinds.py`` and ``tests/shared/state_written.py``, what the loop does between from
+``tests/shared/training_loops.py``; ``tests/shared/training_loop_steps.py`` compares all of it after each of
+five steps.
 """
 
 from __future__ import annotations
@@ -28,10 +30,8 @@ KINDS = ("graph", "modules", "raises", "refused", "over", "crash", "wrong")
 def report(first: int = 0, count: int = LOOPS, shrink: bool = False) -> str:
     """What was found, as Markdown.
 
-    Args:
-        first: the first seed.
-        count: how many seeds.
-        shrink: whether a loop that goes wrong is made as simple as it can be, so that what is left is to blame.
+    Args: first: the first seed. count: how many seeds. shrink: whether a loop that goes wrong is made as
+        simple as it can be, so that what is left is to blame.
     """
     began = time.perf_counter()
     kinds: Counter[str] = Counter()

@@ -1,6 +1,7 @@
 """Claim: recurrent models of thousands of time steps are planned in seconds, and fit budgets far below a plain step's bytes.
 
-An LSTMCell in a Python loop, on characters, each call a stage. The longest takes as long to plan as a few plain steps.
+An LSTMCell in a Python loop, on characters, each call a stage. The longest takes as long to plan as a few
+plain steps.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from executors import execute, measure_peak
-from scheduler import InfeasibleBudget, Plan, solve
+from rematplan import InfeasibleBudget, Plan, execute, measure_peak, solve
 
 ROWS = ((200, 64, 8), (1000, 64, 8), (2000, 64, 8), (2000, 512, 32))  # time steps, width, batch
 SHARES = (0.5, 0.1, 0.0)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from itertools import islice
 
-from scheduler.solvers.binomial import revolve_actions, revolve_packed, revolve_runs
+from rematplan.scheduler.solvers.revolve_counts import revolve_actions, revolve_packed, revolve_runs
 
 STEPS, SLOTS = 10**6, 10
 KEEP = 2  # its index in PACKED

@@ -1,8 +1,8 @@
 """Claim: plans made from estimated seconds cost little more than plans made from measured ones.
 
-Forward ops are timed one by one, in grad mode, and compared with what ``scheduler/costs/roofline.py`` says of them. Each
-model is then priced twice, with the same bytes and the same options: in measured seconds, and in estimated ones. Plans
-made with either are judged in the measured seconds.
+Forward ops are timed one by one, in grad mode, and compared with what ``scheduler/costs/roofline.py`` says of
+them. Each model is then priced twice, with the same bytes and the same options: in measured seconds, and in
+estimated ones. Plans made with either are judged in the measured seconds.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch.utils import _pytree as pytree
 
 from benchmarks.op_dag import op_seconds
 from benchmarks.op_level_cases import DEVICE, SCALE
-from scheduler import InfeasibleBudget, simulate, solve_chain
-from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
-from scheduler.capture.sample import canonical_call
-from scheduler.capture.state import preserved
-from scheduler.chain import Chain
-from scheduler.costs.graph_chain import graph_chain, measure_graph
-from scheduler.costs.resident import resident_parts
-from scheduler.costs.roofline import device_rates, roofline_graph
+from rematplan import InfeasibleBudget, simulate, solve_chain
+from rematplan.scheduler.capture.graph.graph_capture import GraphCapture, capture_graph, op_graphs
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.costs.graph_chain import graph_chain, measure_graph
+from rematplan.scheduler.costs.resident import resident_parts
+from rematplan.scheduler.costs.roofline import device_rates, roofline_graph
+from rematplan.scheduler.torch_layer.call import canonical_call
+from rematplan.scheduler.torch_layer.preserve import preserved
 from tests.shared import models
 from tests.shared.helpers import smallest
 from tests.shared.models import Case
@@ -99,11 +99,9 @@ class Budgeted(NamedTuple):
 class Checked:
     """What the roofline is worth on one model.
 
-    Attributes:
-        ops: forward ops, views included.
-        measured, estimated: the chain, in either seconds.
-        budgets: one for each of ``SHARES``.
-        overheads: for each plan of each solver at each budget, its overhead in measured and in estimated seconds.
+    Attributes: ops: forward ops, views included. measured, estimated: the chain, in either seconds. budgets:
+        one for each of ``SHARES``. overheads: for each plan of each solver at each budget, its overhead in
+        measured and in estimated seconds.
     """
 
     ops: tuple[OpTime, ...]
@@ -163,7 +161,8 @@ def _two_chains(case: Case, repeats: int) -> tuple[tuple[OpTime, ...], Chain, Ch
         ops, seconds = _times(capture, flat, repeats)
 
     def chain(costs: Any) -> Chain:
-        # By its sums the optimum is exact, so that what one plan loses to another is due to the estimates alone.
+        # By its sums the optimum is exact, so that what one plan loses to another is due to the estimates
+        # alone.
         return graph_chain(capture, model, costs, resident=resident, loss_is_output=True).as_sums()
 
     measured, estimated = chain(costs), chain(roofline_graph(capture, costs))
@@ -208,9 +207,8 @@ def check(case: Case, repeats: int = REPEATS) -> Checked:
 class Row(NamedTuple):
     """Ops of one kind.
 
-    Attributes:
-        share, estimated: of all ops' seconds, measured and estimated.
-        ratios: estimated / measured at 10, 50 and 90 % of the measured time; None if the roofline says that they take no time.
+    Attributes: share, estimated: of all ops' seconds, measured and estimated. ratios: estimated / measured at
+        10, 50 and 90 % of the measured time; None if the roofline says that they take no time.
     """
 
     kind: str

@@ -1,8 +1,8 @@
 """Claims: how fast the optimal solver is, and how far from its lower bound.
 
-Heterogeneous chains of 200 stages in 1.5 s on one core and 400 MB, of 1,000 stages in 30 s; a transformer of 126
-equal blocks in 0.1 s; the whole frontier of 100 stages in three times one budget; and, at the limits of the
-oracle, at or below the reference's rounded optimum.
+Heterogeneous chains of 200 stages in 1.5 s on one core and 400 MB, of 1,000 stages in 30 s; a transformer of
+126 equal blocks in 0.1 s; the whole frontier of 100 stages in three times one budget; and, at the limits of
+the oracle, at or below the reference's rounded optimum.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scheduler.chain import Chain, Option, Stage
-from scheduler.schedule import simulate
-from scheduler.solvers import solve_chain
-from scheduler.solvers.frontier import pareto
-from scheduler.solvers.optimal import Optimum, Table, solve_optimal
+from rematplan.scheduler.core.chain import Chain, Option, Stage
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.solvers import solve_chain
+from rematplan.scheduler.solvers.frontier import pareto
+from rematplan.scheduler.solvers.optimal import Optimum, Table, solve_optimal
 from tests.shared.helpers import oracle, oracle_chain
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Claim: a planned step is bit-equal to the plain one, within its budget, and as predicted.
 
-Seven models, both captures, four budgets each between the smallest feasible and the plain peak. Plain and planned
-steps are timed interleaved.
+Seven models, both captures, four budgets each between the smallest feasible and the plain peak. Plain and
+planned steps are timed interleaved.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from executors import execute, measure_peak
-from scheduler import CaptureError, Plan, solve
-from scheduler.capture.loss import find_loss
-from scheduler.capture.state import preserved
-from scheduler.capture.verify import difference, run_step
+from rematplan import CaptureError, Plan, execute, measure_peak, solve
+from rematplan.scheduler.capture.bit_equal_step import difference, run_step
+from rematplan.scheduler.torch_layer.loss import find_loss
+from rematplan.scheduler.torch_layer.preserve import preserved
 from tests.shared.helpers import smallest
 from tests.shared.models import SEVEN, Case
 

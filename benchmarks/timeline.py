@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from executors import Rehearsal, rehearse
-from scheduler import Plan, solve, solve_chain
-from scheduler.memory_timeline import MemoryTimeline
+from rematplan import Plan, Rehearsal, rehearse, solve, solve_chain
+from rematplan.scheduler.plan.timeline import MemoryTimeline
 from tests.shared.helpers import smallest
 from tests.shared.models import SEVEN, Case
 

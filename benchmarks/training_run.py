@@ -1,8 +1,9 @@
 """Claim: a long run by a plan is the plain run bit for bit, goes on from a checkpoint as if it had not stopped, and its memory is flat.
 
-A GPT-2 with dropout, two accumulated batches a step, clipping, AdamW and a schedule of the learning rate, on the text
-that ships with Python. Three runs: plain, by a plan, and by the plan as it was saved, from the checkpoint of the second
-half-way. Every 50 steps one step's bytes are counted: its peak, and what it leaves alive.
+A GPT-2 with dropout, two accumulated batches a step, clipping, AdamW and a schedule of the learning rate, on
+the text that ships with Python. Three runs: plain, by a plan, and by the plan as it was saved, from the
+checkpoint of the second half-way. Every 50 steps one step's bytes are counted: its peak, and what it leaves
+alive.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from executors import execute
-from scheduler import Plan, solve
-from scheduler.budget import format_bytes
-from scheduler.costs.peak import count_bytes
-from scheduler.costs.resident import storage_bytes
+from rematplan import Plan, execute, solve
+from rematplan.scheduler.core.budget import format_bytes
+from rematplan.scheduler.costs.meters.peak import count_bytes
+from rematplan.scheduler.costs.resident import storage_bytes
 
 BATCH, CONTEXT = 4, 64
 SHARE = 0.3  # of the plain step's activations, above what lives all step

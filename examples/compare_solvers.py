@@ -11,11 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from scheduler import solve
-from scheduler.budget import format_bytes
-from scheduler.host import HostMemory
-from scheduler.solvers.compare import compare
-from scheduler.solvers.frontier import pareto
+from rematplan import HostMemory, compare, format_bytes, pareto, solve
 
 FRACTIONS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 

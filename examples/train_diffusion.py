@@ -15,8 +15,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from sklearn.datasets import load_digits
 
-from executors import execute
-from scheduler import solve
+from rematplan import execute, solve
 
 BATCH = 16
 

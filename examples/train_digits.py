@@ -14,9 +14,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from executors import execute, measure_peak
-from scheduler import InfeasibleBudget, solve
-from scheduler.budget import format_bytes
+from rematplan import InfeasibleBudget, execute, format_bytes, measure_peak, solve
 
 
 def main() -> None:

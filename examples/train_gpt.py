@@ -22,8 +22,7 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from executors import execute, measure_peak
-from scheduler import InfeasibleBudget, Plan, solve
+from rematplan import InfeasibleBudget, Plan, execute, measure_peak, solve
 
 FRACTIONS = (0.50, 0.35, 0.25)
 

@@ -10,8 +10,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from executors import execute
-from scheduler import solve
+from rematplan import execute, solve
 
 
 def train(

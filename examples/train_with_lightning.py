@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from executors.lightning import Rematerialize
+from rematplan import Rematerialize
 
 
 class LanguageModel(LightningModule):

@@ -13,8 +13,7 @@ from pydoc_data.topics import topics
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, default_data_collator
 
-from executors import execute
-from scheduler import solve
+from rematplan import execute, solve
 
 CONTEXT, BATCH = 32, 4
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scheduler.capture.layouts import INTEGERS
-from scheduler.capture.private import FakeTensor, version_of
+from rematplan.scheduler.torch_layer.layouts import INTEGERS
+from rematplan.scheduler.torch_layer.private import FakeTensor, version_of
 
 __all__ = ["AsRead", "Sampler", "address", "unlike"]
 

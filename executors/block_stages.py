@@ -14,24 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from executors.as_read import AsRead, Sampler
-from executors.compare_replay import Comparison, ReplayError
-from executors.graph_stages import locate
-from executors.step import Step
-from executors.step_state import Handle
-from executors.trace import Observer, silent
-from scheduler.capture.block_state import BlockState
-from scheduler.capture.environment import RunContext
-from scheduler.capture.flat import flatten, repeats, tensor_leaves, unflatten
-from scheduler.capture.layouts import storage_key
-from scheduler.capture.module_calls import intercepted, is_compiled
-from scheduler.capture.module_capture import Block, ModuleCapture
-from scheduler.capture.nested_plans import inner_plans_left_out
-from scheduler.capture.private import version_of
-from scheduler.capture.python_state import is_plain
-from scheduler.capture.sharded import gathered, holders, sharded_within
-from scheduler.capture.state import Draws
-from scheduler.program import ReplayProgram
+from rematplan.executors.as_read import AsRead, Sampler
+from rematplan.executors.compare_replay import Comparison, ReplayError
+from rematplan.executors.graph_stages import locate
+from rematplan.executors.step import Step
+from rematplan.executors.step_state import Handle
+from rematplan.executors.trace import Observer, silent
+from rematplan.scheduler.capture.blocks.block_capture import Block, ModuleCapture
+from rematplan.scheduler.capture.blocks.block_state import BlockState
+from rematplan.scheduler.capture.blocks.calls import intercepted, is_compiled
+from rematplan.scheduler.core.program import ReplayProgram
+from rematplan.scheduler.torch_layer.environment import RunContext
+from rematplan.scheduler.torch_layer.fsdp import gathered, holders, sharded_within
+from rematplan.scheduler.torch_layer.layouts import storage_key
+from rematplan.scheduler.torch_layer.leaves import flatten, repeats, tensor_leaves, unflatten
+from rematplan.scheduler.torch_layer.nested_plans import inner_plans_left_out
+from rematplan.scheduler.torch_layer.preserve import Draws
+from rematplan.scheduler.torch_layer.private import version_of
+from rematplan.scheduler.torch_layer.python_state import is_plain
 
 __all__ = ["ModuleExecutor"]
 
@@ -84,7 +84,7 @@ class ModuleExecutor:
         program: the replay program, for as many stages as the capture has.
         model: whose submodules are run.
         plain: the plain forward.
-        check: what a recomputed tensor is compared by; a key of ``executors.check.CHECKS``.
+        check: what a recomputed tensor is compared by; a key of ``rematplan.executors.fingerprints.CHECKS``.
     """
 
     def __init__(

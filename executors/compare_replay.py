@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from executors.as_read import AsRead, unlike
-from executors.check import CHECKS, Fingerprint, difference
+from rematplan.executors.as_read import AsRead, unlike
+from rematplan.executors.fingerprints import CHECKS, Fingerprint, difference
 
 __all__ = ["Comparison", "ReplayError"]
 

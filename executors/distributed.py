@@ -9,16 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from executors.recapture import ENGINES
-from scheduler.capture.sample import (
+from rematplan.executors.recapture import ENGINES
+from rematplan.scheduler.core.errors import PlanMismatch
+from rematplan.scheduler.plan.plan import Plan
+from rematplan.scheduler.torch_layer.call import (
     canonical_call,
     forward_signature,
     model_fingerprint,
     read_sample,
     unplanned,
 )
-from scheduler.errors import PlanMismatch
-from scheduler.plan import Plan
 
 __all__ = ["broadcast_plan"]
 
@@ -48,10 +48,9 @@ def broadcast_plan(
     Returns:
         the same plan on all ranks.
 
-    Raises:
-        RuntimeError: torch.distributed is not initialised.
-        ValueError: rank ``src`` has no plan; raised on every rank.
-        PlanMismatch: some rank's model, or its op graph, is not the one the plan was made for; raised on every rank.
+    Raises: RuntimeError: torch.distributed is not initialised. ValueError: rank ``src`` has no plan; raised
+        on every rank. PlanMismatch: some rank's model, or its op graph, is not the one the plan was made for;
+        raised on every rank.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(

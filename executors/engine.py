@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from executors.trace import Observer
-from scheduler.capture.protocol import Capture
-from scheduler.capture.sample import Call
-from scheduler.plan import CaptureRecord, Plan
+from rematplan.executors.trace import Observer
+from rematplan.scheduler.capture.protocol import Capture
+from rematplan.scheduler.plan.plan import CaptureRecord, Plan
+from rematplan.scheduler.torch_layer.call import Call
 
 __all__ = ["Engine", "Executor"]
 
@@ -30,14 +30,14 @@ class Executor(Protocol):
 
 
 class Engine(ABC):
-    """Runs captures of one kind; named in ``executors.recapture.ENGINES``."""
+    """Runs captures of one kind; named in ``rematplan.executors.recapture.ENGINES``."""
 
     @abstractmethod
     def executor(self, capture: Any, plan: Plan, model: nn.Module, check: str) -> Executor:
         """Return what trains ``model`` by ``plan``, of which ``capture`` is.
 
-        Args:
-            check: what a replayed tensor is compared by; a key of ``executors.check.CHECKS``.
+        Args: check: what a replayed tensor is compared by; a key of
+            ``rematplan.executors.fingerprints.CHECKS``.
         """
 
     @abstractmethod

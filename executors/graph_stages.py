@@ -9,18 +9,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from executors.arena import Arena
-from executors.as_read import AsRead, Sampler
-from executors.compare_replay import Comparison
-from executors.step import Step
-from executors.trace import Observer
-from scheduler.capture.flat import tree_unflatten
-from scheduler.capture.graph_capture import GraphCapture
-from scheduler.capture.recompute import Rebuild, compile_rebuilds, origin_of_pack
-from scheduler.capture.stages import GraphStage, Source
-from scheduler.capture.state import uncached
-from scheduler.program import ReplayProgram
-from scheduler.schedule import Keep
+from rematplan.executors.as_read import AsRead, Sampler
+from rematplan.executors.compare_replay import Comparison
+from rematplan.executors.host_arena import Arena
+from rematplan.executors.step import Step
+from rematplan.executors.trace import Observer
+from rematplan.scheduler.capture.graph.graph_capture import GraphCapture
+from rematplan.scheduler.capture.graph.recompute import Rebuild, compile_rebuilds, origin_of_pack
+from rematplan.scheduler.capture.graph.stages import GraphStage, Source
+from rematplan.scheduler.core.program import ReplayProgram
+from rematplan.scheduler.core.referee import Keep
+from rematplan.scheduler.torch_layer.leaves import tree_unflatten
+from rematplan.scheduler.torch_layer.preserve import uncached
 
 __all__ = ["GraphExecutor", "locate"]
 
@@ -32,7 +32,7 @@ class GraphExecutor:
         capture: the captured model.
         program: the replay program, for as many stages as the capture has.
         model: whose parameters and buffers are read at every step.
-        check: what a recomputed tensor is compared by; a key of ``executors.check.CHECKS``.
+        check: what a recomputed tensor is compared by; a key of ``rematplan.executors.fingerprints.CHECKS``.
         host_bytes: that the program has on the host at most.
     """
 

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from executors.compare_replay import ReplayError
-from scheduler.budget import format_bytes
-from scheduler.capture.loss import output_tensors
-from scheduler.capture.private import keeps_graph, parametrizations_are_cached, version_of
-from scheduler.capture.state import in_backward
-from scheduler.errors import PeakWarning
-from scheduler.plan import Plan
-from scheduler.schedule import Backward, Checkpoint, Keep
+from rematplan.executors.compare_replay import ReplayError
+from rematplan.scheduler.core.budget import format_bytes
+from rematplan.scheduler.core.errors import PeakWarning
+from rematplan.scheduler.core.referee import Backward, Checkpoint, Keep
+from rematplan.scheduler.plan.plan import Plan
+from rematplan.scheduler.torch_layer.loss import output_tensors
+from rematplan.scheduler.torch_layer.preserve import in_backward
+from rematplan.scheduler.torch_layer.private import keeps_graph, parametrizations_are_cached, version_of
 
 __all__ = ["InFlight", "later_peak", "waiting_bytes"]
 

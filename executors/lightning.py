@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from executors.planned import execute
-from scheduler.plan import Plan
-from scheduler.planning import solve
+from rematplan.executors.execute import execute
+from rematplan.scheduler.plan.plan import Plan
+from rematplan.scheduler.solve import solve
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,7 +18,7 @@ except ImportError:
         from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
     except ImportError as error:
         raise ImportError(
-            "executors.lightning needs Lightning, which is not installed; install 'lightning' or 'pytorch-lightning'"
+            "rematplan.executors.lightning needs Lightning, which is not installed; install 'lightning' or 'pytorch-lightning'"
         ) from error
 
 __all__ = ["Rematerialize"]
@@ -27,9 +27,10 @@ __all__ = ["Rematerialize"]
 class Rematerialize(Callback):
     """Plans a module of the LightningModule at the first training batch, and lets it train by the plan.
 
-    The plan is made in the forward of that batch, so with its arguments and in the autocast context of the trainer's
-    precision; the optimizer's state counts. Parameters, ``state_dict`` and checkpoints stay those of the plain module,
-    which comes back into its place when the fit ends. Batches of other shapes are planned for when they come.
+    The plan is made in the forward of that batch, so with its arguments and in the autocast context of the
+    trainer's precision; the optimizer's state counts. Parameters, ``state_dict`` and checkpoints stay those
+    of the plain module, which comes back into its place when the fit ends. Batches of other shapes are
+    planned for when they come.
 
     Attributes:
         plan: the plan, from the first batch on.
@@ -39,10 +40,10 @@ class Rematerialize(Callback):
         """Set what the plan is to be.
 
         Args:
-            memory_budget: bytes of a whole training step, as ``scheduler.solve`` takes it.
+            memory_budget: bytes of a whole training step, as ``rematplan.solve`` takes it.
             module: name of the submodule that is planned, which returns the loss or what the loss is made of. Default: the
                 only child that has parameters.
-            options: what else ``scheduler.solve`` takes, such as ``capture=``.
+            options: what else ``rematplan.solve`` takes, such as ``capture=``.
         """
         self.memory_budget = memory_budget
         self.module = module

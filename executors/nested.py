@@ -1,9 +1,9 @@
 """A persistent schedule as nested calls of a framework's own checkpoint function.
 
-Slower than ``executors.step`` and limited in depth by Python's recursion, but nothing of ours runs in the
-backward: the tests compare the replay executor with it. It works on whatever ``checkpoint`` works
-on: for PyTorch ``lambda f, x: torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False)``, for JAX
-``lambda f, x: jax.checkpoint(f)(x)``.
+Slower than ``rematplan.executors.step`` and limited in depth by Python's recursion, but nothing of ours runs
+in the backward: the tests compare the replay executor with it. It works on whatever ``checkpoint`` works on:
+for PyTorch ``lambda f, x: torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False)``, for JAX ``lambda f,
+x: jax.checkpoint(f)(x)``.
 
 A persistent schedule of stages s..t is a tree. Either it keeps stage s and goes on with s+1..t, or it
 splits: it advances from x_s to x_j without keeping anything, reverses j..t, and then reverses s..j-1 from
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeVar
 
-from scheduler.schedule import Action, Backward, Checkpoint, Forward, Keep, Schedule
+from rematplan.scheduler.core.referee import Action, Backward, Checkpoint, Forward, Keep, Schedule
 
 __all__ = ["nested"]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from scheduler.capture.eager import wrapped_forward
-from scheduler.capture.sharded import share_sharding
+from rematplan.scheduler.torch_layer.eager import wrapped_forward
+from rematplan.scheduler.torch_layer.fsdp import share_sharding
 
 __all__ = ["plain_copy", "plain_forward", "plans_within", "sharing", "wrappers"]
 

@@ -14,36 +14,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from executors.check import CHECKS
-from executors.guard import Trainable, benchmarks_convolutions, reject_recording, reject_transforms
-from executors.in_flight import InFlight
-from executors.oom import Changes, lowered, release
-from executors.plain import plain_copy, plain_forward
-from executors.runner import Runner, cut_off
-from executors.trace import Trace
-from executors.watch import Watch, tightened
-from scheduler.budget import format_bytes
-from scheduler.capture.environment import (
-    Environment,
-    environment,
-    environment_difference,
-    environment_text,
+from rematplan.executors.fingerprints import CHECKS
+from rematplan.executors.first_step_peak import Watch, tightened
+from rematplan.executors.in_flight import InFlight
+from rematplan.executors.model_guard import (
+    Trainable,
+    benchmarks_convolutions,
+    reject_recording,
+    reject_transforms,
 )
-from scheduler.capture.flat import flatten, repeated_floats
-from scheduler.capture.nested_plans import inner_plans_left_out
-from scheduler.capture.private import profiler_is_on
-from scheduler.capture.sample import (
-    Call,
-    CallReader,
-    CallSignature,
-    forward_signature,
-    kind_of,
-    nothing_to_train,
-)
-from scheduler.capture.sharded import CollectiveCall, NoCollectives, is_distributed, sharded_within
-from scheduler.capture.state import HostRandomState, aliased, bare, model_device, preserved
-from scheduler.costs.resident import storage_bytes
-from scheduler.errors import (
+from rematplan.executors.plain import plain_copy, plain_forward
+from rematplan.executors.runner import Runner, cut_off
+from rematplan.executors.trace import Trace
+from rematplan.executors.undo_forward import Changes, lowered, release
+from rematplan.scheduler.core.budget import format_bytes
+from rematplan.scheduler.core.errors import (
     CaptureError,
     InfeasibleBudget,
     NewShapeWarning,
@@ -51,9 +36,29 @@ from scheduler.errors import (
     PlanMismatch,
     SampleError,
 )
-from scheduler.kinds import BLOCKS
-from scheduler.plan import Plan
-from scheduler.planning import solve_again
+from rematplan.scheduler.costs.resident import storage_bytes
+from rematplan.scheduler.plan.kinds import BLOCKS
+from rematplan.scheduler.plan.plan import Plan
+from rematplan.scheduler.solve import solve_again
+from rematplan.scheduler.torch_layer.call import (
+    Call,
+    CallReader,
+    CallSignature,
+    forward_signature,
+    kind_of,
+    nothing_to_train,
+)
+from rematplan.scheduler.torch_layer.environment import (
+    Environment,
+    environment,
+    environment_difference,
+    environment_text,
+)
+from rematplan.scheduler.torch_layer.fsdp import CollectiveCall, NoCollectives, is_distributed, sharded_within
+from rematplan.scheduler.torch_layer.leaves import flatten, repeated_floats
+from rematplan.scheduler.torch_layer.nested_plans import inner_plans_left_out
+from rematplan.scheduler.torch_layer.preserve import HostRandomState, aliased, bare, model_device, preserved
+from rematplan.scheduler.torch_layer.private import profiler_is_on
 
 __all__ = ["Plans", "Settings"]
 

@@ -13,29 +13,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from executors.block_stages import ModuleExecutor
-from executors.engine import Engine
-from executors.graph_stages import GraphExecutor
-from executors.plain import plain_forward
-from scheduler.capture.environment import environment_difference, environment_text
-from scheduler.capture.graph import OpGraph
-from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
-from scheduler.capture.module_capture import ModuleCapture, capture_modules, recorded_modules
-from scheduler.capture.plain_steps import PlainSteps
-from scheduler.capture.private import NormBase, detect_fake_mode
-from scheduler.capture.protocol import Capture
-from scheduler.capture.recompute import check_dropped
-from scheduler.capture.repeat import ELSEWHERE, draws_elsewhere
-from scheduler.capture.sample import Call
-from scheduler.capture.sharded import CollectiveCall, NoCollectives, is_distributed
-from scheduler.capture.state import model_device, moving, preserved, uncached
-from scheduler.capture.verify import run_step
-from scheduler.costs.graph_chain import kept_storages
-from scheduler.costs.options import makes_again
-from scheduler.costs.peak import allocated
-from scheduler.errors import CaptureError, PlanMismatch
-from scheduler.kinds import BLOCKS, KINDS
-from scheduler.plan import CaptureRecord, Plan
+from rematplan.executors.block_stages import ModuleExecutor
+from rematplan.executors.engine import Engine
+from rematplan.executors.graph_stages import GraphExecutor
+from rematplan.executors.plain import plain_forward
+from rematplan.scheduler.capture.bit_equal_step import run_step
+from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture, capture_modules, recorded_modules
+from rematplan.scheduler.capture.graph.graph_capture import GraphCapture, capture_graph, op_graphs
+from rematplan.scheduler.capture.graph.op_graph import OpGraph
+from rematplan.scheduler.capture.graph.recompute import check_dropped
+from rematplan.scheduler.capture.plain_steps import PlainSteps
+from rematplan.scheduler.capture.protocol import Capture
+from rematplan.scheduler.capture.repeat import ELSEWHERE, draws_elsewhere
+from rematplan.scheduler.core.errors import CaptureError, PlanMismatch
+from rematplan.scheduler.costs.graph_chain import kept_storages
+from rematplan.scheduler.costs.meters.peak import allocated
+from rematplan.scheduler.costs.option_costs import makes_again
+from rematplan.scheduler.plan.kinds import BLOCKS, KINDS
+from rematplan.scheduler.plan.plan import CaptureRecord, Plan
+from rematplan.scheduler.torch_layer.call import Call
+from rematplan.scheduler.torch_layer.environment import environment_difference, environment_text
+from rematplan.scheduler.torch_layer.fsdp import CollectiveCall, NoCollectives, is_distributed
+from rematplan.scheduler.torch_layer.preserve import model_device, moving, preserved, uncached
+from rematplan.scheduler.torch_layer.private import NormBase, detect_fake_mode
 
 __all__ = ["ENGINES", "check_names", "recaptured"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 
-from scheduler.budget import format_bytes
-from scheduler.memory_timeline import MemoryTimeline
-from scheduler.plan import Plan
-from scheduler.schedule import Timeline
+from rematplan.scheduler.core.budget import format_bytes
+from rematplan.scheduler.core.referee import Timeline
+from rematplan.scheduler.plan.plan import Plan
+from rematplan.scheduler.plan.timeline import MemoryTimeline
 
 __all__ = ["Difference", "Rehearsal"]
 
@@ -36,14 +36,11 @@ class Difference:
 class Rehearsal:
     """What ``rehearse`` saw. Print it for the table.
 
-    Attributes:
-        plan: what was followed.
-        real: whether on tensors with data.
-        resident: bytes live during the whole step, by what they consist of.
-        timeline: the live bytes observed over the step.
-        rows: one for each action of the schedule.
-        uncounted: ops whose scratch bytes are not in the figures, and why; None if no op's are.
-        requested: measured on CUDA: the peak of what was asked for, where ``peak`` has the allocator's blocks; else None.
+    Attributes: plan: what was followed. real: whether on tensors with data. resident: bytes live during the
+        whole step, by what they consist of. timeline: the live bytes observed over the step. rows: one for
+        each action of the schedule. uncounted: ops whose scratch bytes are not in the figures, and why; None
+        if no op's are. requested: measured on CUDA: the peak of what was asked for, where ``peak`` has the
+        allocator's blocks; else None.
     """
 
     plan: Plan

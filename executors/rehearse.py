@@ -11,28 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from executors.plain import plans_within
-from executors.planned import execute
-from executors.plans import Plans
-from executors.rehearsal import Difference, Rehearsal
-from executors.runner import Runner, cut_off
-from scheduler.capture.eager import as_eager
-from scheduler.capture.fake import fake_call, fake_model
-from scheduler.capture.loss import find_loss
-from scheduler.capture.private import FakeTensorMode, TorchDispatchMode
-from scheduler.capture.protocol import Capture
-from scheduler.capture.sample import Call, canonical_call, forward_signature, read_sample, unplanned
-from scheduler.capture.state import model_device, preserved
-from scheduler.capture.target import Device, Target
-from scheduler.costs.clock import wait
-from scheduler.costs.live import LiveBytes
-from scheduler.costs.peak import CudaBytes, cpu_events
-from scheduler.costs.resident import resident_parts, storage_bytes
-from scheduler.costs.scratch import Scratch
-from scheduler.device import DeviceSpec
-from scheduler.memory_timeline import Block, MemoryTimeline, Point, category_of, in_words
-from scheduler.plan import Plan
-from scheduler.schedule import Backward, Checkpoint, Forward, Keep
+from rematplan.executors.execute import execute
+from rematplan.executors.plain import plans_within
+from rematplan.executors.plans import Plans
+from rematplan.executors.rehearsal import Difference, Rehearsal
+from rematplan.executors.runner import Runner, cut_off
+from rematplan.scheduler.capture.protocol import Capture
+from rematplan.scheduler.core.device import DeviceSpec
+from rematplan.scheduler.core.referee import Backward, Checkpoint, Forward, Keep
+from rematplan.scheduler.costs.meters.clock import wait
+from rematplan.scheduler.costs.meters.kernel_scratch import Scratch
+from rematplan.scheduler.costs.meters.live_storages import LiveBytes
+from rematplan.scheduler.costs.meters.peak import CudaBytes, cpu_events
+from rematplan.scheduler.costs.resident import resident_parts, storage_bytes
+from rematplan.scheduler.plan.plan import Plan
+from rematplan.scheduler.plan.timeline import Block, MemoryTimeline, Point, category_of, in_words
+from rematplan.scheduler.torch_layer.call import (
+    Call,
+    canonical_call,
+    forward_signature,
+    read_sample,
+    unplanned,
+)
+from rematplan.scheduler.torch_layer.eager import as_eager
+from rematplan.scheduler.torch_layer.fake import fake_call, fake_model
+from rematplan.scheduler.torch_layer.loss import find_loss
+from rematplan.scheduler.torch_layer.preserve import model_device, preserved
+from rematplan.scheduler.torch_layer.private import FakeTensorMode, TorchDispatchMode
+from rematplan.scheduler.torch_layer.target import Device, Target
 
 __all__ = ["Difference", "Rehearsal", "rehearse"]
 
@@ -50,7 +56,7 @@ def rehearse(
     found as ``solve`` finds it.
 
     Args:
-        plan: from ``scheduler.solve`` or ``Plan.load``.
+        plan: from ``rematplan.solve`` or ``Plan.load``.
         model: the model of the plan; left as it is. Without ``real`` its parameters may be fake.
         sample: as for ``solve``; its values do not matter unless ``real``.
         real: run the step on the model's device with its data, twice (the first is a warm-up), and measure:
@@ -129,7 +135,7 @@ class _Notes:
         return self.split + (where if what == "replay" else self.plan.program.backward_at[where])
 
     def __call__(self, what: str, where: int, tensors: Sequence[Tensor] = ()) -> None:
-        """See ``executors.trace.Observer``."""
+        """See ``rematplan.executors.trace.Observer``."""
         if what == "held":
             numbers = (self.number(tensor) for tensor in tensors)
             self.held.update(number for number in numbers if number is not None)

@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from executors.plans import Plans
-from executors.runner import plans_within
-from scheduler.capture.private import version_of
+from rematplan.executors.plans import Plans
+from rematplan.executors.runner import plans_within
+from rematplan.scheduler.torch_layer.private import version_of
 
 __all__ = ["run_step"]
 
@@ -33,9 +33,10 @@ def run_step(
         loss = run_step(planned, step)
         optimizer.step()
 
-    What is put back: gradients of the model's parameters and of ``also``, the model's buffers, generators. What a failed backward has added to a
-    gradient that existed before (accumulation) cannot be taken away again; then the error is raised and says so, unless there
-    are copies. The same if parameters have changed (an optimizer in a hook).
+    What is put back: gradients of the model's parameters and of ``also``, the model's buffers, generators.
+    What a failed backward has added to a gradient that existed before (accumulation) cannot be taken away
+    again; then the error is raised and says so, unless there are copies. The same if parameters have changed
+    (an optimizer in a hook).
 
     Args:
         model: a planned model, with ``on_oom="replan"`` (the default on CUDA).

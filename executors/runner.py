@@ -9,23 +9,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from executors.engine import Executor
-from executors.guard import Guard
-from executors.plain import plain_copy, plans_within
-from executors.recapture import ENGINES, check_names, recaptured
-from scheduler.budget import format_bytes, machine_bytes
-from scheduler.capture.environment import Environment, environment_difference, environment_text
-from scheduler.capture.flat import flatten, map_tensors
-from scheduler.capture.layouts import is_plain as is_view
-from scheduler.capture.plain_steps import PlainSteps
-from scheduler.capture.protocol import Capture
-from scheduler.capture.sample import Call, CallSignature
-from scheduler.capture.sharded import is_distributed, sharded_within
-from scheduler.capture.state import HostRandomState, bare, model_device
-from scheduler.capture.verify import run_step
-from scheduler.errors import PlanMismatch
-from scheduler.kinds import KINDS
-from scheduler.plan import Plan
+from rematplan.executors.engine import Executor
+from rematplan.executors.model_guard import Guard
+from rematplan.executors.plain import plain_copy, plans_within
+from rematplan.executors.recapture import ENGINES, check_names, recaptured
+from rematplan.scheduler.capture.bit_equal_step import run_step
+from rematplan.scheduler.capture.plain_steps import PlainSteps
+from rematplan.scheduler.capture.protocol import Capture
+from rematplan.scheduler.core.budget import format_bytes, machine_bytes
+from rematplan.scheduler.core.errors import PlanMismatch
+from rematplan.scheduler.plan.kinds import KINDS
+from rematplan.scheduler.plan.plan import Plan
+from rematplan.scheduler.torch_layer.call import Call, CallSignature
+from rematplan.scheduler.torch_layer.environment import Environment, environment_difference, environment_text
+from rematplan.scheduler.torch_layer.fsdp import is_distributed, sharded_within
+from rematplan.scheduler.torch_layer.layouts import is_plain as is_view
+from rematplan.scheduler.torch_layer.leaves import flatten, map_tensors
+from rematplan.scheduler.torch_layer.preserve import HostRandomState, bare, model_device
 
 __all__ = ["Runner", "cut_off", "plans_within"]
 

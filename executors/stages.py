@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from executors.compare_replay import Comparison
-from scheduler.capture.recompute import Rebuild
+from rematplan.executors.compare_replay import Comparison
+from rematplan.scheduler.capture.graph.recompute import Rebuild
 
 __all__ = ["Stages"]
 

@@ -36,8 +36,8 @@ The rules, referred to by number:
    input is released, and autograd holds what it saved of it; not so where it may be asked for again: the
    graph is retained, or saved tensors of stages that are reversed already are still wanted.
 8. Where the program copies between device and host, whatever a kept stage saved, and every boundary that is
-   held, is a ``Moved`` (offload.py); its unpack runs the program up to the backward of its stage, like that
-   of a handle.
+   held, is a ``Moved`` (host_copies.py); its unpack runs the program up to the backward of its stage, like
+   that of a handle.
 9. Autograd checks versions only of tensors that it holds itself. Whatever is kept by reference, and whatever
    a re-run reads, is checked here: a change in place between forward and backward raises.
 """
@@ -52,19 +52,19 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from executors.arena import Arena
-from executors.compare_replay import Comparison, ReplayError
-from executors.offload import Moved
-from executors.stages import Stages
-from executors.step_state import Handle, Held, Lasting, StepState, tensors_of
-from executors.trace import Observer, silent
-from scheduler.capture.environment import RunContext
-from scheduler.capture.layouts import storage_key
-from scheduler.capture.private import detect_fake_mode, graph_task, keeps_graph
-from scheduler.capture.recompute import OtherOps, Rebuild, Thinned, rerun
-from scheduler.capture.state import RandomState, on_gradient, shielded
-from scheduler.program import ReplayProgram
-from scheduler.schedule import COPY_ACTIONS, Backward, Checkpoint, Forward, Free, Keep
+from rematplan.executors.compare_replay import Comparison, ReplayError
+from rematplan.executors.host_arena import Arena
+from rematplan.executors.host_copies import Moved
+from rematplan.executors.stages import Stages
+from rematplan.executors.step_state import Handle, Held, Lasting, StepState, tensors_of
+from rematplan.executors.trace import Observer, silent
+from rematplan.scheduler.capture.graph.recompute import OtherOps, Rebuild, Thinned, rerun
+from rematplan.scheduler.core.program import ReplayProgram
+from rematplan.scheduler.core.referee import COPY_ACTIONS, Backward, Checkpoint, Forward, Free, Keep
+from rematplan.scheduler.torch_layer.environment import RunContext
+from rematplan.scheduler.torch_layer.layouts import storage_key
+from rematplan.scheduler.torch_layer.preserve import RandomState, on_gradient, shielded
+from rematplan.scheduler.torch_layer.private import detect_fake_mode, graph_task, keeps_graph
 
 __all__ = ["Step"]
 

@@ -8,18 +8,18 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
-from executors.arena import Arena
-from executors.as_read import AsRead, Sampler
-from executors.check import Fingerprint
-from executors.offload import Moved, Store
-from executors.trace import Observer
-from scheduler.actions import CopyAction
-from scheduler.capture.layouts import storage_keys, storage_of
-from scheduler.capture.private import version_of
-from scheduler.capture.recompute import Thinned
-from scheduler.capture.state import RandomState
-from scheduler.program import ReplayProgram
-from scheduler.schedule import Free, FreeHost
+from rematplan.executors.as_read import AsRead, Sampler
+from rematplan.executors.fingerprints import Fingerprint
+from rematplan.executors.host_arena import Arena
+from rematplan.executors.host_copies import Moved, Store
+from rematplan.executors.trace import Observer
+from rematplan.scheduler.capture.graph.recompute import Thinned
+from rematplan.scheduler.core.program import ReplayProgram
+from rematplan.scheduler.core.referee import Free, FreeHost
+from rematplan.scheduler.core.schedule import CopyAction
+from rematplan.scheduler.torch_layer.layouts import storage_keys, storage_of
+from rematplan.scheduler.torch_layer.preserve import RandomState
+from rematplan.scheduler.torch_layer.private import version_of
 
 __all__ = ["Handle", "Held", "Lasting", "StepState", "tensors_of"]
 

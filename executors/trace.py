@@ -7,9 +7,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from scheduler.budget import format_bytes
-from scheduler.capture.layouts import held_bytes, storage_key
-from scheduler.plan import Plan
+from rematplan.scheduler.core.budget import format_bytes
+from rematplan.scheduler.plan.plan import Plan
+from rematplan.scheduler.torch_layer.layouts import held_bytes, storage_key
 
 __all__ = ["Observer", "Trace", "silent"]
 

@@ -17,8 +17,8 @@ _SPEC = importlib.util.spec_from_file_location(
 assert _SPEC is not None
 sys.modules.setdefault("benchmarks", importlib.util.module_from_spec(_SPEC))
 
-# A machine with a GPU may lack these, and may install nothing: tests that need them are skipped there. The tests of the wheel
-# fail without them instead, for `make test` has installed them.
+# A machine with a GPU may lack these, and may install nothing: tests that need them are skipped there. The
+# tests of the wheel fail without them instead, for `make test` has installed them.
 OPTIONAL = ("diffusers", "hypothesis")
 MAY_LACK = os.environ.get("REMATPLAN_WHEEL") != "1"
 
@@ -84,7 +84,7 @@ def _repeatable_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     import torch
 
-    from scheduler.capture.repeat import deterministic
+    from rematplan.scheduler.capture.repeat import deterministic
 
     with deterministic(torch.device("cuda")):
         yield

@@ -18,10 +18,9 @@ from benchmarks.cuda.machine import Machine
 from benchmarks.cuda.processes import ROOT
 from benchmarks.cuda.steps import MIB, Training, planned_as, said, tight
 from benchmarks.cuda.transformer import gpt
-from executors import execute, rehearse
-from scheduler import solve
-from scheduler.costs.cuda_memory import expandable_segments, workspace_bytes
-from scheduler.costs.peak import count_bytes
+from rematplan import execute, rehearse, solve
+from rematplan.scheduler.costs.meters.cuda_overheads import expandable_segments, workspace_bytes
+from rematplan.scheduler.costs.meters.peak import count_bytes
 
 __all__ = [
     "environment",

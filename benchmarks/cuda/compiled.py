@@ -14,7 +14,7 @@ from benchmarks.cuda.findings import Findings
 from benchmarks.cuda.machine import Machine
 from benchmarks.cuda.step_times import MODELS, add_times, plan_file, planned, whole_plan
 from benchmarks.cuda.steps import MIB
-from scheduler import InfeasibleBudget, Plan
+from rematplan import InfeasibleBudget, Plan
 
 __all__ = ["gpt2_compiled", "llama_compiled", "resnet_compiled"]
 

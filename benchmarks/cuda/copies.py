@@ -13,9 +13,8 @@ from benchmarks.cuda.findings import Findings
 from benchmarks.cuda.machine import Machine
 from benchmarks.cuda.steps import MIB, Training, capture_words, difference, timed
 from benchmarks.cuda.transformer import gpt
-from executors import execute
-from scheduler import HostMemory, Plan
-from scheduler.actions import Offload, OffloadSaved, Prefetch, PrefetchSaved
+from rematplan import HostMemory, Plan, execute
+from rematplan.scheduler.core.schedule import Offload, OffloadSaved, Prefetch, PrefetchSaved
 from tests.shared.helpers import smallest
 
 __all__ = ["copied_bytes", "copies", "link", "two_level"]

@@ -13,8 +13,7 @@ from benchmarks.cuda.findings import Findings
 from benchmarks.cuda.machine import Machine
 from benchmarks.cuda.steps import Training, capture_words, difference, planned_as, said, tight
 from benchmarks.cuda.transformer import gpt
-from executors import execute
-from scheduler import CaptureError
+from rematplan import CaptureError, execute
 from tests.shared.models import Case, ResidualNet
 
 __all__ = [

@@ -7,8 +7,8 @@ from benchmarks.cuda.runner import Check
 __all__ = ["CHECKS", "SECONDS"]
 
 SECONDS = 480.0  # for all of them
-# cuBLAS is deterministic only with workspaces of a fixed size, which are read when CUDA starts; those of Hopper have this
-# size anyway.
+# cuBLAS is deterministic only with workspaces of a fixed size, which are read when CUDA starts; those of
+# Hopper have this size anyway.
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 

@@ -14,7 +14,7 @@ from benchmarks.cuda.findings import Findings
 from benchmarks.cuda.machine import Machine
 from benchmarks.cuda.steps import MIB, Training, capture_words, said, tight, timed
 from benchmarks.cuda.transformer import gpt
-from scheduler import InfeasibleBudget, Plan
+from rematplan import InfeasibleBudget, Plan
 from tests.shared.models import make_gpt2, make_llama, make_resnet
 
 __all__ = ["MODELS", "add_times", "gpt2", "llama", "overhead", "plan_file", "planned", "resnet", "whole_plan"]

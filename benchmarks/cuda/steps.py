@@ -17,9 +17,8 @@ from torch import Tensor
 from benchmarks import baselines
 from benchmarks.cuda.findings import Findings
 from benchmarks.cuda.machine import Machine
-from executors import measure_peak
-from scheduler import CaptureError, Plan, solve
-from scheduler.capture.loss import find_loss
+from rematplan import CaptureError, Plan, measure_peak, solve
+from rematplan.scheduler.torch_layer.loss import find_loss
 from tests.shared.helpers import smallest
 from tests.shared.models import Case
 

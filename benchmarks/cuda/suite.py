@@ -1,6 +1,7 @@
 """Run the tests that need a GPU, one file per process: ``make cuda-tests``, or ``python -m benchmarks.cuda.suite``.
 
-A file that crashes, hangs or fails stops no other. Tests that need hypothesis or diffusers are skipped where these are missing.
+A file that crashes, hangs or fails stops no other. Tests that need hypothesis or diffusers are skipped where
+these are missing.
 """
 
 from __future__ import annotations

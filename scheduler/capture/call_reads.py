@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from scheduler.capture.flat import tree_leaves
-from scheduler.capture.python_state import reads_recorded
-from scheduler.capture.sample import Call
+from rematplan.scheduler.torch_layer.call import Call
+from rematplan.scheduler.torch_layer.leaves import tree_leaves
+from rematplan.scheduler.torch_layer.python_state import reads_recorded
 
 __all__ = ["CallReads"]
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from scheduler.budget import format_bytes, free_machine_bytes
-from scheduler.capture.flat import tensor_leaves
-from scheduler.capture.layouts import storage_key, storage_keys
-from scheduler.capture.private import storage_id, version_of
-from scheduler.capture.state import model_device
-from scheduler.errors import CaptureError
+from rematplan.scheduler.core.budget import format_bytes, free_machine_bytes
+from rematplan.scheduler.core.errors import CaptureError
+from rematplan.scheduler.torch_layer.layouts import storage_key, storage_keys
+from rematplan.scheduler.torch_layer.leaves import tensor_leaves
+from rematplan.scheduler.torch_layer.preserve import model_device
+from rematplan.scheduler.torch_layer.private import storage_id, version_of
 
 __all__ = ["offloaded", "on_host"]
 

@@ -16,9 +16,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from scheduler.capture.layouts import equal_bits
-from scheduler.capture.repeat import LARGEST, MOST, as_real, deterministic, largest, rounds_alike
-from scheduler.capture.verify import StepResult, difference
+from rematplan.scheduler.capture.bit_equal_step import StepResult, difference
+from rematplan.scheduler.capture.repeat import LARGEST, MOST, as_real, deterministic, largest, rounds_alike
+from rematplan.scheduler.torch_layer.layouts import equal_bits
 
 __all__ = ["BIT_EQUAL", "PlainSteps"]
 

@@ -1,7 +1,8 @@
 """The protocol of captures: ``Capture``, a model cut into stages; ``Producer``, which makes and prices it.
 
-``scheduler.kinds.KINDS`` names the kinds, and ``executors.recapture.ENGINES`` what runs each. A further kind
-is a row in both and these three classes; nothing else asks which kind a capture is of.
+``rematplan.scheduler.plan.kinds.KINDS`` names the kinds, and ``rematplan.executors.recapture.ENGINES`` what
+runs each. A further kind is a row in both and these three classes; nothing else asks which kind a capture is
+of.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from scheduler.capture.target import Device, Target
+from rematplan.scheduler.torch_layer.target import Device, Target
 
 if TYPE_CHECKING:
-    from scheduler.capture.module_calls import Recurrence
-    from scheduler.capture.trial_step import TrialStep
-    from scheduler.chain import Chain
-    from scheduler.plan import CaptureRecord
+    from rematplan.scheduler.capture.blocks.calls import Recurrence
+    from rematplan.scheduler.capture.trial_step import TrialStep
+    from rematplan.scheduler.core.chain import Chain
+    from rematplan.scheduler.plan.plan import CaptureRecord
 
 __all__ = ["Asked", "Capture", "Producer"]
 
@@ -31,7 +32,7 @@ class Capture(ABC):
     """A model captured as a chain of L stages.
 
     Attributes:
-        kind: its key in ``scheduler.kinds.KINDS``.
+        kind: its key in ``rematplan.scheduler.plan.kinds.KINDS``.
         device: the device that holds the model.
         target: the device that costs are for, if the model is without data; else None.
         random: (L,) whether a stage draws random numbers.

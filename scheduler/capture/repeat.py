@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scheduler.capture.environment import (
+from rematplan.scheduler.torch_layer.environment import (
     RunContext,
     deterministic_switches,
     switched,
 )
-from scheduler.capture.layouts import equal_bits
-from scheduler.capture.sharded import is_distributed
-from scheduler.capture.state import RandomState, on_gradient
-from scheduler.capture.target import Device
+from rematplan.scheduler.torch_layer.fsdp import is_distributed
+from rematplan.scheduler.torch_layer.layouts import equal_bits
+from rematplan.scheduler.torch_layer.preserve import RandomState, on_gradient
+from rematplan.scheduler.torch_layer.target import Device
 
 __all__ = [
     "ELSEWHERE",

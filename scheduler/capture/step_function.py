@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scheduler.capture.callables import CallableChain, cut_off, variables
-from scheduler.capture.found import modules_in, name_of
-from scheduler.capture.private import is_compiled_function, pytree, replaced
-from scheduler.capture.sample import read_sample
-from scheduler.capture.sharded import reject_wrapped
+from rematplan.scheduler.capture.blocks.callables import CallableChain, cut_off, variables
+from rematplan.scheduler.capture.blocks.found import modules_in, name_of
+from rematplan.scheduler.torch_layer.call import read_sample
+from rematplan.scheduler.torch_layer.fsdp import reject_wrapped
+from rematplan.scheduler.torch_layer.private import is_compiled_function, pytree, replaced
 
 __all__ = ["Refused", "StepFunction", "as_model"]
 

@@ -10,22 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scheduler.capture.call_reads import CallReads
-from scheduler.capture.callables import CallableChain
-from scheduler.capture.flat import map_tensors
-from scheduler.capture.layouts import is_plain, tensor_bytes
-from scheduler.capture.loss import find_loss, output_tensors
-from scheduler.capture.module_calls import Recurrence, intercepted
-from scheduler.capture.offloaded import on_host
-from scheduler.capture.private import DataDependentOutputException, DynamicOutputShapeException
-from scheduler.capture.sample import Call, canonical_call, forward_signature, nothing_to_train
-from scheduler.capture.sharded import sharded_within
-from scheduler.capture.state import HostRandomState, moving, preserved
-from scheduler.capture.step_function import Refused, StepFunction
-from scheduler.capture.target import Device, Target
-from scheduler.capture.unwind import met
-from scheduler.capture.verify import StepResult, custom_functions, difference, run_step
-from scheduler.errors import CaptureError, SampleError
+from rematplan.scheduler.capture.bit_equal_step import StepResult, custom_functions, difference, run_step
+from rematplan.scheduler.capture.blocks.callables import CallableChain
+from rematplan.scheduler.capture.blocks.calls import Recurrence, intercepted
+from rematplan.scheduler.capture.call_reads import CallReads
+from rematplan.scheduler.capture.offloaded import on_host
+from rematplan.scheduler.capture.step_function import Refused, StepFunction
+from rematplan.scheduler.core.errors import CaptureError, SampleError
+from rematplan.scheduler.torch_layer.call import Call, canonical_call, forward_signature, nothing_to_train
+from rematplan.scheduler.torch_layer.fsdp import sharded_within
+from rematplan.scheduler.torch_layer.layouts import is_plain, tensor_bytes
+from rematplan.scheduler.torch_layer.leaves import map_tensors
+from rematplan.scheduler.torch_layer.loss import find_loss, output_tensors
+from rematplan.scheduler.torch_layer.preserve import HostRandomState, moving, preserved
+from rematplan.scheduler.torch_layer.private import DataDependentOutputException, DynamicOutputShapeException
+from rematplan.scheduler.torch_layer.target import Device, Target
+from rematplan.scheduler.torch_layer.unwind import met
 
 __all__ = ["DRAWS", "UNTRIED", "TrialStep", "first_forward", "with_plain_step"]
 

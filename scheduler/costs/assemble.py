@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from scheduler.capture.protocol import Capture
-from scheduler.capture.state import CPU_RANDOM_STATE
-from scheduler.chain import Carried, Chain, Option, Stage
-from scheduler.costs.gradients import gradients_at_hand
-from scheduler.costs.measure import OptionCost
-from scheduler.costs.resident import copied_buffers
+from rematplan.scheduler.capture.protocol import Capture
+from rematplan.scheduler.core.chain import Carried, Chain, Option, Stage
+from rematplan.scheduler.costs.gradients import gradients_at_hand
+from rematplan.scheduler.costs.resident import copied_buffers
+from rematplan.scheduler.costs.stage_run import OptionCost
+from rematplan.scheduler.torch_layer.preserve import CPU_RANDOM_STATE
 
 __all__ = ["SMALL_TENSORS", "StageFacts", "Values", "assemble"]
 

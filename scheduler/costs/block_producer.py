@@ -6,15 +6,15 @@ from contextlib import nullcontext
 
 from torch import nn
 
-from scheduler.capture.module_capture import ModuleCapture, capture_modules
-from scheduler.capture.protocol import Asked, Producer
-from scheduler.capture.state import preserved
-from scheduler.capture.trial_step import UNTRIED, TrialStep
-from scheduler.capture.unwind import met
-from scheduler.chain import Chain
-from scheduler.costs.module_chain import module_chain
-from scheduler.errors import CaptureError
-from scheduler.plan import CaptureRecord
+from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture, capture_modules
+from rematplan.scheduler.capture.protocol import Asked, Producer
+from rematplan.scheduler.capture.trial_step import UNTRIED, TrialStep
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.errors import CaptureError
+from rematplan.scheduler.costs.module_chain import module_chain
+from rematplan.scheduler.plan.plan import CaptureRecord
+from rematplan.scheduler.torch_layer.preserve import preserved
+from rematplan.scheduler.torch_layer.unwind import met
 
 __all__ = ["BlockProducer"]
 

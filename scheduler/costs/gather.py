@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from scheduler.capture.sharded import own_parameters, unshard
-from scheduler.costs.clock import wait
-from scheduler.costs.measure import StageCost
-from scheduler.costs.peak import count_bytes
-from scheduler.costs.resident import storage_bytes
+from rematplan.scheduler.costs.meters.clock import wait
+from rematplan.scheduler.costs.meters.peak import count_bytes
+from rematplan.scheduler.costs.resident import storage_bytes
+from rematplan.scheduler.costs.stage_run import StageCost
+from rematplan.scheduler.torch_layer.fsdp import own_parameters, unshard
 
 __all__ = ["Gather", "measure_gather", "resharding", "standing_bytes", "with_gather"]
 

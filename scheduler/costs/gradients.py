@@ -7,11 +7,11 @@ from types import MappingProxyType
 
 from torch import nn
 
-from scheduler.capture.graph_capture import GraphCapture
-from scheduler.capture.sharded import local
-from scheduler.capture.target import Device
-from scheduler.costs.measure import StageCost
-from scheduler.costs.peak import allocated
+from rematplan.scheduler.capture.graph.graph_capture import GraphCapture
+from rematplan.scheduler.costs.meters.peak import allocated
+from rematplan.scheduler.costs.stage_run import StageCost
+from rematplan.scheduler.torch_layer.fsdp import local
+from rematplan.scheduler.torch_layer.target import Device
 
 __all__ = ["GradFlows", "gradients_at_hand", "parameter_grads"]
 

@@ -18,17 +18,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from scheduler.capture.graph import OpGraph
-from scheduler.capture.graph_capture import GraphCapture
-from scheduler.capture.layouts import storage_keys
-from scheduler.capture.loss import find_loss
-from scheduler.capture.recompute import packs_of
-from scheduler.capture.sample import Call
-from scheduler.capture.state import uncached
-from scheduler.chain import Carried, Chain
-from scheduler.costs.assemble import StageFacts, Values, assemble
-from scheduler.costs.gradients import GradFlows, parameter_grads
-from scheduler.costs.measure import (
+from rematplan.scheduler.capture.graph.graph_capture import GraphCapture
+from rematplan.scheduler.capture.graph.op_graph import OpGraph
+from rematplan.scheduler.capture.graph.recompute import packs_of
+from rematplan.scheduler.core.chain import Carried, Chain
+from rematplan.scheduler.costs.assemble import StageFacts, Values, assemble
+from rematplan.scheduler.costs.gradients import GradFlows, parameter_grads
+from rematplan.scheduler.costs.meters.peak import allocated
+from rematplan.scheduler.costs.option_costs import measure_options
+from rematplan.scheduler.costs.resident import rerun_state, storage_bytes
+from rematplan.scheduler.costs.roofline import estimate_run
+from rematplan.scheduler.costs.stage_run import (
     Enter,
     OptionCost,
     StageCost,
@@ -37,17 +37,17 @@ from scheduler.costs.measure import (
     fresh_grads,
     measure_stage,
 )
-from scheduler.costs.options import measure_options
-from scheduler.costs.peak import allocated
-from scheduler.costs.resident import rerun_state, storage_bytes
-from scheduler.costs.roofline import estimate_run
-from scheduler.costs.unreversed import (
+from rematplan.scheduler.costs.unreversed import (
     held_by_user,
     held_results,
     unread_results,
     unreversed,
     unreversed_bytes,
 )
+from rematplan.scheduler.torch_layer.call import Call
+from rematplan.scheduler.torch_layer.layouts import storage_keys
+from rematplan.scheduler.torch_layer.loss import find_loss
+from rematplan.scheduler.torch_layer.preserve import uncached
 
 __all__ = ["graph_chain", "kept_storages", "measure_graph"]
 

@@ -10,24 +10,24 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from scheduler.capture.eager import own_attributes
-from scheduler.capture.graph_capture import GraphCapture, capture_graph, op_graphs
-from scheduler.capture.module_calls import Recurrence, is_compiled
-from scheduler.capture.plain_steps import PlainSteps
-from scheduler.capture.private import modes_disabled, replaced
-from scheduler.capture.protocol import Asked, Producer
-from scheduler.capture.sample import canonical_call, forward_signature
-from scheduler.capture.sharded import sharded_within
-from scheduler.capture.state import model_device, preserved
-from scheduler.capture.trial_step import DRAWS, UNTRIED, TrialStep
-from scheduler.capture.unwind import met
-from scheduler.capture.verify import run_step
-from scheduler.chain import Chain
-from scheduler.costs.graph_chain import graph_chain, measure_graph
-from scheduler.costs.peak import allocated
-from scheduler.costs.roofline import roofline_graph
-from scheduler.errors import CaptureError
-from scheduler.plan import CaptureRecord
+from rematplan.scheduler.capture.bit_equal_step import run_step
+from rematplan.scheduler.capture.blocks.calls import Recurrence, is_compiled
+from rematplan.scheduler.capture.graph.graph_capture import GraphCapture, capture_graph, op_graphs
+from rematplan.scheduler.capture.plain_steps import PlainSteps
+from rematplan.scheduler.capture.protocol import Asked, Producer
+from rematplan.scheduler.capture.trial_step import DRAWS, UNTRIED, TrialStep
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.errors import CaptureError
+from rematplan.scheduler.costs.graph_chain import graph_chain, measure_graph
+from rematplan.scheduler.costs.meters.peak import allocated
+from rematplan.scheduler.costs.roofline import roofline_graph
+from rematplan.scheduler.plan.plan import CaptureRecord
+from rematplan.scheduler.torch_layer.call import canonical_call, forward_signature
+from rematplan.scheduler.torch_layer.eager import own_attributes
+from rematplan.scheduler.torch_layer.fsdp import sharded_within
+from rematplan.scheduler.torch_layer.preserve import model_device, preserved
+from rematplan.scheduler.torch_layer.private import modes_disabled, replaced
+from rematplan.scheduler.torch_layer.unwind import met
 
 __all__ = ["GraphProducer"]
 

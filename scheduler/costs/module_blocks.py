@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scheduler.capture.block_state import BlockState
-from scheduler.capture.flat import map_tensors, repeats, tensor_leaves, tree_flatten, tree_unflatten
-from scheduler.capture.layouts import held_bytes, storage_key, storage_keys, tensor_bytes
-from scheduler.capture.module_capture import ModuleCapture
-from scheduler.capture.state import shielded
-from scheduler.costs.measure import (
+from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture
+from rematplan.scheduler.capture.blocks.block_state import BlockState
+from rematplan.scheduler.costs.meters.peak import allocated
+from rematplan.scheduler.costs.op_trace import trace_of_ops
+from rematplan.scheduler.costs.roofline import estimate_run
+from rematplan.scheduler.costs.skeleton import Box
+from rematplan.scheduler.costs.stage_run import (
     Enter,
     StageCost,
     StageRun,
@@ -28,10 +29,15 @@ from scheduler.costs.measure import (
     fresh_grads,
     measure_stage,
 )
-from scheduler.costs.op_trace import trace_of_ops
-from scheduler.costs.peak import allocated
-from scheduler.costs.roofline import estimate_run
-from scheduler.costs.skeleton import Box
+from rematplan.scheduler.torch_layer.layouts import held_bytes, storage_key, storage_keys, tensor_bytes
+from rematplan.scheduler.torch_layer.leaves import (
+    map_tensors,
+    repeats,
+    tensor_leaves,
+    tree_flatten,
+    tree_unflatten,
+)
+from rematplan.scheduler.torch_layer.preserve import shielded
 
 __all__ = ["BlockCost", "BlockRun"]
 

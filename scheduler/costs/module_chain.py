@@ -20,24 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scheduler.capture.flat import tree_leaves
-from scheduler.capture.layer_drop import fixed_draws
-from scheduler.capture.layouts import storage_key, tensor_bytes
-from scheduler.capture.loss import find_loss, output_tensors
-from scheduler.capture.module_calls import is_compiled
-from scheduler.capture.module_capture import ModuleCapture
-from scheduler.capture.sample import Call
-from scheduler.capture.sharded import holders, sharded_within, unshard
-from scheduler.capture.state import preserved, shielded, uncompiled
-from scheduler.chain import Chain
-from scheduler.costs.gather import measure_gather, resharding, standing_bytes, with_gather
-from scheduler.costs.measure import fresh_grads
-from scheduler.costs.module_blocks import BlockCost, BlockRun
-from scheduler.costs.module_stages import Parts, stages_to_chain
-from scheduler.costs.module_values import module_values
-from scheduler.costs.peak import count_bytes
-from scheduler.costs.roofline import Tally, device_rates
-from scheduler.costs.skeleton import (
+from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture
+from rematplan.scheduler.capture.blocks.calls import is_compiled
+from rematplan.scheduler.capture.blocks.layer_drop import fixed_draws
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.costs.gather import measure_gather, resharding, standing_bytes, with_gather
+from rematplan.scheduler.costs.meters.peak import count_bytes
+from rematplan.scheduler.costs.module_blocks import BlockCost, BlockRun
+from rematplan.scheduler.costs.module_stages import Parts, stages_to_chain
+from rematplan.scheduler.costs.module_values import module_values
+from rematplan.scheduler.costs.roofline import Tally, device_rates
+from rematplan.scheduler.costs.skeleton import (
     Box,
     Piece,
     Timed,
@@ -46,7 +39,14 @@ from scheduler.costs.skeleton import (
     run_skeleton,
     stand_in,
 )
-from scheduler.costs.traffic import Lifetimes, Traffic
+from rematplan.scheduler.costs.stage_run import fresh_grads
+from rematplan.scheduler.costs.traffic import Lifetimes, Traffic
+from rematplan.scheduler.torch_layer.call import Call
+from rematplan.scheduler.torch_layer.fsdp import holders, sharded_within, unshard
+from rematplan.scheduler.torch_layer.layouts import storage_key, tensor_bytes
+from rematplan.scheduler.torch_layer.leaves import tree_leaves
+from rematplan.scheduler.torch_layer.loss import find_loss, output_tensors
+from rematplan.scheduler.torch_layer.preserve import preserved, shielded, uncompiled
 
 __all__ = ["module_chain"]
 

@@ -9,20 +9,20 @@ from itertools import accumulate, takewhile
 
 from torch import nn
 
-from scheduler.capture.block_state import named_tensors
-from scheduler.capture.module_capture import ModuleCapture
-from scheduler.capture.repeat import draws_elsewhere
-from scheduler.capture.state import CPU_RANDOM_STATE
-from scheduler.capture.target import Device
-from scheduler.chain import Chain
-from scheduler.costs.assemble import StageFacts, assemble
-from scheduler.costs.gradients import parameter_grads
-from scheduler.costs.measure import OptionCost
-from scheduler.costs.module_blocks import BlockCost
-from scheduler.costs.module_values import ModuleValues
-from scheduler.costs.peak import allocated
-from scheduler.costs.resident import rerun_state, storage_bytes
-from scheduler.costs.skeleton import Piece
+from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture
+from rematplan.scheduler.capture.blocks.block_state import named_tensors
+from rematplan.scheduler.capture.repeat import draws_elsewhere
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.costs.assemble import StageFacts, assemble
+from rematplan.scheduler.costs.gradients import parameter_grads
+from rematplan.scheduler.costs.meters.peak import allocated
+from rematplan.scheduler.costs.module_blocks import BlockCost
+from rematplan.scheduler.costs.module_values import ModuleValues
+from rematplan.scheduler.costs.resident import rerun_state, storage_bytes
+from rematplan.scheduler.costs.skeleton import Piece
+from rematplan.scheduler.costs.stage_run import OptionCost
+from rematplan.scheduler.torch_layer.preserve import CPU_RANDOM_STATE
+from rematplan.scheduler.torch_layer.target import Device
 
 __all__ = ["Parts", "stages_to_chain"]
 

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 
-from scheduler.capture.module_capture import ModuleCapture
-from scheduler.chain import Carried
-from scheduler.costs.assemble import Values
-from scheduler.costs.module_blocks import BlockCost
-from scheduler.costs.traffic import Lifetimes, Traffic
+from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture
+from rematplan.scheduler.core.chain import Carried
+from rematplan.scheduler.costs.assemble import Values
+from rematplan.scheduler.costs.module_blocks import BlockCost
+from rematplan.scheduler.costs.traffic import Lifetimes, Traffic
 
 __all__ = ["ModuleValues", "module_values"]
 

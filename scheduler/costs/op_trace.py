@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from scheduler.capture.flat import tensor_leaves
-from scheduler.capture.layouts import held_bytes, nonzeros, storage_key, storage_of
-from scheduler.capture.private import HigherOrderOperator, TorchDispatchMode
+from rematplan.scheduler.torch_layer.layouts import held_bytes, nonzeros, storage_key, storage_of
+from rematplan.scheduler.torch_layer.leaves import tensor_leaves
+from rematplan.scheduler.torch_layer.private import HigherOrderOperator, TorchDispatchMode
 
 __all__ = ["trace_of_ops"]
 

@@ -10,18 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scheduler.capture.block_state import named_tensors
-from scheduler.capture.flat import tree_leaves
-from scheduler.capture.layouts import held_bytes, parts, unused_room
-from scheduler.capture.module_calls import makes_weights
-from scheduler.capture.private import FakeTensorMode, default_foreach, drop_step_hooks, pytree, storage_id
-from scheduler.capture.protocol import Capture
-from scheduler.capture.sharded import local
-from scheduler.capture.state import CPU_RANDOM_STATE
-from scheduler.capture.target import Device, Target, lies_on
-from scheduler.costs.cuda_memory import workspace_bytes
-from scheduler.costs.live import LiveBytes
-from scheduler.costs.peak import allocated
+from rematplan.scheduler.capture.blocks.block_state import named_tensors
+from rematplan.scheduler.capture.blocks.calls import makes_weights
+from rematplan.scheduler.capture.protocol import Capture
+from rematplan.scheduler.costs.meters.cuda_overheads import workspace_bytes
+from rematplan.scheduler.costs.meters.live_storages import LiveBytes
+from rematplan.scheduler.costs.meters.peak import allocated
+from rematplan.scheduler.torch_layer.fsdp import local
+from rematplan.scheduler.torch_layer.layouts import held_bytes, parts, unused_room
+from rematplan.scheduler.torch_layer.leaves import tree_leaves
+from rematplan.scheduler.torch_layer.preserve import CPU_RANDOM_STATE
+from rematplan.scheduler.torch_layer.private import (
+    FakeTensorMode,
+    default_foreach,
+    drop_step_hooks,
+    pytree,
+    storage_id,
+)
+from rematplan.scheduler.torch_layer.target import Device, Target, lies_on
 
 __all__ = [
     "copied_buffers",

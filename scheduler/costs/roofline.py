@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import flop_registry
 
-from scheduler.capture.graph_capture import GraphCapture
-from scheduler.capture.loss import find_loss
-from scheduler.capture.private import FakeTensorMode, TorchDispatchMode, pytree, storage_id
-from scheduler.capture.target import Device, Target
-from scheduler.costs.clock import Spans
-from scheduler.costs.measure import StageCost, StageRun, as_leaf, seed_gradients
-from scheduler.costs.unreversed import unread_results
-from scheduler.device import DeviceSpec
+from rematplan.scheduler.capture.graph.graph_capture import GraphCapture
+from rematplan.scheduler.core.device import DeviceSpec
+from rematplan.scheduler.costs.meters.clock import Spans
+from rematplan.scheduler.costs.stage_run import StageCost, StageRun, as_leaf, seed_gradients
+from rematplan.scheduler.costs.unreversed import unread_results
+from rematplan.scheduler.torch_layer.loss import find_loss
+from rematplan.scheduler.torch_layer.private import FakeTensorMode, TorchDispatchMode, pytree, storage_id
+from rematplan.scheduler.torch_layer.target import Device, Target
 
 __all__ = ["Rates", "Tally", "device_rates", "estimate_run", "roofline_graph"]
 

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scheduler.capture.flat import tensor_leaves, tree_flatten, tree_unflatten
-from scheduler.capture.layouts import is_plain, storage_key
-from scheduler.capture.loss import find_loss, output_tensors
-from scheduler.capture.module_calls import intercepted
-from scheduler.capture.module_capture import ModuleCapture
-from scheduler.capture.private import is_view
-from scheduler.capture.sample import Call
-from scheduler.capture.sharded import sharded_within
-from scheduler.capture.state import in_backward, uncached
-from scheduler.costs.measure import seed_gradients
-from scheduler.errors import CaptureError
+from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture
+from rematplan.scheduler.capture.blocks.calls import intercepted
+from rematplan.scheduler.core.errors import CaptureError
+from rematplan.scheduler.costs.stage_run import seed_gradients
+from rematplan.scheduler.torch_layer.call import Call
+from rematplan.scheduler.torch_layer.fsdp import sharded_within
+from rematplan.scheduler.torch_layer.layouts import is_plain, storage_key
+from rematplan.scheduler.torch_layer.leaves import tensor_leaves, tree_flatten, tree_unflatten
+from rematplan.scheduler.torch_layer.loss import find_loss, output_tensors
+from rematplan.scheduler.torch_layer.preserve import in_backward, uncached
+from rematplan.scheduler.torch_layer.private import is_view
 
 __all__ = [
     "Box",
@@ -190,7 +190,7 @@ def _closed(node: _Node, args: Any, kwargs: Any, produced: Any) -> Any:
     return tree_unflatten(leaves, spec)
 
 
-def run_skeleton(
+def run_skeleton(  # noqa: C901 - one step, in its order
     capture: ModuleCapture,
     model: nn.Module,
     call: Call,

@@ -8,13 +8,13 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from scheduler.capture.flat import tensor_leaves
-from scheduler.capture.layouts import held_bytes, storage_key, storage_of
-from scheduler.capture.module_capture import ModuleCapture
-from scheduler.capture.private import TorchDispatchMode
-from scheduler.capture.target import Device
-from scheduler.costs.peak import allocated
-from scheduler.costs.skeleton import Event, Visitor
+from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture
+from rematplan.scheduler.costs.meters.peak import allocated
+from rematplan.scheduler.costs.skeleton import Event, Visitor
+from rematplan.scheduler.torch_layer.layouts import held_bytes, storage_key, storage_of
+from rematplan.scheduler.torch_layer.leaves import tensor_leaves
+from rematplan.scheduler.torch_layer.private import TorchDispatchMode
+from rematplan.scheduler.torch_layer.target import Device
 
 __all__ = ["Lifetimes", "Traffic"]
 

@@ -8,10 +8,10 @@ from itertools import chain
 import torch
 from torch import fx
 
-from scheduler.capture.flat import tree_unflatten
-from scheduler.capture.graph import OpGraph
-from scheduler.capture.graph_capture import GraphCapture
-from scheduler.capture.loss import find_loss
+from rematplan.scheduler.capture.graph.graph_capture import GraphCapture
+from rematplan.scheduler.capture.graph.op_graph import OpGraph
+from rematplan.scheduler.torch_layer.leaves import tree_unflatten
+from rematplan.scheduler.torch_layer.loss import find_loss
 
 __all__ = ["held_by_user", "held_results", "unread_results", "unreversed", "unreversed_bytes"]
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, overload
 
-from scheduler.chain import Chain
-from scheduler.schedule import Schedule, simulate
-from scheduler.solvers import (
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.referee import Schedule, simulate
+from rematplan.scheduler.solvers import (
     chen,
     exhaustive,
     keep_all,
@@ -31,9 +31,9 @@ from scheduler.solvers import (
     sqrt,
     two_level,
 )
-from scheduler.solvers.binomial import revolve_actions, revolve_packed, revolve_runs
-from scheduler.solvers.checks import checked_budget, checked_chain
-from scheduler.solvers.online import OnlineRevolve
+from rematplan.scheduler.solvers.checks import checked_budget, checked_chain
+from rematplan.scheduler.solvers.online import OnlineRevolve
+from rematplan.scheduler.solvers.revolve_counts import revolve_actions, revolve_packed, revolve_runs
 
 __all__ = [
     "SOLVERS",

@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scheduler.chain import Chain
-from scheduler.errors import InfeasibleBudget
-from scheduler.schedule import Schedule
-from scheduler.solvers.persistent import Decision, KeepStage, Split, build, run_ends
-from scheduler.solvers.tables import Floats, Ints, arrays_of, compiled
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.errors import InfeasibleBudget
+from rematplan.scheduler.core.referee import Schedule
+from rematplan.scheduler.solvers.optimal_peaks import Floats, Ints, arrays_of, compiled
+from rematplan.scheduler.solvers.persistent import Decision, KeepStage, Split, build, run_ends
 
 __all__ = ["fastest_fit", "schedule_of", "segment_tree", "trees_by_runs"]
 

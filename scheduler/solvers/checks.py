@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from scheduler.chain import Chain
-from scheduler.checks import is_integer, is_number
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.checks import is_integer, is_number
 
 __all__ = [
     "MOST_BYTES",

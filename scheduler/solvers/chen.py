@@ -24,11 +24,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from scheduler.chain import Chain
-from scheduler.schedule import Schedule
-from scheduler.solvers.candidates import fastest_fit, segment_tree
-from scheduler.solvers.persistent import run_ends
-from scheduler.solvers.tables import Ints, compiled
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.referee import Schedule
+from rematplan.scheduler.solvers.candidates import fastest_fit, segment_tree
+from rematplan.scheduler.solvers.optimal_peaks import Ints, compiled
+from rematplan.scheduler.solvers.persistent import run_ends
 
 __all__ = ["solve"]
 

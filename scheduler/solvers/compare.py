@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scheduler.budget import format_bytes
-from scheduler.chain import Chain
-from scheduler.errors import InfeasibleBudget, SearchLimit
-from scheduler.schedule import simulate
-from scheduler.solvers import SOLVERS, checked_solver, solve_chain
-from scheduler.solvers.checks import checked_budget, checked_chain
-from scheduler.text_table import lines_of, new_table
+from rematplan.scheduler.core.budget import format_bytes
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.errors import InfeasibleBudget, SearchLimit
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.core.text_table import lines_of, new_table
+from rematplan.scheduler.solvers import SOLVERS, checked_solver, solve_chain
+from rematplan.scheduler.solvers.checks import checked_budget, checked_chain
 
 __all__ = ["Cell", "Comparison", "compare"]
 

@@ -42,12 +42,21 @@ import numpy as np
 from numba import types
 from numba.typed import Dict
 
-from scheduler.chain import Chain
-from scheduler.errors import InfeasibleBudget, SearchLimit
-from scheduler.schedule import Action, Backward, Checkpoint, Forward, Free, Keep, Schedule, simulate
-from scheduler.solvers import optimal
-from scheduler.solvers.checks import checked_count
-from scheduler.solvers.tables import Arrays, Floats, Ints, arrays_of, compiled
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.errors import InfeasibleBudget, SearchLimit
+from rematplan.scheduler.core.referee import (
+    Action,
+    Backward,
+    Checkpoint,
+    Forward,
+    Free,
+    Keep,
+    Schedule,
+    simulate,
+)
+from rematplan.scheduler.solvers import optimal
+from rematplan.scheduler.solvers.checks import checked_count
+from rematplan.scheduler.solvers.optimal_peaks import Arrays, Floats, Ints, arrays_of, compiled
 
 __all__ = ["MOST_STAGES", "solve"]
 
@@ -190,7 +199,7 @@ def _seconds_left(
 
 
 @compiled
-def _search(
+def _search(  # noqa: C901 - the loop of A*, compiled in one piece
     a: Arrays, v: LongLived, n: Knapsacks, budget: int, bits: int, limit: int, upper: float
 ) -> tuple[int, Ints, Ints, Ints, int]:
     """Search by A* from the start to the state with nothing left.

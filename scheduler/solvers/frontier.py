@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from scheduler.chain import Chain
-from scheduler.errors import InfeasibleBudget
-from scheduler.schedule import Schedule, simulate
-from scheduler.solvers.checks import checked_budget, checked_chain, checked_count
-from scheduler.solvers.optimal import Table
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.errors import InfeasibleBudget
+from rematplan.scheduler.core.referee import Schedule, simulate
+from rematplan.scheduler.solvers.checks import checked_budget, checked_chain, checked_count
+from rematplan.scheduler.solvers.optimal import Table
 
 __all__ = ["Frontier", "Point", "pareto"]
 

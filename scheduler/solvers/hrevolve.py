@@ -31,8 +31,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scheduler.checks import is_number
-from scheduler.schedule import (
+from rematplan.scheduler.core.checks import is_number
+from rematplan.scheduler.core.referee import (
     Action,
     Backward,
     Checkpoint,
@@ -44,8 +44,8 @@ from scheduler.schedule import (
     Prefetch,
     Schedule,
 )
-from scheduler.solvers.checks import checked_count
-from scheduler.solvers.tables import Floats, compiled
+from rematplan.scheduler.solvers.checks import checked_count
+from rematplan.scheduler.solvers.optimal_peaks import Floats, compiled
 
 __all__ = ["UniformOptimum", "solve_uniform"]
 
@@ -73,7 +73,7 @@ class UniformOptimum:
 
 
 @compiled
-def _fill(M: Floats, D: Floats, R: Floats, L: Floats, write: float, read: float, bounded: bool) -> None:
+def _fill(M: Floats, D: Floats, R: Floats, L: Floats, write: float, read: float, bounded: bool) -> None:  # noqa: C901 - a compiled recurrence
     """Fill the four tables (d, m, l) from l = 1 on; d = 0 is an unlimited disk if not ``bounded``."""
     disks, slots, lengths = M.shape
     for length in range(1, lengths):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from scheduler.chain import Chain
-from scheduler.schedule import Schedule
-from scheduler.solvers.persistent import KeepStage, build, first_fit
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.referee import Schedule
+from rematplan.scheduler.solvers.persistent import KeepStage, build, first_fit
 
 __all__ = ["solve"]
 

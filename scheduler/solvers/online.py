@@ -4,7 +4,7 @@ The problem is that of Stumm & Walther 2010, *New algorithms for optimal online 
 on Scientific Computing 32(2), https://doi.org/10.1137/080742439: c slots, x_0 in one of them; before each
 step its input may be held, in the place of another; when the loop has ended after n steps, all of them are
 reversed from what is held. The loop runs its last step before it knows that it was the last, so that the
-count is that of two phases (``binomial.py``).
+count is that of two phases (``revolve_counts.py``).
 
 Backward. With s_1 .. s_c steps between the boundaries held, 2n + sum of p(s_j, c - j + 1) steps run: each
 gap is reversed by Revolve, with all slots but those of the boundaries before it. No schedule does with
@@ -36,9 +36,9 @@ from functools import lru_cache
 from itertools import pairwise
 from math import comb
 
-from scheduler.schedule import Action, Checkpoint, Forward, Free
-from scheduler.solvers.binomial import reverse, revolve_runs
-from scheduler.solvers.checks import checked_count
+from rematplan.scheduler.core.referee import Action, Checkpoint, Forward, Free
+from rematplan.scheduler.solvers.checks import checked_count
+from rematplan.scheduler.solvers.revolve_counts import reverse, revolve_runs
 
 __all__ = ["OnlineRevolve"]
 

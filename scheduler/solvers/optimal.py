@@ -12,8 +12,8 @@ For a segment s..t with h bytes held (boundaries and saved tensors, x_s among th
       split j:  forward_s + .. + forward_{j-1} + C(j, t, h + input_j) + C(s, j-1, h),   s < j <= t
 
 a keep where h + ``keep_need`` fits the budget, a split where h + ``run_need`` of each stage it runs fits:
-what the referee counts, on top of h, while those actions run (``tables.py``). Two tables need no memory
-axis, because h shifts every peak of a segment by the same amount:
+what the referee counts, on top of h, while those actions run (``optimal_peaks.py``). Two tables need no
+memory axis, because h shifts every peak of a segment by the same amount:
 
     P(s,t): the least peak above h of any schedule of the segment; one fits iff h + P(s,t) <= budget
     A(s,t): the peak above h if every stage is kept with its fastest option; where that fits, C is known
@@ -22,16 +22,17 @@ So C is tabulated only between P and A, on a grid of ``unit`` bytes. The grid *e
 nothing else: the schedule is read off in exact bytes, and P decides at each step what fits. No rounding
 can break the budget, and none strands a part of it.
 
-Equal segments, as transformer blocks make them, are tabulated once (``tables.py``), so that a chain of equal
-blocks takes time with L^2. And one table answers every budget below its own (``Table``, ``frontier.py``).
+Equal segments, as transformer blocks make them, are tabulated once (``optimal_peaks.py``), so that a chain of
+equal blocks takes time with L^2. And one table answers every budget below its own (``Table``,
+``frontier.py``).
 
 What is claimed: the schedule is within the budget; one is found iff some persistent schedule fits
 (``InfeasibleBudget.smallest`` is exact); and it is the fastest persistent schedule wherever the greatest
 common divisor of boundaries, saved tensors and what stages retain is affordable as the unit. Elsewhere two
 tables are made. With sizes rounded down C is a lower bound; interpolated between grid points it estimates
 best. A schedule is read off each and the faster one returned; ``Optimum.lower_bound`` is the better of that
-bound and the knapsack's (``knapsack.py``), and ``Optimum.exact`` says whether the schedule meets it. Past
-some 500 unlike stages splits are tried at the smallest of every few boundaries only (``Arrays.split``),
+bound and the knapsack's (``knapsack_bound.py``), and ``Optimum.exact`` says whether the schedule meets it.
+Past some 500 unlike stages splits are tried at the smallest of every few boundaries only (``Arrays.split``),
 elsewhere only where nothing else fits; the knapsack's is then the only bound. docs/solver_speed.md has the
 times and gaps.
 
@@ -53,14 +54,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scheduler.chain import Chain
-from scheduler.errors import InfeasibleBudget
-from scheduler.schedule import Schedule, Timeline, simulate
-from scheduler.solvers.checks import checked_budget, checked_chain
-from scheduler.solvers.grid import Reading, filled_grid, read_off, root_values
-from scheduler.solvers.knapsack import Knapsack
-from scheduler.solvers.persistent import Decision, KeepStage, Split, build
-from scheduler.solvers.tables import arrays_of, peaks_of
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.errors import InfeasibleBudget
+from rematplan.scheduler.core.referee import Schedule, Timeline, simulate
+from rematplan.scheduler.solvers.checks import checked_budget, checked_chain
+from rematplan.scheduler.solvers.knapsack_bound import Knapsack
+from rematplan.scheduler.solvers.optimal_peaks import arrays_of, peaks_of
+from rematplan.scheduler.solvers.optimal_seconds import Reading, filled_grid, read_off, root_values
+from rematplan.scheduler.solvers.persistent import Decision, KeepStage, Split, build
 
 __all__ = ["Optimum", "Table", "solve", "solve_many", "solve_optimal"]
 

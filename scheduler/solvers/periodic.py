@@ -18,12 +18,12 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from scheduler.chain import Chain
-from scheduler.schedule import Schedule
-from scheduler.solvers.candidates import fastest_fit, segment_tree
-from scheduler.solvers.checks import checked_count
-from scheduler.solvers.persistent import run_ends
-from scheduler.solvers.tables import Ints
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.referee import Schedule
+from rematplan.scheduler.solvers.candidates import fastest_fit, segment_tree
+from rematplan.scheduler.solvers.checks import checked_count
+from rematplan.scheduler.solvers.optimal_peaks import Ints
+from rematplan.scheduler.solvers.persistent import run_ends
 
 __all__ = ["solve"]
 

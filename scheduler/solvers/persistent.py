@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeAlias, TypeVar
 
-from scheduler.chain import Chain
-from scheduler.errors import InfeasibleBudget
-from scheduler.schedule import Action, Backward, Checkpoint, Forward, Keep, Schedule, simulate
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.errors import InfeasibleBudget
+from rematplan.scheduler.core.referee import Action, Backward, Checkpoint, Forward, Keep, Schedule, simulate
 
 __all__ = ["Decision", "KeepStage", "Split", "build", "first_fit", "run_ends"]
 

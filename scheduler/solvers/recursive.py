@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from scheduler.chain import Chain
-from scheduler.schedule import Schedule
-from scheduler.solvers.candidates import fastest_fit, trees_by_runs
-from scheduler.solvers.tables import Ints, compiled
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.referee import Schedule
+from rematplan.scheduler.solvers.candidates import fastest_fit, trees_by_runs
+from rematplan.scheduler.solvers.optimal_peaks import Ints, compiled
 
 __all__ = ["solve"]
 

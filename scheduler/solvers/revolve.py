@@ -1,6 +1,6 @@
 """Binomial checkpointing (Griewank & Walther 2000), on the chain as if it were uniform.
 
-``binomial.py`` has the source and what is claimed of counts: with c slots for boundaries, x_0 in one of
+``revolve_counts.py`` has the source and what is claimed of counts: with c slots for boundaries, x_0 in one of
 them, no schedule that keeps one stage at a time runs fewer stages. On a chain whose stages differ that is
 no claim about seconds, and keeping more than one stage at a time can beat it even on a uniform one.
 
@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from scheduler.chain import Chain
-from scheduler.schedule import Schedule
-from scheduler.solvers.binomial import advance
-from scheduler.solvers.candidates import fastest_fit, schedule_of, trees_by_runs
-from scheduler.solvers.tables import Ints, compiled
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.referee import Schedule
+from rematplan.scheduler.solvers.candidates import fastest_fit, schedule_of, trees_by_runs
+from rematplan.scheduler.solvers.optimal_peaks import Ints, compiled
+from rematplan.scheduler.solvers.revolve_counts import advance
 
 __all__ = ["schedule_with_slots", "solve"]
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from scheduler.chain import Chain
-from scheduler.schedule import Schedule
-from scheduler.solvers.candidates import fastest_fit, segment_tree
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.referee import Schedule
+from rematplan.scheduler.solvers.candidates import fastest_fit, segment_tree
 
 __all__ = ["solve"]
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 
-from scheduler.chain import Chain
-from scheduler.schedule import Schedule
-from scheduler.solvers.persistent import Decision, KeepStage, Split, build, first_fit, run_ends
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.referee import Schedule
+from rematplan.scheduler.solvers.persistent import Decision, KeepStage, Split, build, first_fit, run_ends
 
 __all__ = ["solve"]
 

@@ -53,10 +53,10 @@ from functools import cache
 from operator import itemgetter
 from typing import Any
 
-from scheduler.chain import Chain
-from scheduler.errors import InfeasibleBudget
-from scheduler.host import HostMemory
-from scheduler.schedule import (
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.errors import InfeasibleBudget
+from rematplan.scheduler.core.host import HostMemory
+from rematplan.scheduler.core.referee import (
     Action,
     Backward,
     Checkpoint,
@@ -72,10 +72,10 @@ from scheduler.schedule import (
     Timeline,
     simulate,
 )
-from scheduler.solvers import optimal
-from scheduler.solvers.checks import MOST_SECONDS, checked_budget, checked_chain
-from scheduler.solvers.tables import Floats, Ints, arrays_of, quickest
-from scheduler.solvers.two_level_tables import (
+from rematplan.scheduler.solvers import optimal
+from rematplan.scheduler.solvers.checks import MOST_SECONDS, checked_budget, checked_chain
+from rematplan.scheduler.solvers.optimal_peaks import Floats, Ints, arrays_of, quickest
+from rematplan.scheduler.solvers.two_level_tables import (
     EARLY,
     GOES,
     INSIDE,

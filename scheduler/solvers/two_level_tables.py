@@ -8,9 +8,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scheduler.host import HostMemory
-from scheduler.solvers.checks import MOST_SECONDS
-from scheduler.solvers.tables import NEVER, Arrays, Floats, Ints, compiled, keep_need, peaks_of, run_need
+from rematplan.scheduler.core.host import HostMemory
+from rematplan.scheduler.solvers.checks import MOST_SECONDS
+from rematplan.scheduler.solvers.optimal_peaks import (
+    NEVER,
+    Arrays,
+    Floats,
+    Ints,
+    compiled,
+    keep_need,
+    peaks_of,
+    run_need,
+)
 
 __all__ = [
     "EARLY",
@@ -271,7 +280,7 @@ def _fill_again(n: Numbers, least: Ints, g: Grid) -> None:
 
 
 @compiled
-def _fill_sweep(n: Numbers, least: Ints, p: Frontiers, g: Grid) -> None:
+def _fill_sweep(n: Numbers, least: Ints, p: Frontiers, g: Grid) -> None:  # noqa: C901 - a compiled recurrence
     """Fill F: least seconds of s..L-1 in the first sweep and after it."""
     length = n.a.forward.size
     hosts, columns = g.sweep.shape[2:]

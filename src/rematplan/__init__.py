@@ -1,10 +1,11 @@
 """Fit the training of a PyTorch model into a memory budget at the least extra time.
 
-``solve(model, memory_budget, sample=batch)`` gives a :class:`Plan`; ``execute(plan, model)`` gives a model that trains by it.
+``solve(model, memory_budget, sample=batch)`` gives a :class:`Plan`; ``execute(plan, model)`` gives a model
+that trains by it.
 
-This is the whole public interface: modules below ``rematplan.scheduler`` and ``rematplan.executors`` are private
-unless README.md names them, and may change with any release. What needs no torch (chains, schedules, the referee,
-solvers) is imported with the package; what needs it is imported when it is first asked for.
+This is the whole public interface: modules below ``rematplan.scheduler`` and ``rematplan.executors`` are
+private unless README.md names them, and may change with any release. What needs no torch (chains, schedules,
+the referee, solvers) is imported with the package; what needs it is imported when it is first asked for.
 
 Example:
     >>> from rematplan import execute, solve

@@ -10,11 +10,11 @@ from torch.utils import _pytree as pytree
 
 from benchmarks.milp_bound import kept_all
 from benchmarks.op_dag import op_dag, op_seconds, priced, translate
-from scheduler import solve
-from scheduler.capture.sample import canonical_call
-from scheduler.dag import simulate_dag
-from scheduler.schedule import simulate
-from scheduler.solvers import solve_chain
+from rematplan import solve
+from rematplan.scheduler.bounds.dag import simulate_dag
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.solvers import solve_chain
+from rematplan.scheduler.torch_layer.call import canonical_call
 from tests.shared.helpers import smallest
 from tests.shared.models import ResidualNet
 

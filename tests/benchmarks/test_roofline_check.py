@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import roofline_check
 from benchmarks.roofline_check import OpTime, kind_of, rank_correlation, rows
-from scheduler.capture.target import Target
-from scheduler.costs import roofline
-from scheduler.costs.roofline import MAPPED, Rates, Tally, device_rates
-from scheduler.device import DeviceSpec
+from rematplan.scheduler.core.device import DeviceSpec
+from rematplan.scheduler.costs import roofline
+from rematplan.scheduler.costs.roofline import MAPPED, Rates, Tally, device_rates
+from rematplan.scheduler.torch_layer.target import Target
 from tests.shared.models import tiny
 
 aten = torch.ops.aten

@@ -13,11 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from executors import execute
-from executors.step_state import Lasting
-from scheduler import CaptureError, Schedule, solve
-from scheduler.capture.layouts import storage_keys
-from scheduler.schedule import Action, Backward, Checkpoint, Forward, Keep
+from rematplan import CaptureError, Schedule, execute, solve
+from rematplan.executors.step_state import Lasting
+from rematplan.scheduler.core.referee import Action, Backward, Checkpoint, Forward, Keep
+from rematplan.scheduler.torch_layer.layouts import storage_keys
 from tests.shared.helpers import smallest
 from tests.shared.state_training import (
     BATCH,
@@ -212,7 +211,8 @@ def test_a_block_with_state_of_its_own_may_run_again_more_than_once(make: Callab
     plain = make().train()
     want = train(plain, plain, 3, None, None)
     model, plan = planned_like(make, roots=[("LOG", LOG)])
-    # Of the first three blocks only the first one's input is held: each runs from there, after those before it.
+    # Of the first three blocks only the first one's input is held: each runs from there, after those before
+    # it.
     dropped, kept = [1, 2, 3], range(4, len(plan.chain))
     assert all(plan.chain.stages[k].recomputable for k in dropped)
     actions: list[Action] = [Keep(0), Checkpoint(1), Forward(2), Forward(3), *map(Keep, kept)]

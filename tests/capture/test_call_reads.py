@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from scheduler.capture.call_reads import CallReads
+from rematplan.scheduler.capture.call_reads import CallReads
 
 
 class Batch:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from scheduler.capture.flat import flatten, tensor_leaves, unflatten
-from scheduler.capture.sample import CallReader, canonical_call
+from rematplan.scheduler.torch_layer.call import CallReader, canonical_call
+from rematplan.scheduler.torch_layer.leaves import flatten, tensor_leaves, unflatten
 
 LEAVES = st.one_of(
     st.none(),

@@ -10,15 +10,14 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from executors import ReplayError, execute
-from scheduler import CaptureError, InfeasibleBudget, solve, solve_chain
-from scheduler.capture.export import export_graph
-from scheduler.capture.graph import Op, OpGraph
-from scheduler.capture.linearize import linearize, op_dag
-from scheduler.capture.module_capture import capture_modules
-from scheduler.capture.sample import canonical_call, read_sample
-from scheduler.capture.state import preserved
-from scheduler.capture.verify import difference, run_step
+from rematplan import CaptureError, InfeasibleBudget, ReplayError, execute, solve, solve_chain
+from rematplan.scheduler.capture.bit_equal_step import difference, run_step
+from rematplan.scheduler.capture.blocks.block_capture import capture_modules
+from rematplan.scheduler.capture.graph.cut import linearize, op_dag
+from rematplan.scheduler.capture.graph.export import export_graph
+from rematplan.scheduler.capture.graph.op_graph import Op, OpGraph
+from rematplan.scheduler.torch_layer.call import canonical_call, read_sample
+from rematplan.scheduler.torch_layer.preserve import preserved
 from tests.shared.models import Case, gpt2, llama, residual, unet
 
 
@@ -74,7 +73,7 @@ def _trains_equally(model: nn.Module, batch: Tensor, plan: Any) -> None:
 
 def _tight(model: nn.Module, batch: Tensor, **keywords: Any) -> Any:
     loose = solve(model, "1GiB", sample=batch, **keywords)
-    from scheduler import InfeasibleBudget
+    from rematplan import InfeasibleBudget
 
     try:
         solve(model, 1, sample=batch, **keywords)

@@ -11,22 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from executors import execute
-from executors.engine import Engine
-from executors.nested import nested
-from executors.recapture import ENGINES
-from scheduler import CaptureError, Plan, solve
-from scheduler.capture.flat import tree_leaves
-from scheduler.capture.protocol import Asked, Capture, Producer
-from scheduler.capture.state import preserved
-from scheduler.capture.target import Target
-from scheduler.capture.trial_step import TrialStep
-from scheduler.capture.verify import difference, run_step
-from scheduler.chain import Chain
-from scheduler.costs.assemble import StageFacts, Values, assemble
-from scheduler.costs.gradients import parameter_grads
-from scheduler.costs.measure import Enter, StageRun, fresh_grads, measure_stage
-from scheduler.kinds import KINDS, Kind
+from rematplan import CaptureError, Plan, execute, solve
+from rematplan.executors.engine import Engine
+from rematplan.executors.nested import nested
+from rematplan.executors.recapture import ENGINES
+from rematplan.scheduler.capture.bit_equal_step import difference, run_step
+from rematplan.scheduler.capture.protocol import Asked, Capture, Producer
+from rematplan.scheduler.capture.trial_step import TrialStep
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.costs.assemble import StageFacts, Values, assemble
+from rematplan.scheduler.costs.gradients import parameter_grads
+from rematplan.scheduler.costs.stage_run import Enter, StageRun, fresh_grads, measure_stage
+from rematplan.scheduler.plan.kinds import KINDS, Kind
+from rematplan.scheduler.torch_layer.leaves import tree_leaves
+from rematplan.scheduler.torch_layer.preserve import preserved
+from rematplan.scheduler.torch_layer.target import Target
 from tests.shared.helpers import smallest
 from tests.shared.models import Case
 from tests.shared.steps import assert_equal, restored, train

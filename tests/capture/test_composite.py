@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
-from executors import execute
-from scheduler import CaptureError, Plan, solve
-from scheduler.capture.composite import in_parts
-from scheduler.capture.eager import as_eager
-from scheduler.capture.export import export_graph
-from scheduler.capture.graph import OpGraph
-from scheduler.capture.graph_capture import capture_graph, op_graphs
-from scheduler.capture.sample import Call, canonical_call, read_sample
-from scheduler.capture.verify import difference, run_step
+from rematplan import CaptureError, Plan, execute, solve
+from rematplan.scheduler.capture.bit_equal_step import difference, run_step
+from rematplan.scheduler.capture.graph.decompose import in_parts
+from rematplan.scheduler.capture.graph.export import export_graph
+from rematplan.scheduler.capture.graph.graph_capture import capture_graph, op_graphs
+from rematplan.scheduler.capture.graph.op_graph import OpGraph
+from rematplan.scheduler.torch_layer.call import Call, canonical_call, read_sample
+from rematplan.scheduler.torch_layer.eager import as_eager
 from tests.shared.helpers import smallest
 from tests.shared.models import Case, make_llama
 from tests.shared.steps import assert_equal, replan, restored, train

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scheduler.capture.layouts import equal_bits
+from rematplan.scheduler.torch_layer.layouts import equal_bits
 
 NAN = float("nan")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scheduler import CaptureError, solve
+from rematplan import CaptureError, solve
 from tests.shared.state_training import BATCH, WIDTH, Layer, Stack, assert_trains_like_plain
 
 DEPTH = 4

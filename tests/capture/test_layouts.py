@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from scheduler.capture.layouts import (
+from rematplan.scheduler.torch_layer.layouts import (
     held_bytes,
     is_plain,
     nonzeros,
@@ -24,7 +24,8 @@ from scheduler.capture.layouts import (
     unusual,
 )
 
-# bytes: of COO, two int64 and a float a value; of rows or columns, an int64 and a float a value, and seven bounds
+# bytes: of COO, two int64 and a float a value; of rows or columns, an int64 and a float a value, and seven
+# bounds
 SPARSE: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "coo": (Tensor.to_sparse, 6 * (16 + 4)),
     "csr": (Tensor.to_sparse_csr, 6 * (8 + 4) + 7 * 8),

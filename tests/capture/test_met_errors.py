@@ -13,11 +13,10 @@ from torch.autograd import forward_ad
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from executors import execute
-from scheduler import CaptureError, solve
-from scheduler.capture import graph_capture
-from scheduler.capture.unwind import met, unwound
-from scheduler.costs import graph_chain
+from rematplan import CaptureError, execute, solve
+from rematplan.scheduler.capture.graph import graph_capture
+from rematplan.scheduler.costs import graph_chain
+from rematplan.scheduler.torch_layer.unwind import met, unwound
 from tests.shared.met import WIDTH, check, rows, tower
 
 

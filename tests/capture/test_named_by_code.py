@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scheduler.capture.named_by_code import Named, named_by
+from rematplan.scheduler.torch_layer.named_by_code import Named, named_by
 
 SCALE = {"by": 2.0}
 NEVER = {"by": 3.0}

@@ -15,12 +15,11 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from executors import execute
-from scheduler import CaptureError, Plan, PlanMismatch, solve
-from scheduler.capture.graph import Op
-from scheduler.capture.graph_capture import draws_elsewhere_in
-from scheduler.capture.repeat import deterministic, in_backward_of, rounds_alike
-from scheduler.capture.state import in_backward
+from rematplan import CaptureError, Plan, PlanMismatch, execute, solve
+from rematplan.scheduler.capture.graph.graph_capture import draws_elsewhere_in
+from rematplan.scheduler.capture.graph.op_graph import Op
+from rematplan.scheduler.capture.repeat import deterministic, in_backward_of, rounds_alike
+from rematplan.scheduler.torch_layer.preserve import in_backward
 from tests.shared.helpers import smallest
 from tests.shared.steps import CPU, Record, assert_equal, state
 
@@ -209,7 +208,8 @@ def test_a_noisy_model_trains_by_its_graph_as_exactly_as_its_kernels_allow(suppo
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-# ---- random state outside of the generator, as cuDNN keeps it for the dropout of RNNs ------------------------
+# ---- random state outside of the generator, as cuDNN keeps it for the dropout of RNNs
+# ------------------------
 
 
 class Outside:
@@ -421,7 +421,8 @@ def test_blocks_that_draw_one_number_repeat_themselves(own: bool) -> None:
     assert sum(stage.recomputable for stage in plan.chain.stages) == 4
 
 
-# ---- the parts -----------------------------------------------------------------------------------------------
+# ---- the parts
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("grad", [True, False])

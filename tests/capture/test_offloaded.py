@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scheduler import CaptureError
-from scheduler.capture.offloaded import offloaded
+from rematplan import CaptureError
+from rematplan.scheduler.capture.offloaded import offloaded
 
 ROWS, WIDTH = 64, 32
 SIZE = 4 * ROWS * WIDTH
@@ -40,7 +40,8 @@ def test_gradients_are_those_of_the_plain_step_and_each_tensor_is_copied_once() 
     model.zero_grad()
     with offloaded([*model.parameters(), batch], "cpu") as held:
         loss = model(batch)
-    # The output of tanh, its product with the scale, its transposed view (for the product's other factor), and the sine's input.
+    # The output of tanh, its product with the scale, its transposed view (for the product's other factor),
+    # and the sine's input.
     assert held.now == 4 * SIZE
     loss.backward()
     assert all(map(torch.equal, want, [p.grad for p in model.parameters() if p.grad is not None]))

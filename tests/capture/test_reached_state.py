@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from executors import execute, plans_of
-from scheduler import InfeasibleBudget, Plan, PlanMismatch, solve
+from rematplan import InfeasibleBudget, Plan, PlanMismatch, execute, plans_of, solve
 
 WIDTH, CLASSES = 32, 8
 
@@ -206,7 +205,8 @@ def trained(model: Net, run: Callable[..., Tensor]) -> list[Tensor]:
     return found
 
 
-# Under the smallest budget of a graph blocks may not be able to take over: then it is captured at every change, and said.
+# Under the smallest budget of a graph blocks may not be able to take over: then it is captured at every
+# change, and said.
 @pytest.mark.filterwarnings("ignore:.*the op graph is captured again at every such change")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.slow

@@ -19,12 +19,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from executors import execute, measure_peak
-from executors.compare_replay import ReplayError
-from scheduler import CallableChain, CaptureError, Plan, solve
-from scheduler.capture.module_capture import capture_modules
-from scheduler.capture.state import preserved
-from scheduler.costs.module_chain import module_chain
+from rematplan import CallableChain, CaptureError, Plan, execute, measure_peak, solve
+from rematplan.executors.compare_replay import ReplayError
+from rematplan.scheduler.capture.blocks.block_capture import capture_modules
+from rematplan.scheduler.costs.module_chain import module_chain
+from rematplan.scheduler.torch_layer.preserve import preserved
 from tests.shared.helpers import ROOT, smallest
 from tests.shared.models import Case
 from tests.shared.steps import OVERLAPPING, assert_equal, peak_of_a_step, restored, tightest, train
@@ -224,8 +223,8 @@ def test_a_saved_plan_trains_in_another_process(tmp_path: Path) -> None:
     torch.save(expected, tmp_path / "expected.pt")
     script = f"""
         import torch
-        from executors import execute
-        from scheduler import Plan
+        from rematplan import execute
+        from rematplan import Plan
         from tests.shared.steps import assert_equal, train
         from tests.capture.test_recurrent import Layers, of_vectors
         torch.manual_seed(0)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from scheduler.capture.inner_gradients import noted_gradients
-from scheduler.capture.layer_drop import VALUES, Effort, fixed_draws
-from scheduler.capture.nested_plans import inner_plans_left_out, within_a_plan
+from rematplan.scheduler.capture.blocks.layer_drop import VALUES, Effort, fixed_draws
+from rematplan.scheduler.capture.graph.inner_gradients import noted_gradients
+from rematplan.scheduler.torch_layer.nested_plans import inner_plans_left_out, within_a_plan
 
 
 def test_a_thread_is_within_a_plan_until_the_outermost_ends() -> None:

@@ -15,18 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from executors import execute
-from scheduler import CaptureError, DeviceSpec, InfeasibleBudget, Plan, PlanMismatch, estimate, solve
-from scheduler.capture.loss import find_loss
-from scheduler.capture.verify import difference, run_step
+from rematplan import CaptureError, DeviceSpec, InfeasibleBudget, Plan, PlanMismatch, estimate, execute, solve
+from rematplan.scheduler.capture.bit_equal_step import difference, run_step
+from rematplan.scheduler.torch_layer.loss import find_loss
 from tests.shared.helpers import smallest
 from tests.shared.models import Block, Case, gpt2, llama, mlp, residual, resnet, tiny
 from tests.shared.steps import each_model
 
 HOST = DeviceSpec("a host", memory=2**34, bandwidth=1e10, flops={"float32": 5e10}, kind="cpu", workspace=0)
 CUDA = DeviceSpec("a card", memory=2**34, bandwidth=1e12, flops={"float32": 2e13, "bfloat16": 2e14})
-# Convolutions, batch norms and mixed kernels of the CPU take scratch space of their own, which a count without data
-# cannot see.
+# Convolutions, batch norms and mixed kernels of the CPU take scratch space of their own, which a count
+# without data cannot see.
 BLIND = {"mlp": 0.03, "residual": 0.06, "resnet": 0.035}
 # Two layers of each kind: the second one is priced as the first.
 MODELS: dict[str, Callable[[], Case]] = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from scheduler.chain import Chain, Option, Stage
+from rematplan.scheduler.core.chain import Chain, Option, Stage
 from tests.shared.chains import chains
 
 OPTION = Option(4)

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from benchmarks.cuts import FOUND, rows, section
-from scheduler import Plan, solve
-from scheduler.capture.export import export_graph
-from scheduler.capture.graph import OpGraph
-from scheduler.capture.linearize import Linear, linearize
-from scheduler.capture.sample import canonical_call
-from scheduler.cuts import LEFT_OUT, REASONS, Cut, explain_cut, summary
+from rematplan import Plan, solve
+from rematplan.scheduler.capture.graph.cut import Linear, linearize
+from rematplan.scheduler.capture.graph.export import export_graph
+from rematplan.scheduler.capture.graph.op_graph import OpGraph
+from rematplan.scheduler.plan.why_cut import LEFT_OUT, REASONS, Cut, explain_cut, summary
+from rematplan.scheduler.torch_layer.call import canonical_call
 from tests.shared.models import Case, gpt2, resnet, tiny, unet
 from tests.shared.steps import plan_for
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from scheduler import DeviceSpec
+from rematplan import DeviceSpec
 
 
 def test_built_in_devices_are_found_by_name_in_any_case() -> None:
@@ -65,6 +65,6 @@ def test_a_table_of_rates_is_asked_for() -> None:
 
 
 def test_descriptions_need_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; from scheduler import DeviceSpec; print(DeviceSpec.of('L4').name)"
+    code = "import sys; sys.modules['torch'] = None; from rematplan import DeviceSpec; print(DeviceSpec.of('L4').name)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "L4"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.json_data import (
+from rematplan.scheduler.core.json_data import (
     LARGEST,
     Check,
     choice,

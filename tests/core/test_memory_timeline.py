@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.cuda import _memory_viz as viz
 
-from executors import rehearse
-from scheduler.memory_timeline import CATEGORIES, Block, MemoryTimeline, Point
+from rematplan import rehearse
+from rematplan.scheduler.plan.timeline import CATEGORIES, Block, MemoryTimeline, Point
 from tests.shared.steps import case_of, each_model, plan_for, replan, tightest
 
 pytestmark = pytest.mark.filterwarnings("ignore:device argument is deprecated")

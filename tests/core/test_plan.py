@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from scheduler import Chain, InfeasibleBudget, Plan, solve_chain
-from scheduler.budget import free_machine_bytes, parse_budget
-from scheduler.plan import CaptureRecord
-from scheduler.schedule import Backward, Checkpoint, Free, Keep, Schedule, simulate
+from rematplan import Chain, InfeasibleBudget, Plan, solve_chain
+from rematplan.scheduler.core.budget import free_machine_bytes, parse_budget
+from rematplan.scheduler.core.referee import Backward, Checkpoint, Free, Keep, Schedule, simulate
+from rematplan.scheduler.plan.plan import CaptureRecord
 
 
 def _plan(budget: int = 150) -> Plan:

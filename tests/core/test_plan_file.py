@@ -17,8 +17,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from executors import ReplayError, execute
-from scheduler import CaptureError, HostMemory, InfeasibleBudget, Plan, PlanMismatch, solve
+from rematplan import (
+    CaptureError,
+    HostMemory,
+    InfeasibleBudget,
+    Plan,
+    PlanMismatch,
+    ReplayError,
+    execute,
+    solve,
+)
 from tests.shared.models import Case, tiny
 from tests.shared.steps import assert_equal, plan_for, thinnest, tightest, train
 
@@ -155,7 +163,7 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
 
 
 def test_a_file_larger_than_any_plan_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scheduler.plan_file.MOST_BYTES", 1000)
+    monkeypatch.setattr("rematplan.scheduler.plan.plan_file.MOST_BYTES", 1000)
     (tmp_path / "plan.json").write_text(_written("graph"), encoding="utf-8")
     with pytest.raises(ValueError, match="has more than 1000 bytes"):
         Plan.load(tmp_path / "plan.json")
@@ -203,7 +211,7 @@ def test_a_field_out_of_its_range_is_named(path: tuple[Any, ...], value: Any, sa
 
 
 def test_a_schedule_that_nobody_could_judge_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scheduler.plan_file.MOST_WORK", 100)
+    monkeypatch.setattr("rematplan.scheduler.plan.plan_file.MOST_WORK", 100)
     with pytest.raises(ValueError, match="more than can be judged"):
         Plan.from_json(_data("graph"))
 

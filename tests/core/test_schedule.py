@@ -8,10 +8,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from scheduler.chain import Chain, Option, Stage
-from scheduler.errors import InfeasibleBudget
-from scheduler.host import HostMemory
-from scheduler.schedule import (
+from rematplan.scheduler.core.chain import Chain, Option, Stage
+from rematplan.scheduler.core.errors import InfeasibleBudget
+from rematplan.scheduler.core.host import HostMemory
+from rematplan.scheduler.core.referee import (
     COPY_ACTIONS,
     Action,
     Backward,
@@ -23,7 +23,7 @@ from scheduler.schedule import (
     Schedule,
     simulate,
 )
-from scheduler.solvers import SOLVERS, solve_chain
+from rematplan.scheduler.solvers import SOLVERS, solve_chain
 from tests.shared.brute_force import replay
 from tests.shared.brute_force_host import legal_walk
 from tests.shared.chains import chains

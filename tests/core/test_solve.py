@@ -14,15 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import scheduler
-from executors import execute, measure_peak
-from scheduler import CaptureError, InfeasibleBudget, Plan, solve
-from scheduler.budget import format_bytes, parse_budget
-from scheduler.capture.target import Target
-from scheduler.costs.resident import optimizer_bytes, optimizer_step_bytes
-from scheduler.device import DeviceSpec
-from scheduler.host import HostMemory
-from scheduler.solvers import SOLVERS
+import rematplan
+from rematplan import CaptureError, InfeasibleBudget, Plan, execute, measure_peak, solve
+from rematplan.scheduler.core.budget import format_bytes, parse_budget
+from rematplan.scheduler.core.device import DeviceSpec
+from rematplan.scheduler.core.host import HostMemory
+from rematplan.scheduler.costs.resident import optimizer_bytes, optimizer_step_bytes
+from rematplan.scheduler.solvers import SOLVERS
+from rematplan.scheduler.torch_layer.target import Target
 
 CPU = torch.device("cpu")
 
@@ -394,14 +393,14 @@ def test_the_core_solves_where_torch_is_absent(tmp_path: Path) -> None:
     script.write_text(
         "import sys\n"
         "sys.modules['torch'] = None\n"
-        "from scheduler.chain import Chain\n"
-        "from scheduler.schedule import simulate\n"
-        "from scheduler.solvers import SOLVERS, solve_chain\n"
+        "from rematplan.scheduler.core.chain import Chain\n"
+        "from rematplan.scheduler.core.referee import simulate\n"
+        "from rematplan.scheduler.solvers import SOLVERS, solve_chain\n"
         "chain = Chain.from_arrays([1] * 8, [2] * 8, [10] * 9, [40] * 8)\n"
         "assert simulate(chain, solve_chain(chain, 200)).peak <= 200\n"
-        "import scheduler\n"
+        "import rematplan\n"
         "try:\n"
-        "    scheduler.solve\n"
+        "    rematplan.solve\n"
         "except ImportError:\n"
         "    print('solved', len(SOLVERS))\n",
         encoding="utf-8",
@@ -412,6 +411,6 @@ def test_the_core_solves_where_torch_is_absent(tmp_path: Path) -> None:
         text=True,
         check=False,
         timeout=120,
-        env={**os.environ, "PYTHONPATH": str(Path(scheduler.__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": str(Path(rematplan.__file__).parent.parent)},
     )
     assert done.stdout == f"solved {len(SOLVERS)}\n", done.stderr

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.chain import Carried, Chain, Option, Stage
-from scheduler.errors import InfeasibleBudget
-from scheduler.plan import Plan
-from scheduler.schedule import Backward, Checkpoint, Keep, Schedule, simulate
-from scheduler.solvers import solve_chain
-from scheduler.solvers.frontier import pareto
-from scheduler.solvers.optimal import solve_optimal
+from rematplan.scheduler.core.chain import Carried, Chain, Option, Stage
+from rematplan.scheduler.core.errors import InfeasibleBudget
+from rematplan.scheduler.core.referee import Backward, Checkpoint, Keep, Schedule, simulate
+from rematplan.scheduler.plan.plan import Plan
+from rematplan.scheduler.solvers import solve_chain
+from rematplan.scheduler.solvers.frontier import pareto
+from rematplan.scheduler.solvers.optimal import solve_optimal
 from tests.shared.brute_force import persistent_schedules
 from tests.shared.steps import each_model, plan_for
 

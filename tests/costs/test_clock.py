@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from scheduler.costs.clock import Spans, wait
+from rematplan.scheduler.costs.meters.clock import Spans, wait
 
 
 def test_each_piece_has_its_own_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

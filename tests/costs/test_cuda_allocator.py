@@ -11,7 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.cuda_allocator import AllocatorPeaks, CachingAllocator, block_bytes, replay
+from rematplan.scheduler.costs.meters.cuda_allocator import (
+    AllocatorPeaks,
+    CachingAllocator,
+    block_bytes,
+    replay,
+)
 
 KIB, MIB = 2**10, 2**20
 EITHER = pytest.mark.parametrize("expandable", [False, True])
@@ -123,7 +128,7 @@ def test_peaks_begin_anew_at_what_is_there() -> None:
 
 
 def test_it_needs_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; import scheduler.cuda_allocator"
+    code = "import sys; sys.modules['torch'] = None; import rematplan.scheduler.costs.meters.cuda_allocator"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

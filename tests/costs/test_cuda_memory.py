@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from executors import rehearse
-from scheduler import DeviceSpec, Plan, estimate, solve
-from scheduler.capture.target import Target
-from scheduler.costs import cuda_memory
-from scheduler.costs.cuda_memory import SAFETY, simulated_slack, stays, workspace_bytes
-from scheduler.costs.live import Event
-from scheduler.costs.peak import count_bytes
-from scheduler.cuda_allocator import CachingAllocator, block_bytes
+from rematplan import DeviceSpec, Plan, estimate, rehearse, solve
+from rematplan.scheduler.costs.meters import cuda_overheads as cuda_memory
+from rematplan.scheduler.costs.meters.cuda_allocator import CachingAllocator, block_bytes
+from rematplan.scheduler.costs.meters.cuda_overheads import SAFETY, simulated_slack, stays, workspace_bytes
+from rematplan.scheduler.costs.meters.live_storages import Event
+from rematplan.scheduler.costs.meters.peak import count_bytes
+from rematplan.scheduler.torch_layer.target import Target
 from tests.shared.helpers import smallest
 from tests.shared.steps import replan
 

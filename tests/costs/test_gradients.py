@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from executors import execute, measure_peak
-from scheduler import Plan, solve
+from rematplan import Plan, execute, measure_peak, solve
 from tests.shared.helpers import smallest
 from tests.shared.models import BUILDERS, Case
 from tests.shared.steps import each_model, loss_of, replan, thinnest

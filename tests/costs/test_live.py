@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from scheduler.costs.live import LiveBytes, rounded
-from scheduler.costs.peak import count_bytes
+from rematplan.scheduler.costs.meters.live_storages import LiveBytes, rounded
+from rematplan.scheduler.costs.meters.peak import count_bytes
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scheduler.costs.op_trace import trace_of_ops
+from rematplan.scheduler.costs.op_trace import trace_of_ops
 
 
 def trace(module: Callable[[Tensor], Tensor], x: Tensor) -> Hashable:

@@ -11,10 +11,10 @@ from torch._subclasses import FakeTensorMode
 from torch.profiler import profile
 from torch.utils import _pytree as pytree
 
-from scheduler.costs import scratch
-from scheduler.costs.live import LiveBytes
-from scheduler.costs.peak import count_bytes
-from scheduler.costs.scratch import Scratch
+from rematplan.scheduler.costs.meters import kernel_scratch as scratch
+from rematplan.scheduler.costs.meters.kernel_scratch import Scratch
+from rematplan.scheduler.costs.meters.live_storages import LiveBytes
+from rematplan.scheduler.costs.meters.peak import count_bytes
 
 CPU = torch.device("cpu")
 aten = torch.ops.aten

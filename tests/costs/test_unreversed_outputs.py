@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from executors import execute
-from scheduler import solve
+from rematplan import execute, solve
 from tests.shared.helpers import smallest
 from tests.shared.models import Case
 from tests.shared.steps import assert_equal, peak_of_a_step, replan, restored, tightest, train

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.coverage import row
 from benchmarks.coverage_cases import FAMILIES
-from executors import execute
-from scheduler import CaptureError, solve
+from rematplan import CaptureError, execute, solve
 from tests.shared.models import Case, keywords
 from tests.shared.steps import assert_equal, restored, tightest, train
 

@@ -14,12 +14,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from executors import broadcast_plan, execute, plan_of, plans_of
-from scheduler import CaptureError, Plan, PlanMismatch, Schedule, solve
-from scheduler.capture.sharded import local
-from scheduler.costs.peak import count_bytes
-from scheduler.errors import NewShapeWarning
-from scheduler.schedule import Action, Backward, Checkpoint, Forward, Keep
+from rematplan import (
+    CaptureError,
+    Plan,
+    PlanMismatch,
+    Schedule,
+    broadcast_plan,
+    execute,
+    plan_of,
+    plans_of,
+    solve,
+)
+from rematplan.scheduler.core.errors import NewShapeWarning
+from rematplan.scheduler.core.referee import Action, Backward, Checkpoint, Forward, Keep
+from rematplan.scheduler.costs.meters.peak import count_bytes
+from rematplan.scheduler.torch_layer.fsdp import local
 from tests.shared.models import tiny
 from tests.shared.ranks import running
 from tests.shared.runs import CountsRuns

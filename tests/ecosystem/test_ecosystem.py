@@ -14,14 +14,15 @@ import torch
 from torch import nn
 from transformers import GPT2LMHeadModel
 
-from executors import execute, plans_of, trace_of
+from rematplan import execute, plans_of, trace_of
 from tests.shared.helpers import ROOT
 from tests.shared.steps import assert_equal, case_of, plan_for, tightest
 
 EXAMPLES = ROOT / "examples"
 
 pytestmark = [
-    # Third parties' own affairs: Lightning asks torch for what is deprecated, and warns of few workers and no GPU.
+    # Third parties' own affairs: Lightning asks torch for what is deprecated, and warns of few workers and no
+    # GPU.
     pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     pytest.mark.filterwarnings("ignore:.*'pin_memory' argument is set as true.*"),
@@ -131,7 +132,7 @@ def test_lightning_trains_by_the_callback_and_has_its_module_back(precision: str
 
 
 def test_the_callback_says_which_module_it_wants() -> None:
-    from executors.lightning import Rematerialize
+    from rematplan.executors.lightning import Rematerialize
 
     module = example("train_with_lightning").LanguageModel()
     with pytest.raises(ValueError, match="module='net' is no submodule of LanguageModel; pass one of model"):

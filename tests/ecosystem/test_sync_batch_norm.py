@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from executors import execute
-from scheduler import CaptureError, Plan, solve
+from rematplan import CaptureError, Plan, execute, solve
 from tests.shared.models import Case
 from tests.shared.ranks import running
 from tests.shared.steps import assert_equal, restored, tightest, train

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from executors.arena import Arena
+from rematplan.executors.host_arena import Arena
 
 CPU = torch.device("cpu")
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from executors import execute, measure_peak
-from executors.check import checksum, sums
-from scheduler import solve
-from scheduler.costs.options import _equal
+from rematplan import execute, measure_peak, solve
+from rematplan.executors.fingerprints import checksum, sums
+from rematplan.scheduler.costs.option_costs import _equal
 from tests.shared.helpers import smallest
 from tests.shared.steps import EITHER_CAPTURE, case_of, peak_of_a_step, plan_for, replan, restored
 

@@ -16,10 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from executors import execute, measure_peak, rehearse
-from scheduler import Plan, PlanMismatch, solve
-from scheduler.costs.clock import Spans, wait
-from scheduler.costs.cuda_memory import expandable_segments, workspace_bytes
+from rematplan import Plan, PlanMismatch, execute, measure_peak, rehearse, solve
+from rematplan.scheduler.costs.meters.clock import Spans, wait
+from rematplan.scheduler.costs.meters.cuda_overheads import expandable_segments, workspace_bytes
 from tests.shared.helpers import smallest
 from tests.shared.models import SEVEN, Case
 from tests.shared.steps import assert_equal, on_device, peak_of_a_step, replan, restored, train
@@ -284,7 +283,7 @@ def test_a_planned_step_is_not_recorded_as_a_cuda_graph() -> None:
 # In a process of its own: the trace must have everything since the first allocation.
 TRACED = """
 import json, torch
-from scheduler.cuda_allocator import CachingAllocator
+from rematplan.scheduler.costs.meters.cuda_allocator import CachingAllocator
 
 torch.cuda.init()
 torch.cuda.memory._record_memory_history("all", context=None, max_entries=1_000_000)

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from executors import ReplayError, execute, trace_of
-from executors.check import checksum, difference, metadata
-from scheduler import Plan, solve
-from scheduler.errors import PeakWarning
-from scheduler.schedule import Backward, Checkpoint, Forward, Keep, Schedule
+from rematplan import Plan, ReplayError, execute, solve, trace_of
+from rematplan.executors.fingerprints import checksum, difference, metadata
+from rematplan.scheduler.core.errors import PeakWarning
+from rematplan.scheduler.core.referee import Backward, Checkpoint, Forward, Keep, Schedule
 from tests.shared.models import Case
 from tests.shared.runs import CountsRuns
 from tests.shared.steps import (
@@ -55,7 +54,8 @@ def test_a_deterministic_model_trains_bit_equal_under_every_check(
 class Counting(CountsRuns):
     """A block whose result depends on how often its code has run; ``change`` makes it of the input and the count.
 
-    It is ``steady`` while it is planned for: solve() refuses a block that does not repeat itself on the sample.
+    It is ``steady`` while it is planned for: solve() refuses a block that does not repeat itself on the
+    sample.
     """
 
     def __init__(self, change: Callable[[Tensor, int], Tensor]) -> None:

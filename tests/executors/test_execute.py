@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from executors import execute, plan_of, plans_of
-from scheduler import Plan, PlanMismatch, solve
+from rematplan import Plan, PlanMismatch, execute, plan_of, plans_of, solve
 from tests.shared.helpers import smallest
 from tests.shared.models import SEVEN, Block, Case, ResidualNet, tiny
 from tests.shared.steps import (
@@ -38,8 +37,9 @@ CAPTURES = ["graph", "modules"]
 EACH_CAPTURE = pytest.mark.parametrize("capture", CAPTURES)
 FRACTIONS = [0.0, 0.4, 0.9]  # of the way from the smallest budget to the plain peak
 
-# How far a predicted peak may be from the measured one. A chain charges a kept stage for its output even where
-# autograd lets that go (GELU before Dropout). Graph capture does not cut there; whole modules as stages do.
+# How far a predicted peak may be from the measured one. A chain charges a kept stage for its output even
+# where autograd lets that go (GELU before Dropout). Graph capture does not cut there; whole modules as stages
+# do.
 TOLERANCE = {("mlp", "modules"): 0.4}
 
 

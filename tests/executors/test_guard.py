@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from executors import execute
-from executors.guard import Trainable, benchmarks_convolutions, reject_recording
-from scheduler import PlanMismatch, solve
+from rematplan import PlanMismatch, execute, solve
+from rematplan.executors.model_guard import Trainable, benchmarks_convolutions, reject_recording
 from tests.shared.models import Case, stack
 from tests.shared.steps import (
     EITHER_CAPTURE,

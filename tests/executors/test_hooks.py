@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from executors import execute
-from scheduler import CaptureError, solve
-from scheduler.capture.export import unfired_hook
+from rematplan import CaptureError, execute, solve
+from rematplan.scheduler.capture.graph.export import unfired_hook
 from tests.shared.models import Block, Case
 from tests.shared.steps import (
     EACH_CAPTURE,

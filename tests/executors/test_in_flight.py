@@ -13,11 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from executors import ReplayError, execute, measure_peak
-from executors.in_flight import InFlight, later_peak, waiting_bytes
-from executors.planned import plan_of
-from scheduler import Plan, solve
-from scheduler.errors import PeakWarning
+from rematplan import Plan, ReplayError, execute, measure_peak, solve
+from rematplan.executors.execute import plan_of
+from rematplan.executors.in_flight import InFlight, later_peak, waiting_bytes
+from rematplan.scheduler.core.errors import PeakWarning
 from tests.shared.helpers import smallest
 from tests.shared.steps import EITHER_CAPTURE, OVERLAPPING
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from executors import execute
-from scheduler import solve
-from scheduler.capture.environment import switched, switches
+from rematplan import execute, solve
+from rematplan.scheduler.torch_layer.environment import switched, switches
 from tests.shared.helpers import smallest
 from tests.shared.steps import EITHER_CAPTURE, Record, assert_equal, state
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from executors import measure_peak
-from scheduler.costs.cuda_memory import workspace_bytes
+from rematplan import measure_peak
+from rematplan.scheduler.costs.meters.cuda_overheads import workspace_bytes
 
 
 def test_the_peak_is_the_most_bytes_live_at_once_not_their_sum() -> None:

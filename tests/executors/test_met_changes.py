@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from executors import execute
-from scheduler import PlanMismatch
+from rematplan import PlanMismatch, execute
 from tests.shared.met import WIDTH, tower
 from tests.shared.models import Case
 from tests.shared.steps import EITHER_CAPTURE, at_its_tightest

@@ -15,14 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-import executors.step_state
-from executors import execute, rehearse
-from executors.arena import Arena
-from executors.offload import Store
-from scheduler import HostMemory, Plan, Schedule, solve
-from scheduler.memory_timeline import MemoryTimeline
-from scheduler.program import ReplayProgram
-from scheduler.schedule import (
+import rematplan.executors.step_state
+from rematplan import HostMemory, Plan, Schedule, execute, rehearse, solve
+from rematplan.executors.host_arena import Arena
+from rematplan.executors.host_copies import Store
+from rematplan.scheduler.core.program import ReplayProgram
+from rematplan.scheduler.core.referee import (
     COPY_ACTIONS,
     Action,
     Backward,
@@ -38,6 +36,7 @@ from scheduler.schedule import (
     PrefetchSaved,
     simulate,
 )
+from rematplan.scheduler.plan.timeline import MemoryTimeline
 from tests.shared.brute_force_host import legal_walk
 from tests.shared.helpers import smallest
 from tests.shared.models import Case
@@ -104,7 +103,7 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             super().__init__(arena)
             sides.append(self.side)
 
-    monkeypatch.setattr(executors.step_state, "Store", Noted)
+    monkeypatch.setattr(rematplan.executors.step_state, "Store", Noted)
     return sides
 
 
@@ -137,7 +136,8 @@ def test_a_step_with_copies_is_bit_equal_and_within_its_budget(
     for side in stores:
         assert side.bytes == 0
         assert side.peak <= plan.timeline.host_peak
-        # What the referee counts and is not copied: storages that nobody asks for again, and those that live on anyway.
+        # What the referee counts and is not copied: storages that nobody asks for again, and those that live
+        # on anyway.
         assert side.peak > 0.5 * plan.timeline.host_peak
 
 
@@ -165,7 +165,8 @@ def walks(plan: Plan, seed: int, count: int) -> Iterator[Plan]:
             program = ReplayProgram.from_schedule(Schedule(actions), len(chain))
         except ValueError:
             continue
-        # Of a stage that is kept by a run again, executors hand the output on to the next run and to no later one.
+        # Of a stage that is kept by a run again, executors hand the output on to the next run and to no later
+        # one.
         left = [
             action
             for action, following in pairwise(program.replay)

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from executors import execute, measure_peak, plan_of, run_step
-from scheduler import Plan, solve
-from scheduler.errors import PeakWarning
+from rematplan import Plan, execute, measure_peak, plan_of, run_step, solve
+from rematplan.scheduler.core.errors import PeakWarning
 from tests.shared.helpers import smallest
 from tests.shared.models import Block
 from tests.shared.steps import EITHER_CAPTURE, Record, assert_equal, loss_of, outcome, restored, state
@@ -449,7 +448,8 @@ def test_on_cuda_those_copies_are_in_the_plan() -> None:
     kept = nn.BatchNorm1d(64)
     kept.eval()
     copies = 3 * 512  # a block for each of mean, variance and count
-    # Of what changes there is the buffer itself, its copy for a re-run, and that for a forward that runs out of memory.
+    # Of what changes there is the buffer itself, its copy for a re-run, and that for a forward that runs out
+    # of memory.
     assert fixed(nn.Linear(64, 64), norm) - fixed(nn.Linear(64, 64), kept) == 2 * copies
 
 

@@ -11,14 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from executors import execute
-from scheduler import Plan, Schedule, solve
-from scheduler.capture.graph_capture import GraphCapture
-from scheduler.capture.recompute import compile_rebuilds, divisible, packs_of, rerun
-from scheduler.capture.state import RandomState, preserved
-from scheduler.costs.options import _fresh
-from scheduler.schedule import Backward, Keep
-from scheduler.solvers.persistent import Decision, KeepStage, Split, build
+from rematplan import Plan, Schedule, execute, solve
+from rematplan.scheduler.capture.graph.graph_capture import GraphCapture
+from rematplan.scheduler.capture.graph.recompute import compile_rebuilds, divisible, packs_of, rerun
+from rematplan.scheduler.core.referee import Backward, Keep
+from rematplan.scheduler.costs.option_costs import _fresh
+from rematplan.scheduler.solvers.persistent import Decision, KeepStage, Split, build
+from rematplan.scheduler.torch_layer.preserve import RandomState, preserved
 from tests.shared.helpers import smallest
 from tests.shared.models import SEVEN, Case
 from tests.shared.steps import (
@@ -59,7 +58,7 @@ def every_stage(case: Case, capture: GraphCapture, visit: Callable[[int, list[An
 def plan_call(case: Case) -> Any:
     import inspect
 
-    from scheduler.capture.sample import canonical_call, read_sample
+    from rematplan.scheduler.torch_layer.call import canonical_call, read_sample
 
     args, kwargs = read_sample(case.sample)
     return canonical_call(inspect.signature(case.model.forward), args, kwargs)

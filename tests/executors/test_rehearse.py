@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from executors import Rehearsal, execute, measure_peak, rehearse
-from executors.runner import plans_within
-from scheduler import Plan, PlanMismatch, Schedule, solve
-from scheduler.capture.loss import find_loss
-from scheduler.capture.state import preserved
-from scheduler.schedule import Backward, Checkpoint, Forward, Keep
+from rematplan import Plan, PlanMismatch, Rehearsal, Schedule, execute, measure_peak, rehearse, solve
+from rematplan.executors.runner import plans_within
+from rematplan.scheduler.core.referee import Backward, Checkpoint, Forward, Keep
+from rematplan.scheduler.torch_layer.loss import find_loss
+from rematplan.scheduler.torch_layer.preserve import preserved
 from tests.shared.helpers import smallest
 from tests.shared.models import SEVEN, Block, Case, gpt2
 from tests.shared.steps import (
@@ -73,7 +72,8 @@ def test_prediction_rehearsal_and_measurement_agree(name: str, share: float) -> 
     assert fake.uncounted == real.uncounted == ()
     assert abs(fake.peak - real.peak) <= 0.001 * real.peak
     # Action by action, the step without data is the real one, what kernels take within themselves included.
-    # Where a re-run has nothing to compute, all there is to see is the comparison of what it reads, which takes data.
+    # Where a re-run has nothing to compute, all there is to see is the comparison of what it reads, which
+    # takes data.
     rows = list(zip(fake.rows, real.rows, strict=True))
     assert not [
         (seen, true)

@@ -15,12 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from executors import execute
-from executors.nested import nested
-from scheduler import Chain, InfeasibleBudget, Plan, Schedule, solve, solve_chain
-from scheduler.costs.peak import count_bytes
-from scheduler.schedule import COPY_ACTIONS, Action, Backward, Checkpoint, DeviceAction, Forward, Free, Keep
-from scheduler.solvers import SOLVERS
+from rematplan import Chain, InfeasibleBudget, Plan, Schedule, execute, solve, solve_chain
+from rematplan.executors.nested import nested
+from rematplan.scheduler.core.referee import (
+    COPY_ACTIONS,
+    Action,
+    Backward,
+    Checkpoint,
+    DeviceAction,
+    Forward,
+    Free,
+    Keep,
+)
+from rematplan.scheduler.costs.meters.peak import count_bytes
+from rematplan.scheduler.solvers import SOLVERS
 from tests.shared.brute_force import persistent_schedules
 from tests.shared.helpers import smallest
 from tests.shared.models import Block, Case

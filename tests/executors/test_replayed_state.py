@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from executors import execute, measure_peak
-from scheduler import Schedule, solve
-from scheduler.schedule import Action, Backward, Checkpoint, Keep
+from rematplan import Schedule, execute, measure_peak, solve
+from rematplan.scheduler.core.referee import Action, Backward, Checkpoint, Keep
 from tests.shared.helpers import smallest
 from tests.shared.models import BUILDERS, Block, Case, gpt2, resnet, tiny
 from tests.shared.steps import (

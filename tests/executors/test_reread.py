@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from executors import execute
-from executors.as_read import AsRead, Sampler, unlike
-from scheduler import solve
+from rematplan import execute, solve
+from rematplan.executors.as_read import AsRead, Sampler, unlike
 from tests.shared.state_training import WIDTH, Layer
 from tests.shared.steps import (
     EACH_CAPTURE,

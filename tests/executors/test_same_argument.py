@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from executors import execute
-from scheduler import solve
+from rematplan import execute, solve
 from tests.shared.helpers import smallest
 from tests.shared.steps import EITHER_CAPTURE, Record, assert_equal, state
 

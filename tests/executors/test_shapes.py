@@ -16,9 +16,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from executors import execute, measure_peak, plan_of, plans_of
-from scheduler import CaptureError, InfeasibleBudget, Plan, PlanMismatch, solve
-from scheduler.errors import NewShapeWarning
+from rematplan import (
+    CaptureError,
+    InfeasibleBudget,
+    Plan,
+    PlanMismatch,
+    execute,
+    measure_peak,
+    plan_of,
+    plans_of,
+    solve,
+)
+from rematplan.scheduler.core.errors import NewShapeWarning
 from tests.shared.helpers import smallest
 from tests.shared.models import Block, ResidualNet, make_gpt2
 from tests.shared.steps import (

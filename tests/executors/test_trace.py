@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from executors.trace import Trace
+from rematplan.executors.trace import Trace
 from tests.shared.steps import plan_for, tightest
 
 

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from executors import execute, measure_peak
-from executors.planned import plan_of
-from executors.watch import step_bytes, tightened
-from scheduler import Plan, solve
-from scheduler.errors import PeakWarning
+from rematplan import Plan, execute, measure_peak, solve
+from rematplan.executors.execute import plan_of
+from rematplan.executors.first_step_peak import step_bytes, tightened
+from rematplan.scheduler.core.errors import PeakWarning
 from tests.shared.helpers import smallest
 from tests.shared.models import Case
 from tests.shared.steps import assert_equal, loss_of, restored, train

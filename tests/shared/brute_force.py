@@ -8,15 +8,24 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import count, zip_longest
 
-from scheduler.chain import Chain
-from scheduler.schedule import COPY_ACTIONS, Action, Backward, Checkpoint, Forward, Free, Keep, Schedule
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.referee import (
+    COPY_ACTIONS,
+    Action,
+    Backward,
+    Checkpoint,
+    Forward,
+    Free,
+    Keep,
+    Schedule,
+)
 
 # (stages still to reverse, held boundaries, kept (stage, option) pairs, working boundary, stages ever run)
 State = tuple[int, frozenset[int], frozenset[tuple[int, int]], int | None, int]
 
 
 def live(chain: Chain, state: State) -> int:
-    """Bytes live in ``state``, by the memory rules of ``scheduler.schedule``, spelled out."""
+    """Bytes live in ``state``, by the memory rules of ``rematplan.scheduler.core.referee``, spelled out."""
     left, held, kept, working, ran = state
     total = chain.fixed
     total += sum(chain.input_bytes(i) for i in held)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from scheduler.chain import Chain, Option, Stage
+from rematplan.scheduler.core.chain import Chain, Option, Stage
 
 
 @st.composite
@@ -13,8 +13,9 @@ def chains(
 ) -> Chain:
     """Chains of up to ``stages`` stages; integer seconds, so that sums are exact.
 
-    Boundaries are at most ``largest`` bytes, saved tensors twice as large. Transients, gradients and what stays after a
-    backward are each absent, alike, or up to five times as large, so that each is at times what decides.
+    Boundaries are at most ``largest`` bytes, saved tensors twice as large. Transients, gradients and what
+    stays after a backward are each absent, alike, or up to five times as large, so that each is at times what
+    decides.
 
     Args:
         signed: stages may let go of a part of their input, and take less for a backward, or a run just before it. What

@@ -8,7 +8,7 @@ from itertools import count
 
 from hypothesis import strategies as st
 
-from scheduler.dag import Dag, Op, Turn
+from rematplan.scheduler.bounds.dag import Dag, Op, Turn
 
 __all__ = ["DIAMOND", "dags", "fastest"]
 
@@ -67,7 +67,7 @@ def dags(draw: st.DrawFn) -> Dag:
 
 
 def fastest(dag: Dag, budget: int) -> float:
-    """Least seconds of the class that ``scheduler.solvers.milp`` claims, by Dijkstra; inf if nothing fits."""
+    """Least seconds of the class that ``rematplan.scheduler.bounds.milp`` claims, by Dijkstra; inf if nothing fits."""
     always = sum(dag.sizes[v] for v in dag.inputs) + dag.fixed
     turn_of, last_use = dag.turn_of, dag.last_use
     tie = count()

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from scheduler.chain import Chain
-from scheduler.errors import InfeasibleBudget
-from scheduler.schedule import simulate
-from scheduler.solvers import solve_chain
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.errors import InfeasibleBudget
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.solvers import solve_chain
 
 ROOT = Path(__file__).resolve().parents[2]  # the checkout
 ORACLES = ROOT / "tests" / "oracles"

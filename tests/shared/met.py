@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from executors import execute, measure_peak
-from scheduler import Plan, solve
+from rematplan import Plan, execute, measure_peak, solve
 from tests.shared.helpers import smallest
 from tests.shared.steps import loss_of, tensors
 

@@ -292,5 +292,6 @@ SEVEN: dict[str, Callable[[], Case]] = {
     "vit": vit,
     "unet": unet,
 }
-# What the tests share. A U-Net with one layer a block has every kind of stage and skip, and two thirds of the stages.
+# What the tests share. A U-Net with one layer a block has every kind of stage and skip, and two thirds of the
+# stages.
 BUILDERS: dict[str, Callable[[], Case]] = {"tiny": tiny, **SEVEN, "unet": functools.partial(unet, 1)}

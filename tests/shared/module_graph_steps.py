@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from executors import ReplayError, execute, measure_peak
-from scheduler import CaptureError, Plan, PlanMismatch, solve
+from rematplan import CaptureError, Plan, PlanMismatch, ReplayError, execute, measure_peak, solve
 from tests.shared.helpers import smallest
 from tests.shared.module_blocks import BATCH, KINDS, TOKENS, WIDTH
 from tests.shared.module_graphs import Block, Graph, Recipe
@@ -244,9 +243,8 @@ class OverBudget(AssertionError):
 def judge(recipe: Recipe) -> Verdict:
     """Plan and train the recipe's model as it says, and hold it against the plain model.
 
-    Raises:
-        AssertionError: it is not bit-equal, or raises where the plain model does not, or the other way around.
-        OverBudget: it is over budget.
+    Raises: AssertionError: it is not bit-equal, or raises where the plain model does not, or the other way
+        around. OverBudget: it is over budget.
     """
     trial = Trial.of(recipe)
     expected = trial.outcome(copy.deepcopy(trial.model))

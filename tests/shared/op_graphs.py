@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from executors import execute, measure_peak
-from scheduler import CaptureError, HostMemory, Plan, solve
-from scheduler.schedule import COPY_ACTIONS
+from rematplan import CaptureError, HostMemory, Plan, execute, measure_peak, solve
+from rematplan.scheduler.core.referee import COPY_ACTIONS
 from tests.shared.helpers import smallest
 from tests.shared.models import Case
 from tests.shared.steps import Record, assert_equal, loss_of, restored, state, tensors

@@ -8,8 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from executors import execute
-from scheduler import Plan, solve
+from rematplan import Plan, execute, solve
 from tests.shared.helpers import smallest
 from tests.shared.models import Case
 from tests.shared.steps import assert_equal, peak_of_a_step, replan, restored, train

@@ -9,7 +9,8 @@ from torch import nn
 
 __all__ = ["CountsRuns"]
 
-# Attributes are Python state, which a plan leaves as the plain step would. What hangs on this is nobody's attribute.
+# Attributes are Python state, which a plan leaves as the plain step would. What hangs on this is nobody's
+# attribute.
 _RUNS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 

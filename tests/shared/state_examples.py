@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from executors import execute
-from scheduler import InfeasibleBudget, solve
+from rematplan import InfeasibleBudget, execute, solve
 from tests.shared.steps import assert_equal, state
 
 ROWS, WIDTH, STEPS = 64, 16, 5

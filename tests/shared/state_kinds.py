@@ -1,7 +1,8 @@
 """Kinds of state that a forward reads or writes besides parameters, registered buffers and arguments.
 
-Each kind is put on an owner, a model or a block of it, and keeps there all that it has: the same kind is tried at the root and
-within blocks. ``training_loops.py`` draws from ``STATES``; ``test_state_kinds.py`` tries each by itself.
+Each kind is put on an owner, a model or a block of it, and keeps there all that it has: the same kind is
+tried at the root and within blocks. ``training_loops.py`` draws from ``STATES``; ``test_state_kinds.py``
+tries each by itself.
 """
 
 from __future__ import annotations

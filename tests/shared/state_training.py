@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from executors import execute, measure_peak
-from scheduler import Plan, solve
-from scheduler.capture.python_state import Snapshot, holders_of
+from rematplan import Plan, execute, measure_peak, solve
+from rematplan.scheduler.torch_layer.python_state import Snapshot, holders_of
 from tests.shared.helpers import smallest
 from tests.shared.steps import CPU, assert_equal, replan
 

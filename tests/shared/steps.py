@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from executors import MeasuredPeak, execute, measure_peak
-from executors.runner import plans_within
-from scheduler import Plan, Schedule, simulate, solve
-from scheduler.costs.peak import count_bytes
-from scheduler.schedule import Backward, Keep
+from rematplan import MeasuredPeak, Plan, Schedule, execute, measure_peak, simulate, solve
+from rematplan.executors.runner import plans_within
+from rematplan.scheduler.core.referee import Backward, Keep
+from rematplan.scheduler.costs.meters.peak import count_bytes
 from tests.shared.helpers import smallest
 from tests.shared.models import BUILDERS, Case
 
@@ -28,7 +27,7 @@ EACH_CAPTURE = pytest.mark.parametrize("capture", ["graph", "modules", "options"
 EITHER_CAPTURE = pytest.mark.parametrize("capture", ["graph", "modules"])
 # Of tests that reverse a graph more than once, or have several steps under way, whatever the budget.
 OVERLAPPING = pytest.mark.filterwarnings(
-    r"ignore:planned \w+. (another forward runs|a backward (retains|makes)):scheduler.errors.PeakWarning"
+    r"ignore:planned \w+. (another forward runs|a backward (retains|makes)):rematplan.scheduler.core.errors.PeakWarning"
 )
 CPU = torch.device("cpu")
 # Planning one of these takes seconds: what they show beside the small ones is left out by -m "not slow".

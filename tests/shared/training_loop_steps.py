@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from executors import ReplayError, execute, measure_peak
-from scheduler import CaptureError, PlanMismatch, solve
-from scheduler.errors import InfeasibleBudget
+from rematplan import CaptureError, PlanMismatch, ReplayError, execute, measure_peak, solve
+from rematplan.scheduler.core.errors import InfeasibleBudget
 from tests.shared.helpers import smallest
 from tests.shared.training_loops import Loop, tidy
 from tests.shared.training_models import Recipe, Step, build
@@ -198,7 +197,7 @@ def judge(recipe: Recipe, *, measured: bool = False) -> Verdict:
     return replace(verdict, said=said())
 
 
-def _judge(recipe: Recipe, measured: bool, said: Callable[[], tuple[str, ...]]) -> Verdict:
+def _judge(recipe: Recipe, measured: bool, said: Callable[[], tuple[str, ...]]) -> Verdict:  # noqa: C901 - one case per verdict
     model = build(recipe)
     expected = run(recipe, model, model)
     model = build(recipe)

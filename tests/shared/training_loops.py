@@ -1,6 +1,7 @@
 """Random training loops: what happens before a forward, between forward and backward, and how often each is run.
 
-What a forward reads and writes is in ``state_kinds.py`` and ``state_written.py``, the model in ``training_models.py``.
+What a forward reads and writes is in ``state_kinds.py`` and ``state_written.py``, the model in
+``training_models.py``.
 """
 
 from __future__ import annotations

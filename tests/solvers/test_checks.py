@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scheduler.chain import Chain
-from scheduler.solvers.checks import (
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.solvers.checks import (
     MOST_BYTES,
     MOST_SECONDS,
     checked_budget,

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.chain import Chain, Option
-from scheduler.errors import InfeasibleBudget
-from scheduler.schedule import Action, Backward, Checkpoint, Forward, Keep, Schedule, simulate
-from scheduler.solvers import solve_chain
-from scheduler.solvers.candidates import _costs, _price, fastest_fit, schedule_of
+from rematplan.scheduler.core.chain import Chain, Option
+from rematplan.scheduler.core.errors import InfeasibleBudget
+from rematplan.scheduler.core.referee import Action, Backward, Checkpoint, Forward, Keep, Schedule, simulate
+from rematplan.scheduler.solvers import solve_chain
+from rematplan.scheduler.solvers.candidates import _costs, _price, fastest_fit, schedule_of
 from tests.shared.chains import chains
 
 SEGMENTED = ("chen", "recursive", "periodic")

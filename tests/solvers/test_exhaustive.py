@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.chain import Chain, Option
-from scheduler.errors import InfeasibleBudget, SearchLimit
-from scheduler.schedule import Backward, Checkpoint, Free, Keep, Schedule, simulate
-from scheduler.solvers import SOLVERS, exhaustive, optimal, solve_chain
+from rematplan.scheduler.core.chain import Chain, Option
+from rematplan.scheduler.core.errors import InfeasibleBudget, SearchLimit
+from rematplan.scheduler.core.referee import Backward, Checkpoint, Free, Keep, Schedule, simulate
+from rematplan.scheduler.solvers import SOLVERS, exhaustive, optimal, solve_chain
 from tests.shared.brute_force import fastest_of_all, persistent_schedules
 from tests.shared.chains import chains
 from tests.shared.helpers import oracle, oracle_chain

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
-from scheduler import solve
-from scheduler.capture.sample import canonical_call
-from scheduler.dag import Dag, Op, Turn
-from scheduler.schedule import simulate
-from scheduler.solvers import solve_chain
-from scheduler.solvers.floor import dag_floor
-from scheduler.solvers.milp import solve_dag
+from rematplan import solve
+from rematplan.scheduler.bounds.dag import Dag, Op, Turn
+from rematplan.scheduler.bounds.floor import dag_floor
+from rematplan.scheduler.bounds.milp import solve_dag
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.solvers import solve_chain
+from rematplan.scheduler.torch_layer.call import canonical_call
 from tests.shared.dags import DIAMOND, dags, fastest
 from tests.shared.helpers import smallest
 from tests.shared.models import gpt2, residual

@@ -7,12 +7,12 @@ import math
 import pytest
 from hypothesis import given, settings
 
-from scheduler.chain import Chain
-from scheduler.errors import InfeasibleBudget, SearchLimit
-from scheduler.schedule import simulate
-from scheduler.solvers import SOLVERS, solve_chain
-from scheduler.solvers.compare import compare
-from scheduler.solvers.frontier import pareto
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.errors import InfeasibleBudget, SearchLimit
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.solvers import SOLVERS, solve_chain
+from rematplan.scheduler.solvers.compare import compare
+from rematplan.scheduler.solvers.frontier import pareto
 from tests.shared.brute_force import persistent_schedules
 from tests.shared.chains import chains
 from tests.shared.helpers import oracle, oracle_chain

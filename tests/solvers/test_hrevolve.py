@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.chain import Chain
-from scheduler.host import HostMemory
-from scheduler.schedule import (
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.host import HostMemory
+from rematplan.scheduler.core.referee import (
     simulate,
 )
-from scheduler.solvers import hrevolve
-from scheduler.solvers.hrevolve import solve_uniform
+from rematplan.scheduler.solvers import hrevolve
+from rematplan.scheduler.solvers.hrevolve import solve_uniform
 from tests.shared.helpers import oracle
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.chain import Chain
-from scheduler.solvers.knapsack import Knapsack
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.solvers.knapsack_bound import Knapsack
 from tests.shared.brute_force import fastest_of_all
 from tests.shared.chains import chains
 

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from scheduler.chain import Chain
-from scheduler.dag import Dag, Drop, Op, Run, Turn, chain_dag, simulate_dag
-from scheduler.errors import InfeasibleBudget
-from scheduler.schedule import simulate
-from scheduler.solvers import milp, solve_chain
-from scheduler.solvers.milp import milp_bound, relaxed_seconds, solve_dag
+from rematplan.scheduler.bounds import milp
+from rematplan.scheduler.bounds.dag import Dag, Drop, Op, Run, Turn, chain_dag, simulate_dag
+from rematplan.scheduler.bounds.milp import milp_bound, relaxed_seconds, solve_dag
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.errors import InfeasibleBudget
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.solvers import solve_chain
 from tests.shared.chains import chains
 from tests.shared.dags import DIAMOND, dags, fastest
 from tests.shared.helpers import oracle, oracle_chain, smallest
@@ -99,7 +100,8 @@ def test_on_the_oracles_chains_the_bound_lies_between_their_bound_and_the_optimu
 
 
 def test_a_boundary_just_made_may_feed_a_backward_in_the_dag_alone():
-    # The chain's Backward(i) wants x_i held or inside stage i-1; the Dag also takes it fresh from Forward(i-1).
+    # The chain's Backward(i) wants x_i held or inside stage i-1; the Dag also takes it fresh from
+    # Forward(i-1).
     chain = oracle_chain(SMALL[16])
     rows = [
         (bound(chain_dag(chain), row["limit"])[0], best(chain, row["limit"])) for row in SMALL[16]["rows"]

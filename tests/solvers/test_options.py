@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import milp
 
-from scheduler.options import Choices, StageOp, StageValue, choices, rerun_for
+from rematplan.scheduler.solvers.stage_options import Choices, StageOp, StageValue, choices, rerun_for
 
 Stage = tuple[list[StageOp], list[StageValue]]
 
@@ -148,8 +148,8 @@ def test_the_same_stage_gives_the_same_choices(stage: Stage) -> None:
     assert choices(*stage) == choices(*stage)
 
 
-# Two values rebuilt through a third, which is not saved: the first to be dropped pays for it, so dropping both is a
-# bargain, and options with one of them lie above the line.
+# Two values rebuilt through a third, which is not saved: the first to be dropped pays for it, so dropping
+# both is a bargain, and options with one of them lie above the line.
 SHARED = (
     [StageOp(5.0, (0,), (1,)), StageOp(4.0, (1,), (2,)), StageOp(6.5, (1,), (3,))],
     [StageValue(1, available=True), StageValue(1), StageValue(40, saved=True), StageValue(60, saved=True)],
@@ -188,7 +188,7 @@ def test_what_is_not_proven_shows_as_a_gap(monkeypatch: pytest.MonkeyPatch) -> N
         result.status, result.mip_dual_bound = 1, result.fun - 0.1
         return result
 
-    monkeypatch.setattr("scheduler.options.milp", hurried)
+    monkeypatch.setattr("rematplan.scheduler.solvers.stage_options.milp", hurried)
     assert choices(*SHARED, most=2).gap == 0
     assert choices(*SHARED, most=3).gap == pytest.approx(0.1 * 15.5 / 11.5)
 

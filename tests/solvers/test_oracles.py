@@ -6,12 +6,12 @@ import math
 
 import pytest
 
-from scheduler.chain import Chain, Option, Stage
-from scheduler.errors import InfeasibleBudget
-from scheduler.schedule import simulate
-from scheduler.solvers import optimal, solve_chain
-from scheduler.solvers.optimal import solve_optimal
-from scheduler.solvers.revolve import schedule_with_slots
+from rematplan.scheduler.core.chain import Chain, Option, Stage
+from rematplan.scheduler.core.errors import InfeasibleBudget
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.solvers import optimal, solve_chain
+from rematplan.scheduler.solvers.optimal import solve_optimal
+from rematplan.scheduler.solvers.revolve import schedule_with_slots
 from tests.shared.brute_force import fastest_of_all, fastest_persistent
 from tests.shared.helpers import oracle, oracle_chain
 

@@ -16,18 +16,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.chain import Chain
-from scheduler.errors import InfeasibleBudget
-from scheduler.schedule import Action, Backward, Checkpoint, Forward, Free, Keep, Schedule, simulate
-from scheduler.solvers import OnlineRevolve, revolve_actions, revolve_packed, revolve_runs, solve_chain
-from scheduler.solvers.binomial import (
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.errors import InfeasibleBudget
+from rematplan.scheduler.core.referee import (
+    Action,
+    Backward,
+    Checkpoint,
+    Forward,
+    Free,
+    Keep,
+    Schedule,
+    simulate,
+)
+from rematplan.scheduler.solvers import (
+    OnlineRevolve,
+    revolve_actions,
+    revolve_packed,
+    revolve_runs,
+    solve_chain,
+)
+from rematplan.scheduler.solvers.revolve import schedule_with_slots
+from rematplan.scheduler.solvers.revolve_counts import (
     PACKED,
     PACKED_STEPS,
     advance,
     repetitions,
     reverse,
 )
-from scheduler.solvers.revolve import schedule_with_slots
 from tests.shared.chains import chains
 from tests.shared.helpers import oracle
 

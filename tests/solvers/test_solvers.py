@@ -16,19 +16,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.chain import Chain, Option, Stage
-from scheduler.errors import InfeasibleBudget
-from scheduler.host import HostMemory
-from scheduler.schedule import Backward, Checkpoint, Forward, Keep, Schedule, Timeline, simulate
-from scheduler.solvers import SOLVERS, Solver, solve_chain
-from scheduler.solvers import optimal as optimal_module
-from scheduler.solvers.compare import compare
-from scheduler.solvers.frontier import pareto
-from scheduler.solvers.milp import milp_bound
-from scheduler.solvers.optimal import solve_optimal
-from scheduler.solvers.persistent import KeepStage, Split, build
-from scheduler.solvers.sqrt import segment_ends
-from scheduler.solvers.two_level import solve_two_level
+from rematplan.scheduler.bounds.milp import milp_bound
+from rematplan.scheduler.core.chain import Chain, Option, Stage
+from rematplan.scheduler.core.errors import InfeasibleBudget
+from rematplan.scheduler.core.host import HostMemory
+from rematplan.scheduler.core.referee import Backward, Checkpoint, Forward, Keep, Schedule, Timeline, simulate
+from rematplan.scheduler.solvers import SOLVERS, Solver, solve_chain
+from rematplan.scheduler.solvers import optimal as optimal_module
+from rematplan.scheduler.solvers.compare import compare
+from rematplan.scheduler.solvers.frontier import pareto
+from rematplan.scheduler.solvers.optimal import solve_optimal
+from rematplan.scheduler.solvers.persistent import KeepStage, Split, build
+from rematplan.scheduler.solvers.sqrt import segment_ends
+from rematplan.scheduler.solvers.two_level import solve_two_level
 from tests.shared.brute_force import fastest_of_all, fastest_persistent, persistent_schedules
 from tests.shared.chains import chains
 from tests.shared.helpers import smallest
@@ -413,7 +413,7 @@ def test_a_thousand_equal_stages_are_solved_in_seconds():
 
 def test_a_schedule_over_the_budget_is_an_internal_error(monkeypatch):
     wrong = Solver("wrong", lambda chain, _: solve_chain(chain, 2**62, "keep_all"), "ignores the budget")
-    monkeypatch.setattr("scheduler.solvers.SOLVERS", {**SOLVERS, "wrong": wrong})
+    monkeypatch.setattr("rematplan.scheduler.solvers.SOLVERS", {**SOLVERS, "wrong": wrong})
     with pytest.raises(RuntimeError, match="internal: solver 'wrong'"):
         solve_chain(random_chain(2), 1, "wrong")
 
@@ -425,7 +425,7 @@ def test_the_registry_is_keyed_by_name():
 def test_solvers_work_where_torch_is_absent():
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from scheduler.chain import Chain\nfrom scheduler.solvers import SOLVERS, solve_chain\n"
+        "from rematplan.scheduler.core.chain import Chain\nfrom rematplan.scheduler.solvers import SOLVERS, solve_chain\n"
         "chain = Chain.from_arrays([1.0] * 3, [1.0] * 3, [1] * 4, [5] * 3)\n"
         "print(*(len(solve_chain(chain, 100, name)) for name, solver in SOLVERS.items() if not solver.required))"
     )

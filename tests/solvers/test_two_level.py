@@ -13,11 +13,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from scheduler.chain import Chain, Option, Stage
-from scheduler.errors import InfeasibleBudget
-from scheduler.host import HostMemory
-from scheduler.program import ReplayProgram
-from scheduler.schedule import (
+from rematplan.scheduler.core.chain import Chain, Option, Stage
+from rematplan.scheduler.core.errors import InfeasibleBudget
+from rematplan.scheduler.core.host import HostMemory
+from rematplan.scheduler.core.program import ReplayProgram
+from rematplan.scheduler.core.referee import (
     COPY_ACTIONS,
     Action,
     Backward,
@@ -35,9 +35,9 @@ from scheduler.schedule import (
     Schedule,
     simulate,
 )
-from scheduler.solvers import solve_chain, two_level, two_level_tables
-from scheduler.solvers.optimal import solve_optimal
-from scheduler.solvers.two_level import solve_two_level
+from rematplan.scheduler.solvers import solve_chain, two_level, two_level_tables
+from rematplan.scheduler.solvers.optimal import solve_optimal
+from rematplan.scheduler.solvers.two_level import solve_two_level
 from tests.shared.brute_force_host import (
     every_action,
     fastest_of_all_with_host,
@@ -117,8 +117,8 @@ def test_asynchronous_copies_cost_what_compute_waits_for_them():
 
 def test_each_channel_serves_its_copies_in_order_and_both_at_once():
     one = HostMemory(100, 1.0, 1.0, asynchronous=True)
-    # Writes: x_0 from 1 to 2, saved_0 (16) to 18. The free of saved_0 waits for both; its read, from 30 to 46, has
-    # the backward of stage 1 beside it.
+    # Writes: x_0 from 1 to 2, saved_0 (16) to 18. The free of saved_0 waits for both; its read, from 30 to
+    # 46, has the backward of stage 1 beside it.
     actions: list[Action] = [
         Keep(0),
         Offload(0),
@@ -143,7 +143,8 @@ def test_each_channel_serves_its_copies_in_order_and_both_at_once():
         Backward(0),
     ]
     assert simulate(THREE, actions, one).stall == 1  # the write of x_0, before it is freed
-    # What is on its way to the device is written when it has arrived: x_1 comes from 19 to 21, and goes until 23.
+    # What is on its way to the device is written when it has arrived: x_1 comes from 19 to 21, and goes until
+    # 23.
     there: list[Action] = [Keep(0), Keep(1), OffloadSaved(0), FreeSaved(0), Free(1), Keep(2)]
     back: list[Action] = [Prefetch(1), Offload(1), FreeHost(1), *TURN, PrefetchSaved(0), Backward(0)]
     assert simulate(THREE, [*there, *back], one).stall == (18 - 2) + (23 - 19) + 16
@@ -295,7 +296,8 @@ def test_two_level_traces_the_frontier_of_every_schedule_of_its_class(chain, hos
 
 
 def test_a_boundary_inside_offloaded_saved_tensors_is_read_alone_and_takes_no_host_bytes_of_its_own():
-    # x_1 has to go while stage 2 is kept, and saved_0, 12 bytes, is too large to come back for the backward of 1.
+    # x_1 has to go while stage 2 is kept, and saved_0, 12 bytes, is too large to come back for the backward
+    # of 1.
     overheads = [0, 16, 0]
     chain = Chain.from_arrays(
         [100.0, 100.0, 1.0], [1.0] * 3, [1, 4, 1, 1], [12, 20, 24], None, overheads, boundary_grad=[0] * 4

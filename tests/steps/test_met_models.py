@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
-from executors import execute
-from scheduler import CaptureError, PlanMismatch, solve
+from rematplan import CaptureError, PlanMismatch, execute, solve
 from tests.shared.met import WIDTH, Batch, check, rows, tower
 from tests.shared.steps import EITHER_CAPTURE
 

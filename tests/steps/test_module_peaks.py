@@ -31,7 +31,8 @@ def test_casts_of_weights_and_gradients_of_before_are_counted(
     assert all(0 <= each.allocated <= 0.013 for each in found), found
 
 
-# Glue between most layers: skips, lists of all that was made, masks, in-place changes, frozen and shared layers.
+# Glue between most layers: skips, lists of all that was made, masks, in-place changes, frozen and shared
+# layers.
 @pytest.mark.parametrize("seed", [3, 5, 11, 20, 41, 61, 96])
 def test_the_peak_of_a_random_model_is_within_a_hundredth_and_never_above_the_prediction(seed: int) -> None:
     found, _ = errors(random_case(seed), SETTINGS[seed % len(SETTINGS)], "modules")

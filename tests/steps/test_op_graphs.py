@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from executors.arena import Arena
-from executors.offload import Store
-from scheduler.capture.state import on_gradient
-from scheduler.schedule import Free, FreeSaved, Offload, OffloadSaved
+from rematplan.executors.host_arena import Arena
+from rematplan.executors.host_copies import Store
+from rematplan.scheduler.core.referee import Free, FreeSaved, Offload, OffloadSaved
+from rematplan.scheduler.torch_layer.preserve import on_gradient
 from tests.shared.op_graphs import judge
 from tests.shared.steps import CPU
 

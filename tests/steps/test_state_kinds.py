@@ -1,6 +1,7 @@
 """Each kind of state, each shape of a step and each thing between forward and backward, by itself: trained as it is plainly.
 
-Five steps at the smallest budget, then five at a middle one; all that a step may change is compared after each.
+Five steps at the smallest budget, then five at a middle one; all that a step may change is compared after
+each.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from tests.shared.training_loop_steps import judge
 from tests.shared.training_loops import EXTRAS, MIDWAY, SHAPES
 from tests.shared.training_models import LATE, LEVELS, ROOTS, Held, Recipe, Step
 
-# These may be refused: more is live than under the plan's budget, or the forward itself has made another model of it.
+# These may be refused: more is live than under the plan's budget, or the forward itself has made another
+# model of it.
 REFUSED = ("Optional", "Int", "LazyParameter", "frozen at first")
 
 BASE = Recipe(

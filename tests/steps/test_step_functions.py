@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from executors import execute, measure_peak
-from executors.planned import plan_of
-from scheduler import CaptureError, Plan, PlanMismatch, solve
+from rematplan import CaptureError, Plan, PlanMismatch, execute, measure_peak, solve
+from rematplan.executors.execute import plan_of
 from tests.shared.helpers import smallest
 from tests.shared.step_functions import CASES, ROWS, SECOND_ORDER, WIDTH, Encoder, StepCase, rows, simcse
 from tests.shared.steps import Record, assert_equal, state

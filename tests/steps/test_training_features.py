@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from executors import execute, plans_of
-from scheduler import CaptureError, PlanMismatch, solve
+from rematplan import CaptureError, PlanMismatch, execute, plans_of, solve
 from tests.shared.models import Case, FeedForward, Stack, stack
 from tests.shared.steps import (
     EITHER_CAPTURE,

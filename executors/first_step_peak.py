@@ -1,0 +1,123 @@
+"""The first planned step, watched: does its peak stay below what was predicted?"""
+
+from __future__ import annotations
+
+import warnings
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rematplan.scheduler.core.budget import format_bytes
+from rematplan.scheduler.core.errors import InfeasibleBudget, PeakWarning
+from rematplan.scheduler.costs.meters.clock import wait
+from rematplan.scheduler.costs.meters.cuda_overheads import workspace_bytes
+from rematplan.scheduler.costs.meters.peak import CpuEvents, CudaBytes
+from rematplan.scheduler.plan.plan import Plan
+from rematplan.scheduler.torch_layer.loss import output_tensors
+from rematplan.scheduler.torch_layer.private import at_end_of_backward
+
+__all__ = ["Watch", "step_bytes", "tightened"]
+
+
+MARKER = 1_000_033  # bytes of an allocation that nothing else asks for
+
+
+class Watch:
+    """Counts the bytes of one step, from now until a backward from its output ends.
+
+    CUDA: the caching allocator's own counters; its peak statistics are reset now, when cuBLAS has its
+    workspaces. CPU: the autograd profiler's memory events. That profiler is on until ``stop``, for autograd
+    gives the thread that reverses its old profiler back when a backward ends; an allocation of a size of its
+    own marks the end among the events.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.queued = False
+        self.peak = -1  # bytes above those live at the start; below 0 until the backward has ended
+        self.requested: int | None = None  # on CUDA, as the peak, of what was asked for
+        self.events: CpuEvents | None = None
+        if device.type == "cuda":
+            workspace_bytes(device)  # or the first step's would count as its own
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = CudaBytes.read(device)
+        else:
+            self.events = CpuEvents()
+
+    def until_backward_ends(self, output: Any) -> None:
+        """The forward is over, and gave ``output``."""
+        for tensor in output_tensors(output):
+            if tensor.grad_fn is not None:
+                tensor.register_hook(self._reversing)
+
+    def _reversing(self, _: Tensor) -> None:
+        if not self.queued:
+            self.queued = True
+            at_end_of_backward(self._end)
+
+    def _end(self) -> None:
+        if self.device.type == "cuda":
+            wait(self.device)
+            now = CudaBytes.read(self.device)
+            self.peak = now.highest - self.before.allocated
+            self.requested = now.highest_requested - self.before.requested
+        else:
+            torch.empty(MARKER, dtype=torch.uint8)
+
+    def stop(self) -> int | None:
+        """Count no longer; gives the most bytes live above those of the start, None if no backward has ended."""
+        if self.events is not None:
+            sizes = [size for kind, _, size in self.events.stop() if kind == "memory_alloc"]
+            if MARKER in sizes:
+                self.peak = max(accumulate(sizes[: sizes.index(MARKER)], initial=0))
+        return self.peak if self.peak >= 0 else None
+
+
+def step_bytes(plan: Plan) -> int:
+    """Bytes that a step takes, by the plan, above what is live before it."""
+    there = ("parameters", "existing gradients", "buffers", "inputs", "optimizer state", "workspaces")
+    return plan.predicted_peak - sum(plan.resident.get(name, 0) for name in there)
+
+
+def tightened(plan: Plan, measured: int, name: str, requested: int | None = None) -> Plan | None:
+    """What to do about a first step that took more than was predicted: warn, and plan anew if it is over budget.
+
+    Args:
+        measured: bytes that the step took above what was live before it.
+        name: of the model.
+        requested: as ``measured``, of what was asked for; None off CUDA.
+
+    Warns:
+        PeakWarning: the measured peak is above the predicted one.
+
+    Returns: a plan whose predicted peak is lower by the difference, if the budget was exceeded and such a
+        plan exists.
+    """
+    excess = measured - step_bytes(plan)
+    if excess <= 0:
+        return None
+    peak = plan.predicted_peak + excess
+    text = (
+        f"planned {name}: the first step peaked at {format_bytes(peak)}, {format_bytes(excess)} ({excess / peak:.1%}) more "
+        f"than predicted"
+    )
+    if requested is not None:
+        text += f" ({format_bytes(measured - requested)} of it by CUDA's rounding up to blocks)"
+    found = None
+    if peak <= plan.memory_budget:
+        text += f", within the budget of {format_bytes(plan.memory_budget)}"
+    else:
+        text += f", over the budget of {format_bytes(plan.memory_budget)}; "
+        try:
+            found = plan.within(max(1, plan.memory_budget - excess))
+        except InfeasibleBudget as error:
+            text += (
+                f"no schedule is tighter by so much: raise the budget by {format_bytes(error.smallest + excess - plan.memory_budget)}, "
+                "or shorten the batch"
+            )
+        else:
+            text += f"from now on it trains by a schedule of {format_bytes(found.predicted_peak + excess)}"
+    warnings.warn(text, PeakWarning, stacklevel=2)
+    return found

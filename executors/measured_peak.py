@@ -1,0 +1,81 @@
+"""Measured peak bytes of a function, on CUDA and on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rematplan.scheduler.costs.meters.cuda_overheads import workspace_bytes
+from rematplan.scheduler.costs.meters.peak import count_bytes
+from rematplan.scheduler.costs.resident import storage_bytes
+from rematplan.scheduler.torch_layer.leaves import tree_leaves
+from rematplan.scheduler.torch_layer.private import pytree
+
+__all__ = ["MeasuredPeak", "measure_peak"]
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredPeak:
+    """What ``measure_peak`` saw.
+
+    Attributes:
+        peak: the most bytes live at once: those of ``resident`` and those that the function allocated.
+        resident: bytes of what was there before; on CUDA with cuBLAS's workspaces.
+        added: the most bytes above those live at the start.
+        result: what the function returned.
+        requested: on CUDA, as ``peak``, but of the function's allocations what they asked for instead of their blocks;
+            None elsewhere. What ``peak`` has more is rounding and the slack of blocks that were not split.
+    """
+
+    peak: int
+    resident: int
+    added: int
+    result: Any = field(repr=False)
+    requested: int | None = None
+
+
+def measure_peak(
+    fn: Callable[[], Any], *, resident: Iterable[Any] = (), device: torch.device | str | None = None
+) -> MeasuredPeak:
+    """Run ``fn()`` and count the most device bytes live at once.
+
+    On the CPU every allocation and release of torch's allocator is counted (by the autograd profiler's memory
+    events), not RSS. On CUDA the caching allocator's counters are read, after a synchronisation; the
+    allocator's own peak statistics are reset; blocks count as ``torch.cuda.max_memory_allocated`` counts
+    them. cuBLAS's workspaces, which stay for good once they are taken, are taken before the count and are
+    part of ``resident``; those of cuDNN come and go within the function, and count with it. Run the function
+    once before, to leave other lazy initialisation out. Python's cyclic garbage collector is off meanwhile.
+
+    Args:
+        fn: for instance one training step. What it returns stays alive, and counts.
+        resident: what is live all the while, and counts: modules (parameters, gradients, buffers), tensors,
+            or containers of tensors such as a batch or an optimizer's state.
+        device: default: that of the first tensor in ``resident``, else CUDA if there is one, else the CPU.
+
+    Returns:
+        the MeasuredPeak, in bytes.
+
+    Raises:
+        RuntimeError: an autograd profiler is active already (CPU).
+    """
+    tensors: list[Tensor] = []
+    for item in resident:
+        if isinstance(item, nn.Module):
+            tensors += [*item.parameters(), *item.buffers()]
+            tensors += [p.grad for p in item.parameters() if p.grad is not None]
+        elif isinstance(item, torch.optim.Optimizer):
+            tensors += [t for t in pytree.tree_leaves(dict(item.state)) if isinstance(t, Tensor)]
+        else:
+            tensors += [t for t in tree_leaves(item) if isinstance(t, Tensor)]
+    if device is None:
+        fallback = "cuda" if torch.cuda.is_available() else "cpu"
+        device = tensors[0].device if tensors else torch.device(fallback)
+    device = torch.device(device)
+    there = storage_bytes(tensors, device) + workspace_bytes(device)
+    counted = count_bytes(lambda mark: fn(), device)
+    requested = None if counted.requested is None else there + counted.requested
+    return MeasuredPeak(there + counted.peak, there, counted.peak, counted.result, requested)

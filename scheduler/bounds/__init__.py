@@ -1,0 +1,1 @@
+"""Bounds: seconds that no plan of a graph of ops can beat; no torch."""

@@ -1,0 +1,1 @@
+"""Capture by blocks: stages are calls of whole modules, or callables."""

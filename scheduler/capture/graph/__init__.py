@@ -1,0 +1,1 @@
+"""Capture by torch.export: stages are slices of an op graph."""

@@ -1,0 +1,1 @@
+"""Meters: seconds and bytes of running code, on the CPU, on CUDA, and of simulated allocators."""

@@ -1,0 +1,443 @@
+"""Measure what a stage costs: seconds by the clock, bytes by the allocator.
+
+A stage is run in isolation, on the tensors that it meets in the real step, the way the executor will run
+it: without its saved tensors, with them, and backward.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rematplan.scheduler.costs.meters.clock import Spans
+from rematplan.scheduler.costs.meters.peak import allocated, count_bytes
+from rematplan.scheduler.torch_layer.fsdp import is_distributed
+from rematplan.scheduler.torch_layer.layouts import held_bytes, storage_key
+from rematplan.scheduler.torch_layer.preserve import reverse, shielded, uncached
+from rematplan.scheduler.torch_layer.target import Device, Target
+
+__all__ = [
+    "OptionCost",
+    "StageCost",
+    "StageRun",
+    "cached_casts",
+    "fresh_grads",
+    "measure_stage",
+    "rebuild_peak",
+    "seed_gradients",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class OptionCost:
+    """What an option of a stage costs, as far as it differs from keeping all.
+
+    Attributes:
+        dropped: numbers of the saved tensors that it does not keep.
+        recompute: seconds to make them again.
+        keeping_peak: most bytes above the inputs while the stage runs forward.
+        backward_peak: the same from there to the end of its backward, recomputation included.
+        name: what is kept, in words.
+        rerun: the ops of the stage that run again, by their places in it.
+        rebuild_peak: most bytes above the inputs while the stage is run again to its last kept tensor.
+        kept: bytes that are live once the stage has run forward, and nobody holds its outputs.
+    """
+
+    dropped: frozenset[int]
+    recompute: float
+    keeping_peak: int
+    backward_peak: int
+    name: str
+    rerun: tuple[int, ...] = ()
+    rebuild_peak: int | None = None
+    kept: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """What one stage costs.
+
+    Attributes:
+        forward, backward: seconds, medians.
+        dropping_peak: most bytes above the inputs while it runs forward and drops its saved tensors.
+        keeping_peak: the same while it keeps them.
+        backward_peak: most bytes above the inputs from its re-run's end to its backward's end: saved
+            tensors, gradients of outputs, inputs and parameters, and transients.
+        output_grads: bytes of the gradients of the outputs, which ``backward_peak`` includes.
+        lead: bytes that the backward has made, above the gradients of the outputs, when it first asks for a
+            saved tensor that a replay would have to rebuild. A replay runs at that moment, so they are live
+            during it. None if it asks for none.
+        input_grads: (argument, storage, bytes) of the gradient that the backward leaves of each argument. It
+            may be a view of a larger storage (of a concatenation's gradient), or share one with another.
+        options: that keep less than all.
+        kept: bytes that are live once it has run forward and keeps them, and nobody holds its outputs.
+        left: bytes that stay when it is reversed, besides gradients: its code holds on to what it made (a
+            state).
+        gap: share by which the seconds of an option may exceed the least for its bytes.
+        rebuild_peak: most bytes above the inputs while it is run again to its last saved tensor.
+        cached: bytes of weights that autocast casts for it, where its cache holds them until the forward is
+            over.
+        held: bytes that its graph holds though its saved tensors are dropped: what code keeps for itself, as
+            the random-number states of torch's checkpoint.
+    """
+
+    forward: float
+    backward: float
+    dropping_peak: int
+    keeping_peak: int
+    backward_peak: int
+    output_grads: int
+    lead: int | None = None
+    input_grads: tuple[tuple[int, int, int], ...] = ()
+    options: tuple[OptionCost, ...] = ()
+    kept: int = 0
+    left: int = 0
+    gap: float = 0.0
+    rebuild_peak: int | None = None
+    cached: int = 0
+    held: int = 0
+
+    @property
+    def whole(self) -> OptionCost:
+        """The option that keeps all."""
+        peaks = self.keeping_peak, self.backward_peak
+        return OptionCost(frozenset(), 0.0, *peaks, "all", rebuild_peak=self.rebuild_peak, kept=self.kept)
+
+
+Enter = Callable[[int, Tensor], Tensor]
+
+
+@dataclass(slots=True)
+class StageRun:
+    """How to run a stage in isolation.
+
+    Attributes:
+        run: gives the outputs, in the caller's grad mode. Every tensor argument that requires grad and is no
+            parameter passes through the given function (position, tensor) -> tensor.
+        reset: undo what a run left behind: gradients of parameters (``fresh_grads``).
+        loss: for the last stage, how to find among the outputs what is reversed (None if they do not have
+            it).
+        lasting: identities of storages that live on anyway, so that saved tensors on them need no replay.
+        unread: the outputs that get no gradient.
+        layouts: strides of the gradient that each output gets, where they are known. A kernel that wants
+            another layout makes a copy.
+        held: indices of outputs that stay live through the backward because the user holds them.
+        waiting: parameters of which shares of the gradient, from stages reversed before, wait in the engine.
+            Those of this stage are added to them one by one; what waits is not counted.
+        reversing: whether it calls autograd.grad on what it has made: nothing is dropped before it is over.
+    """
+
+    run: Callable[[Enter], Sequence[Tensor]]
+    reset: Callable[[], None]
+    loss: Callable[[Sequence[Tensor]], Tensor | None] | None = None
+    lasting: frozenset[int] = frozenset()
+    unread: frozenset[int] = frozenset()
+    layouts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    held: frozenset[int] = frozenset()
+    waiting: Sequence[nn.Parameter] = ()
+    reversing: bool = False
+
+
+def fresh_grads(parameters: Iterable[nn.Parameter], existing: Collection[nn.Parameter]) -> Callable[[], None]:
+    """Set gradients as a step finds them, now and at each call: zeros where they exist already, else None.
+
+    Where a gradient exists, autograd adds to it and releases the addend at once; else the addend stays.
+    """
+    standing = {p: torch.zeros_like(p) if p in existing else None for p in parameters}
+
+    def reset() -> None:
+        for parameter, grad in standing.items():
+            parameter.grad = grad
+
+    reset()
+    return reset
+
+
+def as_leaf(_: int, tensor: Tensor) -> Tensor:
+    """Return the tensor as a leaf of its own that requires grad."""
+    return tensor.detach().requires_grad_()
+
+
+class _Sink(torch.autograd.Function):
+    """Identity; backward notes the gradient that arrives, and holds it as the engine would."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, position: int, arrived: dict[int, Tensor]) -> Tensor:
+        ctx.position, ctx.arrived = position, arrived
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.arrived[ctx.position] = grads[0]
+        return None, None, None
+
+
+class _Seed(torch.autograd.Function):
+    """Holds nothing forward; backward makes the gradients of the outputs, owned by the engine alone."""
+
+    @staticmethod
+    def forward(ctx: Any, strides: Sequence[tuple[int, ...] | None], *outputs: Tensor) -> Tensor:
+        ctx.shapes = [(t.shape, s, t.dtype, t.device) for t, s in zip(outputs, strides, strict=True)]
+        return outputs[0].new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        return None, *(
+            torch.ones(shape, dtype=dtype, device=device)
+            if stride is None
+            else torch.empty_strided(shape, stride, dtype=dtype, device=device).fill_(1)
+            for shape, stride, dtype, device in ctx.shapes
+        )
+
+
+class _Waiting(torch.autograd.Function):
+    """Identity; backward also makes gradients of parameters, owned by the engine until others are added."""
+
+    @staticmethod
+    def forward(ctx: Any, seed: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = [(p.shape, p.dtype, p.device) for p in parameters]
+        return seed.view_as(seed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        made = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.parameters)
+        return grads[0], *made
+
+
+def seed_gradients(
+    outputs: Mapping[int, Tensor], layouts: Mapping[int, tuple[int, ...]]
+) -> tuple[Tensor | None, int]:
+    """Return something to reverse that reaches all outputs, and the bytes of their gradients."""
+    grad = {i: t for i, t in outputs.items() if t.requires_grad}
+    if not grad:
+        return None, 0
+    strides = [layouts.get(i) for i in grad]
+    seed: Tensor = _Seed.apply(strides, *grad.values())
+    return seed, sum(t.numel() * t.element_size() for t in grad.values())
+
+
+def _root(stage: StageRun, outputs: Sequence[Tensor]) -> tuple[Tensor | None, int]:
+    """Return what is reversed, and the bytes of the gradients that reach the outputs."""
+    root = stage.loss(outputs) if stage.loss is not None else None
+    if root is not None:
+        return root, 4
+    return seed_gradients({i: t for i, t in enumerate(outputs) if i not in stage.unread}, stage.layouts)
+
+
+def _unowned(tensor: Tensor) -> Tensor:
+    """Return what a pack hook may hold without making a node own its own output."""
+    return tensor if tensor.is_leaf else tensor.detach()
+
+
+def _drop(_: Tensor) -> None:
+    return None
+
+
+def _never(_: Any) -> Tensor:
+    raise RuntimeError("a dropped saved tensor was asked for while measuring")
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class _Stop(Exception):
+    """Raised by the pack hook when the last saved tensor is there."""
+
+
+def rebuild_peak(
+    run: Callable[[Enter], Sequence[Tensor]], wanted: Callable[[int, Tensor], bool], device: Device
+) -> int:
+    """Return the most bytes above the inputs while a stage runs again, to the last saved tensor wanted.
+
+    Without autocast's cache, as executors do it: a weight that is used twice is cast twice.
+
+    Args:
+        run: see ``StageRun``.
+        wanted: told the number of a saved tensor and the tensor.
+    """
+    last = count = 0
+
+    def look(tensor: Tensor) -> None:
+        nonlocal last, count
+        count += 1
+        if wanted(count - 1, tensor):
+            last = count
+
+    with uncached(), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(look), _never):
+        run(as_leaf)
+    if not last:
+        return 0
+
+    def again(_: Callable[[], None]) -> None:
+        filled: list[Tensor] = []
+        passed = 0
+
+        def fill(tensor: Tensor) -> None:
+            nonlocal passed
+            passed += 1
+            if wanted(passed - 1, tensor):
+                filled.append(tensor.detach())
+            if passed == last:
+                raise _Stop
+
+        with (
+            suppress(_Stop),
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(shielded(fill), _never),
+        ):
+            run(as_leaf)
+
+    with uncached():
+        return count_bytes(again, device, slack=False).peak
+
+
+def cached_casts(run: Callable[[], Any], device: Device) -> int:
+    """Return bytes of cast weights that autocast's cache holds once something has run.
+
+    Args:
+        run: leaves among its inputs that require grad are weights to autocast, and count.
+    """
+    if isinstance(device, Target) or not torch.is_autocast_enabled(device.type):
+        return 0
+
+    def step(_: Callable[[], None]) -> None:
+        with (
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(shielded(lambda _: None), lambda _: torch.empty(0)),
+        ):
+            run()
+
+    torch.clear_autocast_cache()
+    cached = count_bytes(step, device, slack=False).end
+    torch.clear_autocast_cache()
+    return cached
+
+
+def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: bool = True) -> StageCost:
+    """Run a stage a few times and count.
+
+    Args:
+        repeats: timed runs, after a warm-up; up to ten times as many while they take under 50 ms in all, and
+            as few as three if those take over 3 s. Just as many where torch.distributed is initialised.
+        clock: False to count bytes only; then the seconds are 0.
+    """
+    output_grads = 0
+    arrived: dict[int, Tensor] = {}
+    input_grads: list[tuple[int, int, int]] = []
+
+    def sink(position: int, tensor: Tensor) -> Tensor:
+        result: Tensor = _Sink.apply(as_leaf(position, tensor), position, arrived)
+        return result
+
+    def dropping(mark: Callable[[], None]) -> None:
+        pack, unpack = (_unowned, _itself) if stage.reversing else (_drop, _never)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(pack), unpack):
+            outputs = stage.run(as_leaf)
+            root = stage.loss(outputs) if stage.loss is not None else None
+            graph = [output.grad_fn for output in outputs if isinstance(output, Tensor)]
+            del outputs, root
+        mark()
+        del graph
+
+    def keeping(mark: Callable[[], None]) -> None:
+        nonlocal output_grads
+        asked = True  # not before all has run
+
+        def unpack(tensor: Tensor) -> Tensor:
+            nonlocal asked
+            if not asked and storage_key(tensor) not in stage.lasting:
+                asked = True
+                mark()
+            return tensor
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(_unowned), unpack):
+            outputs = stage.run(sink)
+            seed, output_grads = _root(stage, outputs)
+            held = [outputs[i] for i in stage.held]
+            del outputs
+            if stage.waiting and seed is not None and seed.requires_grad:
+                seed = _Waiting.apply(seed, *stage.waiting)
+        mark()
+        asked = False
+        if seed is not None and seed.requires_grad:
+            reverse(seed)
+        del seed, held
+        input_grads[:] = [
+            (position, storage_key(grad) or 0, allocated(held_bytes(grad), device))
+            for position, grad in arrived.items()
+            if grad is not None
+        ]
+        arrived.clear()
+        stage.reset()
+
+    if not isinstance(device, Target):
+        keeping(lambda: None)  # warm-up: lazy initialisation, workspaces
+    # First of those that count: on the CPU a state of the run before, which this one releases, would hide
+    # what it leaves.
+    kept = count_bytes(keeping, device, slack=False)
+    dropped = count_bytes(dropping, device, slack=False)
+    keeping_peak, stays = kept.peaks[0], kept.marks[0]
+    if torch.is_autocast_enabled(device.type):
+        with uncached():  # as in a re-run, which saves each cast of a weight that is used twice
+            twice = count_bytes(keeping, device, slack=False)
+        keeping_peak, stays = max(keeping_peak, twice.peaks[0]), max(stays, twice.marks[0])
+    again = (
+        keeping_peak
+        if stage.reversing
+        else rebuild_peak(stage.run, lambda _, tensor: storage_key(tensor) not in stage.lasting, device)
+    )
+    waiting = sum(allocated(p.numel() * p.element_size(), device) for p in stage.waiting)
+    lead = max(0, kept.marks[1] - kept.marks[0] - output_grads - waiting) if len(kept.marks) > 1 else None
+    forward = backward = 0.0
+    if clock:
+        forward, backward = _time(stage, device, repeats)
+    return StageCost(
+        forward,
+        backward,
+        dropped.peak,
+        keeping_peak,
+        max(0, *(peak - waiting for peak in kept.peaks[1:])),
+        output_grads,
+        lead,
+        tuple(input_grads),
+        kept=stays,
+        left=max(0, kept.end),
+        rebuild_peak=again,
+        held=0 if stage.reversing else max(0, dropped.marks[0] - max(0, kept.end)),
+    )
+
+
+def _time(stage: StageRun, device: Device, repeats: int) -> tuple[float, float]:
+    forwards: list[float] = []
+    backwards: list[float] = []
+    started = time.perf_counter()
+    # On many ranks the clock must not decide how often: a stage may have collectives within.
+    together = is_distributed()
+    for done in range(repeats if together else 10 * repeats):
+        if done >= repeats and time.perf_counter() - started > 0.05:
+            break
+        spans = Spans(device)
+        with torch.enable_grad():
+            with spans.span():
+                outputs = stage.run(as_leaf)
+            seed, _ = _root(stage, outputs)
+            del outputs
+        with spans.span():
+            if seed is not None and seed.requires_grad:
+                reverse(seed)
+        forward, backward = spans.seconds()
+        forwards.append(forward)
+        backwards.append(backward)
+        del seed
+        stage.reset()
+        if done >= 2 and not together and time.perf_counter() - started > 3.0:
+            break
+    return statistics.median(forwards), statistics.median(backwards)

@@ -1,0 +1,1 @@
+"""Plans: a chain, its schedule and where both come from; files, tables and timelines of them; no torch."""

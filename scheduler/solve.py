@@ -1,0 +1,453 @@
+"""``solve``: a model, a sample and a budget in; a plan out. The one entry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from rematplan.scheduler.capture.blocks.callables import CallableChain
+from rematplan.scheduler.capture.protocol import Asked, Capture
+from rematplan.scheduler.capture.step_function import StepFunction, as_model
+from rematplan.scheduler.capture.trial_step import TrialStep, first_forward, with_plain_step
+from rematplan.scheduler.core.budget import format_bytes, parse_budget
+from rematplan.scheduler.core.chain import Chain
+from rematplan.scheduler.core.device import DeviceSpec
+from rematplan.scheduler.core.errors import CaptureError, InfeasibleBudget
+from rematplan.scheduler.costs.meters.cuda_overheads import allocator_slack
+from rematplan.scheduler.costs.resident import optimizer_bytes, optimizer_step_bytes, resident_parts
+from rematplan.scheduler.plan.kinds import BLOCKS, KINDS
+from rematplan.scheduler.plan.plan import CaptureRecord, Plan
+from rematplan.scheduler.solvers import SOLVERS, checked_solver, solve_chain
+from rematplan.scheduler.torch_layer.call import (
+    Call,
+    CallSignature,
+    canonical_call,
+    forward_signature,
+    model_fingerprint,
+    nothing_to_train,
+    read_sample,
+    reject_unusable,
+    reject_unusual,
+    unplanned,
+)
+from rematplan.scheduler.torch_layer.device_memory import device_bytes, free_device_bytes
+from rematplan.scheduler.torch_layer.environment import environment_text
+from rematplan.scheduler.torch_layer.fake import has_data, without_hardware
+from rematplan.scheduler.torch_layer.leaves import tree_leaves
+from rematplan.scheduler.torch_layer.nested_plans import inner_plans_left_out
+from rematplan.scheduler.torch_layer.preserve import HostRandomState, model_device, set_apart
+from rematplan.scheduler.torch_layer.target import Device, Target
+from rematplan.scheduler.torch_layer.unwind import met
+
+__all__ = ["Priced", "Request", "checked", "priced", "solve", "solve_again"]
+
+COSTS = ("measure", "roofline")
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The checked arguments of one solve()."""
+
+    model: nn.Module
+    budget: int
+    call: Call
+    cacheless: bool  # use_cache=False was added to the call
+    device: Device
+    solver: str
+    capture: Asked
+    costs: str
+    optimizer_state: int
+    optimizer_step: int | None
+    progress: Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """A captured model with its costs.
+
+    Attributes:
+        reason: why it was captured so.
+        step: what trials of the model showed.
+        resident: the chain's fixed bytes, by what they consist of.
+    """
+
+    captured: Capture
+    reason: str
+    step: TrialStep
+    chain: Chain
+    resident: dict[str, int]
+
+
+def solve(
+    model: nn.Module | Callable[..., Any] | Sequence[Callable[..., Any]],
+    memory_budget: int | str,
+    *,
+    sample: Any,
+    solver: str = "optimal",
+    parameters: Mapping[str, Any] | None = None,
+    capture: str | Iterable[nn.Module] = "auto",
+    costs: str | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    device: DeviceSpec | str | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Plan the training step of ``model`` so that it fits ``memory_budget``, at the least extra time.
+
+    The model is left as it is: parameters, gradients, buffers, random-number state; so is the sample. What
+    its stages cost is remembered as long as it lives: to plan it again, for another budget, takes less time
+    and meets the same figures. On CUDA the peaks that ``torch.cuda.max_memory_allocated`` tells of are reset.
+
+    Args:
+        model: in train mode, on one device, or sharded by fully_shard; then every rank makes this call. One
+            that trains by a plan already is planned again. With ``device`` it may be without data: on meta,
+            or made under FakeTensorMode. Or a list of callables, the stages: each is called with what the one
+            before returned (``CallableChain``). Or a step function: any callable (function, lambda,
+            functools.partial, bound method, callable object) that calls the models it uses, as often as it
+            likes, and returns the loss. Modules are found in its closure, in global variables that it names,
+            in what it is bound to, and in the sample; the loss that it makes of their outputs is in the plan.
+            It leaves ``backward`` to the training loop.
+        memory_budget: peak device bytes of a whole training step: parameters, buffers, gradients, optimizer
+            state if an optimizer is given, inputs, activations. An int, or text: "6GiB", "800MB", "75%" of
+            the device's memory; "auto" is what is free (and what the step already holds) less 5 % of
+            the device's memory, "auto - 2GiB" leaves another reserve.
+        sample: what the model is trained on, in shape: a tensor, a tuple of positional arguments, a dict of
+            keyword arguments, or ``(args, kwargs)``.
+        solver: a name in ``rematplan.scheduler.solvers.SOLVERS``; one that is ``executable``.
+        parameters: what else the solver takes, by name: ``{"keep": "attn"}`` for "selective", ``{"host":
+            HostMemory(...)}`` for "two_level", which takes a graph capture.
+        capture: "graph" (torch.export), "modules" (blocks that run in order), "auto" (graph where it is
+            exact, else modules; of callables, these; modules where one module is called a hundred times in a
+            row, each call fed by the one before), or the blocks themselves: a list of modules or an
+            nn.Sequential. A module that is called so is a block at each call.
+        costs: "measure" (seconds by the clock) or "roofline" (from FLOPs and bytes); bytes are counted either
+            way. Default: "measure", and "roofline" with ``device``.
+        optimizer: its state counts towards the budget.
+        device: plan for this device instead of the one that holds the model: a DeviceSpec, or the name of one
+            that is built in ("H100", "A100-80GB", ...). Nothing runs on data, and no memory is taken; so that
+            the captured graph is not tried against the plain step, and kernels' own scratch space is not
+            counted.
+        progress: called with a line of text at each step of the planning.
+
+    Returns:
+        the Plan; ``print(plan)`` shows its cost table, ``rematplan.execute(plan, model)`` trains by it.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be used; says what was got and what was expected.
+        CaptureError: the model cannot be captured exactly.
+        InfeasibleBudget: no schedule fits; carries the smallest budget that one fits.
+    """
+    plain: nn.Module = unplanned(as_model(model, sample))
+    request = checked(
+        plain, memory_budget, sample, solver, parameters or {}, capture, costs, optimizer, device, progress
+    )
+    if isinstance(request.device, Target):
+        with without_hardware(request.model, request.call) as (twin, call):
+            return _plan(replace(request, model=twin, call=call), parameters or {})
+    # Not around each trial: a graph with a random number of Python's in it as a constant would then pass for
+    # exact.
+    random = HostRandomState()
+    try:
+        with set_apart(request.call) as call:
+            return _plan(replace(request, call=call), parameters or {})
+    finally:
+        random.restore()
+
+
+def solve_again(plan: Plan, model: nn.Module, call: Call, progress: Progress, capture: str = "auto") -> Plan:
+    """Return the plan for another call of the plan's model: same budget, solver, costs, optimizer, capture.
+
+    Gradients that exist now count as existing. A plan that was made without its device is made
+    again on the one that holds the model.
+
+    Args:
+        model: plain, in train mode.
+        call: canonical; nothing outside may need its tensors, which have no history.
+        capture: "auto" or "modules", where the plan's is a graph.
+
+    Raises:
+        CaptureError, InfeasibleBudget, ValueError: as ``solve`` does.
+    """
+    record, solver = plan.capture, plan.solver
+    if SOLVERS[solver].parameters and not plan.parameters:
+        solver = "optimal"  # a plan that was loaded does not know what its solver was given
+    request = Request(
+        model,
+        plan.memory_budget,
+        call,
+        False,
+        model_device(model),
+        solver,
+        KINDS[record.kind].producer().asked_again(record, model, capture),
+        plan.costs,
+        plan.resident.get("optimizer state", 0),
+        plan.optimizer_step,
+        progress,
+    )
+    return _plan(request, plan.parameters)
+
+
+def priced(request: Request, *, options: bool = True) -> Priced:
+    """Return the model captured and its chain.
+
+    Args:
+        options: whether to look for options of stages that keep less than all.
+    """
+    name = type(request.model).__name__
+    cannot = met(
+        f"solve: {name} cannot be planned",
+        "pass capture=[blocks], the modules that run in order",
+        (ValueError,),
+    )
+    with cannot, inner_plans_left_out():
+        return _priced(request, options)
+
+
+def _priced(request: Request, options: bool) -> Priced:
+    model, call = request.model, request.call
+    resident = resident_parts(model, call, request.device)
+    resident["optimizer state"] = request.optimizer_state
+    step, kinds, refused = _tried(request)
+    captured, reason, kinds = _captured(request, step, kinds, refused)
+    step = replace(step, plain=None)  # of which nothing need stay in memory
+    resident["allocator slack"] = allocator_slack(model, call, request.device, request.optimizer_state)
+    request.progress(f"pricing {len(captured)} stages")
+    resident_bytes, clock = sum(resident.values()), request.costs == "measure"
+    chain: Chain | None = None
+    while chain is None:
+        producer = KINDS[captured.kind].producer()
+        try:
+            chain = producer.price(captured, step, resident=resident_bytes, clock=clock, options=options)
+        except CaptureError as error:
+            if not kinds:
+                raise
+            captured, reason, kinds = _captured(request, step, kinds, str(error))
+    resident |= captured.live_besides()
+    extra = chain.fixed - sum(resident.values())
+    if extra:
+        resident["constants and replay state"] = extra
+    return Priced(captured, reason, step, chain, resident)
+
+
+def _tried(request: Request) -> tuple[TrialStep, list[str], str]:
+    """Return what plain runs show, the kinds of capture to try, in order, and why others are not tried."""
+    step = first_forward(request.model, request.call, request.device, request.progress)
+    kinds, refused = [request.capture] if isinstance(request.capture, str) else [BLOCKS], ""
+    if request.capture == "auto":
+        kinds = []
+        for name, kind in KINDS.items():
+            if kind.automatic:
+                unsuited = kind.producer().unsuited(step.seen)
+                refused = refused or unsuited
+                kinds += [] if unsuited else [name]
+    if step.target is None:
+        compares = any(KINDS[name].producer().compares for name in kinds)
+        embeds = any(getattr(module, "sparse", False) is True for module in request.model.modules())
+        if compares or embeds or request.cacheless:
+            step = with_plain_step(step, cacheless=request.cacheless)
+    return step, kinds, refused
+
+
+def _captured(
+    request: Request, step: TrialStep, kinds: list[str], refused: str
+) -> tuple[Capture, str, list[str]]:
+    """Return the capture, why it is so, and the kinds that have not been tried.
+
+    Args:
+        refused: why those tried before are none; "" if none was.
+
+    Raises:
+        CaptureError: the model cannot be captured as any of these kinds.
+    """
+    name, *others = kinds
+    try:
+        captured, reason = KINDS[name].producer().capture(step, request.capture, refused)
+    except CaptureError as error:
+        if not others:
+            raise
+        return _captured(request, step, others, str(error))
+    if len(captured) == 1 and others and step.target is None:
+        with suppress(CaptureError):
+            why = "it is a graph of one stage (code under a decorator, say)"
+            return _captured(request, step, others, why)
+    return captured, reason, others
+
+
+def _plan(request: Request, parameters: Mapping[str, Any]) -> Plan:
+    """Return the plan for checked arguments."""
+    model, solver = request.model, request.solver
+    found = priced(request)
+    captured, chain, resident = found.captured, found.chain, found.resident
+    if SOLVERS[solver].two_level and not KINDS[captured.kind].copies:
+        raise CaptureError(
+            f"solve: solver={solver!r} copies what autograd saves to the host, which takes a graph capture, and the model "
+            f"was captured by its modules ({found.reason}); choose another solver"
+        )
+    request.progress(f"solving for {format_bytes(request.budget)}")
+    try:
+        schedule = solve_chain(chain, request.budget, solver, **parameters)
+    except InfeasibleBudget as error:
+        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in resident.items() if size)
+        raise InfeasibleBudget(
+            error.budget,
+            error.smallest,
+            error.solver,
+            f"Live during the whole step: {parts}; gradients {format_bytes(sum(s.grad for s in chain.stages))} "
+            "appear in backward. Raise the budget, shorten the batch, or use an optimizer with less state.",
+        ) from error
+    # Hooks of the root may change what the forward is given: fully_shard casts the inputs.
+    signature = CallSignature.of(found.step.arrives)
+    record = CaptureRecord(
+        kind=captured.kind,
+        reason=found.reason,
+        device=model_device(model).type,
+        structure=signature.structure,
+        leaves=signature.leaves,
+        model=model_fingerprint(model),
+        unread=tuple(sorted(found.step.unread)),
+        evaluating=tuple(name for name, module in model.named_modules() if not module.training),
+        frozen=tuple(name for name, p in model.named_parameters() if not p.requires_grad),
+        environment=environment_text(model_device(model).type),
+        target=request.device.spec.name if isinstance(request.device, Target) else "",
+        target_memory=request.device.spec.memory if isinstance(request.device, Target) else 0,
+        **captured.record(),
+    )
+    return Plan(
+        chain,
+        schedule,
+        request.budget,
+        solver,
+        request.costs,
+        record,
+        resident,
+        torch.__version__,
+        request.optimizer_step,
+        parameters.get("host"),
+        live=None if isinstance(request.device, Target) else (model, captured),
+        parameters=dict(parameters),
+    )
+
+
+def checked(
+    model: nn.Module,
+    memory_budget: int | str,
+    sample: Any,
+    solver: str,
+    parameters: Mapping[str, Any],
+    capture: str | Iterable[nn.Module],
+    costs: str | None,
+    optimizer: torch.optim.Optimizer | None,
+    target: DeviceSpec | str | None,
+    progress: Progress | None,
+) -> Request:
+    """Refuse what cannot be planned, before anything is changed."""
+    reject_unusable(model)
+    if isinstance(model, (CallableChain, StepFunction)):
+        if target is not None:
+            raise ValueError(
+                "solve: device= plans a copy of the model, and plain callables cannot be copied with what they use; plan them "
+                "where their modules are, without device=, or make a module of each"
+            )
+        if isinstance(model, CallableChain) and isinstance(capture, str) and capture in ("auto", BLOCKS):
+            capture = [*model.stages]
+    own = model_device(model)
+    device: Device = own if target is None else Target(DeviceSpec.of(target))
+    budget = parse_budget(
+        memory_budget, _device_bytes(device), lambda: _free_bytes(model, sample, optimizer, device)
+    )
+    if costs is None:
+        costs = "measure" if target is None else "roofline"
+    if not checked_solver("solve", solver, parameters).executable:
+        raise ValueError(
+            f"solve: solver={solver!r} makes schedules that executors cannot follow; use it on chains "
+            "(rematplan.scheduler.solvers.solve_chain), or choose another solver"
+        )
+    if costs not in COSTS:
+        raise ValueError(f"solve: costs={costs!r} is unknown; choose one of {', '.join(COSTS)}")
+    if isinstance(capture, str) and capture not in ("auto", *KINDS):
+        raise ValueError(
+            f"solve: capture={capture!r} is unknown; choose one of {', '.join(('auto', *KINDS))}, or pass a list of modules"
+        )
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"solve: optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+    if isinstance(device, Target) and costs == "measure":
+        raise ValueError(
+            f"solve: costs='measure' needs the device, and device={device.spec.name!r} describes one that need not be "
+            "there; leave costs out, or pass costs='roofline'"
+        )
+    call, cacheless = _checked_call(model, sample, device)
+    return Request(
+        model,
+        budget,
+        call,
+        cacheless,
+        device,
+        solver,
+        capture if isinstance(capture, str) else tuple(capture),
+        costs,
+        optimizer_bytes(optimizer, device),
+        optimizer_step_bytes(optimizer, device),
+        progress or (lambda line: None),
+    )
+
+
+def _checked_call(model: nn.Module, sample: Any, device: Device) -> tuple[Call, bool]:
+    """Return the call that ``sample`` is, and whether ``use_cache=False`` was added to it.
+
+    Raises:
+        ValueError: the sample does not fit the model, lies elsewhere, or has no data.
+    """
+    described = isinstance(device, Target)
+    args, kwargs = read_sample(sample)
+    if isinstance(model, StepFunction):
+        args, kwargs = model.marked(args, kwargs)
+    if not described:
+        _refuse_without_data("the model", model.parameters())
+    try:
+        call = canonical_call(forward_signature(model), args, kwargs)
+    except TypeError as error:
+        raise ValueError(f"solve: the sample does not fit {type(model).__name__}.forward: {error}") from error
+    for leaf in tree_leaves(call):
+        if not described and isinstance(leaf, torch.Tensor) and leaf.device.type != device.type:
+            raise ValueError(
+                f"solve: a tensor of the sample lies on {leaf.device}, the model on {device}; move the sample there"
+            )
+    reject_unusual(call)
+    if not described:
+        _refuse_without_data("the sample", tree_leaves(call))
+    elif hindrance := nothing_to_train(model, call):
+        raise ValueError(hindrance)
+    cacheless = "use_cache" in call[1] and "use_cache" not in kwargs
+    if model._forward_pre_hooks or type(model).__call__ is not torch.nn.Module.__call__:
+        # What stands before the forward goes by how the call is written.
+        call = args, {**kwargs, "use_cache": False} if cacheless else kwargs
+    return call, cacheless
+
+
+def _refuse_without_data(what: str, tensors: Iterable[Any]) -> None:
+    if not has_data(tensors):
+        raise ValueError(
+            f"solve: {what} has no data (it is on meta, or fake); pass device=, the device to plan for: a "
+            f"rematplan.DeviceSpec or one of {', '.join(DeviceSpec.names())}"
+        )
+
+
+def _device_bytes(device: Device) -> int:
+    return device.spec.memory if isinstance(device, Target) else device_bytes(device)
+
+
+def _free_bytes(
+    model: nn.Module, sample: Any, optimizer: torch.optim.Optimizer | None, device: Device
+) -> int:
+    """Return what a step may take: memory that is free or holds its tensors; all of a described device."""
+    if isinstance(device, Target):
+        return device.spec.memory
+    there = sum(resident_parts(model, sample, device).values())
+    if optimizer is not None and optimizer.state:
+        there += optimizer_bytes(optimizer, device)
+    return free_device_bytes(device) + there

@@ -1,0 +1,151 @@
+"""Leave what a trial has entered: levels of functorch, modes, and settings of torch of this thread.
+
+A model's code that raises half-way, or an export of it, may leave the process within a level of
+``torch.vmap``, a mode of dispatch or other settings; every op that follows, the user's too, would then run
+within them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+
+from rematplan.scheduler.core.errors import CaptureError
+from rematplan.scheduler.torch_layer.private import (
+    default_device_context,
+    dispatch_modes,
+    dual_level,
+    function_mode_stack,
+    inference_mode_entered,
+    leave_dual_level,
+    leave_transforms,
+    pop_dispatch_mode,
+    pop_function_modes,
+    saved_tensors_hooks,
+    saved_tensors_refusal,
+    set_saved_tensors_hooks,
+    transform_depth,
+)
+
+__all__ = ["in_words", "met", "unwound"]
+
+KINDS = ("cpu", "cuda")  # of devices that autocast is set for
+
+_LEFT: list[Any] = []  # guards that nobody leaves
+
+
+@contextmanager
+def unwound() -> Iterator[None]:
+    """Leave, at the end of the block, everything entered within it and not left; restore settings."""
+    before = _Surroundings()
+    try:
+        yield
+    finally:
+        before.restore()
+
+
+@contextmanager
+def met(what: str, advice: str = "", ours: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn any exception in the block into a CaptureError that begins with ``what``; leave what was entered.
+
+    Out of memory stays what it is: a smaller batch is the cure, not another capture.
+
+    Args:
+        advice: what to do, at the end of the message.
+        ours: kinds of exceptions that come out as they are, beside CaptureError.
+    """
+    with unwound():
+        try:
+            yield
+        except Exception as error:  # of whatever kind the model's code, an export or a kernel raises
+            if isinstance(error, (CaptureError, torch.OutOfMemoryError, *ours)):
+                raise
+            raise CaptureError(f"{what}: {in_words(error)}{f'; {advice}' if advice else ''}") from error
+
+
+def in_words(error: BaseException) -> str:
+    """Return the kind of an error and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    name = type(error).__name__
+    return f"{name}: {lines[0][:300]}" if lines else name
+
+
+class _Surroundings:
+    """The modes, levels and settings that ops of this thread run under, as they are now."""
+
+    def __init__(self) -> None:
+        self.dual = dual_level()
+        self.level = transform_depth()
+        self.dispatch = dispatch_modes()
+        self.function = function_mode_stack()
+        self.default_device = default_device_context()
+        self.grad = torch.is_grad_enabled()
+        self.inference = torch.is_inference_mode_enabled()
+        self.anomaly = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+        self.dtype = torch.get_default_dtype()
+        self.deterministic = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+        self.autocast = _autocast()
+        self.nesting = _autocast_nesting()
+        self.cached = torch.is_autocast_cache_enabled()
+        self.hooks = saved_tensors_hooks()
+        self.refused = saved_tensors_refusal()
+
+    def restore(self) -> None:
+        """Leave what was entered since, the last first; restore settings."""
+        leave_transforms(self.level)
+        if self.dual < 0:
+            leave_dual_level()
+        self._leave_modes()
+        if torch.is_inference_mode_enabled() is not self.inference:
+            _LEFT.append(inference_mode_entered(self.inference))
+        torch.set_grad_enabled(self.grad)
+        if (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()) != self.anomaly:
+            torch.set_anomaly_enabled(*self.anomaly)
+        if torch.get_default_dtype() is not self.dtype:
+            torch.set_default_dtype(self.dtype)
+        mode, only_warned = self.deterministic
+        now = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+        if now != self.deterministic:
+            torch.use_deterministic_algorithms(mode, warn_only=only_warned)
+        self._set_autocast()
+        set_saved_tensors_hooks(self.hooks, self.refused)
+
+    def _leave_modes(self) -> None:
+        for mode in reversed(dispatch_modes()):
+            if not any(mode is each for each in self.dispatch):
+                with suppress(Exception):  # of its own making; it is off the stack all the same
+                    mode.__exit__(None, None, None)
+                if any(mode is each for each in dispatch_modes()):
+                    pop_dispatch_mode(mode)
+        if default_device_context() is not self.default_device:
+            torch.set_default_device(None if self.default_device is None else self.default_device.device)
+        pop_function_modes(len(self.function))
+
+    def _set_autocast(self) -> None:
+        for kind, enabled, dtype in self.autocast:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        torch.set_autocast_cache_enabled(self.cached)
+        left = _autocast_nesting() - self.nesting
+        for _ in range(left):
+            torch.autocast_decrement_nesting()
+        if left > 0 and not self.nesting:
+            torch.clear_autocast_cache()
+
+
+def _autocast() -> list[tuple[str, bool, torch.dtype]]:
+    return [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in KINDS]
+
+
+def _autocast_nesting() -> int:
+    torch.autocast_increment_nesting()
+    return int(torch.autocast_decrement_nesting())
