@@ -14,6 +14,7 @@ from pathlib import Path
 __all__ = ["ROOT", "Ended", "run_within"]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+PATH = os.pathsep.join([str(ROOT / "src"), str(ROOT)])  # of modules: the checkout's
 GRACE = 10.0  # seconds for the driver to end a process that was killed
 
 
@@ -48,7 +49,7 @@ def run_within(
         log: the file that gets what it prints.
         environment: variables that it has besides those of this process.
     """
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
+    variables = {**os.environ, "PYTHONPATH": PATH, **(environment or {})}
     began = time.monotonic()
     with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(

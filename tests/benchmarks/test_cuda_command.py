@@ -17,7 +17,7 @@ import torch
 from benchmarks.cuda import page, suite
 from benchmarks.cuda.order import CHECKS, SECONDS
 from benchmarks.cuda.runner import LINES, Check, failures, run_checks
-from tests.shared.helpers import ROOT
+from tests.shared.helpers import PATH, ROOT
 
 MODULE = "tests.shared.cuda_checks"
 
@@ -35,7 +35,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=120,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": PATH},
         check=False,
     )
 
@@ -183,7 +183,7 @@ def test_each_file_is_a_process_and_a_failure_stops_none(tmp_path: Path) -> None
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": PATH},
         check=False,
     )
     rows = [json.loads(line) for line in (tmp_path / suite.LINES).read_text().splitlines()]
@@ -211,7 +211,7 @@ def test_what_needs_hypothesis_or_diffusers_is_skipped_without_them() -> None:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "REMATPLAN_WHEEL": "0"},
+        env={**os.environ, "PYTHONPATH": PATH, "REMATPLAN_WHEEL": "0"},
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -24,7 +24,7 @@ from rematplan.executors.compare_replay import ReplayError
 from rematplan.scheduler.capture.blocks.block_capture import capture_modules
 from rematplan.scheduler.costs.module_chain import module_chain
 from rematplan.scheduler.torch_layer.preserve import preserved
-from tests.shared.helpers import ROOT, smallest
+from tests.shared.helpers import PATH, smallest
 from tests.shared.models import Case
 from tests.shared.steps import OVERLAPPING, assert_equal, peak_of_a_step, restored, tightest, train
 
@@ -241,7 +241,7 @@ def test_a_saved_plan_trains_in_another_process(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": PATH},
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rematplan.scheduler.core.referee import simulate
 from rematplan.scheduler.solvers import solve_chain
 
 ROOT = Path(__file__).resolve().parents[2]  # the checkout
+PATH = os.pathsep.join([str(ROOT / "src"), str(ROOT)])  # of modules: the checkout's
 ORACLES = ROOT / "tests" / "oracles"
 
 
