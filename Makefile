@@ -29,7 +29,7 @@ WHEEL = $$(echo build/wheel/rematplan-*.whl)
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
-.PHONY: help demo test test-fast lint format bench docs cuda cuda-tests test-torch clean
+.PHONY: help demo test test-fast lint format bench docs cuda cuda-tests test-torch test-newest clean
 
 help:
 	@echo "make demo    install and run examples/train_gpt.py"
@@ -42,6 +42,7 @@ help:
 	@echo "make cuda    check and measure on a GPU, within 8 minutes (DEVICE=cpu: a dry run)"
 	@echo "make cuda-tests  run the tests that need a GPU, one file per process"
 	@echo "make test-torch  run the tests under another torch (TORCH=2.11.0), in an environment of its own"
+	@echo "make test-newest  run the tests under the newest torch that installs"
 	@echo "make clean   remove everything that make made, except for the results of make cuda"
 
 demo: $(VENV)/.examples
@@ -84,16 +85,20 @@ cuda:
 cuda-tests:
 	PYTHONPATH=src:. $(WITH_TORCH) -m benchmarks.cuda.suite --out $(OUT)
 
-# The tests under another torch, in an environment of its own: its wheel is that for CUDA, of several gigabytes, and runs on a
-# CPU. What is pinned for the torch of constraints.txt alone is left to pip.
+# The tests under another torch, in an environment of its own: its wheel is that for CUDA, of several gigabytes, and
+# runs on a CPU. Where it has no file of pins, what is pinned for the torch of constraints.txt alone is left to pip.
 OTHER := $(VENV)-$(TORCH)
 
 test-torch: $(OTHER)/.made
 	PYTHONPATH=src OMP_NUM_THREADS=1 $(OTHER)/bin/pytest -n $(WORKERS) $(PYTEST_ARGS)
 
+test-newest:
+	$(MAKE) test-torch TORCH=2.14.1
+
 $(OTHER)/.made: $(REQUIREMENTS)
 	rm -rf $(OTHER) && $(PYTHON) -m venv $(OTHER) && mkdir -p build
-	grep -vE '^(torch|triton|nvidia-[a-z0-9-]*|setuptools|sympy|fsspec)==' constraints.txt >build/constraints-$(TORCH).txt
+	cp constraints-torch-$(TORCH).txt build/constraints-$(TORCH).txt 2>/dev/null || \
+		grep -vE '^(torch|triton|nvidia-[a-z0-9-]*|setuptools|sympy|fsspec)==' constraints.txt >build/constraints-$(TORCH).txt
 	$(OTHER)/bin/python -m pip --disable-pip-version-check install --quiet --constraint build/constraints-$(TORCH).txt \
 		torch==$(TORCH) ".[examples,test]"
 	$(OTHER)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes rematplan
