@@ -29,6 +29,7 @@ __all__ = [
     "MISSING",
     "Holder",
     "Snapshot",
+    "cell_content",
     "holders_of",
     "is_own_code",
     "is_plain",
@@ -137,7 +138,7 @@ class Holder:
         if self.kind == "set":
             return set(thing)
         if self.kind == "cell":
-            return _cell(thing)
+            return cell_content(thing)
         if self.kind == "array":
             return thing.copy()
         if self.kind == "iterator":
@@ -300,7 +301,7 @@ def _opened(path: str, value: Any) -> tuple[Holder | None, Iterable[tuple[str, A
     if type(value) in _ITERATORS:
         return Holder(path, value, "iterator"), ()
     if isinstance(value, types.CellType):
-        content = _cell(value)
+        content = cell_content(value)
         return Holder(path, value, "cell"), () if content is MISSING else [(path, content)]
     if isinstance(value, types.FunctionType):
         if not is_own_code(value.__module__):
@@ -352,7 +353,8 @@ def _class_values(kind: type) -> list[tuple[str, Any]]:
     ]
 
 
-def _cell(cell: types.CellType) -> Any:
+def cell_content(cell: types.CellType) -> Any:
+    """Return the value of a closure's variable; MISSING if it has none yet."""
     try:
         return cell.cell_contents
     except ValueError:

@@ -1,8 +1,7 @@
-"""Leave what a trial has entered: levels of functorch, modes, and settings of torch of this thread.
+"""Leave the modes, functorch levels and settings of torch that a trial in this thread has entered.
 
 A model's code that raises half-way, or an export of it, may leave the process within a level of
-``torch.vmap``, a mode of dispatch or other settings; every op that follows, the user's too, would then run
-within them.
+``torch.vmap``, a mode of dispatch or other settings; all later ops, the user's too, would run within them.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from rematplan.scheduler.core.errors import CaptureError
+from rematplan.scheduler.torch_layer.environment import deterministic, set_deterministic
 from rematplan.scheduler.torch_layer.private import (
     default_device_context,
     dispatch_modes,
@@ -34,7 +34,7 @@ __all__ = ["in_words", "met", "unwound"]
 
 KINDS = ("cpu", "cuda")  # of devices that autocast is set for
 
-_LEFT: list[Any] = []  # guards that nobody leaves
+_LEFT: list[Any] = []  # guards, which hold while they live
 
 
 @contextmanager
@@ -51,11 +51,11 @@ def unwound() -> Iterator[None]:
 def met(what: str, advice: str = "", ours: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Turn any exception in the block into a CaptureError that begins with ``what``; leave what was entered.
 
-    Out of memory stays what it is: a smaller batch is the cure, not another capture.
+    OutOfMemoryError passes: a smaller batch is the cure, not another capture.
 
     Args:
-        advice: what to do, at the end of the message.
-        ours: kinds of exceptions that come out as they are, beside CaptureError.
+        advice: end of the message.
+        ours: kinds of exceptions that pass, beside CaptureError.
     """
     with unwound():
         try:
@@ -74,7 +74,7 @@ def in_words(error: BaseException) -> str:
 
 
 class _Surroundings:
-    """The modes, levels and settings that ops of this thread run under, as they are now."""
+    """The present modes, levels and settings that ops of this thread run under."""
 
     def __init__(self) -> None:
         self.dual = dual_level()
@@ -86,10 +86,7 @@ class _Surroundings:
         self.inference = torch.is_inference_mode_enabled()
         self.anomaly = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
         self.dtype = torch.get_default_dtype()
-        self.deterministic = (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        )
+        self.deterministic = deterministic()
         self.autocast = _autocast()
         self.nesting = _autocast_nesting()
         self.cached = torch.is_autocast_cache_enabled()
@@ -109,20 +106,15 @@ class _Surroundings:
             torch.set_anomaly_enabled(*self.anomaly)
         if torch.get_default_dtype() is not self.dtype:
             torch.set_default_dtype(self.dtype)
-        mode, only_warned = self.deterministic
-        now = (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        )
-        if now != self.deterministic:
-            torch.use_deterministic_algorithms(mode, warn_only=only_warned)
+        if deterministic() != self.deterministic:
+            set_deterministic(self.deterministic)
         self._set_autocast()
         set_saved_tensors_hooks(self.hooks, self.refused)
 
     def _leave_modes(self) -> None:
         for mode in reversed(dispatch_modes()):
             if not any(mode is each for each in self.dispatch):
-                with suppress(Exception):  # of its own making; it is off the stack all the same
+                with suppress(Exception):  # of the mode's own code; the mode leaves the stack in any case
                     mode.__exit__(None, None, None)
                 if any(mode is each for each in dispatch_modes()):
                     pop_dispatch_mode(mode)
