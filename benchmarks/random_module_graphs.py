@@ -1,4 +1,4 @@
-"""Claim: of 1,000 random module graphs none is trained wrong by its plan, and none takes more than its budget.
+"""Claim: plans of 1,000 random module graphs train none wrong and none over its budget.
 
 Each is a model, a capture, a budget between the smallest and keeping all, and a way to train: what is drawn
 is in ``tests/shared/module_graph_steps.py``, and hypothesis draws the same in

@@ -18,6 +18,7 @@ from rematplan.scheduler.torch_layer.fake import Watch
 from rematplan.scheduler.torch_layer.fsdp import sharded_within, take_gathered_grads
 from rematplan.scheduler.torch_layer.layouts import storage_key
 from rematplan.scheduler.torch_layer.leaves import map_tensors, tree_leaves
+from rematplan.scheduler.torch_layer.named_by_code import Named
 from rematplan.scheduler.torch_layer.private import (
     detect_fake_mode,
     dynamo_is_loaded,
@@ -251,14 +252,13 @@ def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:  # noqa: C
     """
     gathered = take_gathered_grads(model)
     generators = RandomState(model_device(model))
-    surroundings = _surroundings(model)
-    state = Snapshot(surroundings.roots(model))
-    held = state_tensors(model, surroundings.roots(model))
+    roots, moved = _surroundings(model)
+    state, held = Snapshot(roots), state_tensors(model, roots)
     tensors = [places[0].get() for places in held]
     grads: dict[Tensor, Tensor | None] = {p: p.grad for p in model.parameters()}
     grads.update({t: t.grad for t in tensors if t.is_leaf and t.requires_grad})
     values = {b: b.detach().clone() for b in model.buffers()}
-    values.update({t: t.detach().clone() for t in (*model.parameters(), *tensors) if t in surroundings.moved})
+    values.update({t: t.detach().clone() for t in (*model.parameters(), *tensors) if t in moved})
     bound = [] if sharded_within(model) else [*model.parameters(), *model.buffers(), *tensors]
     storages = [(t, t.data, storage_key(t)) for t in bound]
     flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -296,30 +296,15 @@ def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:  # noqa: C
         generators.restore()
 
 
-class _Surroundings:
-    """The state besides its call that a model's forward may read and change.
-
-    Attributes:
-        moved: parameters and other tensors whose values a forward was seen to change; buffers always count as
-            such.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        _, self.named = roots_of(model)
-        self.moved: set[Tensor] = set()
-
-    def roots(self, model: nn.Module) -> list[tuple[str, Any]]:
-        """Return the roots of its Python state."""
-        return [("", model), *self.named.objects()]
+_SURROUNDINGS: weakref.WeakKeyDictionary[nn.Module, tuple[Named, set[Tensor]]] = weakref.WeakKeyDictionary()
 
 
-_SURROUNDINGS: weakref.WeakKeyDictionary[nn.Module, _Surroundings] = weakref.WeakKeyDictionary()
-
-
-def _surroundings(model: nn.Module) -> _Surroundings:
+def _surroundings(model: nn.Module) -> tuple[list[tuple[str, Any]], set[Tensor]]:
+    """Return the roots of a model's Python state, and the tensors but buffers that a forward has changed."""
     if model not in _SURROUNDINGS:
-        _SURROUNDINGS[model] = _Surroundings(model)
-    return _SURROUNDINGS[model]
+        _SURROUNDINGS[model] = roots_of(model)[1], set()
+    named, moved = _SURROUNDINGS[model]
+    return [("", model), *named.objects()], moved
 
 
 class _Moving(Watch):
@@ -356,14 +341,13 @@ def moving(model: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
     Copying all parameters at each trial would be too much for the few models that change some: a teacher that
     follows the student, weights clamped in the forward, ``Embedding(max_norm)``.
     """
-    surroundings = _surroundings(model)
-    held = state_tensors(model, surroundings.roots(model))
-    noted = _Moving([*model.parameters(), *(places[0].get() for places in held)])
+    roots, moved = _surroundings(model)
+    noted = _Moving([*model.parameters(), *(places[0].get() for places in state_tensors(model, roots))])
     try:
         with uncompiled(), noted:
             yield noted.copies
     finally:
-        surroundings.moved.update(noted.copies)
+        moved.update(noted.copies)
         for tensor, value in noted.copies.items():
             tensor.data.copy_(value)
 

@@ -12,7 +12,7 @@ import functools
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from operator import contains, getitem, is_
 from pathlib import Path
@@ -86,21 +86,8 @@ class StateTensor:
         self._container[self._key] = value
 
 
-class _Cell:
-    """A cell of a closure, as a container of one item."""
-
-    def __init__(self, cell: types.CellType) -> None:
-        self.cell = cell
-
-    def __getitem__(self, _: Any) -> Any:
-        return self.cell.cell_contents
-
-    def __setitem__(self, _: Any, value: Any) -> None:
-        self.cell.cell_contents = value
-
-
-class _Slots:
-    """The attributes of an object without ``__dict__``, as a container."""
+class _Attributes:
+    """The attributes of an object without ``__dict__``, as a container; of a cell ``cell_contents``."""
 
     def __init__(self, owner: Any) -> None:
         self.owner = owner
@@ -123,10 +110,9 @@ def _items(holder: Holder) -> tuple[Any, list[tuple[Any, Any]]]:
     if holder.kind == "list":
         return thing, list(enumerate(thing)) if len(thing) <= _MOST_ITEMS else []
     if holder.kind == "slots":
-        return _Slots(thing), list(holder.content().items())
+        return _Attributes(thing), list(holder.content().items())
     if holder.kind == "cell":
-        content = holder.content()
-        return _Cell(thing), [] if content is MISSING else [(0, content)]
+        return _Attributes(thing), [("cell_contents", holder.content())]
     return None, []
 
 
@@ -304,27 +290,15 @@ class Reads:
         kinds = {holder.owner for holder in self._holders if holder.owner is not None}
         modules = [k for k in kinds if issubclass(k, nn.Module) and "__getattribute__" in vars(k)]
         classes: list[type] = [nn.Module, *modules, *(k for k in kinds if not issubclass(k, nn.Module))]
-        with reads_recorded(classes, self._recorder) as unseen:
+        with reads_recorded(classes, self._objects, self._note) as unseen:
             self._unseen = unseen
             yield
 
-    def _recorder(self, original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
-        reads, objects, attributes_of = self._reads, self._objects, object.__getattribute__
-
-        def __getattribute__(self: Any, name: str) -> Any:  # noqa: N807 # it takes the place of that method
-            try:
-                key = id(attributes_of(self, "__dict__"))
-            except AttributeError:
-                return original(self, name)
-            if key in objects:
-                if name != "__dict__":
-                    reads[key, name] = None
-                elif not sys._getframe(1).f_code.co_filename.startswith(_TORCH):  # vars(self): any of them
-                    for each in attributes_of(self, "__dict__"):
-                        reads[key, each] = None
-            return original(self, name)
-
-        return __getattribute__
+    def _note(self, key: int, name: str) -> None:
+        if name != "__dict__":
+            self._reads[key, name] = None
+        elif not sys._getframe(2).f_code.co_filename.startswith(_TORCH):  # vars(self): any of them
+            self._reads.update(((key, each), None) for each in self._objects[key].thing)
 
     def guards(self, tensors: Sequence[list[StateTensor]] = ()) -> Guards:
         """Return guards of all that was read, as it is now.
@@ -342,7 +316,7 @@ class Reads:
             found.hold(namespace, name, path)
         for path, cell in self._named.cells:
             with suppress(ValueError):  # the variable has no value yet
-                found.hold(_Cell(cell), 0, path)
+                found.hold(_Attributes(cell), "cell_contents", path)
         for places in tensors:
             found.hold_tensor(places)
         return found
@@ -356,7 +330,7 @@ class Reads:
         if holder.kind == "class":
             self._guard_class(found, holder)
         elif holder.owner is types.FunctionType:
-            function = _Slots(holder.about)
+            function = _Attributes(holder.about)
             for name in ("__defaults__", "__kwdefaults__"):
                 found.hold(function, name, f"{holder.path}.{name}")
             for name in holder.thing:

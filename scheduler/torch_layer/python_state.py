@@ -15,7 +15,7 @@ import sys
 import types
 import weakref
 from collections import UserDict, UserList, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -206,19 +206,37 @@ class Holder:
 
 @contextmanager
 def reads_recorded(
-    kinds: Iterable[type], recorder: Callable[[Callable[[Any, str], Any]], Callable[[Any, str], Any]]
+    kinds: Iterable[type], objects: Container[int], note: Callable[[int, str], None]
 ) -> Iterator[set[type]]:
-    """Replace ``__getattribute__`` of some classes by ``recorder(it)`` within the block.
+    """Replace ``__getattribute__`` of classes within the block, so that reads of attributes are noted.
+
+    Args:
+        kinds: the classes.
+        objects: identities of the ``__dict__`` of the objects whose reads matter.
+        note: called with that identity and the attribute's name.
 
     Yields:
         the classes written in C, whose reads cannot be seen.
     """
     unseen: set[type] = set()
     kind: Any
+
+    def noting(original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+        def __getattribute__(self: Any, name: str) -> Any:  # noqa: N807 # it replaces that method
+            try:
+                key = id(object.__getattribute__(self, "__dict__"))
+            except AttributeError:
+                return original(self, name)
+            if key in objects:
+                note(key, name)
+            return original(self, name)
+
+        return __getattribute__
+
     with ExitStack() as stack:
         for kind in dict.fromkeys(kinds):
             try:
-                stack.enter_context(replaced(kind, __getattribute__=recorder(kind.__getattribute__)))
+                stack.enter_context(replaced(kind, __getattribute__=noting(kind.__getattribute__)))
             except TypeError:
                 unseen.add(kind)
         yield unseen

@@ -6,7 +6,7 @@ A model's code that raises half-way, or an export of it, may leave the process w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -34,6 +34,17 @@ __all__ = ["in_words", "met", "unwound"]
 
 KINDS = ("cpu", "cuda")  # of devices that autocast is set for
 
+# (read, write) of settings.
+_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (
+        lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
+        lambda then: torch.set_anomaly_enabled(*then),
+    ),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (deterministic, set_deterministic),
+    (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+)
 _LEFT: list[Any] = []  # guards, which hold while they live
 
 
@@ -82,14 +93,12 @@ class _Surroundings:
         self.dispatch = dispatch_modes()
         self.function = function_mode_stack()
         self.default_device = default_device_context()
-        self.grad = torch.is_grad_enabled()
         self.inference = torch.is_inference_mode_enabled()
-        self.anomaly = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
-        self.dtype = torch.get_default_dtype()
-        self.deterministic = deterministic()
-        self.autocast = _autocast()
+        self.settings = [read() for read, _ in _SETTINGS]
+        self.autocast = [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in KINDS
+        ]
         self.nesting = _autocast_nesting()
-        self.cached = torch.is_autocast_cache_enabled()
         self.hooks = saved_tensors_hooks()
         self.refused = saved_tensors_refusal()
 
@@ -101,13 +110,9 @@ class _Surroundings:
         self._leave_modes()
         if torch.is_inference_mode_enabled() is not self.inference:
             _LEFT.append(inference_mode_entered(self.inference))
-        torch.set_grad_enabled(self.grad)
-        if (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()) != self.anomaly:
-            torch.set_anomaly_enabled(*self.anomaly)
-        if torch.get_default_dtype() is not self.dtype:
-            torch.set_default_dtype(self.dtype)
-        if deterministic() != self.deterministic:
-            set_deterministic(self.deterministic)
+        for (read, write), then in zip(_SETTINGS, self.settings, strict=True):
+            if read() != then:
+                write(then)
         self._set_autocast()
         set_saved_tensors_hooks(self.hooks, self.refused)
 
@@ -126,16 +131,11 @@ class _Surroundings:
         for kind, enabled, dtype in self.autocast:
             torch.set_autocast_enabled(kind, enabled)
             torch.set_autocast_dtype(kind, dtype)
-        torch.set_autocast_cache_enabled(self.cached)
         left = _autocast_nesting() - self.nesting
         for _ in range(left):
             torch.autocast_decrement_nesting()
         if left > 0 and not self.nesting:
             torch.clear_autocast_cache()
-
-
-def _autocast() -> list[tuple[str, bool, torch.dtype]]:
-    return [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in KINDS]
 
 
 def _autocast_nesting() -> int:

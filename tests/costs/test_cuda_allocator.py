@@ -143,7 +143,7 @@ STREAMS = st.lists(st.one_of(SIZES, st.floats(0, 1, exclude_max=True)), max_size
 
 @dataclass
 class Stretch:
-    """Bytes of a pool in the order of their addresses: in use under a key, free, or none between two segments."""
+    """Bytes of a pool by address: in use under a key, free, or none between two segments."""
 
     size: int
     key: int = -1

@@ -18,7 +18,7 @@ ORACLES = ROOT / "tests" / "oracles"
 
 @functools.lru_cache(maxsize=64)
 def smallest(chain: Chain, solver: str = "optimal", **parameters: Any) -> int:
-    """Return the smallest budget (bytes) that the solver says it can meet; parameters as ``solve_chain`` takes them."""
+    """Return the solver's smallest feasible budget in bytes; parameters as ``solve_chain`` takes them."""
     try:
         schedule = solve_chain(chain, 1, solver, **parameters)
     except InfeasibleBudget as error:

@@ -43,7 +43,7 @@ class State:
         return x
 
     def change(self, owner: Any, level: float) -> None:
-        """What the loop does to the owner before a step, or between forward and backward; the level is 1 at first."""
+        """What the loop does to the owner before a step or between forward and backward; level 1 at first."""
 
     def loss(self, owner: Any) -> Tensor | None:
         """What the loop adds to the loss after a forward."""

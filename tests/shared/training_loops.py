@@ -1,4 +1,4 @@
-"""Random training loops: what happens before a forward, between forward and backward, and how often each is run.
+"""Random training loops: events before a forward, between forward and backward, and counts of both.
 
 What a forward reads and writes is in ``state_kinds.py`` and ``state_written.py``, the model in
 ``training_models.py``.
