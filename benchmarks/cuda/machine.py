@@ -45,6 +45,7 @@ class Machine:
     def moved(self, tree: T) -> T:
         """Copy tensors, or those in a container, to the device."""
         from torch import Tensor
+
         from rematplan.scheduler.torch_layer.private import pytree
 
         return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self.device), tree)
