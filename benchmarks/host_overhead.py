@@ -3,8 +3,8 @@
 Layers so small that the interpreter is all there is. Each row runs one Revolve schedule as a planned model,
 and as nested torch checkpoints, interleaved with a bare step: the plain one in which hooks run the same
 layers at the same moments, without grad and for nothing. What the schedule runs again is not overhead, and a
-run in the midst of a backward takes twice as long as one in a row of its like, since the processor has other
-code at hand.
+run within a backward takes twice as long as one in a row of equal runs, since the processor's caches hold
+other code.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checks of the account of bytes: what a step takes against what was predicted."""
+"""Check the account of bytes: measured against predicted bytes of a step."""
 
 from __future__ import annotations
 

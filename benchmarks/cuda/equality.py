@@ -1,4 +1,4 @@
-"""Checks of bits: whether planned steps are the plain step, and whether the plain step is itself twice."""
+"""Check bits: whether planned steps equal the plain step, and whether the plain step repeats itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the checks run on: a GPU, or the CPU in a dry run. torch is imported when it is first needed."""
+"""The device of the checks: a GPU, or the CPU in a dry run. torch is imported on first use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run checks one after the other, each in a process of its own, within seconds for each and for all."""
+"""Run checks one by one, each in its own process, within seconds for each and for all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Step time and peak of real models: by what people use, and by plans within the measured peaks of that."""
+"""Measure step time and peak of real models: by usual methods, and by plans within their measured peaks."""
 
 from __future__ import annotations
 

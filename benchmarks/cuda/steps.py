@@ -1,4 +1,4 @@
-"""Training steps that can be compared: bit for bit, in bytes, and in seconds."""
+"""Run training steps that can be compared: bit for bit, in bytes, and in seconds."""
 
 from __future__ import annotations
 

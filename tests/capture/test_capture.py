@@ -1,4 +1,4 @@
-"""What is captured, where it is cut, and what is refused."""
+"""Models are captured and cut, or refused with a reason."""
 
 from __future__ import annotations
 

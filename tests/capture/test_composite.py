@@ -1,4 +1,4 @@
-"""Which op graph is taken: what a plain step runs, composite ops in their parts."""
+"""The captured op graph has the ops of a plain step, composite ops in parts."""
 
 from __future__ import annotations
 

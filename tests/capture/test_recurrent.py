@@ -1,4 +1,4 @@
-"""Models that call a module again and again: each call is a stage. And lists of callables, each a stage."""
+"""Models that call a module many times, each call a stage; lists of callables, each a stage."""
 
 from __future__ import annotations
 

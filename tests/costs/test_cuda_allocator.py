@@ -1,4 +1,4 @@
-"""The simulated caching allocator keeps the rules that it states; each golden value is argued from them."""
+"""The simulated caching allocator keeps its stated rules; each golden value is derived from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schedules that copy to a host are executed: bit-equal, within the budget, and nothing stays there."""
+"""Schedules that copy to a host run bit-equal, within the budget, and leave nothing on the host."""
 
 from __future__ import annotations
 

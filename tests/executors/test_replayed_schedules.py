@@ -1,4 +1,4 @@
-"""Schedules are executed as they say: as many runs of each stage, in the order of nested checkpoints."""
+"""Schedules run as stated: the runs of each stage, in the order of nested checkpoints."""
 
 from __future__ import annotations
 

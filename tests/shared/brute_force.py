@@ -1,4 +1,4 @@
-"""The slow, literal definitions that the solvers and the referee are held against."""
+"""Slow, literal definitions, which the solvers and the referee are tested against."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The slow, literal definitions of what needs a second memory."""
+"""Slow, literal definitions of plans with a second memory."""
 
 from __future__ import annotations
 

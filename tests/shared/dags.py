@@ -1,4 +1,4 @@
-"""Dags of ops, drawn, and the seconds of their fastest plans, by Dijkstra over sets of values."""
+"""Random Dags of ops, and the seconds of their fastest plans, by Dijkstra over sets of values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests and benchmarks share, and needs neither torch nor hypothesis."""
+"""Helpers of tests and benchmarks that need neither torch nor hypothesis."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Kinds of state that a forward reads or writes besides parameters, registered buffers and arguments.
 
-Each kind is put on an owner, a model or a block of it, and keeps there all that it has: the same kind is
-tried at the root and within blocks. ``training_loops.py`` draws from ``STATES``; ``test_state_kinds.py``
+Each kind keeps all its state on an owner, a model or a block of it: the same kind is tried at the root and
+within blocks. ``training_loops.py`` draws from ``STATES``; ``test_state_kinds.py``
 tries each by itself.
 """
 

@@ -1,4 +1,4 @@
-"""Train models whose blocks have Python state, plainly and by a plan; all that may differ is recorded."""
+"""Train models whose blocks have Python state, plainly and by a plan; record all that may differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps that are more than one call of a model, as people write them: each with its modules and a batch."""
+"""Steps of more than one call of a model, as users write them, each with its modules and a batch."""
 
 from __future__ import annotations
 

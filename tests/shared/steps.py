@@ -1,4 +1,4 @@
-"""Training steps, recorded bit for bit, and plans for the models of ``tests.shared.models``."""
+"""Record training steps bit for bit, and plan for the models of ``tests.shared.models``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random training loops: run plainly and by a plan, and held against one another after every step."""
+"""Run random training loops plainly and by a plan, and compare them after every step."""
 
 from __future__ import annotations
 

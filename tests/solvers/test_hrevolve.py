@@ -1,4 +1,4 @@
-"""Uniform chains over two memories: what they cost, and that nothing costs less."""
+"""Uniform chains over two memories: their costs, which are the least."""
 
 from __future__ import annotations
 

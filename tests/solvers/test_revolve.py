@@ -1,4 +1,4 @@
-"""Revolve as a stream, packed, on chains, and online: counts by the formulas, the least there are."""
+"""Revolve as a stream, packed, on chains and online: runs by the formulas, the least possible."""
 
 from __future__ import annotations
 
