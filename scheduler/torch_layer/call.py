@@ -248,11 +248,8 @@ def model_fingerprint(model: nn.Module) -> str:
     """
     reshard(model)
     digest = hashlib.sha256(f"{type(model).__module__}.{type(model).__qualname__}".encode())
-    for kind, tensors in (
-        ("parameter", model.named_parameters(remove_duplicate=False)),
-        ("buffer", model.named_buffers(remove_duplicate=False)),
-    ):
-        for name, tensor in tensors:
+    for kind, named in (("parameter", model.named_parameters), ("buffer", model.named_buffers)):
+        for name, tensor in named(remove_duplicate=False):
             row = (kind, name, tuple(tensor.shape), str(tensor.dtype), tensor.device.type)
             mesh = placement(tensor)
             digest.update(repr((*row, mesh) if mesh else row).encode())

@@ -76,9 +76,7 @@ class _Constants(TorchFunctionMode):
         # By identity, with the tensor, which keeps its identity while it is held.
         self.made: dict[int, tuple[Tensor, Any, tuple[Any, ...], Mapping[str, Any]]] = {}
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one function of torch."""
         kwargs = kwargs or {}
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -113,9 +111,7 @@ class _Random(Exception):
 
 
 class _NoRandom(TorchDispatchMode):
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one op, if it draws no random numbers."""
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise _Random

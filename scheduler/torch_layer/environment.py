@@ -138,11 +138,7 @@ def _in_plans(kind: str) -> list[tuple[str, Callable[[], Any]]]:
 
 
 def switches(kind: str) -> list[Any]:
-    """Return the present values of the process's switches that choose kernels.
-
-    Args:
-        kind: type of the device that holds the model.
-    """
+    """Return the values of the process's switches that choose kernels for a type of device."""
     return [read() for _, read, _ in _WRITTEN[kind == "cpu"]]
 
 
@@ -247,11 +243,7 @@ def _autocast_dtype(kind: str) -> torch.dtype | None:
 
 
 def environment(kind: str) -> Environment:
-    """Return the present values of the state that a plan depends on.
-
-    Args:
-        kind: type of the device that holds the model.
-    """
+    """Return the present state that a plan for a type of device depends on."""
     return tuple([read() for _, read in _in_plans(kind)])
 
 

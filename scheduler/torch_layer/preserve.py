@@ -29,7 +29,7 @@ from rematplan.scheduler.torch_layer.private import (
     version_of,
 )
 from rematplan.scheduler.torch_layer.python_reads import roots_of, state_tensors
-from rematplan.scheduler.torch_layer.python_state import Snapshot
+from rematplan.scheduler.torch_layer.python_state import HOOKS, Snapshot
 from rematplan.scheduler.torch_layer.unwind import unwound
 
 __all__ = [
@@ -201,14 +201,12 @@ def reverse(root: Tensor) -> None:
 @contextmanager
 def bare(model: nn.Module) -> Iterator[nn.Module]:
     """Yield a module with the model's state but no hooks on the root and no ``__call__`` of its class."""
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    root = model
-    if type(model).__call__ is not nn.Module.__call__:
-        cls = type(model)
+    root, cls = model, type(model)
+    if cls.__call__ is not nn.Module.__call__:
         plain = type(cls.__name__, (cls,), {"__call__": nn.Module.__call__, "__module__": cls.__module__})
         root = object.__new__(plain)
         object.__setattr__(root, "__dict__", vars(model))
-    with replaced(vars(model), **{name: OrderedDict() for name in names}):
+    with replaced(vars(model), **{name: OrderedDict() for name in HOOKS}):
         yield root
 
 
@@ -262,11 +260,10 @@ def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:  # noqa: C
     bound = [] if sharded_within(model) else [*model.parameters(), *model.buffers(), *tensors]
     storages = [(t, t.data, storage_key(t)) for t in bound]
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    hooks = [d for p in grads for d in hooks_of_gradients(p)]
-    silent = [dict(each) for each in hooks]
+    hooks = [(d, dict(d)) for p in grads for d in hooks_of_gradients(p)]
     for tensor in grads:
         tensor.grad = None
-    for each in hooks:
+    for each, _ in hooks:
         each.clear()
     for places in held:
         tensor = places[0].get()
@@ -278,7 +275,7 @@ def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:  # noqa: C
         with unwound():  # what follows must not run within modes that a trial has left behind
             yield frozenset(p for p, g in grads.items() if isinstance(p, nn.Parameter) and g is not None)
     finally:
-        for each, before in zip(hooks, silent, strict=True):
+        for each, before in hooks:
             each.update(before)
         take_gathered_grads(model)
         state.restore()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from rematplan.scheduler.torch_layer.private import replaced
 
 __all__ = [
+    "HOOKS",
     "MISSING",
     "Holder",
     "Snapshot",
@@ -58,10 +59,8 @@ FOREIGN = frozenset(
     }
 )  # fmt: skip # one table
 
-_OF_MODULES = (
-    "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-)  # fmt: skip # one table
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OF_MODULES = ("_parameters", "_buffers", "_modules", *HOOKS)
 _SKIPPED = frozenset(
     (*_OF_MODULES, "_rematplan", "_non_persistent_buffers_set", "_forward_hooks_with_kwargs",
      "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks")
@@ -294,18 +293,16 @@ def holders_of(roots: Iterable[tuple[str, Any]]) -> Iterator[Holder]:
 def _opened(path: str, value: Any) -> tuple[Holder | None, Iterable[tuple[str, Any]]]:  # noqa: C901 - one case per kind of object
     """Return the holder that a value is, if it is one, and what is reachable from it."""
     if isinstance(value, nn.Module):
-        start, attributes = f"{path}." if path else "", vars(value)
+        start, own = f"{path}." if path else "", vars(value)
         inner: list[tuple[str, Any]] = [(start + n, c) for n, c in value._modules.items()]
         # Dicts of parameters, buffers, children and hooks are holders, too; their values are not walked.
+        inner += [(path, Holder(path, own[name], "dict")) for name in _OF_MODULES if name in own]
+        # Hooks are walked for the objects that they are bound to and close over.
         inner += [
-            (path, Holder(path, attributes[name], "dict")) for name in _OF_MODULES if name in attributes
+            (f"a hook of {path or 'the model'}", f) for name in HOOKS for f in own.get(name, {}).values()
         ]
-        hook = f"a hook of {path or 'the model'}"  # what it is bound to, and closes over
-        inner += [(hook, each) for name in _HOOKS for each in attributes.get(name, {}).values()]
-        inner += [
-            (start + k, v) for k, v in attributes.items() if k not in _SKIPPED and not k.endswith("_hooks")
-        ]
-        return Holder(path, attributes, "dict", type(value)), [*inner, *_classes(type(value))]
+        inner += [(start + k, v) for k, v in own.items() if k not in _SKIPPED and not k.endswith("_hooks")]
+        return Holder(path, own, "dict", type(value)), [*inner, *_classes(type(value))]
     if isinstance(value, Holder):
         return value, ()
     if isinstance(value, dict):
@@ -338,8 +335,12 @@ def _opened(path: str, value: Any) -> tuple[Holder | None, Iterable[tuple[str, A
     if type(value).__module__ == "numpy" and type(value).__name__ == "ndarray" and value.dtype != object:
         return Holder(path, value, "array"), ()
     if isinstance(value, type):
-        own = is_own_code(value.__module__)
-        return (Holder(value.__name__, value, "class"), _class_values(value)) if own else (None, ())
+        if not is_own_code(value.__module__):
+            return None, ()
+        walked = (dict, list, deque, set, type, types.FunctionType)
+        found = {k: v for k, v in vars(value).items() if not k.startswith("__") and isinstance(v, walked)}
+        name = value.__name__
+        return Holder(name, value, "class"), [(f"{name}.{k}", v) for k, v in found.items()]
     kind = type(value)
     if kind in weakref.ProxyTypes:
         target = getattr(getattr(value, "__repr__", None), "__self__", None)
@@ -361,14 +362,6 @@ def _opened(path: str, value: Any) -> tuple[Holder | None, Iterable[tuple[str, A
 def _classes(kind: type) -> Iterator[tuple[str, Any]]:
     """Yield the classes of user code among the bases of a class, itself included."""
     return ((c.__name__, c) for c in kind.__mro__ if is_own_code(c.__module__))
-
-
-def _class_values(kind: type) -> list[tuple[str, Any]]:
-    return [
-        (f"{kind.__name__}.{k}", v)
-        for k, v in vars(kind).items()
-        if not k.startswith("__") and isinstance(v, (dict, list, deque, set, type, types.FunctionType))
-    ]
 
 
 def cell_content(cell: types.CellType) -> Any:

@@ -13,22 +13,8 @@ from typing import Any
 import torch
 
 from rematplan.scheduler.core.errors import CaptureError
+from rematplan.scheduler.torch_layer import private
 from rematplan.scheduler.torch_layer.environment import deterministic, set_deterministic
-from rematplan.scheduler.torch_layer.private import (
-    default_device_context,
-    dispatch_modes,
-    dual_level,
-    function_mode_stack,
-    inference_mode_entered,
-    leave_dual_level,
-    leave_transforms,
-    pop_dispatch_mode,
-    pop_function_modes,
-    saved_tensors_hooks,
-    saved_tensors_refusal,
-    set_saved_tensors_hooks,
-    transform_depth,
-)
 
 __all__ = ["in_words", "met", "unwound"]
 
@@ -88,44 +74,44 @@ class _Surroundings:
     """The present modes, levels and settings that ops of this thread run under."""
 
     def __init__(self) -> None:
-        self.dual = dual_level()
-        self.level = transform_depth()
-        self.dispatch = dispatch_modes()
-        self.function = function_mode_stack()
-        self.default_device = default_device_context()
+        self.dual = private.dual_level()
+        self.level = private.transform_depth()
+        self.dispatch = private.dispatch_modes()
+        self.function = private.function_mode_stack()
+        self.default_device = private.default_device_context()
         self.inference = torch.is_inference_mode_enabled()
         self.settings = [read() for read, _ in _SETTINGS]
         self.autocast = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in KINDS
         ]
         self.nesting = _autocast_nesting()
-        self.hooks = saved_tensors_hooks()
-        self.refused = saved_tensors_refusal()
+        self.hooks = private.saved_tensors_hooks()
+        self.refused = private.saved_tensors_refusal()
 
     def restore(self) -> None:
         """Leave what was entered since, the last first; restore settings."""
-        leave_transforms(self.level)
+        private.leave_transforms(self.level)
         if self.dual < 0:
-            leave_dual_level()
+            private.leave_dual_level()
         self._leave_modes()
         if torch.is_inference_mode_enabled() is not self.inference:
-            _LEFT.append(inference_mode_entered(self.inference))
+            _LEFT.append(private.inference_mode_entered(self.inference))
         for (read, write), then in zip(_SETTINGS, self.settings, strict=True):
             if read() != then:
                 write(then)
         self._set_autocast()
-        set_saved_tensors_hooks(self.hooks, self.refused)
+        private.set_saved_tensors_hooks(self.hooks, self.refused)
 
     def _leave_modes(self) -> None:
-        for mode in reversed(dispatch_modes()):
+        for mode in reversed(private.dispatch_modes()):
             if not any(mode is each for each in self.dispatch):
                 with suppress(Exception):  # of the mode's own code; the mode leaves the stack in any case
                     mode.__exit__(None, None, None)
-                if any(mode is each for each in dispatch_modes()):
-                    pop_dispatch_mode(mode)
-        if default_device_context() is not self.default_device:
+                if any(mode is each for each in private.dispatch_modes()):
+                    private.pop_dispatch_mode(mode)
+        if private.default_device_context() is not self.default_device:
             torch.set_default_device(None if self.default_device is None else self.default_device.device)
-        pop_function_modes(len(self.function))
+        private.pop_function_modes(len(self.function))
 
     def _set_autocast(self) -> None:
         for kind, enabled, dtype in self.autocast:
