@@ -317,7 +317,7 @@ def reject_unusable(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"solve: model is a {type(model).__name__}, expected a torch.nn.Module")
     reject_wrapped("solve", model)
-    reject_tensor_parallel("solve", model)
+    reject_tensor_parallel(model)
     reshard(model)
     if not model.training:
         raise ValueError(

@@ -16,6 +16,7 @@ from rematplan.scheduler.torch_layer.private import DeviceContext, function_mode
 __all__ = [
     "Environment",
     "RunContext",
+    "autocast_settings",
     "deterministic",
     "deterministic_switches",
     "environment",
@@ -165,8 +166,8 @@ def switched(then: list[Any], kind: str) -> Iterator[None]:
             write(now)
 
 
-def _autocast(kind: str) -> list[tuple[str, bool, torch.dtype]]:
-    """Return (device type, enabled, dtype) of the CPU and of the model's device."""
+def autocast_settings(kind: str) -> list[tuple[str, bool, torch.dtype]]:
+    """Return (type, enabled, dtype) for the CPU and another type of device."""
     kinds = ("cpu",) if kind == "cpu" else ("cpu", kind)
     return [(each, torch.is_autocast_enabled(each), torch.get_autocast_dtype(each)) for each in kinds]
 
@@ -188,23 +189,24 @@ class RunContext:
 
     Captured at a first run and entered for re-runs, which run within a backward: outside of the contexts that
     the user's code has around its forward, and perhaps in a thread of autograd's without function modes.
-
-    Args:
-        kind: type of the device that holds the model.
     """
 
     __slots__ = ("autocast", "default_device", "grad", "kind", "modes", "switches")
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.grad, self.autocast, self.switches = torch.is_grad_enabled(), _autocast(kind), switches(kind)
+        self.grad, self.autocast, self.switches = (
+            torch.is_grad_enabled(),
+            autocast_settings(kind),
+            switches(kind),
+        )
         self.default_device, self.modes = _function_modes()
 
     def is_current(self) -> bool:
         """Whether the surroundings are these now."""
         return (
             torch.is_grad_enabled() is self.grad
-            and _autocast(self.kind) == self.autocast
+            and autocast_settings(self.kind) == self.autocast
             and switches(self.kind) == self.switches
             and _function_modes() == (self.default_device, self.modes)
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -83,15 +84,8 @@ def fake_model(model: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> n
 
 
 def fake_call(call: Any, mode: FakeTensorMode, device: str = "cpu") -> Any:
-    """Return the call with a fake tensor in place of each tensor."""
-    memo: dict[int, Tensor] = {}
-
-    def fake(tensor: Tensor) -> Tensor:
-        if id(tensor) not in memo:
-            memo[id(tensor)] = _faked(tensor, mode, device)
-        return memo[id(tensor)]
-
-    return map_tensors(fake, call)
+    """Return the call with a fake tensor for each tensor, the same for the same."""
+    return map_tensors(functools.cache(lambda tensor: _faked(tensor, mode, device)), call)
 
 
 class Watch(TorchDispatchMode):

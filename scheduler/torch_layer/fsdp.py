@@ -56,7 +56,7 @@ def reject_wrapped(call: str, model: nn.Module) -> None:
             raise ValueError(f"{call}: model is a {kind.__name__}: {WRAPPERS[kind.__name__]}")
 
 
-def reject_tensor_parallel(call: str, model: nn.Module) -> None:
+def reject_tensor_parallel(model: nn.Module) -> None:
     """Refuse parameters that are DTensors but not by fully_shard alone.
 
     Raises:
@@ -68,7 +68,7 @@ def reject_tensor_parallel(call: str, model: nn.Module) -> None:
         shards = sum(not place.is_replicate() for place in parameter.placements)  # type: ignore[attr-defined]
         if shards > 1 or not holders(model, name.rpartition(".")[0]):
             raise ValueError(
-                f"{call}: parameter {name} is a DTensor that fully_shard does not gather ({placement(parameter)}); "
+                f"solve: parameter {name} is a DTensor that fully_shard does not gather ({placement(parameter)}); "
                 "of models whose parameters are DTensors only those sharded by fully_shard over data-parallel ranks "
                 "can be planned, without tensor parallelism"
             )
