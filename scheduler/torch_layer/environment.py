@@ -88,6 +88,7 @@ def _set_reduced(dtype: str) -> Callable[[bool], None]:
 
 
 _CUDA, _NOTHING = torch.backends.cuda, nullcontext()
+_WORDS = {"None": "off", "False": "off", "True": "on"}
 # Switches that choose kernels: name in a plan's record, read, write; None where another one's ``write`` sets
 # it, or none can.
 _SWITCHES: tuple[_Switch, ...] = (
@@ -118,12 +119,11 @@ _PART_IN_PLANS = {
 }
 
 
-def _written(rows: tuple[_Switch, ...]) -> list[tuple[str, Callable[[], Any], Callable[[Any], Any]]]:
-    return [(name, read, write) for name, read, write in rows if write is not None]
-
-
 # By whether the device is the CPU.
-_WRITTEN = {True: _written(_SWITCHES), False: _written(_SWITCHES + _ON_CUDA)}
+_WRITTEN = {
+    cpu: [(name, read, write) for name, read, write in rows if write is not None]
+    for cpu, rows in ((True, _SWITCHES), (False, _SWITCHES + _ON_CUDA))
+}
 
 
 @functools.cache
@@ -261,9 +261,6 @@ def environment_difference(then: str, now: str) -> str | None:
     before, after = json.loads(then), json.loads(now)
     for name, value in after.items():
         if name in before and before[name] != value:
-            return f"{name} is {_word(value)} instead of {_word(before[name])}"
+            now, then = (_WORDS.get(each, each) for each in (value, before[name]))
+            return f"{name} is {now} instead of {then}"
     return None
-
-
-def _word(value: str) -> str:
-    return {"None": "off", "False": "off", "True": "on"}.get(value, value)

@@ -102,18 +102,14 @@ def tree_unflatten(leaves: list[Any], spec: Any) -> Any:
             outer += below
             continue
         kind, names, inner = opened
-        made: Any = _blank(kind)
+        try:
+            made: Any = kind.__new__(kind)  # type: ignore[call-overload] # no metaclass
+        except TypeError:  # it asks for arguments
+            made = object.__new__(kind)
         for name, member in zip(names, tree_unflatten(below, inner), strict=True):
             object.__setattr__(made, name, member)
         outer.append(made)
     return pytree.tree_unflatten(outer, spec.outer)
-
-
-def _blank(kind: type) -> Any:
-    try:
-        return kind.__new__(kind)  # type: ignore[call-overload] # no metaclass
-    except TypeError:  # it asks for arguments
-        return object.__new__(kind)
 
 
 def tree_leaves(value: Any) -> list[Any]:

@@ -225,9 +225,10 @@ class Guards:
                 return False
         except (KeyError, IndexError, ValueError):
             return False
-        if any(map(contains, *self._absent[:2])) or [*map(len, self._sizes[0])] != self._sizes[1]:
+        absent, sizes, contents = self._absent, self._sizes, self._contents
+        if any(map(contains, absent[0], absent[1])) or [*map(len, sizes[0])] != sizes[1]:
             return False
-        if not all(map(_has_content, *self._contents[:2])):
+        if contents[0] and not all(map(_has_content, contents[0], contents[1])):
             return False
         return not self.tensors or all(map(self._is_tensor, self.tensors, self._kinds))
 

@@ -127,22 +127,7 @@ class Holder:
 
     def content(self) -> Any:
         """Return a shallow copy of what it holds now."""
-        thing = self.thing
-        if self.kind in ("dict", "class"):
-            return dict(thing.__dict__ if self.kind == "class" else thing)
-        if self.kind == "slots":
-            return {name: getattr(thing, name) for name in slots_of(type(thing)) if hasattr(thing, name)}
-        if self.kind == "list":
-            return list(thing)
-        if self.kind == "set":
-            return set(thing)
-        if self.kind == "cell":
-            return cell_content(thing)
-        if self.kind == "array":
-            return thing.copy()
-        if self.kind == "iterator":
-            return thing.__reduce__()
-        return _generator(thing)[0]()
+        return _CONTENTS[self.kind](self.thing)
 
     def changed(self, before: Any) -> list[Any]:
         """Return the keys whose values differ from ``before``; [MISSING] for a change of what has no keys."""
@@ -370,6 +355,19 @@ def cell_content(cell: types.CellType) -> Any:
         return cell.cell_contents
     except ValueError:
         return MISSING
+
+
+_CONTENTS: dict[str, Callable[[Any], Any]] = {
+    "dict": dict,
+    "slots": lambda thing: {n: getattr(thing, n) for n in slots_of(type(thing)) if hasattr(thing, n)},
+    "class": lambda thing: dict(vars(thing)),
+    "list": list,
+    "set": set,
+    "cell": cell_content,
+    "array": lambda thing: thing.copy(),
+    "iterator": lambda thing: thing.__reduce__(),
+    "generator": lambda thing: _generator(thing)[0](),
+}
 
 
 def _one(a: Any, b: Any) -> bool:
