@@ -43,7 +43,8 @@ __all__ = [
 MISSING: Any = object()  # stands for no value
 # Classes of the standard library that configurations are made of.
 NAMESPACES = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList)
-_ITERATORS = tuple(type(iter(each)) for each in ([], (), range(0), range(2**70), ""))
+_SEQUENCES: tuple[Any, ...] = ([], (), range(0), range(2**70), "")
+_ITERATORS = tuple(type(iter(each)) for each in _SEQUENCES)
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 MOST = 200_000  # objects that are walked: beyond, something like a data set hangs on the model
 PLAIN = (
