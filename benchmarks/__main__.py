@@ -10,7 +10,10 @@ python -m benchmarks random_training_loops --first 400 --count 50 --shrink
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
+import re
+import textwrap
 from pathlib import Path
 
 NAMES = (
@@ -38,6 +41,25 @@ NAMES = (
     "recurrent",
 )
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def wrapped(text: str, width: int = 110) -> str:
+    """Wrap the paragraphs and lists of a Markdown text; leave headings, tables, pictures and code."""
+    fill = functools.partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)
+
+    def block(part: str) -> str:
+        if re.search(r"^(\||#|!\[)", part, re.MULTILINE):
+            return part
+        items = [" ".join(item.split()) for item in re.split(r"\n(?=[*-] )", part)]
+        return "\n".join(
+            fill(item, subsequent_indent="  " if item[:2] in ("* ", "- ") else "") for item in items
+        )
+
+    pieces = re.split(r"(\n*^```.*?^```$\n*)", text, flags=re.MULTILINE | re.DOTALL)  # code, with its fences
+    return "".join(
+        piece if piece.lstrip("\n").startswith("```") else "\n\n".join(map(block, piece.split("\n\n")))
+        for piece in pieces
+    )
 
 
 def main() -> None:
@@ -72,7 +94,7 @@ def main() -> None:
     suffix = "_cuda" if arguments.device == "cuda" else ""
     for name in arguments.names or NAMES:
         module = importlib.import_module(f"benchmarks.{name}")
-        text = module.report(**part)
+        text = wrapped(module.report(**part))
         print(text)
         if arguments.write:
             (DOCS / f"{name}{suffix}.md").write_text(text + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What people do to train in less memory: each method as a context in which a model trains by it.
+"""The usual methods to train in less memory, each as a context in which a model trains by it.
 
 ``with method(model) as trained: trained(**batch)``: the same parameters, and on leaving the model is as it
 was. The forward and the backward belong inside. ``blocks(model)`` are the layers that Hugging Face

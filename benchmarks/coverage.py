@@ -1,6 +1,6 @@
-"""Claim: models of transformers and diffusers are planned and train bit for bit like the plain model, or are refused.
+"""Claim: plans train models of transformers and diffusers bit for bit like the plain model, or refuse them.
 
-Each architecture has a process of its own: what fails, or takes too long, stops no other.
+Each architecture has its own process, so that one that fails or takes too long stops no other.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The architectures of ``benchmarks.coverage``: small random configurations in train mode, each with a batch.
 
-Dropout, drop path and layer drop are what the configuration of the library says; only sizes are small.
+Dropout, drop path and layer drop are the library's defaults; only sizes are small.
 """
 
 from __future__ import annotations

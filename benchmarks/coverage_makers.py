@@ -1,4 +1,4 @@
-"""How the cases of ``benchmarks.coverage_cases`` are made: a model of a library by name, and a batch for it."""
+"""Make the cases of ``benchmarks.coverage_cases``: a model of a library by name, and a batch for it."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Claim: a stage run costs at most 20 µs of the host's time above the run itself; a plan that keeps all, 1 % at the most.
+"""Claim: a stage run takes at most 20 µs of host time beside the run, a plan that keeps all at most 1 % more.
 
 Layers so small that the interpreter is all there is. Each row runs one Revolve schedule as a planned model,
 and as nested torch checkpoints, interleaved with a bare step: the plain one in which hooks run the same
 layers at the same moments, without grad and for nothing. What the schedule runs again is not overhead, and a
-run in the midst of a backward takes twice as long as one in a row of its like, since the processor has other
-code at hand.
+run within a backward takes twice as long as one in a row of equal runs, since the processor's caches hold
+other code.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def row(count: int, slots: int) -> list[str]:
 
 
 def real() -> list[str]:
-    """Seconds of a step of a small GPT-2, and what keeping all adds to it, by modules and as a graph, in percent."""
+    """Seconds of a step of a small GPT-2, and percent that keeping all adds, by modules and as a graph."""
     torch.manual_seed(0)
     case = make_gpt2(8, 128, 512, n_layer=4, n_embd=256, n_head=4)
     models = {"plain": case.model}

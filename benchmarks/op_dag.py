@@ -91,7 +91,7 @@ def measured_seconds(
 
 @dataclass(slots=True)
 class _Values:
-    """The values of a captured step: what each graph op reads, makes and saves, if it or an op after it needs a gradient.
+    """The values of a captured step: those that each graph op reads, makes and saves for a gradient.
 
     Attributes:
         size: (V,) bytes.
@@ -259,7 +259,7 @@ DENSE = ("linear", "addmm", "mm", "conv1d", "conv2d", "conv3d", "convolution", "
 
 
 def relaxed_dag(capture: GraphCapture, seconds: Sequence[float], resident: int = 0) -> Dag:
-    """A Dag that asks less than the captured step: what ``dag_floor`` says of it by default holds for the step.
+    """A Dag that asks less than the captured step: by default ``dag_floor`` of it is a bound for the step.
 
     One turn for each op that makes a value; one for the moment when the forward is over; and one for the
     backward of each op that saves something and on which the loss depends, in reverse order, as autograd's
@@ -327,7 +327,7 @@ def _reads(dag: Dag) -> list[set[int]]:
 
 
 def _rebuilt(made: OpDag, capture: GraphCapture, stage: int, option: int) -> tuple[set[int], list[list[int]]]:
-    """The values that an option of a stage keeps, what came from before the stage included; the ops run again, by part."""
+    """The values that an option of a stage keeps, those from before it too; the ops run again, by part."""
     graph, linear, dag = capture.graph, capture.linear, made.dag
     dropped = capture.dropped[stage][option]
     kept: set[int] = set()

@@ -1,4 +1,4 @@
-"""Claim: stages kept in part beat what people use, at equal measured peak, in the time of a real step.
+"""Claim: stages kept in part beat the usual methods at equal measured peak, in seconds of a real step.
 
 Per model the plain step, the baselines of ``baselines.py``, the stage-level optimum and the op-level optimum,
 all executed for real. Gradients exist before the step and count as live all step, as when they are
@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from benchmarks import baselines
 from benchmarks.op_dag import measured_seconds, relaxed_dag
@@ -37,6 +36,7 @@ from rematplan.scheduler.bounds.dag import Dag
 from rematplan.scheduler.bounds.floor import Floor, dag_floor
 from rematplan.scheduler.torch_layer.call import canonical_call
 from rematplan.scheduler.torch_layer.loss import find_loss
+from rematplan.scheduler.torch_layer.private import pytree
 from tests.shared import models
 from tests.shared.models import Case
 
@@ -207,7 +207,7 @@ def _moved(tree: Any) -> Any:
 
 
 def _clock() -> float:
-    """Seconds: of the processor where one thread does all the work, so that others on the machine count less."""
+    """Seconds: of the processor where one thread does all the work, so that other processes count less."""
     alone = DEVICE == "cpu" and torch.get_num_threads() == 1
     return time.process_time() if alone else time.perf_counter()
 
@@ -400,8 +400,8 @@ def report(cases: Mapping[str, Compared] | None = None, *, only: str = "") -> st
     """The tables, as Markdown.
 
     Args:
-        cases: already measured. Default: those of ``CASES`` whose titles have ``only`` in them; the sections of the
-            others are those of the document as it is.
+        cases: already measured. Default: those of ``CASES`` whose titles have ``only`` in them; the sections
+            of the others are taken from the document.
     """
     found = {title: compared(title) for title in chosen(only)} if cases is None else cases
     lines = [

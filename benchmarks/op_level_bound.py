@@ -1,4 +1,4 @@
-"""Claims: op-level plans are within 1 % of the MILP optimum, and 2,500 ops are planned within 10 s of their capture.
+"""Claim: op-level plans are within 1 % of the MILP optimum; 2,500 ops are planned within 10 s of capture.
 
 The plan of the chain, with options, is translated into one of the Dag of single ops (``op_dag.py``), and its
 peak there is the budget of the MILP, which may run any op again at any time.
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from benchmarks.milp_bound import kept_all
 from benchmarks.op_dag import op_dag, op_seconds, priced, relaxed_dag, translate
@@ -25,6 +24,7 @@ from rematplan.scheduler.bounds.milp import solve_dag
 from rematplan.scheduler.costs.roofline import device_rates
 from rematplan.scheduler.solvers import solve_chain
 from rematplan.scheduler.torch_layer.call import canonical_call
+from rematplan.scheduler.torch_layer.private import pytree
 from tests.shared import models
 from tests.shared.helpers import smallest
 

@@ -1,4 +1,4 @@
-"""Claim: persistence costs one or two percent on average, at times eight; none on equal stages of ten boundaries.
+"""Claim: persistence costs 1 or 2 % on average, 8 % at times; none on equal stages of ten boundaries.
 
 The seconds of the fastest persistent schedule over those of the fastest of all, at budgets spread over the
 range in which both exist and something must be recomputed.
@@ -49,7 +49,7 @@ def like_blocks(length: int) -> Chain:
 
 
 def ratios(chain: Chain) -> tuple[list[float], float]:
-    """Persistent over exhaustive seconds at each share; and the smallest budgets, exhaustive over persistent."""
+    """Persistent over exhaustive seconds at each share; smallest budgets, exhaustive over persistent."""
     low = smallest(chain, "optimal")
     high = max(smallest(chain, "keep_all"), low)
     found = []

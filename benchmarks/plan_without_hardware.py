@@ -1,4 +1,4 @@
-"""Claim: a Llama-3-70B-shaped model at 8192 tokens is planned on 2 cores, without its weights, in 120 s and 8 GiB."""
+"""Claim: 2 cores plan a model like Llama-3-70B at 8192 tokens, without weights, in 120 s and 8 GiB."""
 
 from __future__ import annotations
 

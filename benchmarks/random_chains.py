@@ -1,4 +1,4 @@
-"""Claim: on 100,000 random chains no schedule is over its budget, and the optimum is the literal recurrence's.
+"""Claim: on 100,000 random chains no schedule exceeds its budget; the optimum is the literal recurrence's.
 
 Sizes without a common divisor and with one, transients up to five times the sizes, several options, stages
 that run once. Every tenth chain is solved by the literal recurrence too: infeasible exactly when it says so,

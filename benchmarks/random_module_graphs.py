@@ -1,9 +1,9 @@
-"""Claim: of 1,000 random module graphs none is trained wrong by its plan, and none takes more than its budget.
+"""Claim: plans of 1,000 random module graphs train none wrong and none over its budget.
 
-Each is a model, a capture, a budget between the smallest and keeping all, and a way to train: what is drawn
-is in ``tests/shared/module_graph_steps.py``, and hypothesis draws the same in
-``tests/steps/test_random_module_graphs.py``. What is refused is refused with a message; what raises in the
-plain model raises in the planned one.
+Each is a model, a capture, a budget between the smallest and keeping all, and a way to train, drawn by
+``tests/shared/module_graph_steps.py``; hypothesis draws the same in
+``tests/steps/test_random_module_graphs.py``. Refusals come with a message; errors of the plain model are
+errors of the planned one.
 """
 
 from __future__ import annotations

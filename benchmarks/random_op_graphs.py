@@ -1,4 +1,4 @@
-"""Claim: of 1,000 random graphs of ops none is trained wrong by its plans, and none takes more than its budget.
+"""Claim: plans of 1,000 random graphs of ops train none wrong and none over its budget.
 
 The ops sort, index, scatter, view and write in place (``tests/shared/op_graphs.py``). Each model is planned
 by ``two_level``, which copies to a host drawn with it, and by ``optimal``, each at its smallest budget and

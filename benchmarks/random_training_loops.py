@@ -1,8 +1,8 @@
-"""Claim: of 1,000 random training loops none trains otherwise by its plan, and none takes more than its budget without a word.
+"""Claim: plans of 1,000 random training loops train none wrong, and none over its budget without a word.
 
-What a forward reads and writes besides parameters, buffers and arguments is drawn from
-``tests/shared/state_kinds.py`` and ``tests/shared/state_written.py``, what the loop does between from
-``tests/shared/training_loops.py``; ``tests/shared/training_loop_steps.py`` compares all of it after each of
+The state that a forward reads and writes besides parameters, buffers and arguments is drawn from
+``tests/shared/state_kinds.py`` and ``tests/shared/state_written.py``, the rest of the loop from
+``tests/shared/training_loops.py``; ``tests/shared/training_loop_steps.py`` compares everything after each of
 five steps.
 """
 

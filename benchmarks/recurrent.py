@@ -1,4 +1,4 @@
-"""Claim: recurrent models of thousands of time steps are planned in seconds, and fit budgets far below a plain step's bytes.
+"""Claim: recurrent models of thousands of steps are planned in seconds, for budgets far below a plain step's.
 
 An LSTMCell in a Python loop, on characters, each call a stage. The longest takes as long to plan as a few
 plain steps.

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils import _pytree as pytree
 
 from benchmarks.op_dag import op_seconds
 from benchmarks.op_level_cases import DEVICE, SCALE
@@ -29,6 +28,7 @@ from rematplan.scheduler.costs.resident import resident_parts
 from rematplan.scheduler.costs.roofline import device_rates, roofline_graph
 from rematplan.scheduler.torch_layer.call import canonical_call
 from rematplan.scheduler.torch_layer.preserve import preserved
+from rematplan.scheduler.torch_layer.private import pytree
 from tests.shared import models
 from tests.shared.helpers import smallest
 from tests.shared.models import Case

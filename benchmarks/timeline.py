@@ -1,4 +1,4 @@
-"""Claim: what a plan predicts, what its step takes without data, and what it takes for real, are the same bytes."""
+"""Claim: the bytes of a plan, of its step without data, and of its real step are the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Claim: a long run by a plan is the plain run bit for bit, goes on from a checkpoint as if it had not stopped, and its memory is flat.
+"""Claim: a long run by a plan is the plain run bit for bit, resumes from checkpoints, and its memory is flat.
 
 A GPT-2 with dropout, two accumulated batches a step, clipping, AdamW and a schedule of the learning rate, on
 the text that ships with Python. Three runs: plain, by a plan, and by the plan as it was saved, from the
@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rematplan import Plan, execute, solve
 from rematplan.scheduler.core.budget import format_bytes
 from rematplan.scheduler.costs.meters.peak import count_bytes
 from rematplan.scheduler.costs.resident import storage_bytes
+from rematplan.scheduler.torch_layer.private import pytree, storage_id
 
 BATCH, CONTEXT = 4, 64
 SHARE = 0.3  # of the plain step's activations, above what lives all step
@@ -62,7 +62,7 @@ def _alive() -> int:
     gc.collect()
     tensors = [each for each in gc.get_objects() if type(each) in (Tensor, torch.nn.Parameter)]
     storages = [t.untyped_storage() for t in tensors if t.device.type == "cpu"]
-    return sum({s._cdata: s.nbytes() for s in storages}.values())
+    return sum({storage_id(s): s.nbytes() for s in storages}.values())
 
 
 def make_plan() -> Plan:
@@ -150,7 +150,7 @@ def compare(steps: int, every: int) -> tuple[Plan, Run, Run, Run]:
 
 
 def differences(plan: Plan, plain: Run, planned: Run, resumed: Run) -> list[str]:
-    """In what the three runs are not one, and where memory grows or exceeds the budget; nothing if the claim holds."""
+    """How the three runs differ, and where memory grows or exceeds the budget; nothing if the claim holds."""
     found = []
     for name, other in (("planned", planned), ("resumed", resumed)):
         if other.curve != plain.curve[-len(other.curve) :]:

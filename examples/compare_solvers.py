@@ -1,4 +1,4 @@
-"""All solvers over a sweep of budgets on one model: predicted overhead, or `-` where nothing of theirs fits.
+"""Compare all solvers over a sweep of budgets on one model: predicted overhead, or `-` if infeasible.
 
 python examples/compare_solvers.py --model resnet
 """

@@ -19,7 +19,7 @@ CONTEXT, BATCH = 32, 4
 
 
 def train(output: str, budget: str | None = "1.6MiB", resume: str | None = None) -> Trainer:
-    """Train for eight steps; plainly where there is no budget; from a checkpoint's folder on if one is given."""
+    """Train for eight steps: plainly without a budget, from a checkpoint's folder on if one is given."""
     text = torch.tensor(list("\n".join(topics.values()).encode()))
     data = [{"input_ids": ids, "labels": ids} for ids in text[: CONTEXT * 66].split(CONTEXT)]
     torch.manual_seed(0)

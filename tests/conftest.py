@@ -1,4 +1,4 @@
-"""Settings of all tests."""
+"""Configure all tests."""
 
 import importlib.util
 import os

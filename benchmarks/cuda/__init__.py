@@ -1,6 +1,5 @@
-"""What a machine with one GPU is asked in one command: ``make cuda``, or ``python -m benchmarks.cuda``.
+"""Check and measure everything on a machine with one GPU: ``make cuda`` or ``python -m benchmarks.cuda``.
 
-Each check is a process of its own with a time limit, so that one that crashes or hangs costs no other; what
-it finds is written as it is found. Only what the planner itself needs, and transformers, is imported; nothing
-is installed.
+Each check is a process with a time limit, so that one that crashes or hangs costs no other, and writes its
+findings as it makes them. Only the planner's dependencies and transformers are imported, none installed.
 """

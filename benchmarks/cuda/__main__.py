@@ -1,4 +1,4 @@
-"""Check what the planner promises on a GPU, and measure it.
+"""Check the planner's promises on a GPU, and measure it.
 
 python -m benchmarks.cuda [--device cpu] [--out out] [--seconds 480] [CHECK ...]
 python -m benchmarks.cuda --page out      (write docs/cuda.md's tables from a folder's results)

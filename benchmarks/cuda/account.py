@@ -1,4 +1,4 @@
-"""Checks of the account of bytes: what a step takes against what was predicted."""
+"""Check the account of bytes: measured against predicted bytes of a step."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def environment(found: Findings, machine: Machine) -> None:
 
 
 def workspaces(found: Findings, machine: Machine) -> None:
-    """Compare the counted bytes of cuBLAS's workspaces with those that stay, and with what products take besides."""
+    """Compare the counted bytes of cuBLAS's workspaces with those that stay, and other bytes of products."""
     if not machine.cuda:
         found.add("skipped", "takes a CUDA device")
         return
@@ -104,7 +104,7 @@ def _taken_one_by_one(found: Findings, factor: Tensor, bias: Tensor, seed: Tenso
 
 
 def peaks(found: Findings, machine: Machine) -> None:
-    """Compare predicted with measured peaks of a GPT, at three budgets by either capture; note what the watched step says."""
+    """Compare predicted with measured peaks of a GPT at three budgets by either capture, and watched ones."""
     found.add("expandable segments", expandable_segments(machine.device))
     training = Training(gpt(machine, 0.1, layers=6, width=512, batch=8, tokens=512), machine)
     for capture in ("graph", "modules"):
@@ -132,7 +132,7 @@ def expandable_peaks(found: Findings, machine: Machine) -> None:
 
 
 def rehearse_without_data(found: Findings, machine: Machine) -> None:
-    """Rehearse a GPT with dropout in its attention on tensors without data, its kernels run one by one on zeros."""
+    """Rehearse a GPT with attention dropout on tensors without data, its kernels run one by one on zeros."""
     _rehearse(found, machine, real=False)
 
 

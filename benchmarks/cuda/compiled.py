@@ -1,4 +1,4 @@
-"""Step time and peak of compiled models with activation memory budgets, and of plans within the measured peaks of that."""
+"""Compare compiled models under activation memory budgets with plans within their peaks: time and bytes."""
 
 from __future__ import annotations
 

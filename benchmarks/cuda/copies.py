@@ -1,4 +1,4 @@
-"""Checks of copies to the host: whether they change bits or bytes, and whether they run beside the compute."""
+"""Check copies to the host: whether they change bits or bytes, and whether they run beside the compute."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["copied_bytes", "copies", "link", "two_level"]
 
 
 def copies(found: Findings, machine: Machine) -> None:
-    """Train a GPT by a plan that copies to the host: equality of two steps, peak, and whether copies run beside compute."""
+    """Train a GPT by a plan that copies to the host: equal steps, peak, copies that run beside compute."""
     with sdpa_kernel(SDPBackend.MATH):  # which repeats itself, so that only the copies are judged
         _copies(found, machine)
 

@@ -1,4 +1,4 @@
-"""Checks of bits: whether planned steps are the plain step, and whether the plain step is itself twice."""
+"""Check bits: whether planned steps equal the plain step, and whether the plain step repeats itself."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def attention_backends(found: Findings, machine: Machine) -> None:
-    """Name the kernels that attention chooses, and where the seeds lie that they save, and what is in them."""
+    """Name the kernels that attention chooses, and the places and contents of the seeds that they save."""
     if not machine.cuda:
         found.add("skipped", "takes a CUDA device")
         return
@@ -92,7 +92,7 @@ def _equal(found: Findings, what: str, training: Training, shares: tuple[float, 
 
 
 def determinism(found: Findings, machine: Machine) -> None:
-    """Run the plain step twice at torch's default settings; see what solve(capture="auto") makes of the model."""
+    """Run the plain step twice at torch's default settings, and show the outcome of solve(capture="auto")."""
     _determinism(found, machine, asked_for=False)
 
 
@@ -119,7 +119,7 @@ def _determinism(found: Findings, machine: Machine, *, asked_for: bool) -> None:
 
 
 def values(found: Findings, machine: Machine) -> None:
-    """Train with check="values", on memory in which other numbers lay before; nothing may be taken for a difference."""
+    """Train with check="values" on memory that held other numbers before; no difference may be reported."""
     training = Training(gpt(machine), machine)
     for capture in CAPTURES:
         with found.attempt(capture):
@@ -140,7 +140,7 @@ def _litter(machine: Machine) -> None:
 
 
 def convolutions(found: Findings, machine: Machine) -> None:
-    """Train a residual net by a plan with cudnn.benchmark off and on, and with cudnn.deterministic: three steps each."""
+    """Train a residual net by a plan, three steps each: cudnn.benchmark off and on, cudnn.deterministic."""
     channels, batch, pixels = machine.pick((64, 32, 64), (8, 2, 8))
     for benchmark, deterministic in ((False, False), (True, False), (False, True)):
         name = f"benchmark {'on' if benchmark else 'off'}{', deterministic' if deterministic else ''}"
@@ -179,7 +179,7 @@ class TwoLstms(nn.Module):
 
 
 def lstm_dropout(found: Findings, machine: Machine) -> None:
-    """Train two LSTMs with dropout, whose masks cuDNN draws outside of the generator, by a plan; to refuse them is right, too."""
+    """Train two LSTMs by a plan, or refuse them: cuDNN draws their dropout masks outside of the generator."""
     torch.manual_seed(0)
     width = machine.pick(64, 16)
     batch = torch.randn(16, 32, width)

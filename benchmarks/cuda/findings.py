@@ -1,4 +1,4 @@
-"""What a check finds, written figure by figure, so that it outlives the process that found it."""
+"""Write a check's findings figure by figure, so that they survive its process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the checks run on: a GPU, or the CPU in a dry run. torch is imported when it is first needed."""
+"""The device of the checks: a GPU, or the CPU in a dry run. torch is imported on first use."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ class Machine:
     def moved(self, tree: T) -> T:
         """Copy tensors, or those in a container, to the device."""
         from torch import Tensor
-        from torch.utils import _pytree as pytree
+
+        from rematplan.scheduler.torch_layer.private import pytree
 
         return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self.device), tree)

@@ -1,4 +1,4 @@
-"""The checks in their order: what must be known first comes first."""
+"""List the checks in the order in which they run: the most basic first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write the tables of docs/cuda.md from what ``make cuda`` left in a folder."""
+"""Write the tables of docs/cuda.md from the results of ``make cuda`` in a folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a command within a time limit, its output in a file, and say how it ended."""
+"""Run a command within a time limit, its output in a file, and tell how it ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run checks one after the other, each in a process of its own, within seconds for each and for all."""
+"""Run checks one by one, each in its own process, within seconds for each and for all."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run_checks(
     *,
     workers: int = 1,
 ) -> list[dict[str, Any]]:
-    """Run the checks; one line of JSON each is added to ``checks.jsonl`` in ``folder`` as soon as the check has ended.
+    """Run the checks; add one line of JSON for each to ``checks.jsonl`` in ``folder`` as soon as it ends.
 
     Args:
         device: "cuda" or "cpu".

@@ -1,4 +1,4 @@
-"""Step time and peak of real models: by what people use, and by plans within the measured peaks of that."""
+"""Measure step time and peak of real models: by usual methods, and by plans within their measured peaks."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ MODELS: Mapping[str, Callable[[Machine], Training]] = {"gpt2": _gpt2, "llama": _
 
 
 def overhead(found: Findings, machine: Machine) -> None:
-    """Compare predicted with measured overheads of a GPT-2 in plain PyTorch, bfloat16, 16 sequences of 1024 tokens, at three budgets."""
+    """Compare predicted with measured overheads of GPT-2 in bfloat16, 16 x 1024 tokens, at three budgets."""
     case = gpt(machine, 0.1, layers=12, width=768, batch=16, tokens=1024, vocabulary=50257)
     case.model.to(torch.bfloat16)
     training = Training(case, machine)
@@ -84,7 +84,7 @@ def overhead(found: Findings, machine: Machine) -> None:
 
 
 def gpt2(found: Findings, machine: Machine) -> None:
-    """Train GPT-2 (12 layers of 768, 8 x 1024 tokens, bfloat16 autocast) plainly, by checkpoints, and by plans."""
+    """Train GPT-2 (12 layers of 768, 8 x 1024 tokens, bfloat16 autocast) plainly, by checkpoints, by plan."""
     _compare(found, machine, "gpt2", copies=True)
 
 

@@ -1,4 +1,4 @@
-"""Training steps that can be compared: bit for bit, in bytes, and in seconds."""
+"""Run training steps that can be compared: bit for bit, in bytes, and in seconds."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Training:
         return found
 
     def _of_the_process(self, trained: Any) -> dict[str, float]:
-        """Measure a step as users do: by the peaks of all that the process has, this class's copies of buffers among it."""
+        """Measure a step as users do: the peaks of the whole process, with this class's copies of buffers."""
         self.fresh()
         torch.cuda.reset_peak_memory_stats()
         output = self.step(trained)
@@ -148,7 +148,7 @@ def tight(plan: Plan, share: float) -> Plan:
 
 
 def planned_as(found: Findings, training: Training, capture: str) -> Plan:
-    """Plan by a capture; if a graph is refused, which shows in ``determinism``, under deterministic algorithms from here on.
+    """Plan by a capture; if a graph is refused (see ``determinism``), use deterministic algorithms from here.
 
     The check's process needs CUBLAS_WORKSPACE_CONFIG for that.
     """

@@ -1,4 +1,4 @@
-"""Run the tests that need a GPU, one file per process: ``make cuda-tests``, or ``python -m benchmarks.cuda.suite``.
+"""Run the tests that need a GPU, one file per process: ``make cuda-tests`` or this module.
 
 A file that crashes, hangs or fails stops no other. Tests that need hypothesis or diffusers are skipped where
 these are missing.

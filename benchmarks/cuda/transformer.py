@@ -1,4 +1,4 @@
-"""A GPT in plain PyTorch: what most checks train. transformers, which takes seconds to import, is left to real models."""
+"""A GPT in plain PyTorch, which most checks train: transformers takes seconds to import."""
 
 from __future__ import annotations
 

@@ -99,26 +99,16 @@ class CallReads:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record what is read of objects within the block; after ``watched``."""
-        with reads_recorded(self._kinds, self._recorder) as unseen:
+        with reads_recorded(self._kinds, self._objects, self._note) as unseen:
             if unseen:
                 for places in self._objects.values():
                     self._read.update(*places.values())
             yield
 
-    def _recorder(self, original: Any) -> Any:
-        read, objects, attributes_of = self._read, self._objects, object.__getattribute__
-
-        def __getattribute__(self: Any, name: str) -> Any:  # noqa: N807 # it takes the place of that method
-            places = objects.get(id(attributes_of(self, "__dict__")))
-            if places is not None:
-                if name in places:
-                    read.update(places[name])
-                elif name == "__dict__":
-                    for each in places.values():
-                        read.update(each)
-            return original(self, name)
-
-        return __getattribute__
+    def _note(self, key: int, name: str) -> None:
+        places = self._objects[key]
+        for each in places.values() if name == "__dict__" else [places.get(name, ())]:
+            self._read.update(each)
 
     def unread(self) -> frozenset[int]:
         """Return the leaves, other than tensors, that were not read."""

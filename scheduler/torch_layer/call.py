@@ -1,8 +1,8 @@
-"""What the model is called with: the sample, its canonical form, and its signature.
+"""Bring calls of the model into one canonical form, describe them, and refuse what cannot be planned.
 
-One model call can be written in many ways (positional, by keyword, with defaults spelled out). The
-canonical form binds them to the parameter names of ``model.forward``, so that the plan's sample and
-every later training call meet in one shape.
+A call can be written in many ways (positional, by keyword, with defaults spelled out). The canonical form
+binds the arguments to the parameter names of ``model.forward``, so that the plan's sample and every later
+training call can be compared.
 """
 
 from __future__ import annotations
@@ -66,15 +66,16 @@ def read_sample(sample: Any) -> Call:
 
 
 def forward_signature(model: nn.Module) -> inspect.Signature:
-    """Return the signature of the model's forward, with ``use_cache`` by name.
+    """Return the signature of the model's forward.
 
-    Where transformers hands it on among ``**kwargs``, its default is in the model's configuration.
+    It names ``use_cache`` where transformers passes that on in ``**kwargs``, its default being in the model's
+    configuration.
     """
     signature = inspect.signature(model.forward)
     names = signature.parameters
     rest = [p for p in names.values() if p.kind is p.VAR_KEYWORD]
     config = getattr(model, "config", None)
-    configs = (config, *getattr(config, "__dict__", {}).values())  # a model of several has several
+    configs = (config, *getattr(config, "__dict__", {}).values())  # a composite model has nested ones
     if not rest or "use_cache" in names or not any(getattr(c, "use_cache", None) is True for c in configs):
         return signature
     cache = inspect.Parameter("use_cache", inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -84,8 +85,8 @@ def forward_signature(model: nn.Module) -> inspect.Signature:
 def canonical_call(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
     """Return ``(args, kwargs)`` with every argument by name where it has one, in the order of the signature.
 
-    Arguments that repeat a default of None are dropped. A model that takes ``use_cache`` and is not
-    told gets False: a training step never reads the cache, and its tensors would outlive the step.
+    Arguments that repeat a default of None are dropped. ``use_cache`` is False unless given: a training step
+    never reads the cache, and its tensors would outlive the step.
 
     Raises:
         TypeError: the arguments do not fit the signature.
@@ -114,20 +115,17 @@ def canonical_call(signature: inspect.Signature, args: tuple[Any, ...], kwargs: 
             positional.append(value)
         elif not (value is None and parameter.default is None):
             named[name] = value
-    if named.get("use_cache", ...) is None or (
-        "use_cache" in signature.parameters and "use_cache" not in named
-    ):
+    if named.get("use_cache", None if "use_cache" in signature.parameters else ...) is None:
         named["use_cache"] = False
     return tuple(positional), named
 
 
 class CallReader:
-    """``canonical_call`` for one signature, by a short way for calls that are written like one before."""
+    """``canonical_call`` for one signature, faster for calls that are written like an earlier one."""
 
     def __init__(self, signature: inspect.Signature) -> None:
         self.signature = signature
-        # How a call is written -> where each argument goes: its place in it, or (None, a value that none of
-        # them is).
+        # How a call is written -> (index in it, or None and a value that is not in it) of each argument.
         self._known: dict[Any, tuple[list[tuple[int | None, Any]], list[tuple[str, int | None, Any]]]] = {}
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
@@ -136,15 +134,12 @@ class CallReader:
         written = (len(args), *kwargs, *[value is None for value in given])
         if written not in self._known:
             marks = [None if value is None else object() for value in given]
-            call = canonical_call(
-                self.signature,
-                tuple(marks[: len(args)]),
-                dict(zip(kwargs, marks[len(args) :], strict=True)),
-            )
+            by_name = dict(zip(kwargs, marks[len(args) :], strict=True))
+            canonical = canonical_call(self.signature, tuple(marks[: len(args)]), by_name)
             places = {id(mark): i for i, mark in enumerate(marks) if mark is not None}
             self._known[written] = (
-                [(places.get(id(value)), value) for value in call[0]],
-                [(name, places.get(id(value)), value) for name, value in call[1].items()],
+                [(places.get(id(value)), value) for value in canonical[0]],
+                [(name, places.get(id(value)), value) for name, value in canonical[1].items()],
             )
         positional, named = self._known[written]
         return (
@@ -157,8 +152,7 @@ def _describe(leaf: Any) -> list[Any]:
     """Return a JSON-ready description of one leaf of the arguments."""
     if isinstance(leaf, torch.Tensor):
         described = ["tensor", list(leaf.shape), str(leaf.dtype), leaf.device.type, leaf.requires_grad]
-        # The bytes of a sparse tensor go by how many elements it has.
-        sparse = room(leaf)
+        sparse = room(leaf)  # of which the bytes of a sparse tensor depend
         return described if sparse is None else [*described, str(leaf.layout), sparse]
     if leaf is None or isinstance(leaf, (bool, int, float, str)):
         return ["value", leaf]
@@ -168,7 +162,7 @@ def _describe(leaf: Any) -> list[Any]:
     if kind == "numpy.ndarray":
         return ["array", list(leaf.shape), str(leaf.dtype), hashlib.sha256(leaf.tobytes()).hexdigest()]
     text = repr(leaf)
-    # Another object of the same kind is another value only if it says so.
+    # Objects of one kind are told apart by their ``repr``, unless that shows an address.
     return ["object", kind, kind if " at 0x" in text and not callable(leaf) else text]
 
 
@@ -192,7 +186,7 @@ class CallSignature:
 
     @functools.cached_property
     def described(self) -> list[list[Any]]:
-        """The description of each leaf."""
+        """The ``leaves``, parsed."""
         found: list[list[Any]] = json.loads(self.leaves)
         return found
 
@@ -221,18 +215,18 @@ class CallSignature:
         )
 
     def difference(self, other: CallSignature) -> str:
-        """Return the first thing in which another signature differs from this one, in words."""
+        """Return the first difference of another signature from this one, in words."""
         leaf, want, got = self._first_difference(other)
         return f"{'arguments' if leaf is None else f'argument leaf {leaf}'}: {got} instead of {want}"
 
     def _first_difference(self, other: CallSignature) -> tuple[int | None, str, str]:
-        """(leaf, here, there) of the first difference, in words; no leaf where the structures differ."""
+        """Return (leaf, here, there) of the first difference, in words; no leaf if structures differ."""
         if other.structure != self.structure:
             return None, self.structure, other.structure
         pairs = enumerate(zip_longest(self.described, other.described, fillvalue=["nothing"]))
         # As text, for True is not 1.
         different = next(((i, a, b) for i, (a, b) in pairs if json.dumps(a) != json.dumps(b)), None)
-        if different is None:  # the same, otherwise written
+        if different is None:  # equal, as different JSON
             return None, self.leaves, other.leaves
         leaf, want, got = different
         return leaf, _words(want), _words(got)
@@ -247,43 +241,32 @@ def _words(leaf: list[Any]) -> str:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Return the SHA-256 over the model's class and the names, shapes and dtypes of its tensors.
+    """Return the SHA-256 of the model's class and of names, shapes, dtypes and devices of its tensors.
 
-    Of sharded tensors also how they lie on their mesh of devices: the same on every rank.
-
-    Values do not count: the plan stays good while the model trains.
+    Of sharded tensors also of their placement on the mesh of devices, which is the same on every rank; not of
+    values, which change in training.
     """
     reshard(model)
     digest = hashlib.sha256(f"{type(model).__module__}.{type(model).__qualname__}".encode())
-    for kind, tensors in (
-        ("parameter", model.named_parameters(remove_duplicate=False)),
-        ("buffer", model.named_buffers(remove_duplicate=False)),
-    ):
-        for name, tensor in tensors:
-            row: tuple[Any, ...] = (
-                kind,
-                name,
-                tuple(tensor.shape),
-                str(tensor.dtype),
-                tensor.device.type,
-            )
-            if placement(tensor):
-                row += (placement(tensor),)
-            digest.update(repr(row).encode())
+    for kind, named in (("parameter", model.named_parameters), ("buffer", model.named_buffers)):
+        for name, tensor in named(remove_duplicate=False):
+            row = (kind, name, tuple(tensor.shape), str(tensor.dtype), tensor.device.type)
+            mesh = placement(tensor)
+            digest.update(repr((*row, mesh) if mesh else row).encode())
     return digest.hexdigest()
 
 
 def unplanned(model: Any) -> Any:
-    """Return the plain model behind one that trains by a plan already; any other model as it is."""
+    """Return the plain model of one that already trains by a plan; any other model itself."""
     plain = getattr(type(model), "_rematplan_plain", None)
     return model if plain is None else plain(model)
 
 
 def reject_unusual(call: Call) -> None:
-    """Refuse tensors whose bytes cannot be told, before anything is run.
+    """Refuse tensors whose bytes are unknown, before anything is run.
 
     Raises:
-        ValueError: says which, and what to pass instead.
+        ValueError: the call holds one; says what to pass instead.
     """
     for index, leaf in enumerate(tree_leaves(call)):
         what = unusual(leaf) if isinstance(leaf, torch.Tensor) else None
@@ -295,10 +278,10 @@ def reject_unusual(call: Call) -> None:
 
 
 def kind_of(leaf: Any) -> Any:
-    """Return what tells calls apart by one of their leaves: of a tensor, all of it but its values.
+    """Return a key of one leaf, by which calls need different plans: of a tensor everything but its values.
 
     Raises:
-        PlanMismatch: a nested tensor, say, of which nothing can be planned.
+        PlanMismatch: a nested tensor, say, which cannot be planned for.
     """
     if not isinstance(leaf, torch.Tensor):
         return type(leaf), leaf  # True is not 1
@@ -313,7 +296,7 @@ def kind_of(leaf: Any) -> Any:
 
 
 def nothing_to_train(model: nn.Module, call: Call) -> str:
-    """Return what to do where no parameter requires grad, nor any tensor of the sample; "" where one does."""
+    """Return the advice if no parameter or tensor of the sample requires grad; "" if one does."""
     given = (leaf for leaf in tree_leaves(call) if isinstance(leaf, torch.Tensor))
     if any(t.requires_grad for t in (*model.parameters(), *given)):
         return ""
@@ -325,16 +308,16 @@ def nothing_to_train(model: nn.Module, call: Call) -> str:
 
 
 def reject_unusable(model: Any) -> None:
-    """Refuse what cannot be planned, before anything is changed.
+    """Refuse a model that cannot be planned, before anything is changed.
 
     Raises:
-        TypeError: not an nn.Module.
-        ValueError: in eval mode, or a wrapper that goes around a planned model.
+        TypeError: it is not an nn.Module.
+        ValueError: it is in eval mode, or a wrapper that belongs around a planned model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"solve: model is a {type(model).__name__}, expected a torch.nn.Module")
     reject_wrapped("solve", model)
-    reject_tensor_parallel("solve", model)
+    reject_tensor_parallel(model)
     reshard(model)
     if not model.training:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Memory of the device that a step is planned for, all of it and what is free: what budgets are shares of."""
+"""Total and free memory of the device that a step is planned for: budgets are shares of these."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["device_bytes", "free_device_bytes"]
 
 
 def device_bytes(device: torch.device | str) -> int:
-    """Return the bytes of the device; of the CPU, those of this machine."""
+    """Return the total bytes of the device; for the CPU, of this machine."""
     device = torch.device(device)
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
@@ -18,7 +18,7 @@ def device_bytes(device: torch.device | str) -> int:
 
 
 def free_device_bytes(device: torch.device | str) -> int:
-    """Return the bytes of the device that nobody has taken, those that torch's allocator has cached included."""
+    """Return the free bytes of the device, including those that torch's allocator has cached."""
     device = torch.device(device)
     if device.type != "cuda":
         return free_machine_bytes()

@@ -1,13 +1,13 @@
-"""Export what the plain model runs, not what its code does for exporters.
+"""Make exports run the same ops as the plain model.
 
-Libraries ask whether they are being exported, and then run other ops: transformers makes attention masks that
-it skips otherwise, and repeats the heads of grouped-query attention, so that gradients differ in their last
-bits. Within ``as_eager``
+Libraries run other ops while they are exported: transformers makes attention masks that it skips otherwise,
+and repeats the heads of grouped-query attention, so that gradients differ in their last bits. Within
+``as_eager``
 
-* ``torch.compiler.is_exporting`` and ``is_compiling`` say no to the model's code, and transformers takes no
-  tensor for a fake one;
+* ``torch.compiler.is_exporting`` and ``is_compiling`` return False to the model's code, and transformers
+  takes no tensor for a fake one;
 * a branch on a tensor that depends on no input, parameter or random number (positions from ``torch.arange``)
-  is decided by its value. A branch on any other tensor fails to export, as ever.
+  is decided by its value. A branch on any other tensor still fails to export.
 """
 
 from __future__ import annotations
@@ -38,19 +38,16 @@ _READERS = (Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.item, Tens
 
 @contextmanager
 def as_eager(model: nn.Module) -> Iterator[None]:
-    """Have exports of ``model`` run its code as a plain step does, within the block."""
+    """Make exports of ``model`` run its code as a plain step does, within the block."""
     original = model.forward
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        # Only around the model's code: torch.export itself goes by these flags too.
-        with (
-            replaced(torch.compiler, _is_compiling_flag=False, _is_exporting_flag=False),
-            _Constants(),
-        ):
+        # Only around the model's code: torch.export itself reads these flags, too.
+        with replaced(torch.compiler, _is_compiling_flag=False, _is_exporting_flag=False), _Constants():
             return original(*args, **kwargs)
 
-    forward.eager = True  # type: ignore[attr-defined] # ``wrapped_forward`` knows it by that
+    forward.eager = True  # type: ignore[attr-defined] # read by ``wrapped_forward``
     transformers = sys.modules.get("transformers.utils.import_utils")
     with (
         replaced(own_attributes(model), forward=forward),
@@ -60,31 +57,26 @@ def as_eager(model: nn.Module) -> Iterator[None]:
 
 
 def wrapped_forward(model: nn.Module) -> Any:
-    """Return the ``forward`` that somebody has set on the object; None if nobody but ``as_eager`` did."""
+    """Return the ``forward`` set on the object itself, unless by ``as_eager``; None if there is none."""
     found = own_attributes(model).get("forward")
     return None if getattr(found, "eager", False) else found
 
 
 def own_attributes(model: nn.Module) -> dict[str, Any]:
-    """Return the dict of what is set on the object itself: a planned model keeps its ``forward`` apart."""
+    """Return the object's own attributes: a planned model keeps its ``forward`` apart."""
     own: dict[str, Any] = getattr(model, "_rematplan_own", vars(model))
     return own
 
 
 class _Constants(TorchFunctionMode):
-    """Answers reads of tensors that depend on nothing but code.
-
-    It notes how such tensors are made, and makes them with data when one is read.
-    """
+    """Notes how tensors that depend on code alone are made, and makes them with data when one is read."""
 
     def __init__(self) -> None:
         super().__init__()
-        # By identity; the tensors are held, so that it stays theirs.
+        # By identity, with the tensor, which keeps its identity while it is held.
         self.made: dict[int, tuple[Tensor, Any, tuple[Any, ...], Mapping[str, Any]]] = {}
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one function of torch."""
         kwargs = kwargs or {}
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -97,12 +89,12 @@ class _Constants(TorchFunctionMode):
                 pass
         result = func(*args, **kwargs)
         if constant and (tensors or func in _MAKERS) and isinstance(result, Tensor):
-            # The first one counts: ``to`` may return what it was given.
+            # The first note counts: ``to`` may return its own argument.
             self.made.setdefault(id(result), (result, func, args, kwargs))
         return result
 
     def _known(self, tensor: Tensor) -> bool:
-        """Whether the tensor is a constant, and neither it nor what it is a view of was changed in place."""
+        """Whether the tensor is a constant, and neither it nor its base was changed in place."""
         return id(tensor) in self.made and version_of(tensor) == 0
 
     def _value(self, leaf: Any) -> Any:
@@ -119,9 +111,7 @@ class _Random(Exception):
 
 
 class _NoRandom(TorchDispatchMode):
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one op, if it draws no random numbers."""
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise _Random

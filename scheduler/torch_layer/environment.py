@@ -1,4 +1,4 @@
-"""The process state that decides which ops and kernels run: recorded in plans, restored for re-runs."""
+"""Read, record in plans, and restore for re-runs the process state that decides which kernels run."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from rematplan.scheduler.torch_layer.private import DeviceContext, function_mode
 __all__ = [
     "Environment",
     "RunContext",
+    "autocast_settings",
+    "deterministic",
     "deterministic_switches",
     "environment",
     "environment_difference",
     "environment_text",
+    "set_deterministic",
     "switched",
     "switches",
 ]
 
 Environment = tuple[Any, ...]
 
-# (backend, op) whose float32 precision torch.backends sets -> whose precision it has if its own is "none".
+# (backend, op) whose float32 precision torch.backends sets -> the one it inherits from if its own is "none".
 _PRECISIONS = {
     ("generic", "all"): None,
     **{(kind, op): ("generic", "all") for kind in ("cuda", "mkldnn") for op in ("matmul", "conv", "rnn")},
@@ -37,7 +40,7 @@ _Switch = tuple[str, Callable[[], Any], Callable[[Any], Any] | None]
 
 
 def _or_mixed(read: Callable[[], Any]) -> Any:
-    """Return an older setting; None where it raises, since torch.backends was set one by one."""
+    """Return an older setting; None where it raises because torch.backends was set one by one."""
     try:
         return read()
     except RuntimeError:
@@ -46,9 +49,8 @@ def _or_mixed(read: Callable[[], Any]) -> Any:
 
 def _precision() -> _Precision:
     """Return the precision of float32 products: of both older settings, and of each of torch.backends."""
-    each = [private.fp32_precision(*place) for place in _PRECISIONS]
-    named = _or_mixed(torch.get_float32_matmul_precision)
-    return named, _or_mixed(private.cudnn_tf32), tuple(each)
+    each = tuple([private.fp32_precision(*place) for place in _PRECISIONS])
+    return _or_mixed(torch.get_float32_matmul_precision), _or_mixed(private.cudnn_tf32), each
 
 
 def _matmul_precision() -> Any:
@@ -57,7 +59,7 @@ def _matmul_precision() -> Any:
 
 
 def _set_precision(then: _Precision) -> None:
-    named, tf32, each = _precision()
+    named, tf32, _ = _precision()
     if then[0] is not None and named not in (None, then[0]):
         torch.set_float32_matmul_precision(then[0])
     if then[1] is not None and tf32 not in (None, then[1]):
@@ -70,27 +72,31 @@ def _set_precision(then: _Precision) -> None:
             private.set_fp32_precision(*place, "none" if inherited else wanted[place])
 
 
-def _deterministic() -> tuple[bool, bool]:
+def deterministic() -> tuple[bool, bool]:
+    """Return whether deterministic algorithms are on, and whether ops that have none only warn."""
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-_BACKENDS, _MATMUL = torch.backends.cuda, torch.backends.cuda.matmul
-# What chooses kernels: name in a plan's record, read, write; None where another one's ``write`` does it, or
-# none can.
+def set_deterministic(then: tuple[bool, bool]) -> None:
+    """Set what ``deterministic`` returned."""
+    torch.use_deterministic_algorithms(then[0], warn_only=then[1])
+
+
+def _set_reduced(dtype: str) -> Callable[[bool], None]:
+    name = f"allow_{dtype}_reduced_precision_reduction"
+    return functools.partial(setattr, torch.backends.cuda.matmul, name)
+
+
+_CUDA, _NOTHING = torch.backends.cuda, nullcontext()
+_WORDS = {"None": "off", "False": "off", "True": "on"}
+# Switches that choose kernels: name in a plan's record, read, write; None where another one's ``write`` sets
+# it, or none can.
 _SWITCHES: tuple[_Switch, ...] = (
-    (
-        "deterministic algorithms",
-        _deterministic,
-        lambda now: torch.use_deterministic_algorithms(now[0], warn_only=now[1]),
-    ),
-    ("flash attention", private.flash_attention_enabled, _BACKENDS.enable_flash_sdp),
-    (
-        "memory-efficient attention",
-        private.mem_efficient_attention_enabled,
-        _BACKENDS.enable_mem_efficient_sdp,
-    ),
-    ("math attention", private.math_attention_enabled, _BACKENDS.enable_math_sdp),
-    ("cuDNN attention", private.cudnn_attention_enabled, _BACKENDS.enable_cudnn_sdp),
+    ("deterministic algorithms", deterministic, set_deterministic),
+    ("flash attention", private.flash_attention_enabled, _CUDA.enable_flash_sdp),
+    ("memory-efficient attention", private.mem_efficient_attention_enabled, _CUDA.enable_mem_efficient_sdp),
+    ("math attention", private.math_attention_enabled, _CUDA.enable_math_sdp),
+    ("cuDNN attention", private.cudnn_attention_enabled, _CUDA.enable_cudnn_sdp),
     ("order of attention", private.sdp_priority, private.set_sdp_priority),
     ("oneDNN", private.onednn_enabled, private.set_onednn_enabled),
     ("float32 matmul precision", _precision, _set_precision),
@@ -102,16 +108,8 @@ _ON_CUDA: tuple[_Switch, ...] = (
     ("cuDNN benchmark", private.cudnn_benchmark, private.set_cudnn_benchmark),
     ("deterministic cuDNN", private.cudnn_deterministic, private.set_cudnn_deterministic),
     ("TF32 in cuDNN", lambda: _or_mixed(private.cudnn_tf32), None),
-    (
-        "reduced precision of fp16 sums",
-        private.reduced_fp16,
-        functools.partial(setattr, _MATMUL, "allow_fp16_reduced_precision_reduction"),
-    ),
-    (
-        "reduced precision of bf16 sums",
-        private.reduced_bf16,
-        functools.partial(setattr, _MATMUL, "allow_bf16_reduced_precision_reduction"),
-    ),
+    ("reduced precision of fp16 sums", private.reduced_fp16, _set_reduced("fp16")),
+    ("reduced precision of bf16 sums", private.reduced_bf16, _set_reduced("bf16")),
 )
 _NOT_IN_PLANS = ("order of attention", "deterministic cuDNN")
 # Plans depend on a part of these, which is read faster.
@@ -121,25 +119,27 @@ _PART_IN_PLANS = {
 }
 
 
-def _written(rows: tuple[_Switch, ...]) -> list[tuple[str, Callable[[], Any], Callable[[Any], Any]]]:
-    return [(name, read, write) for name, read, write in rows if write is not None]
-
-
-def _values(rows: tuple[_Switch, ...]) -> list[tuple[str, Callable[[], Any]]]:
-    return [(name, _PART_IN_PLANS.get(name, read)) for name, read, _ in rows if name not in _NOT_IN_PLANS]
-
-
 # By whether the device is the CPU.
-_WRITTEN = {True: _written(_SWITCHES), False: _written(_SWITCHES + _ON_CUDA)}
-_VALUES, _CUDA_VALUES = _values(_SWITCHES), _values(_ON_CUDA)
+_WRITTEN = {
+    cpu: [(name, read, write) for name, read, write in rows if write is not None]
+    for cpu, rows in ((True, _SWITCHES), (False, _SWITCHES + _ON_CUDA))
+}
+
+
+@functools.cache
+def _in_plans(kind: str) -> list[tuple[str, Callable[[], Any]]]:
+    """Return (name, read) of the state that a plan depends on."""
+    found: list[tuple[str, Callable[[], Any]]] = []
+    for device, rows in (("cpu", _SWITCHES), (kind, _ON_CUDA))[: 1 + (kind != "cpu")]:
+        found.append((f"autocast on {device}", functools.partial(_autocast_dtype, device)))
+        found += [
+            (name, _PART_IN_PLANS.get(name, read)) for name, read, _ in rows if name not in _NOT_IN_PLANS
+        ]
+    return found
 
 
 def switches(kind: str) -> list[Any]:
-    """Return what chooses kernels, all of the process, as it is now.
-
-    Args:
-        kind: type of the device that holds the model.
-    """
+    """Return the values of the process's switches that choose kernels for a type of device."""
     return [read() for _, read, _ in _WRITTEN[kind == "cpu"]]
 
 
@@ -154,7 +154,7 @@ def deterministic_switches(kind: str) -> list[Any]:
 
 @contextmanager
 def switched(then: list[Any], kind: str) -> Iterator[None]:
-    """Within it, what chooses kernels is as ``then``, which ``switches`` returned."""
+    """Set the switches to ``then``, which ``switches`` returned, within the block."""
     rows = zip(_WRITTEN[kind == "cpu"], then, switches(kind), strict=True)
     differs = [(write, before, now) for (_, _, write), before, now in rows if before != now]
     for write, before, _ in differs:
@@ -166,8 +166,8 @@ def switched(then: list[Any], kind: str) -> Iterator[None]:
             write(now)
 
 
-def _autocast(kind: str) -> list[tuple[str, bool, torch.dtype]]:
-    """Return (device type, enabled, dtype) of the CPU and of the model's device."""
+def autocast_settings(kind: str) -> list[tuple[str, bool, torch.dtype]]:
+    """Return (type, enabled, dtype) for the CPU and another type of device."""
     kinds = ("cpu",) if kind == "cpu" else ("cpu", kind)
     return [(each, torch.is_autocast_enabled(each), torch.get_autocast_dtype(each)) for each in kinds]
 
@@ -185,34 +185,34 @@ def _function_modes() -> tuple[torch.device | None, list[Any]]:
 
 
 class RunContext:
-    """What surrounds a run: grad mode, autocast, kernel switches, default device and function modes.
+    """The surroundings of a run: grad mode, autocast, kernel switches, default device and function modes.
 
-    Captured at a first run, and entered for re-runs: these lie within a backward, outside of the contexts
-    that the user's code has around its forward, and perhaps in a thread of autograd's, where there are no
-    function modes.
-
-    Args:
-        kind: type of the device that holds the model.
+    Captured at a first run and entered for re-runs, which run within a backward: outside of the contexts that
+    the user's code has around its forward, and perhaps in a thread of autograd's without function modes.
     """
 
     __slots__ = ("autocast", "default_device", "grad", "kind", "modes", "switches")
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.grad, self.autocast, self.switches = torch.is_grad_enabled(), _autocast(kind), switches(kind)
+        self.grad, self.autocast, self.switches = (
+            torch.is_grad_enabled(),
+            autocast_settings(kind),
+            switches(kind),
+        )
         self.default_device, self.modes = _function_modes()
 
     def is_current(self) -> bool:
-        """Whether code that runs now is surrounded alike."""
+        """Whether the surroundings are these now."""
         return (
             torch.is_grad_enabled() is self.grad
-            and _autocast(self.kind) == self.autocast
+            and autocast_settings(self.kind) == self.autocast
             and switches(self.kind) == self.switches
             and _function_modes() == (self.default_device, self.modes)
         )
 
     def restored(self) -> AbstractContextManager[Any]:
-        """Return the context that restores it; autocast's cache is off, for its casts may be of a no-grad run."""
+        """Return the context that restores them, autocast's cache off: its casts may be of no-grad runs."""
         contexts: list[AbstractContextManager[Any]] = []
         if torch.is_grad_enabled() is not self.grad:
             contexts.append(torch.enable_grad() if self.grad else torch.no_grad())
@@ -232,9 +232,6 @@ class RunContext:
         return contexts[0] if contexts else _NOTHING
 
 
-_NOTHING = nullcontext()
-
-
 @contextmanager
 def _all(contexts: list[AbstractContextManager[Any]]) -> Iterator[None]:
     with ExitStack() as stack:
@@ -248,25 +245,13 @@ def _autocast_dtype(kind: str) -> torch.dtype | None:
 
 
 def environment(kind: str) -> Environment:
-    """Return the state that a plan depends on, as it is now.
-
-    Args:
-        kind: type of the device that holds the model.
-    """
-    found: list[Any] = [_autocast_dtype("cpu")]
-    found += [read() for _, read in _VALUES]
-    if kind != "cpu":
-        found.append(_autocast_dtype(kind))
-        found += [read() for _, read in _CUDA_VALUES]
-    return tuple(found)
+    """Return the present state that a plan for a type of device depends on."""
+    return tuple([read() for _, read in _in_plans(kind)])
 
 
 def environment_text(kind: str) -> str:
     """Return that state as JSON, for a plan's record."""
-    names = ["autocast on cpu", *(name for name, _ in _VALUES)]
-    if kind != "cpu":
-        names += [f"autocast on {kind}", *(name for name, _ in _CUDA_VALUES)]
-    return json.dumps(dict(zip(names, map(str, environment(kind)), strict=True)))
+    return json.dumps({name: str(read()) for name, read in _in_plans(kind)})
 
 
 def environment_difference(then: str, now: str) -> str | None:
@@ -276,9 +261,6 @@ def environment_difference(then: str, now: str) -> str | None:
     before, after = json.loads(then), json.loads(now)
     for name, value in after.items():
         if name in before and before[name] != value:
-            return f"{name} is {_word(value)} instead of {_word(before[name])}"
+            now, then = (_WORDS.get(each, each) for each in (value, before[name]))
+            return f"{name} is {now} instead of {then}"
     return None
-
-
-def _word(value: str) -> str:
-    return {"None": "off", "False": "off", "True": "on"}.get(value, value)

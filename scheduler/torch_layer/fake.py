@@ -1,8 +1,9 @@
-"""A model without data: a copy on fake tensors, and what a run of it shows in the place of values."""
+"""Copy a model and a call to fake tensors, which take no memory, and watch its ops without values."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,11 +55,11 @@ def _faked(tensor: Tensor, mode: FakeTensorMode, device: str) -> Tensor:
 
 
 def fake_model(model: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> nn.Module:
-    """Return a copy of ``model`` whose parameters, buffers and other tensors are fake. It takes no memory.
+    """Return a copy of ``model`` whose parameters, buffers and other tensors are fake and take no memory.
 
     Args:
-        model: real, fake or on meta; left as it is.
-        device: that the fake tensors are said to lie on.
+        model: real, fake or on meta.
+        device: the device that the fake tensors claim.
 
     Raises:
         CaptureError: the model cannot be copied; says why.
@@ -75,7 +76,7 @@ def fake_model(model: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> n
                 memo[id(tensor)] = _faked(tensor, mode, device)
     try:
         return copy.deepcopy(model, memo)
-    except Exception as error:  # whatever the model's own attributes raise when they are copied
+    except Exception as error:  # of any kind: the copying of attributes is the user's code
         raise CaptureError(
             f"solve: {type(model).__name__} cannot be copied without its data: {type(error).__name__}: {error}; "
             "planning for a device that is not there works on such a copy"
@@ -83,22 +84,15 @@ def fake_model(model: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> n
 
 
 def fake_call(call: Any, mode: FakeTensorMode, device: str = "cpu") -> Any:
-    """Return the arguments of a call with fake tensors in place of the tensors in it."""
-    memo: dict[int, Tensor] = {}
-
-    def fake(tensor: Tensor) -> Tensor:
-        if id(tensor) not in memo:
-            memo[id(tensor)] = _faked(tensor, mode, device)
-        return memo[id(tensor)]
-
-    return map_tensors(fake, call)
+    """Return the call with a fake tensor for each tensor, the same for the same."""
+    return map_tensors(functools.cache(lambda tensor: _faked(tensor, mode, device)), call)
 
 
 class Watch(TorchDispatchMode):
     """Notes whether ops draw random numbers, and which storages they change, by tags and schemas.
 
     Attributes:
-        random: an op drew random numbers, had there been data.
+        random: whether an op drew random numbers, or would have with data.
         changed: identities of the storages that were changed in place.
     """
 
@@ -118,7 +112,7 @@ class Watch(TorchDispatchMode):
         return storage_id(tensor.untyped_storage()) in self.changed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one op and note."""
+        """Run one op and note its effects."""
         kwargs = kwargs or {}
         if not isinstance(func, OpOverload):  # an op of higher order
             return func(*args, **kwargs)
@@ -128,7 +122,7 @@ class Watch(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags and given.get("dropout_p") != 0.0:
             self.random = True
         written = [given.get(a.name) for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-        # The schema of batch normalisation says nothing of its statistics.
+        # The schema of batch normalisation does not tell that its statistics change.
         if "running_mean" in given and (given.get("training") or given.get("train")):
             written += [given["running_mean"], given.get("running_var")]
         for leaf in pytree.tree_leaves(written):
@@ -138,14 +132,12 @@ class Watch(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def before_change(self, tensor: Tensor) -> None:
-        """Is called with each tensor that an op is about to change in place."""
+        """Called with each tensor that an op is about to change in place; does nothing here."""
 
 
 @contextmanager
 def without_hardware(model: nn.Module, call: Any) -> Iterator[tuple[nn.Module, Any]]:
-    """Yield a copy of the model and of the call on fake tensors; within the block ops make fake tensors.
-
-    The copy's code takes them for real ones (``eager.py``).
+    """Yield copies of the model and the call on fake tensors, which its code takes for real (``as_eager``).
 
     Raises:
         CaptureError: the model cannot be copied.

@@ -1,7 +1,6 @@
 """Handle models on many devices: refuse wrappers, and gather parameters that fully_shard (FSDP2) has sharded.
 
-Whatever of torch.distributed a model uses is imported already; nothing is imported here for the sake of
-others.
+A model that uses parts of torch.distributed has imported them; nothing is imported here for other models.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ WRAPPERS = {
 
 
 def reject_wrapped(call: str, model: nn.Module) -> None:
-    """Refuse a wrapper of torch's that must go around a planned model, not into it.
+    """Refuse a wrapper of torch's that belongs around a planned model, not into it.
 
     Raises:
         ValueError: says what to do instead.
@@ -57,8 +56,8 @@ def reject_wrapped(call: str, model: nn.Module) -> None:
             raise ValueError(f"{call}: model is a {kind.__name__}: {WRAPPERS[kind.__name__]}")
 
 
-def reject_tensor_parallel(call: str, model: nn.Module) -> None:
-    """Refuse parameters that are DTensors for another reason than fully_shard.
+def reject_tensor_parallel(model: nn.Module) -> None:
+    """Refuse parameters that are DTensors but not by fully_shard alone.
 
     Raises:
         ValueError: says which parameter, and what can be planned.
@@ -69,7 +68,7 @@ def reject_tensor_parallel(call: str, model: nn.Module) -> None:
         shards = sum(not place.is_replicate() for place in parameter.placements)  # type: ignore[attr-defined]
         if shards > 1 or not holders(model, name.rpartition(".")[0]):
             raise ValueError(
-                f"{call}: parameter {name} is a DTensor that fully_shard does not gather ({placement(parameter)}); "
+                f"solve: parameter {name} is a DTensor that fully_shard does not gather ({placement(parameter)}); "
                 "of models whose parameters are DTensors only those sharded by fully_shard over data-parallel ranks "
                 "can be planned, without tensor parallelism"
             )
@@ -85,14 +84,10 @@ class CollectiveCall(RuntimeError):
 
 
 class NoCollectives(TorchDispatchMode):
-    """A mode in which a collective raises instead of waiting for the other ranks, which may never come."""
+    """Raises CollectiveCall at a collective, instead of waiting for ranks that may never come."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one op.
-
-        Raises:
-            CollectiveCall: it is a collective.
-        """
+        """Run one op."""
         if func.namespace in ("c10d", "_c10d_functional", "c10d_functional"):
             raise CollectiveCall(f"{func} waits for other ranks")
         return func(*args, **(kwargs or {}))
@@ -100,6 +95,10 @@ class NoCollectives(TorchDispatchMode):
 
 def _kind(module: str, name: str) -> Any:
     return getattr(sys.modules.get(module), name, ())
+
+
+def _fsdp_module() -> Any:
+    return _kind("torch.distributed.fsdp", "FSDPModule")
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -112,34 +111,34 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def placement(tensor: Tensor) -> str:
-    """Describe how a DTensor lies on its mesh, the same text on all devices; "" for any other tensor."""
+    """Describe the placement of a DTensor on its mesh, alike on all devices; "" for any other tensor."""
     if not isinstance(tensor, _kind("torch.distributed.tensor", "DTensor")):
         return ""
     return f"{tensor.placements} over {tuple(tensor.device_mesh.shape)}"
 
 
 def sharded_within(module: nn.Module) -> list[Any]:
-    """Return the modules, itself among them, that fully_shard was called on."""
-    kind = _kind("torch.distributed.fsdp", "FSDPModule")
+    """Return the modules, itself included, that fully_shard was called on."""
+    kind = _fsdp_module()
     return [inner for inner in module.modules() if isinstance(inner, kind)] if kind else []
 
 
 def holders(model: nn.Module, name: str) -> list[Any]:
-    """Return the modules above ``name``, itself included, that fully_shard was called on: they gather it."""
+    """Return the modules that gather ``name``: it and those above that fully_shard was called on."""
     parts = name.split(".") if name else []
     path = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
-    return [module for module in path if isinstance(module, _kind("torch.distributed.fsdp", "FSDPModule"))]
+    return [module for module in path if isinstance(module, _fsdp_module())]
 
 
 def reshard(model: nn.Module) -> None:
-    """Release gathered parameters: fully_shard's root still has its own after a forward without backward."""
+    """Release gathered parameters, which fully_shard's root keeps after a forward without backward."""
     for module in sharded_within(model):
         module.reshard()
 
 
 def share_sharding(model: nn.Module, twin: nn.Module) -> None:
     """Make fully_shard's methods (unshard, ...) work on an object that shares a model's ``__dict__``, too."""
-    if isinstance(model, _kind("torch.distributed.fsdp", "FSDPModule")):
+    if isinstance(model, _fsdp_module()):
         share_fsdp_state(model, twin)
 
 
@@ -152,10 +151,10 @@ def unshard(modules: Sequence[Any]) -> list[Any]:
 
 
 def take_gathered_grads(model: nn.Module) -> dict[nn.Parameter, Tensor | None]:
-    """Take away and return the gradients of gathered parameters, then reshard all. Collective.
+    """Remove and return the gradients of gathered parameters, then reshard all. Collective.
 
-    A backward that does not run from the end of the model to its beginning leaves some there, and fully_shard
-    would add them to those of the next step.
+    A backward through a part of the model leaves some there, which fully_shard would add to those of the next
+    step.
     """
     found: dict[nn.Parameter, Tensor | None] = {}
     for module in sharded_within(model):
@@ -168,13 +167,13 @@ def take_gathered_grads(model: nn.Module) -> dict[nn.Parameter, Tensor | None]:
 
 @contextmanager
 def gathered(outer: Sequence[Any], inner: Sequence[Any]) -> Iterator[None]:
-    """Gather the parameters of ``outer`` within the block; reshard what was sharded before on leaving.
+    """Gather the parameters of ``outer`` within the block; on exit reshard those that were sharded before.
 
-    A collective call: every rank must come here in the same order.
+    Collective: every rank must enter in the same order.
 
     Args:
         outer: modules that fully_shard was called on.
-        inner: likewise, whose own hooks gather them; in backward these do not shard them again.
+        inner: likewise, gathered by their own hooks, which do not reshard them in backward.
     """
     before = [own_parameters(module) for module in inner]
     opened = unshard(outer)
@@ -187,12 +186,9 @@ def gathered(outer: Sequence[Any], inner: Sequence[Any]) -> Iterator[None]:
 
 
 def own_parameters(module: nn.Module) -> set[nn.Parameter]:
-    """Return the parameters that a module gathers itself, as they are now (gathered or shards)."""
-    kind = _kind("torch.distributed.fsdp", "FSDPModule")
-    found: set[nn.Parameter] = set()
-    waiting = [module]
-    while waiting:
-        current = waiting.pop()
-        found.update(parameter for parameter in current._parameters.values() if parameter is not None)
-        waiting += [child for child in current.children() if not isinstance(child, kind)]
+    """Return the parameters that a module gathers itself: at present full ones or shards."""
+    found = set(module.parameters(recurse=False))
+    for child in module.children():
+        if not isinstance(child, _fsdp_module()):
+            found |= own_parameters(child)
     return found

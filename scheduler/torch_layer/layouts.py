@@ -1,4 +1,4 @@
-"""Storages, bytes and bits of tensors; of sparse ones by the plain tensors that they consist of."""
+"""Give storages, bytes and bits of tensors; of sparse ones by the plain tensors that they consist of."""
 
 from __future__ import annotations
 
@@ -51,10 +51,7 @@ def parts(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def room(tensor: Tensor) -> int | None:
-    """Return how many elements a tensor of this sparse kind may have: its own, plus at most an eighth.
-
-    None of a tensor that is not sparse.
-    """
+    """Return the elements that a plan allows a sparse tensor, at most an eighth more; None if dense."""
     count = nonzeros(tensor)
     if count is None:
         return None
@@ -63,7 +60,7 @@ def room(tensor: Tensor) -> int | None:
 
 
 def unused_room(tensor: Tensor) -> int:
-    """Return the bytes by which a sparse tensor of the same kind may be larger."""
+    """Return the bytes by which a sparse tensor may grow within its ``room``; 0 for any other."""
     *_, values = parts(tensor)
     more = room(tensor)
     return 0 if not more or not len(values) else (more - len(values)) * tensor_bytes(tensor) // len(values)
@@ -80,10 +77,7 @@ def tensor_bytes(tensor: Tensor) -> int:
 
 
 def storage_of(tensor: Tensor) -> Any:
-    """Return the storage that stands for a tensor: its own, or that of the values of a sparse one.
-
-    None if it has none (tensors within a function that torch.func transforms).
-    """
+    """Return the storage of a tensor or of a sparse one's values; None if none (within torch.func)."""
     try:
         return tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):
@@ -92,13 +86,13 @@ def storage_of(tensor: Tensor) -> Any:
 
 
 def storage_key(tensor: Tensor) -> int | None:
-    """Return the identity, while it lives, of the storage that stands for a tensor; None if it has none."""
+    """Return the identity of ``storage_of(tensor)``, unique while it lives; None if there is none."""
     storage = storage_of(tensor)
     return None if storage is None else int(storage_id(storage))
 
 
 def storage_keys(tensors: Iterable[Tensor]) -> frozenset[int]:
-    """Return the identities of the storages that stand for some tensors."""
+    """Return the ``storage_key`` of each tensor that has one."""
     return frozenset(key for key in map(storage_key, tensors) if key is not None)
 
 
@@ -125,7 +119,7 @@ def _integers(tensor: Tensor) -> Tensor:
 
 
 def unusual(tensor: Tensor) -> str | None:
-    """Say what a tensor is whose bytes cannot be told; None for dense and sparse ones."""
+    """Describe a tensor whose bytes are unknown; None for dense and sparse ones."""
     if tensor.is_nested:
         return "a nested tensor"
     if tensor.layout not in (torch.strided, torch.sparse_coo, *ROWS, *COLUMNS):

@@ -28,19 +28,19 @@ __all__ = [
     "unflatten",
 ]
 
-# Of exactly these types: subclasses and anything else may be registered as containers.
+# Exactly these types: subclasses and any other type may be registered as containers.
 LEAVES = frozenset({Tensor, nn.Parameter, type(None), bool, int, float, str})
 DEEPEST = 8  # objects within objects that are opened
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectSpec:
-    """How the leaves of a tree with opened objects are put together.
+    """The structure of a tree with opened objects.
 
     Attributes:
-        outer: pytree's spec, of which each opened object is a leaf.
-        inner: for each leaf of that, None, or the (type, names of attributes, spec) of an opened object.
-        counts: leaves of each.
+        outer: pytree's spec, in which each opened object is a leaf.
+        inner: for each leaf of ``outer`` (type, names of attributes, spec) of an opened object, or None.
+        counts: leaves of the whole tree below each.
     """
 
     outer: Any
@@ -66,8 +66,7 @@ def _holds_tensors(value: Any, depth: int = 0) -> bool:
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, Tensor):
             return True
-        members = _members(leaf)
-        if members is not None and any(_holds_tensors(member, depth + 1) for member in members.values()):
+        if any(_holds_tensors(member, depth + 1) for member in (_members(leaf) or {}).values()):
             return True
     return False
 
@@ -75,23 +74,18 @@ def _holds_tensors(value: Any, depth: int = 0) -> bool:
 def tree_flatten(value: Any) -> tuple[list[Any], Any]:
     """Return the leaves of a tree, objects that hold tensors opened, and the spec for ``tree_unflatten``."""
     leaves, outer = pytree.tree_flatten(value)
-    if LEAVES.issuperset(map(type, leaves)) or not any(
-        _members(leaf) is not None and _holds_tensors(leaf) for leaf in leaves
-    ):
+    if LEAVES.issuperset(map(type, leaves)):
+        return leaves, outer
+    opened = [found if (found := _members(leaf)) and _holds_tensors(leaf) else None for leaf in leaves]
+    if not any(opened):
         return leaves, outer
     flat: list[Any] = []
     inner: list[tuple[type, tuple[str, ...], Any] | None] = []
     counts: list[int] = []
-    for leaf in leaves:
-        members = _members(leaf)
-        if members is None or not _holds_tensors(leaf):
-            flat.append(leaf)
-            inner.append(None)
-            counts.append(1)
-            continue
-        below, spec = tree_flatten(tuple(members.values()))
+    for leaf, members in zip(leaves, opened, strict=True):
+        below, spec = tree_flatten(tuple(members.values())) if members else ([leaf], None)
         flat += below
-        inner.append((type(leaf), tuple(members), spec))
+        inner.append((type(leaf), tuple(members), spec) if members else None)
         counts.append(len(below))
     return flat, ObjectSpec(outer, tuple(inner), tuple(counts))
 
@@ -108,18 +102,14 @@ def tree_unflatten(leaves: list[Any], spec: Any) -> Any:
             outer += below
             continue
         kind, names, inner = opened
-        made: Any = _blank(kind)
+        try:
+            made: Any = kind.__new__(kind)  # type: ignore[call-overload] # no metaclass
+        except TypeError:  # it asks for arguments
+            made = object.__new__(kind)
         for name, member in zip(names, tree_unflatten(below, inner), strict=True):
             object.__setattr__(made, name, member)
         outer.append(made)
     return pytree.tree_unflatten(outer, spec.outer)
-
-
-def _blank(kind: type) -> Any:
-    try:
-        return kind.__new__(kind)  # type: ignore[call-overload] # no metaclass
-    except TypeError:  # it asks for arguments
-        return object.__new__(kind)
 
 
 def tree_leaves(value: Any) -> list[Any]:
@@ -164,16 +154,14 @@ def unflatten(leaves: list[Any], spec: Any) -> tuple[tuple[Any, ...], dict[str, 
 
 
 def repeats(leaves: Sequence[Any]) -> list[tuple[int, int]]:
-    """Return (leaf, first leaf) for every tensor that occurs again: code may ask whether two are one."""
+    """Return (leaf, first leaf) for every tensor that occurs again: code may compare them by identity."""
     first: dict[int, int] = {}
-    tensors = [
-        (i, first.setdefault(id(leaf), i)) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)
-    ]
-    return [(i, earlier) for i, earlier in tensors if i != earlier]
+    found = [(i, first.setdefault(id(t), i)) for i, t in enumerate(leaves) if isinstance(t, Tensor)]
+    return [(i, earlier) for i, earlier in found if i != earlier]
 
 
 def repeated_floats(leaves: Sequence[Any]) -> tuple[tuple[int, int], ...]:
-    """Return the ``repeats`` that code asks about: query, key and value, not ids that are labels, too."""
+    """Return the ``repeats`` of floats: query, key and value, say, not ids that serve as labels, too."""
     return tuple((i, earlier) for i, earlier in repeats(leaves) if leaves[i].is_floating_point())
 
 

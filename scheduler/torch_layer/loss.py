@@ -1,4 +1,4 @@
-"""What is reversed: the loss in a model's output."""
+"""Find the loss, which the backward starts from, in a model's output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["find_loss", "output_tensors"]
 
 
 def output_tensors(output: Any) -> list[Tensor]:
-    """Return all tensors in a model's output; attributes are looked at if it is no registered container."""
+    """Return all tensors in a model's output, attributes of objects included."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 

@@ -1,8 +1,7 @@
 """Find the globals, closures and objects that a model's code can reach by name, without running it.
 
-A forward reads more than its modules: module-level constants, singletons of configuration, variables of
-enclosing functions, a helper module's flags. Functions are followed by the names in their byte code: globals
-that they load, attributes of Python modules, methods of the classes of known objects, closures.
+Functions are followed by the names in their byte code: globals that they load, attributes of Python modules,
+methods of the classes of known objects, closures.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from rematplan.scheduler.torch_layer.python_state import MISSING, is_own_code, is_plain
+from rematplan.scheduler.torch_layer.python_state import MISSING, cell_content, is_own_code, is_plain
 
 __all__ = ["Named", "named_by"]
 
@@ -47,13 +46,11 @@ class Named:
         for namespace, name, path in self.values:
             if not is_plain(namespace.get(name)):
                 yield path, namespace.get(name)
-        yield from self.cells
-        yield from self.kinds
-        yield from self.functions
+        yield from (*self.cells, *self.kinds, *self.functions)
 
 
-def named_by(objects: Iterable[Any], kinds: Iterable[type] = ()) -> Named:
-    """Return what the code of these modules can reach by name: their forwards, and what these call.
+def named_by(modules: Iterable[nn.Module], kinds: Iterable[type] = ()) -> Named:
+    """Return everything that the code of these modules can reach by name: their forwards and what these call.
 
     Args:
         kinds: classes of further objects, whose methods may be called.
@@ -61,12 +58,11 @@ def named_by(objects: Iterable[Any], kinds: Iterable[type] = ()) -> Named:
     walk = _Walk()
     for kind in kinds:
         walk.know(kind)
-    for each in objects:
+    for each in modules:
         walk.know(type(each))
-        forward = getattr(type(each), "forward", None) if isinstance(each, nn.Module) else None
-        hooks = [each._forward_hooks, each._forward_pre_hooks] if isinstance(each, nn.Module) else []
+        hooks = (each._forward_hooks, each._forward_pre_hooks)
         called = [hook for found in hooks for hook in found.values()]
-        for function in (forward, *getattr(each, "__dict__", {}).values(), *called):
+        for function in (getattr(type(each), "forward", None), *vars(each).values(), *called):
             walk.visit(function)
     walk.run()
     return walk.found
@@ -84,7 +80,7 @@ class _Walk:
         self.places: set[tuple[int, str]] = set()
 
     def know(self, kind: type) -> None:
-        """Add the class of an object that code can reach: its methods may be called by name."""
+        """Add a class whose methods may be called by name, for code can reach an object of it."""
         for base in kind.__mro__:
             if base in self.known or not is_own_code(base.__module__):
                 continue
@@ -97,41 +93,34 @@ class _Walk:
 
     def visit(self, value: Any) -> None:
         """Queue the functions that a value is or holds."""
-        if isinstance(value, functools.partial):
+        if isinstance(value, (functools.partial, functools.cached_property)):
             self.visit(value.func)
-        elif isinstance(value, types.MethodType):
-            self.know(type(value.__self__))
-            self.visit(value.__func__)
-        elif isinstance(value, (staticmethod, classmethod)):
+        elif isinstance(value, (types.MethodType, staticmethod, classmethod)):
+            if isinstance(value, types.MethodType):
+                self.know(type(value.__self__))
             self.visit(value.__func__)
         elif isinstance(value, property):
             self.visit(value.fget)
-        elif isinstance(value, functools.cached_property):
-            self.visit(value.func)
         elif isinstance(value, types.FunctionType):
             if value not in self.seen and is_own_code(value.__module__):
                 self.seen.add(value)
                 self.waiting.append(value)
                 self.found.functions.append((value.__name__, value))
-            wrapped = getattr(value, "__wrapped__", None)
-            if wrapped is not None:
-                self.visit(wrapped)
+            self.visit(getattr(value, "__wrapped__", None))
 
     def run(self) -> None:
         while self.waiting:
             function = self.waiting.pop()
             for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
-                if id(cell) not in self.cells:
-                    self.cells.add(id(cell))
-                    try:
-                        content = cell.cell_contents
-                    except ValueError:
-                        content = None
-                    if not isinstance(content, type) and name != "self":
-                        self.found.cells.append((name, cell))
-                    if isinstance(content, type):
-                        self.know(content)
-                    self._value(content)
+                if id(cell) in self.cells:
+                    continue
+                self.cells.add(id(cell))
+                content = cell_content(cell)
+                if isinstance(content, type):
+                    self.know(content)
+                elif name != "self":
+                    self.found.cells.append((name, cell))
+                self._value(content)
             self._code(function.__code__, function.__globals__)
 
     def _code(self, code: types.CodeType, namespace: dict[str, Any]) -> None:
@@ -161,7 +150,7 @@ class _Walk:
                 self.visit(value)
 
     def _place(self, namespace: dict[str, Any], name: str, path: str) -> Any:
-        """Note what a name stands for; return it if it is a Python module of user code."""
+        """Note the value of a name; return it if it is a Python module of user code."""
         value = namespace.get(name, MISSING)
         if isinstance(value, types.ModuleType):
             return value if is_own_code(value.__name__) else None

@@ -1,4 +1,4 @@
-"""A planned model within one that is planned, or is being planned, runs plainly: the outer plan is for the whole step."""
+"""Run planned models plainly within another plan, which is for the whole step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def within_a_plan() -> bool:
 
 @contextmanager
 def inner_plans_left_out() -> Iterator[None]:
-    """Within it planned models run their plain forward, in this thread."""
+    """Have planned models run their plain forward in this thread, within the block."""
     before, _THREAD.within = _THREAD.within, True
     try:
         yield

@@ -1,16 +1,14 @@
-"""Name everything of torch that is private, and every patch: no other file of this project does.
+"""Name everything private of torch that this project uses, and make every patch.
 
-Names. All of these are in the wheels of torch 2.10.0, 2.13.0 and 2.14.1; the tests have run under 2.11.0 and
-2.13.0. Each says what it is for, and what is lost without it; nothing public gives that as exactly, or as
-fast where a forward asks for it. tests/test_private_names.py tries each by what it is used for, and finds any
-other in the code.
+Names. All are in the wheels of torch 2.10.0, 2.13.0 and 2.14.1; the tests have run under 2.11.0 and 2.13.0.
+Each says what it is for and what is lost without it; nothing public gives that as exactly, or as fast where a
+forward asks for it. tests/capture/test_private_names.py tries each, and finds any other in the code.
 
-Not here, for they are stable in fact: the attributes of nn.Module (``_parameters``, ``_buffers``,
-``_forward_hooks``, ``_compiled_call_impl``, ...), which pickled models carry, so that other names would break
-them; and the names of ops (``aten._softmax``), which exported programs carry.
+Not here, for pickled models and exported programs carry them and so keep them stable: attributes of nn.Module
+(``_parameters``, ``_forward_hooks``, ``_compiled_call_impl``, ...) and names of ops (``aten._softmax``).
 
-Patches. These are made by ``replaced``, which puts back what was there. They are of the whole process while a
-plan is made or a graph is captured; other forwards of a planned model make none:
+Patches. ``replaced`` makes and undoes them. They are of the whole process while a plan is made or a graph is
+captured; other forwards of a planned model make none:
 
 * ``autograd.Function.apply`` and ``Tensor.register_hook`` (export.py): an export drops custom backwards and
   hooks on tensors silently; seen, they refuse the graph.
@@ -18,17 +16,17 @@ plan is made or a graph is captured; other forwards of a planned model make none
   otherwise.
 * flags of ``torch.compiler``, and ``is_fake_tensor`` of transformers (eager.py): code that asks whether it is
   exported runs other ops than in a plain step.
-* ``__getattribute__`` of the classes of modules and of what hangs on them (python_reads.py), or on what a
-  call is given (call_reads.py): a graph is good while what its forward has read is unchanged.
+* ``__getattribute__`` of classes of modules and of what they reach (python_reads.py), or of arguments of a
+  call (call_reads.py): a graph holds while what its forward has read is unchanged.
 * ``backward`` and ``zero_grad`` (step_function.py): a step function must not call them.
-* draws of ``random`` and ``numpy.random`` (layer_drop.py): layers that are left out at random all run.
+* draws of ``random`` and ``numpy.random`` (layer_drop.py): layers that are dropped at random all run.
 * ``forward`` and the dicts of hooks of one model (eager.py, export.py, solve.py, preserve.py): its calls are
   led through a capture.
 
-Two files set attributes of single modules themselves: calls.py the ``forward`` (or
-``_compiled_call_impl``) of blocks, at every step, so that it must be quick; lightning.py the ``forward`` of
-one module until its first call. A planned model, and the module that ``state.bare`` yields, are no patches:
-they are objects of a subclass that share the ``__dict__`` of the model, which keeps its class.
+Two files set attributes of single modules themselves: calls.py the ``forward`` (or ``_compiled_call_impl``)
+of blocks, at every step and so by the fastest way; lightning.py the ``forward`` of one module until its first
+call. A planned model, and the module that ``preserve.bare`` yields, are no patches: they are objects of a
+subclass that share the ``__dict__`` of the model, which keeps its class.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
@@ -64,18 +62,15 @@ from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode
 from torch.utils._python_dispatch import _disable_current_modes as modes_disabled
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
 
-# Re-exported as they are; all that is defined below is for the rest of the project, too.
-# - FakeTensor, FakeTensorMode, detect_fake_mode, two exceptions: tensors without data. Without them: no op
-#   graph.
-# - OpOverload, HigherOrderOperator: kinds of ops. Without them: a branch passes for an op.
-# - BackwardHookFunction: what a module's backward hook puts into autograd's graph. Without it: it passes for
-#   the user's own.
-# - NormBase, Convolution: all batch norms, all convolutions. Without them: a loaded plan that leaves out a
-#   norm's statistics is followed; nobody is warned of cuDNN's benchmark.
-# - pytree: how torch takes arguments apart. Without it: containers that libraries register are leaves.
+# Re-exported as they are; the rest of the project uses everything defined below, too.
+# - FakeTensor, FakeTensorMode, detect_fake_mode, two exceptions: tensors without data. Without: no op graph.
+# - OpOverload, HigherOrderOperator: kinds of ops. Without: a branch passes for an op.
+# - BackwardHookFunction: a module's backward hook in autograd's graph. Without: passes for the user's own.
+# - NormBase, Convolution: all batch norms, all convolutions. Without: a loaded plan that leaves out a norm's
+#   statistics is followed; nobody is warned of cuDNN's benchmark.
+# - pytree: how torch takes arguments apart. Without: containers that libraries register are leaves.
 # - TorchDispatchMode, dispatch_modes, modes_disabled, function_mode_stack, DeviceContext: see every op, hide
-#   from whoever else does, bring that back. Without them: no storage is followed, and re-runs lack a default
-#   device.
+#   ops from other modes, restore modes. Without: no storage is followed; re-runs lack a default device.
 __all__ = [
     "BackwardHookFunction", "Convolution", "DataDependentOutputException", "DeviceContext",
     "DynamicOutputShapeException", "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "NormBase",
@@ -86,30 +81,22 @@ __all__ = [
 
 # ---- tensors and storages --------------------------------------------------------------------------------
 
-# How often a tensor has been changed in place: what autograd checks, too. Without it: a re-run reads changed
-# values unseen.
+# Count of a tensor's changes in place, which autograd checks. Without it: re-runs read changed values unseen.
 version_of: Callable[[Tensor], int] = attrgetter("_version")
 # The identity of a storage while it lives, equal for all views; data_ptr is 0 for all without data. Without
 # it: nothing can be counted by storage. Of tensors: ``layouts.storage_key``.
 storage_id: Callable[[Any], int] = attrgetter("_cdata")
-# Keeps the versions of tensors that are changed meanwhile and put back. Without it: autograd refuses what a
-# re-run restored.
+# Keeps the versions of tensors that are changed within it. Without it: autograd refuses restored values.
 versions_kept: Callable[[tuple[Tensor, ...]], AbstractContextManager[None]]
 versions_kept = torch.autograd._unsafe_preserve_version_counter
-
-
-def is_view(tensor: Tensor) -> bool:
-    """Whether autograd takes a tensor for a view. Without it: a change is reversed on its whole base."""
-    return bool(tensor._is_view())
-
-
-def neg_view(tensor: Tensor) -> Tensor:
-    """Return the bits of a lazily negated tensor as they lie. Without it: ``resolve_neg`` copies them."""
-    return tensor._neg_view()
+# Whether autograd takes a tensor for a view. Without it: a change is reversed on its whole base.
+is_view: Callable[[Tensor], bool] = methodcaller("_is_view")
+# The bits of a lazily negated tensor as they lie. Without it: ``resolve_neg`` copies them.
+neg_view: Callable[[Tensor], Tensor] = methodcaller("_neg_view")
 
 
 def set_conj_and_neg(tensor: Tensor, conj: bool, neg: bool) -> None:
-    """Say how the bits of a tensor are to be read. Without it: a conjugated one comes back changed."""
+    """Set whether a tensor's bits are read as conjugated or negated. Without it: copies lose that."""
     torch._C._set_conj(tensor, conj)
     torch._C._set_neg(tensor, neg)
 
@@ -121,23 +108,20 @@ def coo_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 # ---- autograd --------------------------------------------------------------------------------------------
 
-# The backward that runs in this thread, -1 if none does. Without it: a forward within a backward (torch's
-# checkpoint) passes for one of the training loop, and two backwards of one step for one.
+# The number of the backward that runs in this thread, -1 for none. Without it: a forward within a backward
+# (torch's checkpoint) passes for one of the training loop, and two backwards of one step for one.
 graph_task = torch._C._current_graph_task_id
-# Whether that backward leaves its graph for another one (retain_graph). Without it: nothing is released
-# before the step ends.
+# Whether that backward keeps its graph (retain_graph). Without it: nothing is released before the step ends.
 keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
-
-
-def at_end_of_backward(callback: Callable[[], None]) -> None:
-    """Call something when the running backward has ended. Without it: the first step cannot be watched."""
-    torch.autograd.Variable._execution_engine.queue_callback(callback)
-
-
-def function_of_node(node: Any) -> type:
-    """Return the autograd.Function of a node. Without it: torch.library's own pass for the user's."""
-    function: type = node._forward_cls
-    return function
+# Calls a function when the running backward has ended. Without it: the first step cannot be watched.
+at_end_of_backward: Callable[[Callable[[], None]], None]
+at_end_of_backward = torch.autograd.Variable._execution_engine.queue_callback
+# The autograd.Function of a node. Without it: torch.library's own pass for the user's.
+function_of_node: Callable[[Any], type] = attrgetter("_forward_cls")
+# Why hooks for saved tensors are refused now, None if they are not. Without it: a trial's refusal stays.
+saved_tensors_refusal = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message
+# The (pack, unpack) hooks entered last, or None. Without it: an aborted trial's hooks stay.
+saved_tensors_hooks = functools.partial(torch._C._autograd._top_saved_tensors_default_hooks, True)
 
 
 def is_of_library_op(function: type) -> bool:
@@ -150,18 +134,8 @@ def hooks_of_gradients(leaf: Tensor) -> list[dict[Any, Any]]:
     return [hooks for hooks in (leaf._backward_hooks, leaf._post_accumulate_grad_hooks) if hooks]
 
 
-def saved_tensors_hooks() -> Any:
-    """Return the (pack, unpack) hooks entered last, or None. Without it: an aborted trial's hooks stay."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
-def saved_tensors_refusal() -> str | None:
-    """Return why hooks for saved tensors are refused at present; None if they are not."""
-    return torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
-
-
 def set_saved_tensors_hooks(hooks: Any, refusal: str | None) -> None:
-    """Leave hooks until ``hooks`` are the last; refuse others as before. Without it: as above."""
+    """Leave hooks entered after ``hooks``, and refuse others if ``refusal`` says why."""
     autograd = torch._C._autograd
     while (last := saved_tensors_hooks()) is not None:
         if hooks is not None and last[0] is hooks[0] and last[1] is hooks[1]:
@@ -189,13 +163,14 @@ def leave_dual_level() -> None:
 
 # ---- modes and transforms --------------------------------------------------------------------------------
 
-# Within these, ops run below the functions of subclasses and modes, and below autocast. Without them: an op
-# that is run to count its scratch bytes is seen by the user's modes, and cast.
+# Contexts in which ops run below subclasses and modes of functions, and below autocast. Without them: the
+# user's modes see an op that is run to count its scratch bytes, and autocast casts it.
 torch_functions_disabled = torch._C.DisableTorchFunction
 autocast_disabled = torch._C._DisableAutocast
-# The functions of torch.func that are entered (vmap, grad). Without it: a planned forward within one trains
-# wrongly.
+# Number of torch.func's transforms (vmap, grad) entered. Without it: a planned forward in one trains wrongly.
 transform_depth = functorch.get_dynamic_layer_stack_depth
+# Sets inference mode while the result lives. Without it: an aborted trial's mode stays.
+inference_mode_entered: Callable[[bool], Any] = torch._C._InferenceMode
 
 
 def leave_transforms(depth: int) -> None:
@@ -217,11 +192,6 @@ def pop_function_modes(depth: int) -> None:
         torch._C._pop_torch_function_stack()
 
 
-def inference_mode_entered(flag: bool) -> Any:
-    """Set inference mode while the result lives. Without it: an aborted trial's mode stays."""
-    return torch._C._InferenceMode(flag)
-
-
 def default_device_context() -> Any:
     """Return what ``torch.set_default_device`` has entered, or None. Without it: an aborted trial's stays."""
     return getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
@@ -231,7 +201,7 @@ def default_device_context() -> Any:
 
 
 def schema_of(op: Any) -> Any:
-    """Return the schema of an op, None of what is no op. Without it: changes in place are not seen."""
+    """Return the schema of an op, None for anything else. Without it: changes in place are not seen."""
     return getattr(op, "_schema", None)
 
 
@@ -241,16 +211,15 @@ def composite_kernel(op: Any) -> Callable[..., Any] | None:
     ``op.decompose`` prefers one in Python, which may run other ops than a plain step. Without it: no
     composite op is kept in part.
     """
-    composite = torch._C.DispatchKey.CompositeImplicitAutograd
-    if not isinstance(op, OpOverload) or not torch._C._dispatch_has_kernel_for_dispatch_key(
-        op.name(), composite
-    ):
-        return None
-    return functools.partial(op._op_dk, composite)
+    key, has_kernel = torch._C.DispatchKey, torch._C._dispatch_has_kernel_for_dispatch_key
+    if isinstance(op, OpOverload) and has_kernel(op.name(), key.CompositeImplicitAutograd):
+        return functools.partial(op._op_dk, key.CompositeImplicitAutograd)
+    return None
 
 
-# What torch.export and all that it calls log to. Without it: their notes of what they gave up on reach the
-# user.
+# How a graph takes arguments and gives results. Without it: its copy takes others.
+codegen_of: Callable[[fx.Graph], Any] = attrgetter("_codegen")
+# The loggers of torch.export and of all it calls. Without it: their notes of failed tries reach the user.
 EXPORT_LOGGERS = ("torch.export", "torch._export", "torch.fx", "torch._dynamo")
 
 
@@ -259,12 +228,7 @@ def is_transform(target: Any) -> bool:
     return getattr(target, "__module__", "") == "torch._functorch.predispatch"
 
 
-def codegen_of(graph: fx.Graph) -> Any:
-    """Return how a graph takes arguments and gives results. Without it: its copy takes others."""
-    return graph._codegen
-
-
-# ---- what of the process chooses kernels -----------------------------------------------------------------
+# ---- switches of the process that choose kernels ---------------------------------------------------------
 # Every forward reads these: torch.backends takes 100 ns for one of attention's and 600 ns for one of cuDNN's,
 # and has no order of attention's kernels; what torch.backends sets it refuses after ``disable_global_flags``.
 # Without them: a plan made under other settings is followed, and re-runs choose other kernels.
@@ -278,10 +242,8 @@ onednn_enabled, set_onednn_enabled = torch._C._get_mkldnn_enabled, torch._C._set
 quantized_engine = torch._C._get_qengine
 cudnn_enabled, set_cudnn_enabled = torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled
 cudnn_benchmark, set_cudnn_benchmark = torch._C._get_cudnn_benchmark, torch._C._set_cudnn_benchmark
-cudnn_deterministic, set_cudnn_deterministic = (
-    torch._C._get_cudnn_deterministic,
-    torch._C._set_cudnn_deterministic,
-)
+cudnn_deterministic = torch._C._get_cudnn_deterministic
+set_cudnn_deterministic = torch._C._set_cudnn_deterministic
 cudnn_tf32, set_cudnn_tf32 = torch._C._get_cudnn_allow_tf32, torch._C._set_cudnn_allow_tf32
 reduced_fp16 = torch._C._get_cublas_allow_fp16_reduced_precision_reduction
 reduced_bf16 = torch._C._get_cublas_allow_bf16_reduced_precision_reduction
@@ -310,18 +272,20 @@ def never_compiled(function: Any, why: str) -> Any:
 
 # ---- memory and devices ----------------------------------------------------------------------------------
 
+# Occupies the CUDA device for some cycles. Without it: short kernels are timed as long as their launch.
+keep_gpu_busy: Callable[[int], None] = torch.cuda._sleep
 # Whether a profiler of autograd is on: two at once end each other. Without it: a user's profile is cut short.
 profiler_is_on = torch._C._autograd._profiler_enabled
 
 
 def legacy_memory_events() -> Callable[[], list[tuple[str, str, int]]] | None:
-    """Have torch's older profiler note what the CPU's allocator does; None where torch has that no more.
+    """Start torch's older profiler of the CPU's allocator; None where torch has it no more.
 
-    Without it ``costs.peak`` takes the public one: the same bytes in the same order, but two lines are
+    Without it ``costs.meters.peak`` takes the public one: the same bytes in the same order, but two lines are
     printed at each use.
 
     Returns:
-        ends it, and gives the (kind, name, bytes) of each event.
+        a function that ends it and returns the (kind, name, bytes) of each event.
     """
     try:
         from torch._C._profiler import _ExperimentalConfig
@@ -347,11 +311,6 @@ def legacy_memory_events() -> Callable[[], list[tuple[str, str, int]]] | None:
 def expandable_segments_are_on() -> bool:
     """Whether CUDA's allocator has expandable segments. Without it: slack is set aside for nothing."""
     return bool(torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"])
-
-
-def keep_gpu_busy(cycles: int) -> None:
-    """Occupy the current CUDA device. Without it: short kernels are timed as long as their launch."""
-    torch.cuda._sleep(cycles)
 
 
 # ---- modules and optimizers ------------------------------------------------------------------------------

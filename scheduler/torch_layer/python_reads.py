@@ -1,10 +1,9 @@
-"""Record the Python state that a traced forward reads, constants to its graph, and guard that it stays so.
+"""Record the Python state that a traced forward reads, and guard that it stays as the graph has it.
 
-While a model is traced, attribute reads of its modules and of the plain objects that hang on them are
-recorded: ``__getattribute__`` of their classes is replaced meanwhile. What the user's code names besides
-(globals, closures) is found in its byte code. At each forward plain values are compared, by identity first.
-Tensors are inputs of the graph, and are fetched from their place again, so that another one, or one with a
-gradient, takes part in the step.
+While a model is traced, ``__getattribute__`` of the classes of its modules, and of the plain objects that
+these reach, is replaced by one that records reads. ``named_by_code`` finds the globals and closures that the
+code names. At each forward plain values are compared, by identity first. Tensors are inputs of the graph: the
+one in its place at a forward, which may be another one or have a history, takes part in the step.
 """
 
 from __future__ import annotations
@@ -13,9 +12,8 @@ import functools
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import starmap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from operator import contains, getitem, is_
 from pathlib import Path
 from typing import Any
@@ -36,8 +34,7 @@ from rematplan.scheduler.torch_layer.python_state import (
 
 __all__ = ["Guards", "Reads", "StateTensor", "roots_of", "state_tensors"]
 
-# What torch's machinery reads of every module. Parameters, buffers, submodules and hooks are guarded
-# elsewhere.
+# Read by torch itself of every module. Parameters, buffers, submodules and hooks are guarded elsewhere.
 _INTERNAL = frozenset(
     {
         "__class__", "__dict__", "_parameters", "_buffers", "_modules", "_compiled_call_impl", "_is_full_backward_hook",
@@ -45,6 +42,7 @@ _INTERNAL = frozenset(
         "_flat_weights", "_flat_weight_refs",
     }
 )  # fmt: skip # one table
+_Columns = tuple[list[Any], ...]
 _TORCH = str(Path(torch.__file__).parent)
 _MOST_BYTES = 2**20  # of an array whose content is guarded
 _MOST_ITEMS = 10_000  # of a container whose content is guarded
@@ -59,7 +57,7 @@ def roots_of(model: nn.Module) -> tuple[list[tuple[str, Any]], Named]:
 
 
 class StateTensor:
-    """A place in Python state that holds a tensor: an attribute, an item, a closure's variable, a global.
+    """A place in Python state that holds a tensor: an attribute, an item, a closure's variable or a global.
 
     Attributes:
         path: as a user would write it.
@@ -88,21 +86,8 @@ class StateTensor:
         self._container[self._key] = value
 
 
-class _Cell:
-    """A cell of a closure, as a container of one item."""
-
-    def __init__(self, cell: types.CellType) -> None:
-        self.cell = cell
-
-    def __getitem__(self, _: Any) -> Any:
-        return self.cell.cell_contents
-
-    def __setitem__(self, _: Any, value: Any) -> None:
-        self.cell.cell_contents = value
-
-
-class _Slots:
-    """The attributes of an object without ``__dict__``, as a container."""
+class _Attributes:
+    """The attributes of an object without ``__dict__``, as a container; of a cell ``cell_contents``."""
 
     def __init__(self, owner: Any) -> None:
         self.owner = owner
@@ -125,10 +110,9 @@ def _items(holder: Holder) -> tuple[Any, list[tuple[Any, Any]]]:
     if holder.kind == "list":
         return thing, list(enumerate(thing)) if len(thing) <= _MOST_ITEMS else []
     if holder.kind == "slots":
-        return _Slots(thing), list(holder.content().items())
+        return _Attributes(thing), list(holder.content().items())
     if holder.kind == "cell":
-        content = holder.content()
-        return _Cell(thing), [] if content is MISSING else [(0, content)]
+        return _Attributes(thing), [("cell_contents", holder.content())]
     return None, []
 
 
@@ -157,45 +141,32 @@ class Guards:
     def __init__(self) -> None:
         self.tensors: list[list[StateTensor]] = []
         self._kinds: list[tuple[Any, ...]] = []
-        # In columns, for the check at each forward goes through them at the speed of C.
-        self._containers: list[Any] = []
-        self._keys: list[Any] = []
-        self._values: list[Any] = []
-        self._paths: list[str] = []
-        self._without: list[Any] = []
-        self._absent: list[Any] = []
-        self._absent_paths: list[str] = []
-        self._contents: list[tuple[Any, Any]] = []  # (set or array, a copy)
-        self._content_paths: list[str] = []
-        self._sized: list[Any] = []
-        self._sizes: list[int] = []
-        self._size_paths: list[str] = []
+        # In columns, with a path last, so that the check at each forward runs at the speed of C.
+        self._items: _Columns = [], [], [], []  # container, key, value
+        self._absent: _Columns = [], [], []  # container, key
+        self._contents: _Columns = [], [], []  # set or array, a copy of its content
+        self._sizes: _Columns = [], [], []  # container, length
         self._writes: list[tuple[Any, Any, Any, Any]] = []
-        self._known: set[tuple[int, Any]] = set()
+        self._known: dict[tuple[int, Any], Any] = {}
         self._opened: set[int] = set()
-
-    # ---- what is guarded -----------------------------------------------------------------------------
 
     def hold(self, container: Any, key: Any, path: str) -> None:
         """Guard an item of a container: plain values by value, containers by content, all else by identity.
 
-        Tensors are guarded by ``hold_tensor``, as inputs of the graph.
+        Tensors are left to ``hold_tensor``.
         """
-        known = (id(container), key)
-        if known in self._known:
+        if (id(container), key) in self._known:
             return
-        self._known.add(known)
+        self._known[id(container), key] = container  # held, so that the identity stays its own
         value = container[key]
         if isinstance(value, (list, deque, dict)):
             self._hold_content(value, path)
         elif isinstance(value, functools.partial):
             self._hold_content(value.keywords, path)
         elif isinstance(value, set):
-            self._contents.append((value, value.copy()))
-            self._content_paths.append(path)
+            _append(self._contents, value, value.copy(), path)
         elif type(value).__module__ == "numpy" and hasattr(value, "tobytes") and value.nbytes <= _MOST_BYTES:
-            self._contents.append((value, value.tobytes()))
-            self._content_paths.append(path)
+            _append(self._contents, value, value.tobytes(), path)
         elif type(value) is tuple and not is_plain(value):
             if any(isinstance(inner, Tensor) for inner in value):
                 return
@@ -204,26 +175,19 @@ class Guards:
                     self._hold_content(inner, f"{path}[{index}]")
         elif isinstance(value, Tensor):
             return
-        self._containers.append(container)
-        self._keys.append(key)
-        self._values.append(value)
-        self._paths.append(path)
+        _append(self._items, container, key, value, path)
 
     def _hold_content(self, value: Any, path: str) -> None:
         if id(value) in self._opened or len(value) > _MOST_ITEMS:
             return
         self._opened.add(id(value))
-        self._sized.append(value)
-        self._sizes.append(len(value))
-        self._size_paths.append(path)
+        _append(self._sizes, value, len(value), f"len({path})")
         for key in value if isinstance(value, dict) else range(len(value)):
             self.hold(value, key, f"{path}[{key!r}]")
 
     def hold_absent(self, container: Any, key: Any, path: str) -> None:
         """Guard that a container holds nothing under a key."""
-        self._without.append(container)
-        self._absent.append(key)
-        self._absent_paths.append(path)
+        _append(self._absent, container, key, path)
 
     def hold_tensor(self, places: list[StateTensor]) -> None:
         """Guard the kind of a tensor that is an input of the graph, and that all its places hold it."""
@@ -234,10 +198,8 @@ class Guards:
         """Allow writes, (dict, key, before, after) each, that only a first forward makes."""
         self._writes = writes
 
-    # ---- the check -----------------------------------------------------------------------------------
-
     def holds(self) -> bool:
-        """Whether everything is as it was; writes that only a first forward makes are made here."""
+        """Whether all is unchanged, after making the writes that only a first forward makes."""
         if self._holds():
             return True
         due = [w for w in self._writes if same_value(w[0].get(w[1], MISSING), w[2])]
@@ -255,16 +217,18 @@ class Guards:
         return False
 
     def _holds(self) -> bool:
+        containers, keys, values, _ = self._items
         try:
-            if not all(map(is_, map(getitem, self._containers, self._keys), self._values)) and not all(
-                map(same_value, map(getitem, self._containers, self._keys), self._values)
+            if not all(map(is_, map(getitem, containers, keys), values)) and not all(
+                map(same_value, map(getitem, containers, keys), values)
             ):
                 return False
         except (KeyError, IndexError, ValueError):
             return False
-        if any(map(contains, self._without, self._absent)) or [*map(len, self._sized)] != self._sizes:
+        absent, sizes, contents = self._absent, self._sizes, self._contents
+        if any(map(contains, absent[0], absent[1])) or [*map(len, sizes[0])] != sizes[1]:
             return False
-        if self._contents and not all(starmap(_has_content, self._contents)):
+        if contents[0] and not all(map(_has_content, contents[0], contents[1])):
             return False
         return not self.tensors or all(map(self._is_tensor, self.tensors, self._kinds))
 
@@ -274,36 +238,31 @@ class Guards:
         return tensor is not MISSING and _kind(tensor) == kind and all(p.get() is tensor for p in places[1:])
 
     def changes(self) -> list[tuple[str, Any, Any]]:
-        """Return what has changed, (path, then, now) each, MISSING for nothing."""
+        """Return (path, then, now) of each change, MISSING for no value."""
         found: list[tuple[str, Any, Any]] = []
-        rows = zip(self._containers, self._keys, self._values, self._paths, strict=True)
-        for container, key, then, path in rows:
+        for container, key, then, path in zip(*self._items, strict=True):
             try:
                 now = container[key]
             except (KeyError, IndexError, ValueError):
                 now = MISSING
             if now is not then and not same_value(now, then):
                 found.append((path, then, now))
-        found += [
-            (path, MISSING, container[key])
-            for container, key, path in zip(self._without, self._absent, self._absent_paths, strict=True)
-            if key in container
-        ]
-        found += [
-            (f"len({path})", size, len(value))
-            for value, size, path in zip(self._sized, self._sizes, self._size_paths, strict=True)
-            if len(value) != size
-        ]
-        found += [
-            (path, then, value)
-            for (value, then), path in zip(self._contents, self._content_paths, strict=True)
-            if not _has_content(value, then)
-        ]
+        absent, sizes, contents = (
+            zip(*each, strict=True) for each in (self._absent, self._sizes, self._contents)
+        )
+        found += [(path, MISSING, each[key]) for each, key, path in absent if key in each]
+        found += [(path, size, len(value)) for value, size, path in sizes if len(value) != size]
+        found += [(path, then, value) for value, then, path in contents if not _has_content(value, then)]
         for places, kind in zip(self.tensors, self._kinds, strict=True):
             if not self._is_tensor(places, kind):
                 tensor = places[0].get()
                 found.append((places[0].path, kind, tensor if tensor is MISSING else _kind(tensor)))
         return found
+
+
+def _append(columns: _Columns, *row: Any) -> None:
+    for column, value in zip(columns, row, strict=True):
+        column.append(value)
 
 
 def _has_content(value: Any, then: Any) -> bool:
@@ -315,16 +274,12 @@ def _kind(tensor: Tensor) -> tuple[Any, ...]:
 
 
 class Reads:
-    """Records what Python state a forward of a model reads.
-
-    Args:
-        model: whose modules, and what hangs on them, are watched.
-    """
+    """Records which attributes of a model's modules, and of what hangs on them, its forward reads."""
 
     def __init__(self, model: nn.Module) -> None:
         self.roots, self._named = roots_of(model)
         self._holders = list(holders_of(self.roots))
-        # By the identity of its __dict__, which what stands in for a module during an export shares.
+        # By the identity of ``__dict__``, which an export's stand-in for a module shares.
         self._objects = {id(h.thing): h for h in self._holders if h.owner is not None and h.kind == "dict"}
         self._reads: dict[tuple[int, str], None] = {}
         self._classes: dict[type, Any] = {}
@@ -336,27 +291,15 @@ class Reads:
         kinds = {holder.owner for holder in self._holders if holder.owner is not None}
         modules = [k for k in kinds if issubclass(k, nn.Module) and "__getattribute__" in vars(k)]
         classes: list[type] = [nn.Module, *modules, *(k for k in kinds if not issubclass(k, nn.Module))]
-        with reads_recorded(classes, self._recorder) as unseen:
+        with reads_recorded(classes, self._objects, self._note) as unseen:
             self._unseen = unseen
             yield
 
-    def _recorder(self, original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
-        reads, objects, attributes_of = self._reads, self._objects, object.__getattribute__
-
-        def __getattribute__(self: Any, name: str) -> Any:  # noqa: N807 # it takes the place of that method
-            try:
-                key = id(attributes_of(self, "__dict__"))
-            except AttributeError:
-                return original(self, name)
-            if key in objects:
-                if name != "__dict__":
-                    reads[key, name] = None
-                elif not sys._getframe(1).f_code.co_filename.startswith(_TORCH):  # vars(self): any of them
-                    for each in attributes_of(self, "__dict__"):
-                        reads[key, each] = None
-            return original(self, name)
-
-        return __getattribute__
+    def _note(self, key: int, name: str) -> None:
+        if name != "__dict__":
+            self._reads[key, name] = None
+        elif not sys._getframe(2).f_code.co_filename.startswith(_TORCH):  # vars(self): any of them
+            self._reads.update(((key, each), None) for each in self._objects[key].thing)
 
     def guards(self, tensors: Sequence[list[StateTensor]] = ()) -> Guards:
         """Return guards of all that was read, as it is now.
@@ -373,11 +316,8 @@ class Reads:
         for namespace, name, path in self._named.values:
             found.hold(namespace, name, path)
         for path, cell in self._named.cells:
-            container = _Cell(cell)
-            try:
-                found.hold(container, 0, path)
-            except ValueError:  # the variable has no value yet
-                continue
+            with suppress(ValueError):  # the variable has no value yet
+                found.hold(_Attributes(cell), "cell_contents", path)
         for places in tensors:
             found.hold_tensor(places)
         return found
@@ -391,7 +331,7 @@ class Reads:
         if holder.kind == "class":
             self._guard_class(found, holder)
         elif holder.owner is types.FunctionType:
-            function = _Slots(holder.about)
+            function = _Attributes(holder.about)
             for name in ("__defaults__", "__kwdefaults__"):
                 found.hold(function, name, f"{holder.path}.{name}")
             for name in holder.thing:
@@ -408,9 +348,8 @@ class Reads:
 
     def _guard_attribute(self, found: Guards, holder: Holder, name: str) -> None:
         container, path = holder.thing, holder.named(name)
-        ours = name == "forward" and getattr(
-            container.get(name), "eager", False
-        )  # stands there for the trace
+        # ``eager.as_eager`` sets a forward while it is traced.
+        ours = name == "forward" and getattr(container.get(name), "eager", False)
         if name in container and not ours:
             found.hold(container, name, path)
             return

@@ -1,10 +1,9 @@
 """Snapshot and restore the Python state of a model: everything on its modules but the values of tensors.
 
 A forward may rebind attributes, append to lists, count in config objects, replace buffers, draw from
-generators of its own. ``Snapshot`` walks all that is reachable from some roots (modules, their attributes,
-containers, plain objects, closures of functions, class attributes of user code), says what has changed since,
-and puts it back: objects by identity, containers by content. Values of tensors are not copied
-(``state.preserved`` does that for those that change).
+generators of its own. ``Snapshot`` walks all that is reachable from its roots (modules, their attributes,
+containers, plain objects, closures, class attributes of user code), reports what has changed since, and
+restores it: objects by identity, containers by content. ``preserve.preserved`` restores values of tensors.
 """
 
 from __future__ import annotations
@@ -16,19 +15,22 @@ import sys
 import types
 import weakref
 from collections import UserDict, UserList, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rematplan.scheduler.torch_layer.private import replaced
 
 __all__ = [
+    "HOOKS",
     "MISSING",
     "Holder",
     "Snapshot",
+    "cell_content",
     "holders_of",
     "is_own_code",
     "is_plain",
@@ -38,23 +40,18 @@ __all__ = [
     "slots_of",
 ]
 
-MISSING: Any = object()  # in the place of what is not there
-# Of the standard library, and yet what a configuration is often made of.
+MISSING: Any = object()  # stands for no value
+# Classes of the standard library that configurations are made of.
 NAMESPACES = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList)
-_ITERATORS: tuple[type, ...] = (
-    type(iter([])),
-    type(iter(())),
-    type(iter(range(0))),
-    type(iter(range(2**70))),
-    type(iter("")),
-)
-MOST = 200_000  # holders that are walked: beyond, something like a data set hangs on the model
+_SEQUENCES: tuple[Any, ...] = ([], (), range(0), range(2**70), "")
+_ITERATORS = tuple(type(iter(each)) for each in _SEQUENCES)
+_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+MOST = 200_000  # objects that are walked: beyond, something like a data set hangs on the model
 PLAIN = (
     type(None), bool, int, float, complex, str, bytes, range, slice, type(Ellipsis),
     torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format,
 )  # fmt: skip # one table
-# Objects of these packages are their own business: engines, loggers, progress bars, locks; not those that are
-# modules.
+# Objects of these packages (engines, loggers, progress bars, locks) are not walked, except nn.Modules.
 FOREIGN = frozenset(
     {
         "_io", "_thread", "builtins", "accelerate", "asyncio", "concurrent", "ctypes", "importlib", "io", "lightning",
@@ -63,10 +60,8 @@ FOREIGN = frozenset(
     }
 )  # fmt: skip # one table
 
-_OF_MODULES = (
-    "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-)  # fmt: skip # one table
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OF_MODULES = ("_parameters", "_buffers", "_modules", *HOOKS)
 _SKIPPED = frozenset(
     (*_OF_MODULES, "_rematplan", "_non_persistent_buffers_set", "_forward_hooks_with_kwargs",
      "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks")
@@ -128,29 +123,12 @@ class Holder:
 
     __slots__ = ("about", "kind", "owner", "path", "thing")
 
-    def __init__(
-        self, path: str, thing: Any, kind: str, owner: type | None = None, about: Any = None
-    ) -> None:
+    def __init__(self, path: str, thing: Any, kind: str, owner: type | None = None, about: Any = None):
         self.path, self.thing, self.kind, self.owner, self.about = path, thing, kind, owner, about
 
     def content(self) -> Any:
         """Return a shallow copy of what it holds now."""
-        thing = self.thing
-        if self.kind in ("dict", "class"):
-            return dict(thing.__dict__ if self.kind == "class" else thing)
-        if self.kind == "slots":
-            return {name: getattr(thing, name) for name in slots_of(type(thing)) if hasattr(thing, name)}
-        if self.kind == "list":
-            return list(thing)
-        if self.kind == "set":
-            return set(thing)
-        if self.kind == "cell":
-            return _cell(thing)
-        if self.kind == "array":
-            return thing.copy()
-        if self.kind == "iterator":
-            return thing.__reduce__()
-        return _generator_state(thing)
+        return _CONTENTS[self.kind](self.thing)
 
     def changed(self, before: Any) -> list[Any]:
         """Return the keys whose values differ from ``before``; [MISSING] for a change of what has no keys."""
@@ -162,13 +140,13 @@ class Holder:
             if len(now) != len(before):
                 return [MISSING]
             return [i for i, (a, b) in enumerate(zip(now, before, strict=True)) if not _one(a, b)]
-        if self.kind == "set":
-            return [MISSING] if now != before else []
         if self.kind == "cell":
-            return [] if _one(now, before) else [MISSING]
-        if self.kind == "iterator":
-            return [] if now[2:] == before[2:] and len(now) == len(before) else [MISSING]
-        return [] if _equal_states(now, before) else [MISSING]
+            same = _one(now, before)
+        elif self.kind == "iterator":
+            same = now[2:] == before[2:] and len(now) == len(before)
+        else:
+            same = _equal_states(now, before)
+        return [] if same else [MISSING]
 
     def put_back(self, before: Any) -> None:  # noqa: C901 - one case per kind of holder
         """Restore the content ``before``."""
@@ -177,24 +155,18 @@ class Holder:
             if list(thing) != list(before):  # an order is part of a dict
                 thing.clear()
             thing.update(before)
-        elif self.kind == "class":
+        elif self.kind in ("class", "slots"):
+            put, drop = setattr, delattr
+            if self.kind == "slots":  # of an object that may be frozen
+                put, drop = object.__setattr__, object.__delattr__
             for key in self.changed(before):
                 if key in before:
-                    setattr(thing, key, before[key])
+                    put(thing, key, before[key])
                 else:
-                    delattr(thing, key)
-        elif self.kind == "slots":
-            for key in self.changed(before):
-                if key in before:
-                    object.__setattr__(thing, key, before[key])  # it may be frozen
-                else:
-                    object.__delattr__(thing, key)
-        elif self.kind == "list":
+                    drop(thing, key)
+        elif self.kind in ("list", "set"):
             thing.clear()
-            thing.extend(before)
-        elif self.kind == "set":
-            thing.clear()
-            thing.update(before)
+            (thing.extend if self.kind == "list" else thing.update)(before)
         elif self.kind == "cell":
             if before is MISSING:
                 del thing.cell_contents
@@ -203,36 +175,53 @@ class Holder:
         elif self.kind == "array":
             thing[...] = before
         elif self.kind == "iterator":
-            if len(before) > 2:  # one that has come to its end has forgotten what it went through
+            if len(before) > 2:  # an exhausted one no longer knows its sequence
                 thing.__setstate__(before[2])
         else:
-            _set_generator_state(thing, before)
+            _generator(thing)[1](before)
 
     def named(self, key: Any) -> str:
         """Return the path of a key, as a user would write it."""
         if key is MISSING or self.kind in ("cell", "set", "array", "generator", "iterator"):
             return self.path
-        attribute = isinstance(key, str) and self.kind != "list" and not self.path.endswith("]")
-        if attribute:
+        if isinstance(key, str) and self.kind != "list" and not self.path.endswith("]"):
             return f"{self.path}.{key}" if self.path else key
         return f"{self.path}[{key!r}]"
 
 
 @contextmanager
 def reads_recorded(
-    kinds: Iterable[type], recorder: Callable[[Callable[[Any, str], Any]], Callable[[Any, str], Any]]
+    kinds: Iterable[type], objects: Container[int], note: Callable[[int, str], None]
 ) -> Iterator[set[type]]:
-    """Replace ``__getattribute__`` of some classes by ``recorder`` of their own, within the block.
+    """Replace ``__getattribute__`` of classes within the block, so that reads of attributes are noted.
+
+    Args:
+        kinds: the classes.
+        objects: identities of the ``__dict__`` of the objects whose reads matter.
+        note: called with that identity and the attribute's name.
 
     Yields:
-        the classes written in C, of which reads cannot be seen.
+        the classes written in C, whose reads cannot be seen.
     """
     unseen: set[type] = set()
     kind: Any
+
+    def noting(original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+        def __getattribute__(self: Any, name: str) -> Any:  # noqa: N807 # it replaces that method
+            try:
+                key = id(object.__getattribute__(self, "__dict__"))
+            except AttributeError:
+                return original(self, name)
+            if key in objects:
+                note(key, name)
+            return original(self, name)
+
+        return __getattribute__
+
     with ExitStack() as stack:
         for kind in dict.fromkeys(kinds):
             try:
-                stack.enter_context(replaced(kind, __getattribute__=recorder(kind.__getattribute__)))
+                stack.enter_context(replaced(kind, __getattribute__=noting(kind.__getattribute__)))
             except TypeError:
                 unseen.add(kind)
         yield unseen
@@ -253,7 +242,7 @@ class Snapshot:
         return [holder.named(key) for holder, before in self.before for key in holder.changed(before)]
 
     def plain_writes(self) -> list[tuple[Any, Any, Any, Any]] | None:
-        """Return (dict, key, before, after) of each change, MISSING for nothing; None if one is not plain."""
+        """Return (dict, key, before, after) of each change, MISSING for none; None if one is not plain."""
         found = []
         for holder, before in self.before:
             for key in holder.changed(before):
@@ -264,7 +253,7 @@ class Snapshot:
         return found
 
     def restore(self) -> None:
-        """Restore everything; what has not changed is not touched."""
+        """Restore what has changed."""
         for holder, before in self.before:
             if holder.changed(before):
                 holder.put_back(before)
@@ -274,7 +263,7 @@ def holders_of(roots: Iterable[tuple[str, Any]]) -> Iterator[Holder]:
     """Yield all holders reachable from the roots, each once, breadth first."""
     waiting: deque[tuple[str, Any]] = deque(roots)
     seen: set[int] = set()
-    alive: list[Any] = []  # or the identity of a temporary would be given to another object
+    alive: list[Any] = []  # otherwise another object may get the identity of a temporary
     while waiting and len(seen) < MOST:
         path, value = waiting.popleft()
         if isinstance(value, (Tensor, types.BuiltinFunctionType)) or id(value) in seen or is_plain(value):
@@ -290,21 +279,18 @@ def holders_of(roots: Iterable[tuple[str, Any]]) -> Iterator[Holder]:
 def _opened(path: str, value: Any) -> tuple[Holder | None, Iterable[tuple[str, Any]]]:  # noqa: C901 - one case per kind of object
     """Return the holder that a value is, if it is one, and what is reachable from it."""
     if isinstance(value, nn.Module):
-        own, attributes = Holder(path, vars(value), "dict", type(value)), vars(value)
-        start = f"{path}." if path else ""
+        start, own = f"{path}." if path else "", vars(value)
         inner: list[tuple[str, Any]] = [(start + n, c) for n, c in value._modules.items()]
-        # Dicts of parameters, buffers, children and hooks are places too, of which nothing further is walked.
-        inner += [(path, _Raw(attributes[name])) for name in _OF_MODULES if name in attributes]
-        for name in _HOOKS:  # what hooks are bound to, and close over
-            inner += [
-                (f"a hook of {path or 'the model'}", hook) for hook in attributes.get(name, {}).values()
-            ]
+        # Dicts of parameters, buffers, children and hooks are holders, too; their values are not walked.
+        inner += [(path, Holder(path, own[name], "dict")) for name in _OF_MODULES if name in own]
+        # Hooks are walked for the objects that they are bound to and close over.
         inner += [
-            (start + k, v) for k, v in attributes.items() if k not in _SKIPPED and not k.endswith("_hooks")
+            (f"a hook of {path or 'the model'}", f) for name in HOOKS for f in own.get(name, {}).values()
         ]
-        return own, [*inner, *_classes(type(value))]
-    if isinstance(value, _Raw):
-        return Holder(path, value.thing, "dict"), ()
+        inner += [(start + k, v) for k, v in own.items() if k not in _SKIPPED and not k.endswith("_hooks")]
+        return Holder(path, own, "dict", type(value)), [*inner, *_classes(type(value))]
+    if isinstance(value, Holder):
+        return value, ()
     if isinstance(value, dict):
         return Holder(path, value, "dict"), [(f"{path}[{k!r}]", v) for k, v in value.items()]
     if isinstance(value, (list, deque)):
@@ -316,7 +302,7 @@ def _opened(path: str, value: Any) -> tuple[Holder | None, Iterable[tuple[str, A
     if type(value) in _ITERATORS:
         return Holder(path, value, "iterator"), ()
     if isinstance(value, types.CellType):
-        content = _cell(value)
+        content = cell_content(value)
         return Holder(path, value, "cell"), () if content is MISSING else [(path, content)]
     if isinstance(value, types.FunctionType):
         if not is_own_code(value.__module__):
@@ -330,96 +316,79 @@ def _opened(path: str, value: Any) -> tuple[Holder | None, Iterable[tuple[str, A
         return None, [(path, value.__self__), (path, value.__func__)]
     if isinstance(value, functools.partial):
         return None, [(path, value.func), (path, value.args), (path, value.keywords)]
-    if _is_generator(value):
+    if isinstance(value, _GENERATORS):
         return Holder(path, value, "generator"), ()
     if type(value).__module__ == "numpy" and type(value).__name__ == "ndarray" and value.dtype != object:
         return Holder(path, value, "array"), ()
     if isinstance(value, type):
-        return (
-            (Holder(value.__name__, value, "class"), _class_values(value))
-            if is_own_code(value.__module__)
-            else (None, ())
-        )
+        if not is_own_code(value.__module__):
+            return None, ()
+        walked = (dict, list, deque, set, type, types.FunctionType)
+        found = {k: v for k, v in vars(value).items() if not k.startswith("__") and isinstance(v, walked)}
+        name = value.__name__
+        return Holder(name, value, "class"), [(f"{name}.{k}", v) for k, v in found.items()]
     kind = type(value)
     if kind in weakref.ProxyTypes:
         target = getattr(getattr(value, "__repr__", None), "__self__", None)
         return None, [] if target is None else [(path, target)]
-    if isinstance(value, torch.optim.Optimizer):  # a forward may go by its learning rate
+    if isinstance(value, torch.optim.Optimizer):  # a forward may read its learning rate
         return Holder(path, vars(value), "dict", kind), [(f"{path}.param_groups", value.param_groups)]
     if isinstance(value, types.ModuleType) or not (is_users_code(kind.__module__) or kind in NAMESPACES):
         return None, ()
     members = getattr(value, "__dict__", None)
-    inside: list[tuple[str, Any]] = list(_classes(type(value)))
-    if not isinstance(members, dict):
-        slots = [name for name in slots_of(type(value)) if hasattr(value, name)]
-        inside += [(f"{path}.{name}", getattr(value, name)) for name in slots]
-        return (Holder(path, value, "slots", type(value)) if slots else None), inside
-    inside += [(f"{path}.{k}", v) for k, v in members.items()]
-    return Holder(path, members, "dict", type(value)), inside
-
-
-class _Raw:
-    """A dict whose values are not walked."""
-
-    def __init__(self, thing: dict[Any, Any]) -> None:
-        self.thing = thing
+    if isinstance(members, dict):
+        holder = Holder(path, members, "dict", kind)
+    else:
+        holder = Holder(path, value, "slots", kind)
+        members = holder.content()
+    inside = [*_classes(kind), *((f"{path}.{k}", v) for k, v in members.items())]
+    return holder if members or holder.kind == "dict" else None, inside
 
 
 def _classes(kind: type) -> Iterator[tuple[str, Any]]:
-    """Return the classes of user code that an object gets attributes and methods from."""
+    """Yield the classes of user code among the bases of a class, itself included."""
     return ((c.__name__, c) for c in kind.__mro__ if is_own_code(c.__module__))
 
 
-def _class_values(kind: type) -> list[tuple[str, Any]]:
-    return [
-        (f"{kind.__name__}.{k}", v)
-        for k, v in vars(kind).items()
-        if not k.startswith("__") and isinstance(v, (dict, list, deque, set, type, types.FunctionType))
-    ]
-
-
-def _cell(cell: types.CellType) -> Any:
+def cell_content(cell: types.CellType) -> Any:
+    """Return the value of a closure's variable; MISSING if it has none yet."""
     try:
         return cell.cell_contents
     except ValueError:
         return MISSING
 
 
+_CONTENTS: dict[str, Callable[[Any], Any]] = {
+    "dict": dict,
+    "slots": lambda thing: {n: getattr(thing, n) for n in slots_of(type(thing)) if hasattr(thing, n)},
+    "class": lambda thing: dict(vars(thing)),
+    "list": list,
+    "set": set,
+    "cell": cell_content,
+    "array": lambda thing: thing.copy(),
+    "iterator": lambda thing: thing.__reduce__(),
+    "generator": lambda thing: _generator(thing)[0](),
+}
+
+
 def _one(a: Any, b: Any) -> bool:
     return a is b or (is_plain(a) and same_value(a, b))
 
 
-def _is_generator(value: Any) -> bool:
-    if isinstance(value, (torch.Generator, random.Random)):
-        return True
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, (numpy.random.Generator, numpy.random.RandomState))
-
-
-def _generator_state(value: Any) -> Any:
-    if isinstance(value, torch.Generator):
-        return value.get_state()
+def _generator(value: Any) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    """Return the functions that read and set the state of a random generator."""
     if isinstance(value, random.Random):
-        return value.getstate()
-    return value.bit_generator.state if hasattr(value, "bit_generator") else value.get_state()
-
-
-def _set_generator_state(value: Any, state: Any) -> None:
-    if isinstance(value, torch.Generator):
-        value.set_state(state)
-    elif isinstance(value, random.Random):
-        value.setstate(state)
-    elif hasattr(value, "bit_generator"):
-        value.bit_generator.state = state
-    else:
-        value.set_state(state)
+        return value.getstate, value.setstate
+    if isinstance(value, np.random.Generator):
+        bits = value.bit_generator
+        return lambda: bits.state, functools.partial(setattr, bits, "state")
+    return value.get_state, value.set_state
 
 
 def _equal_states(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
-        return bool(
-            a.numpy().tobytes() == b.numpy().tobytes()
-        )  # no op, which a mode would take for one of the model's
+        # Not by an op, which a mode would take for one of the model's.
+        return bool(a.numpy().tobytes() == b.numpy().tobytes())
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_equal_states(a[k], b[k]) for k in a)
     if isinstance(a, (tuple, list)):

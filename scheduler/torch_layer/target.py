@@ -1,4 +1,4 @@
-"""The device that costs are for: one at hand, or the description of one that is not."""
+"""Describe the device that costs are for: one of this machine, or the specification of another."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ __all__ = ["Device", "Target", "lies_on"]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Stands where a ``torch.device`` does while a step is priced for a device that is not there.
+    """Stands for the ``torch.device`` while a step is priced for a device that this machine lacks.
 
     Fake tensors on the CPU stand for those on the device: a build of torch without CUDA cannot reverse fake
-    CUDA tensors. So the kernels are those that the CPU would choose, and the rounding of bytes is that of the
-    device.
+    CUDA tensors. So kernels are chosen as on the CPU, and bytes are rounded as on the device.
     """
 
     spec: DeviceSpec
 
     @property
     def type(self) -> str:
-        """Whose rules hold: "cuda" or "cpu"."""
+        """The type of the device: "cuda" or "cpu"."""
         return self.spec.kind
 
 

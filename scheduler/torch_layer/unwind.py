@@ -1,61 +1,99 @@
-"""Leave what a trial has entered: levels of functorch, modes, and settings of torch of this thread.
+"""Leave the modes, functorch levels and settings of torch that a trial in this thread has entered.
 
 A model's code that raises half-way, or an export of it, may leave the process within a level of
-``torch.vmap``, a mode of dispatch or other settings; every op that follows, the user's too, would then run
-within them.
+``torch.vmap``, a mode of dispatch or other settings; all later ops, the user's too, would run within them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
 from rematplan.scheduler.core.errors import CaptureError
-from rematplan.scheduler.torch_layer.private import (
-    default_device_context,
-    dispatch_modes,
-    dual_level,
-    function_mode_stack,
-    inference_mode_entered,
-    leave_dual_level,
-    leave_transforms,
-    pop_dispatch_mode,
-    pop_function_modes,
-    saved_tensors_hooks,
-    saved_tensors_refusal,
-    set_saved_tensors_hooks,
-    transform_depth,
-)
+from rematplan.scheduler.torch_layer import private
+from rematplan.scheduler.torch_layer.environment import autocast_settings, deterministic, set_deterministic
 
 __all__ = ["in_words", "met", "unwound"]
 
-KINDS = ("cpu", "cuda")  # of devices that autocast is set for
-
-_LEFT: list[Any] = []  # guards that nobody leaves
+# (read, write) of settings.
+_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (
+        lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
+        lambda then: torch.set_anomaly_enabled(*then),
+    ),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (deterministic, set_deterministic),
+    (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+)
+_LEFT: list[Any] = []  # guards, which hold while they live
 
 
 @contextmanager
 def unwound() -> Iterator[None]:
     """Leave, at the end of the block, everything entered within it and not left; restore settings."""
-    before = _Surroundings()
+    dual, depth = private.dual_level(), private.transform_depth()
+    inference = torch.is_inference_mode_enabled()
+    modes = private.dispatch_modes(), private.function_mode_stack(), private.default_device_context()
+    settings = [read() for read, _ in _SETTINGS]
+    autocast, nesting = autocast_settings("cuda"), _autocast_nesting()
+    hooks = private.saved_tensors_hooks(), private.saved_tensors_refusal()
     try:
         yield
-    finally:
-        before.restore()
+    finally:  # the last entered first
+        private.leave_transforms(depth)
+        if dual < 0:
+            private.leave_dual_level()
+        _leave_modes(*modes)
+        if torch.is_inference_mode_enabled() is not inference:
+            _LEFT.append(private.inference_mode_entered(inference))
+        for (read, write), then in zip(_SETTINGS, settings, strict=True):
+            if read() != then:
+                write(then)
+        _restore_autocast(autocast, nesting)
+        private.set_saved_tensors_hooks(*hooks)
+
+
+def _leave_modes(dispatch: list[Any], function: list[Any], default_device: Any) -> None:
+    for mode in reversed(private.dispatch_modes()):
+        if not any(mode is each for each in dispatch):
+            with suppress(Exception):  # of the mode's own code; the mode leaves the stack in any case
+                mode.__exit__(None, None, None)
+            if any(mode is each for each in private.dispatch_modes()):
+                private.pop_dispatch_mode(mode)
+    if private.default_device_context() is not default_device:
+        torch.set_default_device(None if default_device is None else default_device.device)
+    private.pop_function_modes(len(function))
+
+
+def _restore_autocast(settings: list[tuple[str, bool, torch.dtype]], nesting: int) -> None:
+    for kind, enabled, dtype in settings:
+        torch.set_autocast_enabled(kind, enabled)
+        torch.set_autocast_dtype(kind, dtype)
+    left = _autocast_nesting() - nesting
+    for _ in range(left):
+        torch.autocast_decrement_nesting()
+    if left > 0 and not nesting:
+        torch.clear_autocast_cache()
+
+
+def _autocast_nesting() -> int:
+    torch.autocast_increment_nesting()
+    return int(torch.autocast_decrement_nesting())
 
 
 @contextmanager
 def met(what: str, advice: str = "", ours: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Turn any exception in the block into a CaptureError that begins with ``what``; leave what was entered.
 
-    Out of memory stays what it is: a smaller batch is the cure, not another capture.
+    OutOfMemoryError passes: a smaller batch is the cure, not another capture.
 
     Args:
-        advice: what to do, at the end of the message.
-        ours: kinds of exceptions that come out as they are, beside CaptureError.
+        advice: end of the message.
+        ours: kinds of exceptions that pass, beside CaptureError.
     """
     with unwound():
         try:
@@ -71,81 +109,3 @@ def in_words(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     name = type(error).__name__
     return f"{name}: {lines[0][:300]}" if lines else name
-
-
-class _Surroundings:
-    """The modes, levels and settings that ops of this thread run under, as they are now."""
-
-    def __init__(self) -> None:
-        self.dual = dual_level()
-        self.level = transform_depth()
-        self.dispatch = dispatch_modes()
-        self.function = function_mode_stack()
-        self.default_device = default_device_context()
-        self.grad = torch.is_grad_enabled()
-        self.inference = torch.is_inference_mode_enabled()
-        self.anomaly = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
-        self.dtype = torch.get_default_dtype()
-        self.deterministic = (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        )
-        self.autocast = _autocast()
-        self.nesting = _autocast_nesting()
-        self.cached = torch.is_autocast_cache_enabled()
-        self.hooks = saved_tensors_hooks()
-        self.refused = saved_tensors_refusal()
-
-    def restore(self) -> None:
-        """Leave what was entered since, the last first; restore settings."""
-        leave_transforms(self.level)
-        if self.dual < 0:
-            leave_dual_level()
-        self._leave_modes()
-        if torch.is_inference_mode_enabled() is not self.inference:
-            _LEFT.append(inference_mode_entered(self.inference))
-        torch.set_grad_enabled(self.grad)
-        if (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()) != self.anomaly:
-            torch.set_anomaly_enabled(*self.anomaly)
-        if torch.get_default_dtype() is not self.dtype:
-            torch.set_default_dtype(self.dtype)
-        mode, only_warned = self.deterministic
-        now = (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        )
-        if now != self.deterministic:
-            torch.use_deterministic_algorithms(mode, warn_only=only_warned)
-        self._set_autocast()
-        set_saved_tensors_hooks(self.hooks, self.refused)
-
-    def _leave_modes(self) -> None:
-        for mode in reversed(dispatch_modes()):
-            if not any(mode is each for each in self.dispatch):
-                with suppress(Exception):  # of its own making; it is off the stack all the same
-                    mode.__exit__(None, None, None)
-                if any(mode is each for each in dispatch_modes()):
-                    pop_dispatch_mode(mode)
-        if default_device_context() is not self.default_device:
-            torch.set_default_device(None if self.default_device is None else self.default_device.device)
-        pop_function_modes(len(self.function))
-
-    def _set_autocast(self) -> None:
-        for kind, enabled, dtype in self.autocast:
-            torch.set_autocast_enabled(kind, enabled)
-            torch.set_autocast_dtype(kind, dtype)
-        torch.set_autocast_cache_enabled(self.cached)
-        left = _autocast_nesting() - self.nesting
-        for _ in range(left):
-            torch.autocast_decrement_nesting()
-        if left > 0 and not self.nesting:
-            torch.clear_autocast_cache()
-
-
-def _autocast() -> list[tuple[str, bool, torch.dtype]]:
-    return [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in KINDS]
-
-
-def _autocast_nesting() -> int:
-    torch.autocast_increment_nesting()
-    return int(torch.autocast_decrement_nesting())

@@ -1,4 +1,4 @@
-"""The baselines of the benchmarks train like the plain step, and leave the model as it was."""
+"""The benchmarks' baselines train like the plain step and restore the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``make cuda`` runs each check within its limits, whatever becomes of it, and says what it found."""
+"""``make cuda`` runs each check within its limits and reports how it ended, even by a crash."""
 
 from __future__ import annotations
 

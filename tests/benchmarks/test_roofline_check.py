@@ -1,4 +1,4 @@
-"""Estimated seconds: what the rates say of single ops, and the report that compares them with the clock."""
+"""Estimated seconds of single ops, and the report that compares them with measured ones."""
 
 from __future__ import annotations
 

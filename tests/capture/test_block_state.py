@@ -1,4 +1,4 @@
-"""Blocks with Python state of their own train as they do plainly: what a run reads, writes, counts and draws."""
+"""Blocks with Python state train as they do plainly: state that a run reads, writes, counts and draws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which plain values of a call a forward reads: names, entries and attributes that its code looks up."""
+"""``CallReads`` finds the plain values of a call that a forward reads: names, entries and attributes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The short ways through a call, held against the long ones."""
+"""The fast paths through a call give the results of the slow ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is captured, where it is cut, and what is refused."""
+"""Models are captured and cut, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -454,7 +454,7 @@ def test_the_cut_of_a_block_without_saved_tensors_is_replayed_at_the_right_momen
 
 
 def test_a_graph_of_one_device_is_that_of_another_of_its_kind() -> None:
-    """Ranks of one job make positions by torch.arange, each on its own device: one plan is for all of them."""
+    """Ranks of one job make positions by torch.arange, each on its own device: one plan is for all."""
 
     def fingerprint(index: int) -> str:
         graph = fx.Graph()

@@ -1,4 +1,4 @@
-"""A third kind of capture, which only this file knows: planned, trained, saved and loaded by the code of the others."""
+"""A third kind of capture, known to this file alone, is planned, trained, saved and loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which op graph is taken: what a plain step runs, composite ops in their parts."""
+"""The captured op graph has the ops of a plain step, composite ops in parts."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_where_the_parts_train_differently_the_op_stays_whole(
 
 
 def test_grouped_query_attention_is_captured_as_the_plain_step_runs_it() -> None:
-    """Under export transformers makes a mask and repeats the heads, and gradients differ in their last bits."""
+    """Under export transformers makes a mask and repeats the heads: gradients differ in their last bits."""
     torch.manual_seed(0)
     case = make_llama(
         1,

@@ -1,4 +1,4 @@
-"""Equality of bits: what numbers call equal and bits do not, and the other way round."""
+"""Equality of bits, where equal numbers differ in bits and unequal ones (NaN) do not."""
 
 from __future__ import annotations
 

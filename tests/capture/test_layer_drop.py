@@ -1,4 +1,4 @@
-"""Layers that are left out at random: planned with all of them run, met within the same plan when some do not."""
+"""Layers that are dropped at random: planned with all running, trained by that plan when some do not."""
 
 from __future__ import annotations
 

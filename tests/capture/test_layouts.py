@@ -1,4 +1,4 @@
-"""Bytes and storages of tensors: dense ones, views, and sparse ones by what they consist of."""
+"""Bytes and storages of dense tensors, of views, and of the parts of sparse tensors."""
 
 from __future__ import annotations
 

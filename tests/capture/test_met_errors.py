@@ -1,4 +1,4 @@
-"""Whatever a model's code raises while it is captured is met, and what it had entered is left."""
+"""Any error of a model's code during capture becomes a CaptureError, and modes it entered are left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels as GPUs have them, emulated: backwards that sum in no fixed order, random state outside of the generator."""
+"""Emulated GPU kernels: backwards that sum in no fixed order, random state outside of the generator."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CALLS = itertools.count()
 
 @torch.library.custom_op("rematplan_tests::atomic", mutates_args=())
 def atomic(x: Tensor, supported: bool) -> Tensor:
-    """The sine; the op's backward adds in an order that nobody knows, unless deterministic algorithms are asked for."""
+    """The sine; its backward adds in an unknown order, except under deterministic algorithms."""
     return x.sin()
 
 
@@ -70,7 +70,7 @@ atomic.register_autograd(_backward, setup_context=_setup)
 
 
 class Noisy(nn.Module):
-    """Layers of which each has a noisy backward; with ``jitter``, a number of the system's that a graph would have for ever."""
+    """Layers with noisy backwards; with ``jitter``, a number of the system's that a graph would freeze."""
 
     def __init__(self, supported: bool, jitter: float = 0.0) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ def test_a_noisy_model_trains_by_its_graph_as_exactly_as_its_kernels_allow(suppo
 
 
 class Outside:
-    """Where the emulated library stands: it goes on from call to call, and begins anew when the generator has been set."""
+    """The state of the emulated library: it advances by calls, and restarts when the generator is set."""
 
     seed, calls, was_set = 0, 0, True
 

@@ -1,4 +1,4 @@
-"""Saved tensors of trial steps wait on the host: the same gradients, each tensor once, no more than there is room for."""
+"""Saved tensors of trial steps wait on the host: equal gradients, each tensor once, within its room."""
 
 from __future__ import annotations
 

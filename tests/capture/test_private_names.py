@@ -1,4 +1,4 @@
-"""Private names of torch: each is there and does what it is used for, and none is used outside of ``private``.
+"""Private names of torch: each exists and works as ``private`` uses it, and none is used elsewhere.
 
 Runs alone, in seconds: the first thing to run under another torch.
 """

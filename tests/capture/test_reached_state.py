@@ -1,4 +1,4 @@
-"""State that a forward reaches by way of classes, functions, partials, proxies, optimizers, iterators, hooks and arguments."""
+"""State that a forward reaches by classes, functions, partials, proxies, optimizers, iterators and hooks."""
 
 from __future__ import annotations
 

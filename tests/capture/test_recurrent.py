@@ -1,4 +1,4 @@
-"""Models that call a module again and again: each call is a stage. And lists of callables, each a stage."""
+"""Models that call a module many times, each call a stage; lists of callables, each a stage."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SHARES = (0.0, 0.1, 0.5, 1.0)
 
 
 class Unrolled(nn.Module):
-    """Characters through an embedding, with dropout, and a cell; the loss of the next character at the end."""
+    """Characters through an embedding, dropout and a cell; at the end the loss of the next character."""
 
     def __init__(self, cell: nn.Module, width: int = 16, characters: int = 128) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ def test_a_few_calls_are_captured_as_a_graph_as_ever() -> None:
 
 @pytest.mark.parametrize("share", [0.2, 1.0])
 def test_weights_that_autocast_casts_once_are_counted_once(share: float) -> None:
-    """All calls of a cell share the cast weights in autocast's cache; runs again, in backward, cast their own."""
+    """All calls of a cell share the cast weights in autocast's cache; re-runs in backward cast their own."""
     torch.manual_seed(0)
     case = of_vectors(Layers(1, width=64), steps=60, width=64)
 

@@ -1,4 +1,4 @@
-"""What planning sets aside for a while: plans within plans, torch.autograd.grad, random numbers that choose layers."""
+"""State that planning sets aside: outer plans, torch.autograd.grad, random numbers that choose layers."""
 
 from __future__ import annotations
 

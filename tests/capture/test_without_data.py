@@ -1,4 +1,4 @@
-"""Planning, and estimating, for a device that is not there: on meta, on fake tensors, on a model with data."""
+"""Planning and estimating for a device that is missing: on meta, on fake tensors, on a model with data."""
 
 from __future__ import annotations
 

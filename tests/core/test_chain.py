@@ -1,4 +1,4 @@
-"""The chain: what it accepts, and what it adds up."""
+"""The chain checks its numbers and adds them up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where models are cut, and what the plan says about it."""
+"""Models are cut where few values are live, and the plan reports the cuts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Descriptions of devices: what is built in, and what is refused."""
+"""Descriptions of devices: the built-in ones, and those that are refused."""
 
 from __future__ import annotations
 

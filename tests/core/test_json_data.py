@@ -1,4 +1,4 @@
-"""JSON that others wrote: each check takes what it says, and its error names the field."""
+"""Foreign JSON: each check accepts what it documents, and its error names the field."""
 
 from __future__ import annotations
 

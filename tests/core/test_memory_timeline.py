@@ -1,4 +1,4 @@
-"""Timelines of live bytes: what a plan predicts, and what they are written as."""
+"""Timelines of live bytes: a plan's predictions, and the formats they are written in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan file is data that anybody may have written: it is refused by name, or trains like the plain model."""
+"""A plan file is untrusted data: it is refused by name, or trains like the plain model."""
 
 from __future__ import annotations
 

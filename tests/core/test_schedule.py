@@ -1,4 +1,4 @@
-"""The referee: what each action means for legality, seconds and bytes."""
+"""The referee: legality, seconds and bytes of each action."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""solve(): clear errors before anything is changed, true accounts, and the model left as it was."""
+"""solve(): clear errors before any change, true accounts, and the model restored."""
 
 from __future__ import annotations
 

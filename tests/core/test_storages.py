@@ -234,7 +234,7 @@ def long_lived(draw: st.DrawFn) -> Chain:
 
 
 def literal_long_lived(chain: Chain, schedule: Schedule) -> list[int]:
-    """Bytes after each action of carried values and their gradients, and of states, by what has run and is reversed."""
+    """Bytes after each action of carried values, their gradients and states, by stages run and reversed."""
     whole: dict[int, bool] = {}  # of each stage that has run, whether its first run kept all
     reversed_: set[int] = set()
     after = []

@@ -1,4 +1,4 @@
-"""The simulated caching allocator keeps the rules that it states; each golden value is argued from them."""
+"""The simulated caching allocator keeps its stated rules; each golden value is derived from them."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ STREAMS = st.lists(st.one_of(SIZES, st.floats(0, 1, exclude_max=True)), max_size
 
 @dataclass
 class Stretch:
-    """Bytes of a pool in the order of their addresses: in use under a key, free, or none between two segments."""
+    """Bytes of a pool by address: in use under a key, free, or none between two segments."""
 
     size: int
     key: int = -1

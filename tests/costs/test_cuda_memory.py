@@ -1,4 +1,4 @@
-"""What CUDA takes besides tensors: in the account of a device that is described, as estimated by a simulation."""
+"""Bytes that CUDA takes beside tensors: in the account of a described device, estimated by simulation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bytes of parameters' gradients are in the predicted peak: made by the step, or there before it."""
+"""The predicted peak has the bytes of parameters' gradients, made by the step or existing before it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The counter of live storages sees what the allocator does, but for what kernels take within themselves."""
+"""The counter of live storages sees all allocations but those within kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks that cost the same have equal traces, and whatever changes the cost tells them apart."""
+"""Blocks of equal cost have equal traces; any change of cost changes the trace."""
 
 from __future__ import annotations
 

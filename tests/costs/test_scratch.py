@@ -1,4 +1,4 @@
-"""What kernels take within themselves: counted on zeros, as much as on data, and without a trace."""
+"""Scratch bytes of kernels: as many on zeros as on data, and without a trace."""
 
 from __future__ import annotations
 

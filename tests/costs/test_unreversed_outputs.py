@@ -1,4 +1,4 @@
-"""Outputs beside the loss: what the user holds of them, and what autograd saved for them, is in the predicted peak."""
+"""Outputs beside the loss: the predicted peak has them and the tensors that autograd saved for them."""
 
 from __future__ import annotations
 

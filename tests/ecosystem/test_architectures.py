@@ -1,4 +1,4 @@
-"""Whole architectures that once could not be planned, and small models of what was in the way."""
+"""Whole architectures that were once refused, and small models of the causes."""
 
 from __future__ import annotations
 

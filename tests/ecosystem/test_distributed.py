@@ -1,4 +1,4 @@
-"""Planned models on many devices, each against the plain model under the same wrapper, bit for bit, on two processes."""
+"""Planned models on two processes, each against the plain model under the same wrapper, bit for bit."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def ranks() -> Iterator[Run]:
 
 
 class Tied(nn.Module):
-    """Embedding, residual blocks with dropout, and the embedding again as the head; a part that is never used."""
+    """Embedding, residual blocks with dropout, the embedding again as the head; a part that is never used."""
 
     def __init__(self, width: int = 32, blocks: int = 4, unused: bool = False) -> None:
         super().__init__()
@@ -240,7 +240,7 @@ class Pair(nn.Module):
 
 
 def ddp_on_new_shapes(capture: str, how: str) -> int:
-    """Trains under DDP on shapes that the ranks meet at different steps, planned and plain; gives how many plans there are."""
+    """Train under DDP on shapes that ranks meet at different steps, planned and plain; count the plans."""
 
     def epoch(model: nn.Module) -> list[Record]:
         rows = iter(ROWS[dist.get_rank()])
@@ -414,7 +414,7 @@ def test_broadcasting_without_a_process_group_says_what_to_do() -> None:
 
 
 def sharded(how: str) -> nn.Module:
-    """The net, sharded: "blocks", each and the root; "nested", deeper within them too; "root", at once; "mixed" precision;
+    """The net, sharded: "blocks", each and the root; "nested", within them too; "root" alone; "mixed" types;
     "compiled" blocks; "hybrid", over one rank and copied to the other."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -438,7 +438,7 @@ def sharded(how: str) -> nn.Module:
 
 
 def from_one_input(plan: Plan) -> Plan:
-    """The same captured model, of all its blocks nothing held but the first one's input: each is run for all after it."""
+    """The same captured model that keeps the first block's input alone: each block runs for all after it."""
     last = len(plan.chain) - 1
     actions: list[Action] = [
         Keep(0),
@@ -488,7 +488,7 @@ def _step(model: nn.Module, batch: tuple[Tensor, ...], _: Any) -> None:
 
 
 def fsdp_peaks(how: str) -> tuple[list[tuple[int, int]], bool]:
-    """(predicted, measured) bytes above those of before, of three schedules; whether blocks take longer than unsharded."""
+    """(predicted, measured) bytes above the base, of three schedules; whether blocks take longer."""
     model, batch = sharded(how), labelled()
     plan = broadcast_plan(solve(model, "1GiB", sample=batch), model)
     there = sum(plan.resident[name] for name in ("parameters", "inputs", "buffers", "existing gradients"))

@@ -1,4 +1,4 @@
-"""Planned models in the training loops that others wrote: each example trains like the plain model, bit for bit."""
+"""Planned models in training loops of other libraries: each example trains like the plain model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks of host memory for copies: never two in one place, and the whole region again once all are given back."""
+"""Blocks of host memory for copies never overlap, and leave the whole region when all are freed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""check="values": checksums of bits, taken without memory of the step's."""
+"""check="values": checksums of bits, which take no memory of the step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replayed tensors are compared with those of the first run: what does not run twice alike is found and named."""
+"""Replayed tensors are compared with those of the first run: code that runs unequally is found and named."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_deterministic_model_trains_bit_equal_under_every_check(
 
 
 class Counting(CountsRuns):
-    """A block whose result depends on how often its code has run; ``change`` makes it of the input and the count.
+    """A block whose result depends on the count of its runs; ``change`` makes it of the input and the count.
 
     It is ``steady`` while it is planned for: solve() refuses a block that does not repeat itself on the
     sample.

@@ -1,4 +1,4 @@
-"""A planned model that is not the one planned for any more: refused, or trained as the plain one would be."""
+"""A planned model that has changed since planning is refused, or trains as the plain one would."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hooks on tensors and modules, exceptions, and outputs that the user holds or changes, against the plain model."""
+"""Hooks on tensors and modules, exceptions, and outputs that the user holds or changes, as in plain steps."""
 
 from __future__ import annotations
 

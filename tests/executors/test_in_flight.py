@@ -1,4 +1,4 @@
-"""Steps of one planned model that overlap are seen and said, once, with the peak that comes of it; others are silent."""
+"""Overlapping steps of one planned model are reported once, with their peak; others are silent."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_bytes_that_wait_are_those_that_a_forward_leaves() -> None:
 
 
 def gradients_of(model: nn.Module, contexts: int, others: nn.Module | None = None) -> list[Tensor]:
-    """Of a sum of two losses, whose forwards run within one autocast context or two, and of another model called around it."""
+    """Peaks of a sum of two losses, their forwards within one autocast context or two, or around another."""
     weights = [p for each in (model, others) if each is not None for p in each.parameters()]
     for weight in weights:
         weight.grad = None

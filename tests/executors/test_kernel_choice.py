@@ -1,4 +1,4 @@
-"""What chooses kernels (attention's, determinism, precision) is in re-runs as it was in the first run, and left as it is."""
+"""Settings that choose kernels (attention, determinism, precision) are the first run's in re-runs."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Ramp(nn.Module):
 @EITHER_CAPTURE
 @pytest.mark.parametrize("set_", [False, True])
 def test_tensors_are_made_where_the_first_run_made_them(capture: str, set_: bool) -> None:
-    """A backward on a GPU has a thread of its own, with no default device; here another one stands for that."""
+    """A backward on a GPU has its own thread, without a default device; another thread stands for that."""
     torch.manual_seed(0)
     model = nn.Sequential(*(Ramp() for _ in range(4)))
     plan = solve(model, "1GiB", sample=BATCH, capture=capture)

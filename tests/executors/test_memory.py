@@ -1,4 +1,4 @@
-"""measure_peak counts what is allocated, to the byte."""
+"""measure_peak counts allocated bytes exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done to a planned model that no plan can follow: an error that names it and says what to do."""
+"""Changes of a planned model that no plan can follow raise errors that name them and the remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schedules that copy to a host are executed: bit-equal, within the budget, and nothing stays there."""
+"""Schedules that copy to a host run bit-equal, within the budget, and leave nothing on the host."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ SLOW = HostMemory(2**34, 2e9, 2e9, asynchronous=True)
 
 @functools.cache
 def plan_of(name: str) -> Plan:
-    """A graph plan of a case that keeps all; the seconds of its chain are the roofline's, the same each time."""
+    """A graph plan of a case that keeps all; the seconds of its chain are the roofline's, always the same."""
     case = case_of(name)
     return solve(case.model, "64GiB", sample=case.sample, capture="graph", costs="roofline")
 

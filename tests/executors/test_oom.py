@@ -1,4 +1,4 @@
-"""Out of memory: the forward, or the whole step, is run again by a tighter plan, bit for bit like the plain step."""
+"""Out of memory: a tighter plan runs the forward or the whole step again, bit for bit like the plain step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROWS = 64
 
 
 class RunsOut(TorchDispatchMode):
-    """Within it the ``nth`` call of an op runs out of memory, as an allocator would have it; again at each in ``also``.
+    """Let the ``nth`` call of an op run out of memory within the block; again at each in ``also``.
 
     Attributes:
         alive: at the first op after that, how many of the activations that were made before it are alive.

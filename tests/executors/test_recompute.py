@@ -1,4 +1,4 @@
-"""Stages kept in part: every way to drop saved tensors gives them back bit for bit, at the price that is said."""
+"""Stages kept in part: every way to drop saved tensors restores them bit for bit, at the stated price."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rehearsed step takes the bytes that the plan says, and those that are measured: three judges of one program."""
+"""A rehearsed step takes the bytes of the plan and of measurements: three judges of one program."""
 
 from __future__ import annotations
 

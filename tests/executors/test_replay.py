@@ -1,4 +1,4 @@
-"""The replay executor under everything that autograd lets a user do, each against the plain model."""
+"""The replay executor under every use of autograd, each against the plain model."""
 
 from __future__ import annotations
 

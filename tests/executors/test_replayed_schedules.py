@@ -1,4 +1,4 @@
-"""Schedules are executed as they say: as many runs of each stage, in the order of nested checkpoints."""
+"""Schedules run as stated: the runs of each stage, in the order of nested checkpoints."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_every_persistent_schedule_of_four_blocks_runs_as_nested_checkpoints_do(
 
 
 def test_under_every_persistent_schedule_gradients_come_right_in_any_order() -> None:
-    """Partial, repeated and out-of-order backwards, of graphs that are retained or not; then nothing is left."""
+    """Partial, repeated and out-of-order backwards, of graphs retained or not, leave nothing behind."""
     case, plan = smooth_plan(4)
     parameters = list(case.model.parameters())
     generator = random.Random(0)
@@ -249,7 +249,7 @@ def test_under_every_persistent_schedule_gradients_come_right_in_any_order() -> 
 
 
 def freeing() -> tuple[Case, Plan]:
-    """Four blocks under a schedule that is not persistent: boundaries 3 and 2 go before their stages are reversed."""
+    """Four blocks under a schedule that is not persistent: boundaries 3 and 2 go before their backwards."""
     case, plan = smooth_plan(4)
     actions = (
         *(Keep(0), Checkpoint(1), Checkpoint(2), Checkpoint(3), Keep(4), Keep(5), Backward(5), Backward(4)),

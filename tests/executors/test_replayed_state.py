@@ -1,4 +1,4 @@
-"""Parameters, buffers, random numbers and autocast under the replay executor, each against the plain model."""
+"""Parameters, buffers, random numbers and autocast under the replay executor, against the plain model."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_a_buffer_that_a_stage_reads_and_changes_is_for_a_re_run_what_it_was(cap
 
 @EITHER_CAPTURE
 def test_a_frozen_weight_changed_between_forward_and_backward_raises(capture: str) -> None:
-    """Nothing is run again for a layer whose weight is frozen; the weight itself is what its backward reads."""
+    """A layer whose weight is frozen is not run again: its backward reads the weight alone."""
     torch.manual_seed(0)
     batch = torch.randn(64, 16)
     layers = [nn.Linear(16, 16, bias=False) for _ in range(8)]

@@ -1,4 +1,4 @@
-"""What a re-run reads is what the first run read, or an error names it: swaps through .data between forward and backward."""
+"""Re-runs read the values of the first run, or an error names them: swaps through .data before backward."""
 
 from __future__ import annotations
 

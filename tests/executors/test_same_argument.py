@@ -1,4 +1,4 @@
-"""Code may ask whether two arguments are one tensor (``query is key``): it gets the plain step's answer, in re-runs, too."""
+"""Code that asks whether two arguments are one (``query is key``) gets the plain answer, also in re-runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls of other shapes: planned for on demand, bit for bit like the plain model, and nothing else is touched."""
+"""Calls of other shapes are planned for on demand, bit for bit like the plain model, without side effects."""
 
 from __future__ import annotations
 

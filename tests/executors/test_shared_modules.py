@@ -1,4 +1,4 @@
-"""Modules and ops that a replay could find otherwise than the first run did: shared, cached, or asking for grad mode."""
+"""Modules and ops that a replay could meet in another state: shared, cached, or asking for grad mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first planned step is measured: silence where it is as predicted, a warning and a tighter schedule where not."""
+"""The first planned step is measured: silence if as predicted, else a warning and a tighter schedule."""
 
 from __future__ import annotations
 

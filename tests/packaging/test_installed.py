@@ -1,4 +1,4 @@
-"""A user's own ``scheduler.py`` beside the script: rematplan is imported from the wheel, from ``-e``, and out of an sdist."""
+"""Beside a user's own ``scheduler.py`` rematplan is imported from a wheel, from ``-e`` and an sdist."""
 
 import os
 import re

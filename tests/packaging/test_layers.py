@@ -1,4 +1,4 @@
-"""The arrows between the folders run one way, and the public list is the whole way in."""
+"""Imports between folders run one way, and the public list is complete."""
 
 from __future__ import annotations
 

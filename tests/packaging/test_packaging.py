@@ -1,4 +1,4 @@
-"""What users install is whole, and it is what `make test` tests."""
+"""The installed package is whole, and `make test` tests it."""
 
 import importlib.metadata
 import importlib.util

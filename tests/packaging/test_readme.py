@@ -1,4 +1,4 @@
-"""The README's code does what it says, and the examples run."""
+"""The README's code does what its text states, and the examples run."""
 
 from __future__ import annotations
 

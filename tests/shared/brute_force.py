@@ -1,4 +1,4 @@
-"""The slow, literal definitions that the solvers and the referee are held against."""
+"""Slow, literal definitions, which the solvers and the referee are tested against."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def live(chain: Chain, state: State) -> int:
 
 
 def left_over(chain: Chain, state: State) -> int:
-    """Bytes live in a state that a backward left: the output of a kept stage that its own backward does not need is gone."""
+    """Bytes live in a state that a backward left: a kept output that its own backward ignores is released."""
     left, _, kept, _, _ = state
     chosen = dict(kept)
     if left - 1 not in chosen:
@@ -90,7 +90,7 @@ def step(chain: Chain, state: State, action: Action) -> tuple[float, int, State]
 
 
 def replay(chain: Chain, actions: Schedule) -> tuple[float, tuple[int, ...], tuple[int, ...]] | None:
-    """Seconds of a schedule, and bytes live during and after each action; None if one is illegal or it ends too early."""
+    """Seconds of a schedule, and bytes live during and after each action; None if illegal or incomplete."""
     state: State = (len(chain), frozenset([0]), frozenset(), None, 0)
     seconds = 0.0
     during, after = [], []

@@ -1,4 +1,4 @@
-"""The slow, literal definitions of what needs a second memory."""
+"""Slow, literal definitions of plans with a second memory."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def item_bytes(chain: Chain, options: dict[int, int], item: Item) -> int:
 def host_step(  # noqa: C901 - one case per action
     chain: Chain, host: HostMemory, state: HostState, action: Action
 ) -> tuple[float, int, HostState] | None:
-    """Seconds of the action with synchronous copies, most bytes live during it, the state after it; or None."""
+    """Seconds of the action with synchronous copies, most bytes live in it, the state after it; or None."""
     here, away, there = state
     left, held, kept, working, ran = here
     options = dict(kept | away)
@@ -296,7 +296,7 @@ def fastest_of_all_with_host(chain: Chain, budget: int, host: HostMemory) -> flo
 
 
 def two_level_schedules(chain: Chain) -> Iterator[Schedule]:  # noqa: C901 - a literal enumeration
-    """Every schedule of the class of ``rematplan.scheduler.solvers.two_level``, its copies synchronous in place."""
+    """Every schedule of the class of ``rematplan.scheduler.solvers.two_level``, its copies synchronous."""
     last = len(chain) - 1
 
     def again(s: int, t: int) -> Iterator[tuple[Action, ...]]:
@@ -311,7 +311,7 @@ def two_level_schedules(chain: Chain) -> Iterator[Schedule]:  # noqa: C901 - a l
                 yield from ((*run, *right, *left) for right in again(j, t) for left in again(s, j - 1))
 
     def sweep(s: int, before: str) -> Iterator[tuple[Action, ...]]:  # noqa: C901 - a literal enumeration
-        """``before``: the saved tensors of stage s-1, x_s in them, are "here", "gone", or were not kept: "none"."""
+        """``before``: the saved tensors of stage s-1, with x_s, are "here", "gone", or "none" (not kept)."""
         if s > last:
             yield ()
             return

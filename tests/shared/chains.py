@@ -18,8 +18,8 @@ def chains(
     decides.
 
     Args:
-        signed: stages may let go of a part of their input, and take less for a backward, or a run just before it. What
-            they save holds their output then.
+        signed: stages may release a part of their input, and take less for a backward, or a run just before
+            it. Their saved tensors hold their output then.
     """
     scale = st.sampled_from([largest, 0, 5 * largest])
     gradient, lasting = draw(scale), draw(scale)

@@ -1,4 +1,4 @@
-"""Checks that end in every way a check can end, for tests of the command that runs them."""
+"""Checks that end in every possible way, for tests of the command that runs them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dags of ops, drawn, and the seconds of their fastest plans, by Dijkstra over sets of values."""
+"""Random Dags of ops, and the seconds of their fastest plans, by Dijkstra over sets of values."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def dags(draw: st.DrawFn) -> Dag:
 
 
 def fastest(dag: Dag, budget: int) -> float:
-    """Least seconds of the class that ``rematplan.scheduler.bounds.milp`` claims, by Dijkstra; inf if nothing fits."""
+    """Least seconds of the class that ``bounds.milp`` claims, by Dijkstra; inf if nothing fits."""
     always = sum(dag.sizes[v] for v in dag.inputs) + dag.fixed
     turn_of, last_use = dag.turn_of, dag.last_use
     tie = count()

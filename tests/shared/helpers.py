@@ -1,4 +1,4 @@
-"""What tests and benchmarks share, and needs neither torch nor hypothesis."""
+"""Helpers of tests and benchmarks that need neither torch nor hypothesis."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ORACLES = ROOT / "tests" / "oracles"
 
 @functools.lru_cache(maxsize=64)
 def smallest(chain: Chain, solver: str = "optimal", **parameters: Any) -> int:
-    """Return the smallest budget (bytes) that the solver says it can meet; parameters as ``solve_chain`` takes them."""
+    """Return the solver's smallest feasible budget in bytes; parameters as ``solve_chain`` takes them."""
     try:
         schedule = solve_chain(chain, 1, solver, **parameters)
     except InfeasibleBudget as error:

@@ -1,4 +1,4 @@
-"""Models whose code is unlike that of most, and what a plan for one must show: the plain step's bits, within the budget."""
+"""Models of unusual code, and the claim for their plans: the plain step's bits, within the budget."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def dense(tensor: Tensor | None) -> Tensor | None:
 
 
 def trained(model: nn.Module, run: nn.Module, batch: Batch, steps: int = 5) -> list[Any]:
-    """Five steps of SGD: outputs, gradients and their layouts; at the end parameters, buffers and random numbers."""
+    """Five steps of SGD: outputs, gradients and layouts; at the end parameters, buffers, random numbers."""
     seen: list[Any] = []
     for step in range(steps):
         torch.manual_seed(100 + step)
@@ -74,7 +74,7 @@ def peak(model: nn.Module, run: nn.Module, given: tuple[Any, ...]) -> int:
 
 
 def check(make: Callable[[], nn.Module], batch: Batch, capture: str = "auto") -> Plan:
-    """Plan a model and train it by the plan, under the smallest budget and one between that and the plain peak.
+    """Plan a model and train it under the smallest budget and one between that and the plain peak.
 
     Returns:
         the plan under the budget that keeps all.

@@ -1,4 +1,4 @@
-"""Blocks of unlike kinds for random module graphs: all take and give rows of (batch, tokens, width)."""
+"""Blocks of unlike kinds for random module graphs, from and to rows of (batch, tokens, width)."""
 
 from __future__ import annotations
 

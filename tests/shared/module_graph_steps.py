@@ -1,4 +1,4 @@
-"""Random module graphs: drawn, trained in a drawn way by a drawn plan, and held against the plain model."""
+"""Draw random module graphs, train them by drawn plans, and compare with the plain model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random module graphs: what is drawn, and the model it stands for."""
+"""Draw random module graphs, and build their models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models drawn at random from ops that index, sort, scatter, view and write in place, and how plans of them train."""
+"""Models drawn at random from ops that index, sort, scatter, view and write in place, and their training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HOSTS = (
 
 
 class Row(NamedTuple):
-    """One op of a drawn model: its kind, its module, the earlier value and the index tensor that it reads, a number."""
+    """One op of a drawn model: kind, module, the earlier value and index tensor that it reads, a number."""
 
     kind: str
     layer: int
@@ -110,7 +110,7 @@ KINDS = (*OPS, *LAYERS, *("linear", "written", "where", "gather", "sorted") * 2)
 
 
 class OpGraph(nn.Module):
-    """A line of drawn ops, each of which reads the latest value and may read any value and index tensor made before."""
+    """A line of drawn ops: each reads the latest value and may read any earlier value and index tensor."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class Trained:
 
 
 def judge(seed: int, capture: str = "graph") -> list[Trained] | str:
-    """Train the model of the seed by plans of both solvers, each at its smallest budget and one in the middle.
+    """Train the model of the seed by plans of both solvers, each at its smallest budget and a middle one.
 
     Returns:
         how the plans trained, or why there is none: it was refused, or the plain model raises.

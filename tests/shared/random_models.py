@@ -1,4 +1,4 @@
-"""Models drawn at random, with skips, views, in-place changes and shared layers, and the comparison of their steps."""
+"""Models drawn at random, with skips, views, in-place changes and shared layers; how their steps compare."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Two processes over gloo (or NCCL) that run a test's function together; started once for all tests.
 
-As a program it is one of these processes: ``ranks.py BACKEND RANK SIZE STORE SOCKET``.
+Run as a program, it is one of these processes: ``ranks.py BACKEND RANK SIZE STORE SOCKET``.
 """
 
 from __future__ import annotations

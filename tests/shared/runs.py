@@ -1,4 +1,4 @@
-"""Counts how often the code of a module runs, where no plan can put it back."""
+"""Count the runs of a module's code where no plan can restore the count."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small training programs whose forward reads or writes state outside of parameters, registered buffers and arguments."""
+"""Small training programs whose forward reads or writes state beside parameters, buffers and arguments."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Kinds of state that a forward reads or writes besides parameters, registered buffers and arguments.
 
-Each kind is put on an owner, a model or a block of it, and keeps there all that it has: the same kind is
-tried at the root and within blocks. ``training_loops.py`` draws from ``STATES``; ``test_state_kinds.py``
+Each kind keeps all its state on an owner, a model or a block of it: the same kind is tried at the root and
+within blocks. ``training_loops.py`` draws from ``STATES``; ``test_state_kinds.py``
 tries each by itself.
 """
 
@@ -43,7 +43,7 @@ class State:
         return x
 
     def change(self, owner: Any, level: float) -> None:
-        """What the loop does to the owner before a step, or between forward and backward; the level is 1 at first."""
+        """What the loop does to the owner before a step or between forward and backward; level 1 at first."""
 
     def loss(self, owner: Any) -> Tensor | None:
         """What the loop adds to the loss after a forward."""

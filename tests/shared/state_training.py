@@ -1,4 +1,4 @@
-"""Train models whose blocks have Python state, plainly and by a plan; all that may differ is recorded."""
+"""Train models whose blocks have Python state, plainly and by a plan; record all that may differ."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def assert_trains_like_plain(
     given: bool = False,
     roots: Sequence[tuple[str, Any]] = (),
 ) -> None:
-    """Five steps at the smallest budget and in the middle: equal to the bit, blocks run again, within the budget."""
+    """Five steps at the smallest budget and in the middle: equal bits, re-runs, within the budget."""
     torch.manual_seed(0)
     plain = make().train()
     want = train(plain, plain, steps, before, between)

@@ -1,4 +1,4 @@
-"""Kinds of state that a forward writes, and tensors with gradients that are no parameters (beside ``state_kinds.py``)."""
+"""Kinds of state that a forward writes, and tensors with gradients that are no parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps that are more than one call of a model, as people write them: each with its modules and a batch."""
+"""Steps of more than one call of a model, as users write them, each with its modules and a batch."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def gradient_penalty() -> StepCase:
 
 
 def maml() -> StepCase:
-    """An inner step of SGD on one half of the batch, whose effect on the other half is reversed through it."""
+    """An inner step of SGD on half of the batch; its effect on the other half is reversed through it."""
     network = Encoder(dropout=0.0)
 
     def meta(x: Tensor, y: Tensor, x_after: Tensor, y_after: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Training steps, recorded bit for bit, and plans for the models of ``tests.shared.models``."""
+"""Record training steps bit for bit, and plan for the models of ``tests.shared.models``."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def assert_same(plain: nn.Module, planned: nn.Module, procedure: Procedure) -> N
 
 
 def end_of(step: Callable[[], Any], between: Callable[[], None] = lambda: None) -> int:
-    """Bytes that a step leaves alive; one step goes ahead of it, ``between`` follows that, and garbage is collected."""
+    """Bytes that a step leaves alive, after another step and ``between``, once garbage is collected."""
     step()
     between()
     gc.collect()

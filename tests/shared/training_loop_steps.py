@@ -1,4 +1,4 @@
-"""Random training loops: run plainly and by a plan, and held against one another after every step."""
+"""Run random training loops plainly and by a plan, and compare them after every step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Contents = dict[str, Any]
 
 
 def contents(loop: Loop) -> Contents:
-    """Copies of all that a step may change: tensors, gradients, generators, attributes and what is in them."""
+    """Copies of all that a step may change: tensors, gradients, generators, attributes and their contents."""
     numpy: Any = np.random.get_state()  # noqa: NPY002 # of the global one, which models draw from
     found: Contents = {
         "torch's generator": torch.get_rng_state(),
@@ -133,8 +133,9 @@ class Verdict:
     """How a recipe went.
 
     Attributes:
-        kind: "graph" or "modules" (planned, and equal), "refused", "raises" as the plain loop does, "wrong" (something differs),
-            "crash" (an error that is neither the plain loop's nor ours), or "over" (budget, without a word).
+        kind: "graph" or "modules" (planned, and equal), "refused", "raises" as the plain loop does, "wrong"
+            (something differs), "crash" (an error neither of the plain loop nor ours), or "over" (budget,
+            without a word).
         reason: what differs, or the error.
         said: warnings and lines of the log.
         where: the traceback of a crash.

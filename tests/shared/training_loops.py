@@ -1,7 +1,7 @@
-"""Random training loops: what happens before a forward, between forward and backward, and how often each is run.
+"""Random training loops: events before a forward, between forward and backward, and counts of both.
 
-What a forward reads and writes is in ``state_kinds.py`` and ``state_written.py``, the model in
-``training_models.py``.
+``state_kinds.py`` and ``state_written.py`` have the state that a forward reads and writes,
+``training_models.py`` the model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a random training loop is drawn as, and its model; what it reads and writes is in ``state_kinds.py``."""
+"""The drawn parts of a random training loop, and its model; its state is in ``state_kinds.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plugin of pytest: hypothesis and diffusers cannot be imported."""
+"""A plugin of pytest under which hypothesis and diffusers cannot be imported."""
 
 import sys
 from typing import Any

@@ -38,7 +38,7 @@ def blocks() -> Chain:
 
 
 def runs_of(chain: Chain) -> list[tuple[int, int, bool]]:
-    """(first, last, recomputable) of each maximal run of recomputable stages, and of each stage that is none."""
+    """(first, last, recomputable) of each maximal run of recomputable stages and of each other stage."""
     runs: list[tuple[int, int, bool]] = []
     for i, stage in enumerate(chain.stages):
         if runs and stage.recomputable and runs[-1][2]:

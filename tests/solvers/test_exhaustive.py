@@ -1,4 +1,4 @@
-"""The search over all schedules, held against Dijkstra over the referee's states."""
+"""The search over all schedules, against Dijkstra over the referee's states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The floor of a DAG, held against the MILP optimum, and against Dijkstra over all plans of a wider class."""
+"""The floor of a DAG, against the MILP optimum and against Dijkstra over all plans of a wider class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Uniform chains over two memories: what they cost, and that nothing costs less."""
+"""Uniform chains over two memories: their costs, which are the least."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.shared.helpers import oracle
 
 
 def fastest_uniform(steps: int, memory: int, disk: int, write: float, read: float) -> float:
-    """Least cost of any sequence of moves, by Dijkstra: left to reverse, slots in use, the boundary at work."""
+    """Least cost of any sequence of moves, by Dijkstra: steps left, slots in use, the boundary at work."""
     start = (steps, frozenset([0]), frozenset[int](), -1)
     best = {start: 0.0}
     tie = count()

@@ -1,4 +1,4 @@
-"""The bound by a knapsack: below every schedule, and the linear relaxation that it says it is."""
+"""The knapsack bound is below every schedule, and is the linear relaxation that it claims to be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The MILP bound and the referee of DAG plans, held against Dijkstra over sets of values."""
+"""The MILP bound and the referee of DAG plans, against Dijkstra over sets of values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of one stage, held against all subsets of its saved values and of its ops."""
+"""The options of one stage, against all subsets of its saved values and of its ops."""
 
 from __future__ import annotations
 

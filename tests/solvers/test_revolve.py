@@ -1,4 +1,4 @@
-"""Revolve as a stream, packed, on chains, and online: counts by the formulas, the least there are."""
+"""Revolve as a stream, packed, on chains and online: runs by the formulas, the least possible."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def most_held(actions: Iterable[Action]) -> int:
 
 
 def least_runs(steps: int, slots: int, held: frozenset[int]) -> int:
-    """Fewest forwards that reverse ``steps`` steps from ``held``, keeping one at a time: Dijkstra over states.
+    """Fewest forwards that reverse ``steps`` steps from ``held``, one held at a time: Dijkstra over states.
 
     Any boundary may be held when it is computed, if a slot is free, and given up at any time.
     """

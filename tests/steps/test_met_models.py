@@ -1,4 +1,4 @@
-"""Models of unusual code train by a plan as they do plainly: sparse tensors, weights made by hooks, frozen nets, torch.vmap."""
+"""Models of unusual code train by plans as plainly: sparse tensors, hooked weights, torch.vmap."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of ops that sort, index, scatter, view and write in place train bit-equal and within budget, with copies and without."""
+"""Models of ops that sort, index, scatter, view and write in place train bit-equal and within budget."""
 
 from __future__ import annotations
 

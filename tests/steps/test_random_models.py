@@ -1,4 +1,4 @@
-"""Models drawn at random, with skips, views, in-place changes and shared layers: bit-equal and within budget."""
+"""Models drawn at random, with skips, views, in-place changes and shared layers: bit-equal, within budget."""
 
 from __future__ import annotations
 

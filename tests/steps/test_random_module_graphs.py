@@ -1,4 +1,4 @@
-"""Module graphs drawn at random train like the plain model, bit for bit, within their budgets, or are refused."""
+"""Module graphs drawn at random train bit for bit like the plain model in budget, or are refused."""
 
 from __future__ import annotations
 

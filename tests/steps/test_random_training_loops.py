@@ -1,4 +1,4 @@
-"""Random training loops train by a plan as they do plainly, or are refused; and the comparison sees what it should."""
+"""Random training loops train by a plan as plainly, or are refused; the comparison sees differences."""
 
 from __future__ import annotations
 

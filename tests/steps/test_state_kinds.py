@@ -1,4 +1,4 @@
-"""Each kind of state, each shape of a step and each thing between forward and backward, by itself: trained as it is plainly.
+"""Each kind of state, shape of a step and event between forward and backward trains alone as it does plainly.
 
 Five steps at the smallest budget, then five at a middle one; all that a step may change is compared after
 each.

@@ -1,4 +1,4 @@
-"""A step function is planned whole: several calls, several models, the loss outside of them, gradients within it."""
+"""Step functions are planned whole: several calls and models, an outside loss, gradients within them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training scripts do around a model, with a planned model as with the plain one, bit for bit."""
+"""Features of training scripts around a planned model work as with the plain one, bit for bit."""
 
 from __future__ import annotations
 
