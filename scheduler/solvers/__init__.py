@@ -102,12 +102,7 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
             Solver("keep_all", keep_all.solve, "the plain step"),
             Solver("chen", chen.solve, "segments of nearly equal bytes, inputs held"),
             Solver("recursive", recursive.solve, "segments within segments, k boundaries each"),
-            Solver(
-                "periodic",
-                periodic.solve,
-                "a checkpoint every k stages",
-                parameters=("every",),
-            ),
+            Solver("periodic", periodic.solve, "a checkpoint every k stages", parameters=("every",)),
             Solver(
                 "selective",
                 selective.solve,

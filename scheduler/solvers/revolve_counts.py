@@ -32,15 +32,7 @@ from rematplan.scheduler.core.referee import Action, Backward, Checkpoint, Forwa
 from rematplan.scheduler.solvers.checks import checked_count
 from rematplan.scheduler.solvers.optimal_peaks import Ints, compiled
 
-__all__ = [
-    "PACKED",
-    "advance",
-    "repetitions",
-    "reverse",
-    "revolve_actions",
-    "revolve_packed",
-    "revolve_runs",
-]
+__all__ = ["PACKED", "advance", "repetitions", "reverse", "revolve_actions", "revolve_packed", "revolve_runs"]
 
 PACKED = (Forward, Checkpoint, Keep, Backward)  # the kinds in ``revolve_packed``
 FORWARD, CHECKPOINT, KEEP, BACKWARD = range(4)

@@ -48,10 +48,7 @@ def _matches(chain: Chain, keep: object) -> list[bool]:
 
 
 def solve(
-    chain: Chain,
-    memory_budget: int,
-    *,
-    keep: str | re.Pattern[str] | Callable[[str], bool] | Iterable[str],
+    chain: Chain, memory_budget: int, *, keep: str | re.Pattern[str] | Callable[[str], bool] | Iterable[str]
 ) -> Schedule:
     """Return the schedule that keeps the stages that ``keep`` names and recomputes the others.
 
