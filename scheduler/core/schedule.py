@@ -119,7 +119,7 @@ COPY_ACTIONS = (Offload, Prefetch, FreeHost, OffloadSaved, PrefetchSaved, FreeSa
 
 def has_copies(actions: Iterable[Action]) -> bool:
     """Whether any of the actions copies between device and host."""
-    return any(isinstance(action, COPY_ACTIONS) for action in actions)
+    return not frozenset(COPY_ACTIONS).isdisjoint(map(type, actions))
 
 
 _KINDS: dict[str, type] = {
