@@ -59,12 +59,11 @@ def _trees(chain: Chain) -> Iterator[Ints]:
     once = np.array([not stage.recomputable for stage in chain.stages])
     runs = np.array(run_ends(chain), np.int64)
     ends = np.empty(len(chain), np.int64)
-    limit: int | None = -1  # every segment exceeds it
-    while limit is not None:
-        following = cut(saved, runs, limit, ends)
-        again = np.where(once | (ends == len(chain) - 1), 0, 1)
-        yield segment_tree(ends, again)
-        limit = following if following >= 0 else None
+    limit, more = -1, True  # every segment exceeds -1
+    while more:
+        limit = cut(saved, runs, limit, ends)
+        yield segment_tree(ends, np.where(once | (ends == len(chain) - 1), 0, 1))
+        more = limit >= 0
 
 
 def solve(chain: Chain, memory_budget: int) -> Schedule:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.referee import Schedule
-from rematplan.scheduler.solvers.persistent import KeepStage, build, first_fit
+from rematplan.scheduler.solvers.persistent import build, first_fit
 
 __all__ = ["solve"]
 
@@ -18,5 +18,4 @@ def solve(chain: Chain, memory_budget: int) -> Schedule:
     Raises:
         InfeasibleBudget: the plain step does not fit.
     """
-    schedule = build(len(chain), lambda s, t, state: KeepStage(0, state), None)
-    return first_fit(chain, memory_budget, [schedule], "keep_all")
+    return first_fit(chain, memory_budget, [build(len(chain), lambda s, t: (0, 0))], "keep_all")

@@ -61,7 +61,7 @@ from rematplan.scheduler.solvers.checks import checked_budget, checked_chain
 from rematplan.scheduler.solvers.knapsack_bound import Knapsack
 from rematplan.scheduler.solvers.optimal_peaks import arrays_of, peaks_of
 from rematplan.scheduler.solvers.optimal_seconds import Reading, filled_grid, read_off, root_values
-from rematplan.scheduler.solvers.persistent import Decision, KeepStage, Split, build
+from rematplan.scheduler.solvers.persistent import build
 
 __all__ = ["Optimum", "Table", "solve", "solve_many", "solve_optimal"]
 
@@ -208,13 +208,8 @@ class Table:
 
     def schedule(self, reading: Reading) -> Schedule:
         """Return the schedule of a reading."""
-        decisions = iter(zip(reading.option.tolist(), reading.at.tolist(), strict=True))
-
-        def decide(_s: int, _t: int, _: None) -> Decision[None]:
-            option, at = next(decisions)
-            return Split(at, None, None) if option < 0 else KeepStage(option, None)
-
-        return build(len(self.chain), decide, None)
+        decisions = zip(reading.option.tolist(), reading.at.tolist(), strict=True)
+        return build(len(self.chain), lambda s, t: next(decisions))
 
     def solve(self, budget: int) -> Optimum:
         """Return the fastest persistent schedule within ``budget`` (bytes), as far as the module says.

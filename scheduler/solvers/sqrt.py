@@ -14,7 +14,7 @@ import math
 
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.referee import Schedule
-from rematplan.scheduler.solvers.persistent import Decision, KeepStage, Split, build, first_fit, run_ends
+from rematplan.scheduler.solvers.persistent import build, first_fit, run_ends
 
 __all__ = ["solve"]
 
@@ -45,9 +45,7 @@ def solve(chain: Chain, memory_budget: int) -> Schedule:
     """
     ends = segment_ends(chain)
 
-    def decide(s: int, t: int, _: None) -> Decision[None]:
-        if ends[s] >= t or not chain.stages[s].recomputable:
-            return KeepStage(0, None)
-        return Split(ends[s] + 1, None, None)
+    def decide(s: int, t: int) -> tuple[int, int]:
+        return (0, 0) if ends[s] >= t or not chain.stages[s].recomputable else (-1, ends[s] + 1)
 
-    return first_fit(chain, memory_budget, [build(len(chain), decide, None)], "sqrt")
+    return first_fit(chain, memory_budget, [build(len(chain), decide)], "sqrt")
