@@ -1,45 +1,43 @@
-"""The floor: seconds that no plan of a DAG beats within a budget, for thousands of ops.
+"""Bound from below the seconds of any plan of a DAG within a budget, for thousands of ops.
 
 Take one moment: the first run of turn t. What is live then is a set K of values, and with what that run
-writes it fits the budget. Whatever the plan does, each later turn still has to run, and each value that an op
-reads later is in K, or is written later: by a later turn, or by an op that runs again. So a plan gives a
-solution of
+writes it fits the budget. Each later turn still has to run, and each value that an op reads later is in K, or
+is written later: by a later turn, or by an op that runs again. So a plan gives a solution of
 
-    minimise    seconds of the first runs from turn t on + seconds of the ops that run again, each counted
-    once such that   each turn from t on has a first run;
-                of each group that an op reads, which runs from then on, a value is in K, or is written from
-                then on; of each group that the first run of turn t reads, a value is in K; each output is in
-                K, or is written from then on; base bytes + bytes of K + bytes of the first run of turn t <=
-                budget
+    minimise    seconds of the first runs from turn t on + seconds of the ops that run again, each once
+    such that   each turn from t on has a first run;
+                of each group read by an op that runs from then on, a value is in K or written from then on;
+                of each group that the first run of turn t reads, a value is in K;
+                each output is in K or written from then on;
+                base bytes + bytes of K + bytes of the first run of turn t <= budget
 
-and the least seconds of all solutions, with those of the turns before t, bound the seconds of the plan from
-below. K may hold any value that was written before t, whether or not the backward reads it.
+and the least seconds of all solutions, with those of the turns before t, bound the plan's from below. K may
+hold any value written before t, whether or not the backward reads it. The variables, all binary:
 
-    f[o]  whether op o is the first run of its turn (turns from t on)      binary
-    r[o]  whether op o runs again after the moment                          binary
-    k[v]  whether value v is in K                                           binary
+    f[o]  whether op o is the first run of its turn (turns from t on)
+    r[o]  whether op o runs again after the moment
+    k[v]  whether value v is in K
 
 Where groups have one value, and values one writer, all rows but that of the bytes are differences of two
 terms each (of r, f and k[v] + r of the writer of v): a minimum cut, whose matrix is totally unimodular. The
-linear relaxation is then the Lagrangian bound at the best price per byte, and what it loses is at most one
-step of a knapsack. HiGHS (scipy.optimize.milp) closes most of that. The bound is HiGHS's dual bound, which
-holds when it is stopped early, less its tolerance.
+linear relaxation is then the Lagrangian bound at the best price per byte, and loses at most one step of a
+knapsack; HiGHS (scipy.optimize.milp) closes most of that. The bound is HiGHS's dual bound, which holds when
+it is stopped early, less its tolerance.
 
-What is claimed: the bound holds for all plans that ``simulate_dag`` accepts and which take the turns before t
-first, and turn t next: a wider class than that of ``solve_dag``, for ops may run again in any order and as
-often as they like. (In a training step, with t the first backward turn, these are all plans: the loss is
-there before it is reversed. With t a later one, these are all whose backward goes in the order of the turns,
-as autograd's does.) Values that live anyway (``inputs``) are free. That values go at different times
-later on does not matter at the moment itself.
+Claim: the bound holds for all plans that ``simulate_dag`` accepts and which take the turns before t first,
+and turn t next: a wider class than that of ``solve_dag``, for ops may run again in any order and any number
+of times. (In a training step, with t the first backward turn, these are all plans: the loss exists before it
+is reversed. With t a later one, all whose backward follows the order of the turns, as autograd's does.)
+Values that live anyway (``inputs``) are free. That values are released at different times later does not
+matter.
 
 What is lost: runs before the moment and second runs after it are not counted, nor is the memory that the runs
 after it take. A tighter bound would follow K from one turn to the next, as ``solve_dag`` does. ``lasting`` is
 not used.
 
-Sources: the one moment is a relaxation of Jain et al. 2020, *Checkmate*, arXiv:1910.02653 (of whose phases it
-    keeps one);
-minimum cut: Picard 1976, *Maximal closure of a graph and applications to combinatorial problems*, Management
-Science 22(11).
+Sources: the one moment relaxes Jain et al. 2020, *Checkmate*, arXiv:1910.02653 (it keeps one of their
+phases); minimum cut: Picard 1976, *Maximal closure of a graph and applications to combinatorial problems*,
+Management Science 22(11).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The fastest plan of a small DAG within a budget, by mixed-integer programming, with a proven bound.
+"""Find the fastest plan of a small DAG within a budget by mixed-integer programming, with a proven bound.
 
 Source: Jain et al. 2020, *Checkmate: breaking the memory wall with optimal tensor rematerialization*,
 arXiv:1910.02653: the frontier-advancing partition, and memory as linear recurrences. Solved by HiGHS
@@ -7,7 +7,7 @@ arXiv:1910.02653: the frontier-advancing partition, and memory as linear recurre
 Phase t ends with turn t, and runs ops of earlier turns again before it, each at most once and in order:
 
     R[t, o]  whether op o runs in phase t                                         binary
-    P[t, v]  whether value v is there when phase t begins                          binary
+    P[t, v]  whether value v is live when phase t begins                           binary
     P[t, o, v]  the same just after op o, for each v that o reads or writes        0 .. 1
     U[t, o]  bytes of all values just after op o
 
@@ -18,14 +18,14 @@ Phase t ends with turn t, and runs ops of earlier turns again before it, each at
 
 Checkmate's FREE[t, o, v] is P just before o minus P just after: bounded by both on either side, without
 products, big constants or a constraint left out. With R and the binary P fixed, the least P is 0 or 1
-throughout, except for values that share a group with others; those are binary everywhere. Values that
-cannot be of use any more, and ops that write nothing else, are fixed to 0. The bytes agree with
-``simulate_dag`` to the last one, and every plan is judged by it: where HiGHS's tolerance let a plan slip over
-the budget, it is solved again under a budget that is lower by the slip.
+throughout, except for values that share a group with others; those are binary everywhere. Values that are of
+no more use, and ops that write nothing else, are fixed to 0. The bytes agree with ``simulate_dag`` to the
+last one, and it judges every plan: where HiGHS's tolerance let a plan slip over the budget, the problem is
+solved again under a budget that is lower by the slip.
 
-What is claimed: ``lower_bound`` holds for, and an optimal plan is the fastest of, all plans whose first runs
-follow the order of the turns, and which between two first runs run other ops in that order, each at most
-once (Checkmate's class; drops may come anywhere). A plan outside it may be faster.
+Claim: ``lower_bound`` holds for, and an optimal plan is the fastest of, all plans whose first runs follow the
+order of the turns, and which between two first runs run other ops in that order, each at most once
+(Checkmate's class; drops may come anywhere). A plan outside it may be faster.
 """
 
 from __future__ import annotations

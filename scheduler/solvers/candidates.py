@@ -1,8 +1,9 @@
 """Price persistent schedules in compiled code, for solvers that choose among many ready-made ones.
 
-A *tree* is a persistent schedule of L stages that keeps option 0: the decisions that ``persistent.build`` asks
-for, in its order. 0 keeps the first stage of the segment, j splits the segment at j. Pricing one takes some
-nanoseconds an action, where the referee takes microseconds; the referee judges what is chosen all the same.
+A *tree* is a persistent schedule of L stages that keeps option 0: the decisions that ``persistent.build``
+asks for, in its order. 0 keeps the first stage of the segment, j splits the segment at j. Pricing one takes
+some nanoseconds an action, where the referee takes microseconds; the referee judges what is chosen all the
+same.
 """
 
 from __future__ import annotations

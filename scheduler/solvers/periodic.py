@@ -1,15 +1,14 @@
-"""A checkpoint every k stages: what training code does by hand, one ``checkpoint()`` around each block.
+"""Hold a checkpoint every k stages, as training code does by hand: one ``checkpoint()`` around each block.
 
-Segments of k stages; of each only the input is held, and each is run again, keeping all, when it is its
-turn to be reversed, the last one too. That is what Hugging Face's ``gradient_checkpointing_enable`` (k = 1),
-Megatron's uniform recomputation (``recompute_num_layers`` = k) and most training loops do; torch's
-``checkpoint_sequential`` and ``sqrt`` spare the last segment its second run. If k covers the whole chain
-there is nothing between the only checkpoint and the end, and the step is the plain one.
+Of segments of k stages only the input is held, and each is run again, keeping all, when it is reversed, the
+last one too. That is what Hugging Face's ``gradient_checkpointing_enable`` (k = 1), Megatron's uniform
+recomputation (``recompute_num_layers`` = k) and most training loops do; torch's ``checkpoint_sequential`` and
+``sqrt`` spare the last segment its second run. If k covers the whole chain, the step is the plain one.
 
-What is claimed: given no k, the fastest of all k that fits, and of those the one of least peak (every k
-but the last takes the same seconds); ``InfeasibleBudget.smallest`` is the least of their peaks.
+Claim: given no k, the fastest of all k that fits, and of those the one of least peak (every k but the last
+takes the same seconds); ``InfeasibleBudget.smallest`` is the least of their peaks.
 
-Where stages may run only once they are kept, and k counts from 0 after each of them.
+Stages that may run only once are kept, and k counts from 0 after each of them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Keep the stages that the user names, recompute the others: "keep attention, recompute the MLPs".
 
-What people write by hand around the parts of a model that are cheap to run again. Stages that match are
-kept; each maximal run of the others is a segment of which only the input is held, and which is run again,
-keeping all, when it is its turn to be reversed. Stages that may run only once are kept too.
-
-No claim of optimality: there is one such schedule.
+Each maximal run of stages that do not match is a segment of which only the input is held, and which is run
+again, keeping all, when it is reversed. Stages that may run only once are kept too. No claim of optimality:
+there is one such schedule.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Segments of √n stages, of which only the inputs are held (Chen, Xu, Zhang & Guestrin 2016).
+"""Hold the inputs of √n segments of √n stages (Chen, Xu, Zhang & Guestrin 2016).
 
 Source: *Training Deep Nets with Sublinear Memory Cost*, arXiv:1604.06174, section 3: ⌈√n⌉ segments of
-(nearly) equal length; the last one is kept as it runs, every other one is run again, keeping all, when
-it is its turn to be reversed. One extra forward of all but the last segment.
+(nearly) equal length; the last one is kept as it runs, every other one is run again, keeping all, when it is
+reversed. One extra forward of all but the last segment.
 
 No claim of optimality: positions count, seconds and bytes do not. Where stages may run only once, each
 maximal run of recomputable stages between them is cut into its own √n segments.

@@ -1,4 +1,4 @@
-"""The options of one stage: which saved values to keep, and the ops that rebuild the others. Torch-free.
+"""Find the options of one stage: which saved values to keep, and the ops that rebuild the others. Torch-free.
 
 A stage is a list of ops in the order in which they run. An option keeps some of the values that autograd
 saved; the others are rebuilt just before the backward:
@@ -6,25 +6,24 @@ saved; the others are rebuilt just before the backward:
 * the producer of a dropped value runs again;
 * what an op reads when it runs again is available, or kept, or its producer runs again too;
 * a random op runs again only after all random ops before it: they share the generator state of the stage's
-start.
+  start.
 
-An option costs the seconds of what runs again, and takes the bytes of what is kept. Only saved values can be
-kept. The transient bytes of a rebuild are not judged here.
+An option costs the seconds of what runs again, and takes the bytes of what is kept. The transient bytes of a
+rebuild are not judged here.
 
 How the choices are found. Of the options with the same ops run again, the smallest drops every value that
 they write and that may be dropped. So an option is a set R of ops, with seconds s(R) and freed bytes b(R),
 and two rules: with an op, R has the producers of the *unsaved* values that it reads, and the random ops
-before it. (A saved value that it reads is kept, or is dropped because its producer is in R: no rule is
-needed.) Hence R is a closure, and at a price per byte the best option is a closure of the greatest weight: a
-minimum cut. Source: Picard 1976, *Maximal closure of a graph and applications to combinatorial problems*,
-Management Science 22(11).
+before it. (A saved value that it reads is kept, or is dropped because its producer is in R.) Hence R is a
+closure, and at a price per byte the best option is a closure of the greatest weight: a minimum cut. Source:
+Picard 1976, *Maximal closure of a graph and applications to combinatorial problems*, Management Science
+22(11).
 
 The vertices of the lower convex hull are the best options at some price. The closures that are best grow with
 the price, so that a search between two vertices cuts only the ops by which they differ, at the price at which
 both cost the same: a better closure is a further vertex, or there is none. All of it in exact integers.
-
-Between vertices no price finds the options: finding them is a knapsack with precedences, NP-hard, solved by
-HiGHS (scipy.optimize.milp).
+Between vertices no price finds the options: that is a knapsack with precedences, NP-hard, solved by HiGHS
+(scipy.optimize.milp).
 """
 
 from __future__ import annotations
