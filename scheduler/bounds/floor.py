@@ -46,14 +46,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
-
-import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
 
 from rematplan.scheduler.bounds.dag import Dag
 from rematplan.scheduler.solvers.checks import checked_budget, checked_time_limit
+from rematplan.scheduler.solvers.highs import Program
 
 __all__ = ["Floor", "dag_floor"]
 
@@ -148,16 +144,10 @@ def _at(dag: Dag, budget: int, turn: int, time_limit: float) -> tuple[float, tup
     """Bound the extra seconds at one moment, inf if nothing fits; and name the ops that run again."""
     turn_of = dag.turn_of
     total = math.fsum(op.seconds for op in dag.ops) or 1.0
-    cost: list[float] = []
-    rows: list[tuple[list[int], list[float], float, float]] = []
-
-    def variable(seconds: float = 0.0) -> int:
-        cost.append(seconds / total)
-        return len(cost) - 1
-
+    program = Program()
     written: dict[int, list[int]] = {}  # value -> variables of the runs that write it from the moment on
     keep = {
-        v: variable()
+        v: program.variable()
         for v in sorted({v for o, op in enumerate(dag.ops) if turn_of[o] < turn for v in op.writes})
     }
     first: dict[int, int] = {}
@@ -165,14 +155,14 @@ def _at(dag: Dag, budget: int, turn: int, time_limit: float) -> tuple[float, tup
     for o, op in enumerate(dag.ops):
         alternatives = dag.turns[turn_of[o]].ops
         if turn_of[o] >= turn:
-            first[o] = variable(op.seconds - min(dag.ops[a].seconds for a in alternatives))
+            first[o] = program.variable((op.seconds - min(dag.ops[a].seconds for a in alternatives)) / total)
         if not op.once and (turn_of[o] < turn or len(alternatives) > 1):
-            again[o] = variable(op.seconds)
+            again[o] = program.variable(op.seconds / total)
         for v in op.writes:
             written.setdefault(v, []).extend(x[o] for x in (first, again) if o in x)
     for t in range(turn, len(dag.turns)):
         ways = [first[o] for o in dag.turns[t].ops]
-        rows.append((ways, [1.0] * len(ways), 1.0, 1.0))
+        program.row(ways, [1.0] * len(ways), 1.0, 1.0)
     for o, op in enumerate(dag.ops):
         for group in op.reads:
             if dag.inputs.intersection(group):
@@ -182,37 +172,20 @@ def _at(dag: Dag, budget: int, turn: int, time_limit: float) -> tuple[float, tup
             runs = [(first[o], kept if turn_of[o] == turn else kept + made)] if o in first else []
             runs += [(again[o], kept + made)] if o in again else []
             for x, there in runs:
-                rows.append(([x, *there], [1.0, *([-1.0] * len(there))], -math.inf, 0.0))
+                program.row([x, *there], [1.0, *([-1.0] * len(there))], most=0.0)
     for v in dag.outputs - dag.inputs:
         there = [keep[v]] if v in keep else []
-        rows.append(([*there, *written[v]], [1.0] * (len(there) + len(written[v])), 1.0, math.inf))
+        program.row([*there, *written[v]], [1.0] * (len(there) + len(written[v])), least=1.0)
     room = budget - dag.base[turn] - dag.turns[turn].starts
     if room < 0:
         return math.inf, ()
     weights = {x: dag.sizes[v] for v, x in keep.items()}
     weights |= {first[o]: _own(dag, o) for o in dag.turns[turn].ops}
     unit = max(room, 1)  # HiGHS's tolerances then let in a few millionths of the room at most
-    rows.append((list(weights), [size / unit for size in weights.values()], -math.inf, room / unit))
-    result = _solved(cost, rows, time_limit)
+    program.row(list(weights), [size / unit for size in weights.values()], most=room / unit)
+    result = program.solve(time_limit, 1e-3)
     if result.status == 2:
         return math.inf, ()
     bound = 0.0 if result.mip_dual_bound is None else max(0.0, float(result.mip_dual_bound) - TOLERANCE)
     rerun = () if result.x is None else tuple(o for o, x in again.items() if result.x[x] > 0.5)
     return bound * total, rerun
-
-
-def _solved(
-    cost: list[float], rows: list[tuple[list[int], list[float], float, float]], time_limit: float
-) -> Any:
-    """Solve with HiGHS, all variables binary."""
-    places = np.repeat(np.arange(len(rows)), [len(row[0]) for row in rows])
-    at = np.array([x for row in rows for x in row[0]])
-    factors = np.array([f for row in rows for f in row[1]])
-    matrix = coo_array((factors, (places, at)), shape=(len(rows), len(cost))).tocsr()
-    return milp(
-        cost,
-        integrality=np.ones(len(cost)),
-        bounds=Bounds(0.0, 1.0),
-        constraints=LinearConstraint(matrix, [row[2] for row in rows], [row[3] for row in rows]),
-        options={"time_limit": time_limit, "mip_rel_gap": 1e-3},
-    )

@@ -1,7 +1,7 @@
-"""The chain: what each stage of a model costs, in seconds and in bytes.
+"""Define the chain: what each stage of a model costs, in seconds and in bytes.
 
-A model is cut into stages 0..L-1 that run in order. *Boundary* i is what crosses into stage i
-(x_i); boundary L is the output. Every solver, the referee and the plan speak of this one object.
+A model is cut into stages 0..L-1 that run in order. *Boundary* i is what crosses into stage i (x_i); boundary
+L is the output. Solvers, the referee and plans share this one object.
 """
 
 from __future__ import annotations
@@ -124,12 +124,12 @@ class Option:
         forward_overhead: transient bytes of this forward above the stage's input and ``saved``.
         backward_overhead: transient bytes of the backward above input, ``saved``, the gradient of the
             output and the gradient of the input. Parameter gradients count here while they appear. Negative
-            where these are not there all at once: where the backward does not need the output, for instance.
+            where these are not all live at once: where the backward does not need the output, for instance.
         name: what is kept, in words.
         keeps: the values (``Chain.values``) that stay, those of the input that are needed again among them.
-        rerun_overhead: ``forward_overhead`` of a run again just before the backward: such a run stops as soon
-            as all that is kept is there, and its output is not made. Negative where ``saved`` counts that.
-            None: it is no different.
+        rerun_overhead: ``forward_overhead`` of a run again just before the backward, which stops as soon as
+            all that is kept is live. May be negative, since ``saved`` includes the output, which such a run
+            does not produce. None means equal to ``forward_overhead``.
     """
 
     saved: int
@@ -171,19 +171,18 @@ class Stage:
         input: bytes of x_i, the boundary that crosses into this stage; carried values excluded.
         options: what may stay after a forward; the first keeps all saved tensors.
         forward_overhead: transient bytes, above x_i and x_{i+1}, of a forward that keeps nothing. Negative
-            where a part of x_i goes on as a part of x_{i+1}, and so is not there twice.
+            where a part of x_i is also a part of x_{i+1}, and so live once.
         input_grad: bytes of the gradient of x_i.
         grad: bytes of the parameter gradients that its backward creates; 0 if they exist already.
         carried: bytes of long-lived values (U-Net skips, masks) that its first run leaves behind. A run again
             recomputes and releases them: ``forward_overhead`` has these bytes, but for the last stage,
             which runs once.
         carried_change: by how much its backward changes the bytes of long-lived values and of their
-            gradients (negative where it lets them go).
+            gradients (negative where it releases them).
         recomputable: False for a stage that must run exactly once, and so is always kept.
         enters: the values (``Chain.values``) that x_i consists of.
-        rerun_state: of ``Chain.fixed``, the bytes that are there only where the stage may run again, from its
-            first run to its backward: the state of random-number generators, copies of buffers that it
-            changes.
+        rerun_state: of ``Chain.fixed``, the bytes live only where the stage may run again, from its first run
+            to its backward: the state of random-number generators, copies of buffers that it changes.
     """
 
     name: str
@@ -226,7 +225,7 @@ class Carried:
 
     Attributes:
         value: its number in ``Chain.values``.
-        made: the stage that makes it.
+        made: the stage that computes it.
         readers: stages after it that read it.
         savers: those of them whose backward needs it.
         freed: the stage whose ``carried_change`` takes it off; None if it outlives the step, for the user
@@ -259,8 +258,8 @@ class Chain:
         fixed: bytes live during the whole step: parameters, buffers, optimizer state, inputs.
         name: for people.
         values: bytes of each value (a storage) that crosses a boundary or stays for a backward. Where they
-            are known, the referee follows every one of them (``live_values.py``), and the sums above are what
-            solvers go by: at least as many bytes. Empty where only the sums are known.
+            are known, the referee follows every one of them (``live_values.py``), and solvers use the sums
+            above, which are at least as many bytes. Empty where only the sums are known.
         carried: the long-lived ones among the values.
     """
 
@@ -377,12 +376,12 @@ class Chain:
         return replace(self, stages=tuple(stages), values=(), carried=())
 
     def apart(self) -> Chain:
-        """Return the chain in sums that hold wherever its parts are: what copies are counted by.
+        """Return the chain in sums that hold wherever its parts are, by which schedules that copy are judged.
 
-        The sums of a chain that knows its values rely on x_i staying on the device while stage i is kept:
-        what goes on from x_i into x_{i+1} is not counted again with the saved tensors of stage i, and what
-        nobody needs of x_i is taken off them. Here the saved tensors of stage i have all of x_{i+1}, and all
-        that is kept and no part of x_i.
+        The sums of a chain that knows its values rely on x_i staying on the device while stage i is kept: the
+        part of x_i that is also in x_{i+1} is not counted again with the saved tensors of stage i, and the
+        part that nobody needs is taken off them. Here the saved tensors of stage i have all of x_{i+1}, and
+        all that is kept and no part of x_i.
         """
         if not self.values:
             return self
@@ -433,6 +432,11 @@ class Chain:
 
         Raises:
             ValueError: a wrong length, a negative, non-finite or non-integer number.
+
+        Example:
+            >>> chain = Chain.from_arrays([1.0] * 4, [2.0] * 4, boundary=[10] * 5, saved=[50] * 4)
+            >>> len(chain), chain.plain_seconds
+            (4, 12.0)
         """
         count = len(forward)
         zeros = [0] * count
@@ -481,14 +485,8 @@ class Chain:
                 Stage(**{**stage, "options": tuple(Option(**option) for option in stage["options"])})
                 for stage in data["stages"]
             )
-            return cls(
-                stages,
-                data["output"],
-                data["output_grad"],
-                data["fixed"],
-                data["name"],
-                data.get("values", ()),
-                tuple(Carried(**each) for each in data.get("carried", ())),
-            )
+            carried = tuple(Carried(**each) for each in data.get("carried", ()))
+            plain = {name: value for name, value in data.items() if name != "format"}
+            return cls(**{**plain, "stages": stages, "carried": carried})
         except ValueError as error:
             raise ValueError(f"Chain.from_json: not a chain: {error}") from error

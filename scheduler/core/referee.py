@@ -88,7 +88,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """What the referee saw.
+    """The referee's account of a schedule.
 
     Attributes:
         seconds: of the whole step.
@@ -126,6 +126,12 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemo
         IllegalAction: an action that cannot be carried out (one that the host has no room for among them), or
             something left over at the end.
         ValueError: the schedule copies to a host, and none is given.
+
+    Example:
+        >>> chain = Chain.from_arrays([1.0] * 2, [2.0] * 2, boundary=[10] * 3, saved=[50] * 2)
+        >>> line = simulate(chain, [Checkpoint(0), Keep(1), Backward(1), Keep(0), Backward(0)])
+        >>> line.seconds, line.peak, line.runs
+        (7.0, 90, (2, 1))
     """
     referee = Referee(chain, schedule, host)
     live: list[int] = []

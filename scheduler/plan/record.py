@@ -1,4 +1,4 @@
-"""How a model was captured, as data: what a plan file says of it, and its check."""
+"""Record how a model was captured, as data in a plan file, and check that data."""
 
 from __future__ import annotations
 

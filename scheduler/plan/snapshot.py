@@ -1,4 +1,4 @@
-"""A memory timeline in the form of ``torch.cuda.memory._snapshot()``, for https://pytorch.org/memory_viz."""
+"""Write a memory timeline as ``torch.cuda.memory._snapshot()`` does, for https://pytorch.org/memory_viz."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why the stages of a plan begin where they do, as data and in words."""
+"""Record why the stages of a plan begin where they do, and say it in words."""
 
 from __future__ import annotations
 

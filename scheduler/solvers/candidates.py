@@ -126,13 +126,14 @@ def trees_by_runs(
     Stages that may run only once are kept; the inputs of the runs between them are held. One tree is made
     for each of ``numbers(length of the longest run)``.
     """
-    ends = run_ends(chain)
+    recomputable = [stage.recomputable for stage in chain.stages]
+    ends = run_ends(recomputable)
     head: list[int] = []
     runs: list[tuple[int, int]] = []  # first stage and length
     s = 0
     while s < len(chain):
         after = ends[s] + 1
-        if not chain.stages[s].recomputable:
+        if not recomputable[s]:
             head.append(0)
         else:
             runs.insert(0, (s, after - s))  # the last one is at work first

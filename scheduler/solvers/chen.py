@@ -54,21 +54,18 @@ def cut(saved: Ints, runs: Ints, limit: int, ends: Ints) -> int:
 def _trees(chain: Chain) -> Iterator[Ints]:
     """Yield the tree of every b, from the smallest segments to the largest."""
     saved = np.array([stage.options[0].saved for stage in chain.stages], np.int64)
-    once = np.array([not stage.recomputable for stage in chain.stages])
-    runs = np.array(run_ends(chain), np.int64)
+    again = np.array([stage.recomputable for stage in chain.stages])
+    runs = np.array(run_ends(again.tolist()), np.int64)
     ends = np.empty(len(chain), np.int64)
     limit, more = -1, True  # every segment exceeds -1
     while more:
         limit = cut(saved, runs, limit, ends)
-        yield segment_tree(ends, np.where(once | (ends == len(chain) - 1), 0, 1))
+        yield segment_tree(ends, np.where(again & (ends < len(chain) - 1), 1, 0))
         more = limit >= 0
 
 
 def solve(chain: Chain, memory_budget: int) -> Schedule:
-    """Return the fastest schedule of Algorithm 3, over all b, that fits.
-
-    Args:
-        memory_budget: bytes.
+    """Return the fastest schedule of Algorithm 3, over all b, within ``memory_budget`` bytes.
 
     Raises:
         InfeasibleBudget: none fits.

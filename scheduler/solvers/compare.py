@@ -1,4 +1,4 @@
-"""Every solver at every budget, side by side."""
+"""Compare every solver at every budget."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Cell", "Comparison", "compare"]
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What one solver gives at one budget.
+    """The outcome of one solver at one budget.
 
     Attributes:
         seconds: of a step, by the referee; None if no schedule of the solver fits.

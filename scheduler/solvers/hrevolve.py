@@ -53,7 +53,7 @@ TABLE_BYTES = 2**31  # of all four tables
 
 @dataclass(frozen=True, slots=True)
 class UniformOptimum:
-    """What ``solve_uniform`` found.
+    """The outcome of ``solve_uniform``.
 
     Attributes:
         cost: runs that keep nothing, 1 each, and the costs of writes and reads. The one run of each step that
@@ -105,7 +105,7 @@ def _fill(M: Floats, D: Floats, R: Floats, L: Floats, write: float, read: float,
 
 
 class _Tables:
-    """The four tables for up to ``steps`` steps, and the schedules that they describe."""
+    """The four tables for up to ``steps`` steps, and the schedule that they describe."""
 
     def __init__(self, steps: int, slots: int, disk_slots: int | None, write: float, read: float) -> None:
         self.write, self.read, self.bounded = write, read, disk_slots is not None
@@ -177,13 +177,18 @@ def solve_uniform(
 
     Args:
         steps: number of steps l.
-        memory_slots: boundaries held in memory at once, x_0 among them while it is there.
+        memory_slots: boundaries held in memory at once, x_0 among them while it is in memory.
         disk_slots: boundaries on disk at once; None for as many as are of use.
         write, read: cost of one write to disk and of one read, where running one step costs 1.
 
     Raises:
         TypeError: steps or slots that are no ints.
         ValueError: too few of them, a cost that is not finite or is negative, or tables that would not fit.
+
+    Example:
+        >>> found = solve_uniform(8, memory_slots=2, disk_slots=None, write=1.0, read=1.0)
+        >>> found.cost, found.writes, found.reads
+        (13.0, 1, 1)
     """
     steps = checked_count("solve_uniform", "steps", steps)
     slots = min(checked_count("solve_uniform", "memory_slots", memory_slots), steps)

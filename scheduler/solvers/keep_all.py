@@ -10,10 +10,7 @@ __all__ = ["solve"]
 
 
 def solve(chain: Chain, memory_budget: int) -> Schedule:
-    """Run every stage once, keeping all its saved tensors (option 0).
-
-    Args:
-        memory_budget: bytes.
+    """Run every stage once, keeping all its saved tensors (option 0), within ``memory_budget`` bytes.
 
     Raises:
         InfeasibleBudget: the plain step does not fit.

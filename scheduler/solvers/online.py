@@ -66,6 +66,11 @@ class OnlineRevolve:
 
     Raises:
         TypeError, ValueError: ``slots`` is no int, or below 1.
+
+    Example:
+        >>> loop = OnlineRevolve(slots=2)
+        >>> [loop.step() for _ in range(2)]
+        [(Checkpoint(stage=0),), (Checkpoint(stage=1),)]
     """
 
     def __init__(self, slots: int) -> None:

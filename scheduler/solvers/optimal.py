@@ -77,7 +77,7 @@ MOST_STAGES = 5000  # P alone takes a minute there, and each table of segments 2
 
 @dataclass(frozen=True, slots=True)
 class Optimum:
-    """What ``solve_optimal`` found.
+    """The outcome of ``solve_optimal``.
 
     Attributes:
         schedule: within the budget.

@@ -30,14 +30,13 @@ __all__ = ["solve"]
 def _trees(chain: Chain, periods: Iterable[int]) -> Iterator[Ints]:
     """Yield the tree of each number of stages k."""
     stage = np.arange(len(chain))
-    once = np.array([not stage.recomputable for stage in chain.stages])
-    runs = np.array(run_ends(chain))
+    again = np.array([stage.recomputable for stage in chain.stages])
+    runs = np.array(run_ends(again.tolist()))
     # The first stage of a run is the one that follows the end of another.
     starts = np.maximum.accumulate(np.where(np.append(-1, runs[:-1]) < stage, stage, 0))
     for k in periods:
         ends = np.minimum(starts + ((stage - starts) // k + 1) * k - 1, runs)
-        plain = once | (ends[0] == len(chain) - 1)
-        yield segment_tree(ends, np.where(plain, 0, 1))
+        yield segment_tree(ends, np.where(again & (ends[0] < len(chain) - 1), 1, 0))
 
 
 def solve(chain: Chain, memory_budget: int, *, every: int | None = None) -> Schedule:
@@ -52,7 +51,8 @@ def solve(chain: Chain, memory_budget: int, *, every: int | None = None) -> Sche
         TypeError: ``every`` is no int.
         ValueError: ``every`` is below 1, or sums of the chain's sizes or seconds overflow.
     """
-    if every is None:
-        return fastest_fit(chain, memory_budget, _trees(chain, range(len(chain), 0, -1)), "periodic")
-    period = min(checked_count("periodic", "every", every), len(chain))
-    return fastest_fit(chain, memory_budget, _trees(chain, [period]), "periodic")
+    periods = range(len(chain), 0, -1)
+    if every is not None:
+        period = min(checked_count("periodic", "every", every), len(chain))
+        periods = range(period, period + 1)
+    return fastest_fit(chain, memory_budget, _trees(chain, periods), "periodic")

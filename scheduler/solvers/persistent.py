@@ -1,19 +1,17 @@
-"""Persistent schedules: one builder, and one way to choose among ready-made schedules.
+"""Build persistent schedules, and choose among ready-made ones.
 
 A schedule is *persistent* if a boundary, once held, stays until the stages after it are reversed. Such
-a schedule is a tree of decisions about segments s..t of the chain whose input x_s is there:
+a schedule is a tree of decisions about segments s..t of the chain whose input x_s is live:
 
 * keep stage s with option k: ``Keep(s, k)``, then the segment s+1..t, then ``Backward(s)``;
 * hold x_s and split at j, s < j <= t: ``Checkpoint(s)``, ``Forward(s+1)`` .. ``Forward(j-1)``, then the
   segment j..t, then, from x_s again, the segment s..j-1. The last segment of the chain may also be split
   at j = t + 1: it is run to its end, and then again; that gains nothing, but is what people do by hand.
-
-A solver is whatever takes these decisions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.errors import InfeasibleBudget
@@ -54,15 +52,15 @@ def build(length: int, decide: Callable[[int, int], tuple[int, int]]) -> Schedul
     return Schedule(tuple(actions))
 
 
-def run_ends(chain: Chain) -> list[int]:
-    """Return (L,) for each stage, the last stage of its maximal run of recomputable stages.
+def run_ends(again: Sequence[bool]) -> list[int]:
+    """Return (L,) for each stage, the last stage of its maximal run of stages that may run ``again`` (L,).
 
-    A stage that may run only once is a run of its own. No split may carry it along uncovered, so the
-    solvers that place checkpoints by position place them inside these runs.
+    A stage that may not is a run of its own. No split may carry it along uncovered, so the solvers that place
+    checkpoints by position place them inside these runs.
     """
-    ends = list(range(len(chain)))
-    for i in range(len(chain) - 2, -1, -1):
-        if chain.stages[i].recomputable and chain.stages[i + 1].recomputable:
+    ends = list(range(len(again)))
+    for i in range(len(again) - 2, -1, -1):
+        if again[i] and again[i + 1]:
             ends[i] = ends[i + 1]
     return ends
 

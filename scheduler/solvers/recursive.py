@@ -48,10 +48,7 @@ def recursive_tree(length: int, inner: int) -> Ints:
 
 
 def solve(chain: Chain, memory_budget: int) -> Schedule:
-    """Return the recursive schedule with the k that makes it fastest, of those that fit.
-
-    Args:
-        memory_budget: bytes.
+    """Return the fastest recursive schedule, over all k, within ``memory_budget`` bytes.
 
     Raises:
         InfeasibleBudget: no k fits.

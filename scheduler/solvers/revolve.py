@@ -51,10 +51,7 @@ def schedule_with_slots(chain: Chain, slots: int) -> Schedule:
 
 
 def solve(chain: Chain, memory_budget: int) -> Schedule:
-    """Return the binomial schedule with the number of slots that makes it fastest, of those that fit.
-
-    Args:
-        memory_budget: bytes.
+    """Return the fastest binomial schedule, over all numbers of slots, within ``memory_budget`` bytes.
 
     Raises:
         InfeasibleBudget: no number of slots fits.

@@ -1,4 +1,4 @@
-"""Binomial checkpointing of any number of steps, action by action (Griewank & Walther 2000).
+"""Reverse any number of steps by binomial checkpointing, action by action (Griewank & Walther 2000).
 
 Source: *Algorithm 799: Revolve*, ACM Transactions on Mathematical Software 26(1), 2000,
 https://doi.org/10.1145/347837.347846. All steps cost the same, a slot holds one boundary, and one step at a
@@ -112,6 +112,10 @@ def revolve_actions(steps: int, slots: int, *, two_phase: bool = False) -> Itera
 
     Raises:
         TypeError, ValueError: at once; not an int, or below 1.
+
+    Example:
+        >>> [type(action).__name__ for action in revolve_actions(2, 1)]
+        ['Checkpoint', 'Keep', 'Backward', 'Keep', 'Backward']
     """
     return _actions(*_checked("revolve_actions", steps, slots), two_phase)
 

@@ -15,6 +15,7 @@ import numpy as np
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.referee import Schedule
 from rematplan.scheduler.solvers.candidates import fastest_fit, segment_tree
+from rematplan.scheduler.solvers.persistent import run_ends
 
 __all__ = ["solve"]
 
@@ -61,13 +62,7 @@ def solve(
         ValueError: ``keep`` matches no stage, names one that is not there, or is no valid regular expression;
             or sums of the chain's sizes or seconds overflow.
     """
-    stages = chain.stages
-    again = [
-        stage.recomputable and not kept for stage, kept in zip(stages, _matches(chain, keep), strict=True)
-    ]
-    ends = list(range(len(chain)))
-    for i in range(len(chain) - 2, -1, -1):
-        if again[i] and again[i + 1]:
-            ends[i] = ends[i + 1]
-    tree = segment_tree(np.array(ends), np.array(again, np.int64))
+    kept = _matches(chain, keep)
+    again = [stage.recomputable and not each for stage, each in zip(chain.stages, kept, strict=True)]
+    tree = segment_tree(np.array(run_ends(again)), np.array(again, np.int64))
     return fastest_fit(chain, memory_budget, [tree], "selective")

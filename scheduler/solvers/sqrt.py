@@ -22,7 +22,7 @@ __all__ = ["solve"]
 def segment_ends(chain: Chain) -> list[int]:
     """Return (L,) for each stage, the last stage of its segment."""
     ends: list[int] = []
-    runs = run_ends(chain)
+    runs = run_ends([stage.recomputable for stage in chain.stages])
     while len(ends) < len(chain):
         first = len(ends)
         length = runs[first] + 1 - first
@@ -35,10 +35,7 @@ def segment_ends(chain: Chain) -> list[int]:
 
 
 def solve(chain: Chain, memory_budget: int) -> Schedule:
-    """Return the √n schedule.
-
-    Args:
-        memory_budget: bytes.
+    """Return the √n schedule, within ``memory_budget`` bytes.
 
     Raises:
         InfeasibleBudget: it does not fit; there is only one such schedule.

@@ -109,7 +109,7 @@ RESERVES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
 
 @dataclass(frozen=True, slots=True)
 class TwoLevelOptimum:
-    """What ``solve_two_level`` found.
+    """The outcome of ``solve_two_level``.
 
     Attributes:
         schedule: within both budgets.
