@@ -92,6 +92,12 @@ def dag_floor(
     Raises:
         TypeError, ValueError: no Dag; ``memory_budget`` is no int or not in 1 .. 2**63 - 1; a turn out of
             range; ``time_limit`` is not positive and finite.
+
+    Example:
+        >>> from rematplan.scheduler.bounds.dag import Dag, Op
+        >>> loss, grad = Op("loss", 1.0, ((0,),), (1,)), Op("grad", 2.0, ((0,), (1,)), (2,), once=True)
+        >>> dag_floor(Dag.plain([loss, grad], [4, 8, 4], inputs=[0], outputs=[2]), 16).seconds
+        3.0
     """
     if not isinstance(dag, Dag):
         raise TypeError(f"dag_floor: dag={dag!r} must be a Dag; chain_dag makes one of a Chain")

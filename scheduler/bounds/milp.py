@@ -241,9 +241,10 @@ def solve_dag(
         TimeoutError: the time limit came before the first plan; the message has the bound so far.
 
     Example:
-        >>> dag = chain_dag(Chain.from_arrays([1.0] * 4, [2.0] * 4, boundary=[10] * 5, saved=[50] * 4))
-        >>> solve_dag(dag, 150).seconds
-        14.0
+        >>> from rematplan.scheduler.bounds.dag import Dag, Op
+        >>> loss, grad = Op("loss", 1.0, ((0,),), (1,)), Op("grad", 2.0, ((0,), (1,)), (2,), once=True)
+        >>> solve_dag(Dag.plain([loss, grad], [4, 8, 4], inputs=[0], outputs=[2]), 16).seconds
+        3.0
     """
     limit = checked_time_limit("solve_dag", time_limit)
     if not isinstance(dag, Dag):

@@ -128,6 +128,7 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemo
         ValueError: the schedule copies to a host, and none is given.
 
     Example:
+        >>> from rematplan import Backward, Chain, Checkpoint, Keep
         >>> chain = Chain.from_arrays([1.0] * 2, [2.0] * 2, boundary=[10] * 3, saved=[50] * 2)
         >>> line = simulate(chain, [Checkpoint(0), Keep(1), Backward(1), Keep(0), Backward(0)])
         >>> line.seconds, line.peak, line.runs

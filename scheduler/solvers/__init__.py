@@ -191,6 +191,7 @@ def solve_chain(
             what would.
 
     Example:
+        >>> from rematplan import Chain, simulate
         >>> chain = Chain.from_arrays([1.0] * 4, [2.0] * 4, boundary=[10] * 5, saved=[50] * 4)
         >>> simulate(chain, solve_chain(chain, 150)).seconds
         14.0

@@ -114,6 +114,7 @@ def pareto(chain: Chain, step: int | None = None) -> Frontier:
             ``solve_optimal``).
 
     Example:
+        >>> from rematplan import Chain
         >>> chain = Chain.from_arrays([1.0] * 4, [2.0] * 4, boundary=[10] * 5, saved=[50] * 4)
         >>> [(point.peak, point.seconds) for point in pareto(chain)][:2]
         [(90, 18.0), (100, 16.0)]
