@@ -1,18 +1,16 @@
-"""A training step as a DAG of ops, forward and backward alike, and the referee of its plans.
+"""Describe a training step as a DAG of ops, forward and backward alike, and judge its plans.
 
-An op reads values and writes values. The step as a whole is a row of *turns*: in each turn one of a few
-alternative ops runs for the first time (as a rule there is one: the op itself), and turns follow a
-topological order. Any op may run again later, unless it may run only once.
+An op reads values and writes values. The step is a row of *turns*: in each turn one of a few alternative ops
+runs for the first time (as a rule the op itself is the only one), and turns follow a topological order. Any
+op may run again later, unless it may run only once. A plan is a tuple of actions, inert data:
 
-A plan is inert data, a tuple of actions:
+* ``Run(o)``: run op o; what it reads must be live; what it writes is live afterwards.
+* ``Drop(v)``: release value v.
 
-* ``Run(o)`` is read as: run op o; what it reads must be there; what it writes is there afterwards.
-* ``Drop(v)`` is read as: release value v.
-
-Memory rules. Live bytes are the fixed bytes, the values that are there, and the long-lived bytes of the
-turns taken. While an op runs, everything that it writes counts on top of what was live (a value that was
-there already for a second time: the second copy goes when the op is over), and its transient bytes too.
-The peak is taken over all runs, and the end.
+Memory rules. Live bytes are the fixed bytes, the live values, and the long-lived bytes of the turns taken.
+While an op runs, all that it writes counts on top of what was live (a value that was live already counts a
+second time: the second copy is released when the op is over), and its transient bytes too. The peak is taken
+over all runs, and the end.
 """
 
 from __future__ import annotations
@@ -53,8 +51,8 @@ class Op:
     Attributes:
         name: for people.
         seconds: of one run.
-        reads: groups of values; of each group one value must be there. A plain input is a group of one.
-        writes: values that are there after a run.
+        reads: groups of values; of each group one value must be live. A plain input is a group of one.
+        writes: values that are live after a run.
         transient: bytes that it takes while it runs, above what it writes.
         once: whether it may run only in its turn (backward ops, as a rule).
     """
@@ -73,9 +71,8 @@ class Turn:
 
     Attributes:
         ops: the alternatives, as numbers of ops.
-        starts: long-lived bytes that are there from the start of that run on.
-        ends: long-lived bytes that are there once it is over and what goes with it has gone; negative where
-            it releases some.
+        starts: long-lived bytes from the start of that run on.
+        ends: long-lived bytes added when it is over; negative where it releases some.
     """
 
     ops: tuple[int, ...]
@@ -91,8 +88,8 @@ class Dag:
         ops: each in the order of its turn.
         sizes: (V,) bytes of each value.
         turns: in topological order; each op is in one of them.
-        inputs: values that are there from the start, and never go.
-        outputs: values that must be there at the end.
+        inputs: values that are live during the whole step.
+        outputs: values that must be live at the end.
         fixed: bytes live during the whole step, ``inputs`` excluded.
         lasting: values that, once written, stay as they are until the last turn of an op that reads them.
 
@@ -180,7 +177,7 @@ class Dag:
 
 @dataclass(frozen=True, slots=True)
 class DagTimeline:
-    """What the referee saw.
+    """The referee's account of a plan.
 
     Attributes:
         seconds: of the whole step.

@@ -1,45 +1,43 @@
-"""The floor: seconds that no plan of a DAG beats within a budget, for thousands of ops.
+"""Bound from below the seconds of any plan of a DAG within a budget, for thousands of ops.
 
 Take one moment: the first run of turn t. What is live then is a set K of values, and with what that run
-writes it fits the budget. Whatever the plan does, each later turn still has to run, and each value that an op
-reads later is in K, or is written later: by a later turn, or by an op that runs again. So a plan gives a
-solution of
+writes it fits the budget. Each later turn still has to run, and each value that an op reads later is in K, or
+is written later: by a later turn, or by an op that runs again. So a plan gives a solution of
 
-    minimise    seconds of the first runs from turn t on + seconds of the ops that run again, each counted
-    once such that   each turn from t on has a first run;
-                of each group that an op reads, which runs from then on, a value is in K, or is written from
-                then on; of each group that the first run of turn t reads, a value is in K; each output is in
-                K, or is written from then on; base bytes + bytes of K + bytes of the first run of turn t <=
-                budget
+    minimise    seconds of the first runs from turn t on + seconds of the ops that run again, each once
+    such that   each turn from t on has a first run;
+                of each group read by an op that runs from then on, a value is in K or written from then on;
+                of each group that the first run of turn t reads, a value is in K;
+                each output is in K or written from then on;
+                base bytes + bytes of K + bytes of the first run of turn t <= budget
 
-and the least seconds of all solutions, with those of the turns before t, bound the seconds of the plan from
-below. K may hold any value that was written before t, whether or not the backward reads it.
+and the least seconds of all solutions, with those of the turns before t, bound the plan's from below. K may
+hold any value written before t, whether or not the backward reads it. The variables, all binary:
 
-    f[o]  whether op o is the first run of its turn (turns from t on)      binary
-    r[o]  whether op o runs again after the moment                          binary
-    k[v]  whether value v is in K                                           binary
+    f[o]  whether op o is the first run of its turn (turns from t on)
+    r[o]  whether op o runs again after the moment
+    k[v]  whether value v is in K
 
 Where groups have one value, and values one writer, all rows but that of the bytes are differences of two
 terms each (of r, f and k[v] + r of the writer of v): a minimum cut, whose matrix is totally unimodular. The
-linear relaxation is then the Lagrangian bound at the best price per byte, and what it loses is at most one
-step of a knapsack. HiGHS (scipy.optimize.milp) closes most of that. The bound is HiGHS's dual bound, which
-holds when it is stopped early, less its tolerance.
+linear relaxation is then the Lagrangian bound at the best price per byte, and loses at most one step of a
+knapsack; HiGHS (scipy.optimize.milp) closes most of that. The bound is HiGHS's dual bound, which holds when
+it is stopped early, less its tolerance.
 
-What is claimed: the bound holds for all plans that ``simulate_dag`` accepts and which take the turns before t
-first, and turn t next: a wider class than that of ``solve_dag``, for ops may run again in any order and as
-often as they like. (In a training step, with t the first backward turn, these are all plans: the loss is
-there before it is reversed. With t a later one, these are all whose backward goes in the order of the turns,
-as autograd's does.) Values that live anyway (``inputs``) are free. That values go at different times
-later on does not matter at the moment itself.
+Claim: the bound holds for all plans that ``simulate_dag`` accepts and which take the turns before t first,
+and turn t next: a wider class than that of ``solve_dag``, for ops may run again in any order and any number
+of times. (In a training step, with t the first backward turn, these are all plans: the loss exists before it
+is reversed. With t a later one, all whose backward follows the order of the turns, as autograd's does.)
+Values that live anyway (``inputs``) are free. That values are released at different times later does not
+matter.
 
 What is lost: runs before the moment and second runs after it are not counted, nor is the memory that the runs
 after it take. A tighter bound would follow K from one turn to the next, as ``solve_dag`` does. ``lasting`` is
 not used.
 
-Sources: the one moment is a relaxation of Jain et al. 2020, *Checkmate*, arXiv:1910.02653 (of whose phases it
-    keeps one);
-minimum cut: Picard 1976, *Maximal closure of a graph and applications to combinatorial problems*, Management
-Science 22(11).
+Sources: the one moment relaxes Jain et al. 2020, *Checkmate*, arXiv:1910.02653 (it keeps one of their
+phases); minimum cut: Picard 1976, *Maximal closure of a graph and applications to combinatorial problems*,
+Management Science 22(11).
 """
 
 from __future__ import annotations
@@ -48,14 +46,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
-
-import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
 
 from rematplan.scheduler.bounds.dag import Dag
 from rematplan.scheduler.solvers.checks import checked_budget, checked_time_limit
+from rematplan.scheduler.solvers.highs import Program
 
 __all__ = ["Floor", "dag_floor"]
 
@@ -98,6 +92,12 @@ def dag_floor(
     Raises:
         TypeError, ValueError: no Dag; ``memory_budget`` is no int or not in 1 .. 2**63 - 1; a turn out of
             range; ``time_limit`` is not positive and finite.
+
+    Example:
+        >>> from rematplan.scheduler.bounds.dag import Dag, Op
+        >>> loss, grad = Op("loss", 1.0, ((0,),), (1,)), Op("grad", 2.0, ((0,), (1,)), (2,), once=True)
+        >>> dag_floor(Dag.plain([loss, grad], [4, 8, 4], inputs=[0], outputs=[2]), 16).seconds
+        3.0
     """
     if not isinstance(dag, Dag):
         raise TypeError(f"dag_floor: dag={dag!r} must be a Dag; chain_dag makes one of a Chain")
@@ -150,16 +150,10 @@ def _at(dag: Dag, budget: int, turn: int, time_limit: float) -> tuple[float, tup
     """Bound the extra seconds at one moment, inf if nothing fits; and name the ops that run again."""
     turn_of = dag.turn_of
     total = math.fsum(op.seconds for op in dag.ops) or 1.0
-    cost: list[float] = []
-    rows: list[tuple[list[int], list[float], float, float]] = []
-
-    def variable(seconds: float = 0.0) -> int:
-        cost.append(seconds / total)
-        return len(cost) - 1
-
+    program = Program()
     written: dict[int, list[int]] = {}  # value -> variables of the runs that write it from the moment on
     keep = {
-        v: variable()
+        v: program.variable()
         for v in sorted({v for o, op in enumerate(dag.ops) if turn_of[o] < turn for v in op.writes})
     }
     first: dict[int, int] = {}
@@ -167,14 +161,14 @@ def _at(dag: Dag, budget: int, turn: int, time_limit: float) -> tuple[float, tup
     for o, op in enumerate(dag.ops):
         alternatives = dag.turns[turn_of[o]].ops
         if turn_of[o] >= turn:
-            first[o] = variable(op.seconds - min(dag.ops[a].seconds for a in alternatives))
+            first[o] = program.variable((op.seconds - min(dag.ops[a].seconds for a in alternatives)) / total)
         if not op.once and (turn_of[o] < turn or len(alternatives) > 1):
-            again[o] = variable(op.seconds)
+            again[o] = program.variable(op.seconds / total)
         for v in op.writes:
             written.setdefault(v, []).extend(x[o] for x in (first, again) if o in x)
     for t in range(turn, len(dag.turns)):
         ways = [first[o] for o in dag.turns[t].ops]
-        rows.append((ways, [1.0] * len(ways), 1.0, 1.0))
+        program.row(ways, [1.0] * len(ways), 1.0, 1.0)
     for o, op in enumerate(dag.ops):
         for group in op.reads:
             if dag.inputs.intersection(group):
@@ -184,37 +178,20 @@ def _at(dag: Dag, budget: int, turn: int, time_limit: float) -> tuple[float, tup
             runs = [(first[o], kept if turn_of[o] == turn else kept + made)] if o in first else []
             runs += [(again[o], kept + made)] if o in again else []
             for x, there in runs:
-                rows.append(([x, *there], [1.0, *([-1.0] * len(there))], -math.inf, 0.0))
+                program.row([x, *there], [1.0, *([-1.0] * len(there))], most=0.0)
     for v in dag.outputs - dag.inputs:
         there = [keep[v]] if v in keep else []
-        rows.append(([*there, *written[v]], [1.0] * (len(there) + len(written[v])), 1.0, math.inf))
+        program.row([*there, *written[v]], [1.0] * (len(there) + len(written[v])), least=1.0)
     room = budget - dag.base[turn] - dag.turns[turn].starts
     if room < 0:
         return math.inf, ()
     weights = {x: dag.sizes[v] for v, x in keep.items()}
     weights |= {first[o]: _own(dag, o) for o in dag.turns[turn].ops}
     unit = max(room, 1)  # HiGHS's tolerances then let in a few millionths of the room at most
-    rows.append((list(weights), [size / unit for size in weights.values()], -math.inf, room / unit))
-    result = _solved(cost, rows, time_limit)
+    program.row(list(weights), [size / unit for size in weights.values()], most=room / unit)
+    result = program.solve(time_limit, 1e-3)
     if result.status == 2:
         return math.inf, ()
     bound = 0.0 if result.mip_dual_bound is None else max(0.0, float(result.mip_dual_bound) - TOLERANCE)
     rerun = () if result.x is None else tuple(o for o, x in again.items() if result.x[x] > 0.5)
     return bound * total, rerun
-
-
-def _solved(
-    cost: list[float], rows: list[tuple[list[int], list[float], float, float]], time_limit: float
-) -> Any:
-    """Solve with HiGHS, all variables binary."""
-    places = np.repeat(np.arange(len(rows)), [len(row[0]) for row in rows])
-    at = np.array([x for row in rows for x in row[0]])
-    factors = np.array([f for row in rows for f in row[1]])
-    matrix = coo_array((factors, (places, at)), shape=(len(rows), len(cost))).tocsr()
-    return milp(
-        cost,
-        integrality=np.ones(len(cost)),
-        bounds=Bounds(0.0, 1.0),
-        constraints=LinearConstraint(matrix, [row[2] for row in rows], [row[3] for row in rows]),
-        options={"time_limit": time_limit, "mip_rel_gap": 1e-3},
-    )

@@ -1,4 +1,4 @@
-"""The fastest plan of a small DAG within a budget, by mixed-integer programming, with a proven bound.
+"""Find the fastest plan of a small DAG within a budget by mixed-integer programming, with a proven bound.
 
 Source: Jain et al. 2020, *Checkmate: breaking the memory wall with optimal tensor rematerialization*,
 arXiv:1910.02653: the frontier-advancing partition, and memory as linear recurrences. Solved by HiGHS
@@ -7,7 +7,7 @@ arXiv:1910.02653: the frontier-advancing partition, and memory as linear recurre
 Phase t ends with turn t, and runs ops of earlier turns again before it, each at most once and in order:
 
     R[t, o]  whether op o runs in phase t                                         binary
-    P[t, v]  whether value v is there when phase t begins                          binary
+    P[t, v]  whether value v is live when phase t begins                           binary
     P[t, o, v]  the same just after op o, for each v that o reads or writes        0 .. 1
     U[t, o]  bytes of all values just after op o
 
@@ -18,14 +18,14 @@ Phase t ends with turn t, and runs ops of earlier turns again before it, each at
 
 Checkmate's FREE[t, o, v] is P just before o minus P just after: bounded by both on either side, without
 products, big constants or a constraint left out. With R and the binary P fixed, the least P is 0 or 1
-throughout, except for values that share a group with others; those are binary everywhere. Values that
-cannot be of use any more, and ops that write nothing else, are fixed to 0. The bytes agree with
-``simulate_dag`` to the last one, and every plan is judged by it: where HiGHS's tolerance let a plan slip over
-the budget, it is solved again under a budget that is lower by the slip.
+throughout, except for values that share a group with others; those are binary everywhere. Values that are of
+no more use, and ops that write nothing else, are fixed to 0. The bytes agree with ``simulate_dag`` to the
+last one, and it judges every plan: where HiGHS's tolerance let a plan slip over the budget, the problem is
+solved again under a budget that is lower by the slip.
 
-What is claimed: ``lower_bound`` holds for, and an optimal plan is the fastest of, all plans whose first runs
-follow the order of the turns, and which between two first runs run other ops in that order, each at most
-once (Checkmate's class; drops may come anywhere). A plan outside it may be faster.
+Claim: ``lower_bound`` holds for, and an optimal plan is the fastest of, all plans whose first runs follow the
+order of the turns, and which between two first runs run other ops in that order, each at most once
+(Checkmate's class; drops may come anywhere). A plan outside it may be faster.
 """
 
 from __future__ import annotations
@@ -34,23 +34,21 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
-
 from rematplan.scheduler.bounds.dag import Dag, DagAction, Drop, Run, chain_dag, simulate_dag
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.errors import InfeasibleBudget
 from rematplan.scheduler.solvers.checks import checked_budget, checked_chain, checked_time_limit
+from rematplan.scheduler.solvers.highs import Program
 
 __all__ = ["DagOptimum", "milp_bound", "relaxed_seconds", "solve_dag"]
 
 ATTEMPTS = 5  # to get HiGHS's plan under the budget to the last byte
+GAP = 1e-9  # relative, at which HiGHS stops
 
 
 @dataclass(frozen=True, slots=True)
 class DagOptimum:
-    """What ``solve_dag`` found.
+    """The outcome of ``solve_dag``.
 
     Attributes:
         plan: within the budget by ``simulate_dag``.
@@ -84,16 +82,13 @@ def _useful_until(dag: Dag) -> tuple[list[int], list[int]]:
     return ops, values
 
 
-class _Model:
-    """The variables and rows of one MILP."""
+class _Model(Program):
+    """The program of one Dag."""
 
     def __init__(self, dag: Dag, budget: int | None, most_seconds: float) -> None:
         """Minimise the seconds within a ``budget``, without one the peak."""
+        super().__init__()
         self.dag = dag
-        self.cost: list[float] = []
-        self.upper: list[float] = []
-        self.integer: list[int] = []
-        self.rows: list[tuple[list[int], list[float], float, float]] = []
         self.run: dict[tuple[int, int], int] = {}  # (phase, op) -> variable
         self.start: list[dict[int, int]] = []  # phase -> value -> variable
         self.before: dict[tuple[int, int, int], int] = {}  # (phase, op, value) -> variable of P just before
@@ -107,24 +102,11 @@ class _Model:
         self.second = total
         self.room = None if budget is None else budget - base[0]
         timed = budget is not None
-        self.peak = -1 if timed else self.variable(math.inf, cost=1.0)
+        self.peak = -1 if timed else self.variable(1.0, math.inf, integer=False)
         self._fill(base, timed)
         if timed and most_seconds < math.inf:
             at = [x for x, c in enumerate(self.cost) if c]
             self.row(at, [self.cost[x] for x in at], most=most_seconds / total)
-
-    def variable(self, upper: float = 1.0, integer: bool = False, cost: float = 0.0) -> int:
-        """Add a variable from 0 to ``upper``."""
-        self.cost.append(cost)
-        self.upper.append(upper)
-        self.integer.append(int(integer))
-        return len(self.cost) - 1
-
-    def row(
-        self, at: list[int], factors: list[float], least: float = -math.inf, most: float = math.inf
-    ) -> None:
-        """Add a constraint."""
-        self.rows.append((at, factors, least, most))
 
     def _within(self, at: list[int], factors: list[float], extra: int) -> None:
         """Demand that the bytes ``extra`` and those of the variables fit."""
@@ -147,18 +129,18 @@ class _Model:
             for v, last in there.items():
                 if value_until[v] < t:
                     continue
-                begin[v] = self.variable(integer=True)
+                begin[v] = self.variable()
                 self.row([begin[v], last], [1.0, -1.0], 0.0 if v in stay else -math.inf, 0.0)
             there = begin
             self.start.append(dict(begin))
-            used = self.variable(math.inf)
+            used = self.variable(upper=math.inf, integer=False)
             self.row([used, *there.values()], [1.0, *(-weight[v] for v in there)], 0.0, 0.0)
             self._within([used], [1.0], base[t] - base[0])
             for o in range(turn.ops[-1] + 1):
                 op, first = dag.ops[o], turn_of[o] == t
                 if not first and (op.once or op_until[o] < t):
                     continue
-                run = self.run[t, o] = self.variable(integer=True, cost=op.seconds / self.second * timed)
+                run = self.run[t, o] = self.variable(op.seconds / self.second * timed)
                 for group in op.reads:
                     if not dag.inputs.intersection(group):
                         at = [there[v] for v in group if v in there]
@@ -190,35 +172,19 @@ class _Model:
                 if not first and useful:  # what is run again leaves something behind
                     self.row([run, *useful], [1.0, *([-1.0] * len(useful))], most=0.0)
                 if change:
-                    now = self.variable(math.inf)
+                    now = self.variable(upper=math.inf, integer=False)
                     self.row(
                         [now, used, *(x for x, _ in change)], [1.0, -1.0, *(f for _, f in change)], 0.0, 0.0
                     )
                     used = now
             own_runs = [self.run[t, o] for o in turn.ops]
             self.row(own_runs, [1.0] * len(own_runs), 1.0, 1.0)
-        final = {v: self.variable() for v in there if v in dag.outputs}
+        final = {v: self.variable(integer=False) for v in there if v in dag.outputs}
         for v, x in final.items():
             self.row([x, there[v]], [1.0, -1.0], most=0.0)
             self.row([x], [1.0], 1.0)
         self.start.append(final)
         self._within(list(final.values()), [weight[v] for v in final], base[-1] - base[0])
-
-    def solve(self, time_limit: float, *, relaxed: bool = False) -> Any:
-        """Solve with HiGHS; return its result."""
-        at = np.array([x for row in self.rows for x in row[0]])
-        factors = np.array([f for row in self.rows for f in row[1]])
-        ends = np.cumsum([0, *(len(row[0]) for row in self.rows)])
-        matrix = csr_array((factors, at, ends), shape=(len(self.rows), len(self.cost)))
-        return milp(
-            self.cost,
-            integrality=np.zeros(len(self.cost)) if relaxed else np.array(self.integer),
-            bounds=Bounds(0.0, np.array(self.upper)),
-            constraints=LinearConstraint(
-                matrix, [row[2] for row in self.rows], [row[3] for row in self.rows]
-            ),
-            options={"time_limit": time_limit, "mip_rel_gap": 1e-9},
-        )
 
     def plan(self, x: Any) -> tuple[DagAction, ...]:
         """Read the plan off a solution; values go as soon as it has no use for them."""
@@ -273,6 +239,12 @@ def solve_dag(
         TypeError, ValueError: no Dag; ``memory_budget`` is no int or not in 1 .. 2**63 - 1; ``time_limit`` is
             not positive and finite; no plan takes ``most_seconds`` at most.
         TimeoutError: the time limit came before the first plan; the message has the bound so far.
+
+    Example:
+        >>> from rematplan.scheduler.bounds.dag import Dag, Op
+        >>> loss, grad = Op("loss", 1.0, ((0,),), (1,)), Op("grad", 2.0, ((0,), (1,)), (2,), once=True)
+        >>> solve_dag(Dag.plain([loss, grad], [4, 8, 4], inputs=[0], outputs=[2]), 16).seconds
+        3.0
     """
     limit = checked_time_limit("solve_dag", time_limit)
     if not isinstance(dag, Dag):
@@ -283,7 +255,7 @@ def solve_dag(
     bound = 0.0
     for attempt in range(ATTEMPTS):
         model = _Model(dag, target, most_seconds)
-        result = model.solve(limit)
+        result = model.solve(limit, GAP)
         if result.status == 2:
             break
         if attempt == 0 and result.mip_dual_bound is not None:
@@ -301,7 +273,7 @@ def solve_dag(
     if most_seconds < math.inf:
         raise ValueError(f"solve_dag: no plan within {budget} bytes takes {most_seconds} seconds or less")
     model = _Model(dag, None, math.inf)
-    result = model.solve(limit)
+    result = model.solve(limit, GAP)
     if result.x is None:
         raise TimeoutError(f"solve_dag: no plan of any size within {limit} seconds; raise time_limit")
     plan = model.plan(result.x)
@@ -319,7 +291,7 @@ def relaxed_seconds(dag: Dag, memory_budget: int, *, time_limit: float = 60.0) -
         TimeoutError: HiGHS did not finish within ``time_limit`` seconds.
     """
     model = _Model(dag, checked_budget("relaxed_seconds", memory_budget), math.inf)
-    result = model.solve(checked_time_limit("relaxed_seconds", time_limit), relaxed=True)
+    result = model.solve(checked_time_limit("relaxed_seconds", time_limit), GAP, relaxed=True)
     if result.status == 2:
         return math.inf
     if result.status != 0:

@@ -111,7 +111,12 @@ def free_machine_bytes() -> int:
 
 
 def format_bytes(size: float) -> str:
-    """Return bytes for people: 1536 -> "1.50 KiB"."""
+    """Return bytes for people.
+
+    Example:
+        >>> format_bytes(1536)
+        '1.50 KiB'
+    """
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
             return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"

@@ -1,13 +1,13 @@
-"""The chain: what each stage of a model costs, in seconds and in bytes.
+"""Define the chain: what each stage of a model costs, in seconds and in bytes.
 
-A model is cut into stages 0..L-1 that run in order. *Boundary* i is what crosses into stage i
-(x_i); boundary L is the output. Every solver, the referee and the plan speak of this one object.
+A model is cut into stages 0..L-1 that run in order. *Boundary* i is what crosses into stage i (x_i); boundary
+L is the output. Solvers, the referee and plans share this one object.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -96,8 +96,21 @@ def _seconds(owner: str, field: str, value: Any) -> float:
 
 
 def _values(owner: str, field: str, values: Any) -> tuple[int, ...]:
-    """Return numbers of values as plain ints, or a ValueError that names the field."""
     return tuple(_bytes(owner, field, value) for value in values)
+
+
+def _optional(owner: str, field: str, value: Any) -> int | None:
+    return None if value is None else _bytes(owner, field, value)
+
+
+def _signed(owner: str, field: str, value: Any) -> int:
+    return _bytes(owner, field, value, signed=True)
+
+
+def _check(self: Any, owner: str, check: Callable[[str, str, Any], Any], *fields: str) -> None:
+    """Replace fields of a frozen dataclass by what ``check`` returns for them."""
+    for field in fields:
+        object.__setattr__(self, field, check(owner, field, getattr(self, field)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +124,12 @@ class Option:
         forward_overhead: transient bytes of this forward above the stage's input and ``saved``.
         backward_overhead: transient bytes of the backward above input, ``saved``, the gradient of the
             output and the gradient of the input. Parameter gradients count here while they appear. Negative
-            where these are not there all at once: where the backward does not need the output, for instance.
+            where these are not all live at once: where the backward does not need the output, for instance.
         name: what is kept, in words.
         keeps: the values (``Chain.values``) that stay, those of the input that are needed again among them.
-        rerun_overhead: ``forward_overhead`` of a run again just before the backward: such a run stops as soon
-            as all that is kept is there, and its output is not made. Negative where ``saved`` counts that.
-            None: it is no different.
+        rerun_overhead: ``forward_overhead`` of a run again just before the backward, which stops as soon as
+            all that is kept is live. May be negative, since ``saved`` includes the output, which such a run
+            does not produce. None means equal to ``forward_overhead``.
     """
 
     saved: int
@@ -128,21 +141,20 @@ class Option:
     rerun_overhead: int | None = None
 
     def __post_init__(self) -> None:
-        for field in ("saved", "forward_overhead", "backward_overhead"):
-            signed = field != "forward_overhead"
-            object.__setattr__(self, field, _bytes("Option", field, getattr(self, field), signed=signed))
+        _check(self, "Option", _signed, "saved")
+        _check(self, "Option", _bytes, "forward_overhead")
+        _check(self, "Option", _signed, "backward_overhead")
         if self.saved + self.forward_overhead < 0:
             raise ValueError(
                 f"Option: saved={self.saved} and forward_overhead={self.forward_overhead} must not be negative together "
                 "(bytes): a forward cannot take less than nothing"
             )
-        object.__setattr__(self, "recompute", _seconds("Option", "recompute", self.recompute))
+        _check(self, "Option", _seconds, "recompute")
         if not isinstance(self.name, str):
             raise ValueError(f"Option: name={self.name!r} must be a string")
-        object.__setattr__(self, "keeps", _values("Option", "keeps", self.keeps))
+        _check(self, "Option", _values, "keeps")
         if self.rerun_overhead is not None:
-            rerun = _bytes("Option", "rerun_overhead", self.rerun_overhead, signed=True)
-            object.__setattr__(self, "rerun_overhead", rerun)
+            _check(self, "Option", _signed, "rerun_overhead")
 
     def transient(self, *, again: bool) -> int:
         """Return bytes above input and ``saved`` while it runs; ``again``: just before its backward."""
@@ -159,19 +171,18 @@ class Stage:
         input: bytes of x_i, the boundary that crosses into this stage; carried values excluded.
         options: what may stay after a forward; the first keeps all saved tensors.
         forward_overhead: transient bytes, above x_i and x_{i+1}, of a forward that keeps nothing. Negative
-            where a part of x_i goes on as a part of x_{i+1}, and so is not there twice.
+            where a part of x_i is also a part of x_{i+1}, and so live once.
         input_grad: bytes of the gradient of x_i.
         grad: bytes of the parameter gradients that its backward creates; 0 if they exist already.
         carried: bytes of long-lived values (U-Net skips, masks) that its first run leaves behind. A run again
             recomputes and releases them: ``forward_overhead`` has these bytes, but for the last stage,
             which runs once.
         carried_change: by how much its backward changes the bytes of long-lived values and of their
-            gradients (negative where it lets them go).
+            gradients (negative where it releases them).
         recomputable: False for a stage that must run exactly once, and so is always kept.
         enters: the values (``Chain.values``) that x_i consists of.
-        rerun_state: of ``Chain.fixed``, the bytes that are there only where the stage may run again, from its
-            first run to its backward: the state of random-number generators, copies of buffers that it
-            changes.
+        rerun_state: of ``Chain.fixed``, the bytes live only where the stage may run again, from its first run
+            to its backward: the state of random-number generators, copies of buffers that it changes.
     """
 
     name: str
@@ -192,13 +203,10 @@ class Stage:
         if not isinstance(self.name, str):
             raise ValueError(f"Stage: name={self.name!r} must be a string")
         owner = f"Stage {self.name!r}"
-        for field in ("forward", "backward"):
-            object.__setattr__(self, field, _seconds(owner, field, getattr(self, field)))
-        for field in ("input", "input_grad", "grad", "carried", "rerun_state"):
-            object.__setattr__(self, field, _bytes(owner, field, getattr(self, field)))
-        for field in ("forward_overhead", "carried_change"):
-            object.__setattr__(self, field, _bytes(owner, field, getattr(self, field), signed=True))
-        object.__setattr__(self, "enters", _values(owner, "enters", self.enters))
+        _check(self, owner, _seconds, "forward", "backward")
+        _check(self, owner, _bytes, "input", "input_grad", "grad", "carried", "rerun_state")
+        _check(self, owner, _signed, "forward_overhead", "carried_change")
+        _check(self, owner, _values, "enters")
         object.__setattr__(self, "options", tuple(self.options))
         if not self.options or not all(isinstance(o, Option) for o in self.options):
             raise ValueError(f"{owner}: options={self.options!r} must hold at least one Option")
@@ -217,7 +225,7 @@ class Carried:
 
     Attributes:
         value: its number in ``Chain.values``.
-        made: the stage that makes it.
+        made: the stage that computes it.
         readers: stages after it that read it.
         savers: those of them whose backward needs it.
         freed: the stage whose ``carried_change`` takes it off; None if it outlives the step, for the user
@@ -234,13 +242,9 @@ class Carried:
     last: int | None = None
 
     def __post_init__(self) -> None:
-        for field in ("value", "made"):
-            object.__setattr__(self, field, _bytes("Carried", field, getattr(self, field)))
-        for field in ("readers", "savers"):
-            object.__setattr__(self, field, _values("Carried", field, getattr(self, field)))
-        for field in ("freed", "last"):
-            if getattr(self, field) is not None:
-                object.__setattr__(self, field, _bytes("Carried", field, getattr(self, field)))
+        _check(self, "Carried", _bytes, "value", "made")
+        _check(self, "Carried", _values, "readers", "savers")
+        _check(self, "Carried", _optional, "freed", "last")
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,8 +258,8 @@ class Chain:
         fixed: bytes live during the whole step: parameters, buffers, optimizer state, inputs.
         name: for people.
         values: bytes of each value (a storage) that crosses a boundary or stays for a backward. Where they
-            are known, the referee follows every one of them (``live_values.py``), and the sums above are what
-            solvers go by: at least as many bytes. Empty where only the sums are known.
+            are known, the referee follows every one of them (``live_values.py``), and solvers use the sums
+            above, which are at least as many bytes. Empty where only the sums are known.
         carried: the long-lived ones among the values.
     """
 
@@ -272,9 +276,8 @@ class Chain:
         object.__setattr__(self, "carried", tuple(self.carried))
         if not self.stages or not all(isinstance(s, Stage) for s in self.stages):
             raise ValueError("Chain: stages must hold at least one Stage")
-        for field in ("output", "output_grad", "fixed"):
-            object.__setattr__(self, field, _bytes("Chain", field, getattr(self, field)))
-        object.__setattr__(self, "values", _values("Chain", "values", self.values))
+        _check(self, "Chain", _bytes, "output", "output_grad", "fixed")
+        _check(self, "Chain", _values, "values")
         self._check_carried()
         self._check_stages()
         state = sum(stage.rerun_state for stage in self.stages)
@@ -350,18 +353,15 @@ class Chain:
         return sum(s.forward + s.backward for s in self.stages)
 
     def as_sums(self) -> Chain:
-        """Return the chain without its values, and with no sum below 0: what some solvers know of it.
+        """Return the chain without its values, and with no sum below 0, for solvers that need such sums.
 
         The referee counts at least as many bytes of it as of the chain itself, whose optimum may be another.
         """
 
         def positive(option: Option) -> Option:
             saved = max(option.saved, 0)
-            forward, backward = (
-                option.forward_overhead + option.saved - saved,
-                max(option.backward_overhead, 0),
-            )
-            return Option(saved, option.recompute, forward, backward, option.name)
+            forward = max(option.transient(again=False), option.transient(again=True)) + option.saved - saved
+            return Option(saved, option.recompute, forward, max(option.backward_overhead, 0), option.name)
 
         stages = (
             replace(
@@ -376,12 +376,12 @@ class Chain:
         return replace(self, stages=tuple(stages), values=(), carried=())
 
     def apart(self) -> Chain:
-        """Return the chain in sums that hold wherever its parts are: what copies are counted by.
+        """Return the chain in sums that hold wherever its parts are, by which schedules that copy are judged.
 
-        The sums of a chain that knows its values rely on x_i staying on the device while stage i is kept:
-        what goes on from x_i into x_{i+1} is not counted again with the saved tensors of stage i, and what
-        nobody needs of x_i is taken off them. Here the saved tensors of stage i have all of x_{i+1}, and all
-        that is kept and no part of x_i.
+        The sums of a chain that knows its values rely on x_i staying on the device while stage i is kept: the
+        part of x_i that is also in x_{i+1} is not counted again with the saved tensors of stage i, and the
+        part that nobody needs is taken off them. Here the saved tensors of stage i have all of x_{i+1}, and
+        all that is kept and no part of x_i.
         """
         if not self.values:
             return self
@@ -392,10 +392,8 @@ class Chain:
             own = ({*option.keeps} - {*self.stages[i].enters} | {*leaving[i]}) - long_lived
             saved = max(option.saved, sum(self.values[value] for value in own))
             twice = saved - option.saved  # live twice while x_i is live, and so among the transients
-            forward, backward = (
-                max(option.forward_overhead - twice, 0),
-                max(option.backward_overhead - twice, 0),
-            )
+            forward = max(option.forward_overhead - twice, 0)
+            backward = max(option.backward_overhead - twice, 0)
             return Option(saved, option.recompute, forward, backward, option.name)
 
         stages = (
@@ -434,6 +432,11 @@ class Chain:
 
         Raises:
             ValueError: a wrong length, a negative, non-finite or non-integer number.
+
+        Example:
+            >>> chain = Chain.from_arrays([1.0] * 4, [2.0] * 4, boundary=[10] * 5, saved=[50] * 4)
+            >>> len(chain), chain.plain_seconds
+            (4, 12.0)
         """
         count = len(forward)
         zeros = [0] * count
@@ -442,38 +445,27 @@ class Chain:
         boundary_grad = boundary if boundary_grad is None else boundary_grad
         grad = zeros if grad is None else grad
         labels = [str(i) for i in range(count)] if names is None else names
-        expected = {
-            "backward": (backward, count),
-            "boundary": (boundary, count + 1),
-            "saved": (saved, count),
-            "forward_overhead": (overhead_f, count),
-            "backward_overhead": (overhead_b, count),
-            "boundary_grad": (boundary_grad, count + 1),
-            "grad": (grad, count),
-            "names": (labels, count),
+        columns = {
+            "backward": backward,
+            "boundary": boundary,
+            "saved": saved,
+            "forward_overhead": overhead_f,
+            "backward_overhead": overhead_b,
+            "boundary_grad": boundary_grad,
+            "grad": grad,
+            "names": labels,
         }
-        for field, (values, length) in expected.items():
-            if len(values) != length:
+        for field, column in columns.items():
+            expected = count + field.startswith("boundary")
+            if len(column) != expected:
                 raise ValueError(
-                    f"Chain.from_arrays: {field} has {len(values)} entries, expected {length} "
+                    f"Chain.from_arrays: {field} has {len(column)} entries, expected {expected} "
                     f"for {count} stages"
                 )
-        stages = [
-            Stage(
-                name=labels[i],
-                forward=forward[i],
-                backward=backward[i],
-                input=boundary[i],
-                options=(
-                    Option(saved[i], 0.0, forward_overhead=overhead_f[i], backward_overhead=overhead_b[i]),
-                ),
-                forward_overhead=overhead_f[i],
-                input_grad=boundary_grad[i],
-                grad=grad[i],
-            )
-            for i in range(count)
-        ]
-        return cls(tuple(stages), boundary[count], boundary_grad[count], fixed, name)
+        options = [(Option(*row),) for row in zip(saved, zeros, overhead_f, overhead_b, strict=True)]
+        inputs, input_grads = boundary[:count], boundary_grad[:count]
+        rows = zip(labels, forward, backward, inputs, options, overhead_f, input_grads, grad, strict=True)
+        return cls(tuple(Stage(*row) for row in rows), boundary[count], boundary_grad[count], fixed, name)
 
     def to_json(self) -> dict[str, Any]:
         """Return the chain as JSON-ready data."""
@@ -493,14 +485,8 @@ class Chain:
                 Stage(**{**stage, "options": tuple(Option(**option) for option in stage["options"])})
                 for stage in data["stages"]
             )
-            return cls(
-                stages,
-                data["output"],
-                data["output_grad"],
-                data["fixed"],
-                data["name"],
-                data.get("values", ()),
-                tuple(Carried(**each) for each in data.get("carried", ())),
-            )
+            carried = tuple(Carried(**each) for each in data.get("carried", ()))
+            plain = {name: value for name, value in data.items() if name != "format"}
+            return cls(**{**plain, "stages": stages, "carried": carried})
         except ValueError as error:
             raise ValueError(f"Chain.from_json: not a chain: {error}") from error

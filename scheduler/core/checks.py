@@ -1,4 +1,4 @@
-"""Tell numbers from what only passes for them: a bool is an int to Python, and numpy's numbers are none of its own."""
+"""Tell numbers from bools, which are ints to Python; numpy's numbers count as numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a device can do, in numbers: enough to plan for one that is not there."""
+"""Describe a device in numbers, so that a plan can be made without it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ CUBLAS_WORKSPACE = 8_519_680
 class DeviceSpec:
     """A device as the roofline and the allocator's rules see it.
 
-    The built-in ones (``DeviceSpec.of``) have the public data sheets' figures: dense rates (no sparsity), at
-    their peak. Real kernels reach a part of them, about the same part for all large ones, so that ratios of
-    seconds are better than the seconds themselves.
+    The built-in ones (``DeviceSpec.of``) have the public data sheets' peak rates, without sparsity. Real
+    kernels reach about the same part of them, so that ratios of seconds are better than the seconds.
 
     Attributes:
         name: for people.
@@ -30,7 +29,7 @@ class DeviceSpec:
             more, of which the CUDA context takes some.
         bandwidth: of the memory, bytes per second.
         flops: floating-point operations per second, by the name of the dtype ("float32", "bfloat16", ...). A
-            dtype that is not there gets the rate of float32. float32 is without TF32, as torch multiplies by
+            dtype that is missing gets the rate of float32, which is without TF32, as torch multiplies by
             default.
         launch: seconds that any op takes at least. An order of magnitude: a kernel's launch is 2 to 10
             microseconds.

@@ -1,4 +1,4 @@
-"""The errors of this project, beside plain ``ValueError`` and ``TypeError`` for misuse."""
+"""The errors and warnings of this project, beside plain ``ValueError`` and ``TypeError`` for misuse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The second memory: host (or disk), and the copies between it and the device."""
+"""Describe the second memory, host or disk, and keep account of the copies between it and the device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Item: TypeAlias = tuple[str, int]  # ("boundary", i) is x_i; ("saved", i) are th
 
 @dataclass(frozen=True, slots=True)
 class HostMemory:
-    """What can be copied off the device, and how fast.
+    """How much can be copied off the device, and how fast.
 
     Copies are either synchronous (the device computes nothing meanwhile) or asynchronous: one channel writes
     and one reads, both at once and beside the compute, each serving its copies in order.
@@ -70,10 +70,10 @@ class HostMemory:
 
 
 class Copies:
-    """What the referee knows of the second memory during one step.
+    """The referee's account of the second memory during one step.
 
-    The compute has a clock, ``now``, which each method takes and gives back, later where the compute had to
-    wait. All such waits, and all seconds of synchronous copies, add up in ``stall``.
+    Each method takes the clock of the compute, ``now``, and returns it, later where the compute had to wait.
+    All such waits, and all seconds of synchronous copies, add up in ``stall``.
     """
 
     def __init__(self, host: HostMemory) -> None:

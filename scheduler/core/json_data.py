@@ -13,6 +13,7 @@ from rematplan.scheduler.core.checks import is_integer, is_number
 __all__ = [
     "LARGEST",
     "Check",
+    "accept",
     "anything",
     "check_format",
     "choice",
@@ -76,44 +77,35 @@ def check_format(call: str, data: Any, expected: int) -> None:
         raise ValueError(f"{call}: format {shown(found)}, expected {expected}")
 
 
-def version(where: str, value: Any) -> None:
-    """Accept format 1."""
-    if isinstance(value, bool) or value != 1:
-        raise refused(where, value, "1, the format that this version knows")
-
-
 def anything(where: str, value: Any) -> None:
     """Accept whatever it is: it is only compared and shown."""
 
 
-def text(where: str, value: Any) -> None:
-    """Accept a string."""
-    if not isinstance(value, str):
-        raise refused(where, value, "a string")
+def accept(expected: str, fits: Callable[[Any], bool]) -> Check:
+    """Accept what ``fits``; the error says what was ``expected``."""
+
+    def check(where: str, value: Any) -> None:
+        if not fits(value):
+            raise refused(where, value, expected)
+
+    return check
 
 
-def flag(where: str, value: Any) -> None:
-    """Accept a bool."""
-    if not isinstance(value, bool):
-        raise refused(where, value, "true or false")
-
-
-def integer(where: str, value: Any) -> None:
-    """Accept a whole number of either sign, below ``LARGEST``."""
-    if not is_integer(value) or not -LARGEST < value < LARGEST:
-        raise refused(where, value, "an integer between -2**62 and 2**62")
-
-
-def count(where: str, value: Any) -> None:
-    """Accept a whole number that is not negative, below ``LARGEST``."""
-    if not is_integer(value) or not 0 <= value < LARGEST:
-        raise refused(where, value, "an integer of at least 0, below 2**62")
-
-
-def number(where: str, value: Any) -> None:
-    """Accept a number that is not negative; infinity is one."""
-    if not is_number(value) or not value >= 0 or (is_integer(value) and value >= LARGEST):
-        raise refused(where, value, "a number of at least 0")
+version = accept(
+    "1, the format that this version knows", lambda value: not isinstance(value, bool) and value == 1
+)
+text = accept("a string", lambda value: isinstance(value, str))
+flag = accept("true or false", lambda value: isinstance(value, bool))
+integer = accept(
+    "an integer between -2**62 and 2**62", lambda value: is_integer(value) and -LARGEST < value < LARGEST
+)
+count = accept(
+    "an integer of at least 0, below 2**62", lambda value: is_integer(value) and 0 <= value < LARGEST
+)
+number = accept(  # infinity is one
+    "a number of at least 0",
+    lambda value: is_number(value) and value >= 0 and not (is_integer(value) and value >= LARGEST),
+)
 
 
 def seconds(where: str, value: Any) -> None:
@@ -125,12 +117,8 @@ def seconds(where: str, value: Any) -> None:
 
 def choice(*allowed: str) -> Check:
     """Accept one of these strings."""
-
-    def check(where: str, value: Any) -> None:
-        if not isinstance(value, str) or value not in allowed:
-            raise refused(where, value, f"one of {', '.join(map(repr, allowed))}")
-
-    return check
+    expected = f"one of {', '.join(map(repr, allowed))}"
+    return accept(expected, lambda value: isinstance(value, str) and value in allowed)
 
 
 def optional(of: Check) -> Check:

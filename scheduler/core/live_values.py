@@ -1,13 +1,11 @@
-"""Bytes live in a step, value by value: the one account of a schedule's memory, which the referee keeps.
+"""The account of a schedule's memory, value by value; the referee keeps it.
 
-A value is a storage. What is live is the union of what boundaries and kept stages hold, a value that is
-recomputed being another copy of it; transients are the chain's. Autograd holds what it saved and no more: an
-output that no backward needs is released once the next stage has run, and a value that crosses several cuts
-is live once.
+A value is a storage. Live is the union of what boundaries and kept stages hold; a value that is recomputed is
+another copy of it; transients are the chain's. Autograd holds what it saved and no more: an output that no
+backward needs is released once the next stage has run, and a value that crosses several cuts is live once.
 
-In a chain that knows no more than sums every value is private to its stage. x_i is one value. The saved
-tensors of a kept stage are another, with the stage's output inside, so that they and the stage's input can go
-one without the other.
+In a chain of sums every value is private to its stage: x_i is one value, and the saved tensors of a kept
+stage, its output among them, are another, so that either can be released without the other.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ Copies = Collection[Copy]
 
 
 class LiveValues:
-    """What is live while a schedule is carried out, in bytes; the caller sees that each action is legal.
+    """Count the bytes live while a schedule is carried out; the caller sees that each action is legal.
 
     In a chain of sums x_i is value i, and the saved tensors of stage i are value ~i; each is live once at
     most.
@@ -41,6 +39,7 @@ class LiveValues:
     def __init__(self, chain: Chain) -> None:
         self.chain = chain
         length = len(chain)
+        self._last = length - 1
         self._private = not chain.values
         self._size: list[int] | dict[int, int] = {} if self._private else list(chain.values)
         self.live = self.during = self.early = 0
@@ -74,7 +73,7 @@ class LiveValues:
             self._making.setdefault(each.made, []).append(each.value)
             if each.freed is not None:
                 self._released[each.freed] += self._size[each.value]
-                last = length - 1 if each.last is None else each.last
+                last = self._last if each.last is None else each.last
                 self._leaving.setdefault(last, []).append(each.value)
             for reader in each.readers:
                 self._readers.setdefault(reader, []).append(each)
@@ -89,9 +88,9 @@ class LiveValues:
             option: that it is kept with; None if it is not kept.
             hold: whether its input is held from here on, if it is the working boundary.
             first: whether it runs for the first time.
-            again: whether it runs again just before its backward, so that its output is not made.
+            again: whether it is kept by a run again just before its backward, which makes no output.
         """
-        spec, last = self.chain.stages[stage], stage == len(self.chain) - 1
+        spec, last = self.chain.stages[stage], stage == self._last
         if self._working is not None and self._working[0] != stage:
             self._drop_working()
         if first and option != 0 and not self._private:
@@ -240,17 +239,17 @@ class LiveValues:
         others = {*self.chain.stages[stage].enters}
         made = {*self.chain.stages[stage].options[option].keeps, *self._enters(stage + 1)} - others
         made.difference_update(making)
-        if stage == len(self.chain) - 1:  # it runs once, and what it hands out is the only copy
+        if stage == self._last:  # it runs once, and what it hands out is the only copy
             others.update(making)
         live = sum(size[copy[0]] for copy in self._kept[stage] if copy[0] not in others)
         return sum(size[value] for value in made) - live
 
     def _carry(self, stage: int, *, whole: bool) -> None:
-        """Follow the first run of a stage.
+        """Follow the carried values in the first run of a stage.
 
-        Carried values stay until every stage has run (the executor's sweep hands them on), or until the
-        user's own code releases them. From then on they stay for stages whose backward needs them, or that
-        may have to run again: those that are not kept ``whole``.
+        They are held until every stage has run (the executor's sweep hands them on), or until the user's own
+        code releases them; from then on for stages whose backward needs them, or that may run again: those
+        that are not kept ``whole``.
         """
         for value in self._making.get(stage, ()):
             self._add(self._first[value])
@@ -262,8 +261,7 @@ class LiveValues:
             self._drop(self._first[value])
 
     def _enters(self, boundary: int) -> tuple[int, ...]:
-        stages = self.chain.stages
-        return stages[boundary].enters if boundary < len(stages) else ()
+        return self.chain.stages[boundary].enters if boundary <= self._last else ()
 
     def _inputs(self, stage: int) -> Copies:
         if self._working is not None:

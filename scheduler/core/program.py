@@ -1,9 +1,9 @@
-"""The replay program: what the executor runs, derived from a schedule. Inert data.
+"""Split a schedule into what an executor runs: the first sweep and the replay. Inert data.
 
-A training step has two parts. In the first sweep every stage runs once, in order, while autograd builds
-its graph; each stage's saved tensors are either kept or dropped. The replay then runs between the
-backwards of the stages: it advances without grad, holds and frees boundaries, and rebuilds dropped saved
-tensors just in time. Copies between device and host are part of both.
+In the first sweep every stage runs once, in order, while autograd builds its graph; each stage's saved
+tensors are either kept or dropped. The replay runs between the backwards of the stages: it advances without
+grad, holds and frees boundaries, and rebuilds dropped saved tensors just in time. Both copy between device
+and host.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class ReplayProgram:
                     f"ReplayProgram: {action} in the first sweep, expected a run of stage {len(kept)}; an executor "
                     "runs every stage once, in order, before anything else"
                 )
-            # The input of stage 0 is there, and that of a stage after a kept one lies in what that one saved.
+            # The input of stage 0 is live, and that of a stage after a kept one lies in what that one saved.
             there = not kept or kept[-1] is not None
             kept.append(action.option if isinstance(action, Keep) else None)
             if isinstance(action, Checkpoint) or (isinstance(action, Forward) and there):

@@ -1,33 +1,30 @@
-"""Schedules, and the one referee that judges them all.
+"""The one referee of schedules: what each action means for memory and time.
 
-A schedule is inert data: a tuple of actions. ``simulate`` is the only place that says what an action
-means for memory and time; no solver's own bookkeeping counts.
+No solver's own bookkeeping counts. The actions, for stage i with input x_i:
 
-The words, for stage i with input x_i:
-
-* ``Forward(i)`` is read as: run stage i without keeping its saved tensors; x_i goes unless it is held.
-* ``Checkpoint(i)`` is read as: run stage i without keeping its saved tensors, and hold on to x_i.
-* ``Keep(i, k)`` is read as: run stage i keeping what its option k keeps, and hold on to x_i. A run again just
-  before ``Backward(i)`` stops when all that is kept is there.
-* ``Backward(i)`` is read as: reverse stage i; its saved tensors, the gradient of x_{i+1} and a held
-  x_i are released; the gradient of x_i is live.
-* ``Free(i)`` is read as: release the held x_i before its stage is reversed.
+* ``Forward(i)``: run stage i without keeping its saved tensors; x_i is released unless it is held.
+* ``Checkpoint(i)``: run stage i without keeping its saved tensors, and hold x_i.
+* ``Keep(i, k)``: run stage i keeping what its option k keeps, and hold x_i. A run again just before
+  ``Backward(i)`` stops when all that is kept is live.
+* ``Backward(i)``: reverse stage i; its saved tensors, the gradient of x_{i+1} and a held x_i are released;
+  the gradient of x_i is live.
+* ``Free(i)``: release the held x_i before its stage is reversed.
 
 Memory rules. Live bytes are the chain's fixed bytes, held boundaries, kept saved tensors, the working
 boundary, the gradient that flows, and what the reversed stages retain (parameter gradients, long-lived
 values). x_{i+1} lies inside the saved tensors of a kept stage i and costs nothing on top. x_0 is held
 from the start. The gradient of x_L appears once stage L-1 has run.
 
-With a second memory, the host (``HostMemory``), there are words for copies between the two:
+With a second memory, the host (``HostMemory``), there are actions for copies between the two:
 
-* ``Offload(i)`` is read as: start to copy the held x_i to the host; the device copy stays.
-* ``Free(i)`` releases the device copy alone, ``FreeHost(i)`` of the one on the host.
-* ``Prefetch(i)`` is read as: claim the bytes of x_i on the device, start to copy it there, and hold it. It
-  comes from its own copy on the host, or else out of that of the saved tensors of stage i-1.
-* ``OffloadSaved(i)`` is read as: start to copy the saved tensors of the kept stage i to the host.
-* ``FreeSaved(i)`` is read as: release their device copy. x_{i+1}, which lies inside, stays and is held
-  until its stage is reversed, or until ``Free(i+1)``.
-* ``PrefetchSaved(i)`` is read as: claim their bytes on the device and start to copy them back.
+* ``Offload(i)``: start to copy the held x_i to the host; the device copy stays.
+* ``Free(i)``: release the device copy alone; ``FreeHost(i)``: release the one on the host.
+* ``Prefetch(i)``: claim the bytes of x_i on the device, start to copy it there, and hold it. It comes from
+  its own copy on the host, or else out of that of the saved tensors of stage i-1.
+* ``OffloadSaved(i)``: start to copy the saved tensors of the kept stage i to the host.
+* ``FreeSaved(i)``: release their device copy. x_{i+1}, which lies inside, stays held until its stage is
+  reversed, or until ``Free(i+1)``.
+* ``PrefetchSaved(i)``: claim their bytes on the device and start to copy them back.
 
 The device bytes of a copy being written stay until it is freed; those of a copy being read count from its
 prefetch on. ``Backward(i)`` releases what the host has of x_i and of the saved tensors of stage i. Copies
@@ -91,7 +88,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """What the referee saw.
+    """The referee's account of a schedule.
 
     Attributes:
         seconds: of the whole step.
@@ -129,6 +126,13 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemo
         IllegalAction: an action that cannot be carried out (one that the host has no room for among them), or
             something left over at the end.
         ValueError: the schedule copies to a host, and none is given.
+
+    Example:
+        >>> from rematplan import Backward, Chain, Checkpoint, Keep
+        >>> chain = Chain.from_arrays([1.0] * 2, [2.0] * 2, boundary=[10] * 3, saved=[50] * 2)
+        >>> line = simulate(chain, [Checkpoint(0), Keep(1), Backward(1), Keep(0), Backward(0)])
+        >>> line.seconds, line.peak, line.runs
+        (7.0, 90, (2, 1))
     """
     referee = Referee(chain, schedule, host)
     live: list[int] = []
@@ -145,7 +149,7 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemo
 
 
 class Referee:
-    """A step that is being carried out: which actions are legal, the clock, and the bytes by ``LiveValues``.
+    """Carry out a step: check that actions are legal, keep the clock, and count the bytes by ``LiveValues``.
 
     Args:
         chain, schedule, host: as for ``simulate``.
@@ -173,7 +177,7 @@ class Referee:
         self._to_reverse = len(chain) - 1
 
     def steps(self) -> Iterator[LiveValues]:
-        """Carry out the actions one by one; after each yield the one account, brought up to date."""
+        """Carry out the actions one by one; yield the account of bytes after each."""
         for index, action in enumerate(self.actions):
             self._index = index
             if isinstance(action, (Forward, Checkpoint, Keep)):
@@ -216,18 +220,18 @@ class Referee:
         if self.copies is not None:
             self.seconds = self.copies.use(self.seconds, *self._sources(i))
         first = not self.runs[i]
-        again = not first and self.actions[self._index + 1 : self._index + 2] == (Backward(i),)
         self.runs[i] += 1
         self.seconds += stage.forward
         hold = not isinstance(action, Forward)
         if hold and self._working == i:
             self._held.add(i)
-        option = None
+        option, again = None, False
         if isinstance(action, Keep):
             option = action.option
             if not 0 <= option < len(stage.options):
                 self._refuse(f"stage {i} has {len(stage.options)} options")
             self._kept[i] = option
+            again = not first and self.actions[self._index + 1 : self._index + 2] == (Backward(i),)
         # A second copy of a held boundary is released at once.
         self._working = None if option is not None or i + 1 in self._held else i + 1
         self.values.run(i, option, hold=hold, first=first, again=again)
@@ -263,10 +267,11 @@ class Referee:
         self.values.free(boundary)
 
     def _copy(self, action: CopyAction, copies: Copies) -> None:
-        saved = isinstance(action, (OffloadSaved, PrefetchSaved, FreeSaved))
-        i = action.stage if isinstance(action, (OffloadSaved, PrefetchSaved, FreeSaved)) else action.boundary
+        if saved := isinstance(action, (OffloadSaved, PrefetchSaved, FreeSaved)):
+            i, what = action.stage, f"the saved tensors of stage {action.stage}"
+        else:
+            i, what = action.boundary, f"x_{action.boundary}"
         item: Item = ("saved" if saved else "boundary", i)
-        what = f"the saved tensors of stage {i}" if saved else f"x_{i}"
         if isinstance(action, (Offload, OffloadSaved)):
             if i not in (self._kept if saved else self._held):
                 self._refuse(f"{what} {'are not on the device' if saved else 'is not held'}")
@@ -314,8 +319,8 @@ class Referee:
         self.seconds = copies.read(self.seconds, item, self._bytes_of(item), source)
 
     def _checked_stage(self, i: int) -> int:
-        if not 0 <= i < len(self.chain):
-            self._refuse(f"there is no such stage; stages are 0..{len(self.chain) - 1}")
+        if not 0 <= i < len(self.runs):
+            self._refuse(f"there is no such stage; stages are 0..{len(self.runs) - 1}")
         return i
 
     def _sources(self, i: int) -> list[Item]:
@@ -325,8 +330,6 @@ class Referee:
 
     def _bytes_of(self, item: Item) -> int:
         what, i = item
-        return (
-            self.chain.input_bytes(i)
-            if what == "boundary"
-            else self.chain.stages[i].options[self._kept[i]].saved
-        )
+        if what == "boundary":
+            return self.chain.input_bytes(i)
+        return self.chain.stages[i].options[self._kept[i]].saved

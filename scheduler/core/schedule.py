@@ -1,4 +1,4 @@
-"""The words of a schedule, as inert data. ``referee.py`` says what each of them means."""
+"""The actions of a schedule, as inert data; ``referee.py`` defines what each of them means."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ COPY_ACTIONS = (Offload, Prefetch, FreeHost, OffloadSaved, PrefetchSaved, FreeSa
 
 def has_copies(actions: Iterable[Action]) -> bool:
     """Whether any of the actions copies between device and host."""
-    return any(isinstance(action, COPY_ACTIONS) for action in actions)
+    return not frozenset(COPY_ACTIONS).isdisjoint(map(type, actions))
 
 
 _KINDS: dict[str, type] = {
@@ -155,7 +155,7 @@ class IllegalAction(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """What is run, held, kept and reversed, in order. Legality is the referee's business."""
+    """The actions of a training step, in order; ``simulate`` judges whether they are legal."""
 
     actions: tuple[Action, ...]
 
@@ -172,11 +172,8 @@ class Schedule:
         return iter(self.actions)
 
     def to_json(self) -> dict[str, Any]:
-        """The schedule as JSON-ready data: ``["keep", 3, 0]`` is ``Keep(3, 0)``."""
-        rows: list[list[Any]] = []
-        for action in self.actions:
-            fields = [getattr(action, slot) for slot in action.__slots__]
-            rows.append([_NAMES[type(action)], *fields])
+        """Return the schedule as JSON-ready data: ``["keep", 3, 0]`` is ``Keep(3, 0)``."""
+        rows = [[_NAMES[type(each)], *(getattr(each, slot) for slot in each.__slots__)] for each in self]
         return {"format": SCHEDULE_FORMAT, "actions": rows}
 
     @classmethod

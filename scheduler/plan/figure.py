@@ -1,8 +1,8 @@
-"""A memory timeline drawn with matplotlib: live bytes over the actions of a schedule, stacked by category."""
+"""Draw a memory timeline with matplotlib: live bytes over a schedule's actions, stacked by category."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -30,10 +30,8 @@ COLORS = {
 
 def _places(points: Sequence[Point]) -> list[float]:
     """Place each point on the axis of actions: those of one action are spread evenly over it."""
-    amount: dict[int, int] = defaultdict(int)
-    for point in points:
-        amount[point.action] += 1
-    passed: dict[int, int] = defaultdict(int)
+    amount = Counter(point.action for point in points)
+    passed: Counter[int] = Counter()
     places = []
     for point in points:
         places.append(point.action + passed[point.action] / amount[point.action])

@@ -1,6 +1,6 @@
 """The kinds of capture, by name: what makes each, and what a plan may say of it.
 
-No torch here: a plan is read and judged without it. What needs it is loaded when a model is captured.
+Torch-free, so that a plan is read and judged without torch; a producer is loaded when a model is captured.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Kind:
 
 
 def _check_graph(_: Chain, record: CaptureRecord) -> None:
-    """Refuse a record of a graph whose cuts, or ops that run again, are not places of ops, or that names modules.
+    """Refuse a graph whose cuts, or ops that run again, are not places of ops, or that names modules.
 
     Raises:
         ValueError: names the field, what was got and what was expected.

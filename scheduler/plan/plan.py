@@ -1,4 +1,4 @@
-"""The plan: a chain, a schedule for it, and where both come from."""
+"""The plan: a chain, a schedule for it, and the origin of both."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ALIVE = ("parameters", "existing gradients", "buffers", "inputs", "workspaces")
 
 @dataclass(frozen=True)
 class Plan:
-    """What to keep, what to recompute, and what that costs. Made by ``solve``, run by ``execute``.
+    """A schedule for a model and its predicted cost; ``solve`` makes it, ``execute`` runs it.
 
     Attributes:
         chain: the model's costs.
@@ -85,7 +85,7 @@ class Plan:
 
     @cached_property
     def timeline(self) -> Timeline:
-        """What the referee says of the schedule."""
+        """The referee's account of the schedule."""
         return simulate(self.chain, self.schedule, self.host)
 
     @cached_property
@@ -95,10 +95,9 @@ class Plan:
 
     @cached_property
     def plain(self) -> Timeline:
-        """What the referee says of the plain step, which keeps everything."""
-        count = len(self.chain)
-        keep = [Keep(i) for i in range(count)]
-        return simulate(self.chain, Schedule((*keep, *(Backward(i) for i in reversed(range(count))))))
+        """The referee's account of the plain step, which keeps everything."""
+        stages = range(len(self.chain))
+        return simulate(self.chain, Schedule((*map(Keep, stages), *map(Backward, reversed(stages)))))
 
     @property
     def predicted_peak(self) -> int:
@@ -139,15 +138,10 @@ class Plan:
             raise ValueError(
                 f"Plan.within: solver={solver!r} makes schedules that executors cannot follow; choose another solver"
             )
-        schedule = solve_chain(self.chain, budget, solver, **parameters)
-        host = parameters.get("host")
+        schedule, host = solve_chain(self.chain, budget, solver, **parameters), parameters.get("host")
+        given = dict(parameters)
         return replace(
-            self,
-            memory_budget=budget,
-            schedule=schedule,
-            solver=solver,
-            host=host,
-            parameters=dict(parameters),
+            self, memory_budget=budget, schedule=schedule, solver=solver, host=host, parameters=given
         )
 
     def _device_bytes(self) -> int:
@@ -245,18 +239,9 @@ class Plan:
             record, solver = CaptureRecord(**data["capture"]), data["solver"]
             host = None if data.get("host") is None else HostMemory(**data["host"])
             check_parts(chain, schedule, record, solver, host)
-            return cls(
-                chain=chain,
-                schedule=schedule,
-                memory_budget=data["memory_budget"],
-                solver=solver,
-                costs=data["costs"],
-                capture=record,
-                resident=dict(data["resident"]),
-                optimizer_step=data.get("optimizer_step", 0),
-                host=host,
-                torch_version=data["torch_version"],
-            )
+            plain = {name: value for name, value in data.items() if name != "format"}
+            parts = {"chain": chain, "schedule": schedule, "capture": record, "host": host}
+            return cls(**{**plain, **parts, "resident": dict(data["resident"])})
         except ValueError as error:
             raise ValueError(
                 f"Plan.from_json: not a plan: {error}; make the plan again with solve(), and save it with Plan.save"

@@ -1,7 +1,7 @@
-"""The check of plan files: the type and range of every field, and what its parts must agree on.
+"""Check plan files: the type and range of every field, and what the parts must agree on.
 
-A plan file is data that anybody may have written. Nothing of it is taken before it has been compared with
-this; what only the model can tell is compared when the plan meets the model (``executors/recapture.py``).
+Anybody may have written a plan file: nothing of it is used before this check. What only the model can tell is
+compared when the plan meets the model (``executors/recapture.py``).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from rematplan.scheduler.core.chain import CHAIN, Chain
 from rematplan.scheduler.core.checks import is_integer
 from rematplan.scheduler.core.json_data import (
+    accept,
     anything,
     choice,
     count,
@@ -63,11 +64,6 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{os.fspath(path)} is not JSON: {error}") from error
 
 
-def _budget(where: str, value: Any) -> None:
-    if not is_integer(value) or not 0 < value < 2**63:
-        raise refused(where, value, "an integer in 1 .. 2**63 - 1 (bytes)")
-
-
 def _bandwidth(where: str, value: Any) -> None:
     number(where, value)
     if not value:
@@ -82,6 +78,9 @@ def _resident(where: str, value: Any) -> None:
         count(f"{where}[{shown(name)}]", size)
 
 
+_BUDGET = accept(
+    "an integer in 1 .. 2**63 - 1 (bytes)", lambda value: is_integer(value) and 0 < value < 2**63
+)
 _HOST = objects(
     {"capacity": count, "write_bandwidth": _bandwidth, "read_bandwidth": _bandwidth},
     {"latency": seconds, "asynchronous": flag},
@@ -89,7 +88,7 @@ _HOST = objects(
 _PLAN = objects(
     {
         "format": version,
-        "memory_budget": _budget,
+        "memory_budget": _BUDGET,
         "solver": text,
         "costs": choice("measure", "roofline"),
         "torch_version": text,

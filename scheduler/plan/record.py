@@ -1,4 +1,4 @@
-"""How a model was captured, as data: what a plan file says of it, and its check."""
+"""Record how a model was captured, as data in a plan file, and check that data."""
 
 from __future__ import annotations
 
@@ -121,14 +121,7 @@ def _kind(where: str, value: Any) -> None:
 
 _CUT = tuples(choice(*REASONS), count, count, count, count, text)
 RECORD = objects(
-    {
-        "kind": _kind,
-        "reason": text,
-        "device": text,
-        "structure": text,
-        "leaves": _leaves,
-        "model": text,
-    },
+    {"kind": _kind, "reason": text, "device": text, "structure": text, "leaves": _leaves, "model": text},
     {
         "graph": text,
         "cuts": rows(count),

@@ -1,4 +1,4 @@
-"""A memory timeline in the form of ``torch.cuda.memory._snapshot()``, for https://pytorch.org/memory_viz."""
+"""Write a memory timeline as ``torch.cuda.memory._snapshot()`` does, for https://pytorch.org/memory_viz."""
 
 from __future__ import annotations
 
@@ -116,9 +116,5 @@ def _segment(timeline: MemoryTimeline, last: dict[int, Block], addresses: _Addre
 def _frames(timeline: MemoryTimeline, block: Block) -> list[dict[str, Any]]:
     """Return the op, category and action in the place of a Python stack, innermost first."""
     point = timeline.points[block.begin]
-    rows = (
-        (block.name, "op"),
-        (block.category, "category"),
-        (timeline.actions[point.action], "schedule"),
-    )
+    rows = ((block.name, "op"), (block.category, "category"), (timeline.actions[point.action], "schedule"))
     return [{"filename": file, "line": point.action, "name": name} for name, file in rows]

@@ -1,4 +1,4 @@
-"""A plan as text: the cost table of its stages, and the ops of one stage."""
+"""Write a plan as text: the cost table of its stages, and the ops of one stage."""
 
 from __future__ import annotations
 

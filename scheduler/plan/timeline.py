@@ -1,4 +1,4 @@
-"""A step's live bytes over time, by category: as a plan predicts it, or as it was observed. Inert data.
+"""Split a step's live bytes over time by category, as predicted by a plan or as observed. Inert data.
 
 ``MemoryTimeline.of(plan)`` is the prediction, the referee's account split by category, action by action;
 ``rematplan.rehearse`` makes the observed one. Both can be drawn, written as JSON, and written as a snapshot.
@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -125,15 +126,7 @@ class MemoryTimeline:
         for block in self.blocks:
             changes[block.category][block.begin] += block.size
             changes[block.category][block.end] -= block.size
-        result = {}
-        for category in CATEGORIES:
-            if category in changes:
-                live, series = 0, []
-                for change in changes[category][:-1]:
-                    live += change
-                    series.append(live)
-                result[category] = tuple(series)
-        return result
+        return {name: tuple(accumulate(changes[name][:-1])) for name in CATEGORIES if name in changes}
 
     @cached_property
     def live(self) -> tuple[int, ...]:
@@ -228,7 +221,7 @@ def category_of(part: str) -> str:
 
 
 class _Ledger:
-    """Blocks as they come and go, by a key of one's own."""
+    """Blocks that begin and end, by key."""
 
     def __init__(self) -> None:
         self.open: dict[Any, tuple[Part, int]] = {}
@@ -237,14 +230,14 @@ class _Ledger:
         self.total = 0
 
     def put(self, key: Any, part: Part) -> None:
-        """Let the key stand for this part from now on; what it stood for before goes."""
+        """Begin a block of this part under the key, in the place of the one before."""
         self.drop(key)
         if part[1]:
             self.open[key] = part, self.now
             self.total += part[1]
 
     def drop(self, key: Any) -> None:
-        """Let the bytes of the key go."""
+        """End the block of the key."""
         if key in self.open:
             (category, size, name), begin = self.open.pop(key)
             self.total -= size
@@ -252,7 +245,7 @@ class _Ledger:
                 self.blocks.append(Block(name or category, category, size, begin, self.now))
 
     def update(self, before: Parts, after: Parts) -> None:
-        """Let ``after`` take the place of ``before``."""
+        """Replace the parts ``before`` by ``after``."""
         for key in before.keys() - after.keys():
             self.drop(key)
         for key, part in after.items():

@@ -1,4 +1,4 @@
-"""Why the stages of a plan begin where they do, as data and in words."""
+"""Record why the stages of a plan begin where they do, and say it in words."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ REASONS = {
     "given": "repeated from an earlier capture",
 }
 # Why a gap that could have been a cut is none.
-LEFT_OUT = {
-    "dip": "dips among many live values",
-    "small": "beside stages too small to matter",
-}
+LEFT_OUT = {"dip": "dips among many live values", "small": "beside stages too small to matter"}
 
 
 class Cut(NamedTuple):

@@ -48,7 +48,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Solver:
-    """A solver and what it can do.
+    """A solver and its properties.
 
     Attributes:
         name: its key in SOLVERS.
@@ -59,7 +59,7 @@ class Solver:
         options: whether it chooses among a stage's options; others keep all or nothing.
         two_level: whether it uses a second memory.
         parameters: names of the keyword arguments that its ``solve`` takes.
-        required: those of them that it cannot do without.
+        required: those of them without a default.
         most_stages: stages of the longest chain that it takes; 0 if any length will do.
         executable: whether executors can follow its schedules. They cannot release what autograd holds
             unless it is on the host.
@@ -102,12 +102,7 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
             Solver("keep_all", keep_all.solve, "the plain step"),
             Solver("chen", chen.solve, "segments of nearly equal bytes, inputs held"),
             Solver("recursive", recursive.solve, "segments within segments, k boundaries each"),
-            Solver(
-                "periodic",
-                periodic.solve,
-                "a checkpoint every k stages",
-                parameters=("every",),
-            ),
+            Solver("periodic", periodic.solve, "a checkpoint every k stages", parameters=("every",)),
             Solver(
                 "selective",
                 selective.solve,
@@ -194,6 +189,12 @@ def solve_chain(
             it, or too large (sums of its sizes or seconds overflow).
         InfeasibleBudget: no schedule of this solver fits (the smallest of the budgets); ``smallest`` says
             what would.
+
+    Example:
+        >>> from rematplan import Chain, simulate
+        >>> chain = Chain.from_arrays([1.0] * 4, [2.0] * 4, boundary=[10] * 5, saved=[50] * 4)
+        >>> simulate(chain, solve_chain(chain, 150)).seconds
+        14.0
     """
     checked_chain("solve_chain", chain)
     several = isinstance(memory_budget, Sequence) and not isinstance(memory_budget, str)

@@ -1,9 +1,9 @@
-"""Persistent schedules priced in compiled code, for solvers that choose among many ready-made ones.
+"""Price persistent schedules in compiled code, for solvers that choose among many ready-made ones.
 
-A *tree* is a persistent schedule of L stages that keeps option 0, written as the decisions of
-``persistent.py`` in the order in which ``build`` asks for them: 0 keeps the first stage of the segment, j
-splits the segment at j. Pricing one takes some nanoseconds an action, where the referee takes a
-microsecond. The referee judges what is chosen all the same.
+A *tree* is a persistent schedule of L stages that keeps option 0: the decisions that ``persistent.build``
+asks for, in its order. 0 keeps the first stage of the segment, j splits the segment at j. Pricing one takes
+some nanoseconds an action, where the referee takes microseconds; the referee judges what is chosen all the
+same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.errors import InfeasibleBudget
 from rematplan.scheduler.core.referee import Schedule
 from rematplan.scheduler.solvers.optimal_peaks import Floats, Ints, arrays_of, compiled
-from rematplan.scheduler.solvers.persistent import Decision, KeepStage, Split, build, run_ends
+from rematplan.scheduler.solvers.persistent import build, run_ends
 
 __all__ = ["fastest_fit", "schedule_of", "segment_tree", "trees_by_runs"]
 
@@ -30,6 +30,7 @@ class Costs(NamedTuple):
     boundary: Ints  # (L + 1,) bytes of x_i
     running: Ints  # (L,) bytes above the held ones and x_i while stage i runs and is not kept
     keeping: Ints  # (L,) bytes above the held ones while stage i runs and is kept
+    rerunning: Ints  # (L,) the same just before its backward, where that is more
     reversing: Ints  # (L,) bytes above the held ones while stage i is reversed
     first: Ints  # (L,) fixed and long-lived bytes while stage i runs for the first time
     later: Ints  # (L,) the same once stages i+1.. are reversed, with the gradient of x_{i+1}
@@ -45,6 +46,7 @@ def _costs(chain: Chain, solver: str) -> Costs:
         boundary=a.boundary,
         running=a.running,
         keeping=saved + a.forward_overhead[:, 0],
+        rerunning=saved + np.maximum(a.forward_overhead, a.rerun_overhead)[:, 0],
         reversing=saved + later + a.grad[:-1] + a.backward_overhead[:, 0],
         first=a.first + a.after[-1],
         later=later,
@@ -67,7 +69,8 @@ def _price(c: Costs, tree: Ints) -> tuple[float, int]:
             runs[s] += 1
             # The first run of a stage is before any backward: no gradient yet, and long-lived bytes so far.
             base = c.first[s] if new else c.later[t]
-            peak = max(peak, held + base + c.keeping[s], held + c.reversing[s])
+            keeping = c.rerunning[s] if s == t and not new else c.keeping[s]
+            peak = max(peak, held + base + keeping, held + c.reversing[s])
             if s < t:
                 stack[depth] = s + 1, t, held + c.kept[s], new
                 depth += 1
@@ -89,12 +92,8 @@ def _price(c: Costs, tree: Ints) -> tuple[float, int]:
 
 def schedule_of(tree: Ints, length: int) -> Schedule:
     """Return the schedule of ``length`` stages that the tree describes."""
-    nodes = iter(tree.tolist())
-
-    def decision(at: int) -> Decision[None]:
-        return Split(at, None, None) if at else KeepStage(0, None)
-
-    return build(length, lambda s, t, _: decision(next(nodes)), None)
+    decisions = ((-1 if at else 0, at) for at in tree.tolist())
+    return build(length, lambda s, t: next(decisions))
 
 
 @compiled
@@ -127,23 +126,22 @@ def trees_by_runs(
     Stages that may run only once are kept; the inputs of the runs between them are held. One tree is made
     for each of ``numbers(length of the longest run)``.
     """
-    ends = run_ends(chain)
+    recomputable = [stage.recomputable for stage in chain.stages]
+    ends = run_ends(recomputable)
     head: list[int] = []
     runs: list[tuple[int, int]] = []  # first stage and length
     s = 0
     while s < len(chain):
-        if chain.stages[s].recomputable:
-            runs.append((s, ends[s] + 1 - s))
-            if ends[s] + 1 < len(chain):
-                head.append(ends[s] + 1)
-        else:
+        after = ends[s] + 1
+        if not recomputable[s]:
             head.append(0)
-        s = ends[s] + 1
+        else:
+            runs.insert(0, (s, after - s))  # the last one is at work first
+            head += [after] if after < len(chain) else []
+        s = after
     for number in numbers(max((length for _, length in runs), default=1)):
-        inside = [
-            (start, subtree(length, number)) for start, length in reversed(runs)
-        ]  # the last one is at work first
-        shifted = [np.where(tree > 0, tree + start, 0) for start, tree in inside]
+        inside = ((start, subtree(length, number)) for start, length in runs)
+        shifted = (np.where(tree > 0, tree + start, 0) for start, tree in inside)
         yield np.concatenate([np.array(head, np.int64), *shifted])
 
 

@@ -1,4 +1,4 @@
-"""What solvers ask of their arguments: numbers in range, chains whose sums do not overflow."""
+"""Check the arguments of solvers: numbers in range, chains whose sums do not overflow."""
 
 from __future__ import annotations
 

@@ -1,21 +1,19 @@
-"""Segments of nearly equal bytes, of which only the inputs are held (Chen, Xu, Zhang & Guestrin 2016).
+"""Hold the inputs of segments of nearly equal bytes (Chen, Xu, Zhang & Guestrin 2016).
 
 Source: *Training Deep Nets with Sublinear Memory Cost*, arXiv:1604.06174, Algorithm 3 (memory planning with
-budget). Stages are gathered into a segment until what they save exceeds b bytes; there the segment is
-cut, and the next one begins. The last segment is kept as it runs; of every other one only the input is
-held, and it is run again, keeping all, when it is its turn to be reversed.
+budget). Stages are gathered into a segment until what they save exceeds b bytes; there the next one begins.
+The last segment is kept as it runs; every other one is run again, keeping all, when it is reversed.
 
-The paper tries a few b around the square root of the bytes held times the bytes of the largest segment.
-Here every b that makes a difference is tried: as b grows from segments of one stage, the cuts change next
-where b reaches the bytes of the smallest segment that was cut, so that b is taken from one such value to
-the next, up to the plain step (one segment).
+The paper tries a few b around the square root of the bytes held times the bytes of the largest segment. Here
+every b that makes a difference is tried: as b grows from segments of one stage, the cuts change next where b
+reaches the bytes of the smallest segment that was cut, up to the plain step (one segment).
 
-What is claimed: the schedule is the fastest of those that Algorithm 3 gives for any b whatever, and
+Claim: the schedule is the fastest of those that Algorithm 3 gives for any b whatever, and
 ``InfeasibleBudget.smallest`` is the least of their peaks; all by the referee's rules, transients included.
-It is not the fastest schedule of segments: the greedy rule knows no seconds. There are at most
-L·(L + 1)/2 values of b, in practice far fewer, and each takes time proportional to L.
+It is not the fastest schedule of segments: the greedy rule knows no seconds. There are at most L·(L + 1)/2
+values of b, in practice far fewer, and each takes time proportional to L.
 
-Where stages may run only once they are kept, and segments end before them.
+Stages that may run only once are kept, and segments end before them.
 """
 
 from __future__ import annotations
@@ -56,22 +54,18 @@ def cut(saved: Ints, runs: Ints, limit: int, ends: Ints) -> int:
 def _trees(chain: Chain) -> Iterator[Ints]:
     """Yield the tree of every b, from the smallest segments to the largest."""
     saved = np.array([stage.options[0].saved for stage in chain.stages], np.int64)
-    once = np.array([not stage.recomputable for stage in chain.stages])
-    runs = np.array(run_ends(chain), np.int64)
+    again = np.array([stage.recomputable for stage in chain.stages])
+    runs = np.array(run_ends(again.tolist()), np.int64)
     ends = np.empty(len(chain), np.int64)
-    limit: int | None = -1  # every segment exceeds it
-    while limit is not None:
-        following = cut(saved, runs, limit, ends)
-        again = np.where(once | (ends == len(chain) - 1), 0, 1)
-        yield segment_tree(ends, again)
-        limit = following if following >= 0 else None
+    limit, more = -1, True  # every segment exceeds -1
+    while more:
+        limit = cut(saved, runs, limit, ends)
+        yield segment_tree(ends, np.where(again & (ends < len(chain) - 1), 1, 0))
+        more = limit >= 0
 
 
 def solve(chain: Chain, memory_budget: int) -> Schedule:
-    """Return the fastest schedule of Algorithm 3, over all b, that fits.
-
-    Args:
-        memory_budget: bytes.
+    """Return the fastest schedule of Algorithm 3, over all b, within ``memory_budget`` bytes.
 
     Raises:
         InfeasibleBudget: none fits.

@@ -1,4 +1,4 @@
-"""Every solver at every budget, side by side."""
+"""Compare every solver at every budget."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Cell", "Comparison", "compare"]
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What one solver gives at one budget.
+    """The outcome of one solver at one budget.
 
     Attributes:
         seconds: of a step, by the referee; None if no schedule of the solver fits.
@@ -96,6 +96,12 @@ def compare(
         TypeError, ValueError: as ``solve_chain``, for budgets, values of parameters, and solvers that are
             asked for by name.
         SearchLimit: a solver that is asked for by name gives up.
+
+    Example:
+        >>> from rematplan import Chain
+        >>> chain = Chain.from_arrays([1.0] * 4, [2.0] * 4, boundary=[10] * 5, saved=[50] * 4)
+        >>> round(compare(chain, [150], ["optimal", "sqrt"]).overhead("optimal", 0), 3)
+        0.167
     """
     checked_chain("compare", chain)
     if not isinstance(memory_budgets, Iterable) or isinstance(memory_budgets, str):

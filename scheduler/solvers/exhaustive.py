@@ -1,9 +1,8 @@
-"""The fastest of all schedules, persistent or not, of a short chain: A* over the referee's states.
+"""Find the fastest of all schedules of a short chain, persistent or not: A* over the referee's states.
 
 Source: Hart, Nilsson & Raphael 1968, *A formal basis for the heuristic determination of minimum cost paths*,
 doi:10.1109/TSSC.1968.300136. The class that it is held against, persistent schedules: arXiv:1911.13214.
-
-A schedule that is not persistent wins, as a rule, by keeping a stage and letting that stage's input go: the
+A schedule that is not persistent wins, as a rule, by keeping a stage and releasing that stage's input: the
 runs that bring the input back for the backward also keep the stages before it.
 
 A state is what the referee holds: the stages left to reverse, the held boundaries (x_0 always), the option of
@@ -11,23 +10,22 @@ each kept stage, the working boundary, and the stages run so far. Three rules sh
 nothing:
 
 1. ``Checkpoint`` stands in for ``Forward``: both need the same bytes while they run, and ``Free`` undoes the
-   difference. So every boundary that a run leaves behind is held until its bytes are needed: an action over
-   the budget is tried after each smallest set of ``Free`` that lets it fit, and ``Free`` is tried nowhere
-   else.
-2. A backward that fits, and leaves no more bytes than it found, is done at once: whatever was to come before
-   it fits after it as well.
-3. A stage is not run where its output is there, unless that is the only way to hold its input.
+   difference. So a boundary that a run leaves behind is held until its bytes are needed: an action over the
+   budget is tried after each smallest set of ``Free`` that lets it fit, and ``Free`` is tried nowhere else.
+2. A backward that fits, and leaves no more bytes than it found, is done at once: what was to come before it
+   fits after it as well.
+3. A stage is not run while its output is live, unless that is the only way to hold its input.
 
-The heuristic never exceeds the seconds that are left: each backward; one run of each stage that is not
-kept; and what memory forces on top. Take stages s..j such that none is kept, x_s is there and x_{s+1}..x_j
-are not. Each of them runs before j is reversed, and those that are not kept at that moment run again
-later. Which of them can be kept then is a knapsack, solved once for every s, j and room (``_knapsacks``).
-Such runs of stages are disjoint, so their extra seconds add up.
+The heuristic never exceeds the seconds that are left: each backward, one run of each stage that is not kept,
+and what memory forces on top. Take stages s..j such that none is kept, x_s is live and x_{s+1}..x_j are not.
+Each runs before j is reversed, and those not kept at that moment run again later. Which of them can be kept
+then is a knapsack, solved once for every s, j and room (``_knapsacks``). Such runs of stages are disjoint, so
+their extra seconds add up.
 
-What is claimed: the schedule returned is the fastest of all that the referee calls legal and within the
-budget (to rounding of seconds, 1e-12 of the step), and ``InfeasibleBudget.smallest`` is the least peak of any
-of them. Where no schedule beats the fastest persistent one, that one is returned. The number of states grows
-exponentially with the stages: past ``states`` of them the search is given up with an error.
+Claim: the schedule is the fastest of all that the referee calls legal and within the budget (to rounding of
+seconds, 1e-12 of the step), and ``InfeasibleBudget.smallest`` is the least peak of any. Where no schedule
+beats the fastest persistent one, that one is returned. The number of states grows exponentially with the
+stages: past ``states`` of them the search is given up with an error.
 """
 
 from __future__ import annotations

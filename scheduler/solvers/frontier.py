@@ -1,8 +1,8 @@
-"""The whole frontier of seconds against bytes, of persistent schedules, from one table.
+"""Find the frontier of seconds against bytes, of persistent schedules, from one table of ``optimal.py``.
 
-The tables of ``optimal.py`` answer every budget. Starting from the schedule that keeps everything, each next
-budget is one byte (or one ``step``) below the peak of the schedule found last: so no budget is tried at which
-nothing changes, and where the grid is exact no point of the frontier is missed.
+From the schedule that keeps everything on, each next budget is one byte (or one ``step``) below the peak of
+the schedule found last: no budget is tried at which nothing changes, and where the grid is exact no point of
+the frontier is missed.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Frontier:
 
 
 def pareto(chain: Chain, step: int | None = None) -> Frontier:
-    """Return all persistent schedules worth having: the least seconds for every budget, from one table.
+    """Return the persistent schedules of least seconds for every budget, from one table.
 
     Args:
         chain: what each stage costs.
@@ -112,6 +112,12 @@ def pareto(chain: Chain, step: int | None = None) -> Frontier:
     Raises:
         TypeError, ValueError: ``step`` is no int of at least 1, or the chain is too large (see
             ``solve_optimal``).
+
+    Example:
+        >>> from rematplan import Chain
+        >>> chain = Chain.from_arrays([1.0] * 4, [2.0] * 4, boundary=[10] * 5, saved=[50] * 4)
+        >>> [(point.peak, point.seconds) for point in pareto(chain)][:2]
+        [(90, 18.0), (100, 16.0)]
     """
     return Frontier(
         checked_chain("pareto", chain), None if step is None else checked_count("pareto", "step", step)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.referee import Schedule
-from rematplan.scheduler.solvers.persistent import KeepStage, build, first_fit
+from rematplan.scheduler.solvers.persistent import build, first_fit
 
 __all__ = ["solve"]
 
 
 def solve(chain: Chain, memory_budget: int) -> Schedule:
-    """Run every stage once, keeping all its saved tensors (option 0).
-
-    Args:
-        memory_budget: bytes.
+    """Run every stage once, keeping all its saved tensors (option 0), within ``memory_budget`` bytes.
 
     Raises:
         InfeasibleBudget: the plain step does not fit.
     """
-    schedule = build(len(chain), lambda s, t, state: KeepStage(0, state), None)
-    return first_fit(chain, memory_budget, [schedule], "keep_all")
+    return first_fit(chain, memory_budget, [build(len(chain), lambda s, t: (0, 0))], "keep_all")

@@ -1,12 +1,12 @@
-"""A lower bound on the seconds of any schedule, by a knapsack at the first backward.
+"""Bound from below the seconds of any schedule, by a knapsack at the first backward.
 
-When ``Backward(L-1)`` runs, every stage whose saved tensors are not there must run forward once more. Which
+When ``Backward(L-1)`` runs, every stage whose saved tensors are not live must run forward once more. Which
 stages are kept, and with which option, is a multiple-choice knapsack with the budget as its capacity; its
 linear relaxation is solved for every budget at once by taking the steps of each stage's lower convex hull in
 order of the seconds they spare per byte (Sinha & Zoltners 1979, *The multiple-choice knapsack problem*,
 Operations Research 27(3), https://doi.org/10.1287/opre.27.3.503).
 
-It holds for schedules of every class, costs nothing, and is tight where no stage runs a third time.
+It holds for schedules of every class, and is tight where no stage runs a third time.
 """
 
 from __future__ import annotations

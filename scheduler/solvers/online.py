@@ -1,4 +1,4 @@
-"""Binomial checkpointing of a loop whose number of steps is not known before it ends.
+"""Checkpoint a loop whose number of steps is not known before it ends.
 
 The problem is that of Stumm & Walther 2010, *New algorithms for optimal online checkpointing*, SIAM Journal
 on Scientific Computing 32(2), https://doi.org/10.1137/080742439: c slots, x_0 in one of them; before each
@@ -6,15 +6,15 @@ step its input may be held, in the place of another; when the loop has ended aft
 reversed from what is held. The loop runs its last step before it knows that it was the last, so that the
 count is that of two phases (``revolve_counts.py``).
 
-Backward. With s_1 .. s_c steps between the boundaries held, 2n + sum of p(s_j, c - j + 1) steps run: each
-gap is reversed by Revolve, with all slots but those of the boundaries before it. No schedule does with
-fewer that keeps one step at a time and gives up no held boundary before its turn. (To give some up would
-help only from a much worse placement; with the placement below it never did, n up to 600 and c up to 10.)
+Backward. With s_1 .. s_c steps between the boundaries held, 2n + sum of p(s_j, c - j + 1) steps run: each gap
+is reversed by Revolve, with all slots but those of the boundaries before it. No schedule that keeps one step
+at a time and gives up no held boundary before its turn runs fewer. (Giving some up would help only from a
+much worse placement; with the placement below it never did, n up to 600 and c up to 10.)
 
 Placement. Before each step: whatever is held if the loop ends right after it at the least count, of holding
 the input of the step in the place of any other, or not at all; ties go to the place of the earliest.
 
-What is claimed:
+Claims:
 
 * up to n = C(c + 2, 2) steps no online or offline schedule has a lower count (checked for all n and all c
   up to 64; the bound that Stumm & Walther prove for their Algorithm 1). Beyond that no online placement can
@@ -25,8 +25,8 @@ What is claimed:
   Iaccarino 2009 (https://doi.org/10.1137/080727890) are other answers there, by rules instead of counts.
 * not claimed: the least possible ratio to the offline optimum for all n.
 
-A step takes constant time, except where the placement is looked at, every r steps at most (r: the
-repetitions that the offline optimum needs): that takes time proportional to c.
+A step takes constant time, except where the placement is looked at, every r steps at most (r: the repetitions
+that the offline optimum needs): that takes time proportional to c.
 """
 
 from __future__ import annotations
@@ -66,6 +66,11 @@ class OnlineRevolve:
 
     Raises:
         TypeError, ValueError: ``slots`` is no int, or below 1.
+
+    Example:
+        >>> loop = OnlineRevolve(slots=2)
+        >>> [loop.step() for _ in range(2)]
+        [(Checkpoint(stage=0),), (Checkpoint(stage=1),)]
     """
 
     def __init__(self, slots: int) -> None:

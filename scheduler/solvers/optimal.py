@@ -1,9 +1,9 @@
-"""The fastest persistent schedule, with options; its peaks exact in bytes.
+"""Find the fastest persistent schedule, with options; its peaks are exact in bytes.
 
 Source: Herrmann, Beaumont, Eyraud-Dubois, Hermann, Joly & Shilova 2019, *Optimal checkpointing for
-heterogeneous chains: how to train deep neural networks with limited memory*, arXiv:1911.13214,
-Theorem 1. Generalised to several options a stage, to parameter gradients and long-lived values that
-appear as the step goes, to stages that may run only once, and to transients of any size.
+heterogeneous chains: how to train deep neural networks with limited memory*, arXiv:1911.13214, Theorem 1.
+Generalised to several options a stage, to parameter gradients and long-lived values that appear as the step
+goes, to stages that may run only once, and to transients of any size.
 
 For a segment s..t with h bytes held (boundaries and saved tensors, x_s among them) the least seconds are
 
@@ -18,31 +18,27 @@ memory axis, because h shifts every peak of a segment by the same amount:
     P(s,t): the least peak above h of any schedule of the segment; one fits iff h + P(s,t) <= budget
     A(s,t): the peak above h if every stage is kept with its fastest option; where that fits, C is known
 
-So C is tabulated only between P and A, on a grid of ``unit`` bytes. The grid *estimates seconds* and
-nothing else: the schedule is read off in exact bytes, and P decides at each step what fits. No rounding
-can break the budget, and none strands a part of it.
+So C is tabulated only between P and A, on a grid of ``unit`` bytes. The grid *estimates seconds* and nothing
+else: the schedule is read off in exact bytes, and P decides at each step what fits, so that no rounding
+breaks the budget or strands a part of it. Equal segments, as transformer blocks make them, are tabulated
+once: a chain of equal blocks takes time with L^2. One table answers every budget below its own
+(``frontier.py``).
 
-Equal segments, as transformer blocks make them, are tabulated once (``optimal_peaks.py``), so that a chain of
-equal blocks takes time with L^2. And one table answers every budget below its own (``Table``,
-``frontier.py``).
-
-What is claimed: the schedule is within the budget; one is found iff some persistent schedule fits
+Claims: the schedule is within the budget; one is found iff some persistent schedule fits
 (``InfeasibleBudget.smallest`` is exact); and it is the fastest persistent schedule wherever the greatest
 common divisor of boundaries, saved tensors and what stages retain is affordable as the unit. Elsewhere two
-tables are made. With sizes rounded down C is a lower bound; interpolated between grid points it estimates
+tables are made: with sizes rounded down C is a lower bound; interpolated between grid points it estimates
 best. A schedule is read off each and the faster one returned; ``Optimum.lower_bound`` is the better of that
 bound and the knapsack's (``knapsack_bound.py``), and ``Optimum.exact`` says whether the schedule meets it.
 Past some 500 unlike stages splits are tried at the smallest of every few boundaries only (``Arrays.split``),
-elsewhere only where nothing else fits; the knapsack's is then the only bound. docs/solver_speed.md has the
-times and gaps.
+elsewhere only where nothing else fits; the knapsack's is then the only bound (docs/solver_speed.md).
 
-Where the chain knows its values, the referee counts fewer bytes than the sums, and a budget by the sums that
-uses what is left is found by bisection (``ByStorage``). The schedule is then the fastest for that budget by
-the sums; the bound is the knapsack's, and ``smallest`` the least that a schedule takes of a few that the sums
-suggest.
+Where the chain knows its values, the referee counts fewer bytes than the sums, and ``ByStorage`` finds a
+budget by the sums that uses what is left. The schedule is the fastest for that budget by the sums; the bound
+is the knapsack's, and ``smallest`` the least that a schedule takes of a few that the sums suggest.
 
-What is not claimed: that no other schedule is faster. ``exhaustive`` finds those that let a boundary go early
-and bring it back with what comes before it: one to two percent on chains of ten unlike stages, up to eight,
+Not claimed: that no other schedule is faster. ``exhaustive`` finds those that release a boundary early and
+recompute it with what comes before it: one to two percent faster on chains of ten unlike stages, up to eight,
 and nothing where stages are alike (docs/persistence.md). What autograd saved cannot be released like that.
 """
 
@@ -61,7 +57,7 @@ from rematplan.scheduler.solvers.checks import checked_budget, checked_chain
 from rematplan.scheduler.solvers.knapsack_bound import Knapsack
 from rematplan.scheduler.solvers.optimal_peaks import arrays_of, peaks_of
 from rematplan.scheduler.solvers.optimal_seconds import Reading, filled_grid, read_off, root_values
-from rematplan.scheduler.solvers.persistent import Decision, KeepStage, Split, build
+from rematplan.scheduler.solvers.persistent import build
 
 __all__ = ["Optimum", "Table", "solve", "solve_many", "solve_optimal"]
 
@@ -81,7 +77,7 @@ MOST_STAGES = 5000  # P alone takes a minute there, and each table of segments 2
 
 @dataclass(frozen=True, slots=True)
 class Optimum:
-    """What ``solve_optimal`` found.
+    """The outcome of ``solve_optimal``.
 
     Attributes:
         schedule: within the budget.
@@ -208,13 +204,8 @@ class Table:
 
     def schedule(self, reading: Reading) -> Schedule:
         """Return the schedule of a reading."""
-        decisions = iter(zip(reading.option.tolist(), reading.at.tolist(), strict=True))
-
-        def decide(_s: int, _t: int, _: None) -> Decision[None]:
-            option, at = next(decisions)
-            return Split(at, None, None) if option < 0 else KeepStage(option, None)
-
-        return build(len(self.chain), decide, None)
+        decisions = zip(reading.option.tolist(), reading.at.tolist(), strict=True)
+        return build(len(self.chain), lambda s, t: next(decisions))
 
     def solve(self, budget: int) -> Optimum:
         """Return the fastest persistent schedule within ``budget`` (bytes), as far as the module says.

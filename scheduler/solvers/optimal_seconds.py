@@ -113,12 +113,7 @@ def _shifted(g: Grid, s: int, t: int, size: int, out: Floats) -> Floats:
 
 @compiled
 def _splits(  # noqa: C901 - a compiled recurrence
-    a: Arrays,
-    g: Grid,
-    ss: tuple[int, int],
-    ts: tuple[int, int],
-    js: tuple[int, int],
-    buffer: Floats,
+    a: Arrays, g: Grid, ss: tuple[int, int], ts: tuple[int, int], js: tuple[int, int], buffer: Floats
 ) -> None:
     """Try the splits at js[0] <= j < js[1] of every segment with ss[0] <= s < ss[1] and ts[0] <= t < ts[1].
 

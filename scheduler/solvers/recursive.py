@@ -1,17 +1,16 @@
-"""Recursive segments: O(log n) boundaries held, O(n log n) stages run (Chen, Xu, Zhang & Guestrin 2016).
+"""Reverse segments recursively: O(log n) boundaries held, O(n log n) stages run (Chen et al. 2016).
 
-Source: *Training Deep Nets with Sublinear Memory Cost*, arXiv:1604.06174, section 4.2. A segment of n
-stages holds k boundaries that cut it into k + 1 parts of (nearly) equal length, and each part is reversed
-in the same way, from the last to the first, down to single stages. With g(n) = k + g(n / (k + 1)), at most
-k·⌈log_{k+1} n⌉ boundaries are held at once, besides the input of the chain, and each stage runs at most once
-more per level.
+Source: Chen, Xu, Zhang & Guestrin, *Training Deep Nets with Sublinear Memory Cost*, arXiv:1604.06174, section
+4.2. A segment of n stages holds k boundaries that cut it into k + 1 parts of (nearly) equal length, and each
+part is reversed in the same way, from the last to the first, down to single stages. With g(n) = k + g(n / (k
++ 1)), at most k·⌈log_{k+1} n⌉ boundaries are held at once, besides the input of the chain, and each stage
+runs at most once more per level.
 
-What is claimed: of the schedules for k = 1 .. n - 1 the fastest that fits is returned, and
+Claim: of the schedules for k = 1 .. n - 1 the fastest that fits is returned, and
 ``InfeasibleBudget.smallest`` is the least of their peaks. Positions count, seconds and bytes do not:
 ``revolve`` needs no more runs for as many boundaries.
 
-Where stages may run only once they are kept, and each maximal run of recomputable stages between them
-is reversed in this way.
+Stages that may run only once are kept, and each maximal run of the others is reversed in this way.
 """
 
 from __future__ import annotations
@@ -49,10 +48,7 @@ def recursive_tree(length: int, inner: int) -> Ints:
 
 
 def solve(chain: Chain, memory_budget: int) -> Schedule:
-    """Return the recursive schedule with the k that makes it fastest, of those that fit.
-
-    Args:
-        memory_budget: bytes.
+    """Return the fastest recursive schedule, over all k, within ``memory_budget`` bytes.
 
     Raises:
         InfeasibleBudget: no k fits.

@@ -1,15 +1,15 @@
-"""Binomial checkpointing (Griewank & Walther 2000), on the chain as if it were uniform.
+"""Apply binomial checkpointing (Griewank & Walther 2000) to the chain as if it were uniform.
 
-``revolve_counts.py`` has the source and what is claimed of counts: with c slots for boundaries, x_0 in one of
-them, no schedule that keeps one stage at a time runs fewer stages. On a chain whose stages differ that is
-no claim about seconds, and keeping more than one stage at a time can beat it even on a uniform one.
+``revolve_counts.py`` has the source and the claim about counts: with c slots for boundaries, x_0 in one of
+them, no schedule that keeps one stage at a time runs fewer stages. On a chain whose stages differ that is no
+claim about seconds, and keeping more than one stage at a time can beat it even on a uniform one.
 
-What is claimed: of the binomial schedules for c = 1, 2, .. slots the fastest that fits is returned, and
+Claim: of the binomial schedules for c = 1, 2, .. slots the fastest that fits is returned, and
 ``InfeasibleBudget.smallest`` is the least of their peaks. Neither seconds nor peaks need be monotone in c
 where stages differ, so all c are priced.
 
-Where stages may run only once they are kept, and each maximal run of recomputable stages between them
-is reversed with c slots of its own.
+Stages that may run only once are kept, and each maximal run of the others is reversed with c slots of its
+own.
 """
 
 from __future__ import annotations
@@ -51,10 +51,7 @@ def schedule_with_slots(chain: Chain, slots: int) -> Schedule:
 
 
 def solve(chain: Chain, memory_budget: int) -> Schedule:
-    """Return the binomial schedule with the number of slots that makes it fastest, of those that fit.
-
-    Args:
-        memory_budget: bytes.
+    """Return the fastest binomial schedule, over all numbers of slots, within ``memory_budget`` bytes.
 
     Raises:
         InfeasibleBudget: no number of slots fits.

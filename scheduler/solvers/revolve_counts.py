@@ -1,4 +1,4 @@
-"""Binomial checkpointing of any number of steps, action by action (Griewank & Walther 2000).
+"""Reverse any number of steps by binomial checkpointing, action by action (Griewank & Walther 2000).
 
 Source: *Algorithm 799: Revolve*, ACM Transactions on Mathematical Software 26(1), 2000,
 https://doi.org/10.1145/347837.347846. All steps cost the same, a slot holds one boundary, and one step at a
@@ -32,15 +32,7 @@ from rematplan.scheduler.core.referee import Action, Backward, Checkpoint, Forwa
 from rematplan.scheduler.solvers.checks import checked_count
 from rematplan.scheduler.solvers.optimal_peaks import Ints, compiled
 
-__all__ = [
-    "PACKED",
-    "advance",
-    "repetitions",
-    "reverse",
-    "revolve_actions",
-    "revolve_packed",
-    "revolve_runs",
-]
+__all__ = ["PACKED", "advance", "repetitions", "reverse", "revolve_actions", "revolve_packed", "revolve_runs"]
 
 PACKED = (Forward, Checkpoint, Keep, Backward)  # the kinds in ``revolve_packed``
 FORWARD, CHECKPOINT, KEEP, BACKWARD = range(4)
@@ -120,6 +112,10 @@ def revolve_actions(steps: int, slots: int, *, two_phase: bool = False) -> Itera
 
     Raises:
         TypeError, ValueError: at once; not an int, or below 1.
+
+    Example:
+        >>> [type(action).__name__ for action in revolve_actions(2, 1)]
+        ['Checkpoint', 'Keep', 'Backward', 'Keep', 'Backward']
     """
     return _actions(*_checked("revolve_actions", steps, slots), two_phase)
 

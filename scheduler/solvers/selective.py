@@ -1,10 +1,8 @@
 """Keep the stages that the user names, recompute the others: "keep attention, recompute the MLPs".
 
-What people write by hand around the parts of a model that are cheap to run again. Stages that match are
-kept; each maximal run of the others is a segment of which only the input is held, and which is run again,
-keeping all, when it is its turn to be reversed. Stages that may run only once are kept too.
-
-No claim of optimality: there is one such schedule.
+Each maximal run of stages that do not match is a segment of which only the input is held, and which is run
+again, keeping all, when it is reversed. Stages that may run only once are kept too. No claim of optimality:
+there is one such schedule.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ import numpy as np
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.referee import Schedule
 from rematplan.scheduler.solvers.candidates import fastest_fit, segment_tree
+from rematplan.scheduler.solvers.persistent import run_ends
 
 __all__ = ["solve"]
 
@@ -48,10 +47,7 @@ def _matches(chain: Chain, keep: object) -> list[bool]:
 
 
 def solve(
-    chain: Chain,
-    memory_budget: int,
-    *,
-    keep: str | re.Pattern[str] | Callable[[str], bool] | Iterable[str],
+    chain: Chain, memory_budget: int, *, keep: str | re.Pattern[str] | Callable[[str], bool] | Iterable[str]
 ) -> Schedule:
     """Return the schedule that keeps the stages that ``keep`` names and recomputes the others.
 
@@ -66,13 +62,7 @@ def solve(
         ValueError: ``keep`` matches no stage, names one that is not there, or is no valid regular expression;
             or sums of the chain's sizes or seconds overflow.
     """
-    stages = chain.stages
-    again = [
-        stage.recomputable and not kept for stage, kept in zip(stages, _matches(chain, keep), strict=True)
-    ]
-    ends = list(range(len(chain)))
-    for i in range(len(chain) - 2, -1, -1):
-        if again[i] and again[i + 1]:
-            ends[i] = ends[i + 1]
-    tree = segment_tree(np.array(ends), np.array(again, np.int64))
+    kept = _matches(chain, keep)
+    again = [stage.recomputable and not each for stage, each in zip(chain.stages, kept, strict=True)]
+    tree = segment_tree(np.array(run_ends(again)), np.array(again, np.int64))
     return fastest_fit(chain, memory_budget, [tree], "selective")

@@ -1,8 +1,8 @@
-"""Segments of √n stages, of which only the inputs are held (Chen, Xu, Zhang & Guestrin 2016).
+"""Hold the inputs of √n segments of √n stages (Chen, Xu, Zhang & Guestrin 2016).
 
 Source: *Training Deep Nets with Sublinear Memory Cost*, arXiv:1604.06174, section 3: ⌈√n⌉ segments of
-(nearly) equal length; the last one is kept as it runs, every other one is run again, keeping all, when
-it is its turn to be reversed. One extra forward of all but the last segment.
+(nearly) equal length; the last one is kept as it runs, every other one is run again, keeping all, when it is
+reversed. One extra forward of all but the last segment.
 
 No claim of optimality: positions count, seconds and bytes do not. Where stages may run only once, each
 maximal run of recomputable stages between them is cut into its own √n segments.
@@ -14,7 +14,7 @@ import math
 
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.referee import Schedule
-from rematplan.scheduler.solvers.persistent import Decision, KeepStage, Split, build, first_fit, run_ends
+from rematplan.scheduler.solvers.persistent import build, first_fit, run_ends
 
 __all__ = ["solve"]
 
@@ -22,7 +22,7 @@ __all__ = ["solve"]
 def segment_ends(chain: Chain) -> list[int]:
     """Return (L,) for each stage, the last stage of its segment."""
     ends: list[int] = []
-    runs = run_ends(chain)
+    runs = run_ends([stage.recomputable for stage in chain.stages])
     while len(ends) < len(chain):
         first = len(ends)
         length = runs[first] + 1 - first
@@ -35,19 +35,14 @@ def segment_ends(chain: Chain) -> list[int]:
 
 
 def solve(chain: Chain, memory_budget: int) -> Schedule:
-    """Return the √n schedule.
-
-    Args:
-        memory_budget: bytes.
+    """Return the √n schedule, within ``memory_budget`` bytes.
 
     Raises:
         InfeasibleBudget: it does not fit; there is only one such schedule.
     """
     ends = segment_ends(chain)
 
-    def decide(s: int, t: int, _: None) -> Decision[None]:
-        if ends[s] >= t or not chain.stages[s].recomputable:
-            return KeepStage(0, None)
-        return Split(ends[s] + 1, None, None)
+    def decide(s: int, t: int) -> tuple[int, int]:
+        return (0, 0) if ends[s] >= t or not chain.stages[s].recomputable else (-1, ends[s] + 1)
 
-    return first_fit(chain, memory_budget, [build(len(chain), decide, None)], "sqrt")
+    return first_fit(chain, memory_budget, [build(len(chain), decide)], "sqrt")

@@ -1,4 +1,4 @@
-"""The options of one stage: which saved values to keep, and the ops that rebuild the others. Torch-free.
+"""Find the options of one stage: which saved values to keep, and the ops that rebuild the others. Torch-free.
 
 A stage is a list of ops in the order in which they run. An option keeps some of the values that autograd
 saved; the others are rebuilt just before the backward:
@@ -6,25 +6,24 @@ saved; the others are rebuilt just before the backward:
 * the producer of a dropped value runs again;
 * what an op reads when it runs again is available, or kept, or its producer runs again too;
 * a random op runs again only after all random ops before it: they share the generator state of the stage's
-start.
+  start.
 
-An option costs the seconds of what runs again, and takes the bytes of what is kept. Only saved values can be
-kept. The transient bytes of a rebuild are not judged here.
+An option costs the seconds of what runs again, and takes the bytes of what is kept. The transient bytes of a
+rebuild are not judged here.
 
 How the choices are found. Of the options with the same ops run again, the smallest drops every value that
 they write and that may be dropped. So an option is a set R of ops, with seconds s(R) and freed bytes b(R),
 and two rules: with an op, R has the producers of the *unsaved* values that it reads, and the random ops
-before it. (A saved value that it reads is kept, or is dropped because its producer is in R: no rule is
-needed.) Hence R is a closure, and at a price per byte the best option is a closure of the greatest weight: a
-minimum cut. Source: Picard 1976, *Maximal closure of a graph and applications to combinatorial problems*,
-Management Science 22(11).
+before it. (A saved value that it reads is kept, or is dropped because its producer is in R.) Hence R is a
+closure, and at a price per byte the best option is a closure of the greatest weight: a minimum cut. Source:
+Picard 1976, *Maximal closure of a graph and applications to combinatorial problems*, Management Science
+22(11).
 
 The vertices of the lower convex hull are the best options at some price. The closures that are best grow with
 the price, so that a search between two vertices cuts only the ops by which they differ, at the price at which
 both cost the same: a better closure is a further vertex, or there is none. All of it in exact integers.
-
-Between vertices no price finds the options: finding them is a knapsack with precedences, NP-hard, solved by
-HiGHS (scipy.optimize.milp).
+Between vertices no price finds the options: that is a knapsack with precedences, NP-hard, solved by HiGHS
+(scipy.optimize.milp).
 """
 
 from __future__ import annotations
@@ -39,11 +38,10 @@ from numbers import Integral, Real
 from typing import NamedTuple
 
 import networkx as nx
-import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import lil_array
 
-__all__ = ["Choice", "Choices", "StageOp", "StageValue", "choices", "rerun_for"]
+from rematplan.scheduler.solvers.highs import Program
+
+__all__ = ["Choice", "Choices", "StageOp", "StageValue", "choices"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,23 +108,6 @@ class Choices:
 
     choices: tuple[Choice, ...]
     gap: float
-
-
-def rerun_for(ops: Sequence[StageOp], values: Sequence[StageValue], kept: Collection[int]) -> tuple[int, ...]:
-    """Return the ops that must run again, in order, when of the saved values only ``kept`` stays.
-
-    Raises:
-        ValueError: the stage is malformed, ``kept`` has a value that is not saved, or lacks a pinned one.
-    """
-    producer = _producers("rerun_for", ops, values)
-    for v in kept:
-        if not 0 <= v < len(values) or not values[v].saved:
-            raise ValueError(f"rerun_for: kept has {v}, which is no saved value; keep saved values only")
-    for v, value in enumerate(values):
-        if value.pinned and not value.available and v not in kept:
-            raise ValueError(f"rerun_for: value {v} is pinned and not in kept; keep every pinned value")
-    dropped = [producer[v] for v in producer if values[v].saved and v not in kept]
-    return tuple(sorted(_closure(_needs(ops, producer, kept), dropped)))
 
 
 def choices(
@@ -342,25 +323,16 @@ class _Closures:
         """
         seconds, freed = high.seconds - low.seconds, high.freed - low.freed
         ops = sorted(self.point(range(len(self.needs))).rerun)
-        at = {o: x for x, o in enumerate(ops)}
-        edges = [(at[o], at[need]) for o in ops for need in self.needs[o]]
-        rows = lil_array((len(edges) + 2, len(ops)))
-        for row, (x, need) in enumerate(edges):
-            rows[row, x] = -1.0
-            rows[row, need] = 1.0
-        rows[-2] = by_bytes = np.array([self.freed[o] / freed for o in ops])
-        rows[-1] = by_seconds = np.array([self.seconds[o] / seconds for o in ops])
-        result = milp(
-            by_seconds - by_bytes,
-            integrality=np.ones(len(ops)),
-            bounds=Bounds(0, 1),
-            constraints=LinearConstraint(
-                rows.tocsr(),
-                [0.0] * len(edges) + [low.freed / freed + 0.25, -math.inf],
-                [math.inf] * (len(edges) + 1) + [high.seconds / seconds - 0.25],
-            ),
-            options={"time_limit": time_limit, "mip_rel_gap": 0.0},
-        )
+        program = Program()
+        at = {o: program.variable(self.seconds[o] / seconds - self.freed[o] / freed) for o in ops}
+        for o in ops:
+            for need in self.needs[o]:
+                program.row([at[o], at[need]], [-1.0, 1.0], least=0.0)
+        freeing, slow = [o for o in ops if self.freed[o]], [o for o in ops if self.seconds[o]]
+        least, most = low.freed / freed + 0.25, high.seconds / seconds - 0.25
+        program.row([at[o] for o in freeing], [self.freed[o] / freed for o in freeing], least=least)
+        program.row([at[o] for o in slow], [self.seconds[o] / seconds for o in slow], most=most)
+        result = program.solve(time_limit, 0.0)
         if result.x is None:
             return None, 0.0
         found = self.point(o for o, x in zip(ops, result.x, strict=True) if x > 0.5)

@@ -1,6 +1,6 @@
-"""Recomputation and offloading together: a chain with byte budgets on the device and on the host.
+"""Combine recomputation and offloading: a chain with byte budgets on the device and on the host.
 
-Anchor: Beaumont, Eyraud-Dubois & Shilova 2021, *Efficient Combination of Rematerialization and Offloading
+Source: Beaumont, Eyraud-Dubois & Shilova 2021, *Efficient Combination of Rematerialization and Offloading
 for Training DNNs* (POFO), NeurIPS 2021. As there, what is offloaded is decided in the first sweep, and what
 is run again is run again with one level; unlike there, the host may be too small for all of it, stages have
 options, and the referee's exact bytes decide what fits.
@@ -8,15 +8,15 @@ options, and the referee's exact bytes decide what fits.
 The class of schedules. The first sweep cuts the chain into items, in order: a stage that is kept, with one of
 its options, or a segment s..j-1 of which only x_s is held. In each item
 
-* the saved tensors of a kept stage stay on the device, or go to the host as soon as they are there;
+* the saved tensors of a kept stage stay on the device, or go to the host as soon as they exist;
 * x_s, where it is a device copy of its own, stays, or goes as soon as the item's first stage has run. It
   needs no write if the saved tensors of stage s-1, it among them, are on the host already; then it comes
   back by itself, or early, with all of them.
 
-After the sweep the items are reversed, last first. What went comes back just before its backward, or
-before its segment is run again by the one-level optimal persistent schedule (``optimal.py``). With R bytes
-free on the device, x_s not counted, and H on the host, F_f(s,R,H) is the least seconds from stage s on, where
-f says where x_s is, and x its bytes if it is a copy of its own (else 0; then it cannot go):
+After the sweep the items are reversed, last first. What went comes back just before its backward, or before
+its segment is run again by the optimal persistent schedule (``optimal.py``). With R bytes free on the device,
+x_s not counted, and H on the host, F_f(s,R,H) is the least seconds from stage s on, where f says where x_s
+is, and x its bytes if it is a copy of its own (else 0; then it cannot go):
 
     F_f(s,R,H) = min over x_s stays, goes, or goes and comes early of its copies +
       keep k:        forward_s + recompute_k + backward_s + F_inside(s+1, R' - saved_k, H')
@@ -25,18 +25,18 @@ f says where x_s is, and x its bytes if it is a copy of its own (else 0; then it
 
 where R' = R - x if x_s stays, and R otherwise; H' = H less its bytes if they are written; y = x, or
 saved_{s-1} if x_s comes early with them; and C is the recurrence of ``optimal.py``. As there, the grids of C
-and F estimate seconds and nothing else. What fits is decided in exact bytes, by the least peaks of segments
-and, for suffixes of the chain, by the frontier of least peaks against host bytes.
+and F only estimate seconds: what fits is decided in exact bytes, by the least peaks of segments and, for
+suffixes of the chain, by the frontier of least peaks against host bytes.
 
-What is claimed. No schedule is over either budget, and none is slower than the one of ``optimal``. A
-schedule is found iff one of the class fits, and ``InfeasibleBudget.smallest`` is exact, unless a frontier
-has more than 1024 points and is thinned. With synchronous copies it is the fastest of the class wherever
-the greatest common divisor of all sizes is affordable as the unit of both grids. Elsewhere sizes rounded down
-give a lower bound, and of the schedules read off that grid and off one that interpolates the faster one is
-returned. ``TwoLevelOptimum.lower_bound`` is a bound on the class either way.
+Claims. No schedule is over either budget, and none is slower than that of ``optimal``. One is found iff one
+of the class fits, and ``InfeasibleBudget.smallest`` is exact, unless a frontier has more than 1024 points and
+is thinned. With synchronous copies it is the fastest of the class wherever the greatest common divisor of all
+sizes is affordable as the unit of both grids. Elsewhere sizes rounded down give a lower bound, and of the
+schedules read off that grid and off one that interpolates the faster one is returned.
+``TwoLevelOptimum.lower_bound`` is a bound on the class either way.
 
 With asynchronous copies the class is that of all orders of the same copies, and no optimality is claimed. A
-step takes at least its compute, at least its writes and at least its reads; hence at least the least
+step takes at least its compute, its writes, and its reads; hence at least the least
 (compute + w (writes + reads)) / (1 + 2w) for any w >= 0, which is F with copies at w times their seconds. F
 is solved for several w, and read off for the whole of R and for parts of it. Each solution's copies are
 spread out, frees as late and prefetches as early as the device's bytes allow, and the referee picks the
@@ -109,7 +109,7 @@ RESERVES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
 
 @dataclass(frozen=True, slots=True)
 class TwoLevelOptimum:
-    """What ``solve_two_level`` found.
+    """The outcome of ``solve_two_level``.
 
     Attributes:
         schedule: within both budgets.

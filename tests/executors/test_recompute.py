@@ -16,7 +16,7 @@ from rematplan.scheduler.capture.graph.graph_capture import GraphCapture
 from rematplan.scheduler.capture.graph.recompute import compile_rebuilds, divisible, packs_of, rerun
 from rematplan.scheduler.core.referee import Backward, Keep
 from rematplan.scheduler.costs.option_costs import _fresh
-from rematplan.scheduler.solvers.persistent import Decision, KeepStage, Split, build
+from rematplan.scheduler.solvers.persistent import build
 from rematplan.scheduler.torch_layer.preserve import RandomState, preserved
 from tests.shared.helpers import smallest
 from tests.shared.models import SEVEN, Case
@@ -117,15 +117,15 @@ def random_options(plan: Plan, generator: random.Random) -> Plan:
     """A persistent schedule that splits seldom and keeps with any option."""
     stages = plan.chain.stages
 
-    def decide(s: int, t: int, _: None) -> Decision[None]:
+    def decide(s: int, t: int) -> tuple[int, int]:
         j = s + 1
         if s < t and stages[s].recomputable and generator.random() < 0.3:
             while j < t and stages[j].recomputable and generator.random() < 0.6:
                 j += 1
-            return Split(j, None, None)
-        return KeepStage(generator.randrange(len(stages[s].options)), None)
+            return -1, j
+        return generator.randrange(len(stages[s].options)), 0
 
-    return scheduled(plan, build(len(stages), decide, None))
+    return scheduled(plan, build(len(stages), decide))
 
 
 @each_model(MODELS)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rematplan.scheduler.core.chain import Chain, Option
+from rematplan.scheduler.core.chain import Chain, Option, Stage
 from rematplan.scheduler.core.errors import InfeasibleBudget
 from rematplan.scheduler.core.referee import Action, Backward, Checkpoint, Forward, Keep, Schedule, simulate
 from rematplan.scheduler.solvers import solve_chain
@@ -322,3 +322,13 @@ def test_a_thousand_unlike_stages_are_searched_within_seconds(solver):
     line = simulate(chain, solve_chain(chain, caught.value.smallest * 2, solver))
     assert time.process_time() - start < 5  # about 0.2 on an idle core
     assert line.peak <= caught.value.smallest * 2
+
+
+@pytest.mark.parametrize("solver", [*SEGMENTED, "revolve", "exhaustive"])
+def test_a_run_again_that_takes_more_bytes_than_the_first_is_within_the_budget(solver):
+    option = Option(5, rerun_overhead=9)
+    chain = Chain(tuple(Stage(str(i), 1.0, 1.0, 4, (option,), input_grad=1) for i in range(4)), 4, 1)
+    with pytest.raises(InfeasibleBudget) as refused:
+        solve_chain(chain, 1, solver)
+    for budget in range(refused.value.smallest, refused.value.smallest + 15):
+        solve_chain(chain, budget, solver)  # which has the referee compare peak and budget

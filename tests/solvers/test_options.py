@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -11,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import milp
 
-from rematplan.scheduler.solvers.stage_options import Choices, StageOp, StageValue, choices, rerun_for
+from rematplan.scheduler.solvers.stage_options import (
+    Choices,
+    StageOp,
+    StageValue,
+    _closure,
+    _needs,
+    _producers,
+    choices,
+)
 
 Stage = tuple[list[StageOp], list[StageValue]]
 
@@ -53,6 +62,13 @@ def rebuilds(ops: list[StageOp], values: list[StageValue], kept: frozenset[int],
         else:
             there.update(op.writes)
     return there >= saved_values(values)
+
+
+def rerun_for(ops: list[StageOp], values: list[StageValue], kept: Collection[int]) -> tuple[int, ...]:
+    """The ops that must run again, in order, when of the saved values only ``kept`` stays."""
+    producer = _producers("rerun_for", ops, values)
+    dropped = [producer[v] for v in producer if values[v].saved and v not in kept]
+    return tuple(sorted(_closure(_needs(ops, producer, kept), dropped)))
 
 
 def every_option(ops: list[StageOp], values: list[StageValue]) -> set[tuple[int, float]]:
@@ -188,7 +204,7 @@ def test_what_is_not_proven_shows_as_a_gap(monkeypatch: pytest.MonkeyPatch) -> N
         result.status, result.mip_dual_bound = 1, result.fun - 0.1
         return result
 
-    monkeypatch.setattr("rematplan.scheduler.solvers.stage_options.milp", hurried)
+    monkeypatch.setattr("rematplan.scheduler.solvers.highs.milp", hurried)
     assert choices(*SHARED, most=2).gap == 0
     assert choices(*SHARED, most=3).gap == pytest.approx(0.1 * 15.5 / 11.5)
 
@@ -263,7 +279,3 @@ def test_wrong_arguments_are_refused() -> None:
     ops, values = [StageOp(1.0, (0,), (1,))], GOOD
     with pytest.raises(ValueError, match="most=1, expected 2 or more"):
         choices(ops, values, most=1)
-    with pytest.raises(ValueError, match="kept has 5, which is no saved value"):
-        rerun_for(ops, values, {5})
-    with pytest.raises(ValueError, match="value 1 is pinned and not in kept"):
-        rerun_for(ops, [GOOD[0], StageValue(1, saved=True, pinned=True)], ())

@@ -26,7 +26,7 @@ from rematplan.scheduler.solvers import optimal as optimal_module
 from rematplan.scheduler.solvers.compare import compare
 from rematplan.scheduler.solvers.frontier import pareto
 from rematplan.scheduler.solvers.optimal import solve_optimal
-from rematplan.scheduler.solvers.persistent import KeepStage, Split, build
+from rematplan.scheduler.solvers.persistent import build
 from rematplan.scheduler.solvers.sqrt import segment_ends
 from rematplan.scheduler.solvers.two_level import solve_two_level
 from tests.shared.brute_force import fastest_of_all, fastest_persistent, persistent_schedules
@@ -292,7 +292,7 @@ def test_a_stage_that_may_run_only_once_runs_once(solver, once):
 
 def test_optimal_handles_chains_deeper_than_the_recursion_limit():
     length = sys.getrecursionlimit() + 100
-    actions = build(length, lambda s, t, _: KeepStage(0, None) if s == t else Split(t, None, None), None)
+    actions = build(length, lambda s, t: (0, 0) if s == t else (-1, t))
     assert len(actions) == length * (length - 1) // 2 + 2 * length
 
 
