@@ -117,15 +117,7 @@ class Producer(ABC):
         """
 
     @abstractmethod
-    def price(
-        self,
-        captured: Any,
-        step: TrialStep,
-        *,
-        resident: int,
-        clock: bool,
-        options: bool,
-    ) -> Chain:
+    def price(self, captured: Any, step: TrialStep, *, resident: int, clock: bool, options: bool) -> Chain:
         """Return the chain of a capture of this kind; the model is left as it is.
 
         Args:

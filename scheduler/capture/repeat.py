@@ -10,11 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rematplan.scheduler.torch_layer.environment import (
-    RunContext,
-    deterministic_switches,
-    switched,
-)
+from rematplan.scheduler.torch_layer.environment import RunContext, deterministic_switches, switched
 from rematplan.scheduler.torch_layer.fsdp import is_distributed
 from rematplan.scheduler.torch_layer.layouts import equal_bits
 from rematplan.scheduler.torch_layer.preserve import RandomState, on_gradient

@@ -43,12 +43,7 @@ from rematplan.scheduler.torch_layer.preserve import model_device, uncompiled
 from rematplan.scheduler.torch_layer.private import detect_fake_mode
 from rematplan.scheduler.torch_layer.target import Target
 
-__all__ = [
-    "Block",
-    "ModuleCapture",
-    "capture_modules",
-    "recorded_modules",
-]
+__all__ = ["Block", "ModuleCapture", "capture_modules", "recorded_modules"]
 
 MOST_PASSED = 16  # blocks that a value may pass by between its making and a block that is fed by it
 
@@ -342,9 +337,7 @@ def _feeds(
     return _within_reach(feeds)
 
 
-def _within_reach(
-    feeds: list[tuple[tuple[int, int, int], ...]],
-) -> list[tuple[tuple[int, int, int], ...]]:
+def _within_reach(feeds: list[tuple[tuple[int, int, int], ...]]) -> list[tuple[tuple[int, int, int], ...]]:
     """Return the feeds without values that many blocks would pass by, which become external."""
     furthest: dict[tuple[int, int], int] = {}
     for index, fed in enumerate(feeds):

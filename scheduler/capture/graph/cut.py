@@ -305,10 +305,7 @@ def _merge_small(graph: OpGraph, gaps: list[int], prefix: int, max_stages: int) 
         if not choices:
             break
         merged = min(choices, key=lambda i: sizes[i - 1] + sizes[i])
-        lightest = min(
-            (min(sizes[i - 1], sizes[i]) for i in choices),
-            default=smallest,
-        )
+        lightest = min((min(sizes[i - 1], sizes[i]) for i in choices), default=smallest)
         if len(edges) - 1 <= max_stages and lightest >= smallest:
             break
         if len(edges) - 1 <= max_stages:
