@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from rematplan.scheduler.torch_layer.environment import RunContext, deterministic_switches, switched
+from rematplan.scheduler.torch_layer.fake import Watch
 from rematplan.scheduler.torch_layer.fsdp import is_distributed
 from rematplan.scheduler.torch_layer.layouts import equal_bits
 from rematplan.scheduler.torch_layer.preserve import RandomState, on_gradient
+from rematplan.scheduler.torch_layer.private import version_of
 from rematplan.scheduler.torch_layer.target import Device
 
 __all__ = [
     "ELSEWHERE",
     "MOST",
+    "Values",
     "deterministic",
     "draws_elsewhere",
     "in_backward_of",
@@ -48,6 +51,32 @@ def deterministic(device: torch.device) -> Iterator[None]:
     finally:
         if device.type == "cuda" and workspaces is None:
             os.environ.pop(CUBLAS, None)
+
+
+class Values:
+    """Tensors as they are before a run, to find those that it changes in place.
+
+    Args:
+        named: (name, tensor).
+        data: whether tensors have values.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]], *, data: bool) -> None:
+        self.data = data
+        self.before = {n: (t, t.detach().clone() if data else t, version_of(t)) for n, t in named}
+
+    def changed(self, ops: Watch | None) -> list[str]:
+        """Return the names of the tensors changed since; ``ops`` watched the run, if there are no data."""
+        if not self.data:
+            return [
+                n for n, (tensor, _, _) in self.before.items() if ops is not None and ops.has_changed(tensor)
+            ]
+        # Kernels of batch norm change statistics without a new version; a fill may write equal values.
+        return [
+            name
+            for name, (tensor, value, version) in self.before.items()
+            if version_of(tensor) != version or not equal_bits(tensor, value)
+        ]
 
 
 def in_backward_of(device: torch.device, run: Callable[[], Any]) -> Any:
@@ -151,9 +180,9 @@ def largest(tensor: Tensor) -> float:
 
 
 def draws_elsewhere(model: nn.Module, device: Device) -> bool:
-    """Whether the model has dropout with random state outside of the generator: cuDNN's, between RNN layers.
+    """Whether the model has cuDNN's dropout between RNN layers; see ``ELSEWHERE``.
 
-    It continues from call to call, and restarts when somebody sets the generator.
+    Its random state continues from call to call, and restarts when somebody sets the generator.
     """
     return device.type == "cuda" and any(
         isinstance(module, nn.RNNBase) and module.training and module.dropout > 0 and module.num_layers > 1

@@ -1,10 +1,9 @@
 """Python state that a block's code reads or writes: taken at its first run, put in place for a re-run.
 
-A block may count, append to lists, leave statistics and losses on modules, carry hidden states over, bind
-buffers again, draw from generators of its own. A re-run has to read what the first run read and to leave
-nothing behind. ``BlockState`` knows the places where such state lies (``python_state.holders_of``), once for
-many steps: the values of attributes are read by one compiled expression. A container or an object that is new
-there is noticed, and the places are found again.
+A block may count, append to lists, leave statistics and losses on modules, carry hidden states over, rebind
+buffers, draw from generators of its own. A re-run has to read what the first run read and to leave nothing
+behind. ``BlockState`` finds the places of such state (``python_state.holders_of``) once for many steps, and
+again when a container or an object there is new.
 """
 
 from __future__ import annotations
@@ -82,16 +81,12 @@ class BlockState:
         for i in self.unread:
             taken.tensors[i] = UNREAD
         if cut:
-            if taken.tensors:
-                taken.tensors = [without_graph(t) for t in taken.tensors]
+            taken.tensors = [*map(without_graph, taken.tensors)]
             for i, content in enumerate(taken.contents):
-                if type(content) is list and any(
-                    isinstance(t, Tensor) and t.grad_fn is not None for t in content
-                ):
-                    taken.contents[i] = [without_graph(t) for t in content]
-        taken.copies = [
-            (t, t.detach().clone()) for t in map(value_at, layout.copied) if isinstance(t, Tensor)
-        ] if layout.copied else []  # fmt: skip # short
+                if type(content) is list:
+                    taken.contents[i] = [*map(without_graph, content)]
+        changing = (t for t in map(value_at, layout.copied) if isinstance(t, Tensor))
+        taken.copies = [(t, t.detach().clone()) for t in changing]
         return taken
 
     def _is_new(self, taken: Taken) -> bool:
@@ -107,13 +102,8 @@ class BlockState:
             layout.found = values
         if not (taken.tensors or taken.contents):
             return False
-        inside = (v for content in taken.contents if isinstance(content, list) for v in content)
-        new = (
-            v
-            for each in (taken.tensors, inside)
-            for v in each
-            if not isinstance(v, SIMPLE) and v is not MISSING
-        )
+        held = (v for each in (taken.tensors, taken.inside()) for v in each)
+        new = (v for v in held if not isinstance(v, SIMPLE) and v is not MISSING)
         return any(id(v) not in layout.names and not is_plain(v) and is_walked(v) for v in new)
 
     def put(self, then: Taken) -> None:
@@ -121,8 +111,7 @@ class BlockState:
         now = then.layout.now()
         if not _equal(then, now):
             then.layout.put(then, now)
-        for tensor, value in then.copies:
-            tensor.data.copy_(value)  # .data: the version that autograd saw stays
+        _copy_back(then.copies)
 
     @contextmanager
     def as_of(self, then: Taken) -> Iterator[None]:
@@ -132,8 +121,7 @@ class BlockState:
         differs = not _equal(then, now)
         current = [(tensor, tensor.detach().clone()) for tensor, _ in then.copies]
         removed = layout.put(then, now) if differs else []
-        for tensor, value in then.copies:
-            tensor.data.copy_(value)
+        _copy_back(then.copies)
         changed = tuple([tensor for tensor, _ in current if not tensor.is_inference()])
         try:
             # What the block changes in place meanwhile is put back: to autograd, too, it is what it was.
@@ -145,8 +133,12 @@ class BlockState:
                 layout.put(now, after)
                 for thing, key, value in removed:
                     thing[key] = value
-            for tensor, value in current:
-                tensor.data.copy_(value)
+            _copy_back(current)
+
+
+def _copy_back(copies: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for tensor, value in copies:
+        tensor.data.copy_(value)  # .data: the version that autograd saw stays
 
 
 def _are_equal(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
@@ -182,12 +174,10 @@ def named_tensors(model: nn.Module, names: Iterable[str]) -> list[Tensor]:
             for attribute, key in re.findall(r"([^.\[\]]+)|\[((?:'[^']*'|[^\]])*)\]", name):
                 if not attribute:
                     value = value[ast.literal_eval(key)]
+                elif attribute in getattr(value, "_modules", ()):
+                    value = value._modules[attribute]
                 else:
-                    value = (
-                        value._modules[attribute]
-                        if attribute in getattr(value, "_modules", ())
-                        else getattr(value, attribute)
-                    )
+                    value = getattr(value, attribute)
         except (AttributeError, KeyError, IndexError, TypeError, ValueError, SyntaxError):
             continue
         if isinstance(value, Tensor):

@@ -1,20 +1,22 @@
-"""What one call of a block changes besides what it returns, found by looking before and after it."""
+"""Find by comparison before and after one call of a block what it changes besides what it returns."""
 
 from __future__ import annotations
 
 import types
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rematplan.scheduler.capture.blocks.block_state import BlockState, Taken, is_walked
+from rematplan.scheduler.capture.repeat import Values
 from rematplan.scheduler.torch_layer.fake import Watch
-from rematplan.scheduler.torch_layer.layouts import equal_bits
 from rematplan.scheduler.torch_layer.preserve import CPU_RANDOM_STATE
-from rematplan.scheduler.torch_layer.private import pytree, version_of
+from rematplan.scheduler.torch_layer.private import pytree
 from rematplan.scheduler.torch_layer.python_state import is_plain
 
 __all__ = ["CallState"]
@@ -30,21 +32,14 @@ class CallState:
     """
 
     def __init__(self, state: BlockState, args: Any, kwargs: Any, *, data: bool = True) -> None:
-        self.state, self.data = state, data
+        self.state = state
         self.taken = state.take(cut=False)
-        objects = [
-            leaf
-            for leaf in pytree.tree_leaves((args, kwargs))
-            if not isinstance(leaf, Tensor) and not is_plain(leaf)
-        ]
+        leaves = pytree.tree_leaves((args, kwargs))
+        objects = [leaf for leaf in leaves if not isinstance(leaf, Tensor) and not is_plain(leaf)]
         self.given = BlockState("argument", objects, everything=True).take(cut=False) if objects else None
-        self.values = {
-            name: (tensor, tensor.detach().clone() if data else tensor, version_of(tensor))
-            for name, tensor in _tensors(state.name, state.module, self.taken)
-        }
-        self.outside = [
-            (name, each, _look(each)) for name, each in self.taken.layout.outside if not is_walked(each)
-        ]
+        self.values = Values(_tensors(state, self.taken), data=data)
+        outside = self.taken.layout.outside
+        self.outside = [(name, each, _look(each)) for name, each in outside if not is_walked(each)]
 
     def changed(self, ops: Watch | None = None) -> set[str]:
         """Return the names of the tensors, containers and generators that were changed in place since.
@@ -52,43 +47,35 @@ class CallState:
         Args:
             ops: what ran since, where tensors have no data.
         """
-        found = {name for name, each in self.values.items() if self._differs(*each, ops)}
-        layout = self.taken.layout
-        found |= {h.path for h, c in zip(layout.containers, self.taken.contents, strict=True) if h.changed(c)}
-        return found | {
-            h.path for h, c in zip(layout.generators, self.taken.generators, strict=True) if h.changed(c)
-        }
-
-    def _differs(self, tensor: Tensor, value: Tensor, version: int, ops: Watch | None) -> bool:
-        # Kernels of batch norm change statistics without a new version; a fill may put the same values in
-        # again.
-        if not self.data:
-            return ops is not None and ops.has_changed(tensor)
-        return version_of(tensor) != version or tensor.shape != value.shape or not equal_bits(tensor, value)
+        taken, layout = self.taken, self.taken.layout
+        holders = zip(
+            (*layout.containers, *layout.generators), (*taken.contents, *taken.generators), strict=True
+        )
+        return {*self.values.changed(ops), *(h.path for h, content in holders if h.changed(content))}
 
     def replaced(self) -> set[str]:
         """Return the names of the places in which another tensor is now than before."""
         layout = self.taken.layout
-        now = layout.now()
-        pairs = zip(layout.tensors, self.taken.tensors, now.tensors, strict=True)
+        pairs = zip(layout.tensors, self.taken.tensors, layout.now().tensors, strict=True)
         return {layout.name_of(place) for place, before, after in pairs if after is not before}
 
     def left(self) -> dict[str, int]:
         """Return bytes of tensors live now and not before, and of generators' states, by place."""
         now = self.state.take(cut=False)
-        before = {id(tensor) for _, tensor in self.taken.read()} | {id(t) for t, _, _ in self.values.values()}
-        found: dict[str, int] = {}
-        for name, tensor in _tensors(self.state.name, self.state.module, now):
+        before = {id(tensor) for tensor, _, _ in self.values.before.values()}
+        before |= {id(tensor) for _, tensor in self.taken.read()}
+        found = Counter[str]()
+        for name, tensor in _tensors(self.state, now):
             if id(tensor) not in before:
-                found[name] = found.get(name, 0) + tensor.numel() * tensor.element_size()
+                found[name] += tensor.numel() * tensor.element_size()
         for taken in (self.taken, self.given):
             for holder in () if taken is None else taken.layout.generators:
                 if isinstance(holder.thing, torch.Generator):
                     found[holder.path] = CPU_RANDOM_STATE
-        return found
+        return dict(found)
 
     def beyond(self) -> str:
-        """The name of an object that has changed and whose state cannot be put back; "" if there is none."""
+        """Return the name of a changed object whose state cannot be put back; "" if there is none."""
         return next((name for name, each, before in self.outside if _look(each) != before), "")
 
     @contextmanager
@@ -98,24 +85,22 @@ class CallState:
         Args:
             without: places where something stands that no code can use.
         """
-        then = Taken()
-        for slot in ("layout", "values", "tensors", "contents", "generators"):
-            setattr(then, slot, getattr(self.taken, slot))
-        changed = self.changed()
-        then.copies = [(tensor, value) for name, (tensor, value, _) in self.values.items() if name in changed]
-        hidden = set(without)
-        then.tensors = [
-            object() if self.taken.layout.name_of(place) in hidden else value
-            for place, value in zip(then.layout.tensors, then.tensors, strict=True)
-        ]
-        with ExitStack() as stack:
-            stack.enter_context(self.state.as_of(then))
-            if self.given is not None:
-                stack.enter_context(self.state.as_of(self.given))
+        layout, hidden, changed = self.taken.layout, set(without), self.changed()
+        places = zip(layout.tensors, self.taken.tensors, strict=True)
+        then = replace(
+            self.taken,
+            tensors=[object() if layout.name_of(place) in hidden else value for place, value in places],
+            copies=[
+                (tensor, value) for name, (tensor, value, _) in self.values.before.items() if name in changed
+            ],
+        )
+        given = nullcontext() if self.given is None else self.state.as_of(self.given)
+        with self.state.as_of(then), given:
             yield
 
 
-def _tensors(name: str, module: Any, taken: Taken) -> Iterator[tuple[str, Tensor]]:
+def _tensors(state: BlockState, taken: Taken) -> Iterator[tuple[str, Tensor]]:
+    name, module = state.name, state.module
     assert isinstance(module, nn.Module)
     yield from ((f"{name}.{n}", p) for n, p in module.named_parameters())
     yield from ((f"{name}.{n}", b) for n, b in module.named_buffers())
@@ -123,7 +108,7 @@ def _tensors(name: str, module: Any, taken: Taken) -> Iterator[tuple[str, Tensor
 
 
 def _look(value: Any) -> Any:
-    """Return what shows of an object whose state is not walked: how far an iterator or a file has got."""
+    """Return what an object whose state is not walked shows of it: an iterator's or a file's position."""
     try:
         if isinstance(value, types.GeneratorType):
             return None if value.gi_frame is None else value.gi_frame.f_lasti

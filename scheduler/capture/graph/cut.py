@@ -97,28 +97,24 @@ def linearize(graph: OpGraph, max_stages: int = 100, cuts: Sequence[int] | None 
         _check_cuts(graph, inner)
         why = dict.fromkeys(inner, "given")
     edges = (0, *inner, len(graph.ops))
-    stage_of = [
-        stage for stage, (start, stop) in enumerate(itertools.pairwise(edges)) for _ in range(start, stop)
-    ]
+    stage_of = [k for k, (start, stop) in enumerate(itertools.pairwise(edges)) for _ in range(start, stop)]
     outputs = _output_groups(graph)
     boundaries: list[list[int]] = [[] for _ in edges]
     carried: list[list[int]] = [[] for _ in edges[:-1]]
     reads: dict[int, set[int]] = {}
-    for index, each in enumerate(graph.ops):
-        for key in each.reads:
-            reads.setdefault(key, set()).add(stage_of[index])
+    for op, stage in zip(graph.ops, stage_of, strict=True):
+        for key in op.reads:
+            reads.setdefault(key, set()).add(stage)
     readers: dict[int, tuple[int, ...]] = {}
     for key, group in graph.groups.items():
         if group.producer < 0:
             continue
         made = stage_of[group.producer]
         later = tuple(sorted(s for s in reads.get(key, ()) if s > made))
-        if not later and key not in outputs:
-            continue
-        if key in outputs or later[-1] - made > MAX_CROSSED:
+        if key in outputs or (later and later[-1] - made > MAX_CROSSED):
             carried[made].append(key)
             readers[key] = later
-        else:
+        elif later:
             for stage in range(made + 1, later[-1] + 1):
                 boundaries[stage].append(key)
     frozen = bool(inner) and prefix == edges[1] and prefix > 0
@@ -157,10 +153,7 @@ def _output_groups(graph: OpGraph) -> set[int]:
 
 def _prefix(graph: OpGraph) -> int:
     """Return the number of leading ops that need no gradient."""
-    for index, op in enumerate(graph.ops):
-        if op.requires_grad:
-            return index
-    return len(graph.ops)
+    return next((index for index, op in enumerate(graph.ops) if op.requires_grad), len(graph.ops))
 
 
 @dataclass(slots=True)
@@ -181,26 +174,21 @@ class _Gaps:
 
 def _gaps(graph: OpGraph) -> _Gaps:
     size = len(graph.ops) + 1
-    saved = {
-        key: index for index, op in enumerate(graph.ops) for key in op.saved
-    }  # the last op that saves it
-    gaps = _Gaps(*([0] * (size + 1) for _ in range(4)))
+    saved = {key: index for index, op in enumerate(graph.ops) for key in op.saved}  # the last that saves it
+    rows = count, held, unneeded, unsaved = [[0] * (size + 1) for _ in range(4)]  # changes at each gap
     for key, group in graph.groups.items():
         if group.producer < 0 or not group.requires_grad or group.last_use <= group.producer:
             continue
         over = min(group.last_use + 1, size)
         for row, after, amount in (
-            (gaps.count, group.producer, 1),
-            (gaps.held, group.producer, group.bytes),
-            (gaps.unneeded, max(group.producer, saved.get(key, -1)), group.bytes),
-            (gaps.unsaved, over if key in saved else group.producer, group.bytes),
+            (count, group.producer, 1),
+            (held, group.producer, group.bytes),
+            (unneeded, max(group.producer, saved.get(key, -1)), group.bytes),
+            (unsaved, over if key in saved else group.producer, group.bytes),
         ):
             row[min(after + 1, over)] += amount
             row[over] -= amount
-    for row in (gaps.count, gaps.held, gaps.unneeded, gaps.unsaved):
-        for index in range(1, size):
-            row[index] += row[index - 1]
-    return gaps
+    return _Gaps(*([*itertools.accumulate(row)] for row in rows))
 
 
 def _forbidden(graph: OpGraph) -> set[int]:
@@ -220,11 +208,8 @@ def _forbidden(graph: OpGraph) -> set[int]:
     position = {op.node: index for index, op in enumerate(graph.ops)}
     for index, op in enumerate(graph.ops):
         if not isinstance(op.node.meta.get("val"), torch.Tensor):  # a tuple: its parts are taken next
-            bad.update(
-                range(
-                    index + 1, 1 + max((position[u] for u in op.node.users if u in position), default=index)
-                )
-            )
+            last = max((position[user] for user in op.node.users if user in position), default=index)
+            bad.update(range(index + 1, last + 1))
     return bad
 
 
@@ -284,32 +269,23 @@ def _without_dimples(valleys: list[tuple[int, list[int]]]) -> list[tuple[int, li
     return kept
 
 
-def _weights(graph: OpGraph) -> list[int]:
-    """Return (n + 1,) prefix sums over the ops of the bytes that they make, saved for backward or not."""
-    made = [0] * len(graph.ops)
+def _merge_small(graph: OpGraph, gaps: list[int], prefix: int, max_stages: int) -> list[int]:
+    """Drop cuts until every stage makes something worth a decision and there are few enough stages."""
+    made = [0] * len(graph.ops)  # bytes by op, saved for backward or not
     for group in graph.groups.values():
         if group.producer >= 0:
             made[group.producer] += group.bytes
-    return [0, *itertools.accumulate(made)]
-
-
-def _merge_small(graph: OpGraph, gaps: list[int], prefix: int, max_stages: int) -> list[int]:
-    """Drop cuts until every stage makes something worth a decision and there are few enough stages."""
-    weight = _weights(graph)
-    edges = [0, *gaps, len(graph.ops)]
-    smallest = weight[-1] * SMALLEST
-    while len(edges) > 2:
+    weight = [0, *itertools.accumulate(made)]
+    edges, smallest = [0, *gaps, len(graph.ops)], weight[-1] * SMALLEST
+    # The end of a frozen prefix is kept whatever its size: it spares the prefix its re-run.
+    while choices := [i for i in range(1, len(edges) - 1) if edges[i] != prefix]:
         sizes = [weight[b] - weight[a] for a, b in itertools.pairwise(edges)]
-        # The end of a frozen prefix is kept whatever its size: it spares the prefix its re-run.
-        choices = [i for i in range(1, len(edges) - 1) if edges[i] != prefix]
-        if not choices:
+        if len(edges) - 1 > max_stages:
+            del edges[min(choices, key=lambda i: sizes[i - 1] + sizes[i])]
+            continue
+        merged = min(choices, key=lambda i: min(sizes[i - 1], sizes[i]))
+        if min(sizes[merged - 1], sizes[merged]) >= smallest:
             break
-        merged = min(choices, key=lambda i: sizes[i - 1] + sizes[i])
-        lightest = min((min(sizes[i - 1], sizes[i]) for i in choices), default=smallest)
-        if len(edges) - 1 <= max_stages and lightest >= smallest:
-            break
-        if len(edges) - 1 <= max_stages:
-            merged = min(choices, key=lambda i: min(sizes[i - 1], sizes[i]))
         del edges[merged]
     return edges[1:-1]
 
