@@ -1,4 +1,4 @@
-"""Does the captured model train exactly like the plain one? One step of each, compared bit for bit."""
+"""Run one step of a model, captured or plain, and compare two steps bit for bit."""
 
 from __future__ import annotations
 
@@ -52,40 +52,34 @@ class StepResult:
 def run_step(
     model: nn.Module, forward: Callable[[], Any], *, offload: bool = False, call: Any = ()
 ) -> StepResult:
-    """One forward and backward from the present state, which is put back afterwards.
+    """Run one forward and backward from the present state, which is restored afterwards.
 
     Args:
         call: the arguments of the forward, whose gradients are compared too; none of its tensors has a
             history.
         offload: keep saved tensors in host memory meanwhile, for a model that may not fit otherwise.
     """
-    device = model_device(model)
     with preserved(model):
         with on_host(model, call) if offload else nullcontext(), torch.enable_grad():
             output = forward()
             loss, own = find_loss(output)
-        outputs = [t.detach().cpu().clone() for t in output_tensors(output)]
+        outputs = [_copy(t) for t in output_tensors(output)]
         custom = custom_functions([loss, *output_tensors(output)])
         del output
         given = [t for t in pytree.tree_leaves(call) if isinstance(t, Tensor) and t.requires_grad]
         for tensor in given:
             tensor.grad = None
         reverse(loss)
-        arrived = tuple(None if t.grad is None else t.grad.detach().cpu().clone() for t in given)
+        arrived = tuple(_copy(t.grad) for t in given)
         for tensor in given:
             tensor.grad = None
-        return StepResult(
-            outputs,
-            {
-                n: None if p.grad is None else p.grad.detach().cpu().clone()
-                for n, p in model.named_parameters()
-            },
-            {n: b.detach().cpu().clone() for n, b in model.named_buffers()},
-            RandomState(device),
-            own,
-            custom,
-            arrived,
-        )
+        grads = {name: _copy(parameter.grad) for name, parameter in model.named_parameters()}
+        buffers = {name: _copy(buffer) for name, buffer in model.named_buffers()}
+        return StepResult(outputs, grads, buffers, RandomState(model_device(model)), own, custom, arrived)
+
+
+def _copy(tensor: Any) -> Any:
+    return None if tensor is None else tensor.detach().cpu().clone()
 
 
 def custom_functions(tensors: list[Tensor]) -> tuple[str, ...]:

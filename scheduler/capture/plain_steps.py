@@ -55,12 +55,14 @@ class PlainSteps:
     @cached_property
     def wide(self) -> str | None:
         """Return in what plain forwards differ by more than rounding, in words: no order of sums does so."""
-        for index, plain in enumerate(self.first.outputs):
-            if not all(rounds_alike(plain, other.outputs[index], MOST) for other in self.samples[1:]):
-                return f"output {index} differs"
-        for name, plain in self.first.buffers.items():
-            if not all(rounds_alike(plain, other.buffers[name], MOST) for other in self.samples[1:]):
-                return f"buffer {name} differs"
+        first, *others = (
+            {f"output {i}": each for i, each in enumerate(step.outputs)}
+            | {f"buffer {name}": each for name, each in step.buffers.items()}
+            for step in self.samples
+        )
+        for name, plain in first.items():
+            if not all(rounds_alike(plain, other[name], MOST) for other in others):
+                return f"{name} differs"
         return None
 
     @cached_property

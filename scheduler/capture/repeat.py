@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -126,29 +127,23 @@ def unlike(first: Sequence[Tensor], run: Callable[[], Sequence[Tensor]], random:
     # Random state outside of the generators may restart once these are set: a run that draws is compared with
     # the second run since. Where nothing is drawn nothing is set.
     first, second = pair() if random.differs() else (first, again(random))
-    if _equal(first, second):
+    if _alike(equal_bits, first, second):
         return ""
     why = "run again on the same random numbers, it gives other values"
     if is_distributed():  # the other ranks would not make the same runs
-        return "" if device.type != "cpu" and _rounded(first, second) else why
-    if not _rounded(first, second, MOST):
+        return "" if device.type != "cpu" and _alike(rounds_alike, first, second) else why
+    if not _alike(functools.partial(rounds_alike, units=MOST), first, second):
         return why
     try:
         with deterministic(device):
             exact = pair()
     except RuntimeError:
-        return "" if _rounded(first, second) else why
-    return "" if _equal(*exact) else why
+        return "" if _alike(rounds_alike, first, second) else why
+    return "" if _alike(equal_bits, *exact) else why
 
 
-def _equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    return len(first) == len(second) and all(map(equal_bits, first, second))
-
-
-def _rounded(first: Sequence[Tensor], second: Sequence[Tensor], units: int = ROUNDING) -> bool:
-    return len(first) == len(second) and all(
-        rounds_alike(a, b, units) for a, b in zip(first, second, strict=True)
-    )
+def _alike(test: Callable[..., bool], first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return len(first) == len(second) and all(map(test, first, second))
 
 
 def rounds_alike(a: Tensor, b: Tensor, units: int = ROUNDING) -> bool:

@@ -45,7 +45,7 @@ def as_model(model: Any, sample: Any = ()) -> Any:
 
 
 class StepFunction(nn.Module):
-    """Return a function that gives the loss of a batch, with the modules that it uses; ``_step_function``.
+    """A function that gives the loss of a batch, with the modules that it uses; see ``_step_function``.
 
     It is in train mode if one of these is.
     """
@@ -56,17 +56,16 @@ class StepFunction(nn.Module):
     def __init__(self, function: Callable[..., Any], given: Mapping[str, nn.Module]) -> None:
         super().__init__()
         # Not as an attribute: a module would be there twice.
-        self.__dict__["function"] = function
-        self.__dict__["given"] = {}
-        found = dict.fromkeys(module for _, module in modules_in(function, everywhere=True))
-        names = {module: name for name, module in reversed([*modules_in(function, everywhere=True)])}
-        for name, module in given.items():
-            found[module] = names[module] = name
-        for module in found:
-            if any(module is not other and module in set(other.modules()) for other in found):
+        self.__dict__.update(function=function, given={})
+        names: dict[nn.Module, str] = {}
+        for name, module in modules_in(function, everywhere=True):
+            names.setdefault(module, name)
+        names.update({module: name for name, module in given.items()})
+        for module, path in names.items():
+            if any(module is not other and module in set(other.modules()) for other in names):
                 continue  # it is in another one
-            self._reject(module, names[module])
-            name = re.sub(r"\W", "_", names[module]) or "module"
+            self._reject(module, path)
+            name = re.sub(r"\W", "_", path) or "module"
             while hasattr(self, name):
                 name += "_"
             self.add_module(name, module)
@@ -88,7 +87,7 @@ class StepFunction(nn.Module):
         """Leave the modules as they are: ``train`` and ``eval`` go through them."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The loss; modules among the arguments are submodules, so that their names stand for them."""
+        """Return the loss; names stand for modules among the arguments, which are submodules."""
         args, kwargs = self.marked(args, kwargs)
         return super().__call__(*args, **kwargs)
 
@@ -133,11 +132,8 @@ class StepFunction(nn.Module):
             with torch.enable_grad(), _only_forward(name):
                 return [*variables(self(*args, **kwargs))]
 
-        known = {
-            *self.parameters(),
-            *(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)),
-        }
-        unknown = set(used()) - known
+        given = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        unknown = set(used()).difference(self.parameters(), given)
         if unknown:  # what the function itself makes is another tensor each time
             unknown &= set(used())
         for tensor in unknown:
@@ -191,20 +187,21 @@ def _step_function(
     cls = _class_of(
         name_of(function), getattr(function, "__module__", None) or "", str(signature), _Key(signature)
     )
-    given: dict[str, nn.Module] = {}
     try:
         bound = signature.bind(*arguments, **keywords).arguments
     except TypeError:  # solve says so, as of any model
         bound = {}
-    for name, value in bound.items():
-        for at, leaf in enumerate(pytree.tree_leaves(value)):
-            if isinstance(leaf, nn.Module):
-                given[name if leaf is value else f"{name}_{at}"] = leaf
+    given = {
+        name if leaf is value else f"{name}_{at}": leaf
+        for name, value in bound.items()
+        for at, leaf in enumerate(pytree.tree_leaves(value))
+        if isinstance(leaf, nn.Module)
+    }
     return cls(function, given)
 
 
 class _Key:
-    """A signature that makes no difference to a cache."""
+    """A signature that a cache ignores."""
 
     def __init__(self, signature: inspect.Signature) -> None:
         self.signature = signature
@@ -231,10 +228,9 @@ def _class_of(name: str, module: str, _text: str, key: _Key) -> type[StepFunctio
 
 @contextmanager
 def _only_forward(name: str) -> Iterator[None]:
-    """Within it nothing is reversed into gradients, and none are set to zero: a plan would leave that out."""
-    places = [
-        (Tensor, "backward"), (torch.autograd, "backward"), (nn.Module, "zero_grad"), (torch.optim.Optimizer, "zero_grad")
-    ]  # fmt: skip # four places
+    """Refuse within it to reverse into gradients, and to set them to zero: a plan would leave that out."""
+    reversing, zeroing = (Tensor, torch.autograd), (nn.Module, torch.optim.Optimizer)
+    places = [*((owner, "backward") for owner in reversing), *((owner, "zero_grad") for owner in zeroing)]
 
     def refusing(what: str) -> Callable[..., None]:
         def refuse(*_: Any, **__: Any) -> None:

@@ -25,7 +25,7 @@ def name_of(function: Any) -> str:
 
 
 def modules_in(function: Any, *, everywhere: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """Return (name, module) for the modules that a callable, or what it is bound to, holds; names may repeat.
+    """Yield (name, module) for the modules that a callable, or what it is bound to, holds; names may repeat.
 
     Args:
         everywhere: look into the global variables that functions name, defaults of parameters, and plain
@@ -58,7 +58,9 @@ def _found(
             if _is_filled(cell)
         ]
         if everywhere:
-            parts += [*_defaults(value), *_globals(value)]
+            parameters = inspect.signature(value).parameters.values()
+            parts += [(p.name, p.default) for p in parameters if p.default is not p.empty]
+            parts += _globals(value)
     elif isinstance(value, (list, tuple)):
         parts = [(f"{name}_{i}", part) for i, part in enumerate(value)]
     elif isinstance(value, dict):
@@ -80,13 +82,8 @@ def _parameters(function: Any, count: int) -> list[str]:
     return [*names, *(f"argument{i}" for i in range(len(names), count))][:count]
 
 
-def _defaults(function: Any) -> list[tuple[str, Any]]:
-    parameters = inspect.signature(function).parameters.values()
-    return [(p.name, p.default) for p in parameters if p.default is not p.empty]
-
-
 def _globals(function: Any) -> Iterator[tuple[str, Any]]:
-    """Return the global variables that a function's code reads; none of a library's."""
+    """Yield the global variables that a function's code reads; none of a library's."""
     if "site-packages" in function.__code__.co_filename or "dist-packages" in function.__code__.co_filename:
         return
     codes = [function.__code__]
