@@ -22,6 +22,7 @@ __all__ = ["SIMPLE", "UNREAD", "Layout", "Taken", "is_same", "same_content", "va
 # Entries: of larger containers (a vocabulary) only the length is watched, unless blocks change them.
 LARGE = 64
 SIMPLE = (type(None), bool, int, float, str, Tensor, nn.Parameter, torch.dtype, torch.device)
+_INSIDE = (*SIMPLE, nn.Module, dict, list, set, tuple, type, types.FunctionType)  # the rest is outside
 _SKIPPED = frozenset(
     ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_rematplan", "_is_full_backward_hook",
      "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
@@ -210,9 +211,7 @@ class Layout:
                 self.copied.append((thing, key))
             return
         solid = is_plain(value)
-        if not solid and not isinstance(
-            value, (*SIMPLE, nn.Module, dict, list, set, tuple, type, types.FunctionType)
-        ):
+        if not solid and not isinstance(value, _INSIDE):
             self.outside.append((self.name_of((thing, key)), value))
         (self.solid if solid else self.others).append((thing, key))
         if isinstance(thing, types.CellType):
@@ -261,19 +260,15 @@ class Layout:
         Returns:
             (dict, key, value) of what was added to dicts since and is taken out.
         """
-        for places, before, current in (
-            (self.solid, then.values[0], now.values[0]),
-            (self.others, then.values[1], now.values[1]),
-            (self.tensors, then.tensors, now.tensors),
-        ):
-            for place, value, there in zip(places, before, current, strict=True):
-                if value is not there and value is not UNREAD:
-                    _set(place, _as_leaf(value))
+        places = (*self.solid, *self.others, *self.tensors)
+        before, current = ((*each.values[0], *each.values[1], *each.tensors) for each in (then, now))
+        for place, value, there in zip(places, before, current, strict=True):
+            if value is not there and value is not UNREAD:
+                _set(place, _as_leaf(value))
         removed = []
         if then.values[2] != now.values[2]:
             for thing, keys in self.keyed:  # calls of blocks are intercepted meanwhile
-                extra = [k for k in thing if k not in keys]
-                removed += [(thing, k, thing.pop(k)) for k in extra]
+                removed += [(thing, key, thing.pop(key)) for key in [*thing] if key not in keys]
         for holder, content, there in zip(self.containers, then.contents, now.contents, strict=True):
             if not same_content(content, there):
                 holder.put_back([*map(_as_leaf, content)] if isinstance(content, list) else content)
@@ -305,10 +300,7 @@ def value_at(place: Place) -> Any:
     """Return what lies at a place; MISSING if nothing does."""
     thing, key = place
     if isinstance(thing, types.CellType):
-        try:
-            return thing.cell_contents
-        except ValueError:
-            return MISSING
+        return Holder("", thing, "cell").content()
     if isinstance(thing, type):
         return vars(thing).get(key, MISSING)
     if isinstance(thing, dict):
@@ -347,7 +339,6 @@ def _host_generators() -> list[tuple[str, Any]]:
 
 
 def _hooks(modules: Sequence[nn.Module]) -> list[tuple[str, Any]]:
-    """Return the hooks on modules."""
     inner = [each for m in modules for each in (m._forward_hooks, m._forward_pre_hooks)]
     return [("a hook", hook) for hooks in inner for hook in hooks.values()]
 

@@ -145,10 +145,9 @@ class GraphCapture(Capture):
     def result_layouts(self, k: int) -> tuple[dict[int, tuple[int, ...]], frozenset[int]]:
         """Return strides of gradients of stage k's results, if not contiguous; the results without one."""
         stage = self.stages[k]
-        names = zip(
-            (*stage.boundary, *stage.carried), (*stage.boundary_from, *stage.carried_from), strict=True
-        )
-        found = {i: self.layouts[name] for name, i in names if i >= 0 and name in self.layouts}
+        names = (*stage.boundary, *stage.carried)
+        places = zip(names, (*stage.boundary_from, *stage.carried_from), strict=True)
+        found = {i: self.layouts[name] for name, i in places if i >= 0 and name in self.layouts}
         return {i: s for i, s in found.items() if s}, frozenset(i for i, s in found.items() if s is None)
 
     def own_output(self, stage: GraphStage, results: tuple[Tensor, ...]) -> Any:
@@ -251,11 +250,8 @@ class GraphCapture(Capture):
 
         def visit(k: int, arguments: list[Any]) -> None:
             sources, function = self.stages[k].sources, self.stages[k].function
-            fresh = {
-                i: arguments[i].clone()
-                for i, source in enumerate(sources)
-                if source.kind == "buffer" and source.key in self.changed[k]
-            }
+            changed = [s.kind == "buffer" and s.key in self.changed[k] for s in sources]
+            fresh = {i: arguments[i].clone() for i, own in enumerate(changed) if own}
 
             def again() -> list[Tensor]:
                 given = [fresh[i].clone() if i in fresh else a for i, a in enumerate(arguments)]
