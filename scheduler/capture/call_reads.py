@@ -11,7 +11,7 @@ import dis
 import inspect
 import itertools
 from collections import UserDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -130,51 +130,33 @@ class _Namespace(SimpleNamespace):
     """A namespace of a class written in Python."""
 
 
+def _noting(method: Callable[..., Any]) -> Any:
+    def noting(self: _NotedDict, key: Any, *default: Any) -> Any:
+        self.noted.update(self.places.get(key, ()))
+        return method(self, key, *default)
+
+    return noting
+
+
+def _noting_all(method: Callable[..., Any]) -> Any:
+    def noting(self: _NotedDict) -> Any:
+        self.noted.update(*self.places.values())
+        return method(self)
+
+    return noting
+
+
 class _NotedDict(dict[str, Any]):
     """A dict that notes which of its entries are looked up."""
 
     def __init__(self, values: dict[str, Any], places: dict[str, range], read: set[int]) -> None:
         super().__init__(values)
-        self._places, self._noted = places, read
+        self.places, self.noted = places, read
 
-    def _note(self, key: Any) -> None:
-        self._noted.update(self._places.get(key, ()))
-
-    def _note_all(self) -> None:
-        self._noted.update(*self._places.values())
-
-    def __getitem__(self, key: Any) -> Any:
-        self._note(key)
-        return super().__getitem__(key)
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        self._note(key)
-        return super().get(key, default)
-
-    def pop(self, key: Any, *default: Any) -> Any:
-        self._note(key)
-        return super().pop(key, *default)
-
+    __getitem__, get, pop = _noting(dict.__getitem__), _noting(dict.get), _noting(dict.pop)
     # Keys are part of the call's structure; whoever goes through them may look up any.
-    def __iter__(self) -> Iterator[str]:
-        self._note_all()
-        return super().__iter__()
-
-    def keys(self) -> Any:
-        self._note_all()
-        return super().keys()
-
-    def values(self) -> Any:
-        self._note_all()
-        return super().values()
-
-    def items(self) -> Any:
-        self._note_all()
-        return super().items()
-
-    def copy(self) -> Any:
-        self._note_all()
-        return dict(self)
+    __iter__, keys, values = _noting_all(dict.__iter__), _noting_all(dict.keys), _noting_all(dict.values)
+    items, copy = _noting_all(dict.items), _noting_all(dict.copy)
 
 
 def _loaded_names(function: Any) -> tuple[frozenset[str] | None, tuple[str, ...]]:

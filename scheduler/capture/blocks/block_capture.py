@@ -277,18 +277,14 @@ def _profiled(
 
 def _either_way(run: Callable[..., ModuleCall]) -> tuple[ModuleCall, bool]:
     """Return the calls of the candidates without grad, or in grad mode where that does not run."""
-    try:
-        return run(), False
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # forces by autograd.grad, a hook on a tensor
-        pass
-    try:
-        return run(grad=True), True
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise CaptureError(f"it does not run on the sample: {error}") from error
+    for grad in (False, True):
+        try:
+            return run(grad=grad), grad
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # without grad: forces by autograd.grad, a hook on a tensor
+            failed = error
+    raise CaptureError(f"it does not run on the sample: {failed}") from failed
 
 
 def _in_words(names: Sequence[str]) -> str:

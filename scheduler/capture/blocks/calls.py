@@ -217,14 +217,12 @@ class Recurrence:
     """Note, at little cost, which submodules a forward calls again and again, each fed by the call before.
 
     Attributes:
-        calls: how often each was called.
         row: the most calls of each in a row that the call before fed.
     """
 
     def __init__(self) -> None:
-        self.calls: Counter[str] = Counter()
-        self.row: Counter[str] = Counter()
-        self._now: Counter[str] = Counter()
+        self.row = Counter[str]()
+        self._now = Counter[str]()
         self._made: dict[str, dict[int, weakref.ref[Tensor]]] = {}
 
     @contextmanager
@@ -241,16 +239,14 @@ class Recurrence:
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(forward)
             def noted(*args: Any, **kwargs: Any) -> Any:
-                self.calls[name] += 1
-                given = {id(t): t for _, t in tensor_leaves((args, kwargs))}
+                given = {id(t): t for t in _tensors((args, kwargs))}
                 made = self._made.get(name, {})
                 fed = any(key in made and made[key]() is tensor for key, tensor in given.items())
                 self._now[name] = self._now[name] + 1 if fed else 1
                 self.row[name] = max(self.row[name], self._now[name])
                 result = forward(*args, **kwargs)
-                self._made[name] = {
-                    id(t): weakref.ref(t) for _, t in tensor_leaves(result) if id(t) not in given
-                }
+                own = [tensor for tensor in _tensors(result) if id(tensor) not in given]
+                self._made[name] = {id(tensor): weakref.ref(tensor) for tensor in own}
                 return result
 
             return noted

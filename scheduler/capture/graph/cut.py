@@ -13,6 +13,7 @@ in between. A value that crosses a few cuts only is part of each of those bounda
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -41,10 +42,11 @@ class Linear:
         cuts: (L + 1,) op indices; stage k is ops[cuts[k]:cuts[k + 1]].
         boundaries: (L + 1,) storages that cross into stage k and are not carried; the last is empty, since
             the outputs are carried.
-        carried: (L,) carried storages first made in stage k. readers: carried storage -> stages after its
-        producer that read it, ascending. frozen_prefix: stage 0 needs no gradient at all, and is run once.
-        reasons: (L - 1,) why each stage but the first begins where it does. left_out: how many gaps were no
-        cuts in the end, by why (``rematplan.scheduler.plan.why_cut.LEFT_OUT``).
+        carried: (L,) carried storages first made in stage k.
+        readers: carried storage -> stages after its producer that read it, ascending.
+        frozen_prefix: stage 0 needs no gradient at all, and is run once.
+        reasons: (L - 1,) why each stage but the first begins where it does.
+        left_out: how many gaps were no cuts in the end, by why (``plan.why_cut.LEFT_OUT``).
     """
 
     cuts: tuple[int, ...]
@@ -219,33 +221,18 @@ def _valleys(graph: OpGraph, prefix: int) -> tuple[list[int], int]:
     After a frozen prefix that computes something, its end is a gap too.
     """
     live = _gaps(graph)
-    count, held = live.count, live.held
     forbidden = _forbidden(graph)
     gaps = [g for g in range(prefix + 1, len(graph.ops)) if g not in forbidden]
     valleys: list[tuple[int, list[int]]] = []  # level, gaps
-    start = 0
-    while start < len(gaps):
-        stop = start
-        while stop + 1 < len(gaps) and count[gaps[stop + 1]] == count[gaps[start]]:
-            stop += 1
-        level = count[gaps[start]]
-        left = start == 0 or count[gaps[start - 1]] > level
-        right = stop + 1 == len(gaps) or count[gaps[stop + 1]] > level
-        if left and right:
-            # Within a plateau only the gaps that hold the fewest bytes around them are worth a cut, and of
-            # those the ones at which a later op, or any op, saves what crosses: a chain charges a kept stage
-            # for its input and its output, too much for a value that autograd releases (between GELU and
-            # Dropout).
-            run = gaps[start : stop + 1]
-            run = [g for g in run if not live.unneeded[g]] or [g for g in run if not live.unsaved[g]] or run
-            best = [
-                g
-                for i, g in enumerate(run)
-                if (i == 0 or held[run[i - 1]] >= held[g])
-                and (i + 1 == len(run) or held[run[i + 1]] >= held[g])
-            ]
-            valleys.append((level, best))
-        start = stop + 1
+    plateaus = [[*run] for _, run in itertools.groupby(gaps, key=live.count.__getitem__)]
+    levels = [live.count[plateau[0]] for plateau in plateaus]
+    for at in _dips(levels):
+        # Within a plateau only the gaps that hold the fewest bytes around them are worth a cut, and of those
+        # the ones at which a later op, or any op, saves what crosses: a chain charges a kept stage for its
+        # input and its output, too much for a value that autograd releases (between GELU and Dropout).
+        run = plateaus[at]
+        run = [g for g in run if not live.unneeded[g]] or [g for g in run if not live.unsaved[g]] or run
+        valleys.append((levels[at], [run[i] for i in _dips([live.held[g] for g in run])]))
     kept = _without_dimples(valleys)
     chosen = [g for _, best in kept for g in best]
     if prefix and prefix not in forbidden:
@@ -254,6 +241,13 @@ def _valleys(graph: OpGraph, prefix: int) -> tuple[list[int], int]:
         if made > 0.01 * total:
             chosen.insert(0, prefix)
     return chosen, len(valleys) - len(kept)
+
+
+def _dips(values: Sequence[int]) -> list[int]:
+    """Return the places of values that none beside them is less than."""
+    padded = [math.inf, *values, math.inf]
+    triples = zip(padded, padded[1:], padded[2:], strict=False)
+    return [i for i, (before, value, after) in enumerate(triples) if before >= value <= after]
 
 
 def _without_dimples(valleys: list[tuple[int, list[int]]]) -> list[tuple[int, list[int]]]:

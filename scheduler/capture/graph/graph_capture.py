@@ -60,7 +60,6 @@ class GraphCapture(Capture):
     linear: Linear
     stages: list[GraphStage]
     outputs: list[Any]
-    output_spec: Any
     constants: dict[str, Tensor]
     device: torch.device
     random: list[bool] = field(default_factory=list)
@@ -123,7 +122,7 @@ class GraphCapture(Capture):
         output = [
             _value_at(leaf, model, places) if isinstance(leaf, Source) else leaf for leaf in self.outputs
         ]
-        return tree_unflatten(output, self.output_spec)
+        return tree_unflatten(output, self.graph.output_spec)
 
     def trial(self, model: nn.Module, call: Call) -> Any:
         """Run a sweep in grad mode; the backward that follows notes layouts of gradients across cuts."""
@@ -154,7 +153,7 @@ class GraphCapture(Capture):
         """Return the part of the model's output that ``stage`` makes, None in the place of the rest."""
         made = {name: results[i] for name, i in zip(stage.carried, stage.carried_from, strict=True)}
         leaves = [made.get(leaf.key) if isinstance(leaf, Source) else leaf for leaf in self.outputs]
-        return tree_unflatten(leaves, self.output_spec)
+        return tree_unflatten(leaves, self.graph.output_spec)
 
     def record(self) -> dict[str, Any]:
         """See ``Capture.record``."""
@@ -358,5 +357,4 @@ def capture_graph(
     """
     linear = linearize(graph, max_stages, cuts)
     stages, outputs = compile_stages(graph, linear, model)
-    constants = graph.constants(model)
-    return GraphCapture(graph, linear, stages, outputs, graph.output_spec, constants, model_device(model))
+    return GraphCapture(graph, linear, stages, outputs, graph.constants(model), model_device(model))
