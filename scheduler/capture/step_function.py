@@ -12,8 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rematplan.scheduler.capture.blocks.callables import CallableChain, cut_off, variables
-from rematplan.scheduler.capture.blocks.found import modules_in, name_of
+from rematplan.scheduler.capture.blocks.callables import (
+    CallableChain,
+    cut_off,
+    modules_in,
+    name_of,
+    variables,
+)
 from rematplan.scheduler.torch_layer.call import read_sample
 from rematplan.scheduler.torch_layer.fsdp import reject_wrapped
 from rematplan.scheduler.torch_layer.private import is_compiled_function, pytree, replaced

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rematplan.scheduler.capture.blocks.block_state import BlockState
-from rematplan.scheduler.capture.blocks.call_state import CallState
+from rematplan.scheduler.capture.blocks.block_state import BlockState, CallState
 from rematplan.scheduler.capture.repeat import unlike
 from rematplan.scheduler.core.errors import CaptureError
 from rematplan.scheduler.torch_layer.call import Call
