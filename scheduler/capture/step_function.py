@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -89,7 +88,7 @@ class StepFunction(nn.Module):
 
     @training.setter
     def training(self, mode: bool) -> None:
-        """Leave the modules as they are: ``train`` and ``eval`` go through them."""
+        """Change nothing: ``train`` and ``eval`` set the modules themselves."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the loss; names stand for modules among the arguments, which are submodules."""
@@ -189,9 +188,7 @@ def _step_function(
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # of a callable written in C, say
         signature = inspect.signature(lambda *args, **kwargs: None)
-    cls = _class_of(
-        name_of(function), getattr(function, "__module__", None) or "", str(signature), _Key(signature)
-    )
+    cls = _class_of(name_of(function), getattr(function, "__module__", None) or "", signature)
     try:
         bound = signature.bind(*arguments, **keywords).arguments
     except TypeError:  # solve says so, as of any model
@@ -205,30 +202,21 @@ def _step_function(
     return cls(function, given)
 
 
-class _Key:
-    """A signature that a cache ignores."""
-
-    def __init__(self, signature: inspect.Signature) -> None:
-        self.signature = signature
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key)
-
-    def __hash__(self) -> int:
-        return 0
+_CLASSES: dict[tuple[str, str, str], type[StepFunction]] = {}  # by name, module and signature
 
 
-@functools.cache
-def _class_of(name: str, module: str, _text: str, key: _Key) -> type[StepFunction]:
+def _class_of(name: str, module: str, signature: inspect.Signature) -> type[StepFunction]:
     def forward(self: StepFunction, *args: Any, **kwargs: Any) -> Any:
         return StepFunction.forward(self, *args, **kwargs)
 
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    others = key.signature.parameters.values()
-    # Whatever its kind, torch.export and people give the parameters by name.
-    forward.__signature__ = inspect.Signature([own, *others])  # type: ignore[attr-defined]
-    short = name.rpartition(".")[2]
-    return type(short, (StepFunction,), {"forward": forward, "__module__": module, "__qualname__": name})
+    key = name, module, str(signature)
+    if key not in _CLASSES:
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        # Whatever its kind, torch.export and people give the parameters by name.
+        forward.__signature__ = inspect.Signature([own, *signature.parameters.values()])  # type: ignore[attr-defined]
+        members = {"forward": forward, "__module__": module, "__qualname__": name}
+        _CLASSES[key] = type(name.rpartition(".")[2], (StepFunction,), members)
+    return _CLASSES[key]
 
 
 @contextmanager

@@ -105,10 +105,10 @@ class _Intercept:
         return self.function(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.name != "forward":
+            return None
         twin = memo.get(id(self.module))
-        if twin is None or self.name != "forward":
-            return None if self.name != "forward" else self
-        return MethodType(type(self.module).forward, twin)
+        return self if twin is None else MethodType(type(self.module).forward, twin)
 
 
 @dataclass(eq=False, slots=True)
@@ -152,11 +152,6 @@ class ModuleCall:
             yield entry
             entry = entry.parent
 
-    def fed_by(self, other: ModuleCall) -> tuple[tuple[int, int], ...]:
-        """Return (argument leaf, output leaf) pairs of one tensor."""
-        made = {token: leaf for leaf, token in reversed(other.outputs)}
-        return tuple((leaf, made[token]) for leaf, token in self.inputs if token in made)
-
     def feeds_itself(self, following: ModuleCall) -> bool:
         """Whether the next call of the same module takes something that this one made."""
         made = {token for _, token in self.outputs} - {token for _, token in self.inputs}
@@ -167,11 +162,9 @@ class ModuleCall:
         if len(self.children) < 2:
             return False
         first, last = self.children[0], self.children[-1]
-        return (
-            bool({t for _, t in first.inputs} & {t for _, t in self.inputs})
-            and bool({t for _, t in last.outputs} & {t for _, t in self.outputs})
-            and all(b.fed_by(a) for a, b in pairwise(self.children))
-        )
+        flow = [(self.inputs, first.inputs), (self.outputs, last.outputs)]
+        flow += [(a.outputs, b.inputs) for a, b in pairwise(self.children)]
+        return all({token for _, token in a} & {token for _, token in b} for a, b in flow)
 
 
 def _version(tensor: Tensor) -> int:

@@ -130,12 +130,15 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
 class Face:
     """How the inputs and outputs of an op graph relate to a call of the model.
 
-    Attributes: positions: for each placeholder, its place among the leaves of the call; state tensors follow
-        these. state: for each state tensor among the inputs, its places; none of one that the graph does not
-        read. guards: the Python state that the traced forward read. unread: leaves of the call, other than
-        tensors, that the forward did not read. repeats: (leaf, earlier leaf) of floating-point tensors of the
-        call that were one; the graph takes each by itself. outputs: the leaves of the model's output; OUTPUT
-        in the places of what the graph gives. output_spec: how to put them together.
+    Attributes:
+        positions: for each placeholder, its place among the leaves of the call; state tensors follow these.
+        state: for each state tensor among the inputs, its places; none if the graph does not read it.
+        guards: the Python state that the traced forward read.
+        unread: leaves of the call, other than tensors, that the forward did not read.
+        outputs: the leaves of the model's output; OUTPUT in the places of what the graph gives.
+        output_spec: how to put them together.
+        repeats: (leaf, earlier leaf) of floating-point tensors of the call that were one; the graph takes
+            each by itself.
     """
 
     positions: tuple[int, ...] = ()

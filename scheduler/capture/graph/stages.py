@@ -24,7 +24,9 @@ class Source:
     Attributes:
         kind: "boundary" (index into the boundary's tensors), "carried" (name), "input" (index into the
             leaves of the call, and state tensors after them), "parameter" or "buffer" (dotted name in the
-        model), "constant" (name). key: index or name. requires_grad: of the tensor, in the step.
+            model), "constant" (name).
+        key: index or name.
+        requires_grad: of the tensor, in the step.
     """
 
     kind: str
