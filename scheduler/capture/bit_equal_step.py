@@ -35,7 +35,7 @@ __all__ = ["BIT_EQUAL", "PlainSteps", "StepResult", "custom_functions", "differe
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step left behind, copied to the CPU.
+    """The results of one step, copied to the CPU.
 
     Attributes:
         custom: names of the custom autograd.Functions in the graph of the outputs.

@@ -78,7 +78,7 @@ class Capture(ABC):
         return True
 
     def changes(self) -> str:
-        """Return, in words, which of what was taken for constant is otherwise now."""
+        """Return, in words, what was taken for constant and has changed."""
         return ""
 
     def constant_tensors(self) -> Iterable[Tensor]:

@@ -122,7 +122,7 @@ class BlockState:
 
     @contextmanager
     def as_of(self, then: Taken) -> Iterator[None]:
-        """Within it the block's code finds what it found then; on leaving, all is as it was before."""
+        """Let the block's code find within it what it found then; restore the present state on leaving."""
         layout = then.layout
         now = layout.now()
         differs = not _equal(then, now)
@@ -250,7 +250,7 @@ class CallState:
 
     @contextmanager
     def again(self, without: Iterable[str] = ()) -> Iterator[None]:
-        """Within it, all is as when the call began; on leaving, as it is now.
+        """Restore within it the state in which the call began; restore the present one on leaving.
 
         Args:
             without: places where something stands that no code can use.

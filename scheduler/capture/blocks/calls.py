@@ -1,7 +1,7 @@
-"""The calls of a model's submodules in one forward: what feeds what, what draws, changes and repeats.
+"""Observe the calls of a model's submodules in one forward: what feeds what, draws, changes and repeats.
 
-Which module is *recurrent*, called again and again, each call fed by the one before (a cell that the user's
-code unrolls over time), is seen here too.
+A module is *recurrent* if it is called several times, each call fed by the one before: a cell that the
+user's code unrolls over time.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def intercepted(
     modules: Sequence[tuple[nn.Module, Callable[[Callable[..., Any]], Callable[..., Any]]]],
     whole: Collection[nn.Module] = (),
 ) -> Iterator[None]:
-    """Within it each module's ``forward`` is ``wrap(forward)``; its hooks fire around that as ever.
+    """Replace within it each module's ``forward`` by ``wrap(forward)``; its hooks fire around that.
 
     Of a module that ``module.compile()`` has compiled it is the compiled call, hooks included: what wraps it
     stays eager. Of one whose weights a pre-hook makes it is the whole call, so that they are made where they
@@ -256,7 +256,7 @@ class Recurrence:
 
 
 class _Enough(BaseException):
-    """Ends a forward of which nothing more is wanted; no ``except Exception`` of the model's stops it."""
+    """End a forward of which nothing more is wanted; no ``except Exception`` of the model's stops it."""
 
 
 def repeatable(  # noqa: C901 - nested closures of one trial

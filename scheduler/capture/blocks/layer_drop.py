@@ -1,4 +1,4 @@
-"""Layers left out at random (LayerDrop, stochastic depth): found and priced with all of them run.
+"""Fix draws by which a model leaves out layers (LayerDrop, stochastic depth), so that all of them run.
 
 A model decides by a random number or a few whether a layer runs. While it is captured, these numbers are
 fixed at the value with which most runs; a step that leaves layers out then takes less than the plan says.

@@ -186,7 +186,7 @@ class GraphCapture(Capture):
         return face.repeats == repeated and face.guards.holds()
 
     def changes(self) -> str:
-        """Return which Python state is otherwise now, in words."""
+        """Return which Python state has changed, in words."""
         found = self.graph.face.guards.changes()
         if not found:
             return "other arguments are one and the same tensor"
