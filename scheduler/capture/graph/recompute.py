@@ -206,8 +206,8 @@ def stage_values(
         own = {(g, 0) for g in (*op.writes, *op.saved) if graph.groups[g].producer == first + i}
         reads = {(g, sum(m < i for m in changes[g])) for g in op.reads if g in changes} - own
         writes = own | {(g, changed.index(i) + 1) for g, changed in changes.items() if i in changed}
-        places = (tuple(sorted(index[key] for key in keys)) for keys in (reads, writes))
-        stage_ops.append(StageOp(cost, *places, op.random))
+        read, written = (tuple(sorted(index[key] for key in keys)) for keys in (reads, writes))
+        stage_ops.append(StageOp(cost, read, written, op.random))
     groups = tuple(g if version == last[g] else -1 for g, version in versions)
     return StageValues(tuple(stage_ops), tuple(values), groups)
 
