@@ -277,6 +277,7 @@ def _profiled(
 
 def _either_way(run: Callable[..., ModuleCall]) -> tuple[ModuleCall, bool]:
     """Return the calls of the candidates without grad, or in grad mode where that does not run."""
+    failed: RuntimeError | None = None
     for grad in (False, True):
         try:
             return run(grad=grad), grad

@@ -317,6 +317,7 @@ def op_graphs(model: nn.Module, call: Call) -> Iterator[OpGraph]:
     """
     seen: set[str] = set()
     refused: CaptureError | None = None
+    gradients: list[str] = []
     for eager in (True, False):
         try:
             with as_eager(model) if eager else nullcontext(), noted_gradients() as gradients:
