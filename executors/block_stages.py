@@ -108,7 +108,6 @@ class ModuleExecutor:
         inner = itertools.chain.from_iterable(module.modules() for module in self.modules.values())
         self.compiled = any(map(is_compiled, inner))
         self.replays = any(program.kept[block.stage] is None for block in capture.blocks)
-        self.whole = frozenset(self.modules[name] for name in capture.whole)
         self.reversing = frozenset(b.stage for b in capture.blocks if b.name in capture.reversing)
         self.told = False  # that a forward left out blocks
         # forward is intercepted while a step runs: one step at a time may do that to these modules.
@@ -126,7 +125,7 @@ class ModuleExecutor:
         sweep = _Sweep(self, stages, step)
         step.tell("first", 0)
         intercepting = [(m, sweep.wrapper(name)) for name, m in self.modules.items()]
-        with self.lock, intercepted(intercepting, self.whole):
+        with self.lock, intercepted(intercepting):
             output = self.plain(*args, **kwargs)
         sweep.crossing = {}
         step.state.sweep_is_over()

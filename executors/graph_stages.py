@@ -140,7 +140,7 @@ class GraphExecutor:
         output = [self._output(leaf, flat_inputs, carried) for leaf in self.capture.outputs]
         if step is not None:
             step.state.sweep_is_over()
-        return tree_unflatten(output, self.capture.output_spec)
+        return tree_unflatten(output, self.capture.graph.output_spec)
 
     def _output(self, leaf: Any, flat_inputs: list[Any], carried: dict[str, Tensor]) -> Any:
         if not isinstance(leaf, Source):

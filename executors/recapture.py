@@ -17,12 +17,11 @@ from rematplan.executors.block_stages import ModuleExecutor
 from rematplan.executors.engine import Engine
 from rematplan.executors.graph_stages import GraphExecutor
 from rematplan.executors.plain import plain_forward
-from rematplan.scheduler.capture.bit_equal_step import run_step
+from rematplan.scheduler.capture.bit_equal_step import PlainSteps, run_step
 from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture, capture_modules, recorded_modules
 from rematplan.scheduler.capture.graph.graph_capture import GraphCapture, capture_graph, op_graphs
 from rematplan.scheduler.capture.graph.op_graph import OpGraph
 from rematplan.scheduler.capture.graph.recompute import check_dropped
-from rematplan.scheduler.capture.plain_steps import PlainSteps
 from rematplan.scheduler.capture.protocol import Capture
 from rematplan.scheduler.capture.repeat import ELSEWHERE, draws_elsewhere
 from rematplan.scheduler.core.errors import CaptureError, PlanMismatch

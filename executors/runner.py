@@ -13,8 +13,7 @@ from rematplan.executors.engine import Executor
 from rematplan.executors.model_guard import Guard
 from rematplan.executors.plain import plain_copy, plans_within
 from rematplan.executors.recapture import ENGINES, check_names, recaptured
-from rematplan.scheduler.capture.bit_equal_step import run_step
-from rematplan.scheduler.capture.plain_steps import PlainSteps
+from rematplan.scheduler.capture.bit_equal_step import PlainSteps, run_step
 from rematplan.scheduler.capture.protocol import Capture
 from rematplan.scheduler.core.budget import format_bytes, machine_bytes
 from rematplan.scheduler.core.errors import PlanMismatch

@@ -1,4 +1,4 @@
-"""Which plain values of a call a forward reads: one that it does not read needs no plan of its own.
+"""Record which plain values of a call a forward reads: one that it does not read needs no plan of its own.
 
 An argument counts as read if the code of ``forward`` loads its name; of a dict among the arguments only the
 entries that are looked up, of an object with tensors in it only the attributes. Whatever lies deeper is read
@@ -8,8 +8,10 @@ with these.
 from __future__ import annotations
 
 import dis
+import inspect
+import itertools
 from collections import UserDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +28,7 @@ _ALL = frozenset({"locals", "vars", "eval", "exec", "inspect"})  # names by whic
 
 
 class CallReads:
-    """Records what of a call is read.
+    """Record what a forward reads of a call.
 
     Args:
         model: whose forward is to be called.
@@ -34,18 +36,14 @@ class CallReads:
     """
 
     def __init__(self, model: nn.Module, call: Call) -> None:
-        self._loaded = _loaded_names(type(model).forward)
+        self._loaded, positional = _loaded_names(type(model).forward)  # None: unknown
         self._read: set[int] = set()
-        self._plain: set[int] = set()
         # By the identity of an object's attributes: name -> leaves.
         self._objects: dict[int, dict[str, range]] = {}
-        self._kinds: dict[type, None] = {}
-        positional = list(self._loaded[1])
+        self._kinds: list[type] = []
         args, kwargs = call
-        self._entries = [
-            (positional[i] if i < len(positional) else None, value) for i, value in enumerate(args)
-        ]
-        self._entries += list(kwargs.items())
+        unnamed = itertools.repeat(None, max(0, len(args) - len(positional)))
+        self._names = [*positional[: len(args)], *unnamed, *kwargs]
         self._plain = {i for i, leaf in enumerate(tree_leaves(call)) if not isinstance(leaf, Tensor)}
 
     def watched(self, call: Call) -> Call:
@@ -55,34 +53,29 @@ class CallReads:
         args, kwargs = call
         at = 0
         values = []
-        for (name, _), value in zip(self._entries, (*args, *kwargs.values()), strict=True):
+        for name, value in zip(self._names, (*args, *kwargs.values()), strict=True):
             count = len(tree_leaves(value))
             values.append(self._watch(name, value, range(at, at + count)))
             at += count
         return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
 
     def _watch(self, name: str | None, value: Any, leaves: range) -> Any:
-        names, _ = self._loaded
-        if names is not None and name is not None and name not in names:
+        if self._loaded is not None and name is not None and name not in self._loaded:
             return value  # nobody loads it
         if type(value) is dict and all(isinstance(key, str) for key in value):
-            places = _places(value, leaves.start)
-            return _NotedDict(value, places, self._read)
+            return _NotedDict(value, _places(value, leaves.start), self._read)
         if type(value) is SimpleNamespace:  # reads of a class written in C cannot be seen
             value = _Namespace(**vars(value))
         members = getattr(value, "__dict__", None)
-        if (
-            isinstance(members, dict)
-            and len(leaves) > 1
-            and not isinstance(value, (Tensor, nn.Module, dict, list, tuple))
-        ):
+        other = not isinstance(value, (Tensor, nn.Module, dict, list, tuple))
+        if isinstance(members, dict) and len(leaves) > 1 and other:
             found = _places(members, leaves.start)
             whole = sum(map(len, found.values())) == len(leaves)
             if whole and isinstance(value, UserDict) and isinstance(value.data, dict):
                 return self._watch_user_dict(value, found)
             if whole:
                 self._objects[id(members)] = found
-                self._kinds[type(value)] = None
+                self._kinds.append(type(value))
                 return value
         self._read.update(leaves)
         return value
@@ -93,7 +86,7 @@ class CallReads:
         twin = object.__new__(type(value))
         twin.__dict__.update(vars(value), data=_NotedDict(value.data, places, self._read))
         self._objects[id(vars(twin))] = found
-        self._kinds[type(value)] = None
+        self._kinds.append(type(value))
         return twin
 
     @contextmanager
@@ -128,52 +121,33 @@ class _Namespace(SimpleNamespace):
     """A namespace of a class written in Python."""
 
 
+def _noting(method: Callable[..., Any]) -> Any:
+    def noting(self: _NotedDict, key: Any, *default: Any) -> Any:
+        self.noted.update(self.places.get(key, ()))
+        return method(self, key, *default)
+
+    return noting
+
+
+def _noting_all(method: Callable[..., Any]) -> Any:
+    def noting(self: _NotedDict) -> Any:
+        self.noted.update(*self.places.values())
+        return method(self)
+
+    return noting
+
+
 class _NotedDict(dict[str, Any]):
     """A dict that notes which of its entries are looked up."""
 
     def __init__(self, values: dict[str, Any], places: dict[str, range], read: set[int]) -> None:
         super().__init__(values)
-        self._places, self._noted = places, read
+        self.places, self.noted = places, read
 
-    def _note(self, key: Any) -> None:
-        self._noted.update(self._places.get(key, ()))
-
-    def _note_all(self) -> None:
-        for each in self._places.values():
-            self._noted.update(each)
-
-    def __getitem__(self, key: Any) -> Any:
-        self._note(key)
-        return super().__getitem__(key)
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        self._note(key)
-        return super().get(key, default)
-
-    def pop(self, key: Any, *default: Any) -> Any:
-        self._note(key)
-        return super().pop(key, *default)
-
+    __getitem__, get, pop = _noting(dict.__getitem__), _noting(dict.get), _noting(dict.pop)
     # Keys are part of the call's structure; whoever goes through them may look up any.
-    def __iter__(self) -> Iterator[str]:
-        self._note_all()
-        return super().__iter__()
-
-    def keys(self) -> Any:
-        self._note_all()
-        return super().keys()
-
-    def values(self) -> Any:
-        self._note_all()
-        return super().values()
-
-    def items(self) -> Any:
-        self._note_all()
-        return super().items()
-
-    def copy(self) -> Any:
-        self._note_all()
-        return dict(self)
+    __iter__, keys, values = _noting_all(dict.__iter__), _noting_all(dict.keys), _noting_all(dict.values)
+    items, copy = _noting_all(dict.items), _noting_all(dict.copy)
 
 
 def _loaded_names(function: Any) -> tuple[frozenset[str] | None, tuple[str, ...]]:
@@ -184,14 +158,12 @@ def _loaded_names(function: Any) -> tuple[frozenset[str] | None, tuple[str, ...]
     loaded: set[str] = set()
     for instruction in dis.get_instructions(code):
         if instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE", "LOAD_CLASSDEREF")):
-            names = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
-            loaded.update(names)
+            argument = instruction.argval
+            loaded.update(argument if isinstance(argument, tuple) else (argument,))
         elif instruction.argval in _ALL:
             return None, ()
-    variadic = tuple(
-        name for name, flag in zip(code.co_varnames[code.co_argcount + code.co_kwonlyargcount :][:2], (4, 8), strict=False)
-        if code.co_flags & flag
-    )  # fmt: skip # one expression
-    if code.co_flags & 8 or (variadic and any(name in loaded for name in variadic)):
-        return None, ()  # what goes on by **kwargs may be read anywhere
+    first = code.co_argcount + code.co_kwonlyargcount  # of *args and **kwargs, if there are these
+    star = code.co_flags & inspect.CO_VARARGS and code.co_varnames[first] in loaded
+    if star or code.co_flags & inspect.CO_VARKEYWORDS:
+        return None, ()  # what is passed on may be read anywhere
     return frozenset(loaded), code.co_varnames[1 : code.co_argcount]

@@ -37,7 +37,7 @@ class _OnHost:
 
 
 class _Bytes:
-    """What is on the host now, and may be at most."""
+    """Bytes that are on the host now, and that may be at most."""
 
     def __init__(self, most: int) -> None:
         self.now, self.most = 0, most
@@ -52,7 +52,7 @@ class _Bytes:
 
 
 def on_host(model: nn.Module, call: Any) -> AbstractContextManager[Any]:
-    """The context of a trial of the model on a call: where it lies on the host itself, none is needed."""
+    """Return the context of a trial of the model on a call; of a model on the host, none."""
     kind = model_device(model).type
     if kind == "cpu":
         return nullcontext()
@@ -61,7 +61,7 @@ def on_host(model: nn.Module, call: Any) -> AbstractContextManager[Any]:
 
 @contextmanager
 def offloaded(lasting: Iterable[Tensor], kind: str = "cuda", most: int | None = None) -> Iterator[_Bytes]:
-    """Within it what autograd saves is kept on the host, each tensor once.
+    """Keep what autograd saves within it on the host, each tensor once.
 
     Args:
         lasting: parameters, buffers, arguments: tensors on their storages stay where they are.
@@ -73,8 +73,7 @@ def offloaded(lasting: Iterable[Tensor], kind: str = "cuda", most: int | None = 
     """
     keys = storage_keys(lasting)
     held = _Bytes(free_machine_bytes() if most is None else most)
-    # What lies at a place, while its storage is there, unchanged.
-    known: dict[Any, tuple[StorageWeakRef, weakref.ref[_OnHost]]] = {}
+    known: dict[Any, tuple[StorageWeakRef, weakref.ref[_OnHost]]] = {}  # by place, while its storage lives
 
     def pack(tensor: Tensor) -> Tensor | _OnHost:
         if tensor.device.type != kind or tensor.layout is not torch.strided or storage_key(tensor) in keys:
@@ -82,9 +81,10 @@ def offloaded(lasting: Iterable[Tensor], kind: str = "cuda", most: int | None = 
         storage = tensor.untyped_storage()
         lies = tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype, version_of(tensor)
         place = (storage_id(storage), tensor.is_conj(), tensor.is_neg(), *lies)
-        there, ref = known.get(place, (None, None))
-        if there is not None and ref is not None and not there.expired() and (copy := ref()) is not None:
-            return copy
+        if place in known:
+            live, ref = known[place]
+            if not live.expired() and (copy := ref()) is not None:
+                return copy
         made = _OnHost(tensor, held)
         known[place] = StorageWeakRef(storage), weakref.ref(made)
         return made

@@ -36,7 +36,7 @@ class Capture(ABC):
         device: the device that holds the model.
         target: the device that costs are for, if the model is without data; else None.
         random: (L,) whether a stage draws random numbers.
-        changed: (L,) names of the tensors, and of other state, that a stage changes in place.
+        changed: (L,) names of the tensors, containers and other state that a stage changes in place.
     """
 
     __slots__ = ()
@@ -53,7 +53,7 @@ class Capture(ABC):
 
     @abstractmethod
     def record(self) -> dict[str, Any]:
-        """Return what a plan's ``CaptureRecord`` has of this capture, field by field, to make it again."""
+        """Return the fields of a plan's ``CaptureRecord``, by which the capture can be repeated."""
 
     @abstractmethod
     def without_data(self, device: torch.device, fake: Callable[[Any], Any]) -> Capture:
@@ -61,7 +61,7 @@ class Capture(ABC):
 
     @property
     def place(self) -> Device:
-        """What costs are for: the device described, or the one that holds the model."""
+        """The device that costs are for: the one described, or the one that holds the model."""
         return self.device if self.target is None else self.target
 
     @property
@@ -78,7 +78,7 @@ class Capture(ABC):
         return True
 
     def changes(self) -> str:
-        """Return what was taken for constant and is otherwise now, in words."""
+        """Return, in words, what was taken for constant and has changed."""
         return ""
 
     def constant_tensors(self) -> Iterable[Tensor]:
@@ -91,7 +91,7 @@ class Capture(ABC):
 
 
 class Producer(ABC):
-    """Makes captures of one kind, and prices them.
+    """Make captures of one kind, and price them.
 
     Attributes:
         compares: whether a capture is tried against a plain step, which is then taken before.
@@ -117,15 +117,7 @@ class Producer(ABC):
         """
 
     @abstractmethod
-    def price(
-        self,
-        captured: Any,
-        step: TrialStep,
-        *,
-        resident: int,
-        clock: bool,
-        options: bool,
-    ) -> Chain:
+    def price(self, captured: Any, step: TrialStep, *, resident: int, clock: bool, options: bool) -> Chain:
         """Return the chain of a capture of this kind; the model is left as it is.
 
         Args:
@@ -145,12 +137,7 @@ class Producer(ABC):
         """
         return record.kind
 
-    def activations(
-        self,
-        captured: Any,  # noqa: ARG002
-        chain: Chain,
-        named: Callable[[str], str],
-    ) -> dict[str, int]:
+    def activations(self, captured: Any, chain: Chain, named: Callable[[str], str]) -> dict[str, int]:  # noqa: ARG002
         """Return the bytes of what autograd saves and of the outputs, by the module that makes them.
 
         Args:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rematplan.scheduler.torch_layer.environment import (
-    RunContext,
-    deterministic_switches,
-    switched,
-)
+from rematplan.scheduler.torch_layer.environment import RunContext, deterministic_switches, switched
+from rematplan.scheduler.torch_layer.fake import Watch
 from rematplan.scheduler.torch_layer.fsdp import is_distributed
 from rematplan.scheduler.torch_layer.layouts import equal_bits
 from rematplan.scheduler.torch_layer.preserve import RandomState, on_gradient
+from rematplan.scheduler.torch_layer.private import version_of
 from rematplan.scheduler.torch_layer.target import Device
 
 __all__ = [
     "ELSEWHERE",
     "MOST",
+    "Values",
     "deterministic",
     "draws_elsewhere",
     "in_backward_of",
@@ -52,6 +52,32 @@ def deterministic(device: torch.device) -> Iterator[None]:
     finally:
         if device.type == "cuda" and workspaces is None:
             os.environ.pop(CUBLAS, None)
+
+
+class Values:
+    """Tensors as they are before a run, to find those that it changes in place.
+
+    Args:
+        named: (name, tensor).
+        data: whether tensors have values.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]], *, data: bool) -> None:
+        self.data = data
+        self.before = {n: (t, t.detach().clone() if data else t, version_of(t)) for n, t in named}
+
+    def changed(self, ops: Watch | None) -> list[str]:
+        """Return the names of the tensors changed since; ``ops`` watched the run, if there are no data."""
+        if not self.data:
+            return [
+                n for n, (tensor, _, _) in self.before.items() if ops is not None and ops.has_changed(tensor)
+            ]
+        # Kernels of batch norm change statistics without a new version; a fill may write equal values.
+        return [
+            name
+            for name, (tensor, value, version) in self.before.items()
+            if version_of(tensor) != version or not equal_bits(tensor, value)
+        ]
 
 
 def in_backward_of(device: torch.device, run: Callable[[], Any]) -> Any:
@@ -101,29 +127,23 @@ def unlike(first: Sequence[Tensor], run: Callable[[], Sequence[Tensor]], random:
     # Random state outside of the generators may restart once these are set: a run that draws is compared with
     # the second run since. Where nothing is drawn nothing is set.
     first, second = pair() if random.differs() else (first, again(random))
-    if _equal(first, second):
+    if _alike(equal_bits, first, second):
         return ""
     why = "run again on the same random numbers, it gives other values"
     if is_distributed():  # the other ranks would not make the same runs
-        return "" if device.type != "cpu" and _rounded(first, second) else why
-    if not _rounded(first, second, MOST):
+        return "" if device.type != "cpu" and _alike(rounds_alike, first, second) else why
+    if not _alike(functools.partial(rounds_alike, units=MOST), first, second):
         return why
     try:
         with deterministic(device):
             exact = pair()
     except RuntimeError:
-        return "" if _rounded(first, second) else why
-    return "" if _equal(*exact) else why
+        return "" if _alike(rounds_alike, first, second) else why
+    return "" if _alike(equal_bits, *exact) else why
 
 
-def _equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    return len(first) == len(second) and all(map(equal_bits, first, second))
-
-
-def _rounded(first: Sequence[Tensor], second: Sequence[Tensor], units: int = ROUNDING) -> bool:
-    return len(first) == len(second) and all(
-        rounds_alike(a, b, units) for a, b in zip(first, second, strict=True)
-    )
+def _alike(test: Callable[..., bool], first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return len(first) == len(second) and all(map(test, first, second))
 
 
 def rounds_alike(a: Tensor, b: Tensor, units: int = ROUNDING) -> bool:
@@ -155,9 +175,9 @@ def largest(tensor: Tensor) -> float:
 
 
 def draws_elsewhere(model: nn.Module, device: Device) -> bool:
-    """Whether the model has dropout with random state outside of the generator: cuDNN's, between RNN layers.
+    """Whether the model has cuDNN's dropout between RNN layers; see ``ELSEWHERE``.
 
-    It continues from call to call, and restarts when somebody sets the generator.
+    Its random state continues from call to call, and restarts when somebody sets the generator.
     """
     return device.type == "cuda" and any(
         isinstance(module, nn.RNNBase) and module.training and module.dropout > 0 and module.num_layers > 1

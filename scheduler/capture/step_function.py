@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -12,8 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rematplan.scheduler.capture.blocks.callables import CallableChain, cut_off, variables
-from rematplan.scheduler.capture.blocks.found import modules_in, name_of
+from rematplan.scheduler.capture.blocks.callables import (
+    CallableChain,
+    cut_off,
+    modules_in,
+    name_of,
+    variables,
+)
 from rematplan.scheduler.torch_layer.call import read_sample
 from rematplan.scheduler.torch_layer.fsdp import reject_wrapped
 from rematplan.scheduler.torch_layer.private import is_compiled_function, pytree, replaced
@@ -45,7 +49,7 @@ def as_model(model: Any, sample: Any = ()) -> Any:
 
 
 class StepFunction(nn.Module):
-    """Return a function that gives the loss of a batch, with the modules that it uses; ``_step_function``.
+    """A function that gives the loss of a batch, with the modules that it uses; see ``_step_function``.
 
     It is in train mode if one of these is.
     """
@@ -56,17 +60,16 @@ class StepFunction(nn.Module):
     def __init__(self, function: Callable[..., Any], given: Mapping[str, nn.Module]) -> None:
         super().__init__()
         # Not as an attribute: a module would be there twice.
-        self.__dict__["function"] = function
-        self.__dict__["given"] = {}
-        found = dict.fromkeys(module for _, module in modules_in(function, everywhere=True))
-        names = {module: name for name, module in reversed([*modules_in(function, everywhere=True)])}
-        for name, module in given.items():
-            found[module] = names[module] = name
-        for module in found:
-            if any(module is not other and module in set(other.modules()) for other in found):
+        self.__dict__.update(function=function, given={})
+        names: dict[nn.Module, str] = {}
+        for name, module in modules_in(function, everywhere=True):
+            names.setdefault(module, name)
+        names.update({module: name for name, module in given.items()})
+        for module, path in names.items():
+            if any(module is not other and module in set(other.modules()) for other in names):
                 continue  # it is in another one
-            self._reject(module, names[module])
-            name = re.sub(r"\W", "_", names[module]) or "module"
+            self._reject(module, path)
+            name = re.sub(r"\W", "_", path) or "module"
             while hasattr(self, name):
                 name += "_"
             self.add_module(name, module)
@@ -85,10 +88,10 @@ class StepFunction(nn.Module):
 
     @training.setter
     def training(self, mode: bool) -> None:
-        """Leave the modules as they are: ``train`` and ``eval`` go through them."""
+        """Change nothing: ``train`` and ``eval`` set the modules themselves."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The loss; modules among the arguments are submodules, so that their names stand for them."""
+        """Return the loss; names stand for modules among the arguments, which are submodules."""
         args, kwargs = self.marked(args, kwargs)
         return super().__call__(*args, **kwargs)
 
@@ -133,11 +136,8 @@ class StepFunction(nn.Module):
             with torch.enable_grad(), _only_forward(name):
                 return [*variables(self(*args, **kwargs))]
 
-        known = {
-            *self.parameters(),
-            *(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)),
-        }
-        unknown = set(used()) - known
+        given = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        unknown = set(used()).difference(self.parameters(), given)
         if unknown:  # what the function itself makes is another tensor each time
             unknown &= set(used())
         for tensor in unknown:
@@ -188,53 +188,42 @@ def _step_function(
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # of a callable written in C, say
         signature = inspect.signature(lambda *args, **kwargs: None)
-    cls = _class_of(
-        name_of(function), getattr(function, "__module__", None) or "", str(signature), _Key(signature)
-    )
-    given: dict[str, nn.Module] = {}
+    cls = _class_of(name_of(function), getattr(function, "__module__", None) or "", signature)
     try:
         bound = signature.bind(*arguments, **keywords).arguments
     except TypeError:  # solve says so, as of any model
         bound = {}
-    for name, value in bound.items():
-        for at, leaf in enumerate(pytree.tree_leaves(value)):
-            if isinstance(leaf, nn.Module):
-                given[name if leaf is value else f"{name}_{at}"] = leaf
+    given = {
+        name if leaf is value else f"{name}_{at}": leaf
+        for name, value in bound.items()
+        for at, leaf in enumerate(pytree.tree_leaves(value))
+        if isinstance(leaf, nn.Module)
+    }
     return cls(function, given)
 
 
-class _Key:
-    """A signature that makes no difference to a cache."""
-
-    def __init__(self, signature: inspect.Signature) -> None:
-        self.signature = signature
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key)
-
-    def __hash__(self) -> int:
-        return 0
+_CLASSES: dict[tuple[str, str, str], type[StepFunction]] = {}  # by name, module and signature
 
 
-@functools.cache
-def _class_of(name: str, module: str, _text: str, key: _Key) -> type[StepFunction]:
+def _class_of(name: str, module: str, signature: inspect.Signature) -> type[StepFunction]:
     def forward(self: StepFunction, *args: Any, **kwargs: Any) -> Any:
         return StepFunction.forward(self, *args, **kwargs)
 
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    others = key.signature.parameters.values()
-    # Whatever its kind, torch.export and people give the parameters by name.
-    forward.__signature__ = inspect.Signature([own, *others])  # type: ignore[attr-defined]
-    short = name.rpartition(".")[2]
-    return type(short, (StepFunction,), {"forward": forward, "__module__": module, "__qualname__": name})
+    key = name, module, str(signature)
+    if key not in _CLASSES:
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        # Whatever its kind, torch.export and people give the parameters by name.
+        forward.__signature__ = inspect.Signature([own, *signature.parameters.values()])  # type: ignore[attr-defined]
+        members = {"forward": forward, "__module__": module, "__qualname__": name}
+        _CLASSES[key] = type(name.rpartition(".")[2], (StepFunction,), members)
+    return _CLASSES[key]
 
 
 @contextmanager
 def _only_forward(name: str) -> Iterator[None]:
-    """Within it nothing is reversed into gradients, and none are set to zero: a plan would leave that out."""
-    places = [
-        (Tensor, "backward"), (torch.autograd, "backward"), (nn.Module, "zero_grad"), (torch.optim.Optimizer, "zero_grad")
-    ]  # fmt: skip # four places
+    """Refuse within it to reverse into gradients, and to set them to zero: a plan would leave that out."""
+    reversing, zeroing = (Tensor, torch.autograd), (nn.Module, torch.optim.Optimizer)
+    places = [*((owner, "backward") for owner in reversing), *((owner, "zero_grad") for owner in zeroing)]
 
     def refusing(what: str) -> Callable[..., None]:
         def refuse(*_: Any, **__: Any) -> None:

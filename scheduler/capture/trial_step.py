@@ -1,4 +1,4 @@
-"""The step that is planned, and what a plain run of it shows: what every kind of capture starts from."""
+"""Run the step that is planned as it is: ``TrialStep`` has what every kind of capture starts from."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rematplan.scheduler.capture.bit_equal_step import StepResult, custom_functions, difference, run_step
-from rematplan.scheduler.capture.blocks.callables import CallableChain
+from rematplan.scheduler.capture.blocks.callables import CallableChain, cut_off
 from rematplan.scheduler.capture.blocks.calls import Recurrence, intercepted
 from rematplan.scheduler.capture.call_reads import CallReads
 from rematplan.scheduler.capture.offloaded import on_host
@@ -40,7 +40,7 @@ class TrialStep:
 
     Attributes:
         device: whose costs are asked for; a Target if the model is without data.
-        progress: is told of each part of the planning, in a line of text.
+        progress: called with a line of text at each part of the planning.
         arrives: what reaches the model's forward, behind its own hooks.
         unread: leaves of that which the forward does not read.
         seen: which modules it calls again and again.
@@ -90,7 +90,7 @@ def first_forward(model: nn.Module, call: Call, device: Device, progress: Callab
         def noted(*args: Any, **kwargs: Any) -> Any:
             nonlocal arrives, unread
             arriving = canonical_call(signature, args, kwargs)
-            arrives = map_tensors(_cut_off, arriving)
+            arrives = map_tensors(cut_off, arriving)
             calls = CallReads(model, arriving)
             args, kwargs = calls.watched(arriving)
             try:
@@ -121,18 +121,12 @@ def first_forward(model: nn.Module, call: Call, device: Device, progress: Callab
     except (torch.OutOfMemoryError, CaptureError, Refused):
         raise
     except Exception as error:  # whatever the model's code raises on a sample that does not suit it
-        raise SampleError(
-            f"solve: {type(model).__name__} rejects the sample: {type(error).__name__}: {error}"
-        ) from error
+        raise SampleError(_rejection(model, error)) from error
     hindrance = nothing_to_train(model, call)
     if hindrance and not any(tensor.requires_grad for tensor in output_tensors(output)):
         raise ValueError(hindrance)
     own_loss = find_loss(output)[1]
     return TrialStep(model, call, device, progress, arrives, seen, own_loss, unread)
-
-
-def _cut_off(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 def _without_data(model: nn.Module, call: Call, device: Target, progress: Callable[[str], None]) -> TrialStep:
@@ -148,21 +142,15 @@ def _without_data(model: nn.Module, call: Call, device: Target, progress: Callab
             "plan it where it has data, without device="
         ) from error
     except Exception as error:  # whatever the model's code raises on a sample that does not suit it
-        raise ValueError(
-            f"solve: {type(model).__name__} rejects the sample: {type(error).__name__}: {error}"
-        ) from error
+        raise ValueError(_rejection(model, error)) from error
     loss, own = find_loss(output)
-    return TrialStep(
-        model,
-        call,
-        device,
-        progress,
-        arrives=call,
-        seen=seen,
-        own_loss=own,
-        draws=random.differs(),
-        custom=custom_functions([loss, *output_tensors(output)]),
-    )
+    custom = custom_functions([loss, *output_tensors(output)])
+    draws = random.differs()
+    return TrialStep(model, call, device, progress, call, seen, own, draws=draws, custom=custom)
+
+
+def _rejection(model: nn.Module, error: Exception) -> str:
+    return f"solve: {type(model).__name__} rejects the sample: {type(error).__name__}: {error}"
 
 
 def with_plain_step(step: TrialStep, *, cacheless: bool) -> TrialStep:
@@ -177,15 +165,18 @@ def with_plain_step(step: TrialStep, *, cacheless: bool) -> TrialStep:
     """
     model, (args, kwargs) = step.model, step.call
     random = HostRandomState()
+
+    def taken(**keywords: Any) -> StepResult:
+        return run_step(model, lambda: model(*args, **keywords), offload=True, call=step.call)
+
     with met(f"solve: a plain step of {type(model).__name__} on the sample raises"):
-        plain = run_step(model, lambda: model(*args, **kwargs), offload=True, call=step.call)
+        plain = taken(**kwargs)
     if cacheless:
         more = {name: value for name, value in kwargs.items() if name != "use_cache"}
         # The caches may not fit: nobody trains that step, plain or planned.
         with suppress(torch.OutOfMemoryError):
-            caching = run_step(model, lambda: model(*args, **more), offload=True, call=step.call)
             # Of the outputs the caches are no part of training.
-            differs = difference(replace(plain, outputs=[]), replace(caching, outputs=[]))
+            differs = difference(replace(plain, outputs=[]), replace(taken(**more), outputs=[]))
             if differs is not None:
                 raise ValueError(
                     f"solve: {type(model).__name__} trains otherwise when it fills the caches of generation, which a plan "

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from rematplan.scheduler.capture.bit_equal_step import run_step
+from rematplan.scheduler.capture.bit_equal_step import PlainSteps, run_step
 from rematplan.scheduler.capture.blocks.calls import Recurrence, is_compiled
 from rematplan.scheduler.capture.graph.graph_capture import GraphCapture, capture_graph, op_graphs
-from rematplan.scheduler.capture.plain_steps import PlainSteps
 from rematplan.scheduler.capture.protocol import Asked, Producer
 from rematplan.scheduler.capture.trial_step import DRAWS, UNTRIED, TrialStep
 from rematplan.scheduler.core.chain import Chain

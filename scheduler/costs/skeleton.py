@@ -246,8 +246,7 @@ def run_skeleton(  # noqa: C901 - one step, in its order
     args, kwargs = call
     torch.clear_autocast_cache()
     with torch.enable_grad():
-        whole = frozenset(map(model.get_submodule, capture.whole))
-        whole |= frozenset() if inside else frozenset(sharded_within(model))
+        whole = frozenset[nn.Module]() if inside else frozenset(sharded_within(model))
         blocks = {block.name: model.get_submodule(block.name) for block in capture.blocks}
         with intercepted([(module, wrapper(name)) for name, module in blocks.items()], whole):
             output = model(*args, **kwargs)

@@ -113,6 +113,6 @@ def _loss(capture: GraphCapture) -> fx.Node | None:
             leaves[leaf] = torch.empty(layout.shape, dtype=layout.dtype, device="meta").requires_grad_(
                 graph.grad_of[leaf]
             )
-    output = tree_unflatten([leaves.get(leaf, leaf) for leaf in graph.outputs], capture.output_spec)
+    output = tree_unflatten([leaves.get(leaf, leaf) for leaf in graph.outputs], graph.output_spec)
     loss, own = find_loss(output)
     return next(node for node, tensor in leaves.items() if tensor is loss) if own else None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from rematplan.scheduler.capture.blocks.found import modules_in, name_of
+from rematplan.scheduler.capture.blocks.callables import modules_in, name_of
 
 LAYER = nn.Linear(2, 2)
 

@@ -1,15 +1,14 @@
 """A model captured as blocks that run one after the other, whole modules as stages.
 
-The user's code between the blocks (*glue*) is left alone: it runs once, in plain autograd, and what it
-saves stays. A block is *fed* by the one before if at least one of its tensor arguments is, by identity,
-an output of that block, and glue has made none for it since; all its other tensor
-arguments (masks, rotary tables, an encoder's output) are *external*: held while the step lasts.
+The user's code between the blocks (*glue*) is left alone: it runs once, in plain autograd, and what it saves
+stays. A block is *fed* by the one before if at least one of its tensor arguments is, by identity, an output
+of that block, and glue has made none for it since; all its other tensor arguments (masks, rotary tables, an
+encoder's output) are *external*: held while the step lasts.
 
-A module that is called several times (an encoder that sees two batches) is a block at each call.
-A *recurrent* module, which is called again and again, each call fed by the one before (a cell that the user's
-code unrolls over time), is a block at each call. What glue makes for one step, its input, is external and
-ends no chain; and it may be fed by a block further back, whose output passes by those between (the state of a
-layer of cells while the others run).
+A module that is called several times (an encoder that sees two batches) is a block at each call. So is a
+*recurrent* one, where each call is fed by the one before (a cell that the user's code unrolls over time). Its
+input at one step, which glue makes, is external and ends no chain; and it may be fed by a block further back,
+whose output passes by those between (the state of a layer of cells while the others run).
 """
 
 from __future__ import annotations
@@ -43,12 +42,7 @@ from rematplan.scheduler.torch_layer.preserve import model_device, uncompiled
 from rematplan.scheduler.torch_layer.private import detect_fake_mode
 from rematplan.scheduler.torch_layer.target import Target
 
-__all__ = [
-    "Block",
-    "ModuleCapture",
-    "capture_modules",
-    "recorded_modules",
-]
+__all__ = ["Block", "ModuleCapture", "capture_modules", "recorded_modules"]
 
 MOST_PASSED = 16  # blocks that a value may pass by between its making and a block that is fed by it
 
@@ -80,14 +74,10 @@ class ModuleCapture(Capture):
 
     Attributes:
         stages: (L,) index of the block that is this stage, or None for glue.
-        target: the device that costs are for, if the model is without data.
-        random: (L,) whether a stage draws random numbers.
-        changed: (L,) names of the tensors and containers that it changes in place.
         gathering: bytes that stand by for fully_shard's collectives while a step runs, once that is priced.
         overwritten: names of attributes whose tensors blocks replace before they read them.
         state_bytes: bytes that the state of blocks takes: what they leave on modules, and what is held for
             re-runs.
-        whole: names of blocks whose whole call is the stage, hooks included, as these make its weights.
         grad: whether the model's code runs in grad mode only.
         draws: what random numbers are fixed at for all layers to run, if some may be left out; see
             layer_drop.py.
@@ -104,7 +94,6 @@ class ModuleCapture(Capture):
     gathering: int = 0
     overwritten: frozenset[str] = frozenset()
     state_bytes: int = 0
-    whole: frozenset[str] = frozenset()
     grad: bool = False
     draws: float | None = None
     reversing: frozenset[str] = frozenset()
@@ -128,7 +117,7 @@ class ModuleCapture(Capture):
         return {"gathered parameters": self.gathering} if self.gathering else {}
 
     def record(self) -> dict[str, Any]:
-        """What a plan keeps of this capture, to make it again; names of blocks as often as they run."""
+        """See ``Capture.record``; a block's name stands as often as it runs."""
         return {
             "stages": tuple(block.name for block in self.blocks),
             "fed": tuple(block.fed for block in self.blocks),
@@ -138,7 +127,7 @@ class ModuleCapture(Capture):
 
 
 def _candidates(model: nn.Module, call: Call, seen: Recurrence | None) -> dict[str, nn.Module]:
-    """Members of every ModuleList and Sequential, by name, shared ones once; and recurrent modules."""
+    """Return members of ModuleLists and Sequentials, shared ones once, and recurrent modules, by name."""
     found: dict[nn.Module, str] = {}
     for path, container in model.named_modules():
         if isinstance(container, (nn.ModuleList, nn.Sequential)):
@@ -150,8 +139,9 @@ def _candidates(model: nn.Module, call: Call, seen: Recurrence | None) -> dict[s
         args, kwargs = call
         with torch.no_grad(), seen.watching(model):
             model(*args, **kwargs)
-    for name in (name for name, row in seen.row.items() if row > 1):
-        found.setdefault(model.get_submodule(name), name)
+    for name, row in seen.row.items():
+        if row > 1:
+            found.setdefault(model.get_submodule(name), name)
     return {name: module for module, name in found.items()}
 
 
@@ -186,11 +176,10 @@ def capture_modules(
     """
     modules = _candidates(model, call, seen) if blocks is None else _given(model, blocks)
     device = model_device(model)
-    whole = {module for module in modules.values() if _hooks_make_weights(module)}
     data = target is None and detect_fake_mode() is None
     with noted_gradients() as gradients:
         try:
-            run = functools.partial(profile, model, call, modules, device, data, whole=whole)
+            run = functools.partial(profile, model, call, modules, device, data)
             root, grad, fixed = _profiled(model, modules, run)
         except CaptureError as error:
             if not gradients:
@@ -208,12 +197,8 @@ def capture_modules(
     calls = Counter(entry.name for entry in root.within())
     chosen = root.children if blocks is not None else expanded(root, calls, again)
     counts = Counter(entry.name for entry in chosen)
-    unusable = {
-        e.name
-        for e in chosen
-        if not (e.inputs and e.outputs)
-        or counts[e.name] != calls[e.name]  # it runs within another block, too
-    }
+    within_others = {name for name, count in counts.items() if count != calls[name]}
+    unusable = within_others | {entry.name for entry in chosen if not (entry.inputs and entry.outputs)}
     if blocks is not None and (unusable or list(counts) != list(modules)):
         raise CaptureError(
             "the modules given do not each run, once or several times, in the order given and outside of each other; "
@@ -227,7 +212,7 @@ def capture_modules(
     usable = [entry for entry in chosen if entry.name not in unusable]
     if data:
         with fixed_draws(fixed):
-            usable = repeatable(model, call, usable, device, grad=grad, whole=whole)
+            usable = repeatable(model, call, usable, device, grad=grad)
     asked = [entry.name for entry in chosen if entry.reversed_outside]
     if not usable and asked:
         raise CaptureError(
@@ -235,34 +220,38 @@ def capture_modules(
             "be run again; pass a module that contains both as a block"
         )
     if not usable:
+        within = (
+            f" ({transformed[0]} runs within torch.vmap, another transform of torch.func, or torch.inference_mode)"
+            if transformed
+            else ""
+        )
         raise CaptureError(
             "no member of a ModuleList or Sequential runs with tensors in and out, and no module is called again and again, "
-            "each call fed by the one before"
-            + (
-                f" ({transformed[0]} runs within torch.vmap, another transform of torch.func, or torch.inference_mode)"
-                if transformed
-                else ""
-            )
+            f"each call fed by the one before{within}"
         )
     found, stages = _laid_out([entry.name for entry in usable], _feeds(chosen, usable, again))
-    random = [False if b is None else usable[b].random for b in stages]
     of: dict[str, set[str]] = {}  # in any of its calls: what one changes, all of them find
     for entry in usable:
         of.setdefault(entry.name, set()).update(entry.changed)
-    changed = [() if b is None else tuple(sorted(of[usable[b].name])) for b in stages]
-    reason = f"{len(found)} blocks that run in order ({found[0].label} .. {found[-1].label})"
-    capture = ModuleCapture(found, stages, device, reason, random, changed, target)
-    capture.overwritten = frozenset(name for entry in usable for name in entry.overwritten)
-    # What a block leaves on modules, and what was there before it, which a re-run may read.
-    capture.state_bytes = sum(
-        size * (1 if name in entry.overwritten else 2)
-        for entry in usable
-        for name, size in entry.left.items()
+    return ModuleCapture(
+        found,
+        stages,
+        device,
+        reason=f"{len(found)} blocks that run in order ({found[0].label} .. {found[-1].label})",
+        random=[False if b is None else usable[b].random for b in stages],
+        changed=[() if b is None else tuple(sorted(of[usable[b].name])) for b in stages],
+        target=target,
+        overwritten=frozenset(name for entry in usable for name in entry.overwritten),
+        # What a block leaves on modules, and what was there before it, which a re-run may read.
+        state_bytes=sum(
+            size * (1 if name in entry.overwritten else 2)
+            for entry in usable
+            for name, size in entry.left.items()
+        ),
+        grad=grad,
+        draws=fixed,
+        reversing=frozenset(entry.name for entry in usable if entry.reverses),
     )
-    capture.whole = frozenset(entry.name for entry in usable if modules[entry.name] in whole)
-    capture.grad, capture.draws = grad, fixed
-    capture.reversing = frozenset(entry.name for entry in usable if entry.reverses)
-    return capture
 
 
 def _profiled(
@@ -288,25 +277,15 @@ def _profiled(
 
 def _either_way(run: Callable[..., ModuleCall]) -> tuple[ModuleCall, bool]:
     """Return the calls of the candidates without grad, or in grad mode where that does not run."""
-    try:
-        return run(), False
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # forces by autograd.grad, a hook on a tensor
-        pass
-    try:
-        return run(grad=True), True
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise CaptureError(f"it does not run on the sample: {error}") from error
-
-
-def _hooks_make_weights(module: nn.Module) -> bool:
-    """Whether a pre-hook of the module makes one of its weights, as torch.nn.utils does (prune, say)."""
-    return any(
-        type(hook).__module__.startswith("torch.nn.utils.") for hook in module._forward_pre_hooks.values()
-    )
+    failed: RuntimeError | None = None
+    for grad in (False, True):
+        try:
+            return run(grad=grad), grad
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # without grad: forces by autograd.grad, a hook on a tensor
+            failed = error
+    raise CaptureError(f"it does not run on the sample: {failed}") from failed
 
 
 def _in_words(names: Sequence[str]) -> str:
@@ -342,15 +321,12 @@ def _feeds(
     return _within_reach(feeds)
 
 
-def _within_reach(
-    feeds: list[tuple[tuple[int, int, int], ...]],
-) -> list[tuple[tuple[int, int, int], ...]]:
+def _within_reach(feeds: list[tuple[tuple[int, int, int], ...]]) -> list[tuple[tuple[int, int, int], ...]]:
     """Return the feeds without values that many blocks would pass by, which become external."""
-    furthest: dict[tuple[int, int], int] = {}
+    furthest = Counter[tuple[int, int]]()
     for index, fed in enumerate(feeds):
         for _, output, back in fed:
-            value = index - back, output
-            furthest[value] = max(back, furthest.get(value, 0))
+            furthest[index - back, output] = max(back, furthest[index - back, output])
     kept, begin = [], 0  # the first block since glue was last a stage
     for index, fed in enumerate(feeds):
         near = tuple(
@@ -381,7 +357,7 @@ def recorded_modules(
 def _laid_out(
     names: Sequence[str], feeds: Sequence[tuple[tuple[int, int, int], ...]]
 ) -> tuple[list[Block], list[int | None]]:
-    """Blocks and stages: glue comes first, last, and before each block that none before feeds."""
+    """Return blocks and stages; glue comes first, last, and before each block that none before feeds."""
     blocks: list[Block] = []
     stages: list[int | None] = [None]
     total, seen = Counter(names), Counter[str]()
@@ -405,8 +381,8 @@ def _laid_out(
 def _refuse_left_out(model: nn.Module, modules: dict[str, nn.Module], root: ModuleCall) -> None:
     """Refuse a model that leaves out layers at random, if no forward was found in which all of them run."""
     called = {entry.name for entry in root.within()}
-    missing = [name for name in modules if name not in called]
-    if not missing:
+    missing = next((name for name in modules if name not in called), None)
+    if missing is None:
         return
     for name, module in model.named_modules():
         for owner in (module, getattr(module, "config", None)):
@@ -415,6 +391,6 @@ def _refuse_left_out(model: nn.Module, modules: dict[str, nn.Module], root: Modu
                 if isinstance(share, float) and share > 0:
                     where = ".".join(filter(None, (name, "" if owner is module else "config", kind)))
                     raise CaptureError(
-                        f"layers are left out at random ({where} is {share}), and no forward was found in which {missing[0]} "
+                        f"layers are left out at random ({where} is {share}), and no forward was found in which {missing} "
                         "runs; set that to 0 in the configuration, before the model is made"
                     )

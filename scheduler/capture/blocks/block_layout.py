@@ -1,7 +1,4 @@
-"""Where the Python state of a block lies, and what lies there at one time: ``Layout`` and ``Taken``.
-
-The values of attributes are read by one compiled expression.
-"""
+"""Where the Python state of a block lies, and what lies there at one time: ``Layout`` and ``Taken``."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ import random
 import sys
 import types
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
 
@@ -24,6 +22,7 @@ __all__ = ["SIMPLE", "UNREAD", "Layout", "Taken", "is_same", "same_content", "va
 # Entries: of larger containers (a vocabulary) only the length is watched, unless blocks change them.
 LARGE = 64
 SIMPLE = (type(None), bool, int, float, str, Tensor, nn.Parameter, torch.dtype, torch.device)
+_INSIDE = (*SIMPLE, nn.Module, dict, list, set, tuple, type, types.FunctionType)  # the rest is outside
 _SKIPPED = frozenset(
     ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_rematplan", "_is_full_backward_hook",
      "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
@@ -41,10 +40,16 @@ class _Cut:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.flag = tensor.detach(), tensor.requires_grad
 
-    def leaf(self) -> Tensor:
-        return self.tensor.detach().requires_grad_(self.flag)
+
+def _detached(value: Any) -> Any:
+    return value.tensor if isinstance(value, _Cut) else value
 
 
+def _as_leaf(value: Any) -> Any:
+    return value.tensor.detach().requires_grad_(value.flag) if isinstance(value, _Cut) else value
+
+
+@dataclass(slots=True)
 class Taken:
     """State as it was at one time.
 
@@ -55,46 +60,44 @@ class Taken:
         contents: of containers and arrays.
         generators: their states.
         copies: (tensor, values) of tensors that the block changes in place.
-        versions: of the other tensors.
     """
-
-    __slots__ = ("contents", "copies", "generators", "layout", "tensors", "values", "versions")
 
     layout: Layout
     values: tuple[tuple[Any, ...], tuple[Any, ...], tuple[int, ...]]
     tensors: list[Any]
     contents: list[Any]
     generators: list[Any]
-    copies: list[tuple[Tensor, Tensor]]
-    versions: list[int]
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def inside(self) -> Iterator[Any]:
+        """Yield what lists and the values of dicts hold."""
+        return (value for content in self.contents if isinstance(content, list) for value in content)
 
     def held(self) -> list[Tensor]:
         """Return the tensors that are held for a re-run."""
-        found = [t.tensor if isinstance(t, _Cut) else t for t in self._tensors()]
+        found = [t for t in map(_detached, (*self.tensors, *self.inside())) if isinstance(t, Tensor)]
         return [*found, *(tensor for tensor, _ in self.copies)]
-
-    def _tensors(self) -> Iterator[Any]:
-        inside = (each for content in self.contents if isinstance(content, list) for each in content)
-        return (t for each in (self.tensors, inside) for t in each if isinstance(t, (Tensor, _Cut)))
 
     def read(self) -> list[tuple[str, Tensor]]:
         """Return the tensors that a re-run reads and the block does not change, by name."""
         if not (self.tensors or self.contents):
             return []
         changed = {id(tensor) for tensor, _ in self.copies}
-        named = zip((self.layout.name_of(place) for place in self.layout.tensors), self.tensors, strict=True)
+        named = zip(map(self.layout.name_of, self.layout.tensors), self.tensors, strict=True)
         inside = (
             (h.named(i) if h.kind == "list" else h.path, t)
             for h, content in zip(self.layout.containers, self.contents, strict=True)
             if isinstance(content, list)
             for i, t in enumerate(content)
         )
-        pairs = ((n, t.tensor if isinstance(t, _Cut) else t) for each in (named, inside) for n, t in each)
+        pairs = ((name, _detached(value)) for each in (named, inside) for name, value in each)
         return [(n, t) for n, t in pairs if isinstance(t, Tensor) and id(t) not in changed]
 
 
 class Layout:
     """The places where the state of a block lies, as they are found at one time.
+
+    The values of attributes are read by one compiled expression, ``read``.
 
     Args:
         name, module: the block.
@@ -132,9 +135,8 @@ class Layout:
         own = [values for each in members for values in (each._parameters, each._buffers)]
         self._own = set() if everything else set(map(id, own))
         self._plain_calls = {id(vars(each)) for each in members[1:]}  # whose forward is never intercepted
-        self._raw = (
-            set() if everything else {id(each._parameters) for each in members}
-        )  # in which nothing comes and goes
+        # In these nothing comes and goes.
+        self._raw = set() if everything else {id(each._parameters) for each in members}
         roots = [(name, module), *_hooks(members)]
         roots += [(path, each) for path, each in _host_generators() if everything or path in changed]
         for owner, used in {(id(g), used): (g, used) for g, used in _globals(members, everything)}.values():
@@ -145,7 +147,6 @@ class Layout:
             self._open(holder)
         values, others, lengths = ("".join(term + ", " for term in each) for each in self._terms)
         self.read = eval(f"lambda: (({values}), ({others}), ({lengths}))", self._given)  # of names made here
-        self.places = [*self.solid, *self.others]
         self.found = self.read()
 
     def _open(self, holder: Holder) -> None:  # noqa: C901 - one case per kind of holder
@@ -178,10 +179,9 @@ class Layout:
         elif kind == "dict":
             if id(thing) in self._own:  # the executor looks at the parameters and buffers of the block itself
                 self.copied += [(thing, key) for key in thing if holder.named(key) in self.changed]
-            elif id(thing) not in self._raw:
-                for key, value in thing.items():
-                    self._add(thing, key, value)
             if id(thing) not in self._raw:
+                for key, value in thing.items() if id(thing) not in self._own else ():
+                    self._add(thing, key, value)
                 self._length(thing)
                 self.keyed.append((thing, frozenset(thing)))
         else:
@@ -211,9 +211,7 @@ class Layout:
                 self.copied.append((thing, key))
             return
         solid = is_plain(value)
-        if not solid and not isinstance(
-            value, (*SIMPLE, nn.Module, dict, list, set, tuple, type, types.FunctionType)
-        ):
+        if not solid and not isinstance(value, _INSIDE):
             self.outside.append((self.name_of((thing, key)), value))
         (self.solid if solid else self.others).append((thing, key))
         if isinstance(thing, types.CellType):
@@ -248,16 +246,13 @@ class Layout:
 
     def now(self) -> Taken:
         """Return what the places hold, nothing cut off."""
-        taken = Taken()
-        taken.layout = self
         try:
-            taken.values = self.read()
+            values = self.read()
         except (KeyError, ValueError):  # an attribute is gone
-            taken.values = tuple(map(value_at, self.solid)), tuple(map(value_at, self.others)), ()
-        taken.tensors = [value_at(place) for place in self.tensors] if self.tensors else []
-        taken.contents = [each.content() for each in self.containers] if self.containers else []
-        taken.generators = [each.content() for each in self.generators] if self.generators else []
-        return taken
+            values = tuple(map(value_at, self.solid)), tuple(map(value_at, self.others)), ()
+        tensors = [value_at(place) for place in self.tensors]
+        contents = [each.content() for each in self.containers]
+        return Taken(self, values, tensors, contents, [each.content() for each in self.generators])
 
     def put(self, then: Taken, now: Taken) -> list[tuple[Any, Any, Any]]:
         """Put what was held at one time in the place of what is held now.
@@ -265,24 +260,18 @@ class Layout:
         Returns:
             (dict, key, value) of what was added to dicts since and is taken out.
         """
-        for places, before, current in (
-            (self.solid, then.values[0], now.values[0]),
-            (self.others, then.values[1], now.values[1]),
-            (self.tensors, then.tensors, now.tensors),
-        ):
-            for place, value, there in zip(places, before, current, strict=True):
-                if value is not there and value is not UNREAD:
-                    _set(place, value.leaf() if isinstance(value, _Cut) else value)
+        places = (*self.solid, *self.others, *self.tensors)
+        before, current = ((*each.values[0], *each.values[1], *each.tensors) for each in (then, now))
+        for place, value, there in zip(places, before, current, strict=True):
+            if value is not there and value is not UNREAD:
+                _set(place, _as_leaf(value))
         removed = []
         if then.values[2] != now.values[2]:
             for thing, keys in self.keyed:  # calls of blocks are intercepted meanwhile
-                extra = [k for k in thing if k not in keys]
-                removed += [(thing, k, thing.pop(k)) for k in extra]
+                removed += [(thing, key, thing.pop(key)) for key in [*thing] if key not in keys]
         for holder, content, there in zip(self.containers, then.contents, now.contents, strict=True):
             if not same_content(content, there):
-                if isinstance(content, list):
-                    content = [c.leaf() if isinstance(c, _Cut) else c for c in content]  # noqa: PLW2901
-                holder.put_back(content)
+                holder.put_back([*map(_as_leaf, content)] if isinstance(content, list) else content)
         for holder, state in zip(self.generators, then.generators, strict=True):
             holder.put_back(state)
         return removed
@@ -311,10 +300,7 @@ def value_at(place: Place) -> Any:
     """Return what lies at a place; MISSING if nothing does."""
     thing, key = place
     if isinstance(thing, types.CellType):
-        try:
-            return thing.cell_contents
-        except ValueError:
-            return MISSING
+        return Holder("", thing, "cell").content()
     if isinstance(thing, type):
         return vars(thing).get(key, MISSING)
     if isinstance(thing, dict):
@@ -353,7 +339,6 @@ def _host_generators() -> list[tuple[str, Any]]:
 
 
 def _hooks(modules: Sequence[nn.Module]) -> list[tuple[str, Any]]:
-    """Return the hooks on modules."""
     inner = [each for m in modules for each in (m._forward_hooks, m._forward_pre_hooks)]
     return [("a hook", hook) for hooks in inner for hook in hooks.values()]
 

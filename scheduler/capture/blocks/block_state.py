@@ -1,21 +1,24 @@
 """Python state that a block's code reads or writes: taken at its first run, put in place for a re-run.
 
-A block may count, append to lists, leave statistics and losses on modules, carry hidden states over, bind
-buffers again, draw from generators of its own. A re-run has to read what the first run read and to leave
-nothing behind. ``BlockState`` knows the places where such state lies (``python_state.holders_of``), once for
-many steps: the values of attributes are read by one compiled expression. A container or an object that is new
-there is noticed, and the places are found again.
+A block may count, append to lists, leave statistics and losses on modules, carry hidden states over, rebind
+buffers, draw from generators of its own. A re-run has to read what the first run read and to leave nothing
+behind. ``BlockState`` finds the places of such state (``python_state.holders_of``) once for many steps, and
+again when a container or an object there is new. ``CallState`` finds what one call changes.
 """
 
 from __future__ import annotations
 
 import ast
 import re
+import types
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rematplan.scheduler.capture.blocks.block_layout import (
@@ -28,10 +31,13 @@ from rematplan.scheduler.capture.blocks.block_layout import (
     value_at,
     without_graph,
 )
-from rematplan.scheduler.torch_layer.private import versions_kept
+from rematplan.scheduler.capture.repeat import Values
+from rematplan.scheduler.torch_layer.fake import Watch
+from rematplan.scheduler.torch_layer.preserve import CPU_RANDOM_STATE
+from rematplan.scheduler.torch_layer.private import pytree, versions_kept
 from rematplan.scheduler.torch_layer.python_state import MISSING, Holder, holders_of, is_plain
 
-__all__ = ["BlockState", "Taken", "is_walked", "named_tensors"]
+__all__ = ["BlockState", "CallState", "Taken", "is_walked", "named_tensors"]
 
 
 class BlockState:
@@ -82,16 +88,12 @@ class BlockState:
         for i in self.unread:
             taken.tensors[i] = UNREAD
         if cut:
-            if taken.tensors:
-                taken.tensors = [without_graph(t) for t in taken.tensors]
+            taken.tensors = [*map(without_graph, taken.tensors)]
             for i, content in enumerate(taken.contents):
-                if type(content) is list and any(
-                    isinstance(t, Tensor) and t.grad_fn is not None for t in content
-                ):
-                    taken.contents[i] = [without_graph(t) for t in content]
-        taken.copies = [
-            (t, t.detach().clone()) for t in map(value_at, layout.copied) if isinstance(t, Tensor)
-        ] if layout.copied else []  # fmt: skip # short
+                if type(content) is list:
+                    taken.contents[i] = [*map(without_graph, content)]
+        changing = (t for t in map(value_at, layout.copied) if isinstance(t, Tensor))
+        taken.copies = [(t, t.detach().clone()) for t in changing]
         return taken
 
     def _is_new(self, taken: Taken) -> bool:
@@ -107,13 +109,8 @@ class BlockState:
             layout.found = values
         if not (taken.tensors or taken.contents):
             return False
-        inside = (v for content in taken.contents if isinstance(content, list) for v in content)
-        new = (
-            v
-            for each in (taken.tensors, inside)
-            for v in each
-            if not isinstance(v, SIMPLE) and v is not MISSING
-        )
+        held = (v for each in (taken.tensors, taken.inside()) for v in each)
+        new = (v for v in held if not isinstance(v, SIMPLE) and v is not MISSING)
         return any(id(v) not in layout.names and not is_plain(v) and is_walked(v) for v in new)
 
     def put(self, then: Taken) -> None:
@@ -121,19 +118,17 @@ class BlockState:
         now = then.layout.now()
         if not _equal(then, now):
             then.layout.put(then, now)
-        for tensor, value in then.copies:
-            tensor.data.copy_(value)  # .data: the version that autograd saw stays
+        _copy_back(then.copies)
 
     @contextmanager
     def as_of(self, then: Taken) -> Iterator[None]:
-        """Within it the block's code finds what it found then; on leaving, all is as it was before."""
+        """Let the block's code find within it what it found then; restore the present state on leaving."""
         layout = then.layout
         now = layout.now()
         differs = not _equal(then, now)
         current = [(tensor, tensor.detach().clone()) for tensor, _ in then.copies]
         removed = layout.put(then, now) if differs else []
-        for tensor, value in then.copies:
-            tensor.data.copy_(value)
+        _copy_back(then.copies)
         changed = tuple([tensor for tensor, _ in current if not tensor.is_inference()])
         try:
             # What the block changes in place meanwhile is put back: to autograd, too, it is what it was.
@@ -145,8 +140,12 @@ class BlockState:
                 layout.put(now, after)
                 for thing, key, value in removed:
                     thing[key] = value
-            for tensor, value in current:
-                tensor.data.copy_(value)
+            _copy_back(current)
+
+
+def _copy_back(copies: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for tensor, value in copies:
+        tensor.data.copy_(value)  # .data: the version that autograd saw stays
 
 
 def _are_equal(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
@@ -182,14 +181,110 @@ def named_tensors(model: nn.Module, names: Iterable[str]) -> list[Tensor]:
             for attribute, key in re.findall(r"([^.\[\]]+)|\[((?:'[^']*'|[^\]])*)\]", name):
                 if not attribute:
                     value = value[ast.literal_eval(key)]
+                elif attribute in getattr(value, "_modules", ()):
+                    value = value._modules[attribute]
                 else:
-                    value = (
-                        value._modules[attribute]
-                        if attribute in getattr(value, "_modules", ())
-                        else getattr(value, attribute)
-                    )
+                    value = getattr(value, attribute)
         except (AttributeError, KeyError, IndexError, TypeError, ValueError, SyntaxError):
             continue
         if isinstance(value, Tensor):
             found.append(value)
     return found
+
+
+class CallState:
+    """The state of a block as one call of it begins.
+
+    Args:
+        state: of the block, with everything.
+        args, kwargs: of the call: the state of objects among them counts, too.
+        data: whether tensors have values.
+    """
+
+    def __init__(self, state: BlockState, args: Any, kwargs: Any, *, data: bool = True) -> None:
+        self.state = state
+        self.taken = state.take(cut=False)
+        leaves = pytree.tree_leaves((args, kwargs))
+        objects = [leaf for leaf in leaves if not isinstance(leaf, Tensor) and not is_plain(leaf)]
+        self.given = BlockState("argument", objects, everything=True).take(cut=False) if objects else None
+        self.values = Values(_tensors(state, self.taken), data=data)
+        outside = self.taken.layout.outside
+        self.outside = [(name, each, _look(each)) for name, each in outside if not is_walked(each)]
+
+    def changed(self, ops: Watch | None = None) -> set[str]:
+        """Return the names of the tensors, containers and generators that were changed in place since.
+
+        Args:
+            ops: what ran since, where tensors have no data.
+        """
+        taken, layout = self.taken, self.taken.layout
+        holders = zip(
+            (*layout.containers, *layout.generators), (*taken.contents, *taken.generators), strict=True
+        )
+        return {*self.values.changed(ops), *(h.path for h, content in holders if h.changed(content))}
+
+    def replaced(self) -> set[str]:
+        """Return the names of the places in which another tensor is now than before."""
+        layout = self.taken.layout
+        pairs = zip(layout.tensors, self.taken.tensors, layout.now().tensors, strict=True)
+        return {layout.name_of(place) for place, before, after in pairs if after is not before}
+
+    def left(self) -> dict[str, int]:
+        """Return bytes of tensors live now and not before, and of generators' states, by place."""
+        now = self.state.take(cut=False)
+        before = {id(tensor) for tensor, _, _ in self.values.before.values()}
+        before |= {id(tensor) for _, tensor in self.taken.read()}
+        found = Counter[str]()
+        for name, tensor in _tensors(self.state, now):
+            if id(tensor) not in before:
+                found[name] += tensor.numel() * tensor.element_size()
+        for taken in (self.taken, self.given):
+            for holder in () if taken is None else taken.layout.generators:
+                if isinstance(holder.thing, torch.Generator):
+                    found[holder.path] = CPU_RANDOM_STATE
+        return dict(found)
+
+    def beyond(self) -> str:
+        """Return the name of a changed object whose state cannot be put back; "" if there is none."""
+        return next((name for name, each, before in self.outside if _look(each) != before), "")
+
+    @contextmanager
+    def again(self, without: Iterable[str] = ()) -> Iterator[None]:
+        """Restore within it the state in which the call began; restore the present one on leaving.
+
+        Args:
+            without: places where something stands that no code can use.
+        """
+        layout, hidden, changed = self.taken.layout, set(without), self.changed()
+        places = zip(layout.tensors, self.taken.tensors, strict=True)
+        then = replace(
+            self.taken,
+            tensors=[object() if layout.name_of(place) in hidden else value for place, value in places],
+            copies=[
+                (tensor, value) for name, (tensor, value, _) in self.values.before.items() if name in changed
+            ],
+        )
+        given = nullcontext() if self.given is None else self.state.as_of(self.given)
+        with self.state.as_of(then), given:
+            yield
+
+
+def _tensors(state: BlockState, taken: Taken) -> Iterator[tuple[str, Tensor]]:
+    name, module = state.name, state.module
+    assert isinstance(module, nn.Module)
+    yield from ((f"{name}.{n}", p) for n, p in module.named_parameters())
+    yield from ((f"{name}.{n}", b) for n, b in module.named_buffers())
+    yield from taken.read()
+
+
+def _look(value: Any) -> Any:
+    """Return what an object whose state is not walked shows of it: an iterator's or a file's position."""
+    try:
+        if isinstance(value, types.GeneratorType):
+            return None if value.gi_frame is None else value.gi_frame.f_lasti
+        if hasattr(value, "tell"):
+            return value.tell()
+        shown = repr(value.__reduce_ex__(4))
+    except Exception:  # noqa: BLE001 # objects of any kind
+        shown = repr(value)
+    return shown if " at 0x" not in shown else None

@@ -1,7 +1,7 @@
-"""The calls of a model's submodules in one forward: what feeds what, what draws, changes and repeats.
+"""Observe the calls of a model's submodules in one forward: what feeds what, draws, changes and repeats.
 
-Which module is *recurrent*, called again and again, each call fed by the one before (a cell that the user's
-code unrolls over time), is seen here too.
+A module is *recurrent* if it is called several times, each call fed by the one before: a cell that the
+user's code unrolls over time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from itertools import pairwise
 from types import MethodType
 from typing import Any
@@ -18,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rematplan.scheduler.capture.blocks.block_state import BlockState
-from rematplan.scheduler.capture.blocks.call_state import CallState
+from rematplan.scheduler.capture.blocks.block_state import BlockState, CallState
 from rematplan.scheduler.capture.repeat import unlike
 from rematplan.scheduler.core.errors import CaptureError
 from rematplan.scheduler.torch_layer.call import Call
@@ -65,14 +65,14 @@ def intercepted(
     modules: Sequence[tuple[nn.Module, Callable[[Callable[..., Any]], Callable[..., Any]]]],
     whole: Collection[nn.Module] = (),
 ) -> Iterator[None]:
-    """Within it each module's ``forward`` is ``wrap(forward)``; its hooks fire around that as ever.
+    """Replace within it each module's ``forward`` by ``wrap(forward)``; its hooks fire around that.
 
     Of a module that ``module.compile()`` has compiled it is the compiled call, hooks included: what wraps it
     stays eager. Of one whose weights a pre-hook makes it is the whole call, so that they are made where they
     are read.
 
     Args:
-        whole: of these, too, it is the whole call, hooks included.
+        whole: modules of which, too, it is the whole call, hooks included.
     """
     originals = []
     try:
@@ -80,10 +80,8 @@ def intercepted(
             name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
             call = getattr(module, name)
             if name == "forward" and (module in whole or makes_weights(module)):
-                name, call = (
-                    "_compiled_call_impl",
-                    module._call_impl,
-                )  # torch calls the former instead of the latter
+                # torch calls the former instead of the latter
+                name, call = "_compiled_call_impl", module._call_impl
             own = own_attributes(module)
             originals.append((own, name, own.get(name)))
             own[name] = _Intercept(module, name, wrap(call))
@@ -97,7 +95,7 @@ def intercepted(
 
 
 class _Intercept:
-    """Stands for a method of a module while calls are intercepted; a copy of the module has its own."""
+    """Stand for a method of a module while calls are intercepted; a copy of the module has its own."""
 
     def __init__(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
         self.module, self.name = module, name
@@ -107,50 +105,52 @@ class _Intercept:
         return self.function(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.name != "forward":
+            return None
         twin = memo.get(id(self.module))
-        if twin is None or self.name != "forward":
-            return None if self.name != "forward" else self
-        return MethodType(type(self.module).forward, twin)
+        return self if twin is None else MethodType(type(self.module).forward, twin)
 
 
+@dataclass(eq=False, slots=True)
 class ModuleCall:
-    """One call of a candidate module during the profiling forward. Tensors are named by tokens."""
+    """One call of a candidate module during the profiling forward. Tensors are named by tokens.
 
-    def __init__(self, name: str, parent: ModuleCall | None) -> None:
-        self.name = name
-        self.parent = parent
-        self.children: list[ModuleCall] = []
-        self.inputs: list[tuple[int, int]] = []  # (leaf, token)
-        self.outputs: list[tuple[int, int]] = []
-        self.random = False
-        self.changed: tuple[str, ...] = ()
-        self.overwritten: set[str] = set()
-        self.left: dict[str, int] = {}  # place -> bytes of what is new there
-        self.reverses = False  # it calls autograd.grad on what it has made
-        self.reversed_outside = False  # other code does so, while the forward runs
-        self.changes_input = False
-        self.transformed = (
-            False  # within torch.vmap, another transform of torch.func, or torch.inference_mode
-        )
-        self.new_input = False  # an input that no call before had: glue has made it
+    Attributes:
+        inputs, outputs: (leaf, token) of each tensor.
+        left: place -> bytes of what is new there.
+        reverses: it calls autograd.grad on what it has made.
+        reversed_outside: other code does so, while the forward runs.
+        transformed: within torch.vmap, another transform of torch.func, or torch.inference_mode.
+        new_input: an input that no call before had: glue has made it.
+    """
+
+    name: str
+    parent: ModuleCall | None
+    children: list[ModuleCall] = field(default_factory=list)
+    inputs: list[tuple[int, int]] = field(default_factory=list)
+    outputs: list[tuple[int, int]] = field(default_factory=list)
+    random: bool = False
+    changed: frozenset[str] = frozenset()
+    overwritten: frozenset[str] = frozenset()
+    left: dict[str, int] = field(default_factory=dict)
+    reverses: bool = False
+    reversed_outside: bool = False
+    changes_input: bool = False
+    transformed: bool = False
+    new_input: bool = False
 
     def within(self) -> Iterator[ModuleCall]:
-        """Return all calls in it, in the order in which they began."""
+        """Yield all calls in it, in the order in which they began."""
         for child in self.children:
             yield child
             yield from child.within()
 
     def around(self) -> Iterator[ModuleCall]:
-        """It, and the calls that it is made in, from the inside out; not the model's own."""
-        entry: ModuleCall | None = self
-        while entry is not None and entry.parent is not None:
+        """Yield it and the calls that it is made in, from the inside out; not the model's own."""
+        entry = self
+        while entry.parent is not None:
             yield entry
             entry = entry.parent
-
-    def fed_by(self, other: ModuleCall) -> tuple[tuple[int, int], ...]:
-        """Return (argument leaf, output leaf) pairs of one tensor."""
-        made = {token: leaf for leaf, token in reversed(other.outputs)}
-        return tuple((leaf, made[token]) for leaf, token in self.inputs if token in made)
 
     def feeds_itself(self, following: ModuleCall) -> bool:
         """Whether the next call of the same module takes something that this one made."""
@@ -162,15 +162,13 @@ class ModuleCall:
         if len(self.children) < 2:
             return False
         first, last = self.children[0], self.children[-1]
-        return (
-            bool({t for _, t in first.inputs} & {t for _, t in self.inputs})
-            and bool({t for _, t in last.outputs} & {t for _, t in self.outputs})
-            and all(b.fed_by(a) for a, b in pairwise(self.children))
-        )
+        flow = [(self.inputs, first.inputs), (self.outputs, last.outputs)]
+        flow += [(a.outputs, b.inputs) for a, b in pairwise(self.children)]
+        return all({token for _, token in a} & {token for _, token in b} for a, b in flow)
 
 
 def _version(tensor: Tensor) -> int:
-    """Return how often a tensor has been changed in place; of those made in inference mode nobody counts."""
+    """Return how often a tensor has been changed in place; -1 if made in inference mode, uncounted."""
     return -1 if tensor.is_inference() else version_of(tensor)
 
 
@@ -181,7 +179,7 @@ class _Tokens:
     """
 
     def __init__(self) -> None:
-        self.known: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}  # (tensor, version, number)
+        self.known: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}  # tensor, version, number
         self.count = 0
 
     def of(self, tensor: Tensor) -> int:
@@ -211,14 +209,12 @@ class Recurrence:
     """Note, at little cost, which submodules a forward calls again and again, each fed by the call before.
 
     Attributes:
-        calls: how often each was called.
         row: the most calls of each in a row that the call before fed.
     """
 
     def __init__(self) -> None:
-        self.calls: Counter[str] = Counter()
-        self.row: Counter[str] = Counter()
-        self._now: Counter[str] = Counter()
+        self.row = Counter[str]()
+        self._now = Counter[str]()
         self._made: dict[str, dict[int, weakref.ref[Tensor]]] = {}
 
     @contextmanager
@@ -235,16 +231,14 @@ class Recurrence:
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(forward)
             def noted(*args: Any, **kwargs: Any) -> Any:
-                self.calls[name] += 1
-                given = {id(t): t for _, t in tensor_leaves((args, kwargs))}
+                given = {id(t): t for t in _tensors((args, kwargs))}
                 made = self._made.get(name, {})
                 fed = any(key in made and made[key]() is tensor for key, tensor in given.items())
                 self._now[name] = self._now[name] + 1 if fed else 1
                 self.row[name] = max(self.row[name], self._now[name])
                 result = forward(*args, **kwargs)
-                self._made[name] = {
-                    id(t): weakref.ref(t) for _, t in tensor_leaves(result) if id(t) not in given
-                }
+                own = [tensor for tensor in _tensors(result) if id(tensor) not in given]
+                self._made[name] = {id(tensor): weakref.ref(tensor) for tensor in own}
                 return result
 
             return noted
@@ -252,7 +246,7 @@ class Recurrence:
         return wrap
 
     def unrolled(self) -> str:
-        """Why a graph of all calls is hopeless, in words; "" if no module is called so often in a row."""
+        """Return why a graph of all calls is hopeless; "" if no module is called so often in a row."""
         name, row = max(self.row.items(), key=lambda each: each[1], default=("", 0))
         if row < MANY_CALLS:
             return ""
@@ -262,19 +256,13 @@ class Recurrence:
 
 
 class _Enough(BaseException):
-    """Ends a forward of which nothing more is wanted; no ``except Exception`` of the model's stops it."""
+    """End a forward of which nothing more is wanted; no ``except Exception`` of the model's stops it."""
 
 
 def repeatable(  # noqa: C901 - nested closures of one trial
-    model: nn.Module,
-    call: Call,
-    entries: list[ModuleCall],
-    device: torch.device,
-    *,
-    grad: bool = False,
-    whole: Collection[nn.Module] = (),
+    model: nn.Module, call: Call, entries: list[ModuleCall], device: torch.device, *, grad: bool
 ) -> list[ModuleCall]:
-    """Those of the blocks that give the same results when they are run again, on the state that they found.
+    """Return the blocks that give the same results when they are run again on the state that they found.
 
     Others change what cannot be put back: a file, an iterator. Notes what each changes. Of a module that is
     called many times the first calls are tried; where there are no others, the forward ends with these.
@@ -286,7 +274,6 @@ def repeatable(  # noqa: C901 - nested closures of one trial
     calls = Counter(entry.name for entry in entries)
     left = {name: min(count, CALLS_TRIED) for name, count in calls.items()}
     short = all(count > CALLS_TRIED for count in calls.values())
-    of = {name: [entry for entry in entries if entry.name == name] for name in calls}
 
     def wrapper(name: str, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         state = BlockState(name, module, everything=True)
@@ -311,10 +298,10 @@ def repeatable(  # noqa: C901 - nested closures of one trial
                 def runs_alike(without: Collection[str] = ()) -> str:
                     def again() -> list[Tensor]:
                         with before.again(without):
-                            return [t for _, t in tensor_leaves(forward(*args, **kwargs))]
+                            return _tensors(forward(*args, **kwargs))
 
                     try:
-                        return unlike([t for _, t in tensor_leaves(first)], again, random)
+                        return unlike(_tensors(first), again, random)
                     except Exception as error:  # noqa: BLE001 # of whatever kind the model's code raises
                         return f"it raises {type(error).__name__}: {error}"
                     finally:
@@ -325,10 +312,10 @@ def repeatable(  # noqa: C901 - nested closures of one trial
                     failed[name] = why
                     return first
                 unread = replaced if replaced and not runs_alike(replaced) else set()
-                for entry in of[name]:
-                    entry.changed = tuple(sorted({*entry.changed, *changed}))
+                for entry in (entry for entry in entries if entry.name == name):
+                    entry.changed |= changed
                     entry.overwritten |= unread
-                    entry.left = {**entry.left, **new}
+                    entry.left |= new
                 return first
 
             return twice
@@ -338,7 +325,7 @@ def repeatable(  # noqa: C901 - nested closures of one trial
     args, kwargs = call
     error: Exception | None = None
     watched = [(name, model.get_submodule(name)) for name in calls]
-    with torch.set_grad_enabled(grad), intercepted([(m, wrapper(n, m)) for n, m in watched], whole):
+    with torch.set_grad_enabled(grad), intercepted([(m, wrapper(n, m)) for n, m in watched]):
         try:
             model(*args, **kwargs)
         except _Enough:
@@ -355,6 +342,10 @@ def repeatable(  # noqa: C901 - nested closures of one trial
     return steady
 
 
+def _tensors(value: Any) -> list[Tensor]:
+    return [tensor for _, tensor in tensor_leaves(value)]
+
+
 def profile(
     model: nn.Module,
     call: Call,
@@ -363,14 +354,12 @@ def profile(
     data: bool,
     *,
     grad: bool = False,
-    whole: Collection[nn.Module] = (),
 ) -> ModuleCall:
     """Run the model once and note the calls of the candidates, as a tree.
 
     Args:
         data: whether tensors have values; else ops' tags and schemas tell what is random and what changes.
         grad: whether it runs in grad mode.
-        whole: modules whose whole call is the candidate, hooks included.
     """
     root = ModuleCall("", None)
     current = root
@@ -418,7 +407,7 @@ def profile(
                     current = entry.parent or root
                 entry.outputs = [(leaf, tokens.of(t)) for leaf, t in tensor_leaves(result)]
                 entry.random = random.differs() if data else ops.random
-                entry.changed = tuple(sorted(before.changed(ops)))
+                entry.changed = frozenset(before.changed(ops))
                 entry.left = before.left()
                 entry.changes_input = any(_version(t) != v for (_, t), v in zip(given, versions, strict=True))
                 return result
@@ -428,15 +417,16 @@ def profile(
         return wrap
 
     args, kwargs = call
-    with torch.set_grad_enabled(grad), intercepted([(m, watch(n, m)) for n, m in modules.items()], whole):
+    with torch.set_grad_enabled(grad), intercepted([(m, watch(n, m)) for n, m in modules.items()]):
         model(*args, **kwargs)
     return root
 
 
 def expanded(entry: ModuleCall, within: Counter[str], again: Collection[str]) -> list[ModuleCall]:
-    """Blocks as fine as whole modules allow: a block gives way to its members if they are all it does.
+    """Return blocks as fine as whole modules allow: members replace a block if they are all it does.
 
-    So does one that unrolls a recurrent module over many steps. A recurrent one is a block at each call.
+    They also replace one that unrolls a recurrent module over many steps. A recurrent one is a block at each
+    call.
 
     Args:
         within: how often each module is called.

@@ -1,4 +1,4 @@
-"""Layers left out at random (LayerDrop, stochastic depth): found and priced with all of them run.
+"""Fix draws by which a model leaves out layers (LayerDrop, stochastic depth), so that all of them run.
 
 A model decides by a random number or a few whether a layer runs. While it is captured, these numbers are
 fixed at the value with which most runs; a step that leaves layers out then takes less than the plan says.
@@ -20,17 +20,15 @@ from rematplan.scheduler.torch_layer.private import TorchDispatchMode, replaced
 
 __all__ = ["VALUES", "Effort", "fixed_draws"]
 
-VALUES = (
-    1 - 2.0**-20,
-    0.0,
-)  # `if rand() < p: continue` runs all with the first, `if rand() > survival: continue` with the second
+# `if rand() < p: continue` runs all with the first, `if rand() > survival: continue` with the second.
+VALUES = (1 - 2.0**-20, 0.0)
 FEW = 256  # numbers drawn at once by which layers may be chosen
 _UNIFORM = frozenset({torch.rand, torch.rand_like, Tensor.uniform_})
 _FLAGS = frozenset({torch.bernoulli, Tensor.bernoulli, Tensor.bernoulli_})
 
 
 class _Draws(TorchFunctionMode):
-    """Counts draws of one number or a few, and fixes them."""
+    """Count draws of one number or a few, and fix them."""
 
     def __init__(self, value: float | None) -> None:
         super().__init__()
@@ -61,10 +59,10 @@ class _Draws(TorchFunctionMode):
 
 @contextmanager
 def fixed_draws(value: float | None, *, counting: bool = False) -> Iterator[_Draws]:
-    """Within it draws of one number or a few give this value; None leaves them alone.
+    """Fix draws of one number or a few within it at this value; None leaves them as they are.
 
     Args:
-        counting: whether they are counted, too, where they are left alone.
+        counting: whether they are counted even if they are not fixed.
     """
     draws = _Draws(value)
     if value is None and not counting:
@@ -82,7 +80,7 @@ def fixed_draws(value: float | None, *, counting: bool = False) -> Iterator[_Dra
 
 
 class Effort(TorchDispatchMode):
-    """Counts ops."""
+    """Count ops."""
 
     supports_higher_order_operators = True
 

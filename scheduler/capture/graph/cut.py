@@ -13,6 +13,7 @@ in between. A value that crosses a few cuts only is part of each of those bounda
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -41,10 +42,11 @@ class Linear:
         cuts: (L + 1,) op indices; stage k is ops[cuts[k]:cuts[k + 1]].
         boundaries: (L + 1,) storages that cross into stage k and are not carried; the last is empty, since
             the outputs are carried.
-        carried: (L,) carried storages first made in stage k. readers: carried storage -> stages after its
-        producer that read it, ascending. frozen_prefix: stage 0 needs no gradient at all, and is run once.
-        reasons: (L - 1,) why each stage but the first begins where it does. left_out: how many gaps were no
-        cuts in the end, by why (``rematplan.scheduler.plan.why_cut.LEFT_OUT``).
+        carried: (L,) carried storages first made in stage k.
+        readers: carried storage -> stages after its producer that read it, ascending.
+        frozen_prefix: stage 0 needs no gradient at all, and is run once.
+        reasons: (L - 1,) why each stage but the first begins where it does.
+        left_out: how many gaps were no cuts in the end, by why (``plan.why_cut.LEFT_OUT``).
     """
 
     cuts: tuple[int, ...]
@@ -97,28 +99,24 @@ def linearize(graph: OpGraph, max_stages: int = 100, cuts: Sequence[int] | None 
         _check_cuts(graph, inner)
         why = dict.fromkeys(inner, "given")
     edges = (0, *inner, len(graph.ops))
-    stage_of = [
-        stage for stage, (start, stop) in enumerate(itertools.pairwise(edges)) for _ in range(start, stop)
-    ]
+    stage_of = [k for k, (start, stop) in enumerate(itertools.pairwise(edges)) for _ in range(start, stop)]
     outputs = _output_groups(graph)
     boundaries: list[list[int]] = [[] for _ in edges]
     carried: list[list[int]] = [[] for _ in edges[:-1]]
     reads: dict[int, set[int]] = {}
-    for index, each in enumerate(graph.ops):
-        for key in each.reads:
-            reads.setdefault(key, set()).add(stage_of[index])
+    for op, stage in zip(graph.ops, stage_of, strict=True):
+        for key in op.reads:
+            reads.setdefault(key, set()).add(stage)
     readers: dict[int, tuple[int, ...]] = {}
     for key, group in graph.groups.items():
         if group.producer < 0:
             continue
         made = stage_of[group.producer]
         later = tuple(sorted(s for s in reads.get(key, ()) if s > made))
-        if not later and key not in outputs:
-            continue
-        if key in outputs or later[-1] - made > MAX_CROSSED:
+        if key in outputs or (later and later[-1] - made > MAX_CROSSED):
             carried[made].append(key)
             readers[key] = later
-        else:
+        elif later:
             for stage in range(made + 1, later[-1] + 1):
                 boundaries[stage].append(key)
     frozen = bool(inner) and prefix == edges[1] and prefix > 0
@@ -157,10 +155,7 @@ def _output_groups(graph: OpGraph) -> set[int]:
 
 def _prefix(graph: OpGraph) -> int:
     """Return the number of leading ops that need no gradient."""
-    for index, op in enumerate(graph.ops):
-        if op.requires_grad:
-            return index
-    return len(graph.ops)
+    return next((index for index, op in enumerate(graph.ops) if op.requires_grad), len(graph.ops))
 
 
 @dataclass(slots=True)
@@ -181,26 +176,21 @@ class _Gaps:
 
 def _gaps(graph: OpGraph) -> _Gaps:
     size = len(graph.ops) + 1
-    saved = {
-        key: index for index, op in enumerate(graph.ops) for key in op.saved
-    }  # the last op that saves it
-    gaps = _Gaps(*([0] * (size + 1) for _ in range(4)))
+    saved = {key: index for index, op in enumerate(graph.ops) for key in op.saved}  # the last that saves it
+    rows = count, held, unneeded, unsaved = [[0] * (size + 1) for _ in range(4)]  # changes at each gap
     for key, group in graph.groups.items():
         if group.producer < 0 or not group.requires_grad or group.last_use <= group.producer:
             continue
         over = min(group.last_use + 1, size)
         for row, after, amount in (
-            (gaps.count, group.producer, 1),
-            (gaps.held, group.producer, group.bytes),
-            (gaps.unneeded, max(group.producer, saved.get(key, -1)), group.bytes),
-            (gaps.unsaved, over if key in saved else group.producer, group.bytes),
+            (count, group.producer, 1),
+            (held, group.producer, group.bytes),
+            (unneeded, max(group.producer, saved.get(key, -1)), group.bytes),
+            (unsaved, over if key in saved else group.producer, group.bytes),
         ):
             row[min(after + 1, over)] += amount
             row[over] -= amount
-    for row in (gaps.count, gaps.held, gaps.unneeded, gaps.unsaved):
-        for index in range(1, size):
-            row[index] += row[index - 1]
-    return gaps
+    return _Gaps(*([*itertools.accumulate(row)] for row in rows))
 
 
 def _forbidden(graph: OpGraph) -> set[int]:
@@ -220,11 +210,8 @@ def _forbidden(graph: OpGraph) -> set[int]:
     position = {op.node: index for index, op in enumerate(graph.ops)}
     for index, op in enumerate(graph.ops):
         if not isinstance(op.node.meta.get("val"), torch.Tensor):  # a tuple: its parts are taken next
-            bad.update(
-                range(
-                    index + 1, 1 + max((position[u] for u in op.node.users if u in position), default=index)
-                )
-            )
+            last = max((position[user] for user in op.node.users if user in position), default=index)
+            bad.update(range(index + 1, last + 1))
     return bad
 
 
@@ -234,33 +221,18 @@ def _valleys(graph: OpGraph, prefix: int) -> tuple[list[int], int]:
     After a frozen prefix that computes something, its end is a gap too.
     """
     live = _gaps(graph)
-    count, held = live.count, live.held
     forbidden = _forbidden(graph)
     gaps = [g for g in range(prefix + 1, len(graph.ops)) if g not in forbidden]
     valleys: list[tuple[int, list[int]]] = []  # level, gaps
-    start = 0
-    while start < len(gaps):
-        stop = start
-        while stop + 1 < len(gaps) and count[gaps[stop + 1]] == count[gaps[start]]:
-            stop += 1
-        level = count[gaps[start]]
-        left = start == 0 or count[gaps[start - 1]] > level
-        right = stop + 1 == len(gaps) or count[gaps[stop + 1]] > level
-        if left and right:
-            # Within a plateau only the gaps that hold the fewest bytes around them are worth a cut, and of
-            # those the ones at which a later op, or any op, saves what crosses: a chain charges a kept stage
-            # for its input and its output, too much for a value that autograd releases (between GELU and
-            # Dropout).
-            run = gaps[start : stop + 1]
-            run = [g for g in run if not live.unneeded[g]] or [g for g in run if not live.unsaved[g]] or run
-            best = [
-                g
-                for i, g in enumerate(run)
-                if (i == 0 or held[run[i - 1]] >= held[g])
-                and (i + 1 == len(run) or held[run[i + 1]] >= held[g])
-            ]
-            valleys.append((level, best))
-        start = stop + 1
+    plateaus = [[*run] for _, run in itertools.groupby(gaps, key=live.count.__getitem__)]
+    levels = [live.count[plateau[0]] for plateau in plateaus]
+    for at in _dips(levels):
+        # Within a plateau only the gaps that hold the fewest bytes around them are worth a cut, and of those
+        # the ones at which a later op, or any op, saves what crosses: a chain charges a kept stage for its
+        # input and its output, too much for a value that autograd releases (between GELU and Dropout).
+        run = plateaus[at]
+        run = [g for g in run if not live.unneeded[g]] or [g for g in run if not live.unsaved[g]] or run
+        valleys.append((levels[at], [run[i] for i in _dips([live.held[g] for g in run])]))
     kept = _without_dimples(valleys)
     chosen = [g for _, best in kept for g in best]
     if prefix and prefix not in forbidden:
@@ -269,6 +241,13 @@ def _valleys(graph: OpGraph, prefix: int) -> tuple[list[int], int]:
         if made > 0.01 * total:
             chosen.insert(0, prefix)
     return chosen, len(valleys) - len(kept)
+
+
+def _dips(values: Sequence[int]) -> list[int]:
+    """Return the places of values that none beside them is less than."""
+    padded = [math.inf, *values, math.inf]
+    triples = zip(padded, padded[1:], padded[2:], strict=False)
+    return [i for i, (before, value, after) in enumerate(triples) if before >= value <= after]
 
 
 def _without_dimples(valleys: list[tuple[int, list[int]]]) -> list[tuple[int, list[int]]]:
@@ -284,35 +263,23 @@ def _without_dimples(valleys: list[tuple[int, list[int]]]) -> list[tuple[int, li
     return kept
 
 
-def _weights(graph: OpGraph) -> list[int]:
-    """Return (n + 1,) prefix sums over the ops of the bytes that they make, saved for backward or not."""
-    made = [0] * len(graph.ops)
+def _merge_small(graph: OpGraph, gaps: list[int], prefix: int, max_stages: int) -> list[int]:
+    """Drop cuts until every stage makes something worth a decision and there are few enough stages."""
+    made = [0] * len(graph.ops)  # bytes by op, saved for backward or not
     for group in graph.groups.values():
         if group.producer >= 0:
             made[group.producer] += group.bytes
-    return [0, *itertools.accumulate(made)]
-
-
-def _merge_small(graph: OpGraph, gaps: list[int], prefix: int, max_stages: int) -> list[int]:
-    """Drop cuts until every stage makes something worth a decision and there are few enough stages."""
-    weight = _weights(graph)
-    edges = [0, *gaps, len(graph.ops)]
-    smallest = weight[-1] * SMALLEST
-    while len(edges) > 2:
+    weight = [0, *itertools.accumulate(made)]
+    edges, smallest = [0, *gaps, len(graph.ops)], weight[-1] * SMALLEST
+    # The end of a frozen prefix is kept whatever its size: it spares the prefix its re-run.
+    while choices := [i for i in range(1, len(edges) - 1) if edges[i] != prefix]:
         sizes = [weight[b] - weight[a] for a, b in itertools.pairwise(edges)]
-        # The end of a frozen prefix is kept whatever its size: it spares the prefix its re-run.
-        choices = [i for i in range(1, len(edges) - 1) if edges[i] != prefix]
-        if not choices:
+        if len(edges) - 1 > max_stages:
+            del edges[min(choices, key=lambda i: sizes[i - 1] + sizes[i])]
+            continue
+        merged = min(choices, key=lambda i: min(sizes[i - 1], sizes[i]))
+        if min(sizes[merged - 1], sizes[merged]) >= smallest:
             break
-        merged = min(choices, key=lambda i: sizes[i - 1] + sizes[i])
-        lightest = min(
-            (min(sizes[i - 1], sizes[i]) for i in choices),
-            default=smallest,
-        )
-        if len(edges) - 1 <= max_stages and lightest >= smallest:
-            break
-        if len(edges) - 1 <= max_stages:
-            merged = min(choices, key=lambda i: min(sizes[i - 1], sizes[i]))
         del edges[merged]
     return edges[1:-1]
 

@@ -48,17 +48,15 @@ def in_parts(graph: OpGraph, call: Call) -> OpGraph:
 
 
 def _one_level_down(graph: OpGraph) -> fx.GraphModule | None:
-    """Return the graph's module with composite ops replaced by what they call; None if it has none."""
+    """Return the module with composite ops replaced by what they call; None if it has none."""
     known: dict[str, fx.GraphModule | None] = {}
     found: dict[fx.Node, fx.GraphModule] = {}
     saved = {key for op in graph.ops for key in op.saved}
     for index, op in enumerate(graph.ops):
         made = {key for key in (*op.writes, *op.saved) if graph.groups[key].producer == index}
         least = SMALL * max((graph.groups[key].bytes for key in made), default=0)
-        if (
-            sum(graph.groups[key].bytes >= least for key in made & saved) < 2
-            or composite_kernel(op.node.target) is None
-        ):
+        large = sum(graph.groups[key].bytes >= least for key in made & saved)
+        if large < 2 or composite_kernel(op.node.target) is None:
             continue
         described = _described(graph, op)
         if described not in known:

@@ -68,16 +68,15 @@ def _dropped() -> Iterator[list[str]]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence what an export warns of, logs and prints (the graph where it gave up)."""
-    loggers = [logging.getLogger(name) for name in EXPORT_LOGGERS]
-    levels = [log.level for log in loggers]
-    for log in loggers:
+    levels = {log: log.level for log in map(logging.getLogger, EXPORT_LOGGERS)}
+    for log in levels:
         log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for log, level in zip(loggers, levels, strict=True):
+        for log, level in levels.items():
             log.setLevel(level)
 
 
@@ -100,7 +99,7 @@ def unfired_hook(model: nn.Module) -> str | None:
 
 
 class _Inert:
-    """Stands for what a hook is given: all that it allows is ``requires_grad_``, which it notes."""
+    """Stand for what a hook is given: all that it allows is ``requires_grad_``, which it notes."""
 
     __hash__ = None  # type: ignore[assignment] # nor may it be a key
 
@@ -177,34 +176,21 @@ def graph_by(tracer: Tracer, model: nn.Module, call: Call) -> OpGraph:
     if not all(map(is_view, (t for t in tensors if isinstance(t, Tensor)))):
         raise CaptureError(SPARSE)
     traced, trace = _traced(tracer, model, call)
-    writes = trace.writes
     if not trace.written:
-        return trace.told(_analysed(traced, trace))
-    if writes is None:
-        raise _Writes(trace.written)
+        return trace.analysed(traced)
     # A first forward may fill in what is not set yet. If another one then leaves all as it is, so may the
     # graph.
-    with _made(writes):
-        traced, trace = _traced(tracer, model, call)
-        if trace.written:
-            raise _Writes(trace.written)
-        graph = trace.told(_analysed(traced, trace))
-    graph.face.guards.settle_by(writes)
-    return graph
-
-
-def _analysed(module: fx.GraphModule, trace: _Trace) -> OpGraph:
-    with met("the exported graph cannot be run without data"):
-        return analyse(module, trace.inputs)
-
-
-class _Writes(CaptureError):
-    """The forward changes Python state."""
-
-    def __init__(self, places: Sequence[str]) -> None:
-        super().__init__(
-            f"the forward changes Python state ({', '.join(places[:3])}), which an exported graph does not"
-        )
+    writes = trace.writes
+    if writes is not None:
+        with _made(writes):
+            traced, trace = _traced(tracer, model, call)
+            if not trace.written:
+                graph = trace.analysed(traced)
+                graph.face.guards.settle_by(writes)
+                return graph
+    raise CaptureError(
+        f"the forward changes Python state ({', '.join(trace.written[:3])}), which an exported graph does not"
+    )
 
 
 @contextmanager
@@ -271,18 +257,16 @@ class _Trace:
             args, kwargs = tree_unflatten(leaves, self.spec)
             count = len(self.given)
             call = self.calls.watched((args, kwargs))
-            held = [(place, place.get()) for places in self.state for place in places]
-            ours = [
-                (place, t) for places, t in zip(self.state, tensors[count:], strict=True) for place in places
-            ]
+            state = zip(self.state, tensors[count:], strict=True)
+            bound = [(place, tensor, place.get()) for places, tensor in state for place in places]
             before = Snapshot(self.reads.roots)
-            for place, tensor in ours:
+            for place, tensor, _ in bound:
                 place.put(tensor)
             try:
                 with self.reads.recording(), self.calls.recording():
                     output = forward(*call[0], **call[1])
             finally:
-                for (place, mine), (_, original) in zip(ours, held, strict=True):
+                for place, mine, original in bound:
                     if place.get() is mine:  # else the forward has put another one there
                         place.put(original)
                 # Recurrent modules follow the parameters that an export puts in the places of theirs.
@@ -303,14 +287,17 @@ class _Trace:
         finally:
             whole.restore()  # export itself binds copies of containers
 
-    def told(self, graph: OpGraph) -> OpGraph:
-        """Return the graph with what the trace knows of its inputs and outputs."""
-        count = len(self.given)
-        used = [bool(node.users) or node in graph.outputs for node in graph.placeholders[count:]]
+    def analysed(self, module: fx.GraphModule) -> OpGraph:
+        """Return the op graph of what was traced, with what is known of its inputs and outputs."""
+        with met("the exported graph cannot be run without data"):
+            graph = analyse(module, self.inputs)
+        nodes = graph.placeholders[len(self.given) :]
+        used = [bool(node.users) or node in graph.outputs for node in nodes]
+        state = [places if read else [] for places, read in zip(self.state, used, strict=True)]
         face = Face(
-            (*self.given, *(len(self.leaves) + i for i in range(len(self.state)))),
-            tuple(tuple(p) if read else () for p, read in zip(self.state, used, strict=True)),
-            self.reads.guards([p for p, read in zip(self.state, used, strict=True) if read]),
+            (*self.given, *range(len(self.leaves), len(self.leaves) + len(state))),
+            tuple(map(tuple, state)),
+            self.reads.guards([places for places in state if places]),
             self.calls.unread(),
             tuple(OUTPUT if isinstance(leaf, Tensor) else leaf for leaf in self.outputs),
             self.output_spec,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -10,25 +11,24 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from rematplan.scheduler.capture.graph.cut import Linear, linearize
 from rematplan.scheduler.capture.graph.decompose import in_parts
 from rematplan.scheduler.capture.graph.export import export_graph
 from rematplan.scheduler.capture.graph.inner_gradients import noted_gradients, traced_graph
-from rematplan.scheduler.capture.graph.op_graph import Op, OpGraph, resolve
+from rematplan.scheduler.capture.graph.op_graph import Op, OpGraph, arguments_of, resolve
 from rematplan.scheduler.capture.graph.recompute import op_rows
 from rematplan.scheduler.capture.graph.stages import GraphStage, Source, compile_stages
 from rematplan.scheduler.capture.protocol import Capture
-from rematplan.scheduler.capture.repeat import ELSEWHERE, unlike
+from rematplan.scheduler.capture.repeat import ELSEWHERE, Values, unlike
 from rematplan.scheduler.core.errors import CaptureError
 from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.eager import as_eager
 from rematplan.scheduler.torch_layer.fake import Watch
-from rematplan.scheduler.torch_layer.layouts import equal_bits
 from rematplan.scheduler.torch_layer.leaves import tree_leaves, tree_unflatten
 from rematplan.scheduler.torch_layer.preserve import RandomState, model_device, on_gradient, uncached
-from rematplan.scheduler.torch_layer.private import detect_fake_mode, schema_of, version_of
+from rematplan.scheduler.torch_layer.private import detect_fake_mode, schema_of
 from rematplan.scheduler.torch_layer.python_state import MISSING
 from rematplan.scheduler.torch_layer.target import Target
 from rematplan.scheduler.torch_layer.unwind import met
@@ -45,8 +45,6 @@ class GraphCapture(Capture):
     Attributes:
         outputs: flattened outputs: where each comes from, or a plain value.
         constants: tensors that the export lifted out of the model's code.
-        random: (L,) whether the stage draws random numbers.
-        changed: (L,) names of the buffers that the stage changes.
         once: (L,) why the stage may not be run again, in words; "" if it may.
         dropped: (L,) for each option of the stage, the packs (``recompute.py``) that it does not keep.
         rerun: (L,) for each option of the stage, the ops that run again, by their places in it.
@@ -56,14 +54,12 @@ class GraphCapture(Capture):
         layouts: of values that cross a cut, strides of their gradients in the trial step where they are a
             permutation, () where not; None if no gradient arrived. Empty without a trial.
         gaps: (L,) share by which the seconds of an option may exceed the least for its bytes; 0 if proven.
-        target: the device that costs are for, if the model is without data.
     """
 
     graph: OpGraph
     linear: Linear
     stages: list[GraphStage]
     outputs: list[Any]
-    output_spec: Any
     constants: dict[str, Tensor]
     device: torch.device
     random: list[bool] = field(default_factory=list)
@@ -89,20 +85,9 @@ class GraphCapture(Capture):
         boundary: tuple[Tensor, ...],
         carried: Mapping[str, Tensor],
     ) -> list[Any]:
-        """Arguments of stage k, parameters and buffers as the model holds them now."""
-        found: list[Any] = []
-        for source in self.stages[k].sources:
-            if source.kind in ("parameter", "buffer"):
-                found.append(resolve(model, source.key))
-            elif source.kind == "boundary":
-                found.append(boundary[source.key])
-            elif source.kind == "carried":
-                found.append(carried[source.key])
-            elif source.kind == "input":
-                found.append(flat[source.key])
-            else:
-                found.append(self.constants[source.key])
-        return found
+        """Return the arguments of stage k, parameters and buffers as the model holds them now."""
+        places = {"boundary": boundary, "carried": carried, "input": flat, "constant": self.constants}
+        return [_value_at(source, model, places) for source in self.stages[k].sources]
 
     def sweep(
         self,
@@ -133,15 +118,11 @@ class GraphCapture(Capture):
             for name, index in zip(stage.carried, stage.carried_from, strict=True):
                 carried[name] = results[index]
             del results
-        output = []
-        for leaf in self.outputs:
-            if isinstance(leaf, Source):
-                places: dict[str, Any] = {"carried": carried, "input": flat, "constant": self.constants}
-                own = leaf.kind in ("parameter", "buffer")
-                output.append(resolve(model, leaf.key) if own else places[leaf.kind][leaf.key])
-            else:
-                output.append(leaf)
-        return tree_unflatten(output, self.output_spec)
+        places = {"carried": carried, "input": flat, "constant": self.constants}
+        output = [
+            _value_at(leaf, model, places) if isinstance(leaf, Source) else leaf for leaf in self.outputs
+        ]
+        return tree_unflatten(output, self.graph.output_spec)
 
     def trial(self, model: nn.Module, call: Call) -> Any:
         """Run a sweep in grad mode; the backward that follows notes layouts of gradients across cuts."""
@@ -163,20 +144,19 @@ class GraphCapture(Capture):
     def result_layouts(self, k: int) -> tuple[dict[int, tuple[int, ...]], frozenset[int]]:
         """Return strides of gradients of stage k's results, if not contiguous; the results without one."""
         stage = self.stages[k]
-        names = zip(
-            (*stage.boundary, *stage.carried), (*stage.boundary_from, *stage.carried_from), strict=True
-        )
-        found = {i: self.layouts[name] for name, i in names if i >= 0 and name in self.layouts}
+        names = (*stage.boundary, *stage.carried)
+        places = zip(names, (*stage.boundary_from, *stage.carried_from), strict=True)
+        found = {i: self.layouts[name] for name, i in places if i >= 0 and name in self.layouts}
         return {i: s for i, s in found.items() if s}, frozenset(i for i, s in found.items() if s is None)
 
     def own_output(self, stage: GraphStage, results: tuple[Tensor, ...]) -> Any:
         """Return the part of the model's output that ``stage`` makes, None in the place of the rest."""
         made = {name: results[i] for name, i in zip(stage.carried, stage.carried_from, strict=True)}
         leaves = [made.get(leaf.key) if isinstance(leaf, Source) else leaf for leaf in self.outputs]
-        return tree_unflatten(leaves, self.output_spec)
+        return tree_unflatten(leaves, self.graph.output_spec)
 
     def record(self) -> dict[str, Any]:
-        """Return what a plan keeps of this capture, to make it again."""
+        """See ``Capture.record``."""
         return {
             "graph": self.graph.fingerprint(),
             "cuts": self.linear.cuts[1:-1],
@@ -206,7 +186,7 @@ class GraphCapture(Capture):
         return face.repeats == repeated and face.guards.holds()
 
     def changes(self) -> str:
-        """Return which Python state is otherwise now, in words."""
+        """Return which Python state has changed, in words."""
         found = self.graph.face.guards.changes()
         if not found:
             return "other arguments are one and the same tensor"
@@ -231,44 +211,24 @@ class GraphCapture(Capture):
         """
         drew: list[bool] = []
         self.changed = []
-        before: dict[str, Any] = {}
+        before: list[tuple[RandomState, Values]] = []
         watch = Watch()
         dry = self.target is not None or detect_fake_mode() is not None
 
-        def note() -> None:
-            if not before:
-                return
-            buffers = before["buffers"].items()
-            if not dry:
-                drew.append(before["random"].differs())
-                # Kernels of batch norm change statistics without a new version; a fill may put the same
-                # values in again.
-                changed = [
-                    n
-                    for n, (b, value, version) in buffers
-                    if version_of(b) != version or not equal_bits(b, value)
-                ]
-            else:
-                drew.append(watch.random)
-                changed = [name for name, (buffer, _, _) in buffers if watch.has_changed(buffer)]
-            self.changed.append(tuple(changed))
-
         def visit(k: int, arguments: list[Any]) -> None:
-            note()
-            before["random"] = RandomState(self.device)
+            sources = zip(self.stages[k].sources, arguments, strict=True)
+            buffers = Values(((s.key, each) for s, each in sources if s.kind == "buffer"), data=not dry)
+            before[:] = [(RandomState(self.device), buffers)]
             watch.restart()
-            before["buffers"] = {
-                source.key: (arguments[i], arguments[i].clone(), version_of(arguments[i]))
-                for i, source in enumerate(self.stages[k].sources)
-                if source.kind == "buffer"
-            }
+
+        def after(_: int, __: tuple[Tensor, ...]) -> None:
+            random, buffers = before.pop()
+            drew.append(watch.random if dry else random.differs())
+            self.changed.append(tuple(buffers.changed(watch)))
 
         with torch.no_grad(), watch if dry else nullcontext():
-            self.sweep(model, call, visit)
-        note()
-        self.random = (
-            drew if dry else [one or other for one, other in zip(drew, self.may_draw(), strict=True)]
-        )
+            self.sweep(model, call, visit, after)
+        self.random = drew if dry else [*map(operator.or_, drew, self.may_draw())]
         changed = {name for names in self.changed for name in names}
         for stage, own in zip(self.stages, self.changed, strict=True):
             for source in stage.sources:
@@ -285,27 +245,24 @@ class GraphCapture(Capture):
 
     def _run_again(self, model: nn.Module, call: Call) -> None:
         """Run each stage twice, the second time within a backward; note those that give other bits then."""
-        run: list[Callable[[], list[Tensor]]] = []
-        random: list[RandomState] = []
+        before: list[tuple[Callable[[], list[Tensor]], RandomState]] = []
 
         def visit(k: int, arguments: list[Any]) -> None:
             sources, function = self.stages[k].sources, self.stages[k].function
-            fresh = {
-                i: arguments[i].clone()
-                for i, source in enumerate(sources)
-                if source.kind == "buffer" and source.key in self.changed[k]
-            }
+            changed = [s.kind == "buffer" and s.key in self.changed[k] for s in sources]
+            fresh = {i: arguments[i].clone() for i, own in enumerate(changed) if own}
 
             def again() -> list[Tensor]:
                 given = [fresh[i].clone() if i in fresh else a for i, a in enumerate(arguments)]
                 return list(function(*given))
 
-            run[:], random[:] = [again], [RandomState(self.device)]
+            before[:] = [(again, RandomState(self.device))]
 
         def after(k: int, results: tuple[Tensor, ...]) -> None:
+            again, random = before.pop()
             if not self.once[k]:
                 moved = RandomState(self.device)
-                self.once[k] = unlike(results, run[0], random[0])
+                self.once[k] = unlike(results, again, random)
                 moved.restore()
 
         # In grad mode, by which ops choose their kernels; nothing is saved.
@@ -315,9 +272,14 @@ class GraphCapture(Capture):
 
     def may_draw(self) -> list[bool]:
         """Return (L,) whether the stage has an op that may draw random numbers."""
-        return [
-            any(op.random for op in self.graph.ops[start:stop]) for start, stop in pairwise(self.linear.cuts)
-        ]
+        return [any(op.random for op in self.graph.ops[a:b]) for a, b in pairwise(self.linear.cuts)]
+
+
+def _value_at(source: Source, model: nn.Module, places: Mapping[str, Any]) -> Any:
+    """Return the value at a source; ``places`` has those that are not the model's, by kind."""
+    if source.kind in ("parameter", "buffer"):
+        return resolve(model, source.key)
+    return places[source.kind][source.key]
 
 
 def draws_elsewhere_in(op: Op) -> bool:
@@ -328,10 +290,8 @@ def draws_elsewhere_in(op: Op) -> bool:
     schema = schema_of(op.node.target)
     if schema is None or schema.name not in RECURRENT:
         return False
-    values = {
-        a.name: value for a, value in zip(schema.arguments, op.node.args, strict=False)
-    } | op.node.kwargs
-    return bool(values.get("train")) and values.get("dropout") not in (0, 0.0, None)
+    given = arguments_of(op.node)
+    return bool(given.get("train")) and given.get("dropout") not in (0, 0.0, None)
 
 
 def _shown(value: Any) -> str:
@@ -397,29 +357,5 @@ def capture_graph(
         CaptureError: the graph cannot be cut; says why.
     """
     linear = linearize(graph, max_stages, cuts)
-    stages = compile_stages(graph, linear, model)
-    constants = graph.constants(model)
-    made = {name for stage in stages for name in stage.carried}
-    inputs = {node.name: at for at, node in zip(graph.face.positions, graph.placeholders, strict=True)}
-    outputs: list[Any] = []
-    for leaf in graph.outputs:
-        name = getattr(leaf, "name", None)
-        if name in made:
-            outputs.append(Source("carried", name))
-        elif name in inputs:
-            outputs.append(Source("input", inputs[name]))
-        elif leaf in graph.attributes:
-            outputs.append(_attribute(graph, leaf, model))
-        else:
-            outputs.append(leaf)
-    return GraphCapture(graph, linear, stages, outputs, graph.output_spec, constants, model_device(model))
-
-
-def _attribute(graph: OpGraph, leaf: fx.Node, model: nn.Module) -> Source:
-    """Where a parameter, a buffer or a constant that the model returns comes from."""
-    value = resolve(graph.module, graph.attributes[leaf])
-    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
-        for name, tensor in tensors:
-            if tensor is value:
-                return Source(kind, name)
-    return Source("constant", graph.attributes[leaf])
+    stages, outputs = compile_stages(graph, linear, model)
+    return GraphCapture(graph, linear, stages, outputs, graph.constants(model), model_device(model))

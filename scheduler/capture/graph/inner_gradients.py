@@ -86,7 +86,7 @@ def _below_autograd(root: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphModule
 
 
 class _Cuts(TorchFunctionMode):
-    """Marks what the user's code detaches; autograd detaches by itself, too, what it saves."""
+    """Mark what the user's code detaches; autograd detaches by itself, too, what it saves."""
 
     def __init__(self, tracer: Any) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ import hashlib
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -30,10 +31,10 @@ from rematplan.scheduler.torch_layer.private import (
 )
 from rematplan.scheduler.torch_layer.python_reads import Guards, StateTensor
 
-__all__ = ["OUTPUT", "Face", "Group", "Layout", "Op", "OpGraph", "analyse", "resolve"]
+__all__ = ["OUTPUT", "Face", "Group", "Layout", "Op", "OpGraph", "analyse", "arguments_of", "resolve"]
 
-# Checks of metadata that export adds; shapes and dtypes are checked once per call by the plan's signature.
 SPARSE = "a tensor is sparse or nested, and so no view of one storage, by which the values of an op graph are told apart"
+# Checks of metadata that export adds; shapes and dtypes are checked once per call by the plan's signature.
 _CHECKS = ("aten._assert_tensor_metadata.default", "aten.sym_constrain_range_for_size.default")
 
 
@@ -112,25 +113,32 @@ def _may_draw(node: fx.Node) -> bool:
         )
     if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
         return False
-    given = {a.name: a.default_value for a in schema_of(target).arguments if a.has_default_value()}
-    given |= {
-        a.name: value for a, value in zip(schema_of(target).arguments, node.args, strict=False)
-    } | node.kwargs
+    given = arguments_of(node)
     share = given.get("dropout_p", given.get("dropout", given.get("p") if "dropout" in str(target) else None))
     # A dropout that drops nothing draws nothing; nor does one in eval mode.
     return not (share == 0.0 or given.get("train") is False)
+
+
+def arguments_of(node: fx.Node) -> dict[str, Any]:
+    """Return the arguments of a node's op by name, defaults included."""
+    arguments = schema_of(node.target).arguments
+    given = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    return given | {a.name: value for a, value in zip(arguments, node.args, strict=False)} | node.kwargs
 
 
 @dataclass(frozen=True, slots=True)
 class Face:
     """How the inputs and outputs of an op graph relate to a call of the model.
 
-    Attributes: positions: for each placeholder, its place among the leaves of the call; state tensors follow
-        these. state: for each state tensor among the inputs, its places; none of one that the graph does not
-        read. guards: the Python state that the traced forward read. unread: leaves of the call, other than
-        tensors, that the forward did not read. repeats: (leaf, earlier leaf) of floating-point tensors of the
-        call that were one; the graph takes each by itself. outputs: the leaves of the model's output; OUTPUT
-        in the places of what the graph gives. output_spec: how to put them together.
+    Attributes:
+        positions: for each placeholder, its place among the leaves of the call; state tensors follow these.
+        state: for each state tensor among the inputs, its places; none if the graph does not read it.
+        guards: the Python state that the traced forward read.
+        unread: leaves of the call, other than tensors, that the forward did not read.
+        outputs: the leaves of the model's output; OUTPUT in the places of what the graph gives.
+        output_spec: how to put them together.
+        repeats: (leaf, earlier leaf) of floating-point tensors of the call that were one; the graph takes
+            each by itself.
     """
 
     positions: tuple[int, ...] = ()
@@ -220,12 +228,7 @@ class OpGraph:
             number[op.node] = len(number)
             schema = schema_of(op.node.target)
             kinds = {a.name: str(a.type) for a in schema.arguments} if schema is not None else {}
-            args = [
-                _unscaled(value, kind)
-                for value, kind in zip(
-                    op.node.args, [*kinds.values(), *[""] * len(op.node.args)], strict=False
-                )
-            ]
+            args = [*map(_unscaled, op.node.args, chain(kinds.values(), repeat("")))]
             named = {name: _unscaled(value, kinds.get(name, "")) for name, value in op.node.kwargs.items()}
             wired = fx.map_arg((args, named), lambda node: f"%{number.get(node, node.name)}")
             digest.update(f"{op.node.target}|{wired}|{op.requires_grad}\n".encode())
@@ -269,36 +272,30 @@ def analyse(module: fx.GraphModule, inputs: Sequence[Any]) -> OpGraph:
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     if len(inputs) != len(placeholders):
         raise CaptureError(f"the graph takes {len(placeholders)} inputs, the call has {len(inputs)}")
-    run = _FakeRun(module, inputs)
+    outputs = list(module.graph.output_node().args[0])  # type: ignore[arg-type] # a tuple
+    graph = OpGraph(module, [], {}, placeholders, {}, {}, {}, outputs, None)
+    run = _FakeRun(graph, inputs)
     with run.fake, torch.enable_grad():
         for node, value in zip(placeholders, inputs, strict=True):
             run.give(node, value)
         for node in module.graph.nodes:
             if node.op == "get_attr":
-                run.attributes[node] = str(node.target)
+                graph.attributes[node] = str(node.target)
                 run.give(node, resolve(module, str(node.target)))
             elif node.op == "call_function":
                 run.call(node)
             elif node.op not in ("placeholder", "output"):
                 raise CaptureError(f"the graph has a node of kind {node.op}: {node.name}")
-    run.reject_unreplayable(placeholders)
-    outputs = list(module.graph.output_node().args[0])  # type: ignore[arg-type] # a tuple
+    _reject_unreplayable(graph)
     for leaf in outputs:
         if isinstance(leaf, fx.Node):
-            for key in run.group_of[leaf]:
-                run.groups[key].last_use = len(run.ops)
-    return OpGraph(
-        module,
-        run.ops,
-        run.groups,
-        placeholders,
-        run.attributes,
-        run.group_of,
-        {node: _requires_grad(value) for node, value in run.env.items()},
-        outputs,
-        None,
-        {node: Layout.of(value) for node, value in run.env.items() if isinstance(value, torch.Tensor)},
-    )
+            for key in graph.group_of[leaf]:
+                graph.groups[key].last_use = len(graph.ops)
+    for node, value in run.env.items():
+        graph.grad_of[node] = _requires_grad(value)
+        if isinstance(value, torch.Tensor):
+            graph.layout_of[node] = Layout.of(value)
+    return graph
 
 
 def _prune(graph: fx.Graph) -> None:
@@ -318,23 +315,19 @@ def _requires_grad(value: Any) -> bool:
 
 
 class _FakeRun:
-    """A run of a graph on fake tensors, node by node.
+    """A run of a graph on fake tensors, node by node, which notes ops and storages in the graph.
 
     Attributes:
         fake: the mode to run within.
-        env: the result of each node. groups, group_of, attributes, ops: as in OpGraph.
+        env: the result of each node.
     """
 
-    def __init__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> None:
-        self.module = module
-        tensors = [*inputs, *module.parameters(), *module.buffers()]
+    def __init__(self, graph: OpGraph, inputs: Sequence[Any]) -> None:
+        self.graph = graph
+        tensors = [*inputs, *graph.module.parameters(), *graph.module.buffers()]
         known = next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True) if known is None else known
         self.env: dict[fx.Node, Any] = {}
-        self.groups: dict[int, Group] = {}
-        self.group_of: dict[fx.Node, tuple[int, ...]] = {}
-        self.attributes: dict[fx.Node, str] = {}
-        self.ops: list[Op] = []
         self._memo: dict[int, torch.Tensor] = {}  # a tensor that is given twice is one
         self._alive: list[Any] = []  # fake storages stay alive, so that their identity stays theirs
 
@@ -345,7 +338,7 @@ class _FakeRun:
                 self._memo[id(value)] = self.fake.from_tensor(value)
             value = self._memo[id(value)]
         self.env[node] = value
-        self.group_of[node] = self._note(value, -1)
+        self.graph.group_of[node] = self._note(value, -1)
 
     def call(self, node: fx.Node) -> None:
         """Run an op, and note what it reads, makes, saves and changes."""
@@ -354,7 +347,8 @@ class _FakeRun:
                 "the forward uses torch.func or torch.vmap, and no stage can begin within a transform"
             )
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.env.__getitem__)
-        index, packed = len(self.ops), list[torch.Tensor]()
+        graph = self.graph
+        index, packed = len(graph.ops), list[torch.Tensor]()
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         versions = [*map(version_of, given)]
 
@@ -367,23 +361,21 @@ class _FakeRun:
                 result = node.target(*args, **kwargs)  # type: ignore[operator] # of a call_function
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise CaptureError(f"what {node.name} gives depends on the data: {error.func}") from error
-        except (
-            RuntimeError
-        ) as error:  # of code without grad within autocast, whose export forgets that there is none
+        except RuntimeError as error:  # code without grad within autocast: its export has grad
             raise CaptureError(f"{node.name} of the exported graph raises: {error}") from error
         self.env[node] = result
-        reads = tuple(dict.fromkeys(g for a in node.all_input_nodes for g in self.group_of[a]))
-        writes = self.group_of[node] = self._note(result, index)
+        reads = tuple(dict.fromkeys(g for a in node.all_input_nodes for g in graph.group_of[a]))
+        writes = graph.group_of[node] = self._note(result, index)
         saved = self._note(packed, index)
         packs = tuple(map(Layout.of, packed))
-        self.ops.append(Op(node, reads, writes, saved, _requires_grad(result), packs))
-        for group in (self.groups[key] for key in (*reads, *writes)):
+        graph.ops.append(Op(node, reads, writes, saved, _requires_grad(result), packs))
+        for group in (graph.groups[key] for key in (*reads, *writes)):
             group.last_use = index
             group.first_use = index if group.first_use < 0 else group.first_use
         # By the op's schema, and by what was seen: a block of ops run without grad has no schema.
         seen = [t for t, before in zip(given, versions, strict=True) if version_of(t) != before]
-        for key in dict.fromkeys((*_changed(node, self.group_of), *self._note(seen, index))):
-            self.groups[key].mutated.append(index)
+        for key in dict.fromkeys((*_changed(node, graph.group_of), *self._note(seen, index))):
+            graph.groups[key].mutated.append(index)
 
     def _note(self, value: Any, producer: int) -> tuple[int, ...]:
         """Return the storages of a value, each once; new ones are made by op ``producer``."""
@@ -394,31 +386,28 @@ class _FakeRun:
                     raise CaptureError(SPARSE)
                 storage = leaf.untyped_storage()
                 self._alive.append(storage)
-                group = self.groups.setdefault(storage_id(storage), Group(storage.nbytes(), producer))
+                group = self.graph.groups.setdefault(storage_id(storage), Group(storage.nbytes(), producer))
                 group.requires_grad |= leaf.requires_grad
                 keys.append(storage_id(storage))
         return tuple(dict.fromkeys(keys))
 
-    def reject_unreplayable(self, placeholders: Sequence[fx.Node]) -> None:
-        """Refuse changes in place of inputs and parameters, and generators of the forward's own."""
-        changed = {
-            node for node, keys in self.group_of.items() if any(self.groups[key].mutated for key in keys)
-        }
-        for node in placeholders:
-            if node in changed:
-                raise CaptureError(
-                    f"the input {node.name!r} is changed in place, so that it cannot be replayed"
-                )
-        for node, target in self.attributes.items():
-            value = resolve(self.module, target)
-            if isinstance(value, nn.Parameter) and node in changed:
-                raise CaptureError(
-                    f"the forward changes the parameter {target!r} in place, so that it cannot be replayed"
-                )
-            if isinstance(value, torch.Generator):
-                raise CaptureError(
-                    "the forward draws from a generator of its own, which an exported graph would keep"
-                )
+
+def _reject_unreplayable(graph: OpGraph) -> None:
+    """Refuse changes in place of inputs and parameters, and generators of the forward's own."""
+    changed = {n for n, keys in graph.group_of.items() if any(graph.groups[key].mutated for key in keys)}
+    for node in graph.placeholders:
+        if node in changed:
+            raise CaptureError(f"the input {node.name!r} is changed in place, so that it cannot be replayed")
+    for node, target in graph.attributes.items():
+        value = resolve(graph.module, target)
+        if isinstance(value, nn.Parameter) and node in changed:
+            raise CaptureError(
+                f"the forward changes the parameter {target!r} in place, so that it cannot be replayed"
+            )
+        if isinstance(value, torch.Generator):
+            raise CaptureError(
+                "the forward draws from a generator of its own, which an exported graph would keep"
+            )
 
 
 def _idle(node: fx.Node) -> bool:
@@ -441,12 +430,7 @@ def _changed(node: fx.Node, group_of: dict[fx.Node, tuple[int, ...]]) -> list[in
     schema = schema_of(node.target)
     if schema is None or not schema.is_mutable:
         return []
-    found: list[int] = []
-    for position, argument in enumerate(schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-        for leaf in pytree.tree_leaves(value):
-            if isinstance(leaf, fx.Node):
-                found.extend(group_of[leaf])
-    return found
+    given = arguments_of(node)
+    written = [given.get(a.name) for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    leaves = (leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, fx.Node))
+    return [group for leaf in leaves for group in group_of[leaf]]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Generic, NoReturn, TypeVar
 
 import networkx as nx
@@ -74,11 +75,12 @@ def rerun(
     sources: Sequence[torch.Tensor],
     fill: Callable[[int, torch.Tensor], None],
 ) -> None:
-    """Run a program of an option, in grad mode, and give ``fill`` the number and the tensor, detached, of each dropped pack.
+    """Run a program of an option in grad mode.
 
     Args:
         arguments: of the stage, of which it reads some.
         sources: the kept packs that it reads.
+        fill: called with the number and the tensor, detached, of each dropped pack.
 
     Raises:
         OtherOps: the ops save more or fewer tensors than in the first run.
@@ -136,7 +138,7 @@ class StageValues:
     """A stage as ``rematplan.scheduler.solvers.stage_options`` sees it.
 
     Attributes:
-        ops: one a op of the stage, without their seconds.
+        ops: one for each op of the stage.
         values: storages, as values 0, 1, ...
         groups: the storage that each value is; -1 for one that is changed in place later.
     """
@@ -150,17 +152,12 @@ def _slice(graph: OpGraph, linear: Linear, k: int) -> list[Op]:
     return graph.ops[linear.cuts[k] : linear.cuts[k + 1]]
 
 
-def _made(graph: OpGraph, linear: Linear, k: int) -> list[int]:
-    """Return the storages that stage k makes."""
-    first = linear.cuts[k]
-    named = dict.fromkeys(g for op in _slice(graph, linear, k) for g in (*op.writes, *op.saved))
-    return [g for g in named if first <= graph.groups[g].producer]
-
-
 def _changes(graph: OpGraph, linear: Linear, k: int) -> dict[int, list[int]]:
     """Return, for each storage that stage k makes, the ops of the stage (by place) that change it."""
-    made = _made(graph, linear, k)
-    return {g: sorted({i - linear.cuts[k] for i in graph.groups[g].mutated}) for g in made}
+    first = linear.cuts[k]
+    named = dict.fromkeys(g for op in _slice(graph, linear, k) for g in (*op.writes, *op.saved))
+    groups = {g: graph.groups[g] for g in named if first <= graph.groups[g].producer}
+    return {g: sorted({i - first for i in group.mutated}) for g, group in groups.items()}
 
 
 def divisible(graph: OpGraph, linear: Linear, k: int) -> bool:
@@ -170,17 +167,12 @@ def divisible(graph: OpGraph, linear: Linear, k: int) -> bool:
     was made with.
     """
     ops = _slice(graph, linear, k)
-    dtypes = {
-        graph.layout_of[op.node].group: graph.layout_of[op.node].dtype
-        for op in ops
-        if op.node in graph.layout_of
-    }
-    for op in ops:
-        if any(n.op == "get_attr" and n not in graph.layout_of for n in op.node.all_input_nodes):
-            return False
-        if any(dtypes.get(pack.group, pack.dtype) != pack.dtype for pack in op.packs):
-            return False
-    return True
+    layouts = [graph.layout_of[op.node] for op in ops if op.node in graph.layout_of]
+    dtypes = {layout.group: layout.dtype for layout in layouts}
+    nodes = (node for op in ops for node in op.node.all_input_nodes)
+    if any(node.op == "get_attr" and node not in graph.layout_of for node in nodes):
+        return False
+    return all(dtypes.get(p.group, p.dtype) == p.dtype for op in ops for p in op.packs)
 
 
 def stage_values(
@@ -211,20 +203,11 @@ def stage_values(
         values.append(StageValue(held, kept, pinned=kept and g in leaving))
     stage_ops = []
     for i, (op, cost) in enumerate(zip(ops, seconds, strict=True)):
-        reads = {(g, sum(m < i for m in changes[g])) for g in op.reads if g in changes}
-        own = {g for g in (*op.writes, *op.saved) if graph.groups[g].producer == first + i}
-        writes = {(g, 0) for g in own} | {
-            (g, changed.index(i) + 1) for g, changed in changes.items() if i in changed
-        }
-        reads -= {(g, 0) for g in own}
-        stage_ops.append(
-            StageOp(
-                cost,
-                tuple(sorted(index[r] for r in reads)),
-                tuple(sorted(index[w] for w in writes)),
-                op.random,
-            )
-        )
+        own = {(g, 0) for g in (*op.writes, *op.saved) if graph.groups[g].producer == first + i}
+        reads = {(g, sum(m < i for m in changes[g])) for g in op.reads if g in changes} - own
+        writes = own | {(g, changed.index(i) + 1) for g, changed in changes.items() if i in changed}
+        read, written = (tuple(sorted(index[key] for key in keys)) for keys in (reads, writes))
+        stage_ops.append(StageOp(cost, read, written, op.random))
     groups = tuple(g if version == last[g] else -1 for g, version in versions)
     return StageValues(tuple(stage_ops), tuple(values), groups)
 
@@ -254,15 +237,13 @@ def origin_of_pack(graph: OpGraph, linear: Linear, k: int, number: int) -> str:
         return ""
     op, pack = packs[number]
     producer = graph.groups[pack.group].producer
-    saved = f"saved by {op.node.target} ({op.node.name})"
-    if producer < 0:
-        return f", {saved}"
-    maker = graph.ops[producer]
-    return (
-        f", made and {saved}"
-        if maker is op
-        else f", made by {maker.node.target} ({maker.node.name}) and {saved}"
-    )
+    maker = graph.ops[producer] if producer >= 0 else None
+    made = "" if maker is None else "made and " if maker is op else f"made by {_named(maker)} and "
+    return f", {made}saved by {_named(op)}"
+
+
+def _named(op: Op) -> str:
+    return f"{op.node.target} ({op.node.name})"
 
 
 def compile_rebuilds(
@@ -284,11 +265,11 @@ def compile_rebuilds(
 def check_dropped(graph: OpGraph, linear: Linear, k: int, dropped: frozenset[int]) -> None:
     """Refuse packs of stage k that no option drops.
 
-    Raises: ValueError: a number that is no pack of a storage that the stage makes, a storage of which only a
-        part is dropped, or
-            a stage that cannot be kept in part.
+    Raises:
+        ValueError: a number that is no pack of a storage that the stage makes, a storage of which only a part
+            is dropped, or a stage that cannot be kept in part.
     """
-    packs, made = packs_of(graph, linear, k), set(_made(graph, linear, k))
+    packs, made = packs_of(graph, linear, k), _changes(graph, linear, k)
     for number in sorted(dropped):
         if not 0 <= number < len(packs) or packs[number].group not in made:
             raise ValueError(f"stage {k} makes no saved tensor {number} that could be made again")
@@ -318,24 +299,19 @@ class _Rerun:
                 self.kept.setdefault(pack.group, number)
         self.changes = _changes(graph, linear, k)
         self.lost = {self.packs[number].group for number in dropped}
-        self.again: set[int] = (
-            set()
-        )  # storages changed in place that are recomputed, though they are kept too
-        self.base: dict[int, fx.Node] = {}  # dropped storage -> the first node that is a view of it
+        self.base: dict[int, fx.Node] = {}  # storage -> the first node that is a view of it
         for op in self.ops:
             if op.node in graph.layout_of:
-                group = graph.layout_of[op.node].group
-                if group in self.lost:
-                    self.base.setdefault(group, op.node)
-        self.running = self._closure(self._wanted(self.lost))
+                self.base.setdefault(graph.layout_of[op.node].group, op.node)
+        # Storages changed in place that are recomputed, though they are kept too.
+        remade = self.again = frozenset[int]()
         while True:
-            remade = {
-                g for g, changed in self.changes.items() if changed and self.producer(g) in self.running
-            }
-            if remade <= self.again:
-                break
             self.again |= remade
             self.running = self._closure(self._wanted(self.lost))
+            changed = (g for g, changes in self.changes.items() if changes)
+            remade = frozenset(g for g in changed if self.producer(g) in self.running)
+            if remade <= self.again:
+                break
 
     def producer(self, group: int) -> int:
         """Return the op that makes a storage."""
@@ -426,22 +402,16 @@ class _Rerun:
         for node in viewed:
             number = pack_of[node]
             tensors[node] = _view(subgraph, bases[number], packs[number], graph.layout_of[node])
-        of_op: list[range] = []
-        for op in ops:
-            start = of_op[-1].stop if of_op else 0
-            of_op.append(range(start, start + len(op.packs)))
+        starts = [0, *accumulate(len(op.packs) for op in ops)]
         saves: list[int] = []
         for i in running:
             tensors[ops[i].node] = subgraph.node_copy(ops[i].node, tensors.__getitem__)
-            saves.extend(of_op[i])
-        gives: list[int] = []
-        results: list[fx.Node] = []
-        for number in sorted(wanted.difference(saves)):
-            layout = packs[number]
-            node = self.base[layout.group]
-            results.append(_view(subgraph, tensors[node], graph.layout_of[node], layout))
-            gives.append(number)
-        subgraph.output(tuple(results))
+            saves.extend(range(starts[i], starts[i + 1]))
+        gives = tuple(sorted(wanted.difference(saves)))
+        views = ((self.base[packs[number].group], packs[number]) for number in gives)
+        subgraph.output(
+            tuple(_view(subgraph, tensors[node], graph.layout_of[node], layout) for node, layout in views)
+        )
         subgraph.lint()
         compiled = fx.GraphModule(graph.module, subgraph, class_name=f"Rebuild{self.k}")
         return Rebuild(
@@ -451,7 +421,7 @@ class _Rerun:
             tuple(sources),
             compiled.forward,
             tuple(saves),
-            tuple(gives),
+            gives,
         )
 
 

@@ -1,19 +1,17 @@
-"""Compile the stages of an op graph to Python functions, and tell what each takes and returns.
-
-Each stage is compiled once, by fx, into a plain function of its tensors: no interpreter, no dispatch mode.
-"""
+"""Compile the stages of an op graph, once, by fx, to plain functions of their tensors: no interpreter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from rematplan.scheduler.capture.graph.cut import Linear
-from rematplan.scheduler.capture.graph.op_graph import OpGraph, resolve
+from rematplan.scheduler.capture.graph.op_graph import Op, OpGraph, resolve
 from rematplan.scheduler.core.errors import CaptureError
 
 __all__ = ["GraphStage", "Source", "compile_stages"]
@@ -26,7 +24,9 @@ class Source:
     Attributes:
         kind: "boundary" (index into the boundary's tensors), "carried" (name), "input" (index into the
             leaves of the call, and state tensors after them), "parameter" or "buffer" (dotted name in the
-        model), "constant" (name). key: index or name. requires_grad: of the tensor, in the step.
+            model), "constant" (name).
+        key: index or name.
+        requires_grad: of the tensor, in the step.
     """
 
     kind: str
@@ -62,8 +62,13 @@ class GraphStage:
     signature: str
 
 
-def compile_stages(graph: OpGraph, linear: Linear, model: nn.Module) -> list[GraphStage]:
+def compile_stages(
+    graph: OpGraph, linear: Linear, model: nn.Module
+) -> tuple[list[GraphStage], list[Source | Any]]:
     """Compile every stage of a linearised graph.
+
+    Returns:
+        the stages; and for each leaf of the output, where it comes from, or the plain value that it is.
 
     Raises:
         CaptureError: a value that is no tensor crosses a cut.
@@ -72,57 +77,47 @@ def compile_stages(graph: OpGraph, linear: Linear, model: nn.Module) -> list[Gra
     carried_groups = {key for keys in linear.carried for key in keys}
     own = {id(t): ("parameter", name) for name, t in model.named_parameters()}
     own.update({id(t): ("buffer", name) for name, t in model.named_buffers()})
-    crossing: dict[fx.Node, tuple[str, Any]] = {}  # where a node made earlier is found
     stages: list[GraphStage] = []
-    entering: tuple[str, ...] = ()  # names of the boundary's tensors
-    for k in range(len(linear)):
-        ops = graph.ops[linear.cuts[k] : linear.cuts[k + 1]]
+    entering: list[fx.Node] = []  # the boundary
+
+    def source_of(node: fx.Node) -> Source | None:
+        if node.op == "placeholder":
+            return Source("input", graph.face.positions[graph.placeholders.index(node)])
+        if node.op == "get_attr":
+            value = resolve(graph.module, graph.attributes[node])
+            known = own.get(id(value), ("constant", graph.attributes[node]))
+            return Source(*known) if isinstance(value, torch.Tensor) else None
+        return Source("boundary", entering.index(node)) if node in entering else Source("carried", node.name)
+
+    for k, (start, stop) in enumerate(pairwise(linear.cuts)):
+        ops = graph.ops[start:stop]
         inside = {op.node for op in ops}
         subgraph = fx.Graph()
         made: dict[fx.Node, fx.Node] = {}
-        sources: list[Source] = []
-
-        originals: list[fx.Node] = []
+        given: dict[fx.Node, Source] = {}
         # fx wants all placeholders first: make them before the ops are copied.
         for node in dict.fromkeys(n for op in ops for n in op.node.all_input_nodes if n not in inside):
-            source = _source(node, graph, own, crossing, entering)
+            source = source_of(node)
             if source is None:  # a submodule of a higher-order op
                 made[node] = subgraph.get_attr(str(node.target))
             else:
                 made[node] = subgraph.placeholder(node.name)
-                sources.append(replace(source, requires_grad=graph.grad_of[node]))
-                originals.append(node)
+                given[node] = replace(source, requires_grad=graph.grad_of[node])
         for op in ops:
             made[op.node] = subgraph.node_copy(op.node, made.__getitem__)
-        results: list[fx.Node] = []
-        boundary: list[str] = []
-        boundary_from: list[int] = []
-        for j, name in enumerate(entering):  # values that pass through this stage
-            node = next(n for n in crossing if n.name == name)
-            if users[node] > k:
-                boundary.append(name)
-                boundary_from.append(-1 - j)
-        carried: list[str] = []
-        carried_from: list[int] = []
-        for op in ops:
-            node = op.node
-            if users.get(node, -1) <= k:
-                continue
+        leaving = [op.node for op in ops if users.get(op.node, -1) > k]
+        results = [made[node] for node in leaving]
+        # What passes through, then what this stage makes.
+        boundary = {node: -1 - j for j, node in enumerate(entering) if users[node] > k}
+        carried: dict[fx.Node, int] = {}
+        for index, node in enumerate(leaving):
             value = node.meta.get("val")
             if not isinstance(value, torch.Tensor):
                 raise CaptureError(
                     f"{node.name}, which crosses a cut, is {type(value).__name__}, not a tensor"
                 )
-            results.append(made[node])
-            keys = graph.group_of[node]
-            if all(key in carried_groups or graph.groups[key].producer < 0 for key in keys):
-                carried.append(node.name)
-                carried_from.append(len(results) - 1)
-                crossing[node] = ("carried", node.name)
-            else:
-                boundary.append(node.name)
-                boundary_from.append(len(results) - 1)
-                crossing[node] = ("boundary", node.name)
+            lasts = all(g in carried_groups or graph.groups[g].producer < 0 for g in graph.group_of[node])
+            (carried if lasts else boundary)[node] = index
         subgraph.output(tuple(results))
         subgraph.lint()
         compiled = fx.GraphModule(graph.module, subgraph, class_name=f"Stage{k}")
@@ -130,52 +125,32 @@ def compile_stages(graph: OpGraph, linear: Linear, model: nn.Module) -> list[Gra
             GraphStage(
                 _stage_name(ops),
                 compiled.forward,
-                tuple(sources),
-                tuple(node.name for node in originals),
-                tuple(boundary_from),
-                tuple(carried),
-                tuple(carried_from),
-                tuple(boundary),
-                _signature(graph, linear.cuts[k], ops, sources, originals, results, subgraph),
+                tuple(given.values()),
+                tuple(node.name for node in given),
+                tuple(boundary.values()),
+                tuple(node.name for node in carried),
+                tuple(carried.values()),
+                tuple(node.name for node in boundary),
+                _signature(graph, start, ops, given, results, subgraph),
             )
         )
-        entering = tuple(boundary)
-    return stages
-
-
-def _source(
-    node: fx.Node,
-    graph: OpGraph,
-    own: Mapping[int, tuple[str, str]],
-    crossing: Mapping[fx.Node, tuple[str, Any]],
-    entering: tuple[str, ...],
-) -> Source | None:
-    if node.op == "placeholder":
-        return Source("input", graph.face.positions[graph.placeholders.index(node)])
-    if node.op == "get_attr":
-        value = resolve(graph.module, graph.attributes[node])
-        if not isinstance(value, torch.Tensor):
-            return None
-        kind, name = own.get(id(value), ("constant", graph.attributes[node]))
-        return Source(kind, name)
-    kind, name = crossing[node]
-    return Source(kind, entering.index(name) if kind == "boundary" else name)
+        entering = [*boundary]
+    return stages, [source_of(leaf) if isinstance(leaf, fx.Node) else leaf for leaf in graph.outputs]
 
 
 def _last_stage_of_use(graph: OpGraph, linear: Linear) -> dict[fx.Node, int]:
     """Return the last stage that reads each node; L for outputs."""
     last: dict[fx.Node, int] = {}
-    for k in range(len(linear)):
-        for op in graph.ops[linear.cuts[k] : linear.cuts[k + 1]]:
-            for node in op.node.all_input_nodes:
-                last[node] = k
+    for k, (start, stop) in enumerate(pairwise(linear.cuts)):
+        for op in graph.ops[start:stop]:
+            last.update(dict.fromkeys(op.node.all_input_nodes, k))
     for leaf in graph.outputs:
         if isinstance(leaf, fx.Node):
             last[leaf] = len(linear)
     return last
 
 
-def _stage_name(ops: list[Any]) -> str:
+def _stage_name(ops: list[Op]) -> str:
     """Return the common module path of the ops, or the paths of the first and last op."""
     paths = []
     for op in ops:
@@ -185,33 +160,30 @@ def _stage_name(ops: list[Any]) -> str:
     if not paths:
         return ops[-1].node.name
     first, last = paths[0], paths[-1]
-    parts = []
-    for a, b in zip(first.split("."), last.split("."), strict=False):
-        if a != b:
-            break
-        parts.append(a)
     if first == last:
         return first
-    common = ".".join(parts)
-    tail = last[len(common) + 1 :] if common else last
-    head = first[len(common) + 1 :] if common else first
+    both = zip(first.split("."), last.split("."), strict=False)
+    common = ".".join(part for part, _ in takewhile(lambda pair: pair[0] == pair[1], both))
+    head, tail = (path[len(common) + 1 :] if common else path for path in (first, last))
     span = f"{head or '.'}..{tail or '.'}"
     return f"{common}[{span}]" if common else span
 
 
 def _signature(
-    graph: OpGraph, first: int, ops: list[Any], sources: list[Source], originals: list[fx.Node],
-    results: list[fx.Node], subgraph: fx.Graph,
-) -> str:  # fmt: skip # one line per kind of thing
+    graph: OpGraph,
+    first: int,
+    ops: list[Op],
+    given: Mapping[fx.Node, Source],
+    results: list[fx.Node],
+    subgraph: fx.Graph,
+) -> str:
     """Return text that is equal for stages that run the same ops on arguments of the same kinds and shapes.
 
     They save storages of their own alike, too: under autocast a weight that an earlier stage has cast may be
     cached.
     """
     number = {node: index for index, node in enumerate(subgraph.nodes)}
-    rows = []
-    for source, node in zip(sources, originals, strict=True):
-        rows.append(f"{source.kind} {_shape(node)} {source.requires_grad}")
+    rows = [f"{source.kind} {_shape(node)} {source.requires_grad}" for node, source in given.items()]
     made = [node for node in subgraph.nodes if node.op == "call_function"]
     for op, node in zip(ops, made, strict=True):
         args = fx.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
