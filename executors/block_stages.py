@@ -16,14 +16,17 @@ from torch import Tensor, nn
 
 from rematplan.executors.as_read import AsRead, Sampler
 from rematplan.executors.compare_replay import Comparison, ReplayError
+from rematplan.executors.engine import Executor, Stages
 from rematplan.executors.graph_stages import locate
+from rematplan.executors.plain import plain_forward
 from rematplan.executors.step import Step
 from rematplan.executors.step_state import Handle
-from rematplan.executors.trace import Observer, silent
+from rematplan.executors.trace import silent
 from rematplan.scheduler.capture.blocks.block_capture import Block, ModuleCapture
 from rematplan.scheduler.capture.blocks.block_state import BlockState
 from rematplan.scheduler.capture.blocks.calls import intercepted, is_compiled
-from rematplan.scheduler.core.program import ReplayProgram
+from rematplan.scheduler.plan.plan import Plan
+from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.environment import RunContext
 from rematplan.scheduler.torch_layer.fsdp import gathered, holders, sharded_within
 from rematplan.scheduler.torch_layer.layouts import storage_key
@@ -76,29 +79,12 @@ class _Own:
         return [values[key] for values, key in self.constant]
 
 
-class ModuleExecutor:
-    """Runs steps of one model by one program; one per execute().
+class ModuleExecutor(Executor):
+    """Runs the steps of one model: its own forward, with its blocks intercepted."""
 
-    Args:
-        capture: the blocks.
-        program: the replay program, for as many stages as the capture has.
-        model: whose submodules are run.
-        plain: the plain forward.
-        check: what a recomputed tensor is compared by; a key of ``rematplan.executors.fingerprints.CHECKS``.
-    """
-
-    def __init__(
-        self,
-        capture: ModuleCapture,
-        program: ReplayProgram,
-        model: nn.Module,
-        plain: Callable[..., Any],
-        check: str = "metadata",
-    ) -> None:
-        self.capture, self.program, self.device = capture, program, capture.device
-        self.plain, self.check = plain, check
-        self.observe: Observer | None = None  # is told where each step is
-        self.ran_out = False  # whether a replay of a step ran out of memory
+    def __init__(self, capture: ModuleCapture, plan: Plan, model: nn.Module, check: str) -> None:
+        super().__init__(capture, plan, check)
+        self.plain = functools.partial(plain_forward, model)
         self.modules = {block.name: model.get_submodule(block.name) for block in capture.blocks}
         changed = {block.name: capture.changed[block.stage] for block in capture.blocks}
         self.own = {
@@ -107,20 +93,21 @@ class ModuleExecutor:
         }
         inner = itertools.chain.from_iterable(module.modules() for module in self.modules.values())
         self.compiled = any(map(is_compiled, inner))
-        self.replays = any(program.kept[block.stage] is None for block in capture.blocks)
+        self.replays = any(self.program.kept[block.stage] is None for block in capture.blocks)
         self.whole = frozenset(self.modules[name] for name in capture.whole)
         self.reversing = frozenset(b.stage for b in capture.blocks if b.name in capture.reversing)
         self.told = False  # that a forward left out blocks
         # forward is intercepted while a step runs: one step at a time may do that to these modules.
         self.lock = threading.Lock()
 
-    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the model's own forward with the blocks intercepted; return its output."""
+    def forward(self, flat: list[Any], call: Call) -> Any:  # noqa: ARG002
+        """See ``Executor``."""
+        args, kwargs = call
         if not self.replays and self.observe is None:
             return self.plain(*args, **kwargs)
         # Which blocks draw random numbers may depend on data: where there is data, each first run tells.
         stages = BlockStages(self)
-        step = Step(self.program, stages, self.device, self.capture.random, self.observe, self.check)
+        step = Step(stages)
         if not step.faked:
             step.random = [False] * len(self.capture)
         sweep = _Sweep(self, stages, step)
@@ -345,8 +332,8 @@ class _Sweep:
         return places, tuple([crossing[value] for value in block.boundary])
 
 
-class BlockStages:
-    """The blocks of a step of a ModuleExecutor (``Stages``): what their first runs found, and their re-runs.
+class BlockStages(Stages):
+    """The blocks of one step of a ModuleExecutor.
 
     Attributes:
         runs: stage -> its first run, while it may run again.
@@ -355,8 +342,7 @@ class BlockStages:
     """
 
     def __init__(self, executor: ModuleExecutor) -> None:
-        self.executor = executor
-        self.compiled, self.reversing = executor.compiled, executor.reversing
+        super().__init__(executor)
         self.runs: dict[int, _Run] = {}
         self.contexts: dict[int, RunContext] = {}
         self.passed: dict[int, tuple[int, ...]] = {}
@@ -372,21 +358,20 @@ class BlockStages:
         if not step.context.is_current():
             self.contexts[stage] = RunContext(step.device.type)
         draws = None if step.faked else Draws(step.device)
-        with _dropping_late(step, stage) if stage in self.reversing else step.dropping(stage):
+        with _dropping_late(step, stage) if stage in self.executor.reversing else step.dropping(stage):
             result = run.forward(*args, **kwargs)
         if draws is not None and (state := draws.state()) is not None:
             step.state.generators[stage] = state
         return result
 
     def run(self, stage: int, boundary: tuple[Tensor, ...], comparison: Comparison) -> tuple[Tensor, ...]:
-        """See ``Stages``. Parameters that fully_shard has sharded are gathered for it."""
         if stage in self.passed:
             return tuple([boundary[at] for at in self.passed[stage]])
         index = self.executor.capture.stages[stage]
         assert index is not None  # glue runs once: the referee refuses a schedule that re-runs it
         own = self.executor.own[self.executor.capture.blocks[index].name]
         if own.outer or own.inner:
-            with gathered(own.outer, own.inner):
+            with gathered(own.outer, own.inner):  # parameters that fully_shard has sharded
                 self.runs[stage].note_gathered(own)
                 return self._run_block(stage, index, own, boundary, comparison)
         return self._run_block(stage, index, own, boundary, comparison)
@@ -422,29 +407,14 @@ class BlockStages:
             crossing[index, output] = tensor
         return tuple([crossing[value] for value in after])
 
-    def rebuilds(self, *_: int) -> tuple[()]:
-        """Return none: blocks are kept whole, or not at all."""
-        return ()
-
-    def arguments(self, stage: int, *_: Any) -> list[Any]:
-        """See ``rebuilds``."""
-        raise ReplayError(f"block {self.name(stage)} was kept in part")
-
     def release(self, stage: int, rerunnable: Sequence[bool]) -> None:  # noqa: ARG002 # no value crosses several
-        """Drop what the first run found."""
         self.runs.pop(stage, None)
 
-    def ran_out(self) -> None:
-        """See ``Stages``."""
-        self.executor.ran_out = True
-
     def name(self, stage: int) -> str:
-        """See ``Stages``."""
         index = self.executor.capture.stages[stage]
         return "code between blocks" if index is None else self.executor.capture.blocks[index].label
 
     def saved_name(self, stage: int, index: int) -> str:
-        """See ``Stages``."""
         return f"saved tensor {index} of block {self.name(stage)}"
 
 

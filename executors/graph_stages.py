@@ -11,46 +11,29 @@ from torch import Tensor, nn
 
 from rematplan.executors.as_read import AsRead, Sampler
 from rematplan.executors.compare_replay import Comparison
+from rematplan.executors.engine import Executor, Stages
 from rematplan.executors.host_arena import Arena
 from rematplan.executors.step import Step
-from rematplan.executors.trace import Observer
 from rematplan.scheduler.capture.graph.graph_capture import GraphCapture
 from rematplan.scheduler.capture.graph.recompute import Rebuild, compile_rebuilds, origin_of_pack
 from rematplan.scheduler.capture.graph.stages import GraphStage, Source
-from rematplan.scheduler.core.program import ReplayProgram
 from rematplan.scheduler.core.referee import Keep
+from rematplan.scheduler.plan.plan import Plan
+from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.leaves import tree_unflatten
 from rematplan.scheduler.torch_layer.preserve import uncached
 
 __all__ = ["GraphExecutor", "locate"]
 
 
-class GraphExecutor:
-    """Runs steps of one model by one program; one per execute().
+class GraphExecutor(Executor):
+    """Runs the steps of one model, whose parameters and buffers are read at every step."""
 
-    Args:
-        capture: the captured model.
-        program: the replay program, for as many stages as the capture has.
-        model: whose parameters and buffers are read at every step.
-        check: what a recomputed tensor is compared by; a key of ``rematplan.executors.fingerprints.CHECKS``.
-        host_bytes: that the program has on the host at most.
-    """
-
-    def __init__(
-        self,
-        capture: GraphCapture,
-        program: ReplayProgram,
-        model: nn.Module,
-        check: str = "metadata",
-        host_bytes: int = 0,
-    ) -> None:
-        self.capture, self.program, self.device, self.check = capture, program, capture.device, check
-        self.observe: Observer | None = None  # is told where each step is
-        self.ran_out = False  # whether a replay of a step ran out of memory
-        self.arena = Arena(host_bytes, capture.device) if program.copies else None
-        self.stages = capture.stages
-        self.random = capture.random
-        self.constants = capture.constants
+    def __init__(self, capture: GraphCapture, plan: Plan, model: nn.Module, check: str) -> None:
+        super().__init__(capture, plan, check)
+        program = self.program
+        self.arena = Arena(plan.timeline.host_peak, capture.device) if program.copies else None
+        self.stages, self.constants = capture.stages, capture.constants
         # Parameters and buffers are looked up by (dict, key), so that replaced ones are seen.
         self.lookups = [
             [
@@ -99,19 +82,13 @@ class GraphExecutor:
         # Nothing is run again, so that a step needs no Step.
         self.keeps_all = not any(program.kept) and None not in program.kept and not program.copies
 
-    def forward(self, flat_inputs: list[Any]) -> Any:
-        """Run the first sweep in grad mode; return the model's output.
-
-        Args:
-            flat_inputs: the leaves of the call.
-        """
-        if self.capture.graph.face.state:
-            flat_inputs = self.capture.graph.flat(flat_inputs)
+    def forward(self, flat: list[Any], call: Call) -> Any:  # noqa: ARG002
+        """Run the first sweep in grad mode; return the model's output."""
+        flat_inputs = self.capture.graph.flat(flat) if self.capture.graph.face.state else flat
         step = stages = None
         if not self.keeps_all or self.observe is not None:
             stages = GraphStages(self, flat_inputs)
-            how = self.device, self.random, self.observe, self.check, self.arena
-            step = Step(self.program, stages, *how)
+            step = Step(stages)
             # Boundary 0 is empty (the inputs are read where they are needed), so holding it costs nothing.
             step.state.hold(0, ())
             step.lasting.add([t for t in flat_inputs if isinstance(t, Tensor)])
@@ -181,14 +158,11 @@ def _following(stage: GraphStage) -> Callable[[tuple[Tensor, ...], tuple[Tensor,
     return following
 
 
-class GraphStages:
-    """The stages of a step of a GraphExecutor (``Stages``): what their first runs read, and their re-runs."""
-
-    compiled = False
-    reversing: frozenset[int] = frozenset()
+class GraphStages(Stages):
+    """The stages of one step of a GraphExecutor."""
 
     def __init__(self, executor: GraphExecutor, flat_inputs: list[Any]) -> None:
-        self.executor = executor
+        super().__init__(executor)
         self.inputs = flat_inputs
         self.carried: dict[str, tuple[Tensor, bool]] = {}  # detached, and whether it requires grad
         # stage -> what its first run read and nobody may change: parameters and buffers; inputs
@@ -239,18 +213,15 @@ class GraphStages:
         )
 
     def run(self, stage: int, boundary: tuple[Tensor, ...], comparison: Comparison) -> tuple[Tensor, ...]:
-        """See ``Stages``."""
         results = self.executor.stages[stage].function(*self.arguments(stage, boundary, comparison))
         return self.executor.follow[stage](results, boundary)
 
     def rebuilds(self, stage: int, option: int) -> tuple[Rebuild, ...]:
-        """See ``Stages``."""
         return self.executor.rebuilds[stage, option]
 
     def arguments(
         self, stage: int, boundary: tuple[Tensor, ...], comparison: Comparison, rebuild: Rebuild | None = None
     ) -> list[Any]:
-        """See ``Stages``."""
         executor = self.executor
 
         def name_of(which: int, number: int) -> str:
@@ -273,22 +244,15 @@ class GraphStages:
         return arguments
 
     def release(self, stage: int, rerunnable: Sequence[bool]) -> None:
-        """Drop the snapshots of its buffers, and the carried values that no re-run needs any more."""
         self.snapshots.pop(stage, None)
         for name in self.executor.carried_by[stage]:
             if name in self.carried and not any(rerunnable[k] for k in self.executor.readers[name]):
                 del self.carried[name]
 
-    def ran_out(self) -> None:
-        """See ``Stages``."""
-        self.executor.ran_out = True
-
     def name(self, stage: int) -> str:
-        """See ``Stages``."""
         return self.executor.stages[stage].name
 
     def saved_name(self, stage: int, index: int) -> str:
-        """See ``Stages``."""
         capture = self.executor.capture
         return f"saved tensor {index}{origin_of_pack(capture.graph, capture.linear, stage, index)}"
 

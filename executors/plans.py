@@ -429,7 +429,7 @@ class Plans:
         assert runner.executor is not None  # prepare() made it
         if self.settings.debug:
             runner.executor.observe = self.trace = Trace(runner.plan, type(model).__name__)
-        return runner.forward(flat, call)
+        return runner.executor.forward(flat, call)
 
     def tighten(self, model: nn.Module, runner: Runner, where: str, what: str) -> bool:
         """Follow a plan that takes less, after a step ran out of memory; return False if there is none.

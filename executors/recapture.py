@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +15,6 @@ from torch import nn
 from rematplan.executors.block_stages import ModuleExecutor
 from rematplan.executors.engine import Engine
 from rematplan.executors.graph_stages import GraphExecutor
-from rematplan.executors.plain import plain_forward
 from rematplan.scheduler.capture.bit_equal_step import run_step
 from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture, capture_modules, recorded_modules
 from rematplan.scheduler.capture.graph.graph_capture import GraphCapture, capture_graph, op_graphs
@@ -82,31 +80,12 @@ def recaptured(plan: Plan, model: nn.Module, call: Call) -> Capture:
         ) from error
 
 
-def _same_length(found: Capture, plan: Plan) -> None:
+def _check_length(found: Capture, plan: Plan) -> None:
     if len(found) != len(plan.chain):
         raise CaptureError(f"{len(found)} stages are found where the plan has {len(plan.chain)}")
 
 
 # ---- blocks ----------------------------------------------------------------------------------------------
-
-
-class BlockEngine(Engine):
-    """Runs blocks: modules of the model, and its own code between them."""
-
-    def executor(self, capture: ModuleCapture, plan: Plan, model: nn.Module, check: str) -> ModuleExecutor:
-        """See ``Engine.executor``."""
-        plain = functools.partial(plain_forward, model)
-        return ModuleExecutor(capture, plan.program, model, plain, check=check)
-
-    def forward(self, executor: ModuleExecutor, flat: list[Any], call: Call) -> Any:  # noqa: ARG002
-        """See ``Engine.forward``."""
-        return executor.forward(*call)
-
-    def again(self, plan: Plan, model: nn.Module, call: Call) -> ModuleCapture:
-        """See ``Engine.again``."""
-        found = _modules(plan, model, call)
-        _same_length(found, plan)
-        return found
 
 
 def _modules(plan: Plan, model: nn.Module, call: Call) -> ModuleCapture:
@@ -144,6 +123,7 @@ def _modules(plan: Plan, model: nn.Module, call: Call) -> ModuleCapture:
             raise CaptureError(
                 f"stage {stage} is code between blocks, which runs once, and the plan has it as recomputable"
             )
+    _check_length(found, plan)
     return found
 
 
@@ -172,33 +152,21 @@ def _check_recorded(model: nn.Module, found: ModuleCapture) -> None:
 # ---- graphs ----------------------------------------------------------------------------------------------
 
 
-class GraphEngine(Engine):
-    """Runs stages of an op graph."""
+def _again(plan: Plan, model: nn.Module, call: Call) -> GraphCapture:
+    found = _graph(plan, model, call)
+    _check_length(found, plan)
+    with uncached():  # or casts of runs without grad would be those of the step
+        _check_graph(plan, model, call, found)
+    found.uncached = _runs_uncached(plan, model, call, found)
+    return found
 
-    def executor(self, capture: GraphCapture, plan: Plan, model: nn.Module, check: str) -> GraphExecutor:
-        """See ``Engine.executor``."""
-        return GraphExecutor(capture, plan.program, model, check=check, host_bytes=plan.timeline.host_peak)
 
-    def forward(self, executor: GraphExecutor, flat: list[Any], call: Call) -> Any:  # noqa: ARG002
-        """See ``Engine.forward``."""
-        return executor.forward(flat)
-
-    def again(self, plan: Plan, model: nn.Module, call: Call) -> GraphCapture:
-        """See ``Engine.again``."""
-        found = _graph(plan, model, call)
-        _same_length(found, plan)
-        with uncached():  # or casts of runs without grad would be those of the step
-            _check_graph(plan, model, call, found)
-        found.uncached = _runs_uncached(plan, model, call, found)
-        return found
-
-    def alike(self, record: CaptureRecord, model: nn.Module, call: Call) -> bool:
-        """See ``Engine.alike``."""
-        with preserved(model):
-            try:
-                return any(graph.fingerprint() == record.graph for graph in op_graphs(model, call))
-            except CaptureError:
-                return False
+def _alike(record: CaptureRecord, model: nn.Module, call: Call) -> bool:
+    with preserved(model):
+        try:
+            return any(graph.fingerprint() == record.graph for graph in op_graphs(model, call))
+        except CaptureError:
+            return False
 
 
 def _graph(plan: Plan, model: nn.Module, call: Call) -> GraphCapture:
@@ -327,4 +295,4 @@ def _runs_uncached(plan: Plan, model: nn.Module, call: Call, found: GraphCapture
     return without
 
 
-ENGINES: dict[str, Engine] = {"graph": GraphEngine(), BLOCKS: BlockEngine()}
+ENGINES = {"graph": Engine(GraphExecutor, _again, _alike), BLOCKS: Engine(ModuleExecutor, _modules)}

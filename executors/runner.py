@@ -71,7 +71,6 @@ class Runner:
         self.guard = Guard(model, frozenset(plan.capture.evaluating))
         self.sharded = len(sharded_within(model))
         self.kind = KINDS[plan.capture.kind]
-        self.engine = ENGINES[plan.capture.kind]
         self.executor: Executor | None = None
         # Objects that share their attributes are one model: a capture of one is a capture of the other.
         live = plan.live[0] if plan.live is not None else None
@@ -80,11 +79,7 @@ class Runner:
 
     def executor_for(self, capture: Capture, model: nn.Module) -> Executor:
         """Return what runs the plan on this capture."""
-        return self.engine.executor(capture, self.plan, model, self.check)
-
-    def forward(self, flat: list[Any], call: Call) -> Any:
-        """Run one training forward by the plan, once ``prepare`` has been called."""
-        return self.engine.forward(self.executor, flat, call)
+        return ENGINES[self.plan.capture.kind].executor(capture, self.plan, model, self.check)
 
     def takes(self, signature: CallSignature) -> bool:
         """Whether the plan is for tensors like these, whatever the plain values beside them."""
@@ -161,7 +156,7 @@ class Runner:
         executor = self.executor_for(self.capture_again(model, apart), model)
         if self.trying:  # a plan that was made without data, or a graph of other Python state
             flat = flatten(*apart)[0]
-            self._try(model, apart, functools.partial(self.engine.forward, executor, flat, apart))
+            self._try(model, apart, functools.partial(executor.forward, flat, apart))
         return executor
 
     def _try(self, model: nn.Module, call: Call, planned: Callable[[], Any]) -> None:

@@ -44,7 +44,6 @@ The rules, referred to by number:
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,9 +52,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from rematplan.executors.compare_replay import Comparison, ReplayError
-from rematplan.executors.host_arena import Arena
+from rematplan.executors.engine import Stages
 from rematplan.executors.host_copies import Moved
-from rematplan.executors.stages import Stages
 from rematplan.executors.step_state import Handle, Held, Lasting, StepState, tensors_of
 from rematplan.executors.trace import Observer, silent
 from rematplan.scheduler.capture.graph.recompute import OtherOps, Rebuild, Thinned, rerun
@@ -75,36 +73,25 @@ class Step:
     """One step, from its forward until its graph is gone.
 
     Args:
-        program: what to run.
-        stages: how.
-        device: that holds the model.
-        random: stages of which the generators are noted before their first run.
-        observe: is told where the step is.
-        check: what a recomputed tensor is compared by; a key of ``CHECKS``.
-        arena: for copies on the host, if the program makes any.
+        stages: of the executor whose program the step follows.
 
     Attributes:
         faked: whether tensors have no data.
+        random: stages whose generators are noted before their first run.
         context: that of the forward.
     """
 
-    def __init__(
-        self,
-        program: ReplayProgram,
-        stages: Stages,
-        device: torch.device,
-        random: Sequence[bool],
-        observe: Observer | None = None,
-        check: str = "metadata",
-        arena: Arena | None = None,
-    ) -> None:
-        self.program, self.stages, self.device = program, stages, device
-        self.random, self.tell = random, observe or silent
+    def __init__(self, stages: Stages) -> None:
+        executor = stages.executor
+        self.program: ReplayProgram = executor.program
+        self.stages, self.device, self.random = stages, executor.device, executor.random
+        self.tell: Observer = executor.observe or silent
         self.faked = detect_fake_mode() is not None
-        self.state = StepState(program, stages.release, self.tell, check != "none" and not self.faked, arena)
-        self.comparison = Comparison(check, self.faked, self.state.prints, stages.name, stages.saved_name)
+        self.comparison = Comparison(executor.check, self.faked, stages)
+        sampled = self.comparison.sampled
+        self.state = StepState(self.program, stages.release, self.tell, sampled, executor.arena)
         self.lasting = Lasting()
-        self.context = RunContext(device.type)
+        self.context = RunContext(self.device.type)
         self._flags: dict[int, tuple[bool, ...]] = {}  # boundary -> requires_grad of each tensor
         self._position = 0  # in program.replay
         self._task = -1  # autograd's id of the backward pass that the position belongs to
@@ -157,7 +144,7 @@ class Step:
         return saved_tensors_hooks(self._shielded(pack), self.unpack)
 
     def _shielded(self, hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        return shielded(hook) if self.stages.compiled else hook
+        return shielded(hook) if self.stages.executor.compiled else hook
 
     def watch(self, stage: int, results: Sequence[Tensor]) -> None:
         """Tell the observer that the stage's backward begins, when the gradients of its results arrive."""
@@ -215,7 +202,7 @@ class Step:
             with self.context.restored():
                 self._replay(task, stage, index)
         except torch.OutOfMemoryError:
-            self.stages.ran_out()
+            self.stages.executor.ran_out = True
             raise
         finally:
             if generators is not None:
@@ -367,7 +354,7 @@ class Step:
         if last < 0 or not state.handles[stage]:
             return self._advance(stage, boundary) if wanted else None
         filled: dict[int, Tensor] = {}
-        count, stop = 0, -1 if wanted or stage in self.stages.reversing else last
+        count, stop = 0, -1 if wanted or stage in self.stages.executor.reversing else last
 
         def pack(tensor: Tensor) -> None:
             nonlocal count
@@ -379,7 +366,7 @@ class Step:
                     f"its re-run saves more tensors than its first run ({len(prints)}); the model must run the same ops on "
                     "the same input",
                 )
-            self.comparison.check_saved(stage, index, tensor)
+            self.comparison.check_saved(stage, index, prints[index], tensor)
             if needed[index] is not None:
                 filled[index] = tensor.detach()
             if index in read:
@@ -425,7 +412,7 @@ class Step:
 
         def fill(number: int, tensor: Tensor) -> None:
             if prints[number] is not None:
-                self.comparison.check_saved(stage, number, tensor)
+                self.comparison.check_saved(stage, number, prints[number], tensor)
                 filled[number] = tensor
 
         arguments = self.stages.arguments(stage, self._leaves(stage, boundary), self.comparison, part)
@@ -441,18 +428,18 @@ class Step:
         """Return the context of a re-run of which nothing is saved."""
         if not self.comparison.thorough:
             return self._saving(stage, _discard)
-        numbers = itertools.count()
+        numbered = enumerate(self.state.prints[stage])
 
         def look(tensor: Tensor) -> None:
-            index = next(numbers)
-            if index < len(self.state.prints[stage]):
-                self.comparison.check_saved(stage, index, tensor)
+            known = next(numbered, None)
+            if known is not None:
+                self.comparison.check_saved(stage, *known, tensor)
 
         return self._saving(stage, look)
 
     def _saving(self, stage: int, pack: Callable[[Tensor], None]) -> saved_tensors_hooks:
         """Return the context of a re-run that hands saved tensors to ``pack``; those in ``reversing`` keep them."""
-        if stage not in self.stages.reversing:
+        if stage not in self.stages.executor.reversing:
             return saved_tensors_hooks(self._shielded(pack), _never)
 
         def hold(tensor: Tensor) -> Tensor:
