@@ -7,8 +7,8 @@ are compared.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -80,13 +80,10 @@ class Sampler:
         """Return the numbers of the tensors whose samples differ."""
         found: set[int] = set()
         for numbers, views, a, b in zip(self._numbers, self._views, before, now, strict=True):
-            ends = [0]
-            for view in views:
-                ends.append(ends[-1] + view.numel())
-            parts = zip(numbers, pairwise(ends), strict=True)
-            found.update(
-                number for number, (start, end) in parts if bool((a[start:end] != b[start:end]).any())
-            )
+            ends = itertools.accumulate((view.numel() for view in views), initial=0)
+            for number, (start, end) in zip(numbers, itertools.pairwise(ends), strict=True):
+                if bool((a[start:end] != b[start:end]).any()):
+                    found.add(number)
         return found
 
 
@@ -107,7 +104,7 @@ class AsRead:
         self.sample = [] if sampler is None else sampler.take(tensors, self.addresses)
 
     def changed(self) -> Sequence[int]:
-        """Return the numbers of those that were changed in place since (their version), or have other data."""
+        """Return the numbers of those changed in place since (by version), or with other data."""
         versions = [version_of(tensor) for tensor in self.tensors]
         addresses = [*map(address, self.tensors)]
         if versions == self.versions and addresses == self.addresses:
@@ -126,11 +123,8 @@ def unlike(reads: Sequence[AsRead]) -> list[tuple[int, int]]:
     Waits for the device once.
     """
     now = [read.now() for read in reads]
-    pairs = [
-        pair
-        for read, current in zip(reads, now, strict=True)
-        for pair in zip(read.sample, current, strict=True)
-    ]
+    then = itertools.chain.from_iterable(read.sample for read in reads)
+    pairs = list(zip(then, itertools.chain.from_iterable(now), strict=True))
     on_host = all(np.array_equal(a, b) for a, b in pairs if isinstance(a, np.ndarray))
     groups: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
     for a, b in pairs:

@@ -443,7 +443,7 @@ def _dropping_late(step: Step, stage: int) -> Iterator[None]:
 
 
 def _same_value(tensor: Tensor, made: Tensor | None, version: int) -> bool:
-    """Whether a tensor is what was made, unchanged, or a view of all of it (hooks of modules wrap in views)."""
+    """Whether a tensor is ``made``, unchanged, or a view of all of it (hooks of modules wrap in views)."""
     if made is None or version_of(tensor) != version:
         return False
     return tensor is made or (

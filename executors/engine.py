@@ -1,4 +1,4 @@
-"""The protocol of a kind of capture: how its plans are captured again, its steps run, and its stages run again."""
+"""The protocol of a kind of capture: how its plans are captured again, and how steps and stages run."""
 
 from __future__ import annotations
 
@@ -56,9 +56,10 @@ class Engine:
 
     Attributes:
         executor: (capture, its plan, model, check) -> what trains the model.
-        again: (plan, plain model, canonical call that only trials use) -> the capture that the plan describes;
-            raises CaptureError or PlanMismatch where the model gives another.
-        alike: (record, plain model, call) -> whether the model's code takes the path of the record; runs nothing.
+        again: (plan, plain model, canonical call of which nothing outside needs the tensors) -> the capture
+            that the plan describes; raises CaptureError or PlanMismatch where the model gives another.
+        alike: (record, plain model, call) -> whether the model's code takes the path of the record; nothing
+            runs.
     """
 
     executor: Callable[[Any, Plan, nn.Module, str], Executor]
@@ -90,9 +91,7 @@ class Stages(ABC):
         """Return the programs that recompute what an option (not the first) of the stage drops."""
         return ()
 
-    def arguments(
-        self, stage: int, boundary: tuple[Tensor, ...], comparison: Comparison, rebuild: Rebuild
-    ) -> list[Any]:
+    def arguments(self, stage: int, boundary: Any, comparison: Comparison, rebuild: Rebuild) -> list[Any]:  # noqa: ARG002
         """Return the arguments of the stage's first run, for such a program."""
         raise ReplayError(f"{self.name(stage)} was kept in part")
 

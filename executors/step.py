@@ -10,7 +10,7 @@ Autograd builds its own graph, without its values. A stage is in one of these st
     released  nothing                  nothing
 
 A boundary is *working* while it is the latest that the replay has produced, and *held* from the first sweep
-or from a ``Checkpoint`` of the program until a ``Free``, or until no stage that it serves can run again (3).
+or a ``Checkpoint`` until a ``Free``, or until no stage that it serves can run again (3).
 
 The rules, referred to by number:
 
@@ -271,9 +271,7 @@ class Step:
 
     def _reversed_for_good(self, stage: int) -> bool:
         """Whether nothing of the stages after this one can be asked for again (rule 7)."""
-        if keeps_graph():
-            return False
-        return not any(self.state.handles[stage + 1 : self.state.top() + 1])
+        return not keeps_graph() and not any(self.state.handles[stage + 1 : self.state.top() + 1])
 
     def _boundary(self, boundary: int) -> tuple[Tensor, ...] | None:
         state = self.state
@@ -288,9 +286,9 @@ class Step:
 
     def _rebuild_from_nearest(self, stage: int) -> None:
         """Rebuild one stage from the nearest held boundary, whatever the program says (rule 4)."""
-        start = max((b for b in self.state.boundaries if b <= stage), default=None)
-        current = None if start is None else self._boundary(start)
-        if start is None or current is None:
+        start = max((b for b in self.state.boundaries if b <= stage), default=-1)
+        current = self._boundary(start)
+        if current is None:
             raise ReplayError(
                 f"stage {stage}: no boundary before it is held any more; an earlier backward released it. "
                 "Pass retain_graph=True to that backward"
@@ -313,7 +311,7 @@ class Step:
             self.state.generators[stage].restore()
 
     def _advance(self, stage: int, boundary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Run a stage of which nothing is saved."""
+        """Re-run a stage and save nothing."""
         self._ready(stage)
         self.tell("advance", stage)
         with self._discarding(stage):
@@ -438,7 +436,7 @@ class Step:
         return self._saving(stage, look)
 
     def _saving(self, stage: int, pack: Callable[[Tensor], None]) -> saved_tensors_hooks:
-        """Return the context of a re-run that hands saved tensors to ``pack``; those in ``reversing`` keep them."""
+        """Return the context of a re-run that hands saved tensors to ``pack``, and keeps them if reversing."""
         if stage not in self.stages.executor.reversing:
             return saved_tensors_hooks(self._shielded(pack), _never)
 
