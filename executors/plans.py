@@ -283,7 +283,7 @@ class Plans:
     ) -> Runner | None:
         """Return the same plan on a graph captured with the present Python state; None if it does not fit.
 
-        A value that keeps changing would cost a capture each time: then blocks take over, whose code reads it.
+        A value that keeps changing would cost a capture each time: blocks, whose code reads it, take over.
         """
         where = self.where
         before = next((r for r in usable if not r.kind.runs_code), None)

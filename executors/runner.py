@@ -93,7 +93,8 @@ class Runner:
 
         Code of blocks reads them itself; there they matter if they may lead it another way.
         """
-        unread = self.plan.capture.unread if self.executor is None else self.executor.capture.unread
+        unread = None if self.executor is None else self.executor.capture.unread
+        unread = self.plan.capture.unread if unread is None else unread
         for leaf, (a, b) in enumerate(zip(self.want.described, signature.described, strict=True)):
             if a[0] == "tensor" or leaf in unread or (a == b and type(a[-1]) is type(b[-1])):
                 continue

@@ -436,7 +436,7 @@ class Step:
         return self._saving(stage, look)
 
     def _saving(self, stage: int, pack: Callable[[Tensor], None]) -> saved_tensors_hooks:
-        """Return the context of a re-run that hands saved tensors to ``pack``, and keeps them if reversing."""
+        """Return the context of a re-run that hands saved tensors to ``pack``; a reversing one keeps them."""
         if stage not in self.stages.executor.reversing:
             return saved_tensors_hooks(self._shielded(pack), _never)
 

@@ -27,7 +27,7 @@ class Observer(Protocol):
         """Note that something begins.
 
         Args:
-            what: of stage ``where`` "first", its first run; "again", a rebuild that the program does not have;
+            what: of stage ``where`` "first", its first run; "again", a rebuild that the program lacks;
                 "backward", its reversal, or the rest of it after a replay; "replay", action ``where`` of the
                 replay program; of boundary ``where`` "held" and "freed". What a replay really does with stage
                 ``where``: "advance", run it for its output; "rebuild", for what autograd saves; "part", run
