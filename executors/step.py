@@ -149,9 +149,7 @@ class Step:
     def watch(self, stage: int, results: Sequence[Tensor]) -> None:
         """Tell the observer that the stage's backward begins, when the gradients of its results arrive."""
         if self.tell is not silent:
-            for tensor in results:
-                if tensor.requires_grad:
-                    on_gradient(tensor, lambda _: self.tell("backward", stage))
+            _at_gradients(results, lambda _: self.tell("backward", stage))
 
     def after_first_run(self, stage: int, results: Sequence[Tensor], following: tuple[Tensor, ...]) -> None:
         """Copy what the program copies once the stage has run; ``following``: the next boundary (rule 8)."""
@@ -165,9 +163,7 @@ class Step:
         for action in self.program.moves[stage]:
             state.move(action)
         if not packed and not state.handles[stage]:  # nothing that is unpacked would run the program on
-            for tensor in results:
-                if tensor.requires_grad:
-                    on_gradient(tensor, lambda _: self._replay_until(stage))
+            _at_gradients(results, lambda _: self._replay_until(stage))
 
     # ---- backward ------------------------------------------------------------------------------------
 
@@ -449,6 +445,12 @@ class Step:
 
 class _Stop(Exception):
     """Raised by the pack hook when the last handle is filled (rule 2)."""
+
+
+def _at_gradients(tensors: Sequence[Tensor], then: Callable[[Tensor], None]) -> None:
+    for tensor in tensors:
+        if tensor.requires_grad:
+            on_gradient(tensor, then)
 
 
 def _discard(_: Tensor) -> None:

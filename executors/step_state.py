@@ -84,9 +84,8 @@ class Lasting:
         """Count the storages of these tensors among them.
 
         Args:
-            bound: whether they surely live on. Code may bind others in their place (``p.data = other``): a
-                tensor that is made at the same address would then pass for one of them, unless the identity
-                is held.
+            bound: whether they surely live on. Otherwise code may replace them (``p.data = other``), and a
+                tensor allocated at the same address would pass for one of them unless the identity is held.
         """
         self.keys |= storage_keys(tensors)
         if not bound:
@@ -94,9 +93,7 @@ class Lasting:
 
     def pack(self, tensor: Tensor) -> Held:
         """Return what stands for one; all who save a parameter share it."""
-        if not isinstance(
-            tensor, Parameter
-        ):  # another leaf (an index, a mask) is released with its last reader
+        if not isinstance(tensor, Parameter):  # another leaf (an index, a mask) dies with its last reader
             return Held(tensor)
         found = self._parameters.get(id(tensor))
         if found is None or found.version != version_of(tensor):
@@ -162,7 +159,7 @@ class StepState:
         self.tell("held", boundary, tensors)
 
     def free(self, boundary: int) -> None:
-        """Hold a boundary no longer."""
+        """Release a boundary."""
         held = self.boundaries.pop(boundary, None)
         self.reads.pop(boundary, None)
         if held is not None:
