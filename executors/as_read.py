@@ -56,7 +56,7 @@ def _elements(tensor: Tensor) -> Tensor | None:
 
 
 class Sampler:
-    """Samples the same tensors repeatedly: views of their elements are made once."""
+    """Samples the same tensors repeatedly, by the same views of their elements."""
 
     def __init__(self) -> None:
         self._addresses: list[int] = []
@@ -88,12 +88,7 @@ class Sampler:
 
 
 class AsRead:
-    """Tensors as a first run read them.
-
-    Args:
-        tensors: which.
-        sampler: that of these tensors; None to look at versions and addresses alone.
-    """
+    """Tensors as a first run read them; without a sampler by versions and addresses alone."""
 
     __slots__ = ("addresses", "sample", "sampler", "tensors", "versions")
 
@@ -113,7 +108,7 @@ class AsRead:
         return [number for number, (a, b) in enumerate(zip(now, then, strict=True)) if a != b]
 
     def now(self) -> list[Tensor]:
-        """Return the sample as it is now."""
+        """Return the present sample."""
         return [] if self.sampler is None else self.sampler.take(self.tensors, [*map(address, self.tensors)])
 
 
@@ -143,6 +138,6 @@ def unlike(reads: Sequence[AsRead]) -> list[tuple[int, int]]:
 
 
 def _joined(parts: list[Tensor]) -> Sample:
-    """Return copies of some elements; on the host outside of torch's allocator."""
+    """Return copies of some elements; on the host outside torch's allocator."""
     flat = torch.cat([part if part.ndim == 1 else part.flatten() for part in parts])
     return flat.numpy().copy() if flat.device.type == "cpu" else flat

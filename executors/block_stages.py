@@ -47,7 +47,7 @@ class _Own:
     Attributes:
         names: of its parameters and buffers that it does not change.
         constant, sampler: (dict, key) of these, and a sampler of their values.
-        state: the rest: what hangs on its modules, and tensors that it changes.
+        state: the rest: attributes of its modules, and tensors that it changes.
         outer, inner: modules around it and within it that fully_shard has sharded.
     """
 
@@ -59,7 +59,7 @@ class _Own:
         changed: tuple[str, ...],
         overwritten: frozenset[str],
     ) -> None:
-        # Those that fully_shard gathers deeper within a block are there only while their module runs.
+        # Those that fully_shard gathers deeper within a block exist only while their module runs.
         names = [
             n
             for n, _ in module.named_parameters()
@@ -75,7 +75,7 @@ class _Own:
         self.inner = [inner for inner in sharded_within(module) if inner is not module]
 
     def tensors(self) -> list[Tensor]:
-        """Return the parameters and buffers that are in their places now."""
+        """Return the present parameters and buffers."""
         return [values[key] for values, key in self.constant]
 
 
@@ -97,7 +97,7 @@ class ModuleExecutor(Executor):
         self.whole = frozenset(self.modules[name] for name in capture.whole)
         self.reversing = frozenset(b.stage for b in capture.blocks if b.name in capture.reversing)
         self.told = False  # that a forward left out blocks
-        # forward is intercepted while a step runs: one step at a time may do that to these modules.
+        # One step at a time may intercept the forward of these modules.
         self.lock = threading.Lock()
 
     def forward(self, flat: list[Any], call: Call) -> Any:  # noqa: ARG002
@@ -110,7 +110,7 @@ class ModuleExecutor(Executor):
         step = Step(stages)
         if not step.faked:
             step.random = [False] * len(self.capture)
-        sweep = _Sweep(self, stages, step)
+        sweep = _Sweep(stages, step)
         step.tell("first", 0)
         intercepting = [(m, sweep.wrapper(name)) for name, m in self.modules.items()]
         with self.lock, intercepted(intercepting, self.whole):
@@ -135,21 +135,20 @@ class _Run:
 
     Attributes:
         forward: its plain forward.
-        leaves: of its arguments; None in the places of its boundary.
-        spec: how they are put together.
+        leaves, spec: of its arguments; None in the places of its boundary.
         places: (leaf, position in the boundary) of the arguments that are fed.
         repeats: (leaf, earlier leaf) of arguments that are one tensor.
         external: places of all other tensors.
-        reads: parameters and steady buffers, then external tensors and those of its state, as it found them.
+        reads: parameters and unchanged buffers; external tensors and those of its state, as it found them.
         taken: the state that it found.
-        given: that of generators and objects among the arguments, if there are any.
+        given: that of generators and objects among the arguments, if any.
     """
 
     __slots__ = ("external", "forward", "given", "leaves", "places", "reads", "repeats", "spec", "taken")
 
     def __init__(
         self,
-        forward: Callable[..., Any],
+        forward: Any,
         leaves: list[Any],
         spec: Any,
         places: list[tuple[int, int]],
@@ -185,8 +184,8 @@ class _Run:
         return f"{self.taken.read()[number - len(self.external)][0]} of block {label}"
 
     def note_gathered(self, own: _Own) -> None:
-        """Note the parameters that fully_shard has gathered by now in place of those of the first run."""
-        # Where fully_shard's hooks lie within what is intercepted, they were not gathered when that began.
+        """Replace the parameters of the first run by those that fully_shard has gathered now."""
+        # Where its hooks run within what is intercepted, it had not gathered them when that began.
         then = dict(zip(map(id, self.reads[0].tensors), self.reads[0].versions, strict=True))
         now = AsRead(own.tensors())
         now.versions = [then.get(id(t), version_of(t)) for t in now.tensors]
@@ -194,9 +193,7 @@ class _Run:
 
     def is_as_then(self, own: _Own) -> bool:
         """Whether a re-run finds its parameters and buffers as the first run did."""
-        if own.outer or own.inner:
-            return True
-        return all(map(operator.is_, own.tensors(), self.reads[0].tensors))
+        return bool(own.outer or own.inner) or all(map(operator.is_, own.tensors(), self.reads[0].tensors))
 
 
 class _Sweep:
@@ -208,14 +205,14 @@ class _Sweep:
         crossing: (block, output leaf) -> (tensor, version) of what crosses into the next block.
     """
 
-    def __init__(self, executor: ModuleExecutor, stages: BlockStages, step: Step) -> None:
-        self.executor, self.stages, self.step = executor, stages, step
-        self.blocks = executor.capture.blocks
+    def __init__(self, stages: BlockStages, step: Step) -> None:
+        self.executor, self.stages, self.step = stages.executor, stages, step
+        self.blocks = self.executor.capture.blocks
         self.ran = self.count = 0
         self.crossing: dict[tuple[int, int], tuple[Tensor, int]] = {}
 
     def wrapper(self, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Return what intercepts the module of that name, one block or several."""
+        """Return the wrapper of a module's forward, which is one block or several."""
 
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
             def intercept(*args: Any, **kwargs: Any) -> Any:
@@ -267,7 +264,7 @@ class _Sweep:
     def _pass_over(self, begin: int, end: int, leaves: list[Any]) -> None:
         """Pass on, by identity, what would have entered blocks left out, to the one at ``end``."""
         blocks = self.blocks
-        # What the user's code would have given to the first one, the arguments of the block at the end tell.
+        # The arguments of the block at the end show what the user's code would have passed to the first one.
         crossing: dict[tuple[int, int], Any] = dict(self.crossing)
         boundaries: dict[int, list[Any]] = {}
         for index in range(begin, end):
@@ -337,7 +334,7 @@ class BlockStages(Stages):
 
     Attributes:
         runs: stage -> its first run, while it may run again.
-        contexts: stage -> what surrounded that, where the model's code has set something.
+        contexts: stage -> the context of that, where the model's code has set one.
         passed: stage left out -> its next boundary, by positions in its own.
     """
 
@@ -350,7 +347,7 @@ class BlockStages(Stages):
     def drop(
         self, step: Step, stage: int, run: _Run, boundary: tuple[Tensor, ...], args: Any, kwargs: Any
     ) -> Any:
-        """Run a block for the first time, and drop its saved tensors."""
+        """Run a block for the first time; drop its saved tensors."""
         self.runs[stage] = run
         step.lasting.add(run.reads[0].tensors)
         step.lasting.add([*run.reads[1].tensors, *(t for t, _ in run.taken.copies)], bound=False)
@@ -379,7 +376,6 @@ class BlockStages(Stages):
     def _run_block(
         self, stage: int, index: int, own: _Own, boundary: tuple[Tensor, ...], comparison: Comparison
     ) -> tuple[Tensor, ...]:
-        """Re-run a block."""
         block, run = self.executor.capture.blocks[index], self.runs[stage]
         comparison.check_reads(stage, run.reads, functools.partial(run.name_of, own, block.label))
         leaves = run.leaves.copy()
@@ -420,7 +416,7 @@ class BlockStages(Stages):
 
 @contextmanager
 def _dropping_late(step: Step, stage: int) -> Iterator[None]:
-    """Drop what a first run saves once it is over: until then it may reverse what it has made."""
+    """Drop what a first run saves once it is over: until then it may reverse what it has computed."""
     dropping = step.dropping(stage)
     live: dict[int, Tensor] = {}
 
@@ -455,10 +451,7 @@ def _same_value(tensor: Tensor, made: Tensor | None, version: int) -> bool:
 
 @contextmanager
 def _as_then(run: _Run, own: _Own) -> Iterator[None]:
-    """Put the parameters and buffers in place that a block's first run read, and does not change.
-
-    Others may have taken their places meanwhile (functional_call).
-    """
+    """Restore the parameters and buffers that a block's first run read, where others replaced them since."""
     now = own.tensors()
     for (values, key), tensor in zip(own.constant, run.reads[0].tensors, strict=True):
         values[key] = tensor
