@@ -42,7 +42,7 @@ LOGGER = logging.getLogger("rematplan")
 
 
 class _Own:
-    """What a module, one block or several, reads of the model.
+    """The parameters, buffers and state that a module, one block or several, reads.
 
     Attributes:
         names: of its parameters and buffers that it does not change.
@@ -192,7 +192,7 @@ class _Run:
         self.reads = now, self.reads[1]
 
     def is_as_then(self, own: _Own) -> bool:
-        """Whether a re-run finds its parameters and buffers as the first run did."""
+        """Return whether a re-run finds its parameters and buffers as the first run did."""
         return bool(own.outer or own.inner) or all(map(operator.is_, own.tensors(), self.reads[0].tensors))
 
 
@@ -439,7 +439,7 @@ def _dropping_late(step: Step, stage: int) -> Iterator[None]:
 
 
 def _same_value(tensor: Tensor, made: Tensor | None, version: int) -> bool:
-    """Whether a tensor is ``made``, unchanged, or a view of all of it (hooks of modules wrap in views)."""
+    """Return whether a tensor is ``made``, unchanged, or a view of all of it (module hooks wrap in views)."""
     if made is None or version_of(tensor) != version:
         return False
     return tensor is made or (

@@ -68,7 +68,7 @@ class Engine:
 
 
 class Stages(ABC):
-    """What the first runs of a step's stages read, and how the stages run again.
+    """The stages of one step: what their first runs read, and how they run again.
 
     It does not hold the step, which holds it: a cycle would keep both until Python's collector runs.
     """

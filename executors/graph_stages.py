@@ -107,7 +107,7 @@ class GraphExecutor(Executor):
 
 
 class _Reads:
-    """What a stage reads, and where it is found.
+    """The sources of a stage's arguments.
 
     Attributes:
         lookups: (argument, dict, key) of parameters and buffers, so that replaced ones are seen.

@@ -309,7 +309,7 @@ class Store:
         self._leave(("boundary", stage))
 
     def wanted(self, boundary: int) -> bool:
-        """Whether the boundary is to be anywhere, on the device or on the host."""
+        """Return whether the boundary is to be anywhere, on the device or on the host."""
         storages = self._alive(("boundary", boundary))
         return not storages or any(storage.holders or storage.hosts or storage.pinned for storage in storages)
 

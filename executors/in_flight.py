@@ -50,11 +50,11 @@ class _CastMark:
         self.versions = _versions(weights)
 
     def changed(self, weights: Iterable[Tensor]) -> bool:
-        """Whether the weights have changed since ``put``."""
+        """Return whether the weights have changed since ``put``."""
         return _versions(weights) != self.versions
 
     def stays(self) -> bool:
-        """Whether the cast is still cached; afterwards it is."""
+        """Return whether the cast is still cached; afterwards it is."""
         before, self.node = self.node, self._cast()
         return before is not None and self.node is before
 
@@ -99,7 +99,7 @@ class InFlight:
         self._waiting: dict[int, tuple[Plan, int]] = {}
 
     def shares_casts(self, model: nn.Module) -> bool:
-        """Whether a forward that begins now shares casts with earlier ones, in the plain model.
+        """Return whether a forward that begins now shares casts with earlier ones, in the plain model.
 
         Raises:
             ReplayError: of those casts some are not those of the weights any more.
@@ -167,7 +167,7 @@ class InFlight:
         return [graph.plan for _, graph in alive]
 
     def _caches(self) -> bool:
-        """Whether autocast caches casts of weights now."""
+        """Return whether autocast caches casts of weights now."""
         return torch.is_autocast_enabled(self.device.type) and torch.is_autocast_cache_enabled()
 
     def gave(self, model: nn.Module, plan: Plan, output: Any) -> None:

@@ -39,7 +39,7 @@ def reject_recording(model: nn.Module) -> None:
 
 
 def benchmarks_convolutions(model: nn.Module, device: torch.device) -> bool:
-    """Whether cuDNN tries algorithms for the model's convolutions, again in autograd's thread for replays."""
+    """Return whether cuDNN tries algorithms for convolutions, again in autograd's thread for replays."""
     cudnn = torch.backends.cudnn
     on = device.type == "cuda" and cudnn.enabled and cudnn.benchmark and not cudnn.deterministic
     return on and any(isinstance(module, Convolution) for module in model.modules())
@@ -99,7 +99,7 @@ class Guard:
             self.hooks = [*map(len, self.hooked)]
 
     def in_modes(self) -> bool:
-        """Whether every module is in its mode of then, train or eval."""
+        """Return whether every module is still in its mode, train or eval."""
         return [attributes["training"] for attributes in self.attributes] == self.modes
 
     def mode_difference(self) -> str | None:
@@ -144,7 +144,7 @@ class Trainable:
         ]
 
     def _are_known(self) -> bool:
-        """Whether every parameter is the same object as before."""
+        """Return whether every parameter is the same object as before."""
         # Dicts compare at the speed of C, by identity first. Two tensors that differ are then compared by
         # value, which raises for many elements; those of one element are looked at apart.
         try:

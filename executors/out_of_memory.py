@@ -38,7 +38,7 @@ class _State:
         self.versions = [(place, t, version_of(t)) for place, t in _there(others)]
 
     def hindrance(self) -> str | None:
-        """Return why the state cannot be put back; None if it can."""
+        """Return why the state cannot be restored; None if it can."""
         for (buffers, name), tensor, version in self.versions:
             if buffers[name] is not tensor or version_of(tensor) != version:
                 return f"buffer {name!r} has changed, which it did not at the first forward"
@@ -149,7 +149,7 @@ def run_step(
 
     Args:
         model: a planned model, with ``on_oom="replan"`` (the default on CUDA).
-        step: the forward, the loss and the backward, no more: what else it changes is not put back.
+        step: the forward, the loss and the backward, no more: what else it changes is not restored.
         also: further leaves that the step gives gradients to, such as the parameters of other modules.
         copies: whether gradients that exist are copied to host memory before each step.
 
@@ -206,7 +206,7 @@ class _Gradients:
             self.before.append((parameter, grad, 0 if grad is None else version_of(grad), copy))
 
     def hindrance(self) -> str | None:
-        """Return why they cannot be put back; None if they can."""
+        """Return why they cannot be restored; None if they can."""
         if any(version_of(p) != version for p, version in self.parameters):
             return "parameters have changed in it"
         uncopied = [(g, v) for _, g, v, copy in self.before if g is not None and copy is None]

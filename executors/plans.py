@@ -1,4 +1,4 @@
-"""The plans of one model, by the shapes of its calls: made on demand, watched, tightened out of memory."""
+"""Hold the plans of one model by the shapes of its calls: made on demand, watched, tightened."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ class _Notes:
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """Bytes that came or went: at an op, of a storage (-1 if not known which)."""
+    """Bytes allocated or released at an op, of a storage (-1 if unknown)."""
 
     label: str
     change: int

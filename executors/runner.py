@@ -82,14 +82,14 @@ class Runner:
         return ENGINES[self.plan.capture.kind].executor(capture, self.plan, model, self.check)
 
     def takes(self, signature: CallSignature) -> bool:
-        """Whether the plan is for tensors like these, whatever the plain values beside them."""
+        """Return whether the plan is for tensors like these, whatever the plain values beside them."""
         if signature.structure != self.want.structure:
             return False
         pairs = zip(self.want.described, signature.described, strict=True)
         return all(a == b for a, b in pairs if "tensor" in (a[0], b[0]))
 
     def reads_alike(self, signature: CallSignature) -> bool:
-        """Whether the plain values in a call are those of the plan, as far as they matter.
+        """Return whether the plain values in a call are those of the plan, as far as they matter.
 
         Code of blocks reads them itself; there they matter if they may lead it another way.
         """
@@ -103,7 +103,7 @@ class Runner:
         return True
 
     def runs_in(self, environment: Environment, kind: str) -> bool:
-        """Whether the process is in the state that the plan was made in."""
+        """Return whether the process is in the state that the plan was made in."""
         if self._environment is None:
             then = self.plan.capture.environment
             if environment_difference(then, environment_text(kind)) is not None:
@@ -112,7 +112,7 @@ class Runner:
         return environment == self._environment
 
     def holds(self, repeated: tuple[tuple[int, int], ...]) -> bool:
-        """Whether what the plan took for constant is unchanged: Python state, and ``repeated``.
+        """Return whether what the plan took for constant is unchanged: Python state, and ``repeated``.
 
         Args:
             repeated: (leaf, earlier leaf) of the call that are one tensor, which traced code may have asked.
@@ -202,7 +202,7 @@ def cut_off(call: Call) -> Call:
 
 
 def _both_numbers(a: Any, b: Any) -> bool:
-    """Whether both are numbers, and both or neither are 0, which often leads another way through the code."""
+    """Return whether both are numbers, both 0 or neither: 0 often takes another path through the code."""
     return type(a) in (int, float) and type(a) is type(b) and (a == 0) == (b == 0)
 
 

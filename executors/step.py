@@ -29,7 +29,7 @@ The rules, referred to by number:
 5. A stage kept with an option drops some of its saved tensors. The first unpack of one of these, once the
    program is at the stage's backward, runs the part of the option's own program (``Rebuild``) that recomputes
    it, on what was kept; any other request is answered as for a dropped stage.
-6. Random numbers: each stage that draws is re-run from its own state, and the generators are put back after
+6. Random numbers: each stage that draws is re-run from its own state, and the generators are restored after
    every replay. So is what surrounds the code (``RunContext``): grad mode, autocast, what chooses kernels,
    the default device and function modes. Buffers that a stage changes are changed by its first run only.
 7. Once the program has kept a rebuilt stage whole, no run of it starts from that stage's input any more. The
@@ -266,7 +266,7 @@ class Step:
         return True
 
     def _reversed_for_good(self, stage: int) -> bool:
-        """Whether nothing of the stages after this one can be asked for again (rule 7)."""
+        """Return whether nothing of the stages after this one can be asked for again (rule 7)."""
         return not keeps_graph() and not any(self.state.handles[stage + 1 : self.state.top() + 1])
 
     def _boundary(self, boundary: int) -> tuple[Tensor, ...] | None:

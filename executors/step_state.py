@@ -98,7 +98,7 @@ class Lasting:
 
 
 class StepState:
-    """What a step holds, by stage and by boundary.
+    """The state of a step, by stage and by boundary.
 
     Args:
         program: what the step follows.
