@@ -142,13 +142,13 @@ def _gathering(stage: GraphStage) -> Callable[..., list[Any]]:
         for s in stage.sources
     ]
     code = f"lambda own, boundary, carried, inputs, constants: [{', '.join(terms)}]"
-    return eval(code, {})  # type: ignore[no-any-return] # of indices and of names as literals
+    return eval(code, {})  # of indices and of names as literals
 
 
 def _following(stage: GraphStage) -> Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]:
     terms = [f"results[{i}]" if i >= 0 else f"boundary[{-1 - i}]" for i in stage.boundary_from]
     code = f"lambda results, boundary: ({''.join(term + ', ' for term in terms)})"
-    return eval(code, {})  # type: ignore[no-any-return] # of indices
+    return eval(code, {})  # of indices
 
 
 class GraphStages(Stages):

@@ -158,7 +158,7 @@ def _step(planned: nn.Module, call: Call, notes: _Notes) -> Any:
 
 
 def _runner(planned: nn.Module) -> Runner:
-    return plans_within(planned).first  # type: ignore[no-any-return]
+    return plans_within(planned).first
 
 
 @contextmanager
@@ -210,7 +210,7 @@ def _capture_of(plan: Plan, model: nn.Module, twin: nn.Module, call: Call) -> Ca
     """Return the plan's capture; captured again, without data, for a loaded plan or another model."""
     live = plan.live[0] if plan.live is not None else None
     if live is not None and live._modules is model._modules and live._parameters is model._parameters:
-        return plan.live[1]  # type: ignore[index, no-any-return]
+        return plan.live[1]
     planned = execute(plan, twin)
     return _runner(planned).capture_again(planned, cut_off(call))
 
