@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.host_overhead import medians
 from rematplan import execute, solve
-from rematplan.executors.runner import plans_within
+from rematplan.executors.plain import plans_within
 from rematplan.scheduler.torch_layer.environment import environment
 from rematplan.scheduler.torch_layer.leaves import flatten, repeated_floats
 from tests.shared.models import make_gpt2

@@ -7,8 +7,8 @@ are compared.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ def _elements(tensor: Tensor) -> Tensor | None:
 
 
 class Sampler:
-    """Samples the same tensors repeatedly: views of their elements are made once."""
+    """Samples the same tensors repeatedly, by the same views of their elements."""
 
     def __init__(self) -> None:
         self._addresses: list[int] = []
@@ -80,23 +80,15 @@ class Sampler:
         """Return the numbers of the tensors whose samples differ."""
         found: set[int] = set()
         for numbers, views, a, b in zip(self._numbers, self._views, before, now, strict=True):
-            ends = [0]
-            for view in views:
-                ends.append(ends[-1] + view.numel())
-            parts = zip(numbers, pairwise(ends), strict=True)
-            found.update(
-                number for number, (start, end) in parts if bool((a[start:end] != b[start:end]).any())
-            )
+            ends = itertools.accumulate((view.numel() for view in views), initial=0)
+            for number, (start, end) in zip(numbers, itertools.pairwise(ends), strict=True):
+                if bool((a[start:end] != b[start:end]).any()):
+                    found.add(number)
         return found
 
 
 class AsRead:
-    """Tensors as a first run read them.
-
-    Args:
-        tensors: which.
-        sampler: that of these tensors; None to look at versions and addresses alone.
-    """
+    """Tensors as a first run read them; without a sampler by versions and addresses alone."""
 
     __slots__ = ("addresses", "sample", "sampler", "tensors", "versions")
 
@@ -107,7 +99,7 @@ class AsRead:
         self.sample = [] if sampler is None else sampler.take(tensors, self.addresses)
 
     def changed(self) -> Sequence[int]:
-        """Return the numbers of those that were changed in place since (their version), or have other data."""
+        """Return the numbers of those changed in place since (by version), or with other data."""
         versions = [version_of(tensor) for tensor in self.tensors]
         addresses = [*map(address, self.tensors)]
         if versions == self.versions and addresses == self.addresses:
@@ -116,7 +108,7 @@ class AsRead:
         return [number for number, (a, b) in enumerate(zip(now, then, strict=True)) if a != b]
 
     def now(self) -> list[Tensor]:
-        """Return the sample as it is now."""
+        """Return the present sample."""
         return [] if self.sampler is None else self.sampler.take(self.tensors, [*map(address, self.tensors)])
 
 
@@ -126,11 +118,8 @@ def unlike(reads: Sequence[AsRead]) -> list[tuple[int, int]]:
     Waits for the device once.
     """
     now = [read.now() for read in reads]
-    pairs = [
-        pair
-        for read, current in zip(reads, now, strict=True)
-        for pair in zip(read.sample, current, strict=True)
-    ]
+    then = itertools.chain.from_iterable(read.sample for read in reads)
+    pairs = list(zip(then, itertools.chain.from_iterable(now), strict=True))
     on_host = all(np.array_equal(a, b) for a, b in pairs if isinstance(a, np.ndarray))
     groups: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
     for a, b in pairs:
@@ -149,6 +138,6 @@ def unlike(reads: Sequence[AsRead]) -> list[tuple[int, int]]:
 
 
 def _joined(parts: list[Tensor]) -> Sample:
-    """Return copies of some elements; on the host outside of torch's allocator."""
+    """Return copies of some elements; on the host outside torch's allocator."""
     flat = torch.cat([part if part.ndim == 1 else part.flatten() for part in parts])
     return flat.numpy().copy() if flat.device.type == "cpu" else flat

@@ -16,14 +16,17 @@ from torch import Tensor, nn
 
 from rematplan.executors.as_read import AsRead, Sampler
 from rematplan.executors.compare_replay import Comparison, ReplayError
+from rematplan.executors.engine import Executor, Stages
 from rematplan.executors.graph_stages import locate
+from rematplan.executors.plain import plain_forward
 from rematplan.executors.step import Step
 from rematplan.executors.step_state import Handle
-from rematplan.executors.trace import Observer, silent
+from rematplan.executors.trace import silent
 from rematplan.scheduler.capture.blocks.block_capture import Block, ModuleCapture
 from rematplan.scheduler.capture.blocks.block_state import BlockState
 from rematplan.scheduler.capture.blocks.calls import intercepted, is_compiled
-from rematplan.scheduler.core.program import ReplayProgram
+from rematplan.scheduler.plan.plan import Plan
+from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.environment import RunContext
 from rematplan.scheduler.torch_layer.fsdp import gathered, holders, sharded_within
 from rematplan.scheduler.torch_layer.layouts import storage_key
@@ -39,12 +42,12 @@ LOGGER = logging.getLogger("rematplan")
 
 
 class _Own:
-    """What a module, one block or several, reads of the model.
+    """The parameters, buffers and state that a module, one block or several, reads.
 
     Attributes:
         names: of its parameters and buffers that it does not change.
         constant, sampler: (dict, key) of these, and a sampler of their values.
-        state: the rest: what hangs on its modules, and tensors that it changes.
+        state: the rest: attributes of its modules, and tensors that it changes.
         outer, inner: modules around it and within it that fully_shard has sharded.
     """
 
@@ -56,7 +59,7 @@ class _Own:
         changed: tuple[str, ...],
         overwritten: frozenset[str],
     ) -> None:
-        # Those that fully_shard gathers deeper within a block are there only while their module runs.
+        # Those that fully_shard gathers deeper within a block exist only while their module runs.
         names = [
             n
             for n, _ in module.named_parameters()
@@ -72,33 +75,16 @@ class _Own:
         self.inner = [inner for inner in sharded_within(module) if inner is not module]
 
     def tensors(self) -> list[Tensor]:
-        """Return the parameters and buffers that are in their places now."""
+        """Return the present parameters and buffers."""
         return [values[key] for values, key in self.constant]
 
 
-class ModuleExecutor:
-    """Runs steps of one model by one program; one per execute().
+class ModuleExecutor(Executor):
+    """Runs the steps of one model: its own forward, with its blocks intercepted."""
 
-    Args:
-        capture: the blocks.
-        program: the replay program, for as many stages as the capture has.
-        model: whose submodules are run.
-        plain: the plain forward.
-        check: what a recomputed tensor is compared by; a key of ``rematplan.executors.fingerprints.CHECKS``.
-    """
-
-    def __init__(
-        self,
-        capture: ModuleCapture,
-        program: ReplayProgram,
-        model: nn.Module,
-        plain: Callable[..., Any],
-        check: str = "metadata",
-    ) -> None:
-        self.capture, self.program, self.device = capture, program, capture.device
-        self.plain, self.check = plain, check
-        self.observe: Observer | None = None  # is told where each step is
-        self.ran_out = False  # whether a replay of a step ran out of memory
+    def __init__(self, capture: ModuleCapture, plan: Plan, model: nn.Module, check: str) -> None:
+        super().__init__(capture, plan, check)
+        self.plain = functools.partial(plain_forward, model)
         self.modules = {block.name: model.get_submodule(block.name) for block in capture.blocks}
         changed = {block.name: capture.changed[block.stage] for block in capture.blocks}
         self.own = {
@@ -107,22 +93,23 @@ class ModuleExecutor:
         }
         inner = itertools.chain.from_iterable(module.modules() for module in self.modules.values())
         self.compiled = any(map(is_compiled, inner))
-        self.replays = any(program.kept[block.stage] is None for block in capture.blocks)
+        self.replays = any(self.program.kept[block.stage] is None for block in capture.blocks)
         self.reversing = frozenset(b.stage for b in capture.blocks if b.name in capture.reversing)
         self.told = False  # that a forward left out blocks
-        # forward is intercepted while a step runs: one step at a time may do that to these modules.
+        # One step at a time may intercept the forward of these modules.
         self.lock = threading.Lock()
 
-    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the model's own forward with the blocks intercepted; return its output."""
+    def forward(self, flat: list[Any], call: Call) -> Any:  # noqa: ARG002
+        """See ``Executor``."""
+        args, kwargs = call
         if not self.replays and self.observe is None:
             return self.plain(*args, **kwargs)
         # Which blocks draw random numbers may depend on data: where there is data, each first run tells.
         stages = BlockStages(self)
-        step = Step(self.program, stages, self.device, self.capture.random, self.observe, self.check)
+        step = Step(stages)
         if not step.faked:
             step.random = [False] * len(self.capture)
-        sweep = _Sweep(self, stages, step)
+        sweep = _Sweep(stages, step)
         step.tell("first", 0)
         intercepting = [(m, sweep.wrapper(name)) for name, m in self.modules.items()]
         with self.lock, intercepted(intercepting):
@@ -147,21 +134,20 @@ class _Run:
 
     Attributes:
         forward: its plain forward.
-        leaves: of its arguments; None in the places of its boundary.
-        spec: how they are put together.
+        leaves, spec: of its arguments; None in the places of its boundary.
         places: (leaf, position in the boundary) of the arguments that are fed.
         repeats: (leaf, earlier leaf) of arguments that are one tensor.
         external: places of all other tensors.
-        reads: parameters and steady buffers, then external tensors and those of its state, as it found them.
+        reads: parameters and unchanged buffers; external tensors and those of its state, as it found them.
         taken: the state that it found.
-        given: that of generators and objects among the arguments, if there are any.
+        given: that of generators and objects among the arguments, if any.
     """
 
     __slots__ = ("external", "forward", "given", "leaves", "places", "reads", "repeats", "spec", "taken")
 
     def __init__(
         self,
-        forward: Callable[..., Any],
+        forward: Any,
         leaves: list[Any],
         spec: Any,
         places: list[tuple[int, int]],
@@ -197,18 +183,16 @@ class _Run:
         return f"{self.taken.read()[number - len(self.external)][0]} of block {label}"
 
     def note_gathered(self, own: _Own) -> None:
-        """Note the parameters that fully_shard has gathered by now in place of those of the first run."""
-        # Where fully_shard's hooks lie within what is intercepted, they were not gathered when that began.
+        """Replace the parameters of the first run by those that fully_shard has gathered now."""
+        # Where its hooks run within what is intercepted, it had not gathered them when that began.
         then = dict(zip(map(id, self.reads[0].tensors), self.reads[0].versions, strict=True))
         now = AsRead(own.tensors())
         now.versions = [then.get(id(t), version_of(t)) for t in now.tensors]
         self.reads = now, self.reads[1]
 
     def is_as_then(self, own: _Own) -> bool:
-        """Whether a re-run finds its parameters and buffers as the first run did."""
-        if own.outer or own.inner:
-            return True
-        return all(map(operator.is_, own.tensors(), self.reads[0].tensors))
+        """Return whether a re-run finds its parameters and buffers as the first run did."""
+        return bool(own.outer or own.inner) or all(map(operator.is_, own.tensors(), self.reads[0].tensors))
 
 
 class _Sweep:
@@ -220,14 +204,14 @@ class _Sweep:
         crossing: (block, output leaf) -> (tensor, version) of what crosses into the next block.
     """
 
-    def __init__(self, executor: ModuleExecutor, stages: BlockStages, step: Step) -> None:
-        self.executor, self.stages, self.step = executor, stages, step
-        self.blocks = executor.capture.blocks
+    def __init__(self, stages: BlockStages, step: Step) -> None:
+        self.executor, self.stages, self.step = stages.executor, stages, step
+        self.blocks = self.executor.capture.blocks
         self.ran = self.count = 0
         self.crossing: dict[tuple[int, int], tuple[Tensor, int]] = {}
 
     def wrapper(self, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Return what intercepts the module of that name, one block or several."""
+        """Return the wrapper of a module's forward, which is one block or several."""
 
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
             def intercept(*args: Any, **kwargs: Any) -> Any:
@@ -279,7 +263,7 @@ class _Sweep:
     def _pass_over(self, begin: int, end: int, leaves: list[Any]) -> None:
         """Pass on, by identity, what would have entered blocks left out, to the one at ``end``."""
         blocks = self.blocks
-        # What the user's code would have given to the first one, the arguments of the block at the end tell.
+        # The arguments of the block at the end show what the user's code would have passed to the first one.
         crossing: dict[tuple[int, int], Any] = dict(self.crossing)
         boundaries: dict[int, list[Any]] = {}
         for index in range(begin, end):
@@ -344,18 +328,17 @@ class _Sweep:
         return places, tuple([crossing[value] for value in block.boundary])
 
 
-class BlockStages:
-    """The blocks of a step of a ModuleExecutor (``Stages``): what their first runs found, and their re-runs.
+class BlockStages(Stages):
+    """The blocks of one step of a ModuleExecutor.
 
     Attributes:
         runs: stage -> its first run, while it may run again.
-        contexts: stage -> what surrounded that, where the model's code has set something.
+        contexts: stage -> the context of that, where the model's code has set one.
         passed: stage left out -> its next boundary, by positions in its own.
     """
 
     def __init__(self, executor: ModuleExecutor) -> None:
-        self.executor = executor
-        self.compiled, self.reversing = executor.compiled, executor.reversing
+        super().__init__(executor)
         self.runs: dict[int, _Run] = {}
         self.contexts: dict[int, RunContext] = {}
         self.passed: dict[int, tuple[int, ...]] = {}
@@ -363,7 +346,7 @@ class BlockStages:
     def drop(
         self, step: Step, stage: int, run: _Run, boundary: tuple[Tensor, ...], args: Any, kwargs: Any
     ) -> Any:
-        """Run a block for the first time, and drop its saved tensors."""
+        """Run a block for the first time; drop its saved tensors."""
         self.runs[stage] = run
         step.lasting.add(run.reads[0].tensors)
         step.lasting.add([*run.reads[1].tensors, *(t for t, _ in run.taken.copies)], bound=False)
@@ -371,21 +354,20 @@ class BlockStages:
         if not step.context.is_current():
             self.contexts[stage] = RunContext(step.device.type)
         draws = None if step.faked else Draws(step.device)
-        with _dropping_late(step, stage) if stage in self.reversing else step.dropping(stage):
+        with _dropping_late(step, stage) if stage in self.executor.reversing else step.dropping(stage):
             result = run.forward(*args, **kwargs)
         if draws is not None and (state := draws.state()) is not None:
             step.state.generators[stage] = state
         return result
 
     def run(self, stage: int, boundary: tuple[Tensor, ...], comparison: Comparison) -> tuple[Tensor, ...]:
-        """See ``Stages``. Parameters that fully_shard has sharded are gathered for it."""
         if stage in self.passed:
             return tuple([boundary[at] for at in self.passed[stage]])
         index = self.executor.capture.stages[stage]
         assert index is not None  # glue runs once: the referee refuses a schedule that re-runs it
         own = self.executor.own[self.executor.capture.blocks[index].name]
         if own.outer or own.inner:
-            with gathered(own.outer, own.inner):
+            with gathered(own.outer, own.inner):  # parameters that fully_shard has sharded
                 self.runs[stage].note_gathered(own)
                 return self._run_block(stage, index, own, boundary, comparison)
         return self._run_block(stage, index, own, boundary, comparison)
@@ -393,7 +375,6 @@ class BlockStages:
     def _run_block(
         self, stage: int, index: int, own: _Own, boundary: tuple[Tensor, ...], comparison: Comparison
     ) -> tuple[Tensor, ...]:
-        """Re-run a block."""
         block, run = self.executor.capture.blocks[index], self.runs[stage]
         comparison.check_reads(stage, run.reads, functools.partial(run.name_of, own, block.label))
         leaves = run.leaves.copy()
@@ -421,35 +402,20 @@ class BlockStages:
             crossing[index, output] = tensor
         return tuple([crossing[value] for value in after])
 
-    def rebuilds(self, *_: int) -> tuple[()]:
-        """Return none: blocks are kept whole, or not at all."""
-        return ()
-
-    def arguments(self, stage: int, *_: Any) -> list[Any]:
-        """See ``rebuilds``."""
-        raise ReplayError(f"block {self.name(stage)} was kept in part")
-
     def release(self, stage: int, rerunnable: Sequence[bool]) -> None:  # noqa: ARG002 # no value crosses several
-        """Drop what the first run found."""
         self.runs.pop(stage, None)
 
-    def ran_out(self) -> None:
-        """See ``Stages``."""
-        self.executor.ran_out = True
-
     def name(self, stage: int) -> str:
-        """See ``Stages``."""
         index = self.executor.capture.stages[stage]
         return "code between blocks" if index is None else self.executor.capture.blocks[index].label
 
     def saved_name(self, stage: int, index: int) -> str:
-        """See ``Stages``."""
         return f"saved tensor {index} of block {self.name(stage)}"
 
 
 @contextmanager
 def _dropping_late(step: Step, stage: int) -> Iterator[None]:
-    """Drop what a first run saves once it is over: until then it may reverse what it has made."""
+    """Drop what a first run saves once it is over: until then it may reverse what it has computed."""
     dropping = step.dropping(stage)
     live: dict[int, Tensor] = {}
 
@@ -472,7 +438,7 @@ def _dropping_late(step: Step, stage: int) -> Iterator[None]:
 
 
 def _same_value(tensor: Tensor, made: Tensor | None, version: int) -> bool:
-    """Whether a tensor is what was made, unchanged, or a view of all of it (hooks of modules wrap in views)."""
+    """Return whether a tensor is ``made``, unchanged, or a view of all of it (module hooks wrap in views)."""
     if made is None or version_of(tensor) != version:
         return False
     return tensor is made or (
@@ -484,10 +450,7 @@ def _same_value(tensor: Tensor, made: Tensor | None, version: int) -> bool:
 
 @contextmanager
 def _as_then(run: _Run, own: _Own) -> Iterator[None]:
-    """Put the parameters and buffers in place that a block's first run read, and does not change.
-
-    Others may have taken their places meanwhile (functional_call).
-    """
+    """Restore the parameters and buffers that a block's first run read, where others replaced them since."""
     now = own.tensors()
     for (values, key), tensor in zip(own.constant, run.reads[0].tensors, strict=True):
         values[key] = tensor

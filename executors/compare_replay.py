@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from rematplan.executors.as_read import AsRead, unlike
 from rematplan.executors.fingerprints import CHECKS, Fingerprint, difference
+
+if TYPE_CHECKING:
+    from rematplan.executors.engine import Stages
 
 __all__ = ["Comparison", "ReplayError"]
 
@@ -21,29 +24,19 @@ class Comparison:
     """Notes what the first runs of a step's stages were like, and refuses re-runs that differ.
 
     Args:
-        check: what tensors are compared by; a key of ``CHECKS``.
+        check: how tensors are compared; a key of ``CHECKS``.
         faked: whether they have no data.
-        saved: stage -> index -> fingerprint of a saved tensor; None if it is not compared.
-        name: of a stage.
-        saved_name: of a saved tensor (stage, index), in words.
+        stages: name themselves and their saved tensors in errors.
 
     Attributes:
         sampled: whether a few values of what re-runs read are compared.
         thorough: whether runs of which nothing is saved are compared, too, to name the op that differs first.
     """
 
-    def __init__(
-        self,
-        check: str,
-        faked: bool,
-        saved: Sequence[Sequence[Fingerprint | None]],
-        name: Callable[[int], str],
-        saved_name: Callable[[int, int], str],
-    ) -> None:
+    def __init__(self, check: str, faked: bool, stages: Stages) -> None:
         self.sampled = check != "none" and not faked
         self.thorough = check == "values"
-        self._take, self._saved = CHECKS[check], saved
-        self._name, self._saved_name = name, saved_name
+        self._take, self._stages = CHECKS[check], stages
         self._boundaries: dict[int, tuple[Fingerprint, ...]] = {}
         # One of each: Python's collector goes through all objects of a step of many stages, again and again.
         self._known: dict[Any, Any] = {}
@@ -62,7 +55,7 @@ class Comparison:
     def starts_from(self, boundary: int, read: AsRead) -> None:
         """Refuse a held boundary that was changed in place; its values are compared with the other inputs."""
         if read.changed():
-            self._refuse_changed(f"boundary {boundary}, the output of {self._name(boundary - 1)},")
+            self._refuse_changed(f"boundary {boundary}, the output of {self._stages.name(boundary - 1)},")
         self._start = read
 
     def check_reads(self, stage: int, reads: Sequence[AsRead], name_of: Callable[[int, int], str]) -> None:
@@ -85,7 +78,7 @@ class Comparison:
                 self._refuse_changed(of_start if which == len(reads) else name_of(which, number), stage)
 
     def _refuse_changed(self, what: str, stage: int | None = None) -> None:
-        where = "a stage" if stage is None else f"stage {stage} ({self._name(stage)})"
+        where = "a stage" if stage is None else f"stage {stage} ({self._stages.name(stage)})"
         if what:
             raise RuntimeError(
                 f"{what} has been modified by an inplace operation, or through .data, between forward and backward, so that "
@@ -100,13 +93,12 @@ class Comparison:
             for number, (one, other) in enumerate(zip(expected, found, strict=False)):
                 self._refuse(stage, f"its output {number}", one, other)
 
-    def check_saved(self, stage: int, index: int, tensor: Tensor) -> None:
-        """Refuse a re-run that saves something else than the first run did."""
-        expected = self._saved[stage][index]
+    def check_saved(self, stage: int, index: int, expected: Fingerprint | None, tensor: Tensor) -> None:
+        """Refuse a re-run that saves something else than the first run did; None is not compared."""
         if expected is not None:
             found = self._take(tensor)
             if found != expected:
-                self._refuse(stage, self._saved_name(stage, index), expected, found)
+                self._refuse(stage, self._stages.saved_name(stage, index), expected, found)
 
     def _refuse(self, stage: int, what: str, expected: Fingerprint, found: Fingerprint) -> None:
         how = difference(expected, found)
@@ -119,4 +111,4 @@ class Comparison:
 
     def error(self, stage: int, what: str) -> ReplayError:
         """Return the error of a stage that cannot be replayed."""
-        return ReplayError(f"stage {stage} ({self._name(stage)}): {what}")
+        return ReplayError(f"stage {stage} ({self._stages.name(stage)}): {what}")

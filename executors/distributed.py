@@ -31,26 +31,27 @@ def broadcast_plan(
     src: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> Plan:
-    """The plan of rank ``src``, on every rank: ranks that trained by different plans would wait for each other.
+    """Return the plan of rank ``src`` on every rank: ranks with different plans would wait for each other.
 
-    A collective call: every rank of the group makes it. The plan travels as JSON, which is read as data.
+    Collective: every rank of the group calls it. The plan travels as JSON, which is read as data.
 
     Args:
-        plan: on rank ``src`` the plan; what other ranks pass is not used, except that the capture of a plan of
-            their own that was captured alike saves a second one.
+        plan: on rank ``src`` the plan. Other ranks may pass one of their own, whose capture is used where
+            it is the same.
         model: if given, each rank compares its model with the plan's, and all raise if one differs.
-        sample: as for ``solve``, of this rank's batch. If given with ``model``, a plan of an op graph is compared with that of each
-            rank's model, which is exported for it (nothing is run): what would otherwise show at a rank's first forward, while
-            the others wait for it in a collective.
+        sample: as for ``solve``, of this rank's batch. With ``model``, each rank's model is exported (nothing
+            runs) and compared with the op graph of the plan: a difference would otherwise show at a rank's
+            first forward, while the others wait in a collective.
         src: global rank that has the plan.
         group: default: the whole world.
 
-    Returns:
-        the same plan on all ranks.
+    Raises:
+        RuntimeError: torch.distributed is not initialised.
+        ValueError: rank ``src`` has no plan; on every rank.
+        PlanMismatch: some rank's model, or its op graph, is not the plan's; on every rank.
 
-    Raises: RuntimeError: torch.distributed is not initialised. ValueError: rank ``src`` has no plan; raised
-        on every rank. PlanMismatch: some rank's model, or its op graph, is not the one the plan was made for;
-        raised on every rank.
+    Example:
+        >>> plan = broadcast_plan(plan if rank == 0 else None, model)  # doctest: +SKIP
     """
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(
@@ -71,8 +72,7 @@ def broadcast_plan(
     if own:
         content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     dist.broadcast(content, src, group=group)
-    if own:
-        assert isinstance(plan, Plan)
+    if own and isinstance(plan, Plan):
         result = plan
     else:
         result = Plan.from_json(json.loads(content.cpu().numpy().tobytes()))
@@ -100,7 +100,7 @@ WRONG = {
 
 
 def _verdict(plan: Plan, model: nn.Module | None, sample: Any) -> int:
-    """What is wrong with this rank's model for the plan."""
+    """Return what is wrong with this rank's model for the plan."""
     if model is None:
         return 0
     plain = unplanned(model)
@@ -116,25 +116,19 @@ def _verdict(plan: Plan, model: nn.Module | None, sample: Any) -> int:
 def _agree(
     verdict: int, own_error: Exception | None, device: torch.device, group: dist.ProcessGroup | None
 ) -> None:
-    """Refuse on every rank, if something is wrong on one.
-
-    Raises:
-        PlanMismatch: what, and on which ranks.
-    """
+    """Raise PlanMismatch on every rank if something is wrong on one: what, and on which ranks."""
     own = torch.tensor([verdict], dtype=torch.uint8, device=device)
     verdicts: list[Tensor] = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(verdicts, own, group=group)
-    found = dict(
-        zip(dist.get_process_group_ranks(group), (int(each.item()) for each in verdicts), strict=True)
-    )
+    found = list(zip(dist.get_process_group_ranks(group), map(int, verdicts), strict=True))
     for wrong, what in WRONG.items():
-        ranks = [rank for rank, each in found.items() if each == wrong]
+        ranks = [str(rank) for rank, each in found if each == wrong]
         if ranks:
-            raise PlanMismatch(f"broadcast_plan: {what.format(', '.join(map(str, ranks)))}") from own_error
+            raise PlanMismatch(f"broadcast_plan: {what.format(', '.join(ranks))}") from own_error
 
 
 def _device(group: dist.ProcessGroup | None) -> torch.device:
-    """Where tensors must lie that the group's backend sends: the CPU if it can, for the plan is there."""
+    """Return the device from which the group's backend sends: the CPU if it can, for the plan is there."""
     kinds = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
     if "cpu" in kinds:
         return torch.device("cpu")

@@ -1,60 +1,108 @@
-"""``Engine``: how a kind of capture is run, and made again for a plan that was loaded."""
+"""The protocol of a kind of capture: how its plans are captured again, and how steps and stages run."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from rematplan.executors.compare_replay import Comparison, ReplayError
+from rematplan.executors.host_arena import Arena
 from rematplan.executors.trace import Observer
+from rematplan.scheduler.capture.graph.recompute import Rebuild
 from rematplan.scheduler.capture.protocol import Capture
 from rematplan.scheduler.plan.plan import CaptureRecord, Plan
 from rematplan.scheduler.torch_layer.call import Call
 
-__all__ = ["Engine", "Executor"]
+__all__ = ["Engine", "Executor", "Stages"]
 
 
-class Executor(Protocol):
+class Executor(ABC):
     """Runs the steps of one model by one plan.
 
+    Args:
+        capture: of the plan.
+        check: how recomputed tensors are compared; a key of ``rematplan.executors.fingerprints.CHECKS``.
+
     Attributes:
-        capture: that it runs.
         observe: is told where each step is.
-        ran_out: whether a replay of a step ran out of memory.
+        ran_out: whether a replay ran out of memory.
+        arena: for copies on the host, if the program makes any.
+        compiled: whether stages run code of torch.compile.
+        reversing: stages whose runs call autograd.grad on what they have computed.
     """
 
-    capture: Any
-    observe: Observer | None
-    ran_out: bool
+    arena: Arena | None = None
+    compiled = False
+    reversing: frozenset[int] = frozenset()
 
-
-class Engine(ABC):
-    """Runs captures of one kind; named in ``rematplan.executors.recapture.ENGINES``."""
-
-    @abstractmethod
-    def executor(self, capture: Any, plan: Plan, model: nn.Module, check: str) -> Executor:
-        """Return what trains ``model`` by ``plan``, of which ``capture`` is.
-
-        Args: check: what a replayed tensor is compared by; a key of
-            ``rematplan.executors.fingerprints.CHECKS``.
-        """
+    def __init__(self, capture: Any, plan: Plan, check: str) -> None:
+        self.capture, self.program, self.check = capture, plan.program, check
+        self.device, self.random = capture.device, capture.random
+        self.observe: Observer | None = None
+        self.ran_out = False
 
     @abstractmethod
-    def forward(self, executor: Any, flat: list[Any], call: Call) -> Any:
+    def forward(self, flat: list[Any], call: Call) -> Any:
         """Run one training forward; ``flat`` are the leaves of ``call``."""
 
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """Runs captures of one kind; a row of ``rematplan.executors.recapture.ENGINES``.
+
+    Attributes:
+        executor: (capture, its plan, model, check) -> what trains the model.
+        again: (plan, plain model, canonical call of which nothing outside needs the tensors) -> the capture
+            that the plan describes; raises CaptureError or PlanMismatch where the model gives another.
+        alike: (record, plain model, call) -> whether the model's code takes the path of the record; nothing
+            runs.
+    """
+
+    executor: Callable[[Any, Plan, nn.Module, str], Executor]
+    again: Callable[[Plan, nn.Module, Call], Capture]
+    alike: Callable[[CaptureRecord, nn.Module, Call], bool] = lambda *_: True
+
+
+class Stages(ABC):
+    """The stages of one step: what their first runs read, and how they run again.
+
+    It does not hold the step, which holds it: a cycle would keep both until Python's collector runs.
+    """
+
+    def __init__(self, executor: Any) -> None:
+        self.executor = executor
+
     @abstractmethod
-    def again(self, plan: Plan, model: nn.Module, call: Call) -> Capture:
-        """Capture a plain model as the plan has it.
+    def run(self, stage: int, boundary: tuple[Tensor, ...], comparison: Comparison) -> tuple[Tensor, ...]:
+        """Re-run a stage on the tensors of its boundary; return those of the next boundary.
+
+        Called in grad mode, as the first run was: ops choose their kernels by it (LSTMs, attention).
+        ``comparison.check_reads`` compares the inputs first.
 
         Args:
-            call: canonical, one that the plan is for; nothing outside needs its tensors.
-
-        Raises:
-            CaptureError, PlanMismatch: it does not come out as the plan has it; says why.
+            boundary: requires grad where it did.
         """
 
-    def alike(self, record: CaptureRecord, model: nn.Module, call: Call) -> bool:  # noqa: ARG002
-        """Whether the code of a plain model takes the way of the record; nothing is run."""
-        return True
+    def rebuilds(self, stage: int, option: int) -> Sequence[Rebuild]:  # noqa: ARG002
+        """Return the programs that recompute what an option (not the first) of the stage drops."""
+        return ()
+
+    def arguments(self, stage: int, boundary: Any, comparison: Comparison, rebuild: Rebuild) -> list[Any]:  # noqa: ARG002
+        """Return the arguments of the stage's first run, for such a program."""
+        raise ReplayError(f"{self.name(stage)} was kept in part")
+
+    @abstractmethod
+    def release(self, stage: int, rerunnable: Sequence[bool]) -> None:
+        """Release what re-runs of this stage read, and those of stages still ``rerunnable`` do not."""
+
+    @abstractmethod
+    def name(self, stage: int) -> str:
+        """Return the stage's name."""
+
+    @abstractmethod
+    def saved_name(self, stage: int, index: int) -> str:
+        """Return a saved tensor of the stage, and where it comes from, in words."""

@@ -1,4 +1,4 @@
-"""``execute``: a plan and a model in; a model that trains by the plan out."""
+"""``execute``: derive from a model one that trains by a plan."""
 
 from __future__ import annotations
 
@@ -43,50 +43,46 @@ def execute(
     """Return a model that trains by ``plan``: same class by isinstance, same parameters, same ``state_dict``.
 
     A forward in train mode with grad enabled follows the plan. In eval mode, or under ``torch.no_grad``, the
-    model's own forward runs. The given model is not changed and goes on running plainly; the two share
-    parameters, buffers and submodules.
+    model's own forward runs. The given model stays plain; the two share parameters, buffers and submodules.
 
     Args:
-        plan: from ``rematplan.solve`` or ``Plan.load``. Several, for calls of several shapes: a list, the one
-            whose budget, solver and optimizer further plans are made with first.
+        plan: from ``rematplan.solve`` or ``Plan.load``; or a list of them for calls of several shapes, of
+            which the first gives budget, solver and optimizer to further plans.
         model: the model that the plan was made for, or one like it; or a list of callables
-            (``CallableChain``); or the step function, whose place the planned model takes: call it, and
-            ``backward`` on what it returns.
-        watch: whether the peak of the first step is measured, and judged when the next begins. If it is above
-            the predicted one, a PeakWarning says by how much; if it is over the budget, later steps follow a
-            schedule that is tighter by the difference. Default: on CUDA, where it costs nothing (the
-            allocator's peak statistics are reset once). On the CPU it takes the autograd profiler from that
-            step's forward to the next one's. Not of a model sharded by fully_shard, whose ranks must not
-            leave their common schedule one by one.
-        on_new_shape: what happens when a training call has other shapes, dtypes, plain values or arguments
-            than any plan's. "plan": the forward makes a plan first, which takes as long as ``solve`` and
-            leaves gradients, buffers and random numbers as they are; a line to the logger ``rematplan`` says
-            so. Gradients that exist then count as existing. "plain": such calls run without a plan, and may
-            take more than the budget; the logger says so once. "error": a PlanMismatch.
-        max_plans: how many plans there are at most, the first one included, which stays; the least recently
-            used of the others goes, and a NewShapeWarning says so the first time.
-        on_oom: what happens when a forward runs out of memory (torch.OutOfMemoryError). "replan": buffers and
-            generators are put back, a plan that takes less takes over (a PeakWarning says which), and the
-            forward runs once more. After a replay that ran out of memory in a backward, the next forward
-            follows such a plan; ``run_step`` runs the whole step again. "raise": the error is all. Default:
-            "replan" on CUDA, "raise" elsewhere, where nothing raises it, and for a model sharded by
-            fully_shard.
-        check: what every replayed tensor is compared by with that of the first run: "metadata" (shape, dtype,
-            strides, device), "values" (a checksum too, which names the op that does not do the same twice; it
-            waits for the device at each tensor) or "none".
-        debug: whether ``trace_of`` tells what the latest step ran, replayed and freed.
-
-    Returns:
-        the planned model.
+            (``CallableChain``); or the step function: call the planned model in its place, and ``backward``
+            on what it returns.
+        watch: whether to measure the first step's peak, judged when the next step begins. Above the predicted
+            peak, a PeakWarning says by how much; above the budget, later steps follow a schedule that is
+            tighter by the difference. Default: on CUDA, where it costs nothing (the allocator's peak
+            statistics are reset once). On the CPU it occupies the autograd profiler from that forward to the
+            next. Not for a model sharded by fully_shard, whose ranks must keep to one schedule.
+        on_new_shape: what to do when a training call has other shapes, dtypes, plain values or arguments than
+            any plan. "plan": plan first, which takes as long as ``solve``, leaves gradients, buffers and
+            random numbers unchanged, counts gradients that exist, and is logged to ``rematplan``. "plain":
+            run such calls without a plan, maybe above the budget; logged once. "error": raise PlanMismatch.
+        max_plans: the most plans held, of which the first one stays; the least recently used other one is
+            dropped, with a NewShapeWarning the first time.
+        on_oom: what to do when a forward raises torch.OutOfMemoryError. "replan": restore buffers and
+            generators, switch to a plan that takes less (a PeakWarning says which), and run the forward once
+            more; after a replay in a backward that ran out of memory, the next forward switches
+            (``run_step`` runs the whole step again). "raise": nothing. Default: "replan" on CUDA; "raise"
+            elsewhere, where nothing raises it, and for a model sharded by fully_shard.
+        check: how every recomputed tensor is compared with that of the first run: "metadata" (shape, dtype,
+            strides, device), "values" (a checksum too, which names the op that differs between runs; it waits
+            for the device at each tensor) or "none".
+        debug: whether to record the latest step for ``trace_of``.
 
     Raises:
         TypeError: not a Plan, or not a module.
         ValueError: an option that is unknown, or not for sharded models; a model whose ``forward`` was
             replaced on the object, or a wrapper that goes around a planned model.
-        PlanMismatch: the plan was made for another model. Raised by the planned model's forward if the
-            inputs (with ``on_new_shape="error"``), or the modes of its submodules, are not those of the plan.
-        InfeasibleBudget, CaptureError: raised by the planned model's forward if a new shape cannot be planned
-            for.
+        PlanMismatch: the plan was made for another model. By the planned model's forward: inputs (with
+            ``on_new_shape="error"``) or modes of submodules differ from the plan's.
+        InfeasibleBudget, CaptureError: by the planned model's forward: a new shape cannot be planned.
+
+    Example:
+        >>> model = execute(plan, model)  # doctest: +SKIP
+        >>> loss_of(model(batch)).backward()  # doctest: +SKIP
     """
     plans = [plan] if isinstance(plan, Plan) else plan
     if not isinstance(plans, (list, tuple)) or not plans or not all(isinstance(each, Plan) for each in plans):
@@ -125,11 +121,7 @@ def execute(
 
 
 def _reject_other(plan: Plan, model: nn.Module) -> None:
-    """Refuse a plan for another model.
-
-    Raises:
-        PlanMismatch: says in what they differ.
-    """
+    """Raise PlanMismatch for a plan made for another model or device."""
     device = model_device(model)
     if device.type != plan.capture.device:
         raise PlanMismatch(
@@ -150,7 +142,7 @@ def _executed(plans: Sequence[Plan], model: nn.Module, settings: Settings) -> nn
 
 
 def _planned_for(plans: Sequence[Plan], model: Any) -> Any:
-    """Return the model behind what was given: for a step function, the one planned in this process."""
+    """Return the model to execute: for a step function, the one that was planned in this process."""
     for plan in plans:
         live = plan.live[0] if plan.live is not None else None
         if isinstance(live, StepFunction) and not isinstance(model, nn.Module) and live.function == model:
@@ -160,12 +152,11 @@ def _planned_for(plans: Sequence[Plan], model: Any) -> Any:
 
 def plan_of(model: nn.Module) -> Plan | None:
     """Return the (first) plan that a model trains by, or None."""
-    found = plans_of(model)
-    return found[0] if found else None
+    return next(iter(plans_of(model)), None)
 
 
 def plans_of(model: nn.Module) -> tuple[Plan, ...]:
-    """Return all plans that a model trains by: the first one, then those of other shapes, last used last."""
+    """Return all plans that a model trains by: the first, then those of other shapes, last used last."""
     plans = plans_within(model)
     if plans is None:
         return ()
@@ -179,11 +170,10 @@ def plans_of(model: nn.Module) -> tuple[Plan, ...]:
 
 
 def trace_of(model: nn.Module) -> str:
-    """Return what the latest planned step of a model ran, ran again and freed, in order, one event a line.
+    """Return what the latest planned step of a model ran, recomputed and freed, one event a line.
 
     Raises:
-        ValueError: the model does not train by a plan, was not executed with ``debug=True``, or has run no
-            step.
+        ValueError: the model does not train by a plan with ``debug=True``, or has run no step.
     """
     plans = plans_within(model)
     if plans is None or not plans.settings.debug:
@@ -196,7 +186,7 @@ def trace_of(model: nn.Module) -> str:
 
 
 def _eagerly(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run the training forward of a planned model that was compiled: by its plan, and not compiled."""
+    """Run the forward of a planned model that was compiled by its plan, uncompiled."""
     warnings.warn(
         f"planned {type(model).__name__}: torch.compile of a planned model is left out, for it would lose the schedule; compile "
         "its blocks instead (block.compile()), before solve(..., capture=[blocks])",
@@ -236,7 +226,7 @@ def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
     del forward.__wrapped__
 
     def reduce(self: nn.Module, _protocol: Any) -> Any:
-        # The derived class has no importable name: pickle and deepcopy take the plain model and the plans.
+        # The derived class cannot be imported: pickle and deepcopy take the plain model and the plans.
         plans, added = plans_within(self), wrappers(self)
         plain = object.__new__(cls)
         plain.__dict__.update({n: v for n, v in vars(self).items() if n not in added})

@@ -20,9 +20,8 @@ __all__ = ["CHECKS", "Fingerprint", "checksum", "difference", "sums"]
 
 Fingerprint = tuple[Any, ...]
 BUFFER = 2**18  # bytes that are copied at once of a tensor that does not lie in one piece, on the CPU
-LONGEST = (
-    2**12
-)  # elements along a dimension, each with a sum of its own: bounds the bytes of a checksum on a device
+# Elements along a dimension, each with a sum of its own: bounds the bytes of a checksum on a device.
+LONGEST = 2**12
 COPIED = 2**15  # elements that are copied at once where they are not aligned, on a device
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the golden ratio in 64 bits: multiples of it are spread evenly
 
@@ -196,8 +195,7 @@ def difference(first: Fingerprint, again: Fingerprint) -> str | None:
     shape, dtype, strides, device, *sums = first
     shape2, dtype2, strides2, device2, *sums2 = again
     if (shape, dtype, device) != (shape2, dtype2, device2):
-        there = f" on {device}" if device != device2 else ""
-        here = f" on {device2}" if device != device2 else ""
+        there, here = (f" on {device}", f" on {device2}") if device != device2 else ("", "")
         return f"was {tuple(shape)} {dtype}{there} in the first run and is {tuple(shape2)} {dtype2}{here} in the re-run"
     if strides != strides2 and any(isinstance(each, torch.layout) for each in (*strides, *strides2)):
         return f"was laid out as {strides} in the first run and is as {strides2} in the re-run"

@@ -1,4 +1,4 @@
-"""The first planned step, watched: does its peak stay below what was predicted?"""
+"""Measure the first planned step, and tighten the plan where its peak exceeds the budget."""
 
 from __future__ import annotations
 
@@ -27,10 +27,9 @@ MARKER = 1_000_033  # bytes of an allocation that nothing else asks for
 class Watch:
     """Counts the bytes of one step, from now until a backward from its output ends.
 
-    CUDA: the caching allocator's own counters; its peak statistics are reset now, when cuBLAS has its
-    workspaces. CPU: the autograd profiler's memory events. That profiler is on until ``stop``, for autograd
-    gives the thread that reverses its old profiler back when a backward ends; an allocation of a size of its
-    own marks the end among the events.
+    On CUDA by the caching allocator's counters, whose peak statistics are reset now, once cuBLAS has its
+    workspaces. On the CPU by the autograd profiler's memory events: it stays on until ``stop``, for autograd
+    restores its thread's old profiler when a backward ends; an allocation of a unique size marks the end.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -47,7 +46,7 @@ class Watch:
             self.events = CpuEvents()
 
     def until_backward_ends(self, output: Any) -> None:
-        """The forward is over, and gave ``output``."""
+        """Note that the forward returned ``output``."""
         for tensor in output_tensors(output):
             if tensor.grad_fn is not None:
                 tensor.register_hook(self._reversing)
@@ -67,7 +66,7 @@ class Watch:
             torch.empty(MARKER, dtype=torch.uint8)
 
     def stop(self) -> int | None:
-        """Count no longer; gives the most bytes live above those of the start, None if no backward has ended."""
+        """Stop; return the most bytes live above those of the start, None if no backward has ended."""
         if self.events is not None:
             sizes = [size for kind, _, size in self.events.stop() if kind == "memory_alloc"]
             if MARKER in sizes:
@@ -76,24 +75,21 @@ class Watch:
 
 
 def step_bytes(plan: Plan) -> int:
-    """Bytes that a step takes, by the plan, above what is live before it."""
+    """Return the bytes that a step takes, by the plan, above those live before it."""
     there = ("parameters", "existing gradients", "buffers", "inputs", "optimizer state", "workspaces")
     return plan.predicted_peak - sum(plan.resident.get(name, 0) for name in there)
 
 
 def tightened(plan: Plan, measured: int, name: str, requested: int | None = None) -> Plan | None:
-    """What to do about a first step that took more than was predicted: warn, and plan anew if it is over budget.
+    """Return a plan that is lower by what the first step exceeded the budget by, if it did and there is one.
 
     Args:
-        measured: bytes that the step took above what was live before it.
+        measured: bytes that the step took above those live before it.
         name: of the model.
-        requested: as ``measured``, of what was asked for; None off CUDA.
+        requested: as ``measured``, of the bytes requested; None off CUDA.
 
     Warns:
         PeakWarning: the measured peak is above the predicted one.
-
-    Returns: a plan whose predicted peak is lower by the difference, if the budget was exceeded and such a
-        plan exists.
     """
     excess = measured - step_bytes(plan)
     if excess <= 0:
@@ -101,7 +97,7 @@ def tightened(plan: Plan, measured: int, name: str, requested: int | None = None
     peak = plan.predicted_peak + excess
     text = (
         f"planned {name}: the first step peaked at {format_bytes(peak)}, {format_bytes(excess)} ({excess / peak:.1%}) more "
-        f"than predicted"
+        "than predicted"
     )
     if requested is not None:
         text += f" ({format_bytes(measured - requested)} of it by CUDA's rounding up to blocks)"

@@ -11,70 +11,35 @@ from torch import Tensor, nn
 
 from rematplan.executors.as_read import AsRead, Sampler
 from rematplan.executors.compare_replay import Comparison
+from rematplan.executors.engine import Executor, Stages
 from rematplan.executors.host_arena import Arena
 from rematplan.executors.step import Step
-from rematplan.executors.trace import Observer
 from rematplan.scheduler.capture.graph.graph_capture import GraphCapture
 from rematplan.scheduler.capture.graph.recompute import Rebuild, compile_rebuilds, origin_of_pack
 from rematplan.scheduler.capture.graph.stages import GraphStage, Source
-from rematplan.scheduler.core.program import ReplayProgram
 from rematplan.scheduler.core.referee import Keep
+from rematplan.scheduler.plan.plan import Plan
+from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.leaves import tree_unflatten
 from rematplan.scheduler.torch_layer.preserve import uncached
 
 __all__ = ["GraphExecutor", "locate"]
 
 
-class GraphExecutor:
-    """Runs steps of one model by one program; one per execute().
+class GraphExecutor(Executor):
+    """Runs the steps of one model, whose parameters and buffers are read at every step."""
 
-    Args:
-        capture: the captured model.
-        program: the replay program, for as many stages as the capture has.
-        model: whose parameters and buffers are read at every step.
-        check: what a recomputed tensor is compared by; a key of ``rematplan.executors.fingerprints.CHECKS``.
-        host_bytes: that the program has on the host at most.
-    """
-
-    def __init__(
-        self,
-        capture: GraphCapture,
-        program: ReplayProgram,
-        model: nn.Module,
-        check: str = "metadata",
-        host_bytes: int = 0,
-    ) -> None:
-        self.capture, self.program, self.device, self.check = capture, program, capture.device, check
-        self.observe: Observer | None = None  # is told where each step is
-        self.ran_out = False  # whether a replay of a step ran out of memory
-        self.arena = Arena(host_bytes, capture.device) if program.copies else None
-        self.stages = capture.stages
-        self.random = capture.random
-        self.constants = capture.constants
-        # Parameters and buffers are looked up by (dict, key), so that replaced ones are seen.
-        self.lookups = [
-            [
-                (i, *locate(model, s.key))
-                for i, s in enumerate(stage.sources)
-                if s.kind in ("parameter", "buffer")
-            ]
-            for stage in self.stages
-        ]
-        self.changed = [
-            [i for i, s in enumerate(stage.sources) if s.kind == "buffer" and s.key in changed]
-            for stage, changed in zip(self.stages, capture.changed, strict=True)
-        ]
-        # Of the tensors looked up, those that nobody may change between forward and backward.
-        self.constant = [
-            [j for j, (i, _, _) in enumerate(lookups) if i not in changed]
-            for lookups, changed in zip(self.lookups, self.changed, strict=True)
-        ]
-        self.samplers = [Sampler() for _ in self.stages]
-        self.readers: dict[str, list[int]] = {}
-        for k, stage in enumerate(self.stages):
-            for source in stage.sources:
-                if source.kind == "carried" and program.kept[k] != 0:
-                    self.readers.setdefault(source.key, []).append(k)
+    def __init__(self, capture: GraphCapture, plan: Plan, model: nn.Module, check: str) -> None:
+        super().__init__(capture, plan, check)
+        program = self.program
+        self.arena = Arena(plan.timeline.host_peak, capture.device) if program.copies else None
+        self.stages, self.constants = capture.stages, capture.constants
+        changed = map(frozenset, capture.changed)
+        self.reads = [_Reads(model, *each) for each in zip(self.stages, changed, strict=True)]
+        self.readers: dict[str, list[int]] = {}  # of carried values, which run again
+        for k, reads in enumerate(self.reads):
+            for name in reads.carried if program.kept[k] != 0 else ():
+                self.readers.setdefault(name, []).append(k)
         self.returned = {
             leaf.key: locate(model, leaf.key)
             for leaf in capture.outputs
@@ -88,30 +53,16 @@ class GraphExecutor:
             )
             for k, option in used
         }
-        self.carried_by = [
-            tuple(dict.fromkeys(s.key for s in stage.sources if s.kind == "carried")) for stage in self.stages
-        ]
-        self.given = [
-            [(i, s.key) for i, s in enumerate(stage.sources) if s.kind == "input"] for stage in self.stages
-        ]
-        self.gather = [_gathering(stage) for stage in self.stages]
-        self.follow = [_following(stage) for stage in self.stages]
         # Nothing is run again, so that a step needs no Step.
         self.keeps_all = not any(program.kept) and None not in program.kept and not program.copies
 
-    def forward(self, flat_inputs: list[Any]) -> Any:
-        """Run the first sweep in grad mode; return the model's output.
-
-        Args:
-            flat_inputs: the leaves of the call.
-        """
-        if self.capture.graph.face.state:
-            flat_inputs = self.capture.graph.flat(flat_inputs)
+    def forward(self, flat: list[Any], call: Call) -> Any:  # noqa: ARG002
+        """Run the first sweep in grad mode; return the model's output."""
+        flat_inputs = self.capture.graph.flat(flat) if self.capture.graph.face.state else flat
         step = stages = None
         if not self.keeps_all or self.observe is not None:
             stages = GraphStages(self, flat_inputs)
-            how = self.device, self.random, self.observe, self.check, self.arena
-            step = Step(self.program, stages, *how)
+            step = Step(stages)
             # Boundary 0 is empty (the inputs are read where they are needed), so holding it costs nothing.
             step.state.hold(0, ())
             step.lasting.add([t for t in flat_inputs if isinstance(t, Tensor)])
@@ -121,13 +72,13 @@ class GraphExecutor:
         with uncached() if self.capture.uncached else nullcontext():
             for k, stage in enumerate(self.stages):
                 if step is None or stages is None:
-                    own = [values[key] for _, values, key in self.lookups[k]]
+                    own = [values[key] for _, values, key in self.reads[k].lookups]
                     results = stage.function(
-                        *self.gather[k](own, boundary, carried, flat_inputs, self.constants)
+                        *self.reads[k].gather(own, boundary, carried, flat_inputs, self.constants)
                     )
                 else:
                     results = stages.first_run(step, k, boundary, carried)
-                boundary = self.follow[k](results, boundary)
+                boundary = self.reads[k].follow(results, boundary)
                 for name, index in zip(stage.carried, stage.carried_from, strict=True):
                     carried[name] = results[index]
                     if step is not None and stages is not None:
@@ -155,40 +106,56 @@ class GraphExecutor:
         return values[key]
 
 
-def _gathering(stage: GraphStage) -> Callable[..., list[Any]]:
-    """Return a function that gathers the stage's arguments.
+class _Reads:
+    """The sources of a stage's arguments.
 
-    From its parameters and buffers, the boundary, carried values, the flat inputs of the call, and constants.
+    Attributes:
+        lookups: (argument, dict, key) of parameters and buffers, so that replaced ones are seen.
+        changed: arguments that are buffers which it changes.
+        constant: numbers of lookups that nobody may change between forward and backward.
+        sampler: of these.
+        carried: names of carried values.
+        given: (argument, leaf) of what is an input of the call.
+        gather: (parameters and buffers, boundary, carried values, inputs, constants) -> its arguments.
+        follow: (results, boundary) -> the next boundary.
     """
+
+    __slots__ = ("carried", "changed", "constant", "follow", "gather", "given", "lookups", "sampler")
+
+    def __init__(self, model: nn.Module, stage: GraphStage, changed: frozenset[str]) -> None:
+        sources = list(enumerate(stage.sources))
+        self.lookups = [(i, *locate(model, s.key)) for i, s in sources if s.kind in ("parameter", "buffer")]
+        self.changed = [i for i, s in sources if s.kind == "buffer" and s.key in changed]
+        self.constant = [j for j, (i, _, _) in enumerate(self.lookups) if i not in self.changed]
+        self.sampler = Sampler()
+        self.carried = tuple(dict.fromkeys(s.key for _, s in sources if s.kind == "carried"))
+        self.given = [(i, s.key) for i, s in sources if s.kind == "input"]
+        self.gather = _gathering(stage)
+        self.follow = _following(stage)
+
+
+def _gathering(stage: GraphStage) -> Callable[..., list[Any]]:
     own = itertools.count()
     where = {"boundary": "boundary", "carried": "carried", "input": "inputs", "constant": "constants"}
     terms = [
         f"own[{next(own)}]" if s.kind in ("parameter", "buffer") else f"{where[s.kind]}[{s.key!r}]"
         for s in stage.sources
     ]
-    gathering: Callable[..., list[Any]] = eval(  # of indices and of names as literals
-        f"lambda own, boundary, carried, inputs, constants: [{', '.join(terms)}]", {}
-    )
-    return gathering
+    code = f"lambda own, boundary, carried, inputs, constants: [{', '.join(terms)}]"
+    return eval(code, {})  # of indices and of names as literals
 
 
 def _following(stage: GraphStage) -> Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """Return a function from a stage's results and boundary, a part of which passes, to the next boundary."""
     terms = [f"results[{i}]" if i >= 0 else f"boundary[{-1 - i}]" for i in stage.boundary_from]
-    following: Callable[..., tuple[Tensor, ...]] = eval(  # of indices
-        f"lambda results, boundary: ({''.join(term + ', ' for term in terms)})", {}
-    )
-    return following
+    code = f"lambda results, boundary: ({''.join(term + ', ' for term in terms)})"
+    return eval(code, {})  # of indices
 
 
-class GraphStages:
-    """The stages of a step of a GraphExecutor (``Stages``): what their first runs read, and their re-runs."""
-
-    compiled = False
-    reversing: frozenset[int] = frozenset()
+class GraphStages(Stages):
+    """The stages of one step of a GraphExecutor."""
 
     def __init__(self, executor: GraphExecutor, flat_inputs: list[Any]) -> None:
-        self.executor = executor
+        super().__init__(executor)
         self.inputs = flat_inputs
         self.carried: dict[str, tuple[Tensor, bool]] = {}  # detached, and whether it requires grad
         # stage -> what its first run read and nobody may change: parameters and buffers; inputs
@@ -205,90 +172,77 @@ class GraphStages:
         self, step: Step, k: int, boundary: tuple[Tensor, ...], carried: dict[str, Tensor]
     ) -> tuple[Tensor, ...]:
         """Return the results of the first run of stage k."""
-        executor = self.executor
-        option, function, copies = (
-            executor.program.kept[k],
-            executor.stages[k].function,
-            executor.program.copies,
-        )
+        executor, program = self.executor, self.executor.program
+        option, copies, function = program.kept[k], program.copies, executor.stages[k].function
+        reads = executor.reads[k]
         step.tell("first", k)
         if option != 0:
             step.before_first_run(k, boundary)
-        own: list[Tensor] = [values[key] for _, values, key in executor.lookups[k]]
-        arguments = executor.gather[k](own, boundary, carried, self.inputs, executor.constants)
+        own: list[Tensor] = [values[key] for _, values, key in reads.lookups]
+        arguments = reads.gather(own, boundary, carried, self.inputs, executor.constants)
         if option != 0 or copies:
             # Views of parameters are packed by reference too: they share the storage.
             step.lasting.add(own)
         if option != 0:
-            self._note_reads(k, own, arguments, step.comparison.sampled)
+            self._note_reads(k, reads, own, arguments, step.comparison.sampled)
         if option == 0 and not copies:
             return function(*arguments)
         parts = executor.rebuilds[k, option] if option else None if option is None else ()
         with step.dropping(k, parts):
             return function(*arguments)
 
-    def _note_reads(self, k: int, own: list[Tensor], arguments: list[Any], sampled: bool) -> None:
-        executor = self.executor
+    def _note_reads(
+        self, k: int, reads: _Reads, own: list[Tensor], arguments: list[Any], sampled: bool
+    ) -> None:
         self.parameters[k] = own
-        if executor.changed[k]:
-            self.snapshots[k] = [arguments[i].clone() for i in executor.changed[k]]
-        given = [self.inputs[key] for _, key in executor.given[k]]
+        if reads.changed:
+            self.snapshots[k] = [arguments[i].clone() for i in reads.changed]
+        given = [self.inputs[key] for _, key in reads.given]
         self.first_reads[k] = (
-            AsRead([own[j] for j in executor.constant[k]], executor.samplers[k] if sampled else None),
+            AsRead([own[j] for j in reads.constant], reads.sampler if sampled else None),
             AsRead([t for t in given if isinstance(t, Tensor)], Sampler() if sampled else None),
         )
 
     def run(self, stage: int, boundary: tuple[Tensor, ...], comparison: Comparison) -> tuple[Tensor, ...]:
-        """See ``Stages``."""
         results = self.executor.stages[stage].function(*self.arguments(stage, boundary, comparison))
-        return self.executor.follow[stage](results, boundary)
+        return self.executor.reads[stage].follow(results, boundary)
 
     def rebuilds(self, stage: int, option: int) -> tuple[Rebuild, ...]:
-        """See ``Stages``."""
         return self.executor.rebuilds[stage, option]
 
     def arguments(
         self, stage: int, boundary: tuple[Tensor, ...], comparison: Comparison, rebuild: Rebuild | None = None
     ) -> list[Any]:
-        """See ``Stages``."""
-        executor = self.executor
+        executor, reads = self.executor, self.executor.reads[stage]
 
         def name_of(which: int, number: int) -> str:
-            constant = [executor.lookups[stage][j][0] for j in executor.constant[stage]]
-            given = [i for i, key in executor.given[stage] if isinstance(self.inputs[key], Tensor)]
+            constant = [reads.lookups[j][0] for j in reads.constant]
+            given = [i for i, key in reads.given if isinstance(self.inputs[key], Tensor)]
             position = (constant, given)[which][number]
             source = executor.stages[stage].sources[position]
             return f"{source.kind} {source.key}" if rebuild is None or position in rebuild.arguments else ""
 
         comparison.check_reads(stage, self.first_reads[stage], name_of)
         carried: dict[str, Tensor] = {}
-        for name in executor.carried_by[stage]:
+        for name in reads.carried:
             tensor, flag = self.carried[name]
             carried[name] = tensor.detach().requires_grad_(flag)
-        arguments = executor.gather[stage](
-            self.parameters[stage], boundary, carried, self.inputs, executor.constants
-        )
-        for position, snapshot in zip(executor.changed[stage], self.snapshots.get(stage, ()), strict=True):
+        own = self.parameters[stage]
+        arguments = reads.gather(own, boundary, carried, self.inputs, executor.constants)
+        for position, snapshot in zip(reads.changed, self.snapshots.get(stage, ()), strict=True):
             arguments[position] = snapshot.clone()
         return arguments
 
     def release(self, stage: int, rerunnable: Sequence[bool]) -> None:
-        """Drop the snapshots of its buffers, and the carried values that no re-run needs any more."""
         self.snapshots.pop(stage, None)
-        for name in self.executor.carried_by[stage]:
+        for name in self.executor.reads[stage].carried:
             if name in self.carried and not any(rerunnable[k] for k in self.executor.readers[name]):
                 del self.carried[name]
 
-    def ran_out(self) -> None:
-        """See ``Stages``."""
-        self.executor.ran_out = True
-
     def name(self, stage: int) -> str:
-        """See ``Stages``."""
         return self.executor.stages[stage].name
 
     def saved_name(self, stage: int, index: int) -> str:
-        """See ``Stages``."""
         capture = self.executor.capture
         return f"saved tensor {index}{origin_of_pack(capture.graph, capture.linear, stage, index)}"
 

@@ -22,13 +22,11 @@ ROOM = 50  # one part in so many more, for what lies between blocks
 class Arena:
     """Allocates blocks out of one region, first fit.
 
-    Copies on streams may still read a block that is given back: whoever takes it next has to write it after
-    them.
+    Copies on streams may still read a freed block: its next owner must write it after them.
 
     Args:
-        size: bytes that blocks take together at most; where blocks of other sizes leave no gap that is large
-            enough, further ones are memory of their own.
-        device: page-locked for copies from and to it, on CUDA.
+        size: the most bytes of blocks at once; a block that finds no gap gets memory of its own.
+        device: on CUDA, the region is page-locked for its copies.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:

@@ -1,15 +1,14 @@
-"""Copies between device and host during a step, by storage: where boundaries and saved tensors are.
+"""Copy boundaries and saved tensors between device and host during a step, by storage.
 
-Autograd's graph holds a ``Moved`` in place of each saved tensor, and the step holds its boundaries as such;
-each lies in a ``MovedStorage``, which is on the device, on the host, or both. Boundary i, and the saved
-tensors of stage i with boundary i+1 among them, are *items* of the referee
-(``rematplan.scheduler.core.host.Item``). A storage stays on either side while an item that it belongs to is
-needed there, and its last copy is released with the last Moved: an order of backwards that the program does
-not foresee is slower, never wrong.
+A ``Moved`` stands for each saved tensor in autograd's graph, and for each tensor of a held boundary; it lies
+in a ``MovedStorage``, on the device, on the host, or both. Boundary i, and the saved tensors of stage i with
+boundary i+1 among them, are *items* of the referee (``rematplan.scheduler.core.host.Item``). A storage stays
+on either side while an item that it belongs to is needed there, and its last copy is released with the last
+Moved: an order of backwards that the program does not foresee is slower, never wrong.
 
-On CUDA copies run on streams of their own, from and to page-locked memory, beside the compute, which waits
-for a copy where it needs what is read, or is about to release what is written. The host's memory is outside
-of torch's allocators (``host_arena.py``): on the CPU, the bytes counted for the device are those of a device.
+On CUDA copies run on their own streams, from and to page-locked memory, beside the compute, which waits for a
+copy before it uses what is read, or releases what is written. The host's memory is outside torch's allocators
+(``host_arena.py``): on the CPU, the bytes counted for the device are those of a device.
 """
 
 from __future__ import annotations
@@ -51,12 +50,11 @@ class View(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> View:
-        """Return that of a tensor."""
         lies = tuple(tensor.size()), tuple(tensor.stride()), int(tensor.storage_offset())
         return cls(tensor.dtype, *lies, tensor.is_conj(), tensor.is_neg())
 
     def within(self, flat: Tensor) -> Tensor:
-        """Return the tensor that lies so in ``flat``, (bytes,) of uint8, all of a storage."""
+        """Return the tensor of this view in ``flat``, (bytes,) of uint8, all of a storage."""
         whole = flat[: flat.numel() // self.dtype.itemsize * self.dtype.itemsize].view(self.dtype)
         tensor = whole.as_strided(self.size, self.stride, self.offset)
         if self.conj or self.neg:
@@ -85,7 +83,6 @@ class HostSide:
         return self.arena.take(size)
 
     def give(self, offset: int, size: int) -> None:
-        """Give such bytes back."""
         self.bytes -= size
         self.arena.give(offset, size)
 
@@ -107,8 +104,7 @@ class MovedStorage:
     """One storage, on the device, on the host, or both.
 
     Attributes:
-        on_device: the known tensors of this storage, by how they lie in it; None while it is on the host
-            alone.
+        on_device: its known tensors, by view; None while it is on the host alone.
         holders, hosts: the items that need it on the device, and on the host.
         pinned: whether it outlives the step (a parameter, a carried value): moving it would free nothing.
     """
@@ -131,11 +127,7 @@ class MovedStorage:
         self._copied: Any = None  # the event at the end of the copy under way
 
     def tensor(self, view: View, version: int) -> Tensor:
-        """Return the tensor that lies so, copied back if it is not on the device.
-
-        Raises:
-            RuntimeError: it has been modified in place since its version was ``version``.
-        """
+        """Return the tensor of a view, copied back if needed; RuntimeError if its version is another."""
         self.read()
         assert self.on_device is not None
         if self._flat is not None:
@@ -158,7 +150,7 @@ class MovedStorage:
         return version_of(tensor) - self._began + self._versions.get(view, 0)
 
     def write(self) -> None:
-        """Start to copy it to the host, if it is not there."""
+        """Start to copy it to the host, unless it is there or pinned."""
         if self._host is not None or self.on_device is None or self.pinned:
             return
         tensor = next(iter(self.on_device.values()))
@@ -173,7 +165,7 @@ class MovedStorage:
             self._copied = self.side.copy(self._host, whole, self.device, reading=False)
 
     def read(self) -> None:
-        """Claim its bytes on the device and start to copy it there, if it is not there."""
+        """Claim its bytes on the device and start to copy it there, unless it is there."""
         if self.on_device is not None:
             return
         flat = self._flat = torch.empty(self.bytes, dtype=torch.uint8, device=self.device)
@@ -186,7 +178,7 @@ class MovedStorage:
         self.side.storages[self.key] = self
 
     def settle(self) -> None:
-        """Release the copies that no item asks for; never the last one."""
+        """Release the copies that no item needs; never the last one."""
         if self._host is None or self.on_device is None:
             return
         tensor = next(iter(self.on_device.values()))  # all of them have one version
@@ -200,28 +192,28 @@ class MovedStorage:
             self._drop_host()
 
     def _wait(self) -> None:
-        """Order what the device does next after the copy under way."""
+        """Make later work of the device wait for the copy in flight."""
         if self._copied is not None:
             torch.cuda.current_stream(self.device).wait_event(self._copied)
             self._copied = None
 
     def _drop_host(self) -> None:
         self._wait()
-        # Later copies into these bytes wait for the compute stream, which has waited for the copy under way.
+        # Later copies into these bytes wait for the compute stream, which has waited for the copy in flight.
         if isinstance(self._host, Tensor):
             self.side.give(self._offset, self.bytes)
         self._host = None
 
     def __del__(self) -> None:
         if self._copied is not None:
-            self._copied.synchronize()  # or what is being copied would be given to others
+            self._copied.synchronize()  # or bytes still being copied would be allocated again
             self._copied = None
         self._drop_host()
 
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """Stands for a tensor, on either side, that ``stage`` saved, in autograd's graph, or that enters it."""
+    """Stands for a tensor, on either side, that ``stage`` saved, or that enters it."""
 
     stage: int
     storage: MovedStorage
@@ -229,20 +221,12 @@ class Moved:
     version: int
 
     def tensor(self) -> Tensor:
-        """Return the tensor, on the device.
-
-        Raises:
-            RuntimeError: it has been modified in place since.
-        """
+        """Return the tensor, on the device; RuntimeError if it was modified in place since."""
         return self.storage.tensor(self.view, self.version)
 
 
 class Store:
-    """The storages of one step, and which items they belong to.
-
-    Args:
-        arena: of all steps, for the copies on the host.
-    """
+    """The storages of one step and the items they belong to, copied to an arena that all steps share."""
 
     def __init__(self, arena: Arena) -> None:
         self.side = HostSide(arena)
@@ -253,32 +237,25 @@ class Store:
         self._packed: list[weakref.ref[MovedStorage]] = []
 
     def pack(self, stage: int, tensor: Tensor) -> Moved:
-        """Return what stands for a tensor that the stage saves."""
+        """Return the Moved of a tensor that the stage saves."""
         storage = self._storage(tensor)
         self._packed.append(weakref.ref(storage))
         return self._moved(stage, storage, tensor)
 
     def hold(self, boundary: int, tensors: Sequence[Tensor], *, own: bool) -> tuple[Moved, ...]:
-        """Return what stands for the tensors of a boundary.
-
-        Args:
-            own: whether it is live by itself, not with what a stage saved.
-        """
+        """Return the Moved of a boundary's tensors; ``own``: it is live by itself, not as a saved tensor."""
         storages = [self._storage(tensor) for tensor in tensors]
         if own:
             self._belong(("boundary", boundary), storages)
         return tuple(self._moved(boundary, b, t) for b, t in zip(storages, tensors, strict=True))
 
     def ran(self, stage: int, following: Sequence[Tensor], lasting: Collection[int], *, kept: bool) -> bool:
-        """Note that a stage has run for the first time.
+        """Note the first run of a stage; return whether anything that it saved is live.
 
         Args:
             following: the tensors of boundary ``stage + 1``.
             lasting: identities of storages that live on anyway.
             kept: whether its saved tensors stay.
-
-        Returns:
-            whether anything that it saved is live.
         """
         after = [self._storage(tensor) for tensor in following]
         for storage, tensor in zip(after, following, strict=True):
@@ -332,7 +309,7 @@ class Store:
         self._leave(("boundary", stage))
 
     def wanted(self, boundary: int) -> bool:
-        """Whether the boundary is to be anywhere, on the device or on the host."""
+        """Return whether the boundary is to be anywhere, on the device or on the host."""
         storages = self._alive(("boundary", boundary))
         return not storages or any(storage.holders or storage.hosts or storage.pinned for storage in storages)
 

@@ -1,10 +1,9 @@
-"""Steps of one planned model that overlap, or are reversed more than once: what no plan of one call counts.
+"""Warn of steps of one planned model that overlap or are reversed twice, which exceed what its plan counts.
 
-A plan is for one forward and one backward from it, which releases what the forward saved. Where a second
-forward runs while an earlier one still waits for its backward, or where a backward retains the graph, more
-bytes are live than the plan says. A hook before the backward of the outputs notices, at some 2 µs a forward:
-it dies with the graph, and is called when the graph is reversed. If the bytes exceed the budget, a
-PeakWarning says so, once of each kind.
+A plan is for one forward and one backward, which releases what the forward saved. More bytes are live where a
+second forward runs before the backward of an earlier one, or where a backward retains the graph. A hook
+before the backward of the outputs notices, at some 2 µs a forward: it dies with the graph, and is called when
+the graph is reversed. If the bytes exceed the budget, a PeakWarning says so, once of each kind.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _STEP_FUNCTION = (
 
 
 class _CastMark:
-    """Detects whether autocast's cache still holds what it held after a forward: its context is still entered.
+    """Tells whether autocast's cache still holds what it held after a forward: its context is still active.
 
     A cast that is taken from the cache has the graph node of the one that put it there.
     """
@@ -51,11 +50,11 @@ class _CastMark:
         self.versions = _versions(weights)
 
     def changed(self, weights: Iterable[Tensor]) -> bool:
-        """Whether the weights have changed since ``put``."""
+        """Return whether the weights have changed since ``put``."""
         return _versions(weights) != self.versions
 
     def stays(self) -> bool:
-        """Whether the cast is still cached; afterwards it is."""
+        """Return whether the cast is still cached; afterwards it is."""
         before, self.node = self.node, self._cast()
         return before is not None and self.node is before
 
@@ -100,7 +99,7 @@ class InFlight:
         self._waiting: dict[int, tuple[Plan, int]] = {}
 
     def shares_casts(self, model: nn.Module) -> bool:
-        """Whether a forward that begins now shares casts with earlier ones, in the plain model.
+        """Return whether a forward that begins now shares casts with earlier ones, in the plain model.
 
         Raises:
             ReplayError: of those casts some are not those of the weights any more.
@@ -116,7 +115,7 @@ class InFlight:
         return bool(self._earlier())
 
     def plainly(self, model: nn.Module, forward: Callable[[], Any], plan: Plan) -> Any:
-        """Run a forward of the plain model in grad mode (in eval mode, say); it may share casts with planned ones."""
+        """Run a plain forward in grad mode (in eval mode, say); it may share casts with planned ones."""
         if not self._caches():
             return forward()
         if self.shares_casts(model) and any(each.capture.uncached for each in self._earlier()):
@@ -132,13 +131,11 @@ class InFlight:
             shares_casts: what the method of this name returned before the plan was looked for.
 
         Raises:
-            ReplayError: the plain model casts each weight once for this forward and earlier ones that still
-                wait for their backward, in which the gradients of all are summed before they are cast back;
-                by these plans it does not.
+            ReplayError: the plain model casts each weight once for this forward and those in flight, whose
+                gradients it sums before casting them back; these plans do not.
 
         Warns:
-            PeakWarning: earlier ones still wait for their backward, and together they will not fit the
-                budget.
+            PeakWarning: with the forwards in flight it will not fit the budget.
         """
         earlier = self._earlier()
         emptied = shares_casts and self.mark is not None and not self.mark.stays()  # by what was planned
@@ -162,7 +159,7 @@ class InFlight:
         )
 
     def _earlier(self) -> list[Plan]:
-        """Return the plans of forwards that wait for their backward."""
+        """Return the plans of the forwards in flight."""
         if not self.graphs or in_backward():
             return []
         alive = [(ref, graph) for ref in self.graphs if (graph := ref()) is not None and not graph.reversed]
@@ -170,7 +167,7 @@ class InFlight:
         return [graph.plan for _, graph in alive]
 
     def _caches(self) -> bool:
-        """Whether autocast caches casts of weights now."""
+        """Return whether autocast caches casts of weights now."""
         return torch.is_autocast_enabled(self.device.type) and torch.is_autocast_cache_enabled()
 
     def gave(self, model: nn.Module, plan: Plan, output: Any) -> None:
@@ -191,9 +188,8 @@ class InFlight:
     def _overlap(self, plan: Plan, earlier: list[Plan]) -> None:
         waiting = sum(map(self._waiting_of, earlier))
         # The last backward finds the gradients of those before it.
-        peak = max(
-            plan.predicted_peak + waiting, *(later_peak(each, retained=False) + waiting - self._waiting_of(each) for each in earlier)
-        )  # fmt: skip # of two terms
+        later = (later_peak(each, retained=False) + waiting - self._waiting_of(each) for each in earlier)
+        peak = max(plan.predicted_peak + waiting, *later)
         if peak <= plan.memory_budget:
             return
         one = len(earlier) == 1
@@ -271,16 +267,13 @@ def later_peak(plan: Plan, *, retained: bool) -> int:
     """Return a bound on the peak (bytes) of a step whose backward finds the gradients of all parameters.
 
     Args:
-        retained: whether an earlier backward of the same forward has retained the graph: the later one finds
-            every boundary that it held, too, and what was kept of a stage is not released when that is
-            reversed.
+        retained: whether an earlier backward of the same forward has retained the graph: every boundary that
+            it held is live, too, and what was kept of a stage is not released when that is reversed.
     """
     stages, kept = plan.chain.stages, plan.program.kept
-    holding = (
-        plan.program.held | {a.stage for a in plan.schedule if isinstance(a, Checkpoint)}
-        if retained
-        else set()
-    )
+    holding: set[int] = set()
+    if retained:
+        holding = plan.program.held | {a.stage for a in plan.schedule if isinstance(a, Checkpoint)}
     waiting = set(holding)  # boundaries that the plan does not count at present
     missing = sum(stage.grad for stage in stages)
     stays = peak = 0

@@ -1,4 +1,4 @@
-"""``Rematerialize``: a Lightning callback that fits the training of a LightningModule into a memory budget."""
+"""``Rematerialize``: a Lightning callback that trains a LightningModule within a memory budget."""
 
 from __future__ import annotations
 
@@ -25,25 +25,24 @@ __all__ = ["Rematerialize"]
 
 
 class Rematerialize(Callback):
-    """Plans a module of the LightningModule at the first training batch, and lets it train by the plan.
+    """Plan a module of the LightningModule at the first training batch, and train by the plan.
 
-    The plan is made in the forward of that batch, so with its arguments and in the autocast context of the
+    The plan is made in the forward of that batch, with its arguments and in the autocast context of the
     trainer's precision; the optimizer's state counts. Parameters, ``state_dict`` and checkpoints stay those
-    of the plain module, which comes back into its place when the fit ends. Batches of other shapes are
-    planned for when they come.
+    of the plain module, which is restored when the fit ends. Other shapes are planned when they occur.
 
     Attributes:
         plan: the plan, from the first batch on.
     """
 
     def __init__(self, memory_budget: int | str, *, module: str | None = None, **options: Any) -> None:
-        """Set what the plan is to be.
+        """Set the budget and the module.
 
         Args:
             memory_budget: bytes of a whole training step, as ``rematplan.solve`` takes it.
-            module: name of the submodule that is planned, which returns the loss or what the loss is made of. Default: the
-                only child that has parameters.
-            options: what else ``rematplan.solve`` takes, such as ``capture=``.
+            module: name of the submodule to plan, whose output the loss is computed from. Default: the only
+                child that has parameters.
+            options: further arguments of ``rematplan.solve``, such as ``capture=``.
         """
         self.memory_budget = memory_budget
         self.module = module
@@ -54,7 +53,7 @@ class Rematerialize(Callback):
         self._plain: nn.Module | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lie in wait for the module's first training forward."""
+        """Intercept the module's first training forward."""
         path = self.module if self.module is not None else _only_child(pl_module)
         parent, _, self._name = path.rpartition(".")
         try:

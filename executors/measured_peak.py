@@ -20,15 +20,15 @@ __all__ = ["MeasuredPeak", "measure_peak"]
 
 @dataclass(frozen=True, slots=True)
 class MeasuredPeak:
-    """What ``measure_peak`` saw.
+    """The bytes that ``measure_peak`` counted.
 
     Attributes:
         peak: the most bytes live at once: those of ``resident`` and those that the function allocated.
-        resident: bytes of what was there before; on CUDA with cuBLAS's workspaces.
+        resident: bytes live before; on CUDA with cuBLAS's workspaces.
         added: the most bytes above those live at the start.
         result: what the function returned.
-        requested: on CUDA, as ``peak``, but of the function's allocations what they asked for instead of their blocks;
-            None elsewhere. What ``peak`` has more is rounding and the slack of blocks that were not split.
+        requested: on CUDA as ``peak``, but with the bytes that the function requested instead of the blocks
+            it got, without rounding and the slack of unsplit blocks; None elsewhere.
     """
 
     peak: int
@@ -45,10 +45,10 @@ def measure_peak(
 
     On the CPU every allocation and release of torch's allocator is counted (by the autograd profiler's memory
     events), not RSS. On CUDA the caching allocator's counters are read, after a synchronisation; the
-    allocator's own peak statistics are reset; blocks count as ``torch.cuda.max_memory_allocated`` counts
-    them. cuBLAS's workspaces, which stay for good once they are taken, are taken before the count and are
-    part of ``resident``; those of cuDNN come and go within the function, and count with it. Run the function
-    once before, to leave other lazy initialisation out. Python's cyclic garbage collector is off meanwhile.
+    allocator's own peak statistics are reset; blocks count as in ``torch.cuda.max_memory_allocated``.
+    cuBLAS's workspaces, which stay once allocated, are allocated before and part of ``resident``; those of
+    cuDNN live within the function, and count with it. Run the function once before, to leave other lazy
+    initialisation out. Python's cyclic garbage collector is off meanwhile.
 
     Args:
         fn: for instance one training step. What it returns stays alive, and counts.
@@ -56,11 +56,11 @@ def measure_peak(
             or containers of tensors such as a batch or an optimizer's state.
         device: default: that of the first tensor in ``resident``, else CUDA if there is one, else the CPU.
 
-    Returns:
-        the MeasuredPeak, in bytes.
-
     Raises:
         RuntimeError: an autograd profiler is active already (CPU).
+
+    Example:
+        >>> measure_peak(step, resident=[model, batch]).peak  # doctest: +SKIP
     """
     tensors: list[Tensor] = []
     for item in resident:

@@ -1,4 +1,4 @@
-"""Whether a planned model is still the one of its plan: submodules, modes, hooks, parameters."""
+"""Check that a planned model is still that of its plan: submodules, modes, hooks, parameters."""
 
 from __future__ import annotations
 
@@ -19,11 +19,7 @@ _requires_grad = attrgetter("requires_grad")
 
 
 def reject_transforms(model: nn.Module) -> None:
-    """Refuse a planned forward within a transform of torch.func, where autograd keeps what no hook sees.
-
-    Raises:
-        PlanMismatch: says what to call instead.
-    """
+    """Raise PlanMismatch within a transform of torch.func, where autograd saves tensors that no hook sees."""
     if transform_depth():
         raise PlanMismatch(
             f"planned {type(model).__name__}: called within torch.vmap or a transform of torch.func (grad, vjp, jvp, jacrev), "
@@ -33,11 +29,7 @@ def reject_transforms(model: nn.Module) -> None:
 
 
 def reject_recording(model: nn.Module) -> None:
-    """Refuse a planned forward while a CUDA graph records: it would hold neither replays nor random numbers.
-
-    Raises:
-        PlanMismatch: says what to do.
-    """
+    """Raise PlanMismatch while a CUDA graph records, which holds neither replays nor random numbers."""
     if torch.cuda.is_current_stream_capturing():
         raise PlanMismatch(
             f"planned {type(model).__name__}: called while a CUDA graph records (torch.cuda.graph, make_graphed_callables), which "
@@ -47,17 +39,17 @@ def reject_recording(model: nn.Module) -> None:
 
 
 def benchmarks_convolutions(model: nn.Module, device: torch.device) -> bool:
-    """Whether cuDNN tries algorithms for the model's convolutions, again in autograd's thread for replays."""
+    """Return whether cuDNN tries algorithms for convolutions, again in autograd's thread for replays."""
     cudnn = torch.backends.cudnn
     on = device.type == "cuda" and cudnn.enabled and cudnn.benchmark and not cudnn.deterministic
     return on and any(isinstance(module, Convolution) for module in model.modules())
 
 
 class Guard:
-    """What a plan takes for granted of a model's modules, checked at every training forward.
+    """Checks at every training forward what a plan assumes of a model's modules.
 
     Args:
-        model: as it is when the plan begins to work.
+        model: as the plan found it.
         evaluating: names of the submodules that were in eval mode when the plan was made.
     """
 
@@ -74,19 +66,15 @@ class Guard:
         hooked = [
             d for _, m in named[1:] for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
         ]  # fmt: skip # four dicts a module
-        # Most are empty, and are looked at in one go.
+        # Most are empty: one any() checks those.
         self.empty, self.hooked = [d for d in hooked if not d], [d for d in hooked if d]
         self.hooks = [*map(len, self.hooked)]
 
     def check(self, model: nn.Module, fires_hooks: bool) -> None:
-        """Compare, except for modes.
+        """Raise PlanMismatch if a submodule was added, replaced or removed, or has a hook that does not fire.
 
         Args:
             fires_hooks: whether a step of the plan fires the hooks of submodules.
-
-        Raises:
-            PlanMismatch: a submodule was put in the place of another, added or removed, or has a hook that
-                would not fire.
         """
         if self.children != self.before:
             for name, children, before in zip(self.parents, self.children, self.before, strict=True):
@@ -106,14 +94,12 @@ class Guard:
                     f"planned {type(model).__name__}: {hook}, and the plan replays one; remove the hook, or call solve() and "
                     "execute() again with it"
                 )
-            self.empty, self.hooked = (
-                [d for d in self.empty if not d],
-                [d for d in (*self.hooked, *self.empty) if d],
-            )
+            hooked = [d for d in (*self.hooked, *self.empty) if d]
+            self.empty, self.hooked = [d for d in self.empty if not d], hooked
             self.hooks = [*map(len, self.hooked)]
 
     def in_modes(self) -> bool:
-        """Whether every module is in train or eval mode as it was."""
+        """Return whether every module is still in its mode, train or eval."""
         return [attributes["training"] for attributes in self.attributes] == self.modes
 
     def mode_difference(self) -> str | None:
@@ -128,15 +114,14 @@ class Trainable:
     """The parameters of a model where they are kept, and which of them require grad."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.names: list[str] = []
-        self.holders: list[dict[str, Any]] = []
-        self.keys: list[str] = []
-        for path, module in model.named_modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    self.names.append(f"{path}.{name}" if path else name)
-                    self.holders.append(module._parameters)
-                    self.keys.append(name)
+        places: list[tuple[str, dict[str, Any], str]] = [
+            (f"{path}.{key}" if path else key, module._parameters, key)
+            for path, module in model.named_modules()
+            for key, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        self.names = [name for name, _, _ in places]
+        self.holders, self.keys = [values for _, values, _ in places], [key for *_, key in places]
         self.known: list[nn.Parameter] = [*map(getitem, self.holders, self.keys)]
         self._note()
         self.kinds = [_kind(parameter) for parameter in self.known]
@@ -159,10 +144,9 @@ class Trainable:
         ]
 
     def _are_known(self) -> bool:
-        """Whether every parameter is the same object as before."""
-        # Dicts are compared at the speed of C, by identity first. Where two tensors differ, the comparison
-        # goes on to their values, which are many, so that it raises; those of one element are looked at
-        # apart.
+        """Return whether every parameter is the same object as before."""
+        # Dicts compare at the speed of C, by identity first. Two tensors that differ are then compared by
+        # value, which raises for many elements; those of one element are looked at apart.
         try:
             same = self._now == self._then
         except Exception:  # noqa: BLE001 # whatever a comparison of two tensors raises
@@ -180,24 +164,21 @@ class Trainable:
             now = [values.get(key) for values, key in zip(self.holders, self.keys, strict=True)]
             for name, parameter, kind in zip(self.names, now, self.kinds, strict=True):
                 if parameter is None or _kind(parameter) != kind:
-                    got = (
-                        f"{name!r} is {_kind(parameter)} now and was {kind}"
-                        if parameter is not None
-                        else (
+                    if parameter is not None:
+                        got = f"{name!r} is {_kind(parameter)} now and was {kind}"
+                    else:
+                        got = (
                             f"{name!r} is no parameter of the model any more (weight_norm, spectral_norm, pruning and "
                             "parametrizations put others in the place of a weight)"
                         )
-                    )
                     raise PlanMismatch(
                         f"planned {type(model).__name__}: {got}; call solve() and execute() again on the model as it is now"
                     )
-            tied = _tied(now)
-            apart = [
-                name for name, then, there in zip(self.names, self.tied, tied, strict=True) if then != there
-            ]
-            if apart:
+            pairs = zip(self.names, self.tied, _tied(now), strict=True)
+            apart = next((name for name, then, tied in pairs if then != tied), None)
+            if apart is not None:
                 raise PlanMismatch(
-                    f"planned {type(model).__name__}: {apart[0]!r} was tied to other parameters when the plan was made, and is "
+                    f"planned {type(model).__name__}: {apart!r} was tied to other parameters when the plan was made, and is "
                     "no longer so, or the other way round; call solve() and execute() again on the model as it is now"
                 )
             self.known = now  # type: ignore[assignment] # none of them is None

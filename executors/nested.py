@@ -1,9 +1,8 @@
-"""A persistent schedule as nested calls of a framework's own checkpoint function.
+"""Run a persistent schedule as nested calls of a framework's own checkpoint function.
 
-Slower than ``rematplan.executors.step`` and limited in depth by Python's recursion, but nothing of ours runs
-in the backward: the tests compare the replay executor with it. It works on whatever ``checkpoint`` works on:
-for PyTorch ``lambda f, x: torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False)``, for JAX ``lambda f,
-x: jax.checkpoint(f)(x)``.
+Slower than ``rematplan.executors.step`` and limited in depth by Python's recursion, but none of its code runs
+in the backward: the tests compare the replay executor with it. For PyTorch ``checkpoint`` is ``lambda f, x:
+torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False)``, for JAX ``lambda f, x: jax.checkpoint(f)(x)``.
 
 A persistent schedule of stages s..t is a tree. Either it keeps stage s and goes on with s+1..t, or it
 splits: it advances from x_s to x_j without keeping anything, reverses j..t, and then reverses s..j-1 from
@@ -53,7 +52,7 @@ def nested(
 
 
 def _parse(actions: tuple[Action, ...], at: int, start: int, stop: int) -> tuple[Parts, int]:
-    """Return the tree of the actions from index ``at`` on that reverse stages start..stop-1, and their end."""
+    """Return the tree of the actions from index ``at`` that reverse stages start..stop-1, and their end."""
 
     def expect(action: Action) -> None:
         if at >= len(actions) or actions[at] != action:

@@ -23,7 +23,7 @@ def plain_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """The plain model behind a planned one: of its original class, sharing everything, its attributes too."""
+    """Return the plain model behind a planned one: of its original class, sharing all its attributes."""
     return sharing(model, _original(model))
 
 

@@ -1,4 +1,4 @@
-"""The plans of one model, by the shapes of its calls: made on demand, watched, tightened out of memory."""
+"""Hold the plans of one model by the shapes of its calls: made on demand, watched, tightened."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from rematplan.executors.model_guard import (
     reject_recording,
     reject_transforms,
 )
+from rematplan.executors.out_of_memory import Changes, lowered, release
 from rematplan.executors.plain import plain_copy, plain_forward
 from rematplan.executors.runner import Runner, cut_off
 from rematplan.executors.trace import Trace
-from rematplan.executors.undo_forward import Changes, lowered, release
 from rematplan.scheduler.core.budget import format_bytes
 from rematplan.scheduler.core.errors import (
     CaptureError,
@@ -68,7 +68,7 @@ MANY_CHANGES = 3  # of Python state that a graph took for constant, before block
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How ``execute`` was told to run the plans; see there."""
+    """The options of ``execute``; see there."""
 
     watch: bool | None = None
     on_new_shape: str = "plan"
@@ -99,25 +99,24 @@ class Plans:
 
     Attributes:
         first: of the first plan, which stays.
-        others: of plans for other calls, other Python state or another environment, the least recently used
-            first.
+        others: of plans for other calls, Python state or environments, the least recently used first.
         last: of the latest forward; None if it was plain.
-        trace: of the latest forward and its backward, if that is asked for.
-        changes: what a forward changes, if one that runs out of memory is to be run again.
+        trace: of the latest step, with ``debug``.
+        changes: what a forward changes, if one that runs out of memory is run again.
     """
 
     def __init__(
         self, plans: Sequence[Plan], model: nn.Module, source: nn.Module, settings: Settings
     ) -> None:
-        self.settings = settings
+        self.settings, self.name = settings, type(model).__name__
+        self.where = f"planned {self.name}"
         self.device = model_device(model)
-        # Ranks of a sharded model follow one schedule: none may take another one, or run a forward again, by
-        # itself.
+        # Ranks of a sharded model follow one schedule: none may change it, or run a forward again, by itself.
         self.alone = not sharded_within(model)
         for name, asked in (("watch", settings.watch), ("on_oom", settings.on_oom == "replan")):
             if asked and not self.alone:
                 raise ValueError(
-                    f"execute: {name}={getattr(settings, name)!r}: {type(model).__name__} is sharded by fully_shard, and a rank "
+                    f"execute: {name}={getattr(settings, name)!r}: {self.name} is sharded by fully_shard, and a rank "
                     f"that followed a tighter schedule by itself would wait for the others for ever; leave {name} out"
                 )
         self.read = CallReader(forward_signature(source))
@@ -130,7 +129,7 @@ class Plans:
         self.evicted = False
         self.last: Runner | None = None
         self.watched: tuple[Runner, Watch] | None = None
-        self.in_flight = InFlight(type(model).__name__, self.device)
+        self.in_flight = InFlight(self.name, self.device)
         self.trace: Trace | None = None
         replan = self.alone and self.device.type == "cuda"
         if settings.on_oom is not None:
@@ -212,13 +211,12 @@ class Plans:
         """Return what runs calls, or state around them, not seen yet; None if they run plainly.
 
         Args:
-            alike: what runs such calls, in another environment, with other parameters frozen, or with other
-                Python state.
+            alike: run such calls in another environment, with other parameters frozen or other Python state.
             usable: those of them that differ in Python state alone.
             frozen: names of the parameters that do not require grad.
         """
         self.first.guard.check(model, fires_hooks=True)  # submodules that are gone are no other state
-        where, settings = f"planned {type(model).__name__}", self.settings
+        where, settings = self.where, self.settings
         state = any(r.reads_alike(signature) for r in usable)  # Python state is all that differs
         if not any(r.reads_alike(signature) for r in alike) and settings.on_new_shape == "error":
             self.first.want.check(call, where)
@@ -245,13 +243,12 @@ class Plans:
                 stacklevel=6,
             )
             return None
-        runner = self._renewed(model, call, signature, usable, where, differs) if usable else None
+        runner = self._renewed(model, call, signature, usable, differs) if usable else None
         if runner is None:
             plain = plain_copy(model)
-            plan = self._plan(plain, call, where, differs)
-            runner = self._runner(
-                plan, model, plain, renewed=max((r.renewed for r in usable), default=-1) + 1
-            )
+            plan = self._plan(plain, call, differs)
+            renewed = max((r.renewed for r in usable), default=-1) + 1
+            runner = self._runner(plan, model, plain, renewed=renewed)
         while len(self.others) >= settings.max_plans - 1:
             self.others.popitem(last=False)
             if not self.evicted:
@@ -268,7 +265,7 @@ class Plans:
     def _difference(
         self, signature: CallSignature, alike: list[Runner], usable: list[Runner], frozen: tuple[str, ...]
     ) -> str:
-        """Return in what a call, or what is around it, differs from what there is a plan for, in words."""
+        """Return how a call, or what surrounds it, differs from those that have a plan, in words."""
         if not alike:
             return self.first.want.difference(signature)
         if usable:
@@ -282,19 +279,13 @@ class Plans:
         return f"other parameters require grad than when the plan was made ({', '.join(names[:3])})"
 
     def _renewed(
-        self,
-        model: nn.Module,
-        call: Call,
-        signature: CallSignature,
-        usable: list[Runner],
-        where: str,
-        differs: str,
+        self, model: nn.Module, call: Call, signature: CallSignature, usable: list[Runner], differs: str
     ) -> Runner | None:
-        """The same plan on a graph captured with the Python state of now; None if it takes a plan of its own.
+        """Return the same plan on a graph captured with the present Python state; None if it does not fit.
 
-        A value that changes again and again would cost a capture each time: then blocks take over, whose code
-        reads it.
+        A value that keeps changing would cost a capture each time: blocks, whose code reads it, take over.
         """
+        where = self.where
         before = next((r for r in usable if not r.kind.runs_code), None)
         if before is None:
             return None
@@ -302,7 +293,7 @@ class Plans:
         renewed = max(r.renewed for r in usable) + 1
         if renewed == MANY_CHANGES:
             try:
-                plan = self._plan(plain, call, where, differs, capture=BLOCKS)
+                plan = self._plan(plain, call, differs, capture=BLOCKS)
             except (CaptureError, InfeasibleBudget) as error:
                 warnings.warn(
                     f"{where}: {differs}, and the op graph is captured again at every such change, for blocks cannot take over "
@@ -327,7 +318,7 @@ class Plans:
     def _hindrance(self, model: nn.Module, call: Call) -> str | None:
         """Return why no plan can be made now; None if one can.
 
-        Of ranks that meet a new shape, others may not: a trial must not wait for them.
+        Only some ranks may meet a new shape: a trial must not wait for the others.
         """
         if is_distributed():
             if not self.alone:
@@ -343,13 +334,9 @@ class Plans:
             return "a profiler is running, and it takes one to count bytes on the CPU"
         return None
 
-    def _plan(self, model: nn.Module, call: Call, where: str, differs: str, capture: str = "auto") -> Plan:
-        """A plan for another call, in the middle of training: nothing that training goes by is changed.
-
-        Args:
-            model: the plain one.
-        """
-        first = self.first.plan
+    def _plan(self, model: nn.Module, call: Call, differs: str, capture: str = "auto") -> Plan:
+        """Plan for another call of the plain model amid training, whose state it leaves as it is."""
+        first, where = self.first.plan, self.where
         budget = format_bytes(first.memory_budget)
         logger.warning("%s: %s; planning for it under %s", where, differs, budget)
         began = time.perf_counter()
@@ -379,10 +366,9 @@ class Plans:
 
     @contextmanager
     def _apart(self, model: nn.Module, call: Call) -> Iterator[Call]:
-        """Yield a call for trials in the middle of training; hooks of the root are left out."""
+        """Yield a call for trials amid training; hooks of the root are left out."""
         random = HostRandomState()
-        # Casts in autocast's cache would not be counted; those of a trial would stay until the user's context
-        # ends.
+        # Casts in autocast's cache would not be counted; a trial's would stay until the user's context ends.
         torch.clear_autocast_cache()
         try:
             with aliased(model) if is_distributed() else nullcontext(), bare(model):
@@ -394,42 +380,40 @@ class Plans:
     # ---- the forward itself ------------------------------------------------------------------------------
 
     def _run(self, model: nn.Module, runner: Runner, call: Call, flat: list[Any]) -> Any:
-        """Run the forward; once more, by a tighter plan, if it runs out of memory."""
+        """Run the forward; if it runs out of memory, once more by a tighter plan."""
         if self.changes is None:
-            return self._once(model, runner, call, flat)
+            return self._once(runner, call, flat)
         state = self.changes.before(model)
         try:
-            output = self._once(model, runner, call, flat)
+            output = self._once(runner, call, flat)
         except torch.OutOfMemoryError as error:
             runner.ran_out = True
             hindrance = state.hindrance()
             if hindrance is not None:
-                error.add_note(f"planned {type(model).__name__}: the forward is not run again: {hindrance}")
+                error.add_note(f"{self.where}: the forward is not run again: {hindrance}")
                 raise
             reason = str(error)
         else:
             self.changes.after(state)
             return output
-        # The exception is gone, and with it the frames that held what the forward had made.
+        # The exception is gone, and with it the frames that held what the forward had computed.
         state.restore()
         if self.watched is not None:
             self.watched[1].stop()
             self.watched = None
         if not self.tighten(model, runner, "in the forward", "the forward is run again"):
-            raise torch.OutOfMemoryError(
-                f"planned {type(model).__name__}: no schedule takes less than this one: {reason}"
-            )
+            raise torch.OutOfMemoryError(f"{self.where}: no schedule takes less than this one: {reason}")
         try:
-            return self._once(model, runner, call, flat)
+            return self._once(runner, call, flat)
         except torch.OutOfMemoryError:
             runner.ran_out = True
             raise
 
-    def _once(self, model: nn.Module, runner: Runner, call: Call, flat: list[Any]) -> Any:
+    def _once(self, runner: Runner, call: Call, flat: list[Any]) -> Any:
         assert runner.executor is not None  # prepare() made it
         if self.settings.debug:
-            runner.executor.observe = self.trace = Trace(runner.plan, type(model).__name__)
-        return runner.forward(flat, call)
+            runner.executor.observe = self.trace = Trace(runner.plan, self.name)
+        return runner.executor.forward(flat, call)
 
     def tighten(self, model: nn.Module, runner: Runner, where: str, what: str) -> bool:
         """Follow a plan that takes less, after a step ran out of memory; return False if there is none.
@@ -444,7 +428,7 @@ class Plans:
         before = runner.plan.predicted_peak
         runner.follow(tighter, model)
         warnings.warn(
-            f"planned {type(model).__name__}: out of memory {where}; its schedule of "
+            f"{self.where}: out of memory {where}; its schedule of "
             f"{format_bytes(before)} gives way to one of {format_bytes(tighter.predicted_peak)} "
             f"({tighter.predicted_overhead:.1%} slower than the plain step); {what}",
             PeakWarning,
@@ -454,23 +438,23 @@ class Plans:
 
     def _judge(self, model: nn.Module) -> None:
         """Judge the step that was watched, if there is one."""
-        if self.watched is not None:
-            (watched, watch), self.watched = self.watched, None
-            measured = watch.stop()
-            if measured is not None:
-                watched.watching = False
-                tighter = tightened(watched.plan, measured, type(model).__name__, watch.requested)
-                if tighter is not None:
-                    watched.follow(tighter, model)
+        if self.watched is None:
+            return
+        (watched, watch), self.watched = self.watched, None
+        measured = watch.stop()
+        if measured is not None:
+            watched.watching = False
+            tighter = tightened(watched.plan, measured, self.name, watch.requested)
+            if tighter is not None:
+                watched.follow(tighter, model)
 
     def _watch(self, model: nn.Module, runner: Runner) -> None:
         """Watch the step that begins, if none of this plan has been measured and it is as planned."""
         if not runner.watching:
             return
         if not runner.benchmarked and benchmarks_convolutions(model, self.device):
-            runner.benchmarked = (
-                True  # in the first step cuDNN tries algorithms, in workspaces that later ones do not take
-            )
+            # In the first step cuDNN tries algorithms, in workspaces that later ones do not take.
+            runner.benchmarked = True
             return
         existing = storage_bytes((p.grad for p in model.parameters() if p.grad is not None), self.device)
         profiled = self.device.type == "cpu" and profiler_is_on()

@@ -1,14 +1,13 @@
-"""A loaded plan meets its model: the capture is made again, and what the file says is compared with it.
+"""Capture a loaded plan's model again, and refuse a plan that says otherwise.
 
 What a plan says of random numbers, changed buffers, cuts, blocks and options decides whether gradients are
-right, so it is derived from this model once more, and the file is refused where it says otherwise.
+right, so it is derived from this model once more.
 """
 
 from __future__ import annotations
 
 import functools
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +15,6 @@ from torch import nn
 from rematplan.executors.block_stages import ModuleExecutor
 from rematplan.executors.engine import Engine
 from rematplan.executors.graph_stages import GraphExecutor
-from rematplan.executors.plain import plain_forward
 from rematplan.scheduler.capture.bit_equal_step import PlainSteps, run_step
 from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture, capture_modules, recorded_modules
 from rematplan.scheduler.capture.graph.graph_capture import GraphCapture, capture_graph, op_graphs
@@ -40,11 +38,7 @@ __all__ = ["ENGINES", "check_names", "recaptured"]
 
 
 def check_names(plan: Plan, model: nn.Module) -> None:
-    """Whether the modules and buffers that a plan names are in the model.
-
-    Raises:
-        PlanMismatch: one is not, or is not where the plan has it.
-    """
+    """Raise PlanMismatch if a module or buffer that a plan names is not in the model, or elsewhere."""
     record, where = plan.capture, f"planned {type(model).__name__}"
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
@@ -71,7 +65,7 @@ def recaptured(plan: Plan, model: nn.Module, call: Call) -> Capture:
         call: canonical, one that the plan is for.
 
     Raises:
-        PlanMismatch: it does not come out as the plan has it.
+        PlanMismatch: it differs from what the plan says.
     """
     try:
         return ENGINES[plan.capture.kind].again(plan, model, call)
@@ -81,31 +75,12 @@ def recaptured(plan: Plan, model: nn.Module, call: Call) -> Capture:
         ) from error
 
 
-def _same_length(found: Capture, plan: Plan) -> None:
+def _check_length(found: Capture, plan: Plan) -> None:
     if len(found) != len(plan.chain):
         raise CaptureError(f"{len(found)} stages are found where the plan has {len(plan.chain)}")
 
 
 # ---- blocks ----------------------------------------------------------------------------------------------
-
-
-class BlockEngine(Engine):
-    """Runs blocks: modules of the model, and its own code between them."""
-
-    def executor(self, capture: ModuleCapture, plan: Plan, model: nn.Module, check: str) -> ModuleExecutor:
-        """See ``Engine.executor``."""
-        plain = functools.partial(plain_forward, model)
-        return ModuleExecutor(capture, plan.program, model, plain, check=check)
-
-    def forward(self, executor: ModuleExecutor, flat: list[Any], call: Call) -> Any:  # noqa: ARG002
-        """See ``Engine.forward``."""
-        return executor.forward(*call)
-
-    def again(self, plan: Plan, model: nn.Module, call: Call) -> ModuleCapture:
-        """See ``Engine.again``."""
-        found = _modules(plan, model, call)
-        _same_length(found, plan)
-        return found
 
 
 def _modules(plan: Plan, model: nn.Module, call: Call) -> ModuleCapture:
@@ -143,14 +118,15 @@ def _modules(plan: Plan, model: nn.Module, call: Call) -> ModuleCapture:
             raise CaptureError(
                 f"stage {stage} is code between blocks, which runs once, and the plan has it as recomputable"
             )
+    _check_length(found, plan)
     return found
 
 
 def _check_recorded(model: nn.Module, found: ModuleCapture) -> None:
-    """What can be told of recorded blocks without running them.
+    """Check what recorded blocks show without running.
 
-    Each rank sees at each first run whether a block draws; which buffers it changes is the record's, as far
-    as modules whose statistics every training step changes do not show that it is wrong.
+    Each rank sees at each first run whether a block draws; which buffers it changes is taken from the record,
+    unless a module whose statistics every training step changes shows that it is wrong.
     """
     for block in found.blocks:
         changed = found.changed[block.stage]
@@ -171,33 +147,21 @@ def _check_recorded(model: nn.Module, found: ModuleCapture) -> None:
 # ---- graphs ----------------------------------------------------------------------------------------------
 
 
-class GraphEngine(Engine):
-    """Runs stages of an op graph."""
+def _again(plan: Plan, model: nn.Module, call: Call) -> GraphCapture:
+    found = _graph(plan, model, call)
+    _check_length(found, plan)
+    with uncached():  # or casts of runs without grad would be those of the step
+        _check_graph(plan, model, call, found)
+    found.uncached = _runs_uncached(plan, model, call, found)
+    return found
 
-    def executor(self, capture: GraphCapture, plan: Plan, model: nn.Module, check: str) -> GraphExecutor:
-        """See ``Engine.executor``."""
-        return GraphExecutor(capture, plan.program, model, check=check, host_bytes=plan.timeline.host_peak)
 
-    def forward(self, executor: GraphExecutor, flat: list[Any], call: Call) -> Any:  # noqa: ARG002
-        """See ``Engine.forward``."""
-        return executor.forward(flat)
-
-    def again(self, plan: Plan, model: nn.Module, call: Call) -> GraphCapture:
-        """See ``Engine.again``."""
-        found = _graph(plan, model, call)
-        _same_length(found, plan)
-        with uncached():  # or casts of runs without grad would be those of the step
-            _check_graph(plan, model, call, found)
-        found.uncached = _runs_uncached(plan, model, call, found)
-        return found
-
-    def alike(self, record: CaptureRecord, model: nn.Module, call: Call) -> bool:
-        """See ``Engine.alike``."""
-        with preserved(model):
-            try:
-                return any(graph.fingerprint() == record.graph for graph in op_graphs(model, call))
-            except CaptureError:
-                return False
+def _alike(record: CaptureRecord, model: nn.Module, call: Call) -> bool:
+    with preserved(model):
+        try:
+            return any(graph.fingerprint() == record.graph for graph in op_graphs(model, call))
+        except CaptureError:
+            return False
 
 
 def _graph(plan: Plan, model: nn.Module, call: Call) -> GraphCapture:
@@ -217,7 +181,7 @@ def _graph(plan: Plan, model: nn.Module, call: Call) -> GraphCapture:
 
 
 def _check_graph(plan: Plan, model: nn.Module, call: Call, found: GraphCapture) -> None:
-    """Fill in what a run of the stages shows, and what the plan adds to it once that is found to be so."""
+    """Compare what one run of the stages shows with the plan, then fill in what the plan adds to it."""
     record, stages = plan.capture, len(found)
     fake = detect_fake_mode() is not None
     with preserved(model), NoCollectives() if is_distributed() else nullcontext():
@@ -254,14 +218,13 @@ def _check_graph(plan: Plan, model: nn.Module, call: Call, found: GraphCapture) 
             (*dict.fromkeys((*a, *b)),) for a, b in zip(found.changed, record.changed, strict=True)
         ]
     found.gaps, found.rerun = list(record.gaps), list(record.rerun)
-    found.dropped = [tuple(map(frozenset, options)) for options in record.dropped] or [
-        (frozenset(),)
-    ] * stages
+    dropped = [tuple(map(frozenset, options)) for options in record.dropped]
+    found.dropped = dropped or [(frozenset(),)] * stages
     _check_options(plan, model, call, found)
 
 
 def _check_options(plan: Plan, model: nn.Module, call: Call, found: GraphCapture) -> None:
-    """Whether each option keeps no more than its bytes, and makes again to the bit what it drops."""
+    """Check that each option keeps no more than its bytes, and recomputes to the bit what it drops."""
     device = found.device
     size = {key: allocated(group.bytes, device) for key, group in found.graph.groups.items()}
     values = plan.chain.values
@@ -302,7 +265,7 @@ def _check_options(plan: Plan, model: nn.Module, call: Call, found: GraphCapture
 
 
 def _runs_uncached(plan: Plan, model: nn.Module, call: Call, found: GraphCapture) -> bool:
-    """Whether stages run without autocast's cache: under autocast, if gradients are summed alike."""
+    """Return whether stages run without autocast's cache: under autocast, if gradients are summed alike."""
     without = plan.capture.uncached
     if not torch.is_autocast_enabled(found.device.type):
         if without:
@@ -317,13 +280,12 @@ def _runs_uncached(plan: Plan, model: nn.Module, call: Call, found: GraphCapture
     differs, _ = plain.judge(
         functools.partial(run_step, model, lambda: found.sweep(model, call), offload=True)
     )
-    exact = differs is None
     torch.clear_autocast_cache()
-    if exact != without:
+    if (differs is None) != without:
         raise CaptureError(
-            f"stages {'can' if exact else 'cannot'} run without autocast's cache, and the plan says otherwise"
+            f"stages {'cannot' if differs else 'can'} run without autocast's cache, and the plan says otherwise"
         )
     return without
 
 
-ENGINES: dict[str, Engine] = {"graph": GraphEngine(), BLOCKS: BlockEngine()}
+ENGINES = {"graph": Engine(GraphExecutor, _again, _alike), BLOCKS: Engine(ModuleExecutor, _modules)}

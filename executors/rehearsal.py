@@ -1,12 +1,12 @@
-"""What a rehearsal saw, beside what was predicted."""
+"""``Rehearsal``: the live bytes of a rehearsed step beside those predicted."""
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 
 from rematplan.scheduler.core.budget import format_bytes
 from rematplan.scheduler.core.referee import Timeline
+from rematplan.scheduler.core.text_table import lines_of, new_table
 from rematplan.scheduler.plan.plan import Plan
 from rematplan.scheduler.plan.timeline import MemoryTimeline
 
@@ -34,13 +34,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What ``rehearse`` saw. Print it for the table.
+    """The result of ``rehearse``. Print it for the table.
 
-    Attributes: plan: what was followed. real: whether on tensors with data. resident: bytes live during the
-        whole step, by what they consist of. timeline: the live bytes observed over the step. rows: one for
-        each action of the schedule. uncounted: ops whose scratch bytes are not in the figures, and why; None
-        if no op's are. requested: measured on CUDA: the peak of what was asked for, where ``peak`` has the
-        allocator's blocks; else None.
+    Attributes:
+        plan: what was followed.
+        real: whether on tensors with data.
+        resident: bytes live during the whole step, by kind.
+        timeline: the live bytes observed over the step.
+        rows: one for each action of the schedule.
+        uncounted: ops whose scratch bytes are not in the figures, and why; None if no op's are.
+        requested: on CUDA with ``real``, the peak of the bytes requested (``peak`` counts the allocator's
+            blocks); else None.
     """
 
     plan: Plan
@@ -53,12 +57,12 @@ class Rehearsal:
 
     @property
     def peak(self) -> int:
-        """The most bytes live at once, what is live during the whole step included."""
+        """The most bytes live at once, resident ones included."""
         return self.timeline.peak
 
     @property
     def predicted(self) -> Timeline:
-        """What the referee says."""
+        """The referee's timeline."""
         return self.plan.timeline
 
     @property
@@ -68,12 +72,8 @@ class Rehearsal:
         return tuple(r for r in self.rows if r.observed is not None and abs(r.observed - r.predicted) > limit)
 
     def table(self) -> str:
-        """Per action what was predicted and observed; then where and by how much the two differ."""
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        """Return predicted and observed bytes per action, then where and by how much the two differ."""
+        table = new_table()
         table.add_column("#", justify="right")
         table.add_column("action", no_wrap=True)
         for heading in ("predicted", "observed", "difference"):
@@ -85,18 +85,12 @@ class Rehearsal:
             off = "" if row.observed is None else f"{(row.observed - row.predicted) / peak:+.2%}"
             words = self.timeline.actions[row.action]
             table.add_row(str(row.action), words, format_bytes(row.predicted), seen, off, row.op)
-        out = io.StringIO()
-        console = Console(file=out, width=130, highlight=False, markup=False, emoji=False, color_system=None)
-        console.print(table)
-        lines = [line.rstrip() for line in out.getvalue().strip("\n").splitlines()]
+        lines = lines_of(130, table, markup=False, emoji=False, color_system=None)
         kind = "measured" if self.real else "rehearsed without data"
-        lines += [
-            "",
-            (
-                f"peak: predicted {format_bytes(peak)}, {kind} {format_bytes(self.peak)} "
-                f"({self.peak / peak - 1:+.2%}); budget {format_bytes(self.plan.memory_budget)}"
-            ),
-        ]
+        lines.append(
+            f"\npeak: predicted {format_bytes(peak)}, {kind} {format_bytes(self.peak)} "
+            f"({self.peak / peak - 1:+.2%}); budget {format_bytes(self.plan.memory_budget)}"
+        )
         if self.requested is not None:
             lines.append(
                 f"asked for at most {format_bytes(self.requested)}; the rest of the peak is CUDA's rounding up to blocks"

@@ -1,4 +1,4 @@
-"""``rehearse``: one step by a plan, watched: on tensors without data, or for real."""
+"""``rehearse``: run one step by a plan, on tensors without data or for real, and count its live bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from rematplan.executors.execute import execute
 from rematplan.executors.plain import plans_within
-from rematplan.executors.plans import Plans
 from rematplan.executors.rehearsal import Difference, Rehearsal
 from rematplan.executors.runner import Runner, cut_off
 from rematplan.scheduler.capture.protocol import Capture
@@ -46,41 +45,37 @@ __all__ = ["Difference", "Rehearsal", "rehearse"]
 def rehearse(
     plan: Plan, model: nn.Module, sample: Any, *, real: bool = False, scratch: bool = True
 ) -> Rehearsal:
-    """Run one step by ``plan``, by the code that trains, and watch its live bytes.
+    """Run one step by ``plan``, by the code that trains, and count its live bytes.
 
     Without data (``real=False``) the step runs on fake tensors, on a copy of the model without weights:
-    forward, loss, backward, gradients into ``.grad``. Every storage that an op makes is followed from its
-    making to its end. What a kernel allocates and releases within itself (a convolution's columns,
-    attention's float32 sums) shows nowhere in such a step: where the plan's device exists, each distinct op
-    is run there by itself, on zeros, and what it took is added at each of its places in the step. The loss is
-    found as ``solve`` finds it.
+    forward, loss (found as by ``solve``), backward, gradients into ``.grad``. Every storage is followed from
+    its allocation to its release. What a kernel allocates within itself (a convolution's columns, attention's
+    float32 sums) does not show in such a step: where the plan's device exists, each distinct op runs there by
+    itself on zeros, and its scratch bytes are added wherever it occurs.
 
     Args:
         plan: from ``rematplan.solve`` or ``Plan.load``.
-        model: the model of the plan; left as it is. Without ``real`` its parameters may be fake.
+        model: the model of the plan, left unchanged. Without ``real`` its parameters may be fake.
         sample: as for ``solve``; its values do not matter unless ``real``.
-        real: run the step on the model's device with its data, twice (the first is a warm-up), and measure:
-            on the CPU every allocation, on CUDA the caching allocator's counters at every op, whose peaks are
-            reset. Where there are gradients, zeros stand in for them, which takes their bytes once more.
-        scratch: without ``real``, whether to count what kernels take within themselves. It takes the memory
-            of one op's tensors at a time (ops that would take more than a quarter of the free memory are left
-            out, and the table names them), and the seconds of each distinct op once or twice in a process.
-            False: nothing is computed. No effect on a plan for a described device, or for one that is not
-                there.
-
-    On CUDA kernels that are counted by themselves reset the peaks that ``torch.cuda.max_memory_allocated``
-    tells of, too.
-
-    Copies to the host are made ``real``, and cost nothing without; they count with the action before them.
+        real: run the step twice on the model's device with its data (the first is a warm-up), and measure: on
+            the CPU every allocation, on CUDA the caching allocator's counters at every op, whose peaks are
+            reset. Zeros replace gradients that exist, which takes their bytes once more. Copies to the host
+            are real, too, and count with the action before them.
+        scratch: without ``real``, whether to count kernels' scratch bytes. It takes the memory of one op's
+            tensors at a time (ops over a quarter of the free memory are left out, and the table names them)
+            and the seconds of each distinct op once or twice in a process; on CUDA it resets the peaks of
+            ``torch.cuda.max_memory_allocated``. No effect for a device that is described or does not exist.
 
     Returns:
-        the Rehearsal: the peak in the terms of ``plan.predicted_peak``, and each action's bytes beside the
-        referee's.
+        the peak, comparable to ``plan.predicted_peak``, and each action's bytes beside the referee's.
 
     Raises:
-        TypeError, PlanMismatch: as ``execute`` does; the sample is not the plan's.
+        TypeError, PlanMismatch: as by ``execute``; or the sample is not the plan's.
         RuntimeError: ``real`` or ``scratch``, on the CPU, while an autograd profiler is running. Without
-            ``real``: the model's code asks for the value of a tensor, which none has.
+            ``real``: the model's code reads the value of a tensor, which none has.
+
+    Example:
+        >>> print(rehearse(plan, model, batch))  # doctest: +SKIP
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"rehearse: plan is a {type(plan).__name__}, expected a Plan")
@@ -106,13 +101,13 @@ def rehearse(
 
 @dataclass
 class _Notes:
-    """The observer of a rehearsed step: which action of the schedule begins at which event.
+    """The observer of a rehearsed step: at which event an action of the schedule begins.
 
     Attributes:
-        now: how many events there are so far.
+        now: counts the events so far.
+        number: of a tensor's storage.
         begins: (events before it, action).
         held: numbers of the storages that were held as boundaries.
-        number: of a tensor's storage.
     """
 
     plan: Plan
@@ -129,7 +124,7 @@ class _Notes:
                 self.first.setdefault(action.stage, index)
 
     def action(self, what: str, where: int) -> int:
-        """Return the index in the schedule of what the executor says."""
+        """Return the index in the schedule of what the executor tells."""
         if what == "first":
             return self.first[where]
         return self.split + (where if what == "replay" else self.plan.program.backward_at[where])
@@ -145,7 +140,7 @@ class _Notes:
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """Bytes that came or went: at an op, of a storage (-1 if not known which)."""
+    """Bytes allocated or released at an op, of a storage (-1 if unknown)."""
 
     label: str
     change: int
@@ -163,8 +158,7 @@ def _step(planned: nn.Module, call: Call, notes: _Notes) -> Any:
 
 
 def _runner(planned: nn.Module) -> Runner:
-    plans: Plans = plans_within(planned)
-    return plans.first
+    return plans_within(planned).first
 
 
 @contextmanager
@@ -182,7 +176,8 @@ def _observed(planned: nn.Module, notes: _Notes) -> Iterator[None]:
 
 
 def _faked(plan: Plan, model: nn.Module, call: Call, notes: _Notes, scratch: bool) -> Rehearsal:
-    place = _place(plan, model)
+    own, place = model_device(model), torch.device(plan.capture.device)
+    place = own if own.type == place.type else place
     device = str(place)
     at_hand = not plan.capture.target and (place.type == "cpu" or torch.cuda.is_available())
     kernels = Scratch(place) if scratch and at_hand else None
@@ -212,23 +207,16 @@ def _faked(plan: Plan, model: nn.Module, call: Call, notes: _Notes, scratch: boo
 
 
 def _capture_of(plan: Plan, model: nn.Module, twin: nn.Module, call: Call) -> Capture:
-    """Return the plan's capture; made again, without data, for a plan that was loaded or another model."""
+    """Return the plan's capture; captured again, without data, for a loaded plan or another model."""
     live = plan.live[0] if plan.live is not None else None
     if live is not None and live._modules is model._modules and live._parameters is model._parameters:
-        capture: Capture = plan.live[1]
-        return capture
+        return plan.live[1]
     planned = execute(plan, twin)
     return _runner(planned).capture_again(planned, cut_off(call))
 
 
-def _place(plan: Plan, model: nn.Module) -> torch.device:
-    """Return the device that the step is rehearsed on: the model's, or one of the plan's kind."""
-    own, planned = model_device(model), torch.device(plan.capture.device)
-    return own if own.type == planned.type else planned
-
-
 def _rules(plan: Plan) -> Device:
-    """Return whose allocator's rules the plan's bytes follow."""
+    """Return the device whose allocator's rules the plan's bytes follow."""
     target = plan.capture.target
     if not target:
         return torch.device(plan.capture.device)
@@ -278,7 +266,7 @@ def _real(plan: Plan, model: nn.Module, call: Call, notes: _Notes) -> Rehearsal:
 
 
 def _measured_cpu(step: Callable[[], Any], notes: _Notes) -> list[_Change]:
-    """Return every allocation of torch's CPU allocator, and the op that asked for it."""
+    """Return every allocation of torch's CPU allocator with its op."""
     marker = "rematplan: action "
     count = 0
 
@@ -304,10 +292,8 @@ def _measured_cpu(step: Callable[[], Any], notes: _Notes) -> list[_Change]:
             if open_:
                 open_.pop()
         elif kind == "memory_alloc":
-            op = next(
-                (each for each in open_ if each.startswith("aten::")), open_[-1] if open_ else "between ops"
-            )
-            changes.append(_Change(op, size))
+            ops = [each for each in open_ if each.startswith("aten::")] or open_[-1:] or ["between ops"]
+            changes.append(_Change(ops[0], size))
     notes.begins = [(places[index], action) for index, action in notes.begins]
     return changes
 
@@ -324,7 +310,7 @@ class _Counters(TorchDispatchMode):
         self.requested = 0  # the most bytes that were asked for, above those of the start
 
     def read(self, label: str) -> None:
-        """Note what came and went since the last reading."""
+        """Note the bytes allocated and released since the last reading."""
         now = CudaBytes.read(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         for change in (now.highest - self.last, now.allocated - now.highest):
@@ -359,11 +345,11 @@ def _measured_cuda(step: Callable[[], Any], notes: _Notes, device: torch.device)
     return counters.changes, counters.requested
 
 
-# ---- what came of it ---------------------------------------------------------------------------------
+# ---- the account -------------------------------------------------------------------------------------
 
 
 def _resident(plan: Plan, model: nn.Module, call: Call, capture: Capture) -> dict[str, int]:
-    """What is live during the whole step; some parts are the plan's, for the model does not show them."""
+    """Return the bytes live during the whole step; what the model does not show is the plan's."""
     device = _rules(plan)
     parts = resident_parts(model, call, device)
     for part in ("optimizer state", "workspaces", "allocator slack"):
@@ -417,8 +403,8 @@ def _told(
 def _actions(count: int, begins: list[tuple[int, int]]) -> list[int]:
     """Return (changes,) the action of the schedule that each belongs to.
 
-    Autograd reverses a part of a stage, and only then asks for what was dropped: the actions that make it
-    come first in the schedule, so what was done before them counts with them.
+    Autograd reverses a part of a stage before it needs what was dropped, but the actions that recompute that
+    come first in the schedule: what was done before them counts with them.
     """
     actions = [0] * count
     for (begin, action), (end, _) in zip(begins, [*begins[1:], (count, 0)], strict=True):
@@ -429,10 +415,9 @@ def _actions(count: int, begins: list[tuple[int, int]]) -> list[int]:
 
 
 def _spans(changes: list[_Change]) -> list[tuple[str, int, int, int, int]]:
-    """(op, bytes, first change, change at which they are gone, storage) of bytes that came and went together.
+    """Return (op, bytes, first change, change of their release, storage) of bytes that lived together.
 
-    Releases of storages that are not known are of the latest bytes of the same size, or else of the latest
-    ones.
+    A release of an unknown storage is that of the latest bytes of the same size, or else of the latest ones.
     """
     spans: list[tuple[str, int, int, int, int]] = []
     there: list[list[Any]] = []  # op, bytes, first change, storage

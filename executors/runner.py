@@ -1,4 +1,4 @@
-"""One plan at work: its capture, the executor that follows it, and what it was made for."""
+"""Run training forwards by one plan: its capture, its executor, and the calls and state that it is for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rematplan.executors.engine import Executor
 from rematplan.executors.model_guard import Guard
-from rematplan.executors.plain import plain_copy, plans_within
+from rematplan.executors.plain import plain_copy
 from rematplan.executors.recapture import ENGINES, check_names, recaptured
 from rematplan.scheduler.capture.bit_equal_step import PlainSteps, run_step
 from rematplan.scheduler.capture.protocol import Capture
@@ -26,23 +26,23 @@ from rematplan.scheduler.torch_layer.layouts import is_plain as is_view
 from rematplan.scheduler.torch_layer.leaves import flatten, map_tensors
 from rematplan.scheduler.torch_layer.preserve import HostRandomState, bare, model_device
 
-__all__ = ["Runner", "cut_off", "plans_within"]
+__all__ = ["Runner", "cut_off"]
 
 
 class Runner:
     """Runs training forwards of one planned model by one plan.
 
-    A capture made in this process is used as it is; for a plan that was loaded, or a model other than the
-    one it was made with, the model is captured again at the first forward, on the inputs given there, and
-    must come out the same. A plan that was made without data is then tried against a plain step.
+    A capture made in this process is used as it is. For a plan that was loaded, or another model, the model
+    is captured again at the first forward, on its inputs, and must give the same. A plan that was made
+    without data is then tried against a plain step.
 
     Attributes:
         want: the signature of the calls that the plan is for.
-        watching: whether the next step is to be the first that is measured.
+        watching: whether no step was measured yet, and one is to be.
         benchmarked: whether cuDNN has tried its algorithms in a step of this plan.
-        ran_out: whether the last step ran out of memory, so that the next one is to follow a tighter plan.
+        ran_out: whether the last step ran out of memory, so that the next one follows a tighter plan.
         frozen: names of the parameters that do not require grad in its steps.
-        trying: whether the capture that is made at the first forward is to be tried against a plain step.
+        trying: whether a capture made at the first forward is tried against a plain step.
         renewed: how often the op graph was captured again because Python state had changed.
     """
 
@@ -70,7 +70,6 @@ class Runner:
         self.guard = Guard(model, frozenset(plan.capture.evaluating))
         self.sharded = len(sharded_within(model))
         self.kind = KINDS[plan.capture.kind]
-        self.engine = ENGINES[plan.capture.kind]
         self.executor: Executor | None = None
         # Objects that share their attributes are one model: a capture of one is a capture of the other.
         live = plan.live[0] if plan.live is not None else None
@@ -79,21 +78,17 @@ class Runner:
 
     def executor_for(self, capture: Capture, model: nn.Module) -> Executor:
         """Return what runs the plan on this capture."""
-        return self.engine.executor(capture, self.plan, model, self.check)
-
-    def forward(self, flat: list[Any], call: Call) -> Any:
-        """Run one training forward by the plan, once ``prepare`` has been called."""
-        return self.engine.forward(self.executor, flat, call)
+        return ENGINES[self.plan.capture.kind].executor(capture, self.plan, model, self.check)
 
     def takes(self, signature: CallSignature) -> bool:
-        """Whether the plan is for tensors like these, whatever the plain values beside them."""
+        """Return whether the plan is for tensors like these, whatever the plain values beside them."""
         if signature.structure != self.want.structure:
             return False
         pairs = zip(self.want.described, signature.described, strict=True)
         return all(a == b for a, b in pairs if "tensor" in (a[0], b[0]))
 
     def reads_alike(self, signature: CallSignature) -> bool:
-        """Whether the plain values in a call are those of the plan, as far as they matter.
+        """Return whether the plain values in a call are those of the plan, as far as they matter.
 
         Code of blocks reads them itself; there they matter if they may lead it another way.
         """
@@ -107,7 +102,7 @@ class Runner:
         return True
 
     def runs_in(self, environment: Environment, kind: str) -> bool:
-        """Whether the process is in the state that the plan was made in."""
+        """Return whether the process is in the state that the plan was made in."""
         if self._environment is None:
             then = self.plan.capture.environment
             if environment_difference(then, environment_text(kind)) is not None:
@@ -116,17 +111,17 @@ class Runner:
         return environment == self._environment
 
     def holds(self, repeated: tuple[tuple[int, int], ...]) -> bool:
-        """Whether what the plan took for constant still is: Python state, tensors of the call that are one.
+        """Return whether what the plan took for constant is unchanged: Python state, and ``repeated``.
 
         Args:
-            repeated: (leaf, earlier leaf) of the tensors that are; of a graph the code may have asked.
+            repeated: (leaf, earlier leaf) of the call that are one tensor, which traced code may have asked.
         """
         if self.executor is None or self.kind.runs_code:
             return self.guard.in_modes()
         return bool(self.executor.capture.holds(repeated))
 
     def changes(self) -> str:
-        """Return what the plan took for constant and is otherwise now, in words."""
+        """Return what has changed that the plan took for constant, in words."""
         if self.executor is None or self.kind.runs_code:
             return self.guard.mode_difference() or ""
         return str(self.executor.capture.changes())
@@ -138,7 +133,7 @@ class Runner:
             self.executor = self.executor_for(self.executor.capture, model)
 
     def prepare(self, model: nn.Module, call: Call) -> Executor:
-        """Return the executor, once the model is found to have the plan's modules and is captured."""
+        """Check that the model has the plan's modules, capture it if needed, and return the executor."""
         # Nothing is sharded where torch.distributed is not initialised: every forward is spared the search.
         if is_distributed() and len(sharded_within(model)) != self.sharded:
             raise PlanMismatch(
@@ -155,16 +150,15 @@ class Runner:
         return self.executor
 
     def _captured(self, model: nn.Module, call: Call) -> Executor:
-        """Return what runs the plan on a capture that is made now."""
         apart = cut_off(call)
         executor = self.executor_for(self.capture_again(model, apart), model)
         if self.trying:  # a plan that was made without data, or a graph of other Python state
             flat = flatten(*apart)[0]
-            self._try(model, apart, functools.partial(self.engine.forward, executor, flat, apart))
+            self._try(model, apart, functools.partial(executor.forward, flat, apart))
         return executor
 
     def _try(self, model: nn.Module, call: Call, planned: Callable[[], Any]) -> None:
-        """Compare one step by the plan with one plain step, bit for bit; warn where that costs too much."""
+        """Compare one step by the plan with a plain one, bit for bit; warn where that costs too much."""
         hindrance = _hindrance(self.plan)
         if hindrance:
             warnings.warn(
@@ -185,17 +179,13 @@ class Runner:
             )
 
     def capture_again(self, model: nn.Module, apart: Call) -> Capture:
-        """Return the capture of the plan, made on this model; refused if it comes out otherwise.
-
-        Args:
-            apart: a call of which nothing outside needs the tensors (``cut_off``).
-        """
+        """Return the capture of the plan, made on this model and a call that was ``cut_off``."""
         with bare(plain_copy(model)) as plain:  # this forward is within hooks of the root already
             return recaptured(self.plan, plain, apart)
 
 
 def cut_off(call: Call) -> Call:
-    """The call on copies of its tensors, without their history: a trial reverses nothing beyond the model."""
+    """Return the call on copies of its tensors without history: trials reverse nothing beyond the model."""
     made: dict[int, Tensor] = {}
 
     def copied(tensor: Tensor) -> Tensor:
@@ -211,12 +201,12 @@ def cut_off(call: Call) -> Call:
 
 
 def _both_numbers(a: Any, b: Any) -> bool:
-    """Whether both are numbers, and both or neither are 0, which often leads another way through the code."""
+    """Return whether both are numbers, both 0 or neither: 0 often takes another path through the code."""
     return type(a) in (int, float) and type(a) is type(b) and (a == 0) == (b == 0)
 
 
 def _hindrance(plan: Plan) -> str | None:
-    """Return why a plain step beside a planned one cannot be had for little; None if it can."""
+    """Return why a plain step beside a planned one costs too much; None if it does not."""
     if is_distributed():
         return "a backward of its own would get in the way of torch.distributed"
     if plan.plain.peak > machine_bytes() / 2:

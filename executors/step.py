@@ -10,7 +10,7 @@ Autograd builds its own graph, without its values. A stage is in one of these st
     released  nothing                  nothing
 
 A boundary is *working* while it is the latest that the replay has produced, and *held* from the first sweep
-or from a ``Checkpoint`` of the program until a ``Free``, or until no stage that it serves can run again (3).
+or a ``Checkpoint`` until a ``Free``, or until no stage that it serves can run again (3).
 
 The rules, referred to by number:
 
@@ -29,7 +29,7 @@ The rules, referred to by number:
 5. A stage kept with an option drops some of its saved tensors. The first unpack of one of these, once the
    program is at the stage's backward, runs the part of the option's own program (``Rebuild``) that recomputes
    it, on what was kept; any other request is answered as for a dropped stage.
-6. Random numbers: each stage that draws is re-run from its own state, and the generators are put back after
+6. Random numbers: each stage that draws is re-run from its own state, and the generators are restored after
    every replay. So is what surrounds the code (``RunContext``): grad mode, autocast, what chooses kernels,
    the default device and function modes. Buffers that a stage changes are changed by its first run only.
 7. Once the program has kept a rebuilt stage whole, no run of it starts from that stage's input any more. The
@@ -44,7 +44,6 @@ The rules, referred to by number:
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,9 +52,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from rematplan.executors.compare_replay import Comparison, ReplayError
-from rematplan.executors.host_arena import Arena
+from rematplan.executors.engine import Stages
 from rematplan.executors.host_copies import Moved
-from rematplan.executors.stages import Stages
 from rematplan.executors.step_state import Handle, Held, Lasting, StepState, tensors_of
 from rematplan.executors.trace import Observer, silent
 from rematplan.scheduler.capture.graph.recompute import OtherOps, Rebuild, Thinned, rerun
@@ -75,36 +73,25 @@ class Step:
     """One step, from its forward until its graph is gone.
 
     Args:
-        program: what to run.
-        stages: how.
-        device: that holds the model.
-        random: stages of which the generators are noted before their first run.
-        observe: is told where the step is.
-        check: what a recomputed tensor is compared by; a key of ``CHECKS``.
-        arena: for copies on the host, if the program makes any.
+        stages: of the executor whose program the step follows.
 
     Attributes:
         faked: whether tensors have no data.
+        random: stages whose generators are noted before their first run.
         context: that of the forward.
     """
 
-    def __init__(
-        self,
-        program: ReplayProgram,
-        stages: Stages,
-        device: torch.device,
-        random: Sequence[bool],
-        observe: Observer | None = None,
-        check: str = "metadata",
-        arena: Arena | None = None,
-    ) -> None:
-        self.program, self.stages, self.device = program, stages, device
-        self.random, self.tell = random, observe or silent
+    def __init__(self, stages: Stages) -> None:
+        executor = stages.executor
+        self.program: ReplayProgram = executor.program
+        self.stages, self.device, self.random = stages, executor.device, executor.random
+        self.tell: Observer = executor.observe or silent
         self.faked = detect_fake_mode() is not None
-        self.state = StepState(program, stages.release, self.tell, check != "none" and not self.faked, arena)
-        self.comparison = Comparison(check, self.faked, self.state.prints, stages.name, stages.saved_name)
+        self.comparison = Comparison(executor.check, self.faked, stages)
+        sampled = self.comparison.sampled
+        self.state = StepState(self.program, stages.release, self.tell, sampled, executor.arena)
         self.lasting = Lasting()
-        self.context = RunContext(device.type)
+        self.context = RunContext(self.device.type)
         self._flags: dict[int, tuple[bool, ...]] = {}  # boundary -> requires_grad of each tensor
         self._position = 0  # in program.replay
         self._task = -1  # autograd's id of the backward pass that the position belongs to
@@ -157,14 +144,12 @@ class Step:
         return saved_tensors_hooks(self._shielded(pack), self.unpack)
 
     def _shielded(self, hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        return shielded(hook) if self.stages.compiled else hook
+        return shielded(hook) if self.stages.executor.compiled else hook
 
     def watch(self, stage: int, results: Sequence[Tensor]) -> None:
         """Tell the observer that the stage's backward begins, when the gradients of its results arrive."""
         if self.tell is not silent:
-            for tensor in results:
-                if tensor.requires_grad:
-                    on_gradient(tensor, lambda _: self.tell("backward", stage))
+            _at_gradients(results, lambda _: self.tell("backward", stage))
 
     def after_first_run(self, stage: int, results: Sequence[Tensor], following: tuple[Tensor, ...]) -> None:
         """Copy what the program copies once the stage has run; ``following``: the next boundary (rule 8)."""
@@ -178,9 +163,7 @@ class Step:
         for action in self.program.moves[stage]:
             state.move(action)
         if not packed and not state.handles[stage]:  # nothing that is unpacked would run the program on
-            for tensor in results:
-                if tensor.requires_grad:
-                    on_gradient(tensor, lambda _: self._replay_until(stage))
+            _at_gradients(results, lambda _: self._replay_until(stage))
 
     # ---- backward ------------------------------------------------------------------------------------
 
@@ -215,7 +198,7 @@ class Step:
             with self.context.restored():
                 self._replay(task, stage, index)
         except torch.OutOfMemoryError:
-            self.stages.ran_out()
+            self.stages.executor.ran_out = True
             raise
         finally:
             if generators is not None:
@@ -283,10 +266,8 @@ class Step:
         return True
 
     def _reversed_for_good(self, stage: int) -> bool:
-        """Whether nothing of the stages after this one can be asked for again (rule 7)."""
-        if keeps_graph():
-            return False
-        return not any(self.state.handles[stage + 1 : self.state.top() + 1])
+        """Return whether nothing of the stages after this one can be asked for again (rule 7)."""
+        return not keeps_graph() and not any(self.state.handles[stage + 1 : self.state.top() + 1])
 
     def _boundary(self, boundary: int) -> tuple[Tensor, ...] | None:
         state = self.state
@@ -301,9 +282,9 @@ class Step:
 
     def _rebuild_from_nearest(self, stage: int) -> None:
         """Rebuild one stage from the nearest held boundary, whatever the program says (rule 4)."""
-        start = max((b for b in self.state.boundaries if b <= stage), default=None)
-        current = None if start is None else self._boundary(start)
-        if start is None or current is None:
+        start = max((b for b in self.state.boundaries if b <= stage), default=-1)
+        current = self._boundary(start)
+        if current is None:
             raise ReplayError(
                 f"stage {stage}: no boundary before it is held any more; an earlier backward released it. "
                 "Pass retain_graph=True to that backward"
@@ -326,7 +307,7 @@ class Step:
             self.state.generators[stage].restore()
 
     def _advance(self, stage: int, boundary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Run a stage of which nothing is saved."""
+        """Re-run a stage and save nothing."""
         self._ready(stage)
         self.tell("advance", stage)
         with self._discarding(stage):
@@ -367,7 +348,7 @@ class Step:
         if last < 0 or not state.handles[stage]:
             return self._advance(stage, boundary) if wanted else None
         filled: dict[int, Tensor] = {}
-        count, stop = 0, -1 if wanted or stage in self.stages.reversing else last
+        count, stop = 0, -1 if wanted or stage in self.stages.executor.reversing else last
 
         def pack(tensor: Tensor) -> None:
             nonlocal count
@@ -379,7 +360,7 @@ class Step:
                     f"its re-run saves more tensors than its first run ({len(prints)}); the model must run the same ops on "
                     "the same input",
                 )
-            self.comparison.check_saved(stage, index, tensor)
+            self.comparison.check_saved(stage, index, prints[index], tensor)
             if needed[index] is not None:
                 filled[index] = tensor.detach()
             if index in read:
@@ -425,7 +406,7 @@ class Step:
 
         def fill(number: int, tensor: Tensor) -> None:
             if prints[number] is not None:
-                self.comparison.check_saved(stage, number, tensor)
+                self.comparison.check_saved(stage, number, prints[number], tensor)
                 filled[number] = tensor
 
         arguments = self.stages.arguments(stage, self._leaves(stage, boundary), self.comparison, part)
@@ -441,18 +422,18 @@ class Step:
         """Return the context of a re-run of which nothing is saved."""
         if not self.comparison.thorough:
             return self._saving(stage, _discard)
-        numbers = itertools.count()
+        numbered = enumerate(self.state.prints[stage])
 
         def look(tensor: Tensor) -> None:
-            index = next(numbers)
-            if index < len(self.state.prints[stage]):
-                self.comparison.check_saved(stage, index, tensor)
+            known = next(numbered, None)
+            if known is not None:
+                self.comparison.check_saved(stage, *known, tensor)
 
         return self._saving(stage, look)
 
     def _saving(self, stage: int, pack: Callable[[Tensor], None]) -> saved_tensors_hooks:
-        """Return the context of a re-run that hands saved tensors to ``pack``; those in ``reversing`` keep them."""
-        if stage not in self.stages.reversing:
+        """Return the context of a re-run that hands saved tensors to ``pack``; a reversing one keeps them."""
+        if stage not in self.stages.executor.reversing:
             return saved_tensors_hooks(self._shielded(pack), _never)
 
         def hold(tensor: Tensor) -> Tensor:
@@ -464,6 +445,12 @@ class Step:
 
 class _Stop(Exception):
     """Raised by the pack hook when the last handle is filled (rule 2)."""
+
+
+def _at_gradients(tensors: Sequence[Tensor], then: Callable[[Tensor], None]) -> None:
+    for tensor in tensors:
+        if tensor.requires_grad:
+            on_gradient(tensor, then)
 
 
 def _discard(_: Tensor) -> None:

@@ -54,11 +54,7 @@ class Held:
         self.version = version_of(tensor)
 
     def unpack(self) -> Tensor:
-        """Return the tensor.
-
-        Raises:
-            RuntimeError: it has been modified in place since.
-        """
+        """Return the tensor; RuntimeError if it was modified in place since."""
         if version_of(self.tensor) != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace "
@@ -81,22 +77,19 @@ class Lasting:
         self._parameters: dict[int, Held] = {}
 
     def add(self, tensors: Sequence[Tensor], *, bound: bool = True) -> None:
-        """Count the storages of these tensors among them.
+        """Add the storages of these tensors.
 
         Args:
-            bound: whether they surely live on. Code may bind others in their place (``p.data = other``): a
-                tensor that is made at the same address would then pass for one of them, unless the identity
-                is held.
+            bound: whether they surely live on. Otherwise code may replace them (``p.data = other``), and a
+                tensor allocated at the same address would pass for one of them unless the identity is held.
         """
         self.keys |= storage_keys(tensors)
         if not bound:
             self._unbound += [StorageWeakRef(s) for s in map(storage_of, tensors) if s is not None]
 
     def pack(self, tensor: Tensor) -> Held:
-        """Return what stands for one; all who save a parameter share it."""
-        if not isinstance(
-            tensor, Parameter
-        ):  # another leaf (an index, a mask) is released with its last reader
+        """Return the Held of such a tensor; all that save a parameter share one."""
+        if not isinstance(tensor, Parameter):  # another leaf (an index, a mask) dies with its last reader
             return Held(tensor)
         found = self._parameters.get(id(tensor))
         if found is None or found.version != version_of(tensor):
@@ -105,21 +98,21 @@ class Lasting:
 
 
 class StepState:
-    """What a step holds, by stage and by boundary.
+    """The state of a step, by stage and by boundary.
 
     Args:
         program: what the step follows.
-        release_inputs: (stage, ``rerunnable``); called when no re-run of the stage can be asked for any more.
+        release_inputs: (stage, ``rerunnable``); called once the stage can run no more.
         tell: is told which boundaries are held and freed.
-        sampled: whether a few values of the boundaries are compared before re-runs that read them.
+        sampled: whether re-runs compare a few values of the boundaries that they read.
         arena: for copies on the host, if the program makes any.
 
     Attributes:
-        boundaries: boundary -> its tensors, detached, while held; or what stands for them (rule 8).
+        boundaries: boundary -> its tensors, detached, or Moved (rule 8), while held.
         reads: boundary -> its tensors as they were when it was held.
-        store: what is on the device and on the host, if the program copies between the two.
-        prints: stage -> index -> what a recomputed saved tensor is compared by; None if it is packed by
-            reference, or its handle is gone.
+        store: the storages that the program copies between device and host, if any.
+        prints: stage -> index -> fingerprint of a dropped saved tensor; None for one packed by reference, or
+            once its handle is gone.
         handles: stage -> handles alive.
         filled: stage -> index -> recomputed saved tensor that no unpack has taken yet.
         thinned: stage kept with an option -> how to recompute what it dropped.
@@ -162,7 +155,7 @@ class StepState:
         self.tell("held", boundary, tensors)
 
     def free(self, boundary: int) -> None:
-        """Hold a boundary no longer."""
+        """Release a boundary."""
         held = self.boundaries.pop(boundary, None)
         self.reads.pop(boundary, None)
         if held is not None:
@@ -196,8 +189,8 @@ class StepState:
     def release(self, stage: int) -> None:
         """Release what is held for a stage whose last handle is gone (rule 3).
 
-        What is held for re-runs goes with the last stage that such a re-run could serve: a boundary serves
-        the stages up to the next held one, and each of these is run over by those after it.
+        What re-runs need is released with the last stage that they could serve: a boundary serves the stages
+        up to the next held one, and a re-run of each passes through those before it.
         """
         self.filled[stage].clear()
         self.thinned.pop(stage, None)
@@ -218,7 +211,7 @@ class StepState:
         self.free(holder)
 
     def top(self) -> int:
-        """Return the last stage that may still run again, or has handles; it only ever moves down."""
+        """Return the last stage that may still run again, or has handles; it only decreases."""
         while self._top >= 0 and not self.rerunnable[self._top] and not self.handles[self._top]:
             self._top -= 1
         return self._top

@@ -1,4 +1,4 @@
-"""Observers of a planned step, which are told what it runs, replays and frees; one writes it down as text."""
+"""Observers of a planned step, which are told what it runs, replays and frees; one records it as text."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class Observer(Protocol):
         """Note that something begins.
 
         Args:
-            what: "first", the first run of stage ``where``; "replay", the action ``where`` of the replay program;
-                "again", a rebuild of stage ``where`` that the program does not have; "backward", the reversal of
-                stage ``where``, or what is left of it after a replay; "held", boundary ``where`` is held from here on;
-                "freed", it is not any more. And what a replay really does: "advance", stage ``where`` runs for its
-                output; "rebuild", for what autograd saves; "part", some of its ops run.
+            what: of stage ``where`` "first", its first run; "again", a rebuild that the program lacks;
+                "backward", its reversal, or the rest of it after a replay; "replay", action ``where`` of the
+                replay program; of boundary ``where`` "held" and "freed". What a replay really does with stage
+                ``where``: "advance", run it for its output; "rebuild", for what autograd saves; "part", run
+                some of its ops.
             tensors: of the boundary that is held or freed.
         """
 
 
 def silent(what: str, where: int, tensors: Sequence[Tensor] = ()) -> None:
-    """Tell nobody: the observer of training steps."""
+    """Ignore what training steps tell."""
 
 
 class Trace:

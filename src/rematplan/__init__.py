@@ -63,9 +63,9 @@ if TYPE_CHECKING:
     from rematplan.executors.execute import execute, plan_of, plans_of, trace_of
     from rematplan.executors.lightning import Rematerialize
     from rematplan.executors.measured_peak import MeasuredPeak, measure_peak
+    from rematplan.executors.out_of_memory import run_step
     from rematplan.executors.rehearsal import Rehearsal
     from rematplan.executors.rehearse import rehearse
-    from rematplan.executors.retry import run_step
     from rematplan.scheduler.capture.blocks.callables import CallableChain
     from rematplan.scheduler.estimate import Estimate, estimate
     from rematplan.scheduler.solve import solve
@@ -149,7 +149,7 @@ _LATE = {
     "plan_of": f"{_EXECUTORS}.execute",
     "plans_of": f"{_EXECUTORS}.execute",
     "rehearse": f"{_EXECUTORS}.rehearse",
-    "run_step": f"{_EXECUTORS}.retry",
+    "run_step": f"{_EXECUTORS}.out_of_memory",
     "solve": f"{_SCHEDULER}.solve",
     "trace_of": f"{_EXECUTORS}.execute",
 }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rematplan import CaptureError, Plan, execute, solve
-from rematplan.executors.engine import Engine
+from rematplan.executors.engine import Engine, Executor
 from rematplan.executors.nested import nested
 from rematplan.executors.recapture import ENGINES
 from rematplan.scheduler.capture.bit_equal_step import difference, run_step
@@ -115,32 +115,23 @@ class OfMembers(Producer):
         )
 
 
-@dataclass
-class Checkpointed:
+class Checkpointed(Executor):
     """Trains by torch's own checkpoint, nested as the schedule is."""
 
-    capture: Members
-    run: Any
-    observe: Any = None
-    ran_out: bool = False
-
-
-class ByCheckpoint(Engine):
-    """Stages are run again by torch.utils.checkpoint."""
-
-    def executor(self, capture: Members, plan: Plan, model: nn.Module, check: str) -> Checkpointed:
+    def __init__(self, capture: Members, plan: Plan, model: nn.Module, check: str) -> None:
+        super().__init__(capture, plan, check)
         stages = [model.get_submodule(name) for name in capture.names]
-        run = nested(plan.schedule, stages, lambda f, x: checkpoint(f, x, use_reentrant=False))
-        return Checkpointed(capture, run)
+        self.run = nested(plan.schedule, stages, lambda f, x: checkpoint(f, x, use_reentrant=False))
 
-    def forward(self, executor: Checkpointed, flat: list[Any], call: Any) -> Any:
-        return executor.run(flat[0])
+    def forward(self, flat: list[Any], call: Any) -> Any:
+        return self.run(flat[0])
 
-    def again(self, plan: Plan, model: nn.Module, call: Any) -> Members:
-        found = members(model)
-        if tuple(found.random) != plan.capture.random:
-            raise CaptureError("other members draw random numbers than in the plan")
-        return found
+
+def again(plan: Plan, model: nn.Module, call: Any) -> Members:
+    found = members(model)
+    if tuple(found.random) != plan.capture.random:
+        raise CaptureError("other members draw random numbers than in the plan")
+    return found
 
 
 class Block(nn.Sequential):
@@ -164,7 +155,7 @@ class Loss(nn.Module):
 def case(monkeypatch: pytest.MonkeyPatch) -> Case:
     """A model; the table and the engines have a row more."""
     monkeypatch.setitem(KINDS, "members", Kind(OfMembers, runs_code=True, stages="members of a Sequential"))
-    monkeypatch.setitem(ENGINES, "members", ByCheckpoint())
+    monkeypatch.setitem(ENGINES, "members", Engine(Checkpointed, again))
     torch.manual_seed(0)
     batch = torch.randn(64, 16)
     return Case(nn.Sequential(*(Block(16) for _ in range(6)), Loss()).train(), batch, (batch,))

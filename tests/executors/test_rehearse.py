@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rematplan import Plan, PlanMismatch, Rehearsal, Schedule, execute, measure_peak, rehearse, solve
-from rematplan.executors.runner import plans_within
+from rematplan.executors.plain import plans_within
 from rematplan.scheduler.core.referee import Backward, Checkpoint, Forward, Keep
 from rematplan.scheduler.torch_layer.loss import find_loss
 from rematplan.scheduler.torch_layer.preserve import preserved

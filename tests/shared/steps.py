@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rematplan import MeasuredPeak, Plan, Schedule, execute, measure_peak, simulate, solve
-from rematplan.executors.runner import plans_within
+from rematplan.executors.plain import plans_within
 from rematplan.scheduler.core.referee import Backward, Keep
 from rematplan.scheduler.costs.meters.peak import count_bytes
 from tests.shared.helpers import smallest
