@@ -30,15 +30,7 @@ from rematplan.scheduler.costs.module_blocks import BlockCost, BlockRun
 from rematplan.scheduler.costs.module_stages import Parts, stages_to_chain
 from rematplan.scheduler.costs.module_values import module_values
 from rematplan.scheduler.costs.roofline import Tally, device_rates
-from rematplan.scheduler.costs.skeleton import (
-    Box,
-    Piece,
-    Timed,
-    Visitor,
-    pieces,
-    run_skeleton,
-    stand_in,
-)
+from rematplan.scheduler.costs.skeleton import Box, Piece, Timed, Visitor, pieces, run_skeleton, stand_in
 from rematplan.scheduler.costs.stage_run import fresh_grads
 from rematplan.scheduler.costs.traffic import Lifetimes, Traffic
 from rematplan.scheduler.torch_layer.call import Call

@@ -28,16 +28,7 @@ from rematplan.scheduler.torch_layer.loss import find_loss, output_tensors
 from rematplan.scheduler.torch_layer.preserve import in_backward, uncached
 from rematplan.scheduler.torch_layer.private import is_view
 
-__all__ = [
-    "Box",
-    "Event",
-    "Piece",
-    "Timed",
-    "Visitor",
-    "pieces",
-    "run_skeleton",
-    "stand_in",
-]
+__all__ = ["Box", "Event", "Piece", "Timed", "Visitor", "pieces", "run_skeleton", "stand_in"]
 
 Event = tuple[
     str, int
