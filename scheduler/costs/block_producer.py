@@ -1,4 +1,4 @@
-"""Captures of blocks: whole modules that run one after the other, found and priced."""
+"""Make and price captures of blocks: whole modules that run one after the other."""
 
 from __future__ import annotations
 
@@ -53,19 +53,12 @@ class BlockProducer(Producer):
         options: bool,  # noqa: ARG002 # a module is kept whole or not at all
     ) -> Chain:
         """See ``Producer.price``."""
-        name = type(step.model).__name__
+        model, call, sparse = step.model, step.call, step.sparse
         # They cannot where the loss does not reach them, say.
-        what = f"solve: the blocks of {name} cannot be reversed one by one"
-        with preserved(step.model) as existing, met(what, "pass other blocks, capture=[modules]"):
+        what = f"solve: the blocks of {type(model).__name__} cannot be reversed one by one"
+        with preserved(model) as existing, met(what, "pass other blocks, capture=[modules]"):
             return module_chain(
-                captured,
-                step.model,
-                step.call,
-                existing=existing,
-                resident=resident,
-                clock=clock,
-                name=name,
-                sparse=step.sparse,
+                captured, model, call, existing=existing, resident=resident, clock=clock, sparse=sparse
             )
 
     def asked_again(self, record: CaptureRecord, model: nn.Module, asked: str) -> Asked:  # noqa: ARG002

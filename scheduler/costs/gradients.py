@@ -13,29 +13,7 @@ from rematplan.scheduler.costs.stage_run import StageCost
 from rematplan.scheduler.torch_layer.fsdp import local
 from rematplan.scheduler.torch_layer.target import Device
 
-__all__ = ["GradFlows", "gradients_at_hand", "parameter_grads"]
-
-
-def gradients_at_hand(boundary: list[int], lead: list[int | None], made: list[int]) -> list[int]:
-    """(L,) bytes of gradients that are live while a replay runs between the backwards of stages k and k - 1.
-
-    They are those of boundary k and what stage k - 1, about to be reversed, has made of them when it asks for
-    its first saved tensor. A stage that asks for none is reversed already when the replay for it runs:
-    autograd comes to an earlier stage before anything is asked for.
-
-    Args:
-        boundary: bytes of the gradient of each boundary.
-        lead: what each stage has made when it first asks; None if it never does.
-        made: bytes of parameter gradients and of carried gradients that appear with each stage.
-    """
-    result: list[int] = []
-    for k, size in enumerate(boundary):
-        if not k:
-            result.append(size)
-            continue
-        asked = lead[k - 1]
-        result.append(size + asked if asked is not None else max(size, result[k - 1] + made[k - 1]))
-    return result
+__all__ = ["GradFlows", "parameter_grads"]
 
 
 class GradFlows:
@@ -47,8 +25,7 @@ class GradFlows:
 
     def __init__(self, capture: GraphCapture, costs: list[StageCost], size: dict[int, int]) -> None:
         self.capture, self.size = capture, size
-        graph, linear = capture.graph, capture.linear
-        carried = {key for keys in linear.carried for key in keys}
+        graph, self.carried = capture.graph, {key for keys in capture.linear.carried for key in keys}
         nodes = {node.name: node for node in graph.group_of}
         # left[k][value] = {(k, storage): bytes} that stage k's backward leaves as the value's gradient
         self.left: list[dict[int, dict[tuple[int, int], int]]] = []
@@ -58,7 +35,6 @@ class GradFlows:
                 for key in graph.group_of[nodes[stage.argument_names[position]]]:
                     left.setdefault(key, {})[k, storage] = held
             self.left.append(left)
-        self.carried = carried
 
     def _held(self, key: int, stage: int) -> dict[tuple[int, int], int]:
         """Return storages of the gradient of a value once ``stage`` and all after it are reversed."""
@@ -68,18 +44,16 @@ class GradFlows:
         return {(-1, key): self.size[key]} if readers else {}
 
     def _elsewhere(self, stage: int) -> set[tuple[int, int]]:
-        """Storages that gradients of carried values hold once ``stage`` and all after it are reversed."""
-        return {
-            s for k in self.left[stage:] for key in k if key in self.carried for s in self._held(key, stage)
-        }
+        """Return the storages of carried values' gradients once ``stage`` and all after it are reversed."""
+        left = {key for left in self.left[stage:] for key in left}
+        return {storage for key in left & self.carried for storage in self._held(key, stage)}
 
     def boundary(self, stage: int) -> int:
-        """Bytes of the gradient of boundary ``stage``; what carried gradients hold anyway is not counted."""
-        elsewhere = self._elsewhere(stage)
+        """Return bytes of the gradient of boundary ``stage``, storages of carried gradients left out."""
         held: dict[tuple[int, int], int] = {}
         for key in self.capture.linear.boundaries[stage]:
-            held.update(self._held(key, stage))
-        return sum(amount for storage, amount in held.items() if storage not in elsewhere)
+            held |= self._held(key, stage)
+        return sum(held[storage] for storage in held.keys() - self._elsewhere(stage))
 
     def inputs(self) -> dict[int, list[int]]:
         """Return inputs of the model that get gradients -> the stages that these come from, ascending."""

@@ -1,14 +1,14 @@
-"""Captured op graph -> chain: seconds and bytes of every stage.
+"""Make the chain of a captured op graph: seconds and bytes of every stage.
 
-Sizes of boundaries, saved tensors, carried values and gradients are exact sums over storages, known from
-the graph alone. Transients and seconds are measured, once per distinct stage.
+Sizes of boundaries, saved tensors, carried values and gradients are exact sums over storages, known from the
+graph alone. Transients and seconds are measured, once per distinct stage.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from types import MappingProxyType
@@ -51,8 +51,8 @@ from rematplan.scheduler.torch_layer.preserve import uncached
 
 __all__ = ["graph_chain", "kept_storages", "measure_graph"]
 
-# What the stages of a model cost, by what they run: another budget for the same model meets the same options,
-# so that the smallest budget that an error names can be met.
+# The costs of a model's stages, by their ops: another budget for the same model finds the same options, so
+# that the smallest budget that an error names can be met.
 _MEASURED: WeakKeyDictionary[nn.Module, dict[str, StageCost]] = WeakKeyDictionary()
 
 
@@ -65,7 +65,6 @@ def measure_graph(
     loss_is_output: bool = True,
     clock: bool = True,
     options: bool = True,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[StageCost]:
     """Measure every distinct stage once; equal stages, and later captures of the model, share the figures.
 
@@ -75,16 +74,15 @@ def measure_graph(
         existing: parameters that have a gradient before the step.
         loss_is_output: the model returns its own scalar loss; else its outputs themselves get gradients.
         options: whether to look for options of stages that keep less than all.
-        progress: called with (stages done, stages).
     """
-    # The shares of a tied parameter's gradient wait for one another, whatever there is already.
+    # The shares of a tied parameter's gradient wait for one another, whether or not one exists.
     tied = {p for p, stages in _readers(capture, model).items() if len(stages) > 1}
     added = set(existing) - tied
     costs = _MEASURED.setdefault(model, {})
     kinds = ("cpu", capture.device.type)
     autocast = [torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds]
     surroundings = (autocast, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
-    keys: dict[int, str] = {}
+    measured: list[StageCost] = []
     last = len(capture) - 1
     waiting = unreversed(capture) if loss_is_output else set()
 
@@ -93,39 +91,28 @@ def measure_graph(
         adding = [i for i, a in enumerate(arguments) if isinstance(a, nn.Parameter) and a in added]
         layouts, _ = capture.result_layouts(k)
         unread = unread_results(capture, k, loss_is_output)
-        carried = sorted(stage.carried_from)
         held = held_results(capture, k, waiting)
-        how = (
-            clock,
-            options and not capture.once[k],
-            capture.uncached,
-            *surroundings,
-            carried,
-            k == last,
-            adding,
-            sorted(unread),
-            sorted(held),
-            sorted(layouts.items()),
-        )
-        key = keys[k] = f"{capture.place}|{how}|{stage.signature}"
+        split = options and not capture.once[k]
+        how = [clock, split, capture.uncached, *surroundings, sorted(stage.carried_from), k == last, adding]
+        how += [sorted(unread), sorted(held), sorted(layouts.items())]
+        key = f"{capture.place}|{how}|{stage.signature}"
         if key not in costs:
             run = _isolated(capture, k, arguments, added, unread, layouts, held)
             cost = measure_stage(run, capture.place, clock=clock)
             if capture.target is not None:
                 forward, backward = estimate_run(run, capture.place)
                 cost = replace(cost, forward=forward, backward=backward)
-            if options and not capture.once[k]:
+            if split:
                 found, gap = measure_options(capture, k, run, arguments, clock=clock)
                 cost = replace(cost, options=found, gap=gap)
             if not capture.uncached:
                 cost = replace(cost, cached=cached_casts(lambda: stage.function(*arguments), capture.place))
             costs[key] = cost
             model.zero_grad(set_to_none=True)
-        progress(k + 1, len(capture))
+        measured.append(costs[key])
 
     with torch.no_grad():
         capture.sweep(model, call, visit)
-    measured = [costs[keys[k]] for k in range(len(capture))]
     capture.dropped = [(frozenset(), *(option.dropped for option in cost.options)) for cost in measured]
     capture.gaps = [cost.gap for cost in measured]
     capture.rerun = [((), *(option.rerun for option in cost.options)) for cost in measured]
@@ -133,7 +120,7 @@ def measure_graph(
 
 
 def kept_storages(capture: GraphCapture, k: int, dropped: frozenset[int]) -> set[int]:
-    """Return the storages that stay for the backward of stage k; with the boundary if it is kept in part."""
+    """Return the storages kept for the backward of stage k; with the boundary if not all are."""
     graph, linear = capture.graph, capture.linear
     kept = {pack.group for number, pack in enumerate(packs_of(graph, linear, k)) if number not in dropped}
     kept |= set(linear.boundaries[k]) if dropped else set()
@@ -188,7 +175,6 @@ def graph_chain(
     *,
     resident: int,
     loss_is_output: bool,
-    name: str = "model",
     sparse: Mapping[nn.Parameter, int] = MappingProxyType({}),
 ) -> Chain:
     """Return the chain of a captured graph.
@@ -213,9 +199,8 @@ def graph_chain(
     freed = _freed(capture, saved_by, {k for k, amount in enumerate(stays) if amount})
     change, output_grad = _gradient_changes(capture, size, flows, loss_is_output)
     existing = {p for p in model.parameters() if p.grad is not None}
-    created, summed = parameter_grads(
-        _readers(capture, model), existing, change, capture.place, sparse=sparse
-    )
+    readers = _readers(capture, model)
+    created, summed = parameter_grads(readers, existing, change, capture.place, sparse=sparse)
     going = Counter[int]()
     for key, k in freed.items():
         going[k] += size[key]
@@ -227,9 +212,8 @@ def graph_chain(
         for each in (cost.whole, *cost.options):
             kept = sorted(kept_storages(capture, k, each.dropped), key=values.order.__getitem__)
             keeps = [values.number(key) for key in kept]
-            # The loss that stood in keeps the outputs.
-            unseen = 0 if last and not loss_is_output else _unseen(capture, k, each, values)
-            if unseen:
+            # The loss that stood in keeps the last stage's outputs.
+            if (not last or loss_is_output) and (unseen := _unseen(capture, k, each, values)):
                 keeps.append(values.new(unseen))
             options.append((tuple(keeps), each))
         facts.append(
@@ -263,9 +247,7 @@ def graph_chain(
             values.carried.append(Carried(values.new(amount), k, freed=count - 1))
     state = [places[0].get() for places in graph.face.state if places]
     held = storage_bytes([*capture.constants.values(), *state], capture.place)
-    return assemble(
-        facts, values, capture, model, resident=resident, held=held, output_grad=output_grad, name=name
-    )
+    return assemble(facts, values, capture, model, resident=resident, held=held, output_grad=output_grad)
 
 
 class _GraphValues(Values):
@@ -297,7 +279,7 @@ class _GraphValues(Values):
 
 
 def _unseen(capture: GraphCapture, k: int, cost: OptionCost, values: _GraphValues) -> int:
-    """Return bytes that autograd keeps of real tensors alone: kernels are chosen by their data type."""
+    """Return bytes that autograd saves of real tensors alone: kernels are chosen by their data type."""
     graph, linear = capture.graph, capture.linear
     packs = enumerate(packs_of(graph, linear, k))
     kept = {pack.group for number, pack in packs if number not in cost.dropped}
@@ -316,8 +298,8 @@ def _arriving(
     """Return bytes of arriving gradients that are counted elsewhere, as far as isolation counted them.
 
     Two results may be one storage, whose gradients have become one; a gradient may be a part of one that
-    lasts. Those of the boundary and of carried values are two sums: what one has more than in isolation the
-    other has not less.
+    lasts. Those of the boundary and of carried values are two sums: where one exceeds that in isolation, the
+    other is no smaller.
     """
     graph, linear, stage = capture.graph, capture.linear, capture.stages[k]
     outputs = held_by_user(graph)

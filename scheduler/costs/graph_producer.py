@@ -61,10 +61,11 @@ class GraphProducer(Producer):
         """See ``Producer.price``."""
         model, own_loss = step.model, step.own_loss
         with preserved(model) as existing, met("the stages of the exported graph cannot be measured"):
+            call = step.arrives
             costs = measure_graph(
                 captured,
                 model,
-                step.arrives,
+                call,
                 existing=existing,
                 loss_is_output=own_loss,
                 clock=clock,
@@ -73,13 +74,7 @@ class GraphProducer(Producer):
         if not clock and captured.target is None:
             costs = roofline_graph(captured, costs, own_loss)
         return graph_chain(
-            captured,
-            model,
-            costs,
-            resident=resident,
-            loss_is_output=own_loss,
-            name=type(model).__name__,
-            sparse=step.sparse,
+            captured, model, costs, resident=resident, loss_is_output=own_loss, sparse=step.sparse
         )
 
     def asked_again(self, record: CaptureRecord, model: nn.Module, asked: str) -> str:  # noqa: ARG002

@@ -1,16 +1,16 @@
-"""Captured blocks -> chain.
+"""Make the chain of captured blocks.
 
-Blocks are measured in isolation, like stages of a graph. What the user's code around them takes (*glue*) is
-measured where it stands, in a step without the blocks (``skeleton.py``). Every storage that enters or leaves
-a block, and every one that glue saves, is a value of the chain, so that the referee holds each of them once,
-from its making to its end.
+Blocks are measured in isolation, like stages of a graph; the user's code around them (*glue*) in its place,
+in a step without the blocks (``skeleton.py``). Every storage that enters or leaves a block, and every one
+that glue saves, is a value of the chain, so that the referee counts each of them once while it is live.
 """
 
 from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Hashable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture
 from rematplan.scheduler.capture.blocks.calls import is_compiled
@@ -30,13 +30,22 @@ from rematplan.scheduler.costs.module_blocks import BlockCost, BlockRun
 from rematplan.scheduler.costs.module_stages import Parts, stages_to_chain
 from rematplan.scheduler.costs.module_values import module_values
 from rematplan.scheduler.costs.roofline import Tally, device_rates
-from rematplan.scheduler.costs.skeleton import Box, Piece, Timed, Visitor, pieces, run_skeleton, stand_in
+from rematplan.scheduler.costs.skeleton import (
+    Box,
+    Event,
+    Piece,
+    Timed,
+    Visitor,
+    pieces,
+    run_skeleton,
+    stand_in,
+)
 from rematplan.scheduler.costs.stage_run import fresh_grads
 from rematplan.scheduler.costs.traffic import Lifetimes, Traffic
 from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.fsdp import holders, sharded_within, unshard
 from rematplan.scheduler.torch_layer.layouts import storage_key, tensor_bytes
-from rematplan.scheduler.torch_layer.leaves import tree_leaves
+from rematplan.scheduler.torch_layer.leaves import tensor_leaves
 from rematplan.scheduler.torch_layer.loss import find_loss, output_tensors
 from rematplan.scheduler.torch_layer.preserve import preserved, shielded, uncompiled
 
@@ -53,7 +62,6 @@ def module_chain(
     existing: Collection[nn.Parameter],
     resident: int,
     clock: bool,
-    name: str,
     once: bool = True,
     sparse: Mapping[nn.Parameter, int] = MappingProxyType({}),
 ) -> Chain:
@@ -76,32 +84,36 @@ def module_chain(
         except Exception:
             if not any(box.stand_in for box in boxes.values()):
                 raise
-            for box in boxes.values():  # the user's code goes by values, and these led it another way
+            for box in boxes.values():  # values of stand-ins led the user's code another way
                 box.stand_in = None
             lifetimes = _lifetimes(capture, model, run)
         run = functools.partial(run, own_loss=own_loss)
         seconds = _seconds(capture, model, run, clock)
         glue = {k for k, block in enumerate(capture.stages) if block is None}
-        traffic = Traffic(capture, [*model.parameters(), *model.buffers(), *_tensors(call)])
+        given = (tensor for _, tensor in tensor_leaves(call))
+        traffic = Traffic(capture, [*model.parameters(), *model.buffers(), *given])
         with preserved(model):
             fresh_grads((p for p in existing if glue.intersection(readers.get(p, glue))), existing)
             counted = count_bytes(functools.partial(_step_of_glue, run, traffic), capture.place, slack=False)
-    live = _live(capture, traffic, counted.marks)
+    at = dict(zip(traffic.events, counted.marks, strict=True))
     forward, backward = pieces(traffic.events, len(blocks), counted.marks, counted.peaks)
     parts = Parts(
         capture=capture,
+        model=model,
         blocks=blocks,
-        values=module_values(capture, traffic, lifetimes, blocks, live),
+        values=module_values(capture, traffic, lifetimes, blocks, _live(capture, at)),
         forward=forward,
         backward=backward,
         seconds=seconds,
-        output_grad=traffic.output_grad,
-        shared=traffic.shared(counted.marks),
+        output_grad=4 if own_loss else traffic.output_grad,
+        shared=traffic.shared(at),
+        readers=readers,
+        existing=existing,
         whole=_whole(capture, model),
         waiting=traffic.waiting,
         sparse=sparse,
     )
-    return stages_to_chain(parts, model, readers, existing, own_loss, resident, name)
+    return stages_to_chain(parts, resident)
 
 
 def _measured(
@@ -117,11 +129,11 @@ def _measured(
     modules = capture.modules(model)
     costs: dict[int, BlockCost] = {}
     boxes: dict[int, Box] = {}
-    # A parameter in a list is none of the model: nobody has counted who reads it.
+    # A parameter in a list is none of the model's: its readers are unknown.
     added = {p for p in existing if len(readers.get(p, ())) == 1}
     gathering: dict[int, list[Any]] = {}
     known: dict[Hashable, BlockCost] = {}
-    # What is compiled runs no ops that can be seen, and collectives are every rank's.
+    # Ops of compiled code cannot be seen, and every rank takes part in collectives.
     opaque = not once or bool(sharded_within(model)) or any(map(is_compiled, model.modules()))
 
     class Measuring(Visitor):
@@ -155,15 +167,12 @@ def _measured(
     with preserved(model):
         gathers = [measure_gather(gathering[index], capture.device) for index in range(len(modules))]
     capture.gathering = standing_bytes(gathers)
-    blocks = [
-        replace(costs[index], cost=with_gather(costs[index].cost, gather))
-        for index, gather in enumerate(gathers)
-    ]
-    return blocks, own_loss
+    blocks = (costs[index] for index in range(len(modules)))
+    return [replace(b, cost=with_gather(b.cost, g)) for b, g in zip(blocks, gathers, strict=True)], own_loss
 
 
 def _lifetimes(capture: ModuleCapture, model: nn.Module, run: Callable[..., Any]) -> Lifetimes:
-    """Return how long the user's code holds on to what enters and leaves blocks."""
+    """Return how long the user's code holds the arguments and outputs of blocks."""
     lifetimes = Lifetimes(capture)
     with preserved(model), uncompiled(), lifetimes.watching():
         output = run(lifetimes)
@@ -180,10 +189,6 @@ def _step_of_glue(run: Callable[..., Any], traffic: Traffic, mark: Callable[[], 
     tensors = output_tensors(output)
     traffic.returned.update(key for key in map(storage_key, tensors) if key in traffic.size)
     traffic.output_grad = sum(tensor_bytes(t) for t in tensors if t.requires_grad)
-
-
-def _tensors(call: Call) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
 
 
 def _seconds(
@@ -204,9 +209,12 @@ def _seconds(
     return forward, backward
 
 
-def _live(capture: ModuleCapture, traffic: Traffic, marks: Sequence[int]) -> list[int]:
-    """Return (L,) bytes live in the forward when the stage after each begins, or when the forward is over."""
-    at = dict(zip(traffic.events, marks, strict=True))
+def _live(capture: ModuleCapture, at: Mapping[Event, int]) -> list[int]:
+    """Return (L,) bytes live in the forward when the stage after each begins, or when the forward is over.
+
+    Args:
+        at: bytes live at each event.
+    """
     live = []
     for index, following in pairwise((*capture.stages, None)):
         if following is not None:
@@ -222,20 +230,20 @@ def _readers(capture: ModuleCapture, model: nn.Module) -> dict[nn.Parameter, lis
     One outside the blocks belongs to the last glue if its name comes after the blocks' in the model, else to
     the first; a tied one has several names.
     """
-    stages_of: dict[str, set[int]] = {}
+    stages_of: dict[str, set[int]] = defaultdict(set)
     for block in capture.blocks:
-        stages_of.setdefault(block.name, set()).add(block.stage)
-    within: dict[nn.Module, set[int]] = {}
+        stages_of[block.name].add(block.stage)
+    within: dict[nn.Module, set[int]] = defaultdict(set)
     for name, stages in stages_of.items():
         for inner in model.get_submodule(name).modules():
-            within.setdefault(inner, set()).update(stages)
-    readers: dict[nn.Parameter, set[int]] = {}
-    seen_block = False
+            within[inner] |= stages
+    readers: dict[nn.Parameter, set[int]] = defaultdict(set)
+    outside = 0
     for name, parameter in model.named_parameters(remove_duplicate=False):
         stages = within.get(model.get_submodule(name.rpartition(".")[0]), set())
-        seen_block |= bool(stages)
-        outside = len(capture) - 1 if seen_block else 0
-        readers.setdefault(parameter, set()).update(stages or {outside})
+        if stages:
+            outside = len(capture) - 1
+        readers[parameter] |= stages or {outside}
     return {parameter: sorted(stages) for parameter, stages in readers.items()}
 
 
@@ -251,9 +259,5 @@ def _whole(capture: ModuleCapture, model: nn.Module) -> dict[nn.Parameter, int]:
         for holder in holders(model, block.name):
             if holder is not own:
                 ends.setdefault(holder, 0 if holder is model else block.stage)
-    found = {}
-    for name, parameter in model.named_parameters() if ends else ():
-        around = holders(model, name.rpartition(".")[0])
-        if around and around[-1] in ends:
-            found[parameter] = ends[around[-1]]
-    return found
+    around = ((p, holders(model, name.rpartition(".")[0])) for name, p in model.named_parameters() if ends)
+    return {p: ends[outer[-1]] for p, outer in around if outer and outer[-1] in ends}

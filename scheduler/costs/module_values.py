@@ -1,10 +1,10 @@
-"""The values of a chain of blocks: which cross its boundaries, which stay for a backward, which last."""
+"""Number the values of a chain of blocks: those of boundaries, those kept for a backward, long-lived ones."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture
 from rematplan.scheduler.core.chain import Carried
@@ -14,9 +14,8 @@ from rematplan.scheduler.costs.traffic import Lifetimes, Traffic
 
 __all__ = ["ModuleValues", "module_values"]
 
-FEW_BYTES = (
-    2048  # numbers of no dimension that the user's code holds are no value: ``Chain.fixed`` has room for them
-)
+# Zero-dimensional tensors that the user's code holds are no value: ``Chain.fixed`` has room for them.
+FEW_BYTES = 2048
 
 
 class ModuleValues(Values):
@@ -25,7 +24,7 @@ class ModuleValues(Values):
     Attributes:
         enters: (L,) values of the boundary into each stage.
         keeps: (L,) values that stay for its backward.
-        glue_saved: (L,) bytes that go with the backward of each stage of glue and that no block sees.
+        glue_saved: (L,) bytes released with the backward of each stage of glue, which no block sees.
     """
 
     def __init__(self, count: int) -> None:
@@ -46,15 +45,15 @@ def module_values(
 
     Args:
         traffic: of a step without the blocks.
-        lifetimes: of one in which nothing else holds on to what enters and leaves them.
+        lifetimes: of a step in which only the user's code holds arguments and outputs of blocks.
         blocks: the cost of each.
-        live: (L,) bytes live in that step when the stage after each begins, or when the forward is over.
+        live: (L,) bytes live in the former when the stage after each begins, or when the forward is over.
     """
     count = len(capture)
     values = ModuleValues(count)
     number = {key: values.new(size) for key, size in traffic.size.items()}
     savers = {key: sorted(g for g in stages if g >= 0) for key, stages in traffic.packed.items()}
-    # What enters a block may be what an earlier piece of glue has made and saved.
+    # An earlier piece of glue may have made, and saved, an argument of a block.
     made = {key: min((*savers.get(key, ())[:1], stage)) for key, stage in traffic.made.items()}
     enters = _boundaries(capture, traffic, made)
     reading, saving, keeps = _readers(capture, traffic, blocks, enters)
@@ -76,13 +75,12 @@ def module_values(
             outlive.add(key)
         if not (key in outlive or readers or (ended >= m + 2 and not held)):
             continue
-        freed: int | None = m if key in keeps[m] else min(readers, default=count - 1)
-        until: int | None = ended if ended < count - 1 and key in ends and not held else None
-        if key in outlive:
-            freed = until = None
-        values.carried.append(
-            Carried(number[key], m, tuple(sorted(readers)), tuple(sorted(waiting)), freed, until)
-        )
+        freed = until = None
+        if key not in outlive:
+            freed = m if key in keeps[m] else min(readers, default=count - 1)
+            until = ended if ended < count - 1 and key in ends and not held else None
+        sources = tuple(sorted(readers)), tuple(sorted(waiting))
+        values.carried.append(Carried(number[key], m, *sources, freed, until))
     values.enters = [tuple(number[key] for key in keys) for keys in enters]
     values.keeps = [{number[key] for key in keys} for keys in keeps]
     _add_private(capture, blocks, values)
@@ -99,8 +97,7 @@ def _boundaries(capture: ModuleCapture, traffic: Traffic, made: dict[int, int]) 
     """Return (L,) the storages of the boundary into each stage."""
     result: list[list[int]] = []
     outputs = traffic.outputs
-    for k in range(len(capture)):
-        index, before = capture.stages[k], capture.stages[k - 1] if k else None
+    for k, (before, index) in enumerate(pairwise((None, *capture.stages))):
         if index is not None:
             crossing = capture.blocks[index].boundary
             keys = [outputs[block][leaf] for block, leaf in crossing if leaf in outputs[block]]
@@ -116,16 +113,16 @@ def _readers(
     capture: ModuleCapture, traffic: Traffic, blocks: Sequence[BlockCost], enters: list[list[int]]
 ) -> tuple[dict[int, set[int]], dict[int, set[int]], list[set[int]]]:
     """Return the block stages that read each storage, that save it, and (L,) the storages they keep."""
-    reading: dict[int, set[int]] = {}
-    saving: dict[int, set[int]] = {}
+    reading: dict[int, set[int]] = defaultdict(set)
+    saving: dict[int, set[int]] = defaultdict(set)
     keeps: list[set[int]] = [set() for _ in capture.stages]
     for index, (block, cost) in enumerate(zip(capture.blocks, blocks, strict=True)):
         k = block.stage
         arguments = traffic.arguments[index]
         for leaf, key in arguments.items():
-            reading.setdefault(key, set()).add(k)
+            reading[key].add(k)
             if leaf in cost.saved_arguments:
-                saving.setdefault(key, set()).add(k)
+                saving[key].add(k)
                 if key in enters[k]:
                     keeps[k].add(key)
         own = (key for leaf, key in traffic.outputs[index].items() if leaf in cost.saved_outputs)
@@ -144,9 +141,9 @@ def _ends(traffic: Traffic, lifetimes: Lifetimes) -> dict[int, int]:
 
 
 def _add_private(capture: ModuleCapture, blocks: Sequence[BlockCost], values: ModuleValues) -> None:
-    """Add what blocks save for themselves, and casts of their weights that autocast's cache holds."""
+    """Add the private saved tensors of blocks, and casts of their weights that autocast's cache holds."""
     calls = Counter(block.name for block in capture.blocks)
-    cached: dict[str, tuple[int, int]] = {}  # module -> bytes, and value, of what the cache holds for it
+    cached: dict[str, tuple[int, int]] = {}  # module -> bytes, and value, that the cache holds for it
     for block, cost in zip(capture.blocks, blocks, strict=True):
         k, (cast, other) = block.stage, cost.casts
         if cost.private:
@@ -168,21 +165,20 @@ def _add_private(capture: ModuleCapture, blocks: Sequence[BlockCost], values: Mo
 
 
 def _add_others(held: Sequence[int], values: ModuleValues) -> None:
-    """Add what the user's code holds besides, ``held[k]`` bytes after stage k, as values that come and go."""
+    """Add the user's code's other bytes, ``held[k]`` after stage k, as values, the last released first."""
     stack: list[tuple[int, int]] = []  # (made, bytes)
-    before = 0
+    total = 0
     for stage, amount in enumerate(held):
         now = amount if amount > FEW_BYTES else 0
-        if now > before:
-            stack.append((stage, now - before))
-        gone = before - now
-        while gone > 0:
+        if now > total:
+            stack.append((stage, now - total))
+            total = now
+        while total > now:
             made, size = stack.pop()
-            taken = min(size, gone)
-            gone -= taken
-            if taken < size:
-                stack.append((made, size - taken))
-            values.carried.append(Carried(values.new(taken), made, freed=len(held) - 1, last=stage))
-        before = now
+            gone = min(size, total - now)
+            total -= gone
+            if gone < size:
+                stack.append((made, size - gone))
+            values.carried.append(Carried(values.new(gone), made, freed=len(held) - 1, last=stage))
     for made, size in stack:
         values.carried.append(Carried(values.new(size), made))

@@ -1,8 +1,8 @@
-"""One step of a captured model with its blocks taken out: what the user's own code around them takes.
+"""Run a step of a captured model with its blocks taken out, to measure the user's code around them.
 
-Each block runs without autograd, and one node of the graph stands for it, which saves nothing and hands on
-gradients of the sizes that the block's do have. The rest of the step, forward and backward, is the user's
-own, in autograd's own order: what it saves, what it holds on to, which gradients wait meanwhile.
+Each block runs without autograd, and one node of the graph stands for it, which saves nothing and passes on
+gradients of the sizes of the block's. The rest of the step, forward and backward, is the user's own, in
+autograd's own order: its saved tensors, the tensors that it holds, the gradients that wait meanwhile.
 """
 
 from __future__ import annotations
@@ -22,27 +22,25 @@ from rematplan.scheduler.core.errors import CaptureError
 from rematplan.scheduler.costs.stage_run import seed_gradients
 from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.fsdp import sharded_within
-from rematplan.scheduler.torch_layer.layouts import is_plain, storage_key
+from rematplan.scheduler.torch_layer.layouts import held_bytes, is_plain, storage_key
 from rematplan.scheduler.torch_layer.leaves import tensor_leaves, tree_flatten, tree_unflatten
 from rematplan.scheduler.torch_layer.loss import find_loss, output_tensors
-from rematplan.scheduler.torch_layer.preserve import in_backward, uncached
+from rematplan.scheduler.torch_layer.preserve import in_backward, reverse, uncached
 from rematplan.scheduler.torch_layer.private import is_view
 
 __all__ = ["Box", "Event", "Piece", "Timed", "Visitor", "pieces", "run_skeleton", "stand_in"]
 
-Event = tuple[
-    str, int
-]  # "enter", "leave", "reverse", "cleared", "reversed" and a block; "over" (the forward), "done"
+# "enter", "leave", "reverse", "cleared", "reversed" and a block; "over" (the forward) or "done" and -1
+Event = tuple[str, int]
 
 
 @dataclass(slots=True)
 class Box:
-    """What is known of a block that stands in the skeleton as one node.
+    """A block that stands in the skeleton as one node.
 
     Attributes:
         requires_grad: output leaf -> whether it requires grad.
-        input_grads: (argument leaf, storage, bytes) of the gradients that its backward leaves; see
-            ``StageCost``.
+        input_grads: as in ``StageCost``.
         stand_in: makes an output like the block's, so that it need not run; see ``stand_in``.
     """
 
@@ -52,9 +50,10 @@ class Box:
 
 
 def stand_in(produced: Any, given: Iterable[Tensor]) -> Callable[[], Any] | None:
-    """Return what copies an output, value by value; None where that is unlike running the block again.
+    """Return a function that copies an output; None where a copy is unlike running the block again.
 
-    It is not if the output has more in it than tensors, or if these share storages, or have more in them.
+    A copy is unlike if the output has leaves that are no tensors, or tensors that share storages or are parts
+    of them.
 
     Args:
         given: the block's arguments and weights.
@@ -62,43 +61,35 @@ def stand_in(produced: Any, given: Iterable[Tensor]) -> Callable[[], Any] | None
     leaves, spec = tree_flatten(produced)
     seen = {storage_key(tensor) for tensor in given}
     for leaf in leaves:
-        if not isinstance(leaf, Tensor):
+        if not isinstance(leaf, Tensor) or not is_plain(leaf):
             return None
         key = storage_key(leaf)
-        if (
-            key is None
-            or key in seen
-            or not is_plain(leaf)
-            or leaf.untyped_storage().nbytes() != leaf.numel() * leaf.element_size()
-        ):
+        if key is None or key in seen or held_bytes(leaf) != leaf.nbytes:
             return None
         seen.add(key)
     kept = [leaf.detach().clone() for leaf in leaves]
-
-    def make() -> Any:
-        copies = [torch.empty_like(leaf).copy_(leaf) for leaf in kept]
-        return tree_unflatten(copies, spec)
-
-    return make
+    return lambda: tree_unflatten([torch.empty_like(leaf).copy_(leaf) for leaf in kept], spec)
 
 
 class Visitor:
-    """Is told where a skeleton step is. Does nothing."""
+    """Follows a skeleton step; notes the events, and no more."""
 
-    def enter(self, block: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A block begins; gives its output, if it has been made here."""
+    def enter(self, block: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:  # noqa: ARG002
+        """Begin a block; return its output, if it has been made here."""
+        self.note("enter", block)
 
-    def leave(self, block: int, produced: Any) -> None:
-        """A block has run."""
+    def leave(self, block: int, produced: Any) -> None:  # noqa: ARG002
+        """End a block's forward."""
+        self.note("leave", block)
 
     def arrived(self, block: int, grads: Sequence[Tensor]) -> None:
-        """The gradients of a block's outputs are there."""
+        """Take the gradients of a block's outputs."""
 
     def note(self, what: str, block: int = -1) -> None:
-        """An event of the backward, or the end of the forward or of the step."""
+        """Note an event."""
 
     def unreversed(self, block: int) -> None:
-        """The step is over, and an output of a block that leads to one of the model's got no gradient."""
+        """Note at the end that an output of a block that leads to one of the model's got no gradient."""
 
 
 class _Edge(torch.autograd.Function):
@@ -191,17 +182,14 @@ def run_skeleton(  # noqa: C901 - one step, in its order
     own_loss: bool | None = None,
     inside: bool = False,
 ) -> Any:
-    """Run one step with the blocks taken out; the caller preserves the model's state.
+    """Run one step with the blocks taken out; return the output. The caller preserves the model's state.
 
     Args:
         boxes: one for each block, once it has run for the first time.
         own_loss: whether the loss is among the model's outputs; else the outputs themselves get gradients.
             None: there is no backward.
         inside: whether the visitor is inside of the hooks by which fully_shard gathers a block. Else they are
-            part of the block, and nothing is gathered while the user's code runs that this does not need.
-
-    Returns:
-        the output of the model.
+            part of the block, and only what the user's code needs is gathered while it runs.
 
     Raises:
         CaptureError: the blocks do not run in the order of the capture.
@@ -254,8 +242,7 @@ def run_skeleton(  # noqa: C901 - one step, in its order
             tensors = (t for t in output_tensors(output) if t.is_floating_point() or t.is_complex())
             root = seed_gradients(dict(enumerate(tensors)), {})[0]
     if root is not None and root.requires_grad:
-        with torch.autocast(root.device.type, enabled=False):
-            root.backward()
+        reverse(root)
     del root
     visitor.note("done")
     for node in nodes:
@@ -278,6 +265,11 @@ class Piece:
     end: int
     peak: int
     seconds: float = 0.0
+
+    @property
+    def taken(self) -> int:
+        """The most bytes above those live at the start."""
+        return self.peak - self.start
 
 
 def pieces(
@@ -328,12 +320,6 @@ class Timed(Visitor):
         self.now = now
         self.events: list[Event] = []
         self.times = [now()]
-
-    def enter(self, block: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:  # noqa: ARG002, D102
-        self.note("enter", block)
-
-    def leave(self, block: int, produced: Any) -> None:  # noqa: ARG002, D102
-        self.note("leave", block)
 
     def note(self, what: str, block: int = -1) -> None:  # noqa: D102
         self.events.append((what, block))

@@ -1,8 +1,8 @@
-"""Storages in a step without its blocks: which cross into blocks, which glue saves, how long they live."""
+"""Follow the storages of a step without its blocks: which cross into blocks, and which glue saves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -11,10 +11,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture
 from rematplan.scheduler.costs.meters.peak import allocated
 from rematplan.scheduler.costs.skeleton import Event, Visitor
+from rematplan.scheduler.costs.stage_run import unowned
 from rematplan.scheduler.torch_layer.layouts import held_bytes, storage_key, storage_of
 from rematplan.scheduler.torch_layer.leaves import tensor_leaves
 from rematplan.scheduler.torch_layer.private import TorchDispatchMode
-from rematplan.scheduler.torch_layer.target import Device
 
 __all__ = ["Lifetimes", "Traffic"]
 
@@ -22,7 +22,7 @@ Place: TypeAlias = tuple[int, bool, int]  # block, whether it is an output, leaf
 
 
 class Lifetimes(Visitor):
-    """How long the user's code and its graph hold on to what enters and leaves blocks.
+    """Follows how long the user's code and its graph hold the arguments and outputs of blocks.
 
     Attributes:
         last: place -> the last stage at whose start its storage is live; L at the end of the forward.
@@ -52,12 +52,12 @@ class Lifetimes(Visitor):
             self._alive[place] = StorageWeakRef(storage)
 
     def check(self, stage: int) -> None:
-        """The stage is about to start."""
+        """Note the storages that are live when ``stage`` is about to start."""
         self._alive = {place: ref for place, ref in self._alive.items() if not ref.expired()}
         self.last.update(dict.fromkeys(self._alive, stage))
 
     def watching(self) -> TorchDispatchMode:
-        """A mode in which glue is seen to start: callers of a block hold its arguments until they run on."""
+        """Return a mode that sees glue start: callers of a block hold its arguments until they run on."""
         lifetimes = self
 
         class FirstOp(TorchDispatchMode):
@@ -73,20 +73,19 @@ class Lifetimes(Visitor):
 
 
 class Traffic(Visitor):
-    """Which storages enter and leave blocks, and which the user's code saves; holds on to the former.
+    """Notes the storages that enter and leave blocks, and holds them; and those that the user's code saves.
 
-    What is live beyond them is the user's code's alone then, and the same whatever is kept of the blocks.
+    All others that are live are the user's code's alone, whatever is kept of the blocks.
 
     Attributes:
         size: storage -> bytes.
         made: storage -> the stage that makes it, so far as is seen.
         arguments, outputs: (blocks,) leaf -> storage; tensors that live on anyway are left out.
-        packed: storage -> the stages of glue that save it. A piece between blocks that is no stage counts as
-            stage -1.
+        packed: storage -> the stages of glue that save it; -1 for a piece between blocks that is no stage.
         incoming: block -> bytes of the storages of its outputs' gradients.
         returned: storages of the model's outputs. output_grad: bytes of their gradients.
         mark: called at each event.
-        waiting: blocks of which an output got no gradient, though the user holds what was made of it.
+        waiting: blocks of which an output got no gradient, though the user holds a tensor made of it.
     """
 
     def __init__(self, capture: ModuleCapture, resident: Iterable[Tensor]) -> None:
@@ -108,11 +107,6 @@ class Traffic(Visitor):
         self._seen: set[int] = set()
         self._stage = 0
 
-    @property
-    def device(self) -> Device:
-        """Whose allocator rounds sizes."""
-        return self.capture.place
-
     def enter(self, block: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:  # noqa: ARG002, D102
         self.arguments.append(self._hold(tensor_leaves((args, kwargs)), self.capture.blocks[block].stage - 1))
         self.note("enter", block)
@@ -126,27 +120,26 @@ class Traffic(Visitor):
     def note(self, what: str, block: int = -1) -> None:  # noqa: D102
         if what == "over":
             gone = {key for key, ref in self._refs.items() if key not in self._seen and ref.expired()}
-            for key in gone:  # its graph was given up
+            for key in gone:  # with its graph
                 del self.packed[key], self.size[key], self.made[key]
         self.events.append((what, block))
         self.mark()
 
     def arrived(self, block: int, grads: Sequence[Tensor]) -> None:  # noqa: D102
         sizes = {storage_key(t): held_bytes(t) for t in grads}
-        self.incoming[block] = sum(allocated(size, self.device) for size in sizes.values())
+        self.incoming[block] = sum(allocated(size, self.capture.place) for size in sizes.values())
 
     def unreversed(self, block: int) -> None:  # noqa: D102
         self.waiting.add(block)
 
-    def shared(self, marks: Sequence[int]) -> list[int]:
-        """Return (blocks,) bytes of incoming gradients that stay after it: others are views of them."""
-        at = dict(zip(self.events, marks, strict=True))
-        return [
-            self.incoming[block] - (at["reverse", block] - at["cleared", block])
-            if block in self.incoming
-            else 0
-            for block in range(len(self.capture.blocks))
-        ]
+    def shared(self, at: Mapping[Event, int]) -> list[int]:
+        """Return (blocks,) bytes of incoming gradients that stay after it: others are views of them.
+
+        Args:
+            at: bytes live at each event.
+        """
+        stay = {b: size - (at["reverse", b] - at["cleared", b]) for b, size in self.incoming.items()}
+        return [stay.get(block, 0) for block in range(len(self.capture.blocks))]
 
     def _hold(self, tensors: list[tuple[int, Tensor]], made: int) -> dict[int, int]:
         places: dict[int, int] = {}
@@ -164,20 +157,19 @@ class Traffic(Visitor):
         if key is None or key in self._resident:
             return None
         if key not in self.size:
-            self.size[key] = allocated(held_bytes(tensor), self.device)
+            self.size[key] = allocated(held_bytes(tensor), self.capture.place)
             self.made[key] = made
         return key
 
     def pack(self, tensor: Tensor) -> Tensor:
-        """The hook for what the user's code saves."""
-        there = storage_key(tensor) in self.size
-        if there or self._stage >= 0:
+        """Note a tensor that the user's code saves."""
+        if self._stage >= 0 or storage_key(tensor) in self.size:
             key = self._know(tensor, self._stage)
             if key is not None:
                 self.packed.setdefault(key, set()).add(self._stage)
                 # A weak reference keeps the address from being used again.
                 self._refs.setdefault(key, StorageWeakRef(storage_of(tensor)))
-        return tensor if tensor.is_leaf else tensor.detach()
+        return unowned(tensor)
 
     def private(self) -> set[int]:
         """Return the storages that the user's code saves and no block sees."""

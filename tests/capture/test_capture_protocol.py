@@ -110,9 +110,7 @@ class OfMembers(Producer):
                 with torch.no_grad():
                     x = member(x)
                 boundary = (values.new(x.nbytes),)
-        return assemble(
-            facts, values, captured, model, resident=resident, held=0, output_grad=4, name="members"
-        )
+        return assemble(facts, values, captured, model, resident=resident, held=0, output_grad=4)
 
 
 @dataclass

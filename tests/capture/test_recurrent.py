@@ -331,7 +331,6 @@ def test_equal_blocks_measured_once_give_the_chain_of_measuring_all(
                 existing={*case.model.parameters()} if existing else set(),
                 resident=0,
                 clock=False,
-                name="chain",
                 once=once,
             )
             for once in (True, False)
