@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
@@ -17,23 +18,23 @@ __all__ = ["GradFlows", "parameter_grads"]
 
 
 class GradFlows:
-    """Bytes that hold the gradients of boundary and carried values while they wait.
+    """Counts the bytes that hold the gradients of boundary and carried values while they wait.
 
-    The gradient that a stage leaves of a value may be a view: of a concatenation's gradient, which it keeps
-    alive whole. It stays so until a second reader's share is added, which makes a tensor of its own.
+    The gradient that a stage leaves of a value may be a view of a larger one (of a concatenation), which it
+    keeps live whole, until a second reader's share is added, which makes a tensor of its own.
     """
 
     def __init__(self, capture: GraphCapture, costs: list[StageCost], size: dict[int, int]) -> None:
         self.capture, self.size = capture, size
         graph, self.carried = capture.graph, {key for keys in capture.linear.carried for key in keys}
-        nodes = {node.name: node for node in graph.group_of}
+        self.nodes = {node.name: node for node in graph.group_of}
         # left[k][value] = {(k, storage): bytes} that stage k's backward leaves as the value's gradient
         self.left: list[dict[int, dict[tuple[int, int], int]]] = []
         for k, (stage, cost) in enumerate(zip(capture.stages, costs, strict=True)):
-            left: dict[int, dict[tuple[int, int], int]] = {}
+            left: dict[int, dict[tuple[int, int], int]] = defaultdict(dict)
             for position, storage, held in cost.input_grads:
-                for key in graph.group_of[nodes[stage.argument_names[position]]]:
-                    left.setdefault(key, {})[k, storage] = held
+                for key in graph.group_of[self.nodes[stage.argument_names[position]]]:
+                    left[key][k, storage] = held
             self.left.append(left)
 
     def _held(self, key: int, stage: int) -> dict[tuple[int, int], int]:
@@ -57,11 +58,11 @@ class GradFlows:
 
     def inputs(self) -> dict[int, list[int]]:
         """Return inputs of the model that get gradients -> the stages that these come from, ascending."""
-        found: dict[int, list[int]] = {}
+        found: dict[int, list[int]] = defaultdict(list)
         for k, left in enumerate(self.left):
             for key in left:
                 if self.capture.graph.groups[key].producer < 0:
-                    found.setdefault(key, []).append(k)
+                    found[key].append(k)
         return found
 
     def carried_bytes(self, key: int, stage: int) -> int:

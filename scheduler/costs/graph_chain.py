@@ -7,10 +7,11 @@ graph alone. Transients and seconds are measured, once per distinct stage.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -84,7 +85,7 @@ def measure_graph(
     surroundings = (autocast, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
     measured: list[StageCost] = []
     last = len(capture) - 1
-    waiting = unreversed(capture) if loss_is_output else set()
+    waiting = unreversed(capture, loss_is_output)
 
     def visit(k: int, arguments: list[Any]) -> None:
         stage = capture.stages[k]
@@ -121,11 +122,15 @@ def measure_graph(
 
 def kept_storages(capture: GraphCapture, k: int, dropped: frozenset[int]) -> set[int]:
     """Return the storages kept for the backward of stage k; with the boundary if not all are."""
-    graph, linear = capture.graph, capture.linear
-    kept = {pack.group for number, pack in enumerate(packs_of(graph, linear, k)) if number not in dropped}
-    kept |= set(linear.boundaries[k]) if dropped else set()
+    linear, groups = capture.linear, capture.graph.groups
+    kept = _kept_packs(capture, k, dropped).union(linear.boundaries[k] if dropped else ())
     elsewhere = {key for keys in linear.carried for key in keys} - set(linear.carried[k])
-    return {key for key in kept - elsewhere if graph.groups[key].producer >= 0}
+    return {key for key in kept - elsewhere if groups[key].producer >= 0}
+
+
+def _kept_packs(capture: GraphCapture, k: int, dropped: frozenset[int]) -> set[int]:
+    packs = packs_of(capture.graph, capture.linear, k)
+    return {pack.group for number, pack in enumerate(packs) if number not in dropped}
 
 
 def _isolated(
@@ -138,7 +143,6 @@ def _isolated(
     held: frozenset[int],
 ) -> StageRun:
     stage = capture.stages[k]
-    parameters = [a for a in arguments if isinstance(a, nn.Parameter)]
 
     def run(enter: Enter) -> tuple[Tensor, ...]:
         fresh = [
@@ -153,19 +157,14 @@ def _isolated(
             torch.clear_autocast_cache()
 
     def loss(results: Any) -> Tensor | None:
-        try:
+        with suppress(ValueError):  # an earlier stage makes it
             return find_loss(capture.own_output(stage, results))[0]
-        except ValueError:  # the loss is made by an earlier stage
-            return None
+        return None
 
-    lasting = storage_keys(
-        argument
-        for argument, source in zip(arguments, stage.sources, strict=True)
-        if source.kind != "boundary" and isinstance(argument, Tensor)
-    )
-    reset = fresh_grads(parameters, existing)
-    of_loss = loss if k == len(capture) - 1 else None
-    return StageRun(run, reset, of_loss, lasting, unread, layouts, held)
+    outside = (a for a, source in zip(arguments, stage.sources, strict=True) if source.kind != "boundary")
+    lasting = storage_keys(a for a in outside if isinstance(a, Tensor))
+    reset = fresh_grads((a for a in arguments if isinstance(a, nn.Parameter)), existing)
+    return StageRun(run, reset, loss if k == len(capture) - 1 else None, lasting, unread, layouts, held)
 
 
 def graph_chain(
@@ -190,17 +189,14 @@ def graph_chain(
     size = {key: allocated(group.bytes, capture.place) for key, group in graph.groups.items()}
     values = _GraphValues(graph, size)
     flows = GradFlows(capture, costs, size)
-    saved_by = [
-        {key for op in graph.ops[linear.cuts[k] : linear.cuts[k + 1]] for key in op.saved}
-        for k in range(count)
-    ]
-    waiting = unreversed(capture) if loss_is_output else set()
+    saved_by = [{key for op in graph.ops[a:b] for key in op.saved} for a, b in pairwise(linear.cuts)]
+    waiting = unreversed(capture, loss_is_output)
     stays = [unreversed_bytes(capture, k, waiting, values.stored) for k in range(count)]
     freed = _freed(capture, saved_by, {k for k, amount in enumerate(stays) if amount})
-    change, output_grad = _gradient_changes(capture, size, flows, loss_is_output)
+    change, output_grad = _gradient_changes(flows, loss_is_output)
     existing = {p for p in model.parameters() if p.grad is not None}
-    readers = _readers(capture, model)
-    created, summed = parameter_grads(readers, existing, change, capture.place, sparse=sparse)
+    read_by = _readers(capture, model)
+    created, summed = parameter_grads(read_by, existing, change, capture.place, sparse=sparse)
     going = Counter[int]()
     for key, k in freed.items():
         going[k] += size[key]
@@ -227,7 +223,7 @@ def graph_chain(
                 dropping_peak=cost.dropping_peak,
                 boundary_grad=flows.boundary(k),
                 lead=cost.lead,
-                arriving=output_grad if last else _arriving(capture, k, cost, flows, size, loss_is_output),
+                arriving=output_grad if last else _arriving(flows, k, cost, loss_is_output),
                 created=created[k],
                 appearing=created[k] + max(0, change[k] - going[k]),
                 change=change[k],
@@ -280,38 +276,29 @@ class _GraphValues(Values):
 
 def _unseen(capture: GraphCapture, k: int, cost: OptionCost, values: _GraphValues) -> int:
     """Return bytes that autograd saves of real tensors alone: kernels are chosen by their data type."""
-    graph, linear = capture.graph, capture.linear
-    packs = enumerate(packs_of(graph, linear, k))
-    kept = {pack.group for number, pack in packs if number not in cost.dropped}
-    own = (key for key in kept if graph.groups[key].producer >= linear.cuts[k])
+    kept, first = _kept_packs(capture, k, cost.dropped), capture.linear.cuts[k]
+    own = (key for key in kept if capture.graph.groups[key].producer >= first)
     return max(0, cost.kept - values.stored(own))
 
 
-def _arriving(
-    capture: GraphCapture,
-    k: int,
-    cost: StageCost,
-    flows: GradFlows,
-    size: Mapping[int, int],
-    loss_is_output: bool,
-) -> int:
+def _arriving(flows: GradFlows, k: int, cost: StageCost, loss_is_output: bool) -> int:
     """Return bytes of arriving gradients that are counted elsewhere, as far as isolation counted them.
 
     Two results may be one storage, whose gradients have become one; a gradient may be a part of one that
     lasts. Those of the boundary and of carried values are two sums: where one exceeds that in isolation, the
     other is no smaller.
     """
+    capture, size = flows.capture, flows.size
     graph, linear, stage = capture.graph, capture.linear, capture.stages[k]
-    outputs = held_by_user(graph)
+    outputs = set() if loss_is_output else held_by_user(graph)
     counted = 0
     for key in linear.carried[k]:
         if graph.groups[key].requires_grad:
             live = flows.carried_bytes(key, linear.readers[key][0]) if linear.readers[key] else 0
-            counted += max(live, size[key] if key in outputs and not loss_is_output else 0)
-    nodes = {op.node.name: op.node for op in graph.ops}
+            counted += max(live, size[key] if key in outputs else 0)
     unread = unread_results(capture, k, loss_is_output)
     results = zip(stage.boundary, stage.boundary_from, strict=True)
-    read = {nodes[name] for name, i in results if i >= 0 and i not in unread}
+    read = {flows.nodes[name] for name, i in results if i >= 0 and i not in unread}
     layouts = (graph.layout_of[node] for node in read if graph.grad_of[node])
     passed_on = sum(math.prod(each.shape) * each.dtype.itemsize for each in layouts)
     stood = min(cost.output_grads, passed_on)
@@ -346,22 +333,19 @@ def _freed(capture: GraphCapture, saved_by: list[set[int]], waiting: Collection[
     }
 
 
-def _gradient_changes(
-    capture: GraphCapture, size: Mapping[int, int], flows: GradFlows, loss_is_output: bool
-) -> tuple[list[int], int]:
+def _gradient_changes(flows: GradFlows, loss_is_output: bool) -> tuple[list[int], int]:
     """Return (L,) by how much each backward changes gradients of carried values and inputs; output_grad.
 
-    The gradient of a carried value comes with its latest reader and goes with its producer.
+    The gradient of a carried value appears with its latest reader and is released with its producer.
     """
-    graph, linear = capture.graph, capture.linear
+    graph, linear, size = flows.capture.graph, flows.capture.linear, flows.size
     count = len(linear)
     change = [0] * count
     # Outputs without a loss among them get gradients themselves.
     outputs = set() if loss_is_output else held_by_user(graph)
-    output_grad = 4
-    if not loss_is_output:
-        differentiable = (key for key in outputs if graph.groups[key].requires_grad)
-        output_grad = sum(size[key] for key in differentiable if graph.groups[key].producer >= 0)
+    groups = graph.groups
+    made = (key for key in outputs if groups[key].requires_grad and groups[key].producer >= 0)
+    output_grad = 4 if loss_is_output else sum(size[key] for key in made)
 
     def arrive(key: int, stages: Sequence[int], live: int = 0) -> int:
         for k in reversed(stages):
@@ -370,22 +354,22 @@ def _gradient_changes(
             live = now
         return live
 
-    for made, keys in enumerate(linear.carried):
+    for producer, keys in enumerate(linear.carried):
         for key in keys:
-            if graph.groups[key].requires_grad:
-                live = size[key] if key in outputs and made < count - 1 else 0
+            if groups[key].requires_grad:
+                live = size[key] if key in outputs and producer < count - 1 else 0
                 change[count - 1] += live
-                change[made] -= arrive(key, linear.readers[key], live)
-    for key, stages in flows.inputs().items():  # it stays, or waits for what the input was made by
+                change[producer] -= arrive(key, linear.readers[key], live)
+    for key, stages in flows.inputs().items():  # it stays, or waits for the input's own backward
         arrive(key, stages)
     return change, output_grad
 
 
 def _readers(capture: GraphCapture, model: nn.Module) -> dict[nn.Parameter, list[int]]:
     """Return the stages that read each parameter, ascending."""
-    readers: dict[nn.Parameter, list[int]] = {}
+    readers: dict[nn.Parameter, list[int]] = defaultdict(list)
     for k, stage in enumerate(capture.stages):
         names = [source.key for source in stage.sources if source.kind == "parameter"]
-        for parameter in dict.fromkeys(model.get_parameter(name) for name in names):
-            readers.setdefault(parameter, []).append(k)
+        for parameter in dict.fromkeys(map(model.get_parameter, names)):
+            readers[parameter].append(k)
     return readers

@@ -21,7 +21,6 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import flop_registry
 
 from rematplan.scheduler.capture.graph.graph_capture import GraphCapture
-from rematplan.scheduler.core.device import DeviceSpec
 from rematplan.scheduler.costs.meters.clock import Spans
 from rematplan.scheduler.costs.stage_run import StageCost, StageRun, as_leaf, seed_gradients
 from rematplan.scheduler.costs.unreversed import unread_results
@@ -64,17 +63,13 @@ class Rates:
             self.by_dtype[dtype] = self.flops if self.measure is None else self.measure(dtype)
         return self.by_dtype[dtype]
 
-    @classmethod
-    def of(cls, spec: DeviceSpec) -> Rates:
-        """Return the rates of a description."""
-        by_dtype = {getattr(torch, name): rate for name, rate in spec.flops.items()}
-        return cls(spec.rate("float32"), spec.bandwidth, spec.launch, by_dtype)
-
 
 def device_rates(device: Device) -> Rates:
     """Return the device's rates: by its description, or measured."""
     if isinstance(device, Target):
-        return Rates.of(device.spec)
+        spec = device.spec
+        by_dtype = {getattr(torch, name): rate for name, rate in spec.flops.items()}
+        return Rates(spec.rate("float32"), spec.bandwidth, spec.launch, by_dtype)
     return _measured_rates(device, torch.get_num_threads())
 
 
@@ -291,7 +286,7 @@ def _estimate(
     def root(results: Sequence[Tensor]) -> Tensor | None:
         if unread is None:
             with suppress(ValueError):  # an earlier stage makes it
-                return find_loss(capture.own_output(stage, results))[0]
+                return find_loss(capture.own_output(stage, tuple(results)))[0]
         return seed_gradients({i: t for i, t in enumerate(results) if i not in (unread or ())}, {})[0]
 
     arguments: list[Any] = []
@@ -299,8 +294,8 @@ def _estimate(
         for source, name in zip(stage.sources, stage.argument_names, strict=True):
             value = nodes[name].meta.get("val")
             if isinstance(value, Tensor):
-                like = {"dtype": value.dtype, "device": value.device}
-                value = torch.empty_strided(value.shape, value.stride(), **like)
+                dtype, device = value.dtype, value.device
+                value = torch.empty_strided(value.shape, value.stride(), dtype=dtype, device=device)
                 value.requires_grad_(source.requires_grad)
                 if source.kind == "parameter" and source.requires_grad:
                     value = nn.Parameter(value)

@@ -7,6 +7,7 @@ autograd's own order: its saved tensors, the tensors that it holds, the gradient
 
 from __future__ import annotations
 
+import functools
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture
 from rematplan.scheduler.capture.blocks.calls import intercepted
 from rematplan.scheduler.core.errors import CaptureError
+from rematplan.scheduler.costs.meters.peak import Counted
 from rematplan.scheduler.costs.stage_run import seed_gradients
 from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.fsdp import sharded_within
@@ -107,23 +109,21 @@ class _Edge(torch.autograd.Function):
         node.visitor.arrived(node.block, node.arrived)
         node.arrived.clear()
         node.visitor.note("cleared", node.block)
-        sizes = {position: (storage, size) for position, storage, size in node.box.input_grads}
+        made = {position: (storage, size) for position, storage, size in node.box.input_grads}
         buffers: dict[int, Tensor] = {}
-        grads: list[Tensor | None] = []
+        grads: dict[int, Tensor] = {}
         for position, (shape, dtype, device) in zip(node.positions, ctx.likes, strict=True):
-            if position not in sizes:
-                grads.append(None)
-                continue
-            storage, size = sizes[position]
-            if storage not in buffers:
-                buffers[storage] = torch.zeros(size, dtype=torch.uint8, device=device)
-            flat = buffers[storage].view(dtype)
-            count = shape.numel()
-            # A gradient may be an expanded view of fewer numbers.
-            grads.append(flat[:count].view(shape) if flat.numel() >= count else flat[:1].expand(shape))
+            if position in made:
+                storage, size = made[position]
+                if storage not in buffers:
+                    buffers[storage] = torch.zeros(size, dtype=torch.uint8, device=device)
+                flat, count = buffers[storage].view(dtype), shape.numel()
+                # A gradient may be an expanded view of fewer numbers.
+                whole = flat.numel() >= count
+                grads[position] = flat[:count].view(shape) if whole else flat[:1].expand(shape)
         buffers.clear()
         node.visitor.note("reversed", node.block)
-        return None, None, *grads
+        return None, None, *map(grads.get, node.positions)
 
 
 class _Cut(torch.autograd.Function):
@@ -172,7 +172,7 @@ def _closed(node: _Node, args: Any, kwargs: Any, produced: Any) -> Any:
     return tree_unflatten(leaves, spec)
 
 
-def run_skeleton(  # noqa: C901 - one step, in its order
+def run_skeleton(
     capture: ModuleCapture,
     model: nn.Module,
     call: Call,
@@ -197,30 +197,27 @@ def run_skeleton(  # noqa: C901 - one step, in its order
     ran = 0
     nodes: list[_Node] = []
 
+    def loose(name: str, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        nonlocal ran
+        index, ran = ran, ran + 1
+        if in_backward():
+            raise CaptureError(
+                f"{name} runs again in the backward, as under torch.utils.checkpoint; leave that to the plan"
+            )
+        if index >= len(capture.blocks) or capture.blocks[index].name != name:
+            raise CaptureError(f"{name} does not run at the same place in every forward")
+        produced = visitor.enter(index, forward, args, kwargs)
+        if produced is None:
+            made = boxes[index].stand_in if index in boxes else None
+            with torch.set_grad_enabled(capture.grad), uncached():
+                produced = forward(*args, **kwargs) if made is None else made()
+        nodes.append(_Node(index, boxes[index], visitor, capture.device))
+        produced = _closed(nodes[-1], args, kwargs, produced)
+        visitor.leave(index, produced)
+        return produced
+
     def wrapper(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
-            def loose(*args: Any, **kwargs: Any) -> Any:
-                nonlocal ran
-                index, ran = ran, ran + 1
-                if in_backward():
-                    raise CaptureError(
-                        f"{name} runs again in the backward, as under torch.utils.checkpoint; leave that to the plan"
-                    )
-                if index >= len(capture.blocks) or capture.blocks[index].name != name:
-                    raise CaptureError(f"{name} does not run at the same place in every forward")
-                produced = visitor.enter(index, forward, args, kwargs)
-                if produced is None:
-                    made = boxes[index].stand_in if index in boxes else None
-                    with torch.set_grad_enabled(capture.grad), uncached():
-                        produced = forward(*args, **kwargs) if made is None else made()
-                nodes.append(_Node(index, boxes[index], visitor, capture.device))
-                produced = _closed(nodes[-1], args, kwargs, produced)
-                visitor.leave(index, produced)
-                return produced
-
-            return loose
-
-        return wrap
+        return lambda forward: functools.partial(loose, name, forward)
 
     args, kwargs = call
     torch.clear_autocast_cache()
@@ -253,18 +250,22 @@ def run_skeleton(  # noqa: C901 - one step, in its order
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The user's code before a block, or after the last one; or its backward.
+    """Bytes of the user's code before a block, or after the last one; or of its backward.
 
     Attributes:
-        start, end: bytes live at its start and its end.
-        peak: the most bytes live meanwhile.
-        seconds: that it took.
+        start, end: live at its start and its end.
+        peak: the most live meanwhile.
     """
 
     start: int
     end: int
     peak: int
-    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, counted: Counted, start: int, end: int) -> Piece:
+        """Return the piece between two marks (-1: the start of the step)."""
+        at_start = counted.marks[start] if start >= 0 else 0
+        return cls(at_start, counted.marks[end], max(at_start, *counted.peaks[start + 1 : end + 1], 0))
 
     @property
     def taken(self) -> int:
@@ -272,49 +273,29 @@ class Piece:
         return self.peak - self.start
 
 
-def pieces(
-    events: Sequence[Event],
-    blocks: int,
-    marks: Sequence[int] = (),
-    peaks: Sequence[int] = (),
-    times: Sequence[float] = (),
-) -> tuple[list[Piece], list[Piece]]:
-    """Return a step's pieces forward, and those backward, in the order of the forward: (blocks + 1,) each.
+def pieces(events: Sequence[Event], blocks: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Return the events (-1: the start) between which each piece of the user's code runs, and its backward.
 
     A block that is not reversed, or out of order, leaves its piece to the one before.
 
-    Args:
-        marks, peaks: as ``count_bytes`` gives them, for a mark at each event.
-        times: (events + 1,) the clock at the start and at each event.
+    Returns:
+        (blocks + 1,) each, in the order of the forward.
     """
     index = {event: i for i, event in enumerate(events)}
-
-    def piece(start: int, end: int) -> Piece:
-        seconds = times[end + 1] - times[start + 1] if times else 0.0
-        if not marks:
-            return Piece(0, 0, 0, seconds)
-        at_start = marks[start] if start >= 0 else 0
-        return Piece(at_start, marks[end], max(at_start, *peaks[start + 1 : end + 1], 0), seconds)
-
-    over = index["over", -1]
-    forward = [
-        piece(index.get(("leave", p - 1), -1), index["enter", p] if p < blocks else over)
-        for p in range(blocks + 1)
-    ]
-    backward: list[Piece] = []
-    cursor = over
+    cursor = index["over", -1]
+    begins = [index.get(("leave", p - 1), -1) for p in range(blocks + 1)]
+    ends = [*(index["enter", p] for p in range(blocks)), cursor]
+    backward: list[tuple[int, int]] = []
     for p in range(blocks, -1, -1):
         ended = index.get(("reverse", p - 1), -1) if p else index["done", -1]
-        if ended < cursor:
-            backward.append(piece(cursor, cursor))
-            continue
-        backward.append(piece(cursor, ended))
-        cursor = index["reversed", p - 1] if p else ended
-    return forward, backward[::-1]
+        backward.append((cursor, max(cursor, ended)))
+        if ended >= cursor and p:
+            cursor = index["reversed", p - 1]
+    return list(zip(begins, ends, strict=True)), backward[::-1]
 
 
 class Timed(Visitor):
-    """Notes when each event is."""
+    """Notes the time of each event; ``times`` begins with that of the start."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now

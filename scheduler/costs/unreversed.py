@@ -15,12 +15,14 @@ from rematplan.scheduler.torch_layer.loss import find_loss
 __all__ = ["held_by_user", "held_results", "unread_results", "unreversed", "unreversed_bytes"]
 
 
-def unreversed(capture: GraphCapture) -> set[fx.Node]:
-    """Return the nodes that lead to outputs that require grad, and not to the loss.
+def unreversed(capture: GraphCapture, loss_is_output: bool) -> set[fx.Node]:
+    """Return the nodes that lead to outputs that require grad, and not to the loss; none without a loss.
 
-    Autograd releases what an op saved when that op is reversed, and else with the last tensor that depends
-    on it.
+    Autograd releases an op's saved tensors when that op is reversed, or else with the last tensor that
+    depends on it.
     """
+    if not loss_is_output:
+        return set()
     graph = capture.graph
     held = [leaf for leaf in graph.outputs if isinstance(leaf, fx.Node) and graph.grad_of.get(leaf)]
     loss = _loss(capture)
