@@ -205,11 +205,11 @@ def priced(request: Request, *, options: bool = True) -> Priced:
         resident["allocator slack"] = allocator_slack(model, call, device, request.optimizer_state)
         request.progress(f"pricing {len(captured)} stages")
         resident_bytes, clock = sum(resident.values()), request.costs == "measure"
-        while True:
+        chain: Chain | None = None
+        while chain is None:
             producer = KINDS[captured.kind].producer()
             try:
                 chain = producer.price(captured, step, resident=resident_bytes, clock=clock, options=options)
-                break
             except CaptureError as error:
                 if not kinds:
                     raise

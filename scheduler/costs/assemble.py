@@ -6,19 +6,23 @@ backward, or live long; ``assemble`` does the sums.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import MappingProxyType
 
 from torch import nn
 
 from rematplan.scheduler.capture.protocol import Capture
 from rematplan.scheduler.core.chain import Carried, Chain, Option, Stage
+from rematplan.scheduler.costs.meters.peak import allocated
 from rematplan.scheduler.costs.resident import copied_buffers
 from rematplan.scheduler.costs.stage_run import OptionCost
+from rematplan.scheduler.torch_layer.fsdp import local
 from rematplan.scheduler.torch_layer.preserve import CPU_RANDOM_STATE
+from rematplan.scheduler.torch_layer.target import Device
 
-__all__ = ["SMALL_TENSORS", "StageFacts", "Values", "assemble"]
+__all__ = ["SMALL_TENSORS", "StageFacts", "Values", "assemble", "parameter_grads"]
 
 SMALL_TENSORS = 4096  # bytes: zero-dimensional tensors of scalars, which belong to no value
 
@@ -188,3 +192,46 @@ def _gradients_between(facts: Sequence[StageFacts]) -> list[int]:
         reversed_ = max(each.boundary_grad, result[-1] + before.appearing)
         result.append(reversed_ if before.lead is None else each.boundary_grad + before.lead)
     return result
+
+
+def parameter_grads(
+    readers: Mapping[nn.Parameter, list[int]],
+    existing: Collection[nn.Parameter],
+    change: list[int],
+    device: Device,
+    whole: Collection[nn.Parameter] = (),
+    sparse: Mapping[nn.Parameter, int] = MappingProxyType({}),
+) -> tuple[list[int], list[int]]:
+    """Return bytes of the gradients of parameters.
+
+    A parameter that several stages read gets its gradient from the last of them, which is reversed first.
+    Autograd sums the shares in a tensor of their own before it touches ``.grad``. Where a gradient exists
+    already, that tensor waits beside it from the latest reader to the earliest: ``change`` is amended.
+
+    Args:
+        readers: the stages that read each parameter, ascending.
+        existing: parameters that have a gradient before the step.
+        change: (L,) by how much each backward changes the bytes of long-lived values.
+        whole: sharded parameters whose gradients stay whole, beside those that exist.
+        sparse: bytes of gradients that are sparse.
+
+    Returns:
+        (L,) bytes of gradients that the backward of each stage creates; (L,) bytes that it takes besides to
+        add its share to the gradient of a parameter that a later stage reads too.
+    """
+    created, summed = [0] * len(change), [0] * len(change)
+    for parameter, stages in readers.items():
+        if not parameter.requires_grad:
+            continue
+        shard = parameter if parameter in whole else local(parameter)
+        size = allocated(shard.numel() * shard.element_size(), device)
+        if parameter in sparse:  # a share that is dense makes the sum dense
+            size = sparse[parameter] if len(stages) == 1 else max(size, sparse[parameter])
+        for k in stages[:-1]:
+            summed[k] += size
+        if parameter not in existing or parameter in sparse or parameter in whole:
+            created[stages[-1]] += size
+        elif len(stages) > 1:
+            change[stages[-1]] += size
+            change[stages[0]] -= size
+    return created, summed

@@ -31,7 +31,7 @@ from rematplan.scheduler.costs.gather import measure_gather, resharding, standin
 from rematplan.scheduler.costs.meters.peak import count_bytes
 from rematplan.scheduler.costs.module_blocks import BlockCost, BlockRun
 from rematplan.scheduler.costs.module_stages import Parts, stages_to_chain
-from rematplan.scheduler.costs.module_values import module_values
+from rematplan.scheduler.costs.module_values import Lifetimes, Traffic, module_values
 from rematplan.scheduler.costs.roofline import Tally, device_rates
 from rematplan.scheduler.costs.skeleton import (
     Box,
@@ -44,7 +44,6 @@ from rematplan.scheduler.costs.skeleton import (
     stand_in,
 )
 from rematplan.scheduler.costs.stage_run import fresh_grads
-from rematplan.scheduler.costs.traffic import Lifetimes, Traffic
 from rematplan.scheduler.plan.plan import CaptureRecord
 from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.fsdp import holders, sharded_within, unshard

@@ -23,8 +23,7 @@ from rematplan.scheduler.capture.graph.graph_capture import GraphCapture
 from rematplan.scheduler.capture.graph.op_graph import OpGraph
 from rematplan.scheduler.capture.graph.recompute import packs_of
 from rematplan.scheduler.core.chain import Carried, Chain
-from rematplan.scheduler.costs.assemble import StageFacts, Values, assemble
-from rematplan.scheduler.costs.gradients import GradFlows, parameter_grads
+from rematplan.scheduler.costs.assemble import StageFacts, Values, assemble, parameter_grads
 from rematplan.scheduler.costs.meters.peak import allocated
 from rematplan.scheduler.costs.option_costs import measure_options
 from rematplan.scheduler.costs.resident import rerun_state, storage_bytes
@@ -188,7 +187,7 @@ def graph_chain(
     count = len(linear)
     size = {key: allocated(group.bytes, capture.place) for key, group in graph.groups.items()}
     values = _GraphValues(graph, size)
-    flows = GradFlows(capture, costs, size)
+    flows = _GradFlows(capture, costs, size)
     saved_by = [{key for op in graph.ops[a:b] for key in op.saved} for a, b in pairwise(linear.cuts)]
     waiting = unreversed(capture, loss_is_output)
     stays = [unreversed_bytes(capture, k, waiting, values.stored) for k in range(count)]
@@ -274,6 +273,59 @@ class _GraphValues(Values):
         return sum(self._size[key] for key in set(keys) if self.is_made(key))
 
 
+class _GradFlows:
+    """Counts the bytes that hold the gradients of boundary and carried values while they wait.
+
+    The gradient that a stage leaves of a value may be a view of a larger one (of a concatenation), which it
+    keeps live whole, until a second reader's share is added, which makes a tensor of its own.
+    """
+
+    def __init__(self, capture: GraphCapture, costs: list[StageCost], size: dict[int, int]) -> None:
+        self.capture, self.size = capture, size
+        graph, self.carried = capture.graph, {key for keys in capture.linear.carried for key in keys}
+        self.nodes = {node.name: node for node in graph.group_of}
+        # left[k][value] = {(k, storage): bytes} that stage k's backward leaves as the value's gradient
+        self.left: list[dict[int, dict[tuple[int, int], int]]] = []
+        for k, (stage, cost) in enumerate(zip(capture.stages, costs, strict=True)):
+            left: dict[int, dict[tuple[int, int], int]] = defaultdict(dict)
+            for position, storage, held in cost.input_grads:
+                for key in graph.group_of[self.nodes[stage.argument_names[position]]]:
+                    left[key][k, storage] = held
+            self.left.append(left)
+
+    def _held(self, key: int, stage: int) -> dict[tuple[int, int], int]:
+        """Return storages of the gradient of a value once ``stage`` and all after it are reversed."""
+        readers = [k for k in range(stage, len(self.left)) if key in self.left[k]]
+        if len(readers) == 1:
+            return self.left[readers[0]][key]
+        return {(-1, key): self.size[key]} if readers else {}
+
+    def _elsewhere(self, stage: int) -> set[tuple[int, int]]:
+        """Return the storages of carried values' gradients once ``stage`` and all after it are reversed."""
+        left = {key for left in self.left[stage:] for key in left}
+        return {storage for key in left & self.carried for storage in self._held(key, stage)}
+
+    def boundary(self, stage: int) -> int:
+        """Return bytes of the gradient of boundary ``stage``, storages of carried gradients left out."""
+        held: dict[tuple[int, int], int] = {}
+        for key in self.capture.linear.boundaries[stage]:
+            held |= self._held(key, stage)
+        return sum(held[storage] for storage in held.keys() - self._elsewhere(stage))
+
+    def inputs(self) -> dict[int, list[int]]:
+        """Return inputs of the model that get gradients -> the stages that these come from, ascending."""
+        found: dict[int, list[int]] = defaultdict(list)
+        for k, left in enumerate(self.left):
+            for key in left:
+                if self.capture.graph.groups[key].producer < 0:
+                    found[key].append(k)
+        return found
+
+    def carried_bytes(self, key: int, stage: int) -> int:
+        """Return bytes of a carried value's gradient once ``stage`` and all after it are reversed."""
+        return sum(self._held(key, stage).values())
+
+
 def _unseen(capture: GraphCapture, k: int, cost: OptionCost, values: _GraphValues) -> int:
     """Return bytes that autograd saves of real tensors alone: kernels are chosen by their data type."""
     kept, first = _kept_packs(capture, k, cost.dropped), capture.linear.cuts[k]
@@ -281,7 +333,7 @@ def _unseen(capture: GraphCapture, k: int, cost: OptionCost, values: _GraphValue
     return max(0, cost.kept - values.stored(own))
 
 
-def _arriving(flows: GradFlows, k: int, cost: StageCost, loss_is_output: bool) -> int:
+def _arriving(flows: _GradFlows, k: int, cost: StageCost, loss_is_output: bool) -> int:
     """Return bytes of arriving gradients that are counted elsewhere, as far as isolation counted them.
 
     Two results may be one storage, whose gradients have become one; a gradient may be a part of one that
@@ -333,7 +385,7 @@ def _freed(capture: GraphCapture, saved_by: list[set[int]], waiting: Collection[
     }
 
 
-def _gradient_changes(flows: GradFlows, loss_is_output: bool) -> tuple[list[int], int]:
+def _gradient_changes(flows: _GradFlows, loss_is_output: bool) -> tuple[list[int], int]:
     """Return (L,) by how much each backward changes gradients of carried values and inputs; output_grad.
 
     The gradient of a carried value appears with its latest reader and is released with its producer.

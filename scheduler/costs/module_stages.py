@@ -13,8 +13,7 @@ from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture
 from rematplan.scheduler.capture.blocks.block_state import named_tensors
 from rematplan.scheduler.capture.repeat import draws_elsewhere
 from rematplan.scheduler.core.chain import Chain
-from rematplan.scheduler.costs.assemble import StageFacts, assemble
-from rematplan.scheduler.costs.gradients import parameter_grads
+from rematplan.scheduler.costs.assemble import StageFacts, assemble, parameter_grads
 from rematplan.scheduler.costs.meters.peak import allocated
 from rematplan.scheduler.costs.module_blocks import BlockCost
 from rematplan.scheduler.costs.module_values import ModuleValues

@@ -19,8 +19,7 @@ from rematplan.scheduler.capture.bit_equal_step import difference, run_step
 from rematplan.scheduler.capture.protocol import Asked, Capture, Producer
 from rematplan.scheduler.capture.trial_step import TrialStep
 from rematplan.scheduler.core.chain import Chain
-from rematplan.scheduler.costs.assemble import StageFacts, Values, assemble
-from rematplan.scheduler.costs.gradients import parameter_grads
+from rematplan.scheduler.costs.assemble import StageFacts, Values, assemble, parameter_grads
 from rematplan.scheduler.costs.stage_run import Enter, StageRun, fresh_grads, measure_stage
 from rematplan.scheduler.plan.kinds import KINDS, Kind
 from rematplan.scheduler.torch_layer.leaves import tree_leaves
