@@ -41,22 +41,6 @@ def rounded(size: int, kind: str) -> int:
     return block_bytes(size) if kind == "cuda" else size
 
 
-class _Followed(NamedTuple):
-    """A live storage.
-
-    Attributes:
-        counted, size: bytes as its allocator rounds them, and as it says.
-        number: in ``Event.storage``.
-        kind: of its allocator.
-    """
-
-    reference: weakref.ref[Any]
-    counted: int
-    size: int
-    number: int
-    kind: str
-
-
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that ops make while it is entered; earlier ones do not count.
 
@@ -90,7 +74,8 @@ class LiveBytes(TorchDispatchMode):
         self.label = ""
         self.events: list[Event] = []
         self._made = 0
-        self._known: dict[int, _Followed] = {}  # by identity
+        # By identity: the storage, its bytes rounded and as it says, its number, the kind of its allocator.
+        self._known: dict[int, tuple[weakref.ref[Any], int, int, int, str]] = {}
 
     def mark(self, label: str) -> None:
         """Put an event of no bytes into the stream."""
@@ -101,7 +86,7 @@ class LiveBytes(TorchDispatchMode):
         """Return the number of a tensor's storage in the events; None if it was made before, or elsewhere."""
         storage = _storage(tensor)
         known = None if storage is None else self._known.get(storage_id(storage))
-        return None if known is None else known.number
+        return None if known is None else known[3]
 
     def restart(self) -> int:
         """Return the peak so far, and begin a new one at what is live now."""
@@ -129,10 +114,11 @@ class LiveBytes(TorchDispatchMode):
                     given[key] = storage
         for key, storage in given.items():
             known = self._known.get(key)
-            if known is not None and known.size != storage.nbytes():
-                counted = rounded(storage.nbytes(), known.kind)
-                self._known[key] = known._replace(counted=counted, size=storage.nbytes())
-                self._change(counted - known.counted, known.number)
+            if known is not None and known[2] != storage.nbytes():
+                reference, before, _, number, allocator = known
+                counted = rounded(storage.nbytes(), allocator)
+                self._known[key] = (reference, counted, storage.nbytes(), number, allocator)
+                self._change(counted - before, number)
         taken = 0 if self.scratch is None else self.scratch(func, args, kwargs, result)
         self.peak = max(self.peak, self.live + taken)
         if taken:
@@ -146,12 +132,13 @@ class LiveBytes(TorchDispatchMode):
             return
 
         def released(_: Any) -> None:
-            known = self._known.pop(key)
-            self._change(-known.counted, known.number)
+            _, counted, _, number, _ = self._known.pop(key)
+            self._change(-counted, number)
 
-        counted, number, self._made = rounded(storage.nbytes(), kind), self._made, self._made + 1
-        reference = weakref.ref(storage, released)
-        self._known[key] = _Followed(reference, counted, storage.nbytes(), number, kind)
+        size, number = storage.nbytes(), self._made
+        self._made += 1
+        counted = rounded(size, kind)
+        self._known[key] = (weakref.ref(storage, released), counted, size, number, kind)
         self._change(counted, number)
 
     def _change(self, change: int, number: int) -> None:
