@@ -1,11 +1,7 @@
-"""``estimate``: what the plain step of a model takes, and the largest batch that fits. Nothing is computed.
-
-(Not called estimate.py, since a submodule of that name would hide the function.)
-"""
+"""``estimate``: bytes of a model's plain step, and the largest batch that fits, without running either."""
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +15,7 @@ from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.device import DeviceSpec
 from rematplan.scheduler.core.errors import CaptureError, InfeasibleBudget
 from rematplan.scheduler.core.referee import Backward, Keep, Schedule, simulate
+from rematplan.scheduler.core.text_table import lines_of, new_table
 from rematplan.scheduler.costs.meters.cuda_overheads import HANDLES, expandable_segments, workspace_bytes
 from rematplan.scheduler.plan.kinds import KINDS
 from rematplan.scheduler.solve import Priced, checked, priced
@@ -35,9 +32,9 @@ MOST_CAPTURES = 6  # of one search for the largest batch
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes of a plain training step, and what fits.
+    """Bytes of a plain training step, and the largest batches that fit a budget.
 
-    The categories do not add up to the peak: gradients appear in backward while activations go.
+    The categories do not add up to the peak: gradients appear in backward while activations are released.
 
     Attributes:
         device: name of the device.
@@ -45,13 +42,13 @@ class Estimate:
         parameters, optimizer_state, buffers, inputs: live during the whole step.
         gradients: of the parameters, when backward is done; those that exist already included.
         workspaces: of cuBLAS, live during the whole step.
-        allocator_slack: set aside for what CUDA's allocator gives large tensors too much; 0 with expandable
+        allocator_slack: set aside for the excess of large blocks in CUDA's allocator; 0 with expandable
             segments.
         other: live during the whole step: constants, small tensors.
-        activations: what autograd saves, and the outputs, by module; members of a list are one ("layers.*").
+        activations: saved tensors and outputs, by module; members of a list are one ("layers.*").
         peak: the most bytes live at once in the plain step.
         smallest: the smallest budget that a plan can meet.
-        budget: that was asked for.
+        budget: as asked for; None if it was not.
         largest_plain, largest_planned: the largest batches that fit it without a plan and with one; 0 if none
             does.
     """
@@ -74,11 +71,7 @@ class Estimate:
     largest_planned: int | None = None
 
     def __str__(self) -> str:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table = new_table()
         table.add_column("what")
         table.add_column("bytes", justify="right")
         whole_step = ("inputs", "workspaces", "allocator_slack", "other")
@@ -91,11 +84,8 @@ class Estimate:
         table.add_section()
         table.add_row("peak of the plain step", format_bytes(self.peak))
         table.add_row("smallest budget of a plan", format_bytes(self.smallest))
-        out = io.StringIO()
-        console = Console(file=out, width=100, highlight=False, markup=False, emoji=False, color_system=None)
-        console.print(table)
         lines = [f"batch of {self.batch} on {self.device}"]
-        lines += [line.rstrip() for line in out.getvalue().strip("\n").splitlines()]
+        lines += lines_of(100, table, markup=False, emoji=False, color_system=None)
         if self.budget is not None:
             lines.append(
                 f"within {format_bytes(self.budget)}: a batch of {self.largest_plain} without a plan, "
@@ -114,9 +104,9 @@ def estimate(
 ) -> Estimate:
     """Return the bytes of one plain training step of ``model`` on ``sample``, without running it.
 
-    Scratch space within kernels is not counted. The largest batches are found so: the dimension 0 that most
-    tensors of the sample share is the batch; the step is captured at this batch and at twice this; a line
-    through the two says which batch fits; one more capture, at that batch, confirms it or moves the line.
+    Scratch space within kernels is not counted. The batch is the size of dimension 0 that most tensors of the
+    sample share. The largest one that fits is found by a line through the bytes at this batch and at twice
+    this; one more capture, at that batch, confirms it or moves the line.
 
     Args:
         model: in train mode; real, fake or on meta.
@@ -128,6 +118,9 @@ def estimate(
     Raises:
         TypeError, ValueError: an argument that cannot be used.
         CaptureError: the model cannot be captured without data.
+
+    Example:
+        >>> print(estimate(model, batch, "80%", "H100"))  # doctest: +SKIP
     """
     model = unplanned(model)
     spec = _this_device(model) if device is None else DeviceSpec.of(device)
@@ -146,38 +139,38 @@ def estimate(
             producer = KINDS[found.captured.kind].producer()
             return found, producer.activations(found.captured, found.chain, _collapsed)
 
+    def chain_at(other: int, *, options: bool = True) -> Chain:
+        return at(_scaled(call, batch, other), options=options)[0].chain
+
     found, activations = at(call)
-    chain, resident = found.chain, dict(found.resident)
+    chain, resident = found.chain, found.resident
     peaks, smallest = {batch: _plain(chain)}, {batch: _smallest(chain)}
     largest: tuple[int | None, int | None] = (None, None)
     if limit is not None:
-        twice = at(_scaled(call, batch, 2 * batch))[0].chain
+        twice = chain_at(2 * batch)
         peaks[2 * batch], smallest[2 * batch] = _plain(twice), _smallest(twice)
         largest = (
-            _largest(limit, peaks, lambda b: _plain(at(_scaled(call, batch, b), options=False)[0].chain)),
-            _largest(limit, smallest, lambda b: _smallest(at(_scaled(call, batch, b))[0].chain)),
+            _largest(limit, peaks, lambda b: _plain(chain_at(b, options=False))),
+            _largest(limit, smallest, lambda b: _smallest(chain_at(b))),
         )
+    same = ("parameters", "optimizer state", "buffers", "inputs", "workspaces", "allocator slack")
     return Estimate(
         spec.name,
         batch,
-        resident["parameters"],
-        sum(stage.grad for stage in chain.stages) + resident["existing gradients"],
-        resident["optimizer state"],
-        resident["buffers"],
-        resident["inputs"],
-        resident["workspaces"],
-        resident["allocator slack"],
-        resident.get("constants and replay state", 0),
-        activations,
-        peaks[batch],
-        smallest[batch],
-        limit,
-        *largest,
+        **{name.replace(" ", "_"): resident[name] for name in same},
+        gradients=sum(stage.grad for stage in chain.stages) + resident["existing gradients"],
+        other=resident.get("constants and replay state", 0),
+        activations=activations,
+        peak=peaks[batch],
+        smallest=smallest[batch],
+        budget=limit,
+        largest_plain=largest[0],
+        largest_planned=largest[1],
     )
 
 
 def _this_device(model: nn.Module) -> DeviceSpec:
-    """Return the device of the model, as far as bytes go; for a model on meta, this machine."""
+    """Return the device of the model, as far as bytes matter; for a model on meta, this machine."""
     device = model_device(model)
     if device.type == "cuda" and torch.cuda.is_available():
         memory = int(torch.cuda.get_device_properties(device).total_memory)
@@ -194,10 +187,9 @@ def _this_device(model: nn.Module) -> DeviceSpec:
 
 
 def _plain(chain: Chain) -> int:
-    """Peak of the step that keeps everything."""
-    count = len(chain)
-    keep = [Keep(i) for i in range(count)]
-    return simulate(chain, Schedule((*keep, *(Backward(i) for i in reversed(range(count)))))).peak
+    """Return the peak of the step that keeps everything."""
+    stages = range(len(chain))
+    return simulate(chain, Schedule((*map(Keep, stages), *map(Backward, reversed(stages))))).peak
 
 
 def _smallest(chain: Chain) -> int:
@@ -225,7 +217,7 @@ def _batch(call: Any) -> int:
 
 
 def _scaled(call: Any, batch: int, wanted: int) -> Any:
-    """Return the call with another batch size, without data. What is one tensor stays one."""
+    """Return the call with another batch size, without data; a repeated tensor stays one."""
     memo: dict[int, Tensor] = {}
 
     def scale(tensor: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ class Request:
     cacheless: bool  # use_cache=False was added to the call
     device: Device
     solver: str
+    parameters: Mapping[str, Any]
     capture: Asked
     costs: str
     optimizer_state: int
@@ -73,8 +74,8 @@ class Priced:
 
     Attributes:
         reason: why it was captured so.
-        step: what trials of the model showed.
-        resident: the chain's fixed bytes, by what they consist of.
+        step: the trials of the model.
+        resident: the chain's fixed bytes by kind.
     """
 
     captured: Capture
@@ -99,39 +100,38 @@ def solve(
 ) -> Plan:
     """Plan the training step of ``model`` so that it fits ``memory_budget``, at the least extra time.
 
-    The model is left as it is: parameters, gradients, buffers, random-number state; so is the sample. What
-    its stages cost is remembered as long as it lives: to plan it again, for another budget, takes less time
-    and meets the same figures. On CUDA the peaks that ``torch.cuda.max_memory_allocated`` tells of are reset.
+    The model is left as it is: parameters, gradients, buffers, random-number state; so is the sample. The
+    costs of its stages are remembered as long as it lives: planning it again for another budget takes less
+    time and finds the same figures. On CUDA the peaks of ``torch.cuda.max_memory_allocated`` are reset.
 
     Args:
         model: in train mode, on one device, or sharded by fully_shard; then every rank makes this call. One
             that trains by a plan already is planned again. With ``device`` it may be without data: on meta,
-            or made under FakeTensorMode. Or a list of callables, the stages: each is called with what the one
-            before returned (``CallableChain``). Or a step function: any callable (function, lambda,
+            or made under FakeTensorMode. Or a list of callables, the stages: each is called with the result
+            of the one before (``CallableChain``). Or a step function: any callable (function, lambda,
             functools.partial, bound method, callable object) that calls the models it uses, as often as it
             likes, and returns the loss. Modules are found in its closure, in global variables that it names,
-            in what it is bound to, and in the sample; the loss that it makes of their outputs is in the plan.
-            It leaves ``backward`` to the training loop.
+            in its own object, and in the sample; the loss that it makes of their outputs is in the plan. It
+            leaves ``backward`` to the training loop.
         memory_budget: peak device bytes of a whole training step: parameters, buffers, gradients, optimizer
             state if an optimizer is given, inputs, activations. An int, or text: "6GiB", "800MB", "75%" of
-            the device's memory; "auto" is what is free (and what the step already holds) less 5 % of
-            the device's memory, "auto - 2GiB" leaves another reserve.
-        sample: what the model is trained on, in shape: a tensor, a tuple of positional arguments, a dict of
-            keyword arguments, or ``(args, kwargs)``.
+            the device's memory; "auto" is the memory that is free or held by the step already, less 5 % of
+            the device's; "auto - 2GiB" leaves another reserve.
+        sample: a training batch, of which only the form matters: a tensor, a tuple of positional arguments, a
+            dict of keyword arguments, or ``(args, kwargs)``.
         solver: a name in ``rematplan.scheduler.solvers.SOLVERS``; one that is ``executable``.
-        parameters: what else the solver takes, by name: ``{"keep": "attn"}`` for "selective", ``{"host":
+        parameters: of the solver, by name: ``{"keep": "attn"}`` for "selective", ``{"host":
             HostMemory(...)}`` for "two_level", which takes a graph capture.
         capture: "graph" (torch.export), "modules" (blocks that run in order), "auto" (graph where it is
             exact, else modules; of callables, these; modules where one module is called a hundred times in a
             row, each call fed by the one before), or the blocks themselves: a list of modules or an
-            nn.Sequential. A module that is called so is a block at each call.
+            nn.Sequential. A module that is called several times is a block at each call.
         costs: "measure" (seconds by the clock) or "roofline" (from FLOPs and bytes); bytes are counted either
             way. Default: "measure", and "roofline" with ``device``.
         optimizer: its state counts towards the budget.
-        device: plan for this device instead of the one that holds the model: a DeviceSpec, or the name of one
-            that is built in ("H100", "A100-80GB", ...). Nothing runs on data, and no memory is taken; so that
-            the captured graph is not tried against the plain step, and kernels' own scratch space is not
-            counted.
+        device: plan for this device instead of the one that holds the model: a DeviceSpec, or the name of a
+            built-in one ("H100", "A100-80GB", ...). Nothing runs on data, and no memory is taken; so the
+            captured graph is not tried against the plain step, and scratch space of kernels is not counted.
         progress: called with a line of text at each step of the planning.
 
     Returns:
@@ -141,6 +141,9 @@ def solve(
         TypeError, ValueError: an argument that cannot be used; says what was got and what was expected.
         CaptureError: the model cannot be captured exactly.
         InfeasibleBudget: no schedule fits; carries the smallest budget that one fits.
+
+    Example:
+        >>> plan = solve(model, "75%", sample=batch, optimizer=optimizer)  # doctest: +SKIP
     """
     plain: nn.Module = unplanned(as_model(model, sample))
     request = checked(
@@ -148,13 +151,12 @@ def solve(
     )
     if isinstance(request.device, Target):
         with without_hardware(request.model, request.call) as (twin, call):
-            return _plan(replace(request, model=twin, call=call), parameters or {})
-    # Not around each trial: a graph with a random number of Python's in it as a constant would then pass for
-    # exact.
+            return _plan(replace(request, model=twin, call=call))
+    # Not around each trial: a graph with one of Python's random numbers as a constant would pass for exact.
     random = HostRandomState()
     try:
         with set_apart(request.call) as call:
-            return _plan(replace(request, call=call), parameters or {})
+            return _plan(replace(request, call=call))
     finally:
         random.restore()
 
@@ -162,8 +164,8 @@ def solve(
 def solve_again(plan: Plan, model: nn.Module, call: Call, progress: Progress, capture: str = "auto") -> Plan:
     """Return the plan for another call of the plan's model: same budget, solver, costs, optimizer, capture.
 
-    Gradients that exist now count as existing. A plan that was made without its device is made
-    again on the one that holds the model.
+    Gradients that exist now count as existing. A plan that was made without its device is made again for the
+    one that holds the model.
 
     Args:
         model: plain, in train mode.
@@ -176,20 +178,14 @@ def solve_again(plan: Plan, model: nn.Module, call: Call, progress: Progress, ca
     record, solver = plan.capture, plan.solver
     if SOLVERS[solver].parameters and not plan.parameters:
         solver = "optimal"  # a plan that was loaded does not know what its solver was given
-    request = Request(
-        model,
-        plan.memory_budget,
-        call,
-        False,
-        model_device(model),
-        solver,
-        KINDS[record.kind].producer().asked_again(record, model, capture),
-        plan.costs,
-        plan.resident.get("optimizer state", 0),
-        plan.optimizer_step,
-        progress,
+    asked = KINDS[record.kind].producer().asked_again(record, model, capture)
+    state, step = plan.resident.get("optimizer state", 0), plan.optimizer_step
+    budget, device, parameters = plan.memory_budget, model_device(model), plan.parameters
+    return _plan(
+        Request(
+            model, budget, call, False, device, solver, parameters, asked, plan.costs, state, step, progress
+        )
     )
-    return _plan(request, plan.parameters)
 
 
 def priced(request: Request, *, options: bool = True) -> Priced:
@@ -198,53 +194,39 @@ def priced(request: Request, *, options: bool = True) -> Priced:
     Args:
         options: whether to look for options of stages that keep less than all.
     """
-    name = type(request.model).__name__
-    cannot = met(
-        f"solve: {name} cannot be planned",
-        "pass capture=[blocks], the modules that run in order",
-        (ValueError,),
-    )
-    with cannot, inner_plans_left_out():
-        return _priced(request, options)
-
-
-def _priced(request: Request, options: bool) -> Priced:
-    model, call = request.model, request.call
-    resident = resident_parts(model, call, request.device)
-    resident["optimizer state"] = request.optimizer_state
-    step, kinds, refused = _tried(request)
-    captured, reason, kinds = _captured(request, step, kinds, refused)
-    step = replace(step, plain=None)  # of which nothing need stay in memory
-    resident["allocator slack"] = allocator_slack(model, call, request.device, request.optimizer_state)
-    request.progress(f"pricing {len(captured)} stages")
-    resident_bytes, clock = sum(resident.values()), request.costs == "measure"
-    chain: Chain | None = None
-    while chain is None:
-        producer = KINDS[captured.kind].producer()
-        try:
-            chain = producer.price(captured, step, resident=resident_bytes, clock=clock, options=options)
-        except CaptureError as error:
-            if not kinds:
-                raise
-            captured, reason, kinds = _captured(request, step, kinds, str(error))
-    resident |= captured.live_besides()
-    extra = chain.fixed - sum(resident.values())
-    if extra:
-        resident["constants and replay state"] = extra
-    return Priced(captured, reason, step, chain, resident)
+    model, call, device = request.model, request.call, request.device
+    cannot = f"solve: {type(model).__name__} cannot be planned"
+    advice = "pass capture=[blocks], the modules that run in order"
+    with met(cannot, advice, (ValueError,)), inner_plans_left_out():
+        resident = resident_parts(model, call, device) | {"optimizer state": request.optimizer_state}
+        step, kinds, refused = _tried(request)
+        captured, reason, kinds = _captured(request, step, kinds, refused)
+        step = replace(step, plain=None)  # its tensors may be released
+        resident["allocator slack"] = allocator_slack(model, call, device, request.optimizer_state)
+        request.progress(f"pricing {len(captured)} stages")
+        resident_bytes, clock = sum(resident.values()), request.costs == "measure"
+        chain: Chain | None = None
+        while chain is None:
+            producer = KINDS[captured.kind].producer()
+            try:
+                chain = producer.price(captured, step, resident=resident_bytes, clock=clock, options=options)
+            except CaptureError as error:
+                if not kinds:
+                    raise
+                captured, reason, kinds = _captured(request, step, kinds, str(error))
+        resident |= captured.live_besides()
+        if extra := chain.fixed - sum(resident.values()):
+            resident["constants and replay state"] = extra
+        return Priced(captured, reason, step, chain, resident)
 
 
 def _tried(request: Request) -> tuple[TrialStep, list[str], str]:
-    """Return what plain runs show, the kinds of capture to try, in order, and why others are not tried."""
+    """Return the plain runs, the kinds of capture to try, in order, and why others are not tried."""
     step = first_forward(request.model, request.call, request.device, request.progress)
     kinds, refused = [request.capture] if isinstance(request.capture, str) else [BLOCKS], ""
     if request.capture == "auto":
-        kinds = []
-        for name, kind in KINDS.items():
-            if kind.automatic:
-                unsuited = kind.producer().unsuited(step.seen)
-                refused = refused or unsuited
-                kinds += [] if unsuited else [name]
+        why = {name: kind.producer().unsuited(step.seen) for name, kind in KINDS.items() if kind.automatic}
+        kinds, refused = [name for name in why if not why[name]], next(filter(None, why.values()), "")
     if step.target is None:
         compares = any(KINDS[name].producer().compares for name in kinds)
         embeds = any(getattr(module, "sparse", False) is True for module in request.model.modules())
@@ -259,7 +241,7 @@ def _captured(
     """Return the capture, why it is so, and the kinds that have not been tried.
 
     Args:
-        refused: why those tried before are none; "" if none was.
+        refused: why the kinds before did not capture it; "" if none was tried.
 
     Raises:
         CaptureError: the model cannot be captured as any of these kinds.
@@ -273,14 +255,17 @@ def _captured(
         return _captured(request, step, others, str(error))
     if len(captured) == 1 and others and step.target is None:
         with suppress(CaptureError):
-            why = "it is a graph of one stage (code under a decorator, say)"
-            return _captured(request, step, others, why)
+            return _captured(
+                request, step, others, "it is a graph of one stage (code under a decorator, say)"
+            )
     return captured, reason, others
 
 
-def _plan(request: Request, parameters: Mapping[str, Any]) -> Plan:
+def _plan(request: Request) -> Plan:
     """Return the plan for checked arguments."""
-    model, solver = request.model, request.solver
+    model, solver, parameters = request.model, request.solver, request.parameters
+    kind = model_device(model).type
+    target = request.device.spec if isinstance(request.device, Target) else None
     found = priced(request)
     captured, chain, resident = found.captured, found.chain, found.resident
     if SOLVERS[solver].two_level and not KINDS[captured.kind].copies:
@@ -300,21 +285,21 @@ def _plan(request: Request, parameters: Mapping[str, Any]) -> Plan:
             f"Live during the whole step: {parts}; gradients {format_bytes(sum(s.grad for s in chain.stages))} "
             "appear in backward. Raise the budget, shorten the batch, or use an optimizer with less state.",
         ) from error
-    # Hooks of the root may change what the forward is given: fully_shard casts the inputs.
+    # Hooks of the root may change the forward's arguments: fully_shard casts the inputs.
     signature = CallSignature.of(found.step.arrives)
     record = CaptureRecord(
         kind=captured.kind,
         reason=found.reason,
-        device=model_device(model).type,
+        device=kind,
         structure=signature.structure,
         leaves=signature.leaves,
         model=model_fingerprint(model),
         unread=tuple(sorted(found.step.unread)),
         evaluating=tuple(name for name, module in model.named_modules() if not module.training),
         frozen=tuple(name for name, p in model.named_parameters() if not p.requires_grad),
-        environment=environment_text(model_device(model).type),
-        target=request.device.spec.name if isinstance(request.device, Target) else "",
-        target_memory=request.device.spec.memory if isinstance(request.device, Target) else 0,
+        environment=environment_text(kind),
+        target=target.name if target else "",
+        target_memory=target.memory if target else 0,
         **captured.record(),
     )
     return Plan(
@@ -328,7 +313,7 @@ def _plan(request: Request, parameters: Mapping[str, Any]) -> Plan:
         torch.__version__,
         request.optimizer_step,
         parameters.get("host"),
-        live=None if isinstance(request.device, Target) else (model, captured),
+        live=None if target else (model, captured),
         parameters=dict(parameters),
     )
 
@@ -357,9 +342,8 @@ def checked(
             capture = [*model.stages]
     own = model_device(model)
     device: Device = own if target is None else Target(DeviceSpec.of(target))
-    budget = parse_budget(
-        memory_budget, _device_bytes(device), lambda: _free_bytes(model, sample, optimizer, device)
-    )
+    own_bytes = device.spec.memory if isinstance(device, Target) else device_bytes(device)
+    budget = parse_budget(memory_budget, own_bytes, lambda: _free_bytes(model, sample, optimizer, device))
     if costs is None:
         costs = "measure" if target is None else "roofline"
     if not checked_solver("solve", solver, parameters).executable:
@@ -381,18 +365,11 @@ def checked(
             "there; leave costs out, or pass costs='roofline'"
         )
     call, cacheless = _checked_call(model, sample, device)
+    asked = capture if isinstance(capture, str) else tuple(capture)
+    state, step = optimizer_bytes(optimizer, device), optimizer_step_bytes(optimizer, device)
+    told = progress or (lambda line: None)
     return Request(
-        model,
-        budget,
-        call,
-        cacheless,
-        device,
-        solver,
-        capture if isinstance(capture, str) else tuple(capture),
-        costs,
-        optimizer_bytes(optimizer, device),
-        optimizer_step_bytes(optimizer, device),
-        progress or (lambda line: None),
+        model, budget, call, cacheless, device, solver, parameters, asked, costs, state, step, told
     )
 
 
@@ -424,7 +401,7 @@ def _checked_call(model: nn.Module, sample: Any, device: Device) -> tuple[Call, 
         raise ValueError(hindrance)
     cacheless = "use_cache" in call[1] and "use_cache" not in kwargs
     if model._forward_pre_hooks or type(model).__call__ is not torch.nn.Module.__call__:
-        # What stands before the forward goes by how the call is written.
+        # Code before the forward depends on how the call is written.
         call = args, {**kwargs, "use_cache": False} if cacheless else kwargs
     return call, cacheless
 
@@ -437,17 +414,13 @@ def _refuse_without_data(what: str, tensors: Iterable[Any]) -> None:
         )
 
 
-def _device_bytes(device: Device) -> int:
-    return device.spec.memory if isinstance(device, Target) else device_bytes(device)
-
-
 def _free_bytes(
     model: nn.Module, sample: Any, optimizer: torch.optim.Optimizer | None, device: Device
 ) -> int:
-    """Return what a step may take: memory that is free or holds its tensors; all of a described device."""
+    """Return the bytes that a step may take: free or held by its tensors; all of a described device."""
     if isinstance(device, Target):
         return device.spec.memory
-    there = sum(resident_parts(model, sample, device).values())
+    held = sum(resident_parts(model, sample, device).values())
     if optimizer is not None and optimizer.state:
-        there += optimizer_bytes(optimizer, device)
-    return free_device_bytes(device) + there
+        held += optimizer_bytes(optimizer, device)
+    return free_device_bytes(device) + held

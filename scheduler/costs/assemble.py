@@ -1,24 +1,28 @@
-"""Facts of stages -> ``Chain``: where counted bytes become those of a Stage and its Options.
+"""Assemble a ``Chain``: the bytes counted of stages become those of Stages and Options.
 
-A capture's pricing fills one ``StageFacts`` a stage and the ``Values`` that cross stages, stay for a
+The pricing of a capture fills one ``StageFacts`` a stage, and the ``Values`` that cross stages, stay for a
 backward, or live long; ``assemble`` does the sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from types import MappingProxyType
 
 from torch import nn
 
 from rematplan.scheduler.capture.protocol import Capture
 from rematplan.scheduler.core.chain import Carried, Chain, Option, Stage
-from rematplan.scheduler.costs.gradients import gradients_at_hand
+from rematplan.scheduler.costs.meters.peak import allocated
 from rematplan.scheduler.costs.resident import copied_buffers
 from rematplan.scheduler.costs.stage_run import OptionCost
+from rematplan.scheduler.torch_layer.fsdp import local
 from rematplan.scheduler.torch_layer.preserve import CPU_RANDOM_STATE
+from rematplan.scheduler.torch_layer.target import Device
 
-__all__ = ["SMALL_TENSORS", "StageFacts", "Values", "assemble"]
+__all__ = ["SMALL_TENSORS", "StageFacts", "Values", "assemble", "parameter_grads"]
 
 SMALL_TENSORS = 4096  # bytes: zero-dimensional tensors of scalars, which belong to no value
 
@@ -36,7 +40,7 @@ class Values:
         self.carried: list[Carried] = []
 
     def new(self, size: int) -> int:
-        """Return the number of another value, of ``size`` bytes."""
+        """Add a value of ``size`` bytes; return its number."""
         self.sizes.append(size)
         return len(self.sizes) - 1
 
@@ -47,26 +51,25 @@ class Values:
 
 @dataclass(slots=True)
 class StageFacts:
-    """What was counted of one stage, in bytes; seconds of its forward and its backward.
+    """Counts of one stage, in bytes; seconds of its forward and its backward.
 
     Attributes:
         enters: the values of the boundary into it.
-        options: the values that stay for the backward, and what that costs: peaks are above the stage's
-            input, that of the backward with the gradients that arrive. The first option keeps all.
-        handed_out: of its peaks, long-lived values that it leaves behind: of the last stage, which runs once.
+        options: the values that stay for the backward, and their cost: peaks are above the stage's input,
+            that of the backward with the gradients that arrive. The first option keeps all.
+        handed_out: long-lived values of the last stage, which runs once, that its peaks include.
         dropping_peak: the most above its input while it runs and keeps nothing; None if it never does.
         boundary_grad: the gradient of its boundary.
-        lead: what its backward has made when it first asks for a saved tensor; None if it asks for none.
-        arriving: gradients of its results, as far as its backward's peak has them and they are counted
-            elsewhere.
+        lead: made by its backward until it first asks for a saved tensor; None if it asks for none.
+        arriving: gradients of its results that its backward's peak includes and that are counted elsewhere.
         created: gradients of parameters that its backward creates.
-        appearing: all gradients that appear with its backward but for that of its boundary.
+        appearing: all gradients that appear with its backward, except that of its boundary.
         change: by how much its backward changes the gradients of long-lived values and of inputs.
-        after: what the user's code takes when it is done, before the next stage begins.
-        beside: what its backward takes in a step beyond its peak in isolation.
-        stays: what stays when it has been reversed, besides gradients.
+        after: taken by the user's code after it, before the next stage begins.
+        beside: taken by its backward in a step beyond its peak in isolation.
+        stays: live when it has been reversed, besides gradients.
         recomputable: whether it may run more than once.
-        rerun_state: what is noted before its first run, for the next.
+        rerun_state: noted before its first run, for the next.
     """
 
     name: str = ""
@@ -98,7 +101,6 @@ def assemble(
     resident: int,
     held: int,
     output_grad: int,
-    name: str,
 ) -> Chain:
     """Return the chain of stages with these facts.
 
@@ -106,8 +108,7 @@ def assemble(
         facts: (L,).
         resident: bytes live during the whole step.
         held: bytes that the capture itself holds meanwhile.
-        output_grad: bytes of the gradient of what the model returns.
-        name: of the model.
+        output_grad: bytes of the gradient of the model's output.
     """
     count = len(facts)
     enters = [*(set(each.enters) for each in facts), set()]
@@ -119,47 +120,41 @@ def assemble(
         making[value.made].add(value.value)
         if value.freed is not None:
             change[value.freed] -= values.sizes[value.value]
-    at_hand = gradients_at_hand(
-        [each.boundary_grad for each in facts],
-        [each.lead for each in facts],
-        [each.appearing for each in facts],
-    )
+    between = _gradients_between(facts)
     stages = []
     for k, each in enumerate(facts):
-        # What stage k - 1 made and nobody saves, where it goes no further: released once stage k has been
-        # kept whole.
+        # Values of stage k - 1 that nobody saves or reads later: released once stage k has been kept whole.
         released = 0
         if k:
             needed = enters[k + 1] | enters[k - 1] | whole[k] | whole[k - 1] | lasting
             released = values.total(enters[k] - needed)
-        # The gradient at hand is what a replay meets; what the stage makes until then is part of its own
+        # A replay meets the gradients between; those that the stage makes until then are part of its own
         # backward too.
-        led = at_hand[k + 1] - facts[k + 1].boundary_grad if k < count - 1 else 0
-        gradients = at_hand[k] + led + each.arriving
+        led = between[k + 1] - facts[k + 1].boundary_grad if k < count - 1 else 0
+        gradients = between[k] + led + each.arriving
         options = []
         for keeps, cost in each.options:
             saved = values.total(({*keeps} | enters[k + 1]) - enters[k] - making[k])
-            # What the last stage hands out and saves is among the long-lived values; other stages may run
-            # again.
+            # Values that the last stage hands out and saves are long-lived; other stages may run again.
             shared = values.total(making[k].intersection(keeps)) if k == count - 1 else 0
-            let_go = 0 if cost.dropped else released
+            gone = 0 if cost.dropped else released
             options.append(
                 Option(
-                    saved - let_go,
+                    saved - gone,
                     cost.recompute,
-                    max(each.after, cost.keeping_peak - each.handed_out - saved) + let_go,
+                    max(each.after, cost.keeping_peak - each.handed_out - saved) + gone,
                     cost.backward_peak - saved - shared - gradients + each.beside,
                     cost.name,
                     keeps,
-                    None if cost.rebuild_peak is None else cost.rebuild_peak - saved + let_go,
+                    None if cost.rebuild_peak is None else cost.rebuild_peak - saved + gone,
                 )
             )
         overhead = 0
         if each.dropping_peak is not None:
-            made = values.total(enters[k + 1] - enters[k])
-            overhead = max(each.dropping_peak - each.handed_out, made + each.after) - values.total(
-                enters[k + 1]
+            most = max(
+                each.dropping_peak - each.handed_out, values.total(enters[k + 1] - enters[k]) + each.after
             )
+            overhead = most - values.total(enters[k + 1])
         stages.append(
             Stage(
                 name=each.name,
@@ -168,7 +163,7 @@ def assemble(
                 input=values.total(enters[k]),
                 options=tuple(options),
                 forward_overhead=overhead,
-                input_grad=at_hand[k],
+                input_grad=between[k],
                 grad=each.created + each.stays,
                 carried=values.total(making[k]),
                 carried_change=change[k],
@@ -180,5 +175,63 @@ def assemble(
     fixed = resident + SMALL_TENSORS + held + copied_buffers(capture, model)
     fixed += sum(stage.rerun_state for stage in stages)
     if capture.place.type == "cpu":
-        fixed += CPU_RANDOM_STATE * any(capture.random)  # what a replay puts back when it is done
-    return Chain(tuple(stages), 0, output_grad, fixed, name, tuple(values.sizes), tuple(values.carried))
+        fixed += CPU_RANDOM_STATE * any(capture.random)  # which a replay restores at its end
+    name, sizes, carried = type(model).__name__, tuple(values.sizes), tuple(values.carried)
+    return Chain(tuple(stages), 0, output_grad, fixed, name, sizes, carried)
+
+
+def _gradients_between(facts: Sequence[StageFacts]) -> list[int]:
+    """Return (L,) bytes of gradients live while a replay runs between the backwards of stages k and k - 1.
+
+    They are those of boundary k and those that stage k - 1, about to be reversed, has made when it asks for
+    its first saved tensor. A stage that asks for none is reversed already when the replay for it runs:
+    autograd comes to an earlier stage before anything is asked for.
+    """
+    result = [facts[0].boundary_grad]
+    for before, each in pairwise(facts):
+        reversed_ = max(each.boundary_grad, result[-1] + before.appearing)
+        result.append(reversed_ if before.lead is None else each.boundary_grad + before.lead)
+    return result
+
+
+def parameter_grads(
+    readers: Mapping[nn.Parameter, list[int]],
+    existing: Collection[nn.Parameter],
+    change: list[int],
+    device: Device,
+    whole: Collection[nn.Parameter] = (),
+    sparse: Mapping[nn.Parameter, int] = MappingProxyType({}),
+) -> tuple[list[int], list[int]]:
+    """Return bytes of the gradients of parameters.
+
+    A parameter that several stages read gets its gradient from the last of them, which is reversed first.
+    Autograd sums the shares in a tensor of their own before it touches ``.grad``. Where a gradient exists
+    already, that tensor waits beside it from the latest reader to the earliest: ``change`` is amended.
+
+    Args:
+        readers: the stages that read each parameter, ascending.
+        existing: parameters that have a gradient before the step.
+        change: (L,) by how much each backward changes the bytes of long-lived values.
+        whole: sharded parameters whose gradients stay whole, beside those that exist.
+        sparse: bytes of gradients that are sparse.
+
+    Returns:
+        (L,) bytes of gradients that the backward of each stage creates; (L,) bytes that it takes besides to
+        add its share to the gradient of a parameter that a later stage reads too.
+    """
+    created, summed = [0] * len(change), [0] * len(change)
+    for parameter, stages in readers.items():
+        if not parameter.requires_grad:
+            continue
+        shard = parameter if parameter in whole else local(parameter)
+        size = allocated(shard.numel() * shard.element_size(), device)
+        if parameter in sparse:  # a share that is dense makes the sum dense
+            size = sparse[parameter] if len(stages) == 1 else max(size, sparse[parameter])
+        for k in stages[:-1]:
+            summed[k] += size
+        if parameter not in existing or parameter in sparse or parameter in whole:
+            created[stages[-1]] += size
+        elif len(stages) > 1:
+            change[stages[-1]] += size
+            change[stages[0]] -= size
+    return created, summed

@@ -1,4 +1,4 @@
-"""What it costs to gather the parameters of a block that fully_shard (FSDP2) has sharded."""
+"""Measure the gathering of a block's parameters that fully_shard (FSDP2) has sharded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPEATS = 3  # fixed: every rank must take part in the same collectives
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """One all-gather of the parameters that a block needs.
+    """Costs of one all-gather of a block's parameters.
 
     Attributes:
         seconds: median.
@@ -38,32 +38,31 @@ class Gather:
 
 def resharding(outer: Sequence[Any]) -> list[Any]:
     """Reshard, unshard, and return the modules whose parameters were released in between. Collective."""
-    for module in outer:
-        module.reshard()  # fully_shard's: does nothing within the forward of one that keeps its parameters
+    _shard(outer)  # does nothing within the forward of a module that keeps its parameters
     return unshard(outer)
+
+
+def _shard(modules: Sequence[Any]) -> None:
+    for module in modules:
+        module.reshard()
 
 
 def measure_gather(modules: Sequence[Any], device: torch.device) -> Gather:
     """Gather the parameters of ``modules`` a few times; they are sharded before and after. Collective."""
     if not modules:
         return Gather()
-
-    def shard() -> None:
-        for module in modules:
-            module.reshard()
-
     unshard(modules)  # a warm-up
     kept = storage_bytes((p for module in modules for p in own_parameters(module)), device)
-    shard()
+    _shard(modules)
     counted = count_bytes(lambda _: unshard(modules), device, slack=False)
-    shard()
+    _shard(modules)
     seconds = []
     for _ in range(REPEATS):
         began = time.perf_counter()
         unshard(modules)
         wait(device)
         seconds.append(time.perf_counter() - began)
-        shard()
+        _shard(modules)
     return Gather(statistics.median(seconds), counted.peak, kept)
 
 
@@ -83,10 +82,10 @@ def with_gather(cost: StageCost, gather: Gather) -> StageCost:
 
 
 def standing_bytes(gathers: Sequence[Gather]) -> int:
-    """Return the most bytes, over the blocks, that stand by while a block is reversed or others re-run.
+    """Return the most bytes, over the blocks, that are live while a block is reversed or others re-run.
 
-    Its own parameters; those of the block before, which fully_shard gathers ahead; the gradients of the block
-    after, which are being reduced.
+    They are its own parameters; those of the block before, which fully_shard gathers ahead; and the gradients
+    of the block after, which are being reduced.
     """
     padded = [Gather(), *gathers, Gather()]
     return max(sum(g.kept for g in padded[k : k + 3]) for k in range(len(gathers)))

@@ -1,16 +1,17 @@
-"""Captured op graph -> chain: seconds and bytes of every stage.
+"""Make the chain of a captured op graph: seconds and bytes of every stage.
 
-Sizes of boundaries, saved tensors, carried values and gradients are exact sums over storages, known from
-the graph alone. Transients and seconds are measured, once per distinct stage.
+Sizes of boundaries, saved tensors, carried values and gradients are exact sums over storages, known from the
+graph alone. Transients and seconds are measured, once per distinct stage.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,8 +23,7 @@ from rematplan.scheduler.capture.graph.graph_capture import GraphCapture
 from rematplan.scheduler.capture.graph.op_graph import OpGraph
 from rematplan.scheduler.capture.graph.recompute import packs_of
 from rematplan.scheduler.core.chain import Carried, Chain
-from rematplan.scheduler.costs.assemble import StageFacts, Values, assemble
-from rematplan.scheduler.costs.gradients import GradFlows, parameter_grads
+from rematplan.scheduler.costs.assemble import StageFacts, Values, assemble, parameter_grads
 from rematplan.scheduler.costs.meters.peak import allocated
 from rematplan.scheduler.costs.option_costs import measure_options
 from rematplan.scheduler.costs.resident import rerun_state, storage_bytes
@@ -51,8 +51,8 @@ from rematplan.scheduler.torch_layer.preserve import uncached
 
 __all__ = ["graph_chain", "kept_storages", "measure_graph"]
 
-# What the stages of a model cost, by what they run: another budget for the same model meets the same options,
-# so that the smallest budget that an error names can be met.
+# The costs of a model's stages, by their ops: another budget for the same model finds the same options, so
+# that the smallest budget that an error names can be met.
 _MEASURED: WeakKeyDictionary[nn.Module, dict[str, StageCost]] = WeakKeyDictionary()
 
 
@@ -65,7 +65,6 @@ def measure_graph(
     loss_is_output: bool = True,
     clock: bool = True,
     options: bool = True,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[StageCost]:
     """Measure every distinct stage once; equal stages, and later captures of the model, share the figures.
 
@@ -75,57 +74,45 @@ def measure_graph(
         existing: parameters that have a gradient before the step.
         loss_is_output: the model returns its own scalar loss; else its outputs themselves get gradients.
         options: whether to look for options of stages that keep less than all.
-        progress: called with (stages done, stages).
     """
-    # The shares of a tied parameter's gradient wait for one another, whatever there is already.
+    # The shares of a tied parameter's gradient wait for one another, whether or not one exists.
     tied = {p for p, stages in _readers(capture, model).items() if len(stages) > 1}
     added = set(existing) - tied
     costs = _MEASURED.setdefault(model, {})
     kinds = ("cpu", capture.device.type)
     autocast = [torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds]
     surroundings = (autocast, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
-    keys: dict[int, str] = {}
+    measured: list[StageCost] = []
     last = len(capture) - 1
-    waiting = unreversed(capture) if loss_is_output else set()
+    waiting = unreversed(capture, loss_is_output)
 
     def visit(k: int, arguments: list[Any]) -> None:
         stage = capture.stages[k]
         adding = [i for i, a in enumerate(arguments) if isinstance(a, nn.Parameter) and a in added]
         layouts, _ = capture.result_layouts(k)
         unread = unread_results(capture, k, loss_is_output)
-        carried = sorted(stage.carried_from)
         held = held_results(capture, k, waiting)
-        how = (
-            clock,
-            options and not capture.once[k],
-            capture.uncached,
-            *surroundings,
-            carried,
-            k == last,
-            adding,
-            sorted(unread),
-            sorted(held),
-            sorted(layouts.items()),
-        )
-        key = keys[k] = f"{capture.place}|{how}|{stage.signature}"
+        split = options and not capture.once[k]
+        how = [clock, split, capture.uncached, *surroundings, sorted(stage.carried_from), k == last, adding]
+        how += [sorted(unread), sorted(held), sorted(layouts.items())]
+        key = f"{capture.place}|{how}|{stage.signature}"
         if key not in costs:
             run = _isolated(capture, k, arguments, added, unread, layouts, held)
             cost = measure_stage(run, capture.place, clock=clock)
             if capture.target is not None:
                 forward, backward = estimate_run(run, capture.place)
                 cost = replace(cost, forward=forward, backward=backward)
-            if options and not capture.once[k]:
+            if split:
                 found, gap = measure_options(capture, k, run, arguments, clock=clock)
                 cost = replace(cost, options=found, gap=gap)
             if not capture.uncached:
                 cost = replace(cost, cached=cached_casts(lambda: stage.function(*arguments), capture.place))
             costs[key] = cost
             model.zero_grad(set_to_none=True)
-        progress(k + 1, len(capture))
+        measured.append(costs[key])
 
     with torch.no_grad():
         capture.sweep(model, call, visit)
-    measured = [costs[keys[k]] for k in range(len(capture))]
     capture.dropped = [(frozenset(), *(option.dropped for option in cost.options)) for cost in measured]
     capture.gaps = [cost.gap for cost in measured]
     capture.rerun = [((), *(option.rerun for option in cost.options)) for cost in measured]
@@ -133,12 +120,16 @@ def measure_graph(
 
 
 def kept_storages(capture: GraphCapture, k: int, dropped: frozenset[int]) -> set[int]:
-    """Return the storages that stay for the backward of stage k; with the boundary if it is kept in part."""
-    graph, linear = capture.graph, capture.linear
-    kept = {pack.group for number, pack in enumerate(packs_of(graph, linear, k)) if number not in dropped}
-    kept |= set(linear.boundaries[k]) if dropped else set()
+    """Return the storages kept for the backward of stage k; with the boundary if not all are."""
+    linear, groups = capture.linear, capture.graph.groups
+    kept = _kept_packs(capture, k, dropped).union(linear.boundaries[k] if dropped else ())
     elsewhere = {key for keys in linear.carried for key in keys} - set(linear.carried[k])
-    return {key for key in kept - elsewhere if graph.groups[key].producer >= 0}
+    return {key for key in kept - elsewhere if groups[key].producer >= 0}
+
+
+def _kept_packs(capture: GraphCapture, k: int, dropped: frozenset[int]) -> set[int]:
+    packs = packs_of(capture.graph, capture.linear, k)
+    return {pack.group for number, pack in enumerate(packs) if number not in dropped}
 
 
 def _isolated(
@@ -151,7 +142,6 @@ def _isolated(
     held: frozenset[int],
 ) -> StageRun:
     stage = capture.stages[k]
-    parameters = [a for a in arguments if isinstance(a, nn.Parameter)]
 
     def run(enter: Enter) -> tuple[Tensor, ...]:
         fresh = [
@@ -166,19 +156,14 @@ def _isolated(
             torch.clear_autocast_cache()
 
     def loss(results: Any) -> Tensor | None:
-        try:
+        with suppress(ValueError):  # an earlier stage makes it
             return find_loss(capture.own_output(stage, results))[0]
-        except ValueError:  # the loss is made by an earlier stage
-            return None
+        return None
 
-    lasting = storage_keys(
-        argument
-        for argument, source in zip(arguments, stage.sources, strict=True)
-        if source.kind != "boundary" and isinstance(argument, Tensor)
-    )
-    reset = fresh_grads(parameters, existing)
-    of_loss = loss if k == len(capture) - 1 else None
-    return StageRun(run, reset, of_loss, lasting, unread, layouts, held)
+    outside = (a for a, source in zip(arguments, stage.sources, strict=True) if source.kind != "boundary")
+    lasting = storage_keys(a for a in outside if isinstance(a, Tensor))
+    reset = fresh_grads((a for a in arguments if isinstance(a, nn.Parameter)), existing)
+    return StageRun(run, reset, loss if k == len(capture) - 1 else None, lasting, unread, layouts, held)
 
 
 def graph_chain(
@@ -188,7 +173,6 @@ def graph_chain(
     *,
     resident: int,
     loss_is_output: bool,
-    name: str = "model",
     sparse: Mapping[nn.Parameter, int] = MappingProxyType({}),
 ) -> Chain:
     """Return the chain of a captured graph.
@@ -203,19 +187,15 @@ def graph_chain(
     count = len(linear)
     size = {key: allocated(group.bytes, capture.place) for key, group in graph.groups.items()}
     values = _GraphValues(graph, size)
-    flows = GradFlows(capture, costs, size)
-    saved_by = [
-        {key for op in graph.ops[linear.cuts[k] : linear.cuts[k + 1]] for key in op.saved}
-        for k in range(count)
-    ]
-    waiting = unreversed(capture) if loss_is_output else set()
+    flows = _GradFlows(capture, costs, size)
+    saved_by = [{key for op in graph.ops[a:b] for key in op.saved} for a, b in pairwise(linear.cuts)]
+    waiting = unreversed(capture, loss_is_output)
     stays = [unreversed_bytes(capture, k, waiting, values.stored) for k in range(count)]
     freed = _freed(capture, saved_by, {k for k, amount in enumerate(stays) if amount})
-    change, output_grad = _gradient_changes(capture, size, flows, loss_is_output)
+    change, output_grad = _gradient_changes(flows, loss_is_output)
     existing = {p for p in model.parameters() if p.grad is not None}
-    created, summed = parameter_grads(
-        _readers(capture, model), existing, change, capture.place, sparse=sparse
-    )
+    read_by = _readers(capture, model)
+    created, summed = parameter_grads(read_by, existing, change, capture.place, sparse=sparse)
     going = Counter[int]()
     for key, k in freed.items():
         going[k] += size[key]
@@ -227,9 +207,8 @@ def graph_chain(
         for each in (cost.whole, *cost.options):
             kept = sorted(kept_storages(capture, k, each.dropped), key=values.order.__getitem__)
             keeps = [values.number(key) for key in kept]
-            # The loss that stood in keeps the outputs.
-            unseen = 0 if last and not loss_is_output else _unseen(capture, k, each, values)
-            if unseen:
+            # The loss that stood in keeps the last stage's outputs.
+            if (not last or loss_is_output) and (unseen := _unseen(capture, k, each, values)):
                 keeps.append(values.new(unseen))
             options.append((tuple(keeps), each))
         facts.append(
@@ -243,7 +222,7 @@ def graph_chain(
                 dropping_peak=cost.dropping_peak,
                 boundary_grad=flows.boundary(k),
                 lead=cost.lead,
-                arriving=output_grad if last else _arriving(capture, k, cost, flows, size, loss_is_output),
+                arriving=output_grad if last else _arriving(flows, k, cost, loss_is_output),
                 created=created[k],
                 appearing=created[k] + max(0, change[k] - going[k]),
                 change=change[k],
@@ -263,9 +242,7 @@ def graph_chain(
             values.carried.append(Carried(values.new(amount), k, freed=count - 1))
     state = [places[0].get() for places in graph.face.state if places]
     held = storage_bytes([*capture.constants.values(), *state], capture.place)
-    return assemble(
-        facts, values, capture, model, resident=resident, held=held, output_grad=output_grad, name=name
-    )
+    return assemble(facts, values, capture, model, resident=resident, held=held, output_grad=output_grad)
 
 
 class _GraphValues(Values):
@@ -296,40 +273,84 @@ class _GraphValues(Values):
         return sum(self._size[key] for key in set(keys) if self.is_made(key))
 
 
+class _GradFlows:
+    """Counts the bytes that hold the gradients of boundary and carried values while they wait.
+
+    The gradient that a stage leaves of a value may be a view of a larger one (of a concatenation), which it
+    keeps live whole, until a second reader's share is added, which makes a tensor of its own.
+    """
+
+    def __init__(self, capture: GraphCapture, costs: list[StageCost], size: dict[int, int]) -> None:
+        self.capture, self.size = capture, size
+        graph, self.carried = capture.graph, {key for keys in capture.linear.carried for key in keys}
+        self.nodes = {node.name: node for node in graph.group_of}
+        # left[k][value] = {(k, storage): bytes} that stage k's backward leaves as the value's gradient
+        self.left: list[dict[int, dict[tuple[int, int], int]]] = []
+        for k, (stage, cost) in enumerate(zip(capture.stages, costs, strict=True)):
+            left: dict[int, dict[tuple[int, int], int]] = defaultdict(dict)
+            for position, storage, held in cost.input_grads:
+                for key in graph.group_of[self.nodes[stage.argument_names[position]]]:
+                    left[key][k, storage] = held
+            self.left.append(left)
+
+    def _held(self, key: int, stage: int) -> dict[tuple[int, int], int]:
+        """Return storages of the gradient of a value once ``stage`` and all after it are reversed."""
+        readers = [k for k in range(stage, len(self.left)) if key in self.left[k]]
+        if len(readers) == 1:
+            return self.left[readers[0]][key]
+        return {(-1, key): self.size[key]} if readers else {}
+
+    def _elsewhere(self, stage: int) -> set[tuple[int, int]]:
+        """Return the storages of carried values' gradients once ``stage`` and all after it are reversed."""
+        left = {key for left in self.left[stage:] for key in left}
+        return {storage for key in left & self.carried for storage in self._held(key, stage)}
+
+    def boundary(self, stage: int) -> int:
+        """Return bytes of the gradient of boundary ``stage``, storages of carried gradients left out."""
+        held: dict[tuple[int, int], int] = {}
+        for key in self.capture.linear.boundaries[stage]:
+            held |= self._held(key, stage)
+        return sum(held[storage] for storage in held.keys() - self._elsewhere(stage))
+
+    def inputs(self) -> dict[int, list[int]]:
+        """Return inputs of the model that get gradients -> the stages that these come from, ascending."""
+        found: dict[int, list[int]] = defaultdict(list)
+        for k, left in enumerate(self.left):
+            for key in left:
+                if self.capture.graph.groups[key].producer < 0:
+                    found[key].append(k)
+        return found
+
+    def carried_bytes(self, key: int, stage: int) -> int:
+        """Return bytes of a carried value's gradient once ``stage`` and all after it are reversed."""
+        return sum(self._held(key, stage).values())
+
+
 def _unseen(capture: GraphCapture, k: int, cost: OptionCost, values: _GraphValues) -> int:
-    """Return bytes that autograd keeps of real tensors alone: kernels are chosen by their data type."""
-    graph, linear = capture.graph, capture.linear
-    packs = enumerate(packs_of(graph, linear, k))
-    kept = {pack.group for number, pack in packs if number not in cost.dropped}
-    own = (key for key in kept if graph.groups[key].producer >= linear.cuts[k])
+    """Return bytes that autograd saves of real tensors alone: kernels are chosen by their data type."""
+    kept, first = _kept_packs(capture, k, cost.dropped), capture.linear.cuts[k]
+    own = (key for key in kept if capture.graph.groups[key].producer >= first)
     return max(0, cost.kept - values.stored(own))
 
 
-def _arriving(
-    capture: GraphCapture,
-    k: int,
-    cost: StageCost,
-    flows: GradFlows,
-    size: Mapping[int, int],
-    loss_is_output: bool,
-) -> int:
+def _arriving(flows: _GradFlows, k: int, cost: StageCost, loss_is_output: bool) -> int:
     """Return bytes of arriving gradients that are counted elsewhere, as far as isolation counted them.
 
     Two results may be one storage, whose gradients have become one; a gradient may be a part of one that
-    lasts. Those of the boundary and of carried values are two sums: what one has more than in isolation the
-    other has not less.
+    lasts. Those of the boundary and of carried values are two sums: where one exceeds that in isolation, the
+    other is no smaller.
     """
+    capture, size = flows.capture, flows.size
     graph, linear, stage = capture.graph, capture.linear, capture.stages[k]
-    outputs = held_by_user(graph)
+    outputs = set() if loss_is_output else held_by_user(graph)
     counted = 0
     for key in linear.carried[k]:
         if graph.groups[key].requires_grad:
             live = flows.carried_bytes(key, linear.readers[key][0]) if linear.readers[key] else 0
-            counted += max(live, size[key] if key in outputs and not loss_is_output else 0)
-    nodes = {op.node.name: op.node for op in graph.ops}
+            counted += max(live, size[key] if key in outputs else 0)
     unread = unread_results(capture, k, loss_is_output)
     results = zip(stage.boundary, stage.boundary_from, strict=True)
-    read = {nodes[name] for name, i in results if i >= 0 and i not in unread}
+    read = {flows.nodes[name] for name, i in results if i >= 0 and i not in unread}
     layouts = (graph.layout_of[node] for node in read if graph.grad_of[node])
     passed_on = sum(math.prod(each.shape) * each.dtype.itemsize for each in layouts)
     stood = min(cost.output_grads, passed_on)
@@ -364,22 +385,19 @@ def _freed(capture: GraphCapture, saved_by: list[set[int]], waiting: Collection[
     }
 
 
-def _gradient_changes(
-    capture: GraphCapture, size: Mapping[int, int], flows: GradFlows, loss_is_output: bool
-) -> tuple[list[int], int]:
+def _gradient_changes(flows: _GradFlows, loss_is_output: bool) -> tuple[list[int], int]:
     """Return (L,) by how much each backward changes gradients of carried values and inputs; output_grad.
 
-    The gradient of a carried value comes with its latest reader and goes with its producer.
+    The gradient of a carried value appears with its latest reader and is released with its producer.
     """
-    graph, linear = capture.graph, capture.linear
+    graph, linear, size = flows.capture.graph, flows.capture.linear, flows.size
     count = len(linear)
     change = [0] * count
     # Outputs without a loss among them get gradients themselves.
     outputs = set() if loss_is_output else held_by_user(graph)
-    output_grad = 4
-    if not loss_is_output:
-        differentiable = (key for key in outputs if graph.groups[key].requires_grad)
-        output_grad = sum(size[key] for key in differentiable if graph.groups[key].producer >= 0)
+    groups = graph.groups
+    made = (key for key in outputs if groups[key].requires_grad and groups[key].producer >= 0)
+    output_grad = 4 if loss_is_output else sum(size[key] for key in made)
 
     def arrive(key: int, stages: Sequence[int], live: int = 0) -> int:
         for k in reversed(stages):
@@ -388,22 +406,22 @@ def _gradient_changes(
             live = now
         return live
 
-    for made, keys in enumerate(linear.carried):
+    for producer, keys in enumerate(linear.carried):
         for key in keys:
-            if graph.groups[key].requires_grad:
-                live = size[key] if key in outputs and made < count - 1 else 0
+            if groups[key].requires_grad:
+                live = size[key] if key in outputs and producer < count - 1 else 0
                 change[count - 1] += live
-                change[made] -= arrive(key, linear.readers[key], live)
-    for key, stages in flows.inputs().items():  # it stays, or waits for what the input was made by
+                change[producer] -= arrive(key, linear.readers[key], live)
+    for key, stages in flows.inputs().items():  # it stays, or waits for the input's own backward
         arrive(key, stages)
     return change, output_grad
 
 
 def _readers(capture: GraphCapture, model: nn.Module) -> dict[nn.Parameter, list[int]]:
     """Return the stages that read each parameter, ascending."""
-    readers: dict[nn.Parameter, list[int]] = {}
+    readers: dict[nn.Parameter, list[int]] = defaultdict(list)
     for k, stage in enumerate(capture.stages):
         names = [source.key for source in stage.sources if source.kind == "parameter"]
-        for parameter in dict.fromkeys(model.get_parameter(name) for name in names):
-            readers.setdefault(parameter, []).append(k)
+        for parameter in dict.fromkeys(map(model.get_parameter, names)):
+            readers[parameter].append(k)
     return readers

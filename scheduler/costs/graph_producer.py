@@ -1,4 +1,4 @@
-"""Captures of op graphs: exported, tried against a plain step, and priced."""
+"""Make and price captures of op graphs: exported, and tried against a plain step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from rematplan.scheduler.capture.bit_equal_step import PlainSteps, run_step
 from rematplan.scheduler.capture.blocks.calls import Recurrence, is_compiled
@@ -20,6 +20,7 @@ from rematplan.scheduler.core.errors import CaptureError
 from rematplan.scheduler.costs.graph_chain import graph_chain, measure_graph
 from rematplan.scheduler.costs.meters.peak import allocated
 from rematplan.scheduler.costs.roofline import roofline_graph
+from rematplan.scheduler.costs.unreversed import held_by_user
 from rematplan.scheduler.plan.plan import CaptureRecord
 from rematplan.scheduler.torch_layer.call import canonical_call, forward_signature
 from rematplan.scheduler.torch_layer.eager import own_attributes
@@ -60,10 +61,11 @@ class GraphProducer(Producer):
         """See ``Producer.price``."""
         model, own_loss = step.model, step.own_loss
         with preserved(model) as existing, met("the stages of the exported graph cannot be measured"):
+            call = step.arrives
             costs = measure_graph(
                 captured,
                 model,
-                step.arrives,
+                call,
                 existing=existing,
                 loss_is_output=own_loss,
                 clock=clock,
@@ -72,13 +74,7 @@ class GraphProducer(Producer):
         if not clock and captured.target is None:
             costs = roofline_graph(captured, costs, own_loss)
         return graph_chain(
-            captured,
-            model,
-            costs,
-            resident=resident,
-            loss_is_output=own_loss,
-            name=type(model).__name__,
-            sparse=step.sparse,
+            captured, model, costs, resident=resident, loss_is_output=own_loss, sparse=step.sparse
         )
 
     def asked_again(self, record: CaptureRecord, model: nn.Module, asked: str) -> str:  # noqa: ARG002
@@ -94,7 +90,7 @@ class GraphProducer(Producer):
         """See ``Producer.activations``."""
         graph, found = captured.graph, Counter[str]()
         kept = {key for op in graph.ops for key in op.saved}
-        kept |= {key for leaf in graph.outputs if isinstance(leaf, fx.Node) for key in graph.group_of[leaf]}
+        kept |= held_by_user(graph)
         for key in kept:
             group = graph.groups[key]
             if group.producer >= 0:
@@ -107,8 +103,7 @@ class GraphProducer(Producer):
 def _untried(step: TrialStep) -> tuple[GraphCapture, str]:
     """Return the op graph of a model without data."""
     model = step.model
-    if step.custom:
-        raise CaptureError(_custom(step))
+    _refuse_custom(step)
     with modes_disabled():
         graph = next(op_graphs(model, step.call))
     captured = capture_graph(graph, model)
@@ -118,7 +113,7 @@ def _untried(step: TrialStep) -> tuple[GraphCapture, str]:
 
 
 def _exact(step: TrialStep) -> tuple[GraphCapture, str]:
-    """Return the op graph, once it has been seen to train like the plain model, and how it does.
+    """Return the op graph, once it trains like the plain model in a trial, and how.
 
     Raises:
         CaptureError: it cannot be captured, or one step of it differs.
@@ -130,8 +125,7 @@ def _exact(step: TrialStep) -> tuple[GraphCapture, str]:
     compiled = next((name for name, module in model.named_modules() if is_compiled(module)), None)
     if compiled is not None:
         raise CaptureError(f"submodule {compiled!r} is compiled, and an exported graph runs op by op")
-    if step.custom:
-        raise CaptureError(_custom(step))
+    _refuse_custom(step)
     run = functools.partial(run_step, model, offload=True, call=step.call)
     plain = functools.partial(model, *args, **kwargs)
     steps = PlainSteps(step.plain, functools.partial(run, plain), model_device(model))
@@ -140,9 +134,8 @@ def _exact(step: TrialStep) -> tuple[GraphCapture, str]:
         try:
             with met("the exported graph cannot be run stage by stage"):
                 captured = capture_graph(graph, model)
-                trial = functools.partial(
-                    run, functools.partial(_planned_call, captured, model, args, kwargs)
-                )
+                planned = functools.partial(_planned_call, captured, model, args, kwargs)
+                trial = functools.partial(run, planned)
                 captured.uncached = torch.is_autocast_enabled(captured.device.type)
                 differs, how = steps.judge(trial)
                 if differs is not None and captured.uncached:
@@ -159,8 +152,11 @@ def _exact(step: TrialStep) -> tuple[GraphCapture, str]:
     raise CaptureError(f"{refused}{steps.hint()}") from refused
 
 
-def _custom(step: TrialStep) -> str:
-    return f"the custom autograd.Function {step.custom[0]} is used, whose backward torch.export drops"
+def _refuse_custom(step: TrialStep) -> None:
+    if step.custom:
+        raise CaptureError(
+            f"the custom autograd.Function {step.custom[0]} is used, whose backward torch.export drops"
+        )
 
 
 def _planned_call(
@@ -178,8 +174,9 @@ def _planned_call(
 
 def _once(captured: GraphCapture) -> str:
     """Return which stages run once, and why, in words."""
-    stages = [(stage.name, why) for stage, why in zip(captured.stages, captured.once, strict=True) if why]
-    if not stages:
+    once = {stage.name: why for stage, why in zip(captured.stages, captured.once, strict=True) if why}
+    names, reasons = [*once], [*once.values()]
+    if not names:
         return ""
-    names = ", ".join(name for name, _ in stages[:3]) + (" and others" if len(stages) > 3 else "")
-    return f"; {names} {'run' if len(stages) > 1 else 'runs'} once: {stages[0][1]}"
+    listed = ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
+    return f"; {listed} {'run' if len(names) > 1 else 'runs'} once: {reasons[0]}"

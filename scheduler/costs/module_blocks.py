@@ -1,8 +1,7 @@
-"""What one block costs: measured in isolation, once for all blocks that run the same ops.
+"""Measure a block in isolation, once for all blocks that run the same ops.
 
-Blocks are equal if their forwards run the same sequence of ops, on tensors of the same layout that are wired
-alike, release what they made at the same places, and leave the same graph behind, and if gradients exist of
-the same parameters (``op_trace.py``). The calls of a cell over time are, and the layers of a transformer.
+Blocks are equal if their traces are (``op_trace.py``) and if gradients exist of the same parameters: so are
+the calls of a cell over time, and the layers of a transformer.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from rematplan.scheduler.costs.stage_run import (
     cached_casts,
     fresh_grads,
     measure_stage,
+    saving,
 )
 from rematplan.scheduler.torch_layer.layouts import held_bytes, storage_key, storage_keys, tensor_bytes
 from rematplan.scheduler.torch_layer.leaves import (
@@ -37,7 +37,6 @@ from rematplan.scheduler.torch_layer.leaves import (
     tree_flatten,
     tree_unflatten,
 )
-from rematplan.scheduler.torch_layer.preserve import shielded
 
 __all__ = ["BlockCost", "BlockRun"]
 
@@ -50,8 +49,8 @@ class BlockCost:
         input_grad: bytes of the gradients of its boundary.
         saved_arguments, saved_outputs: leaves whose storages its backward needs.
         private: bytes that it saves besides.
-        casts: bytes of weights that it casts and that autocast's cache holds until the forward is over: those
-            that it saves, and others.
+        casts: bytes of its weights' casts that autocast's cache holds until the forward is over: those that
+            it saves, and others.
     """
 
     cost: StageCost
@@ -64,10 +63,9 @@ class BlockCost:
 
 
 class BlockRun:
-    """A block on the arguments that it meets in the step.
+    """A block on its arguments of the step.
 
     Args:
-        forward: of the block.
         existing: the parameters that have a gradient before a stage's backward adds to it.
         waiting: those of which a later block makes a share of the gradient.
     """
@@ -83,20 +81,16 @@ class BlockRun:
         existing: Collection[nn.Parameter],
         waiting: Collection[nn.Parameter],
     ) -> None:
-        stage = capture.blocks[index].stage
-        self.state = BlockState(
-            capture.blocks[index].name, module, capture.changed[stage], capture.overwritten
-        )
+        block = capture.blocks[index]
+        self.state = BlockState(block.name, module, capture.changed[block.stage], capture.overwritten)
         self.found = self.state.take()
-        self.reversing = capture.blocks[index].name in capture.reversing
+        self.reversing = block.name in capture.reversing
         self.waiting = [p for p in module.parameters() if p in waiting and p.requires_grad]
         self.capture, self.module, self.forward, self.existing = capture, module, forward, existing
         self.leaves, self.spec = tree_flatten((args, kwargs))
         self.tensors = tensor_leaves((args, kwargs))
         self.repeats = repeats(self.leaves)
-        self.fed = frozenset(argument for argument, *_ in capture.blocks[index].fed) or frozenset(
-            i for i, _ in self.tensors
-        )
+        self.fed = {argument for argument, *_ in block.fed} or {i for i, _ in self.tensors}
         self.weights = [*module.parameters(), *module.buffers()]  # gathered now, if they are sharded
         self.given = [*self.weights, *(tensor for _, tensor in self.tensors)]
         self.grad = {i for i, t in self.tensors if t.requires_grad}
@@ -117,13 +111,13 @@ class BlockRun:
         return self.forward(*positional, **named)
 
     def trace(self) -> tuple[Hashable, Any]:
-        """Return what tells blocks that cost the same from others; and the output."""
+        """Return the fingerprint of the block's cost; and the output."""
         torch.clear_autocast_cache()
         ops, produced = trace_of_ops(lambda: self(as_leaf), self.given)
         torch.clear_autocast_cache()
         states = tuple(p in self.existing for p in self.module.parameters()), len(self.waiting)
         places = tuple(i for i, _ in self.tensors)
-        return (ops, states, places, self.fed), map_tensors(Tensor.detach, produced)
+        return (ops, states, places, frozenset(self.fed)), map_tensors(Tensor.detach, produced)
 
     def measure(self, clock: bool) -> BlockCost:
         """Run the block a few times and count.
@@ -151,8 +145,8 @@ class BlockRun:
         )
         cost = measure_stage(stage, capture.place, clock=clock)
         if not clock:
-            forward_seconds, backward_seconds = estimate_run(stage, capture.place)
-            cost = replace(cost, forward=forward_seconds, backward=backward_seconds)
+            forward, backward = estimate_run(stage, capture.place)
+            cost = replace(cost, forward=forward, backward=backward)
         kept: set[int | None] = set()
         sizes: dict[int | None, int] = {}
         holding: list[Tensor] = []  # no address is used again
@@ -165,35 +159,30 @@ class BlockRun:
                 sizes[key] = allocated(held_bytes(tensor), capture.place)
             return tensor
 
-        def saving() -> list[tuple[int, Tensor]]:
-            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(pack), lambda t: t):
-                return tensor_leaves(self(as_leaf))
+        def saves() -> tuple[list[tuple[int, Tensor]], frozenset[int | None]]:
+            kept.clear()
+            with saving(pack, lambda t: t):
+                outputs = tensor_leaves(self(as_leaf))
+            return outputs, frozenset(kept)
 
         cached = cached_casts(lambda: self(as_leaf), capture.place)
-        outputs = saving()
-        everything = frozenset(kept)
-        kept.clear()
-        if cached:  # what a second run saves too it has from autocast's cache
-            saving()
-        again = frozenset(kept)
-        kept.clear()
+        outputs, everything = saves()
+        # Storages that a second run saves too are from autocast's cache.
+        again = saves()[1] if cached else frozenset()
         torch.clear_autocast_cache()
-        saving()  # what this run saves too existed before (in a closure): what is held is not made again
-        first = everything - kept - {storage_key(t) for t in self.given}
+        # Those that this run saves too existed before (in a closure): held ones are not recomputed.
+        first = everything - saves()[1] - {storage_key(t) for t in self.given}
         saved_outputs = frozenset(i for i, t in outputs if storage_key(t) in first)
         fresh = {storage_key(t) for i, t in outputs if i in saved_outputs}
         saved_arguments = frozenset(i for i, t in tensors if storage_key(t) in everything)
         casts = sum(sizes[key] for key in again & (first - fresh))
         torch.clear_autocast_cache()
-        # Kernels may keep what no hook sees.
+        # Kernels may keep bytes that no hook sees.
         own = max(cost.kept, sum(sizes[key] for key in first))
+        boundary = [t for i, t in tensors if i in self.fed and t.requires_grad]
         return BlockCost(
             cost,
-            sum(
-                allocated(tensor_bytes(t), capture.place)
-                for i, t in tensors
-                if i in self.fed and t.requires_grad
-            ),
+            sum(allocated(tensor_bytes(t), capture.place) for t in boundary),
             saved_arguments,
             saved_outputs,
             own - sum(sizes[key] for key in fresh) - casts,

@@ -1,4 +1,4 @@
-"""Blocks, the code between them and their values -> the stages of a chain."""
+"""Count the stages of a chain of blocks: those, the code between them, and their values."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture
 from rematplan.scheduler.capture.blocks.block_state import named_tensors
 from rematplan.scheduler.capture.repeat import draws_elsewhere
 from rematplan.scheduler.core.chain import Chain
-from rematplan.scheduler.costs.assemble import StageFacts, assemble
-from rematplan.scheduler.costs.gradients import parameter_grads
+from rematplan.scheduler.costs.assemble import StageFacts, assemble, parameter_grads
 from rematplan.scheduler.costs.meters.peak import allocated
 from rematplan.scheduler.costs.module_blocks import BlockCost
 from rematplan.scheduler.costs.module_values import ModuleValues
@@ -29,20 +28,23 @@ __all__ = ["Parts", "stages_to_chain"]
 
 @dataclass
 class Parts:
-    """What a chain is made of.
+    """The parts of a chain.
 
     Attributes:
         forward, backward: (blocks + 1,) the user's code before each block and after the last.
         seconds: of these.
+        output_grad: bytes of the gradients of the model's outputs.
         shared: (blocks,) bytes of the gradients of its outputs that others, which wait, are views of too.
-        output_grad: bytes of the gradients of the model's outputs, if it has no loss of its own.
+        readers: the stages that read each parameter, ascending.
+        existing: parameters that have a gradient before the step.
         whole: sharded parameters whose gradients wait whole, and the stage at whose end they are reduced.
-        waiting: blocks that are not reversed whole: the user holds what was made of an output that the loss
+        waiting: blocks that are not reversed whole: the user holds a tensor made of an output that the loss
             does not reach.
         sparse: bytes of gradients that are sparse.
     """
 
     capture: ModuleCapture
+    model: nn.Module
     blocks: list[BlockCost]
     values: ModuleValues
     forward: list[Piece]
@@ -50,6 +52,8 @@ class Parts:
     seconds: tuple[list[float], list[float]]
     output_grad: int
     shared: list[int]
+    readers: dict[nn.Parameter, list[int]]
+    existing: Collection[nn.Parameter]
     whole: dict[nn.Parameter, int]
     waiting: set[int]
     sparse: Mapping[nn.Parameter, int]
@@ -64,29 +68,15 @@ class Parts:
         return [0, *accumulate(blocks[:-1])]
 
     def lasting(self, k: int) -> int:
-        """Return at most what stays when block k is reversed: saved tensors, or a boundary to re-run from."""
-        index = self.capture.stages[k]
+        """Return at most the bytes that stay when block k is reversed: saved, or a re-run's boundary."""
+        index, total = self.capture.stages[k], self.values.total
         left = 0 if index is None else self.blocks[index].cost.left
-        if (
-            index not in self.waiting
-        ):  # a state holds on to the graph, and that to the boundary that a re-run began at
-            return left + self.values.total(self.values.enters[k]) if left else 0
-        boundaries = (self.values.total(entering) for entering in self.values.enters[: k + 1])
-        return max(self.values.total(self.values.keeps[k]), *boundaries)
-
-    def taken(self, piece: Piece) -> int:
-        """Return the most bytes that a piece takes above those live when it starts."""
-        return piece.peak - piece.start
-
-    def own_code(self, k: int) -> tuple[int, int]:
-        """Return bytes that the user's code takes from block k to the next, both ways, if it is no stage."""
-        if self.capture.stages[k] is None or self.capture.stages[k + 1] is None:
-            return 0, 0
-        piece = self.pieces[k + 1]
-        return self.taken(self.forward[piece]), self.taken(self.backward[piece])
+        if index not in self.waiting:  # a state holds the graph, and that the boundary that a re-run began at
+            return left + total(self.values.enters[k]) if left else 0
+        return max(total(self.values.keeps[k]), *map(total, self.values.enters[: k + 1]))
 
     def gradients(self) -> list[int]:
-        """Return (L,) bytes of gradients live when stages k..L-1 are reversed, but for blocks' parameters."""
+        """Return (L,) bytes of gradients live when stages k..L-1 are reversed; not blocks' parameters'."""
         left, saved = [], _sums_from(self.values.glue_saved)
         for k, index in enumerate(self.capture.stages):
             piece = self.backward[self.pieces[k]]
@@ -95,58 +85,40 @@ class Parts:
         return left
 
 
-def stages_to_chain(
-    parts: Parts,
-    model: nn.Module,
-    readers: dict[nn.Parameter, list[int]],
-    existing: Collection[nn.Parameter],
-    own_loss: bool,
-    resident: int,
-    name: str,
-) -> Chain:
-    """Return the chain of these parts.
-
-    Args:
-        readers: the stages that read each parameter, ascending.
-        existing: parameters that have a gradient before the step.
-        own_loss: whether the loss is among the model's outputs.
-        resident: bytes live during the whole step.
-    """
-    capture, values, device = parts.capture, parts.values, parts.capture.place
-    output_grad = 4 if own_loss else parts.output_grad
-    facts, created = _gradients(parts, readers, existing)
-    # The blocks that need no gradient: they save nothing, and run once.
+def stages_to_chain(parts: Parts, resident: int) -> Chain:
+    """Return the chain of these parts; ``resident`` bytes are live during the whole step."""
+    capture, values, device, model = parts.capture, parts.values, parts.capture.place, parts.model
+    facts, created = _gradients(parts)
+    # The blocks that need no gradient save nothing, and run once.
     frozen = len(list(takewhile(lambda each: not any(each.box.requires_grad.values()), parts.blocks)))
     elsewhere = draws_elsewhere(model, device)
     for k, (index, fact) in enumerate(zip(capture.stages, facts, strict=True)):
         if index is not None:
             _count_block(parts, k, index, created[k], fact)
         else:
-            _count_glue(parts, k, output_grad, fact)
+            _count_glue(parts, k, fact)
         fact.enters = values.enters[k]
         fact.stays = parts.lasting(k)
-        fact.beside += fact.stays  # by itself, the block releases it as it is reversed
+        fact.beside += fact.stays  # in isolation, the block releases it as it is reversed
         fact.recomputable = index is not None and index >= frozen and not (elsewhere and capture.random[k])
         fact.rerun_state += rerun_state(capture, model, k)
     # Copies of the buffers that a block changes, while it runs again.
     held = max(storage_bytes(named_tensors(model, names), device) for names in capture.changed)
     held += capture.gathering + capture.state_bytes
     return assemble(
-        facts, values, capture, model, resident=resident, held=held, output_grad=output_grad, name=name
+        facts, values, capture, model, resident=resident, held=held, output_grad=parts.output_grad
     )
 
 
-def _gradients(
-    parts: Parts, readers: dict[nn.Parameter, list[int]], existing: Collection[nn.Parameter]
-) -> tuple[list[StageFacts], list[int]]:
+def _gradients(parts: Parts) -> tuple[list[StageFacts], list[int]]:
     """Return (L,) facts of stages, as far as they are of gradients; (L,) bytes of blocks' gradients."""
-    capture, count = parts.capture, len(parts)
+    capture, count, readers = parts.capture, len(parts), parts.readers
     device = capture.place
     change = [0] * count
     alone = {p: ks for p, ks in readers.items() if all(capture.stages[k] is None for k in ks)}
     shared = {p: ks for p, ks in readers.items() if p not in alone}
-    by_blocks, _ = parameter_grads(shared, existing, change, device, parts.whole, parts.sparse)
-    by_glue, _ = parameter_grads(alone, existing, [0] * count, device, parts.whole, parts.sparse)
+    by_blocks, _ = parameter_grads(shared, parts.existing, change, device, parts.whole, parts.sparse)
+    by_glue, _ = parameter_grads(alone, parts.existing, [0] * count, device, parts.whole, parts.sparse)
     beside = _second_shares(shared, count, device)
     for parameter, end in parts.whole.items():  # copies of gradients of blocks' parameters
         if parameter in shared and parameter.requires_grad:
@@ -179,16 +151,16 @@ def _gradients(
 
 
 def _count_block(parts: Parts, k: int, index: int, created: int, fact: StageFacts) -> None:
-    """Fill in what a block takes; ``created`` bytes of its parameters' gradients appear."""
-    values, block = parts.values, parts.blocks[index]
-    cost = block.cost
-    entering = set(values.enters[k])
-    fresh = values.total(set(values.enters[k + 1]) - entering)
-    drawn = (
-        CPU_RANDOM_STATE if parts.capture.place.type == "cpu" else 0
-    )  # by which its end knows whether it drew
-    fact.after, behind = parts.own_code(k)  # code of the user's that is no stage runs when the block is done
-    fact.name, fact.forward, fact.backward = parts.capture.blocks[index].label, cost.forward, cost.backward
+    """Fill in the facts of a block; ``created`` bytes of its parameters' gradients appear."""
+    values, block, capture = parts.values, parts.blocks[index], parts.capture
+    cost, behind = block.cost, 0
+    fresh = values.total(set(values.enters[k + 1]) - set(values.enters[k]))
+    # A generator's state shows at its end whether it drew.
+    drawn = CPU_RANDOM_STATE if capture.place.type == "cpu" else 0
+    if capture.stages[k + 1] is not None:  # the user's code after it is no stage
+        piece = parts.pieces[k + 1]
+        fact.after, behind = parts.forward[piece].taken, parts.backward[piece].taken
+    fact.name, fact.forward, fact.backward = capture.blocks[index].label, cost.forward, cost.backward
     fact.dropping_peak = max(cost.dropping_peak, fresh + drawn)
     fact.lead = cost.lead
     fact.rerun_state = cost.held
@@ -199,22 +171,22 @@ def _count_block(parts: Parts, k: int, index: int, created: int, fact: StageFact
     fact.options = [(keeps, replace(cost.whole, backward_peak=reversing))]
 
 
-def _count_glue(parts: Parts, k: int, output_grad: int, fact: StageFacts) -> None:
-    """Fill in what a stage of the user's code takes."""
+def _count_glue(parts: Parts, k: int, fact: StageFacts) -> None:
+    """Fill in the facts of a stage of the user's code."""
     values, piece, last = parts.values, parts.pieces[k], k == len(parts) - 1
     fact.name = f"glue {k - piece}" if k and not last else ("after" if k else "before")
     fact.forward, fact.backward = parts.seconds[0][piece], parts.seconds[1][piece]
-    fact.arriving = output_grad if last else 0
     if last:
+        fact.arriving = parts.output_grad
         fact.handed_out = values.total(each.value for each in values.carried if each.made == k)
     kept = values.total(values.keeps[k] - set(values.enters[k]))
     keeps = tuple(sorted(values.keeps[k]))
-    keeping, reversing = parts.taken(parts.forward[piece]), parts.taken(parts.backward[piece]) + kept
+    keeping, reversing = parts.forward[piece].taken, parts.backward[piece].taken + kept
     fact.options = [(keeps, OptionCost(frozenset(), 0.0, keeping, reversing, "all (glue)"))]
 
 
 def _second_shares(readers: dict[nn.Parameter, list[int]], count: int, device: Device) -> list[int]:
-    """(L,) the most bytes that a backward takes to add a second share of a parameter's gradient to the first.
+    """Return (L,) the most bytes that a backward takes to add second shares of parameters' gradients.
 
     That makes a tensor of its own, one parameter at a time; later shares are added in place.
     """

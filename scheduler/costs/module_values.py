@@ -1,22 +1,190 @@
-"""The values of a chain of blocks: which cross its boundaries, which stay for a backward, which last."""
+"""Number the values of a chain of blocks, from the storages of a step without its blocks.
+
+``Traffic`` follows the storages that cross into blocks and those that glue saves, ``Lifetimes`` how long the
+user's code holds them; the values are those of boundaries, those kept for a backward, and long-lived ones.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from itertools import accumulate
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, TypeAlias
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture
 from rematplan.scheduler.core.chain import Carried
 from rematplan.scheduler.costs.assemble import Values
+from rematplan.scheduler.costs.meters.peak import allocated
 from rematplan.scheduler.costs.module_blocks import BlockCost
-from rematplan.scheduler.costs.traffic import Lifetimes, Traffic
+from rematplan.scheduler.costs.skeleton import Event, Visitor
+from rematplan.scheduler.costs.stage_run import unowned
+from rematplan.scheduler.torch_layer.layouts import held_bytes, storage_key, storage_of
+from rematplan.scheduler.torch_layer.leaves import tensor_leaves
+from rematplan.scheduler.torch_layer.private import TorchDispatchMode
 
-__all__ = ["ModuleValues", "module_values"]
+__all__ = ["Lifetimes", "ModuleValues", "Traffic", "module_values"]
 
-FEW_BYTES = (
-    2048  # numbers of no dimension that the user's code holds are no value: ``Chain.fixed`` has room for them
-)
+# Zero-dimensional tensors that the user's code holds are no value: ``Chain.fixed`` has room for them.
+FEW_BYTES = 2048
+Place: TypeAlias = tuple[int, bool, int]  # block, whether it is an output, leaf
+
+
+class Lifetimes(Visitor):
+    """Follows how long the user's code and its graph hold the arguments and outputs of blocks.
+
+    Attributes:
+        last: place -> the last stage at whose start its storage is live; L at the end of the forward.
+    """
+
+    def __init__(self, capture: ModuleCapture) -> None:
+        self.capture = capture
+        self.last: dict[Place, int] = {}
+        self._alive: dict[Place, StorageWeakRef] = {}
+        self._due: int | None = None  # a stage of glue that has not run an op yet
+
+    def enter(self, block: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:  # noqa: ARG002, D102
+        for leaf, tensor in tensor_leaves((args, kwargs)):
+            self._follow((block, False, leaf), tensor)
+        self._due = None
+        self.check(self.capture.blocks[block].stage)
+
+    def leave(self, block: int, produced: Any) -> None:  # noqa: D102
+        for leaf, tensor in tensor_leaves(produced):
+            self._follow((block, True, leaf), tensor)
+        following = self.capture.blocks[block].stage + 1
+        self._due = following if self.capture.stages[following] is None else None
+
+    def _follow(self, place: Place, tensor: Tensor) -> None:
+        storage = storage_of(tensor)
+        if storage is not None:
+            self._alive[place] = StorageWeakRef(storage)
+
+    def check(self, stage: int) -> None:
+        """Note the storages that are live when ``stage`` is about to start."""
+        self._alive = {place: ref for place, ref in self._alive.items() if not ref.expired()}
+        self.last.update(dict.fromkeys(self._alive, stage))
+
+    def watching(self) -> TorchDispatchMode:
+        """Return a mode that sees glue start: callers of a block hold its arguments until they run on."""
+        lifetimes = self
+
+        class FirstOp(TorchDispatchMode):
+            supports_higher_order_operators = True
+
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if lifetimes._due is not None:
+                    due, lifetimes._due = lifetimes._due, None
+                    lifetimes.check(due)
+                return func(*args, **(kwargs or {}))
+
+        return FirstOp()
+
+
+class Traffic(Visitor):
+    """Notes the storages that enter and leave blocks, and holds them; and those that the user's code saves.
+
+    All others that are live are the user's code's alone, whatever is kept of the blocks.
+
+    Attributes:
+        size: storage -> bytes.
+        made: storage -> the stage that makes it, so far as is seen.
+        arguments, outputs: (blocks,) leaf -> storage; tensors that live on anyway are left out.
+        packed: storage -> the stages of glue that save it; -1 for a piece between blocks that is no stage.
+        incoming: block -> bytes of the storages of its outputs' gradients.
+        returned: storages of the model's outputs. output_grad: bytes of their gradients.
+        mark: called at each event.
+        waiting: blocks of which an output got no gradient, though the user holds a tensor made of it.
+    """
+
+    def __init__(self, capture: ModuleCapture, resident: Iterable[Tensor]) -> None:
+        self.capture = capture
+        self.mark: Callable[[], None] = lambda: None
+        self.returned: set[int] = set()
+        self.output_grad = 0
+        self.events: list[Event] = []
+        self.size: dict[int, int] = {}
+        self.made: dict[int, int] = {}
+        self.arguments: list[dict[int, int]] = []
+        self.outputs: list[dict[int, int]] = []
+        self.packed: dict[int, set[int]] = {}
+        self.incoming: dict[int, int] = {}
+        self.waiting: set[int] = set()
+        self._resident = {storage_key(t) for t in resident}
+        self._refs: dict[int, StorageWeakRef] = {}
+        self._held: list[Tensor] = []
+        self._seen: set[int] = set()
+        self._stage = 0
+
+    def enter(self, block: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:  # noqa: ARG002, D102
+        self.arguments.append(self._hold(tensor_leaves((args, kwargs)), self.capture.blocks[block].stage - 1))
+        self.note("enter", block)
+
+    def leave(self, block: int, produced: Any) -> None:  # noqa: D102
+        stage = self.capture.blocks[block].stage
+        self.outputs.append(self._hold(tensor_leaves(produced), stage))
+        self._stage = stage + 1 if self.capture.stages[stage + 1] is None else -1
+        self.note("leave", block)
+
+    def note(self, what: str, block: int = -1) -> None:  # noqa: D102
+        if what == "over":
+            gone = {key for key, ref in self._refs.items() if key not in self._seen and ref.expired()}
+            for key in gone:  # with its graph
+                del self.packed[key], self.size[key], self.made[key]
+        self.events.append((what, block))
+        self.mark()
+
+    def arrived(self, block: int, grads: Sequence[Tensor]) -> None:  # noqa: D102
+        sizes = {storage_key(t): held_bytes(t) for t in grads}
+        self.incoming[block] = sum(allocated(size, self.capture.place) for size in sizes.values())
+
+    def unreversed(self, block: int) -> None:  # noqa: D102
+        self.waiting.add(block)
+
+    def shared(self, at: Mapping[Event, int]) -> list[int]:
+        """Return (blocks,) bytes of incoming gradients that stay after it: others are views of them.
+
+        Args:
+            at: bytes live at each event.
+        """
+        stay = {b: size - (at["reverse", b] - at["cleared", b]) for b, size in self.incoming.items()}
+        return [stay.get(block, 0) for block in range(len(self.capture.blocks))]
+
+    def _hold(self, tensors: list[tuple[int, Tensor]], made: int) -> dict[int, int]:
+        places: dict[int, int] = {}
+        for leaf, tensor in tensors:
+            key = self._know(tensor, made)
+            if key is not None:
+                places[leaf] = key
+                if key not in self._seen:
+                    self._seen.add(key)
+                    self._held.append(tensor.detach())
+        return places
+
+    def _know(self, tensor: Tensor, made: int) -> int | None:
+        key = storage_key(tensor)
+        if key is None or key in self._resident:
+            return None
+        if key not in self.size:
+            self.size[key] = allocated(held_bytes(tensor), self.capture.place)
+            self.made[key] = made
+        return key
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """Note a tensor that the user's code saves."""
+        if self._stage >= 0 or storage_key(tensor) in self.size:
+            key = self._know(tensor, self._stage)
+            if key is not None:
+                self.packed.setdefault(key, set()).add(self._stage)
+                # A weak reference keeps the address from being used again.
+                self._refs.setdefault(key, StorageWeakRef(storage_of(tensor)))
+        return unowned(tensor)
+
+    def private(self) -> set[int]:
+        """Return the storages that the user's code saves and no block sees."""
+        return self.size.keys() - self._seen
 
 
 class ModuleValues(Values):
@@ -25,7 +193,7 @@ class ModuleValues(Values):
     Attributes:
         enters: (L,) values of the boundary into each stage.
         keeps: (L,) values that stay for its backward.
-        glue_saved: (L,) bytes that go with the backward of each stage of glue and that no block sees.
+        glue_saved: (L,) bytes released with the backward of each stage of glue, which no block sees.
     """
 
     def __init__(self, count: int) -> None:
@@ -46,15 +214,15 @@ def module_values(
 
     Args:
         traffic: of a step without the blocks.
-        lifetimes: of one in which nothing else holds on to what enters and leaves them.
+        lifetimes: of a step in which only the user's code holds arguments and outputs of blocks.
         blocks: the cost of each.
-        live: (L,) bytes live in that step when the stage after each begins, or when the forward is over.
+        live: (L,) bytes live in the former when the stage after each begins, or when the forward is over.
     """
     count = len(capture)
     values = ModuleValues(count)
     number = {key: values.new(size) for key, size in traffic.size.items()}
     savers = {key: sorted(g for g in stages if g >= 0) for key, stages in traffic.packed.items()}
-    # What enters a block may be what an earlier piece of glue has made and saved.
+    # An earlier piece of glue may have made, and saved, an argument of a block.
     made = {key: min((*savers.get(key, ())[:1], stage)) for key, stage in traffic.made.items()}
     enters = _boundaries(capture, traffic, made)
     reading, saving, keeps = _readers(capture, traffic, blocks, enters)
@@ -76,13 +244,12 @@ def module_values(
             outlive.add(key)
         if not (key in outlive or readers or (ended >= m + 2 and not held)):
             continue
-        freed: int | None = m if key in keeps[m] else min(readers, default=count - 1)
-        until: int | None = ended if ended < count - 1 and key in ends and not held else None
-        if key in outlive:
-            freed = until = None
-        values.carried.append(
-            Carried(number[key], m, tuple(sorted(readers)), tuple(sorted(waiting)), freed, until)
-        )
+        freed = until = None
+        if key not in outlive:
+            freed = m if key in keeps[m] else min(readers, default=count - 1)
+            until = ended if ended < count - 1 and key in ends and not held else None
+        sources = tuple(sorted(readers)), tuple(sorted(waiting))
+        values.carried.append(Carried(number[key], m, *sources, freed, until))
     values.enters = [tuple(number[key] for key in keys) for keys in enters]
     values.keeps = [{number[key] for key in keys} for keys in keeps]
     _add_private(capture, blocks, values)
@@ -99,8 +266,7 @@ def _boundaries(capture: ModuleCapture, traffic: Traffic, made: dict[int, int]) 
     """Return (L,) the storages of the boundary into each stage."""
     result: list[list[int]] = []
     outputs = traffic.outputs
-    for k in range(len(capture)):
-        index, before = capture.stages[k], capture.stages[k - 1] if k else None
+    for k, (before, index) in enumerate(pairwise((None, *capture.stages))):
         if index is not None:
             crossing = capture.blocks[index].boundary
             keys = [outputs[block][leaf] for block, leaf in crossing if leaf in outputs[block]]
@@ -116,16 +282,16 @@ def _readers(
     capture: ModuleCapture, traffic: Traffic, blocks: Sequence[BlockCost], enters: list[list[int]]
 ) -> tuple[dict[int, set[int]], dict[int, set[int]], list[set[int]]]:
     """Return the block stages that read each storage, that save it, and (L,) the storages they keep."""
-    reading: dict[int, set[int]] = {}
-    saving: dict[int, set[int]] = {}
+    reading: dict[int, set[int]] = defaultdict(set)
+    saving: dict[int, set[int]] = defaultdict(set)
     keeps: list[set[int]] = [set() for _ in capture.stages]
     for index, (block, cost) in enumerate(zip(capture.blocks, blocks, strict=True)):
         k = block.stage
         arguments = traffic.arguments[index]
         for leaf, key in arguments.items():
-            reading.setdefault(key, set()).add(k)
+            reading[key].add(k)
             if leaf in cost.saved_arguments:
-                saving.setdefault(key, set()).add(k)
+                saving[key].add(k)
                 if key in enters[k]:
                     keeps[k].add(key)
         own = (key for leaf, key in traffic.outputs[index].items() if leaf in cost.saved_outputs)
@@ -144,9 +310,9 @@ def _ends(traffic: Traffic, lifetimes: Lifetimes) -> dict[int, int]:
 
 
 def _add_private(capture: ModuleCapture, blocks: Sequence[BlockCost], values: ModuleValues) -> None:
-    """Add what blocks save for themselves, and casts of their weights that autocast's cache holds."""
+    """Add the private saved tensors of blocks, and casts of their weights that autocast's cache holds."""
     calls = Counter(block.name for block in capture.blocks)
-    cached: dict[str, tuple[int, int]] = {}  # module -> bytes, and value, of what the cache holds for it
+    cached: dict[str, tuple[int, int]] = {}  # module -> bytes, and value, that the cache holds for it
     for block, cost in zip(capture.blocks, blocks, strict=True):
         k, (cast, other) = block.stage, cost.casts
         if cost.private:
@@ -168,21 +334,20 @@ def _add_private(capture: ModuleCapture, blocks: Sequence[BlockCost], values: Mo
 
 
 def _add_others(held: Sequence[int], values: ModuleValues) -> None:
-    """Add what the user's code holds besides, ``held[k]`` bytes after stage k, as values that come and go."""
+    """Add the user's code's other bytes, ``held[k]`` after stage k, as values, the last released first."""
     stack: list[tuple[int, int]] = []  # (made, bytes)
-    before = 0
+    total = 0
     for stage, amount in enumerate(held):
         now = amount if amount > FEW_BYTES else 0
-        if now > before:
-            stack.append((stage, now - before))
-        gone = before - now
-        while gone > 0:
+        if now > total:
+            stack.append((stage, now - total))
+            total = now
+        while total > now:
             made, size = stack.pop()
-            taken = min(size, gone)
-            gone -= taken
-            if taken < size:
-                stack.append((made, size - taken))
-            values.carried.append(Carried(values.new(taken), made, freed=len(held) - 1, last=stage))
-        before = now
+            gone = min(size, total - now)
+            total -= gone
+            if gone < size:
+                stack.append((made, size - gone))
+            values.carried.append(Carried(values.new(gone), made, freed=len(held) - 1, last=stage))
     for made, size in stack:
         values.carried.append(Carried(values.new(size), made))

@@ -3,8 +3,7 @@
 Two traces are equal if the same ops run in the same order with the same plain arguments, on tensors of the
 same shapes, strides and dtypes, whose storages are wired alike and of the same sizes; if the same storages
 are released at the same places; and if the graph of the outputs has the same nodes, wired alike. Seconds and
-bytes are then the same, whatever the values; an op whose cost depends on values shows in the shapes of what
-it makes.
+bytes are then the same, whatever the values; an op whose cost depends on values shows in its results' shapes.
 """
 
 from __future__ import annotations
@@ -30,25 +29,25 @@ PLAIN = (
 def trace_of_ops(run: Callable[[], Any], given: Iterable[Tensor]) -> tuple[Hashable, Any]:
     """Run a forward in grad mode and trace it.
 
-    Args: given: tensors that exist before: parameters, buffers, arguments. They are part of the trace, in
-        this order.
+    Args:
+        given: tensors that exist before: parameters, buffers, arguments; part of the trace, in this order.
 
     Returns:
-        the trace, equal to others where the cost is the same; and what the forward returned.
+        the trace, equal to others where the cost is the same; and the output.
     """
     ops = _Ops()
-    there = tuple(ops.described(tensor) for tensor in given)
+    existing = tuple(map(ops.described, given))
     ops.new.clear()  # they stay
     with torch.enable_grad(), ops:
         result = run()
     ops.look()
     outputs = [tensor for _, tensor in tensor_leaves(result)]
     graph = _graph(outputs, ops)
-    return (there, tuple(ops.rows), tuple(map(ops.described, outputs)), graph), result
+    return (existing, tuple(ops.rows), tuple(map(ops.described, outputs)), graph), result
 
 
 class _Ops(TorchDispatchMode):
-    """Notes each op: what it is given, what it makes, and which storages are gone by then."""
+    """Notes each op: its arguments, its results, and the storages that were released before it."""
 
     supports_higher_order_operators = True
 
@@ -60,22 +59,20 @@ class _Ops(TorchDispatchMode):
         self.new: dict[int, StorageWeakRef] = {}  # those that the forward made and that still live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one op and note it."""
         self.look()
-        if isinstance(
-            func, HigherOrderOperator
-        ):  # the functions within it are not seen, and no two count as equal
+        kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):  # its inner functions are not seen: equal to no other
             self.rows.append(object())
-            return func(*args, **(kwargs or {}))
-        # Where a view lies in its storage makes no difference.
-        given = [leaf for _, leaf in tensor_leaves((args, kwargs))] if func.is_view else (args, kwargs or {})
+            return func(*args, **kwargs)
+        # The place of a view in its storage makes no difference.
+        given = [leaf for _, leaf in tensor_leaves((args, kwargs))] if func.is_view else (args, kwargs)
         asked = self.described(given)
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
         self.rows.append((func, asked, self.described(result)))
         return result
 
     def look(self) -> None:
-        """Note the storages that are gone."""
+        """Note the storages that have been released."""
         gone = tuple(number for number, ref in self.new.items() if ref.expired())
         if gone:
             self.rows.append(gone)
@@ -109,7 +106,7 @@ class _Ops(TorchDispatchMode):
 
 def _graph(outputs: list[Tensor], ops: _Ops) -> Hashable:
     """Return autograd's nodes behind the outputs, and their edges, numbered in the order of the walk."""
-    number: dict[Any, int] = {}
+    number: dict[Any, int] = {None: -1}
     rows: list[Hashable] = []
     waiting = [tensor.grad_fn for tensor in reversed(outputs) if tensor.grad_fn is not None]
     roots = tuple((tensor.requires_grad, tensor.output_nr, tensor.grad_fn is None) for tensor in outputs)
@@ -118,19 +115,14 @@ def _graph(outputs: list[Tensor], ops: _Ops) -> Hashable:
         if node in number:
             continue
         number[node] = len(number)
-        edges = []
-        for following, place in node.next_functions:
-            if following is None:
-                edges.append((-1, place))
-                continue
-            edges.append((number.get(following, -2), place))
-            waiting.append(following)
-        rows.append((_kind(node), ops.described(getattr(node, "variable", None)), tuple(edges)))
+        edges = tuple((number.get(following, -2), place) for following, place in node.next_functions)
+        waiting += [following for following, _ in node.next_functions if following is not None]
+        rows.append((_kind(node), ops.described(getattr(node, "variable", None)), edges))
     return roots, tuple(rows)
 
 
 def _kind(node: Any) -> Hashable:
-    """Return what a node does: for a custom autograd.Function also the plain values on its context."""
+    """Return the kind of a node: for a custom autograd.Function also the plain values on its context."""
     if not isinstance(node, torch.autograd.function.BackwardCFunction):
         return node.name()
     return type(node), tuple(

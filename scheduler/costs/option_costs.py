@@ -1,9 +1,9 @@
-"""The costs of a stage's options: seconds of the ops that run again, and bytes while they do.
+"""Measure a stage's options: seconds of the ops that run again, and bytes meanwhile.
 
 Ops are timed one by one; ``rematplan.scheduler.solvers.stage_options`` chooses which run again for which
-bytes. Every option is then tried out on the tensors of the real step, by the code that recomputes it in
-training (``recompute.rerun``): the result must be, bit for bit, what autograd saved, or the option is left
-out. Without data (``Target``) only shapes, dtypes and strides are compared.
+bytes. Every option is then tried on the tensors of the real step, by the code that recomputes it in training
+(``recompute.rerun``): an option whose result is not, bit for bit, what autograd saved is left out. Without
+data (``Target``) only shapes, dtypes and strides are compared.
 """
 
 from __future__ import annotations
@@ -30,32 +30,24 @@ from rematplan.scheduler.capture.graph.recompute import (
 from rematplan.scheduler.costs.meters.clock import Spans
 from rematplan.scheduler.costs.meters.peak import allocated, count_bytes
 from rematplan.scheduler.costs.roofline import Tally, device_rates
-from rematplan.scheduler.costs.stage_run import (
-    OptionCost,
-    StageRun,
-    _never,
-    _root,
-    _Sink,
-    _unowned,
-    as_leaf,
-    rebuild_peak,
-)
+from rematplan.scheduler.costs.stage_run import OptionCost, StageRun, both_ways, rebuild_peak, saving, unowned
 from rematplan.scheduler.solvers.stage_options import choices
 from rematplan.scheduler.torch_layer.environment import RunContext
 from rematplan.scheduler.torch_layer.layouts import equal_bits
-from rematplan.scheduler.torch_layer.preserve import RandomState, may_be_seed, reverse
+from rematplan.scheduler.torch_layer.preserve import RandomState, may_be_seed
 from rematplan.scheduler.torch_layer.private import storage_id
 from rematplan.scheduler.torch_layer.target import Device, Target
 
 __all__ = ["TimedOps", "makes_again", "measure_options"]
 
-MOST, LEAST = 8, 4  # options of a stage, the one that keeps all included: fewer the more stages are unlike,
-IN_ALL = 400  # for each is tried out; so many of all distinct stages together
-REPEATS, PATIENCE = 5, 0.5  # runs that are timed, and seconds after which no more of them begin
+# Options of a stage, the one that keeps all included: each is tried, so the more distinct stages, the fewer.
+MOST, LEAST = 8, 4
+IN_ALL = 400  # of all distinct stages together
+REPEATS, PATIENCE = 5, 0.5  # timed runs, and seconds after which no more of them begin
 
 
 class TimedOps(fx.Interpreter):
-    """Runs a graph op by op and notes the seconds of each: by the clock, or estimated."""
+    """Runs a graph op by op and notes the seconds of each, measured or estimated."""
 
     def __init__(self, module: fx.GraphModule, device: Device, clock: bool) -> None:
         super().__init__(module)
@@ -87,7 +79,7 @@ def measure_options(
     Args:
         run: the stage in isolation.
         arguments: of the stage, as the real step has them.
-        clock: whether seconds are measured; if not, they are estimated (``roofline.py``).
+        clock: whether seconds are measured, not estimated (``roofline.py``).
     """
     most = max(LEAST, min(MOST, IN_ALL // len({stage.signature for stage in capture.stages})))
     stage, device = capture.stages[k], capture.place
@@ -95,7 +87,7 @@ def measure_options(
     if not divisible(capture.graph, capture.linear, k) or not isinstance(module, fx.GraphModule):
         return (), 0.0
     timings: list[list[float]] = []
-    began = time.perf_counter()
+    began, data = time.perf_counter(), not isinstance(device, Target)
     while not timings or (clock and len(timings) < REPEATS and time.perf_counter() - began < PATIENCE):
         timed = TimedOps(module, device, clock)
         with torch.enable_grad():
@@ -113,26 +105,20 @@ def measure_options(
     found: list[OptionCost] = []
     chosen = choices(values.ops, values.values, most=most)
     for choice in chosen.choices[1:]:
-        dropped = frozenset(
-            number
-            for number, pack in enumerate(packs)
-            if pack.group in position and position[pack.group] not in choice.kept
-        )
+        # A storage that no op of the stage makes is always kept.
+        gone = {group for group, value in position.items() if value not in choice.kept}
+        dropped = frozenset(number for number, pack in enumerate(packs) if pack.group in gone)
         parts = compile_rebuilds(capture.graph, capture.linear, k, stage.argument_names, dropped)
-        data = not isinstance(device, Target)
         took = _tried(parts, lambda: _fresh(capture, k, arguments), saved, random, data)
         if not dropped or took is None:
             continue
         keeping, backward, kept = _peaks(capture, k, run, parts, arguments)
         needed = {n for part in parts for n, _ in part.sources} | (set(range(len(packs))) - dropped)
-        rebuild = rebuild_peak(
-            run.run,
-            lambda n, tensor, needed=needed: (
-                n in needed  # type: ignore[misc] # bound now
-                and storage_id(tensor.untyped_storage()) not in run.lasting
-            ),
-            device,
-        )
+
+        def wanted(n: int, tensor: Tensor, needed: set[int] = needed) -> bool:
+            return n in needed and storage_id(tensor.untyped_storage()) not in run.lasting
+
+        rebuild = rebuild_peak(run.run, wanted, device)
         rerun = tuple(sorted(i for part in parts for i in part.rerun))
         name = _name([names[i] for i in rerun])
         recompute = took if clock else choice.seconds
@@ -150,7 +136,7 @@ def makes_again(capture: GraphCapture, k: int, arguments: Sequence[Any], dropped
     """Whether the packs that an option of stage k drops are recomputed bit for bit.
 
     Args:
-        arguments: of the stage, as the real step has them, the generators as it begins with them.
+        arguments: of the stage, as the real step has them; the generators are as it begins with them.
 
     Raises:
         ValueError: no option drops these.
@@ -173,7 +159,7 @@ def _saved(capture: GraphCapture, k: int, arguments: Sequence[Any]) -> list[Tens
         saved.append(tensor.detach())
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _never):
+    with saving(pack):
         capture.stages[k].function(*_fresh(capture, k, arguments))
     return saved
 
@@ -202,9 +188,9 @@ def _tried(
     """Return median seconds of an option's programs; None if they do not give the bits that autograd saved.
 
     Args:
-        random: the random numbers as the stage began with them.
+        random: the generators as the stage begins with them.
         data: whether there are values to compare; without, one run shows that the layouts are the same.
-        times: how often they run, at most.
+        times: runs, at most.
     """
     took: list[float] = []
     context = RunContext(random.device.type)
@@ -222,8 +208,9 @@ def _tried(
             except RuntimeError:  # other ops than before, or fewer: not an option
                 return None
             seconds += sum(spans.seconds())
-            same = took or filled.keys() == part.dropped
-            if not same or not (took or all(_equal(filled[n], saved[n], data) for n in filled)):
+            if not took and filled.keys() != part.dropped:
+                return None
+            if not took and not all(_equal(filled[n], saved[n], data) for n in filled):
                 return None
             del filled
         took.append(seconds)
@@ -240,14 +227,9 @@ def _peaks(
     capture: GraphCapture, k: int, run: StageRun, parts: Sequence[Rebuild], arguments: list[Any]
 ) -> tuple[int, int, int]:
     """Return the most bytes above the inputs in the stage's forward, in its backward, and those kept."""
-    arrived: dict[int, Tensor] = {}
     context = RunContext(capture.device.type)
 
-    def sink(position: int, tensor: Tensor) -> Tensor:
-        result: Tensor = _Sink.apply(as_leaf(position, tensor), position, arrived)
-        return result
-
-    def step(mark: Any) -> None:
+    def step(mark: Callable[[], None]) -> None:
         filled: dict[int, Tensor] = {}
         thinned: Thinned[Tensor] = Thinned(parts)
         read = thinned.reads()
@@ -258,7 +240,7 @@ def _peaks(
             number, count = count, count + 1
             if number in thinned.parts and storage_id(tensor.untyped_storage()) not in run.lasting:
                 return number
-            held = _unowned(tensor)
+            held = unowned(tensor)
             if number in read:
                 thinned.sources[number] = held
             return held
@@ -274,15 +256,7 @@ def _peaks(
                 thinned.ran(part)
             return filled.pop(packed)
 
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            outputs = run.run(sink)
-            seed, _ = _root(run, outputs)
-            held = [outputs[i] for i in run.held]
-            del outputs
-        mark()
-        if seed is not None and seed.requires_grad:
-            reverse(seed)
-        del held
+        both_ways(run, saving(pack, unpack), mark)
 
     counted = count_bytes(step, capture.place, slack=False)
     run.reset()

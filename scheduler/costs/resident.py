@@ -42,36 +42,29 @@ __all__ = [
 def storage_bytes(tensors: Iterable[Tensor], device: Device) -> int:
     """Return bytes that ``tensors`` take on the kind of ``device``: a storage that several share counts once.
 
-    Of a storage that is larger than the tensors seen on it (a batch cut out of a data set) only their part
-    counts.
+    Of a storage larger than the tensors seen on it (a batch cut out of a data set) only their part counts.
     """
-    seen: set[Tensor] = set()
     found: dict[int, tuple[int, int]] = {}  # storage -> (its bytes, bytes of the tensors on it)
-    for tensor in map(local, tensors):
-        if lies_on(tensor, device) and tensor not in seen:
-            seen.add(tensor)
-            for each in parts(tensor):
-                storage = each.untyped_storage()
-                _, part = found.get(storage_id(storage), (0, 0))
-                found[storage_id(storage)] = (storage.nbytes(), part + each.numel() * each.element_size())
+    for tensor in dict.fromkeys(map(local, tensors)):
+        for each in parts(tensor) if lies_on(tensor, device) else ():
+            storage = each.untyped_storage()
+            _, part = found.get(storage_id(storage), (0, 0))
+            found[storage_id(storage)] = (storage.nbytes(), part + each.nbytes)
     return sum(allocated(min(whole, part), device) for whole, part in found.values())
 
 
-SAMPLES = (
-    16 * 1024
-)  # bytes, at most: a few elements of all that a stage reads, by which a re-run sees whether it has changed
+# Bytes, at most, of a few elements of a stage's inputs, by which a re-run sees whether they have changed.
+SAMPLES = 16 * 1024
 
 
 def rerun_state(capture: Capture, model: nn.Module, k: int) -> int:
-    """Return bytes that are held while stage k may run again, besides values: noted before each first run."""
-    state = CPU_RANDOM_STATE if capture.random[k] and capture.place.type == "cpu" else 0
-    if capture.place.type != "cpu":
-        state += SAMPLES
+    """Return bytes held while stage k may run again, besides values: noted before each first run."""
+    state = CPU_RANDOM_STATE * bool(capture.random[k]) if capture.place.type == "cpu" else SAMPLES
     return state + storage_bytes(named_tensors(model, capture.changed[k]), capture.place)
 
 
 def copied_buffers(capture: Capture, model: nn.Module) -> int:
-    """Return bytes of the copies of changing buffers that a forward on CUDA holds, lest memory runs out."""
+    """Return bytes of the copies of changing buffers that a forward on CUDA holds against out-of-memory."""
     if capture.place.type != "cuda":
         return 0
     changed = {name for names in capture.changed for name in names}
@@ -82,11 +75,10 @@ def resident_parts(model: nn.Module, call: Any, device: Device) -> dict[str, int
     """Return bytes of parameters, existing gradients, buffers, tensors in ``call``, cuBLAS's workspaces."""
     made = [t for m in model.modules() if makes_weights(m) for t in vars(m).values() if isinstance(t, Tensor)]
     given = [t for t in tree_leaves(call) if isinstance(t, Tensor)]
+    grads = (p.grad for p in model.parameters() if p.grad is not None)
     return {
         "parameters": storage_bytes(model.parameters(), device),
-        "existing gradients": storage_bytes(
-            (p.grad for p in model.parameters() if p.grad is not None), device
-        ),
+        "existing gradients": storage_bytes(grads, device),
         "buffers": storage_bytes((*model.buffers(), *made), device),
         "inputs": storage_bytes(given, device) + sum(map(unused_room, given)),
         "workspaces": workspace_bytes(device),
@@ -96,8 +88,7 @@ def resident_parts(model: nn.Module, call: Any, device: Device) -> dict[str, int
 def optimizer_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> int:
     """Return bytes of the optimizer's state: as it is, or as its first step will make it.
 
-    A state that is still empty is found by one step of a copy of the optimizer on fake tensors: exact, and
-    without memory.
+    An empty state is found by one step of a copy of the optimizer on fake tensors: exact, and without memory.
 
     Raises:
         ValueError: the optimizer's step does not run on fake tensors and its state is empty.
@@ -105,9 +96,8 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> 
     if optimizer is None:
         return 0
     if optimizer.state:
-        return storage_bytes(
-            (leaf for leaf in pytree.tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor)), device
-        )
+        leaves = pytree.tree_leaves(dict(optimizer.state))
+        return storage_bytes((leaf for leaf in leaves if isinstance(leaf, Tensor)), device)
     try:
         states = _stepped(optimizer, device)[0].state.values()
     except Exception as error:  # whatever a third-party optimizer does on fake tensors
@@ -115,21 +105,17 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> 
             f"solve: the state of {type(optimizer).__name__} is still empty and its size cannot be found by a "
             f"trial step on fake tensors ({error}); call optimizer.step() once before solve()"
         ) from error
-    total = 0
-    for leaf in pytree.tree_leaves(list(states)):
-        if not isinstance(leaf, Tensor) or not lies_on(leaf, device):
-            continue
-        # Optimizers keep their counts of steps, of no dimension, on the host.
-        if not (isinstance(device, Target) and device.type != "cpu" and not leaf.ndim):
-            total += allocated(held_bytes(leaf), device)
-    return total
+    made = (t for t in pytree.tree_leaves(list(states)) if isinstance(t, Tensor) and lies_on(t, device))
+    # Optimizers keep their counts of steps, of no dimension, on the host.
+    scalars = not isinstance(device, Target) or device.type == "cpu"
+    return sum(allocated(held_bytes(t), device) for t in made if scalars or t.ndim)
 
 
 def optimizer_step_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> int | None:
     """Return the most bytes that the optimizer's step takes above its state and gradients; None if unknown.
 
-    By a step of a copy on fake tensors, the second one, when its state exists; on CUDA over all parameters
-    at once, unless the optimizer is told otherwise.
+    They are counted in the second step of a copy on fake tensors, when its state exists; on CUDA over all
+    parameters at once, unless the optimizer is told otherwise.
     """
     if optimizer is None:
         return 0
@@ -143,18 +129,18 @@ def optimizer_step_bytes(optimizer: torch.optim.Optimizer | None, device: Device
 
 
 def _foreach(group: dict[str, Any], device: Device) -> dict[str, bool]:
-    """Return what torch takes for a group's ``foreach`` where nobody has said it; nothing if somebody has.
+    """Return torch's choice of a group's ``foreach`` where it is not set; nothing where it is.
 
-    On CUDA a step goes over all parameters at once then, and has a temporary of each. torch decides by the
-    parameters' type, and fake ones are of none that it knows.
+    With it a step on CUDA runs over all parameters at once, and has a temporary of each. torch chooses by the
+    parameters' type, and knows none of fake ones.
     """
     if group.get("foreach", False) is not None or group.get("fused") is not None:
         return {}
+    differentiable = group.get("differentiable", False)
     if isinstance(device, Target):
-        foreach = device.type == "cuda" and not group.get("differentiable", False)
+        foreach = device.type == "cuda" and not differentiable
     else:
-        parameters = [local(p) for p in group["params"]]
-        foreach = default_foreach(parameters, group.get("differentiable", False))
+        foreach = default_foreach([local(p) for p in group["params"]], differentiable)
     if isinstance(group.get("lr"), Tensor) and not group.get("capturable", False):
         foreach = False  # as the optimizers have it
     return {"foreach": foreach}
@@ -168,23 +154,22 @@ def _stepped(
     stand_in = copy.copy(optimizer)
     stand_in.state = defaultdict(dict)
     drop_step_hooks(stand_in)
-    groups = []
-    for group in optimizer.param_groups:
-        parameters = []
-        for whole in group["params"]:
-            parameter, trained = local(whole), whole.requires_grad
+
+    def double(whole: Tensor) -> nn.Parameter:
+        tensor = local(whole)
+        place = "cpu" if isinstance(device, Target) else tensor.device
+        with fake:
+            like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=place)
+        made = nn.Parameter(like, requires_grad=whole.requires_grad)
+        if whole.requires_grad:
             with fake:
-                place = "cpu" if isinstance(device, Target) else parameter.device
-                like = torch.empty_strided(
-                    parameter.shape, parameter.stride(), dtype=parameter.dtype, device=place
-                )
-            double = nn.Parameter(like, requires_grad=trained)
-            if trained:
-                with fake:
-                    double.grad = torch.empty_like(double)
-            parameters.append(double)
-        groups.append({**group, **_foreach(group, device), "params": parameters})
-    stand_in.param_groups = groups
+                made.grad = torch.empty_like(made)
+        return made
+
+    stand_in.param_groups = [
+        {**group, **_foreach(group, device), "params": [*map(double, group["params"])]}
+        for group in optimizer.param_groups
+    ]
     with fake, torch.no_grad():
         type(optimizer).step(stand_in)
     return stand_in, fake

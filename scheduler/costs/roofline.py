@@ -1,10 +1,10 @@
-"""Seconds of a stage estimated from its FLOPs and the bytes that it moves.
+"""Estimate the seconds of a stage from its FLOPs and the bytes that it moves.
 
 Williams, Waterman, Patterson 2009 (doi:10.1145/1498765.1498785): an op takes the longer of its arithmetic at
 the device's peak rate and its memory traffic at the device's bandwidth. Both rates are measured once per
-process, by a matrix product and a copy. Two more are for what they do not tell of: seconds for each element
-of ops that compute much with it (a tanh, a random number), and for bytes that are mapped again, page by page,
-each time they are asked for. The rates of a described device are its description's.
+process, by a matrix product and a copy. Two more are measured: seconds for each element of ops that compute
+much with it (a tanh, a random number), and for bytes that are mapped again, page by page, at each allocation.
+The rates of a described device are its description's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import flop_registry
 
 from rematplan.scheduler.capture.graph.graph_capture import GraphCapture
-from rematplan.scheduler.core.device import DeviceSpec
 from rematplan.scheduler.costs.meters.clock import Spans
 from rematplan.scheduler.costs.stage_run import StageCost, StageRun, as_leaf, seed_gradients
 from rematplan.scheduler.costs.unreversed import unread_results
@@ -35,36 +34,28 @@ __all__ = ["Rates", "Tally", "device_rates", "estimate_run", "roofline_graph"]
 MAPPED = 2**25
 
 
+@dataclass(slots=True)
 class Rates:
-    """What a device can do.
+    """The speed of a device.
 
     Attributes:
         flops: floating-point operations per second.
         bandwidth: bytes per second.
         launch: seconds that any op takes at least.
-        by_dtype: floating-point operations per second on numbers of a dtype, where they are known not to be
-            ``flops``.
-        measure: measures them for another dtype.
+        by_dtype: floating-point operations per second on numbers of a dtype, where they differ from
+            ``flops``; others are added when they are asked for.
         element: op -> seconds that it takes for each element, if it computes much with one.
-        fresh: seconds for each byte of a new storage of ``MAPPED`` bytes or more, above those that it takes
-            to write it.
+        fresh: seconds for each byte of a new storage of ``MAPPED`` bytes or more, above those to write it.
+        measure: measures ``by_dtype`` for another dtype; None where it is ``flops``.
     """
 
-    __slots__ = ("bandwidth", "by_dtype", "element", "flops", "fresh", "launch", "measure")
-
-    def __init__(
-        self,
-        flops: float,
-        bandwidth: float,
-        launch: float,
-        by_dtype: Mapping[torch.dtype, float] | None = None,
-        element: Mapping[Any, float] | None = None,
-        fresh: float = 0.0,
-        measure: Callable[[torch.dtype], float] | None = None,
-    ) -> None:
-        self.flops, self.bandwidth, self.launch = flops, bandwidth, launch
-        self.by_dtype = dict(by_dtype or {})
-        self.element, self.fresh, self.measure = dict(element or {}), fresh, measure
+    flops: float
+    bandwidth: float
+    launch: float
+    by_dtype: dict[torch.dtype, float] = field(default_factory=dict)
+    element: Mapping[Any, float] = field(default_factory=dict)
+    fresh: float = 0.0
+    measure: Callable[[torch.dtype], float] | None = None
 
     def flops_on(self, dtype: torch.dtype) -> float:
         """Return floating-point operations per second on numbers of that dtype."""
@@ -72,17 +63,13 @@ class Rates:
             self.by_dtype[dtype] = self.flops if self.measure is None else self.measure(dtype)
         return self.by_dtype[dtype]
 
-    @classmethod
-    def of(cls, spec: DeviceSpec) -> Rates:
-        """Return the rates of a description."""
-        by_dtype = {getattr(torch, name): rate for name, rate in spec.flops.items()}
-        return cls(spec.rate("float32"), spec.bandwidth, spec.launch, by_dtype)
-
 
 def device_rates(device: Device) -> Rates:
     """Return the device's rates: by its description, or measured."""
     if isinstance(device, Target):
-        return Rates.of(device.spec)
+        spec = device.spec
+        by_dtype = {getattr(torch, name): rate for name, rate in spec.flops.items()}
+        return Rates(spec.rate("float32"), spec.bandwidth, spec.launch, by_dtype)
     return _measured_rates(device, torch.get_num_threads())
 
 
@@ -105,9 +92,7 @@ def _measured_rates(device: torch.device, _threads: int) -> Rates:
         small = torch.ones(1, device=device)
         launch = _best(lambda: small + 1, device)
         big, other = (torch.ones(2**24, device=device) for _ in range(2))
-        copy = _best(
-            lambda: other.copy_(big), device
-        )  # more than caches hold, to where there are pages already
+        copy = _best(lambda: other.copy_(big), device)  # beyond the caches, to pages that are mapped already
         fresh = max(0.0, _best(big.clone, device) - copy) / big.nbytes if device.type == "cpu" else 0.0
         element = _element_seconds(device)
     known = {torch.float32: flops}
@@ -149,7 +134,7 @@ _LIKE = {
 
 
 def _element_seconds(device: torch.device) -> dict[Any, float]:
-    """Of the ops in ``_HEAVY`` and ``_LIKE``. The generator is left as it was."""
+    """Return the seconds of the ops in ``_HEAVY`` and ``_LIKE``. The generator is left as it was."""
     # Off the CPU so many that starting the op does not count.
     batch = 8 if device.type == "cpu" else 4096
     found = {}
@@ -162,7 +147,7 @@ def _element_seconds(device: torch.device) -> dict[Any, float]:
 
 
 def _elements(op: Any, args: Any, tensors: Sequence[Tensor]) -> int:
-    """Of the largest tensor; of attention, its scores."""
+    """Count the elements of the largest tensor; of attention, its scores."""
     if op in (_attend, _attend_backward):
         query, key = args[:2] if op is _attend else args[1:3]
         return math.prod(query.shape[:-1]) * key.shape[-2]
@@ -170,7 +155,7 @@ def _elements(op: Any, args: Any, tensors: Sequence[Tensor]) -> int:
 
 
 def _mapped(args: Any, result: Any) -> int:
-    """Return bytes of the op's new storages that the system maps anew."""
+    """Return bytes of the op's new storages that the system maps page by page."""
     old, new = (
         {
             storage_id(t.untyped_storage()): t.untyped_storage().nbytes()
@@ -215,15 +200,14 @@ class Tally(TorchDispatchMode):
             return result
         tensors = [t for t in pytree.tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
         moved = sum(t.numel() * t.element_size() for t in tensors)
-        count = _FLOPS.get(func.overloadpacket)
+        op = func.overloadpacket
+        count = _FLOPS.get(op)
         flops = count(*args, **kwargs, out_val=result) if count is not None else 0
         rate = self.rates.flops
         if flops:
-            rate = self.rates.flops_on(
-                next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
-            )
+            dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+            rate = self.rates.flops_on(dtype)
         fresh = self.rates.fresh * _mapped(args, result) if self.rates.fresh else 0.0
-        op = func.overloadpacket
         each = self.rates.element.get(op, 0.0) * _elements(op, args, tensors)
         self.seconds += max(self.rates.launch, flops / rate + each, moved / self.rates.bandwidth + fresh)
         return result
@@ -240,13 +224,8 @@ def _attention(products: int, first: int) -> Any:
     return count
 
 
-# Of the attention that a CPU has, torch's own counts say nothing. Backward: the scores again, and four
-# gradients.
-_FLOPS = {
-    **flop_registry,
-    _attend: _attention(2, 0),
-    _attend_backward: _attention(5, 1),
-}
+# torch counts nothing of a CPU's attention. Backward: the scores again, and four gradients.
+_FLOPS = {**flop_registry, _attend: _attention(2, 0), _attend_backward: _attention(5, 1)}
 
 
 def roofline_graph(
@@ -257,29 +236,40 @@ def roofline_graph(
     known: dict[tuple[str, frozenset[int], bool], tuple[float, float]] = {}
     nodes = {node.name: node for node in capture.graph.module.graph.nodes}
     result = []
-    for k, stage in enumerate(capture.stages):
+    for k, (stage, cost) in enumerate(zip(capture.stages, costs, strict=True)):
         unread = unread_results(capture, k, loss_is_output)
         last = loss_is_output and k == len(capture) - 1
         key = stage.signature, unread, last
         if key not in known:
             known[key] = _estimate(capture, k, None if last else unread, nodes, rates)
         forward, backward = known[key]
-        result.append(replace(costs[k], forward=forward, backward=backward))
+        result.append(replace(cost, forward=forward, backward=backward))
     return result
 
 
 def estimate_run(stage: StageRun, device: Device) -> tuple[float, float]:
     """Return seconds of the forward and the backward of a stage, by the ops of one run of each."""
-    rates = device_rates(device)
+
+    def root(outputs: Sequence[Tensor]) -> Tensor | None:
+        return seed_gradients({i: t for i, t in enumerate(outputs) if i not in stage.unread}, {})[0]
+
+    seconds = _tallied(lambda: stage.run(as_leaf), root, device_rates(device))
+    stage.reset()
+    return seconds
+
+
+def _tallied(
+    run: Callable[[], Sequence[Tensor]], root: Callable[[Sequence[Tensor]], Tensor | None], rates: Rates
+) -> tuple[float, float]:
+    """Return seconds of ``run()``, and of the backward from the ``root`` of its outputs."""
+    forward, backward = Tally(rates), Tally(rates)
     with torch.enable_grad():
-        with Tally(rates) as forward:
-            outputs = stage.run(as_leaf)
-        seed, _ = seed_gradients({i: t for i, t in enumerate(outputs) if i not in stage.unread}, {})
-    backward = Tally(rates)
+        with forward:
+            outputs = run()
+        seed = root(outputs)
     if seed is not None:
         with backward:
             seed.backward()
-    stage.reset()
     return forward.seconds, backward.seconds
 
 
@@ -292,31 +282,22 @@ def _estimate(
         unread: the results that get no gradient; None: the loss alone gets one, if the stage makes it.
     """
     stage = capture.stages[k]
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def root(results: Sequence[Tensor]) -> Tensor | None:
+        if unread is None:
+            with suppress(ValueError):  # an earlier stage makes it
+                return find_loss(capture.own_output(stage, tuple(results)))[0]
+        return seed_gradients({i: t for i, t in enumerate(results) if i not in (unread or ())}, {})[0]
+
     arguments: list[Any] = []
-    with fake:
+    with FakeTensorMode(allow_non_fake_inputs=True):
         for source, name in zip(stage.sources, stage.argument_names, strict=True):
             value = nodes[name].meta.get("val")
             if isinstance(value, Tensor):
-                double = torch.empty_strided(
-                    value.shape, value.stride(), dtype=value.dtype, device=value.device
-                )
-                double.requires_grad_(source.requires_grad)
-                value = (
-                    nn.Parameter(double) if source.kind == "parameter" and source.requires_grad else double
-                )
+                dtype, device = value.dtype, value.device
+                value = torch.empty_strided(value.shape, value.stride(), dtype=dtype, device=device)
+                value.requires_grad_(source.requires_grad)
+                if source.kind == "parameter" and source.requires_grad:
+                    value = nn.Parameter(value)
             arguments.append(value)
-        forward = Tally(rates)
-        with forward, torch.enable_grad():
-            results = stage.function(*arguments)
-        backward = Tally(rates)
-        with torch.enable_grad():
-            reached = {i: t for i, t in enumerate(results) if unread is None or i not in unread}
-            seed, _ = seed_gradients(reached, {})
-            if unread is None:
-                with suppress(ValueError):  # an earlier stage makes it
-                    seed = find_loss(capture.own_output(stage, results))[0]
-        if seed is not None:
-            with backward:
-                seed.backward()
-    return forward.seconds, backward.seconds
+        return _tallied(lambda: stage.function(*arguments), root, rates)

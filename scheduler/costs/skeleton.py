@@ -1,12 +1,13 @@
-"""One step of a captured model with its blocks taken out: what the user's own code around them takes.
+"""Run a step of a captured model with its blocks taken out, to measure the user's code around them.
 
-Each block runs without autograd, and one node of the graph stands for it, which saves nothing and hands on
-gradients of the sizes that the block's do have. The rest of the step, forward and backward, is the user's
-own, in autograd's own order: what it saves, what it holds on to, which gradients wait meanwhile.
+Each block runs without autograd, and one node of the graph stands for it, which saves nothing and passes on
+gradients of the sizes of the block's. The rest of the step, forward and backward, is the user's own, in
+autograd's own order: its saved tensors, the tensors that it holds, the gradients that wait meanwhile.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -19,39 +20,29 @@ from torch import Tensor, nn
 from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture
 from rematplan.scheduler.capture.blocks.calls import intercepted
 from rematplan.scheduler.core.errors import CaptureError
+from rematplan.scheduler.costs.meters.peak import Counted
 from rematplan.scheduler.costs.stage_run import seed_gradients
 from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.fsdp import sharded_within
-from rematplan.scheduler.torch_layer.layouts import is_plain, storage_key
+from rematplan.scheduler.torch_layer.layouts import held_bytes, is_plain, storage_key
 from rematplan.scheduler.torch_layer.leaves import tensor_leaves, tree_flatten, tree_unflatten
 from rematplan.scheduler.torch_layer.loss import find_loss, output_tensors
-from rematplan.scheduler.torch_layer.preserve import in_backward, uncached
+from rematplan.scheduler.torch_layer.preserve import in_backward, reverse, uncached
 from rematplan.scheduler.torch_layer.private import is_view
 
-__all__ = [
-    "Box",
-    "Event",
-    "Piece",
-    "Timed",
-    "Visitor",
-    "pieces",
-    "run_skeleton",
-    "stand_in",
-]
+__all__ = ["Box", "Event", "Piece", "Timed", "Visitor", "pieces", "run_skeleton", "stand_in"]
 
-Event = tuple[
-    str, int
-]  # "enter", "leave", "reverse", "cleared", "reversed" and a block; "over" (the forward), "done"
+# "enter", "leave", "reverse", "cleared", "reversed" and a block; "over" (the forward) or "done" and -1
+Event = tuple[str, int]
 
 
 @dataclass(slots=True)
 class Box:
-    """What is known of a block that stands in the skeleton as one node.
+    """A block that stands in the skeleton as one node.
 
     Attributes:
         requires_grad: output leaf -> whether it requires grad.
-        input_grads: (argument leaf, storage, bytes) of the gradients that its backward leaves; see
-            ``StageCost``.
+        input_grads: as in ``StageCost``.
         stand_in: makes an output like the block's, so that it need not run; see ``stand_in``.
     """
 
@@ -61,9 +52,10 @@ class Box:
 
 
 def stand_in(produced: Any, given: Iterable[Tensor]) -> Callable[[], Any] | None:
-    """Return what copies an output, value by value; None where that is unlike running the block again.
+    """Return a function that copies an output; None where a copy is unlike running the block again.
 
-    It is not if the output has more in it than tensors, or if these share storages, or have more in them.
+    A copy is unlike if the output has leaves that are no tensors, or tensors that share storages or are parts
+    of them.
 
     Args:
         given: the block's arguments and weights.
@@ -71,43 +63,35 @@ def stand_in(produced: Any, given: Iterable[Tensor]) -> Callable[[], Any] | None
     leaves, spec = tree_flatten(produced)
     seen = {storage_key(tensor) for tensor in given}
     for leaf in leaves:
-        if not isinstance(leaf, Tensor):
+        if not isinstance(leaf, Tensor) or not is_plain(leaf):
             return None
         key = storage_key(leaf)
-        if (
-            key is None
-            or key in seen
-            or not is_plain(leaf)
-            or leaf.untyped_storage().nbytes() != leaf.numel() * leaf.element_size()
-        ):
+        if key is None or key in seen or held_bytes(leaf) != leaf.nbytes:
             return None
         seen.add(key)
     kept = [leaf.detach().clone() for leaf in leaves]
-
-    def make() -> Any:
-        copies = [torch.empty_like(leaf).copy_(leaf) for leaf in kept]
-        return tree_unflatten(copies, spec)
-
-    return make
+    return lambda: tree_unflatten([torch.empty_like(leaf).copy_(leaf) for leaf in kept], spec)
 
 
 class Visitor:
-    """Is told where a skeleton step is. Does nothing."""
+    """Follows a skeleton step; notes the events, and no more."""
 
-    def enter(self, block: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A block begins; gives its output, if it has been made here."""
+    def enter(self, block: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:  # noqa: ARG002
+        """Begin a block; return its output, if it has been made here."""
+        self.note("enter", block)
 
-    def leave(self, block: int, produced: Any) -> None:
-        """A block has run."""
+    def leave(self, block: int, produced: Any) -> None:  # noqa: ARG002
+        """End a block's forward."""
+        self.note("leave", block)
 
     def arrived(self, block: int, grads: Sequence[Tensor]) -> None:
-        """The gradients of a block's outputs are there."""
+        """Take the gradients of a block's outputs."""
 
     def note(self, what: str, block: int = -1) -> None:
-        """An event of the backward, or the end of the forward or of the step."""
+        """Note an event."""
 
     def unreversed(self, block: int) -> None:
-        """The step is over, and an output of a block that leads to one of the model's got no gradient."""
+        """Note at the end that an output of a block that leads to one of the model's got no gradient."""
 
 
 class _Edge(torch.autograd.Function):
@@ -125,23 +109,21 @@ class _Edge(torch.autograd.Function):
         node.visitor.arrived(node.block, node.arrived)
         node.arrived.clear()
         node.visitor.note("cleared", node.block)
-        sizes = {position: (storage, size) for position, storage, size in node.box.input_grads}
+        made = {position: (storage, size) for position, storage, size in node.box.input_grads}
         buffers: dict[int, Tensor] = {}
-        grads: list[Tensor | None] = []
+        grads: dict[int, Tensor] = {}
         for position, (shape, dtype, device) in zip(node.positions, ctx.likes, strict=True):
-            if position not in sizes:
-                grads.append(None)
-                continue
-            storage, size = sizes[position]
-            if storage not in buffers:
-                buffers[storage] = torch.zeros(size, dtype=torch.uint8, device=device)
-            flat = buffers[storage].view(dtype)
-            count = shape.numel()
-            # A gradient may be an expanded view of fewer numbers.
-            grads.append(flat[:count].view(shape) if flat.numel() >= count else flat[:1].expand(shape))
+            if position in made:
+                storage, size = made[position]
+                if storage not in buffers:
+                    buffers[storage] = torch.zeros(size, dtype=torch.uint8, device=device)
+                flat, count = buffers[storage].view(dtype), shape.numel()
+                # A gradient may be an expanded view of fewer numbers.
+                whole = flat.numel() >= count
+                grads[position] = flat[:count].view(shape) if whole else flat[:1].expand(shape)
         buffers.clear()
         node.visitor.note("reversed", node.block)
-        return None, None, *grads
+        return None, None, *map(grads.get, node.positions)
 
 
 class _Cut(torch.autograd.Function):
@@ -190,7 +172,7 @@ def _closed(node: _Node, args: Any, kwargs: Any, produced: Any) -> Any:
     return tree_unflatten(leaves, spec)
 
 
-def run_skeleton(  # noqa: C901 - one step, in its order
+def run_skeleton(
     capture: ModuleCapture,
     model: nn.Module,
     call: Call,
@@ -200,17 +182,14 @@ def run_skeleton(  # noqa: C901 - one step, in its order
     own_loss: bool | None = None,
     inside: bool = False,
 ) -> Any:
-    """Run one step with the blocks taken out; the caller preserves the model's state.
+    """Run one step with the blocks taken out; return the output. The caller preserves the model's state.
 
     Args:
         boxes: one for each block, once it has run for the first time.
         own_loss: whether the loss is among the model's outputs; else the outputs themselves get gradients.
             None: there is no backward.
         inside: whether the visitor is inside of the hooks by which fully_shard gathers a block. Else they are
-            part of the block, and nothing is gathered while the user's code runs that this does not need.
-
-    Returns:
-        the output of the model.
+            part of the block, and only what the user's code needs is gathered while it runs.
 
     Raises:
         CaptureError: the blocks do not run in the order of the capture.
@@ -218,30 +197,27 @@ def run_skeleton(  # noqa: C901 - one step, in its order
     ran = 0
     nodes: list[_Node] = []
 
+    def loose(name: str, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        nonlocal ran
+        index, ran = ran, ran + 1
+        if in_backward():
+            raise CaptureError(
+                f"{name} runs again in the backward, as under torch.utils.checkpoint; leave that to the plan"
+            )
+        if index >= len(capture.blocks) or capture.blocks[index].name != name:
+            raise CaptureError(f"{name} does not run at the same place in every forward")
+        produced = visitor.enter(index, forward, args, kwargs)
+        if produced is None:
+            made = boxes[index].stand_in if index in boxes else None
+            with torch.set_grad_enabled(capture.grad), uncached():
+                produced = forward(*args, **kwargs) if made is None else made()
+        nodes.append(_Node(index, boxes[index], visitor, capture.device))
+        produced = _closed(nodes[-1], args, kwargs, produced)
+        visitor.leave(index, produced)
+        return produced
+
     def wrapper(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
-            def loose(*args: Any, **kwargs: Any) -> Any:
-                nonlocal ran
-                index, ran = ran, ran + 1
-                if in_backward():
-                    raise CaptureError(
-                        f"{name} runs again in the backward, as under torch.utils.checkpoint; leave that to the plan"
-                    )
-                if index >= len(capture.blocks) or capture.blocks[index].name != name:
-                    raise CaptureError(f"{name} does not run at the same place in every forward")
-                produced = visitor.enter(index, forward, args, kwargs)
-                if produced is None:
-                    made = boxes[index].stand_in if index in boxes else None
-                    with torch.set_grad_enabled(capture.grad), uncached():
-                        produced = forward(*args, **kwargs) if made is None else made()
-                nodes.append(_Node(index, boxes[index], visitor, capture.device))
-                produced = _closed(nodes[-1], args, kwargs, produced)
-                visitor.leave(index, produced)
-                return produced
-
-            return loose
-
-        return wrap
+        return lambda forward: functools.partial(loose, name, forward)
 
     args, kwargs = call
     torch.clear_autocast_cache()
@@ -262,8 +238,7 @@ def run_skeleton(  # noqa: C901 - one step, in its order
             tensors = (t for t in output_tensors(output) if t.is_floating_point() or t.is_complex())
             root = seed_gradients(dict(enumerate(tensors)), {})[0]
     if root is not None and root.requires_grad:
-        with torch.autocast(root.device.type, enabled=False):
-            root.backward()
+        reverse(root)
     del root
     visitor.note("done")
     for node in nodes:
@@ -274,74 +249,57 @@ def run_skeleton(  # noqa: C901 - one step, in its order
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The user's code before a block, or after the last one; or its backward.
+    """Bytes of the user's code before a block, or after the last one; or of its backward.
 
     Attributes:
-        start, end: bytes live at its start and its end.
-        peak: the most bytes live meanwhile.
-        seconds: that it took.
+        start, end: live at its start and its end.
+        peak: the most live meanwhile.
     """
 
     start: int
     end: int
     peak: int
-    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, counted: Counted, start: int, end: int) -> Piece:
+        """Return the piece between two marks (-1: the start of the step)."""
+        at_start = counted.marks[start] if start >= 0 else 0
+        return cls(at_start, counted.marks[end], max(at_start, *counted.peaks[start + 1 : end + 1], 0))
+
+    @property
+    def taken(self) -> int:
+        """The most bytes above those live at the start."""
+        return self.peak - self.start
 
 
-def pieces(
-    events: Sequence[Event],
-    blocks: int,
-    marks: Sequence[int] = (),
-    peaks: Sequence[int] = (),
-    times: Sequence[float] = (),
-) -> tuple[list[Piece], list[Piece]]:
-    """Return a step's pieces forward, and those backward, in the order of the forward: (blocks + 1,) each.
+def pieces(events: Sequence[Event], blocks: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Return the events (-1: the start) between which each piece of the user's code runs, and its backward.
 
     A block that is not reversed, or out of order, leaves its piece to the one before.
 
-    Args:
-        marks, peaks: as ``count_bytes`` gives them, for a mark at each event.
-        times: (events + 1,) the clock at the start and at each event.
+    Returns:
+        (blocks + 1,) each, in the order of the forward.
     """
     index = {event: i for i, event in enumerate(events)}
-
-    def piece(start: int, end: int) -> Piece:
-        seconds = times[end + 1] - times[start + 1] if times else 0.0
-        if not marks:
-            return Piece(0, 0, 0, seconds)
-        at_start = marks[start] if start >= 0 else 0
-        return Piece(at_start, marks[end], max(at_start, *peaks[start + 1 : end + 1], 0), seconds)
-
-    over = index["over", -1]
-    forward = [
-        piece(index.get(("leave", p - 1), -1), index["enter", p] if p < blocks else over)
-        for p in range(blocks + 1)
-    ]
-    backward: list[Piece] = []
-    cursor = over
+    cursor = index["over", -1]
+    begins = [index.get(("leave", p - 1), -1) for p in range(blocks + 1)]
+    ends = [*(index["enter", p] for p in range(blocks)), cursor]
+    backward: list[tuple[int, int]] = []
     for p in range(blocks, -1, -1):
         ended = index.get(("reverse", p - 1), -1) if p else index["done", -1]
-        if ended < cursor:
-            backward.append(piece(cursor, cursor))
-            continue
-        backward.append(piece(cursor, ended))
-        cursor = index["reversed", p - 1] if p else ended
-    return forward, backward[::-1]
+        backward.append((cursor, max(cursor, ended)))
+        if ended >= cursor and p:
+            cursor = index["reversed", p - 1]
+    return list(zip(begins, ends, strict=True)), backward[::-1]
 
 
 class Timed(Visitor):
-    """Notes when each event is."""
+    """Notes the time of each event; ``times`` begins with that of the start."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now
         self.events: list[Event] = []
         self.times = [now()]
-
-    def enter(self, block: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:  # noqa: ARG002, D102
-        self.note("enter", block)
-
-    def leave(self, block: int, produced: Any) -> None:  # noqa: ARG002, D102
-        self.note("leave", block)
 
     def note(self, what: str, block: int = -1) -> None:  # noqa: D102
         self.events.append((what, block))

@@ -1,15 +1,15 @@
-"""Measure what a stage costs: seconds by the clock, bytes by the allocator.
+"""Measure a stage: seconds by the clock, bytes by the allocator.
 
-A stage is run in isolation, on the tensors that it meets in the real step, the way the executor will run
-it: without its saved tensors, with them, and backward.
+A stage runs in isolation, on the tensors of the real step, as the executor will run it: without its saved
+tensors, with them, and backward.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,21 +27,27 @@ __all__ = [
     "OptionCost",
     "StageCost",
     "StageRun",
+    "as_leaf",
+    "both_ways",
     "cached_casts",
     "fresh_grads",
     "measure_stage",
+    "never",
     "rebuild_peak",
+    "root_of",
+    "saving",
     "seed_gradients",
+    "unowned",
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class OptionCost:
-    """What an option of a stage costs, as far as it differs from keeping all.
+    """The cost of an option of a stage, as far as it differs from keeping all.
 
     Attributes:
         dropped: numbers of the saved tensors that it does not keep.
-        recompute: seconds to make them again.
+        recompute: seconds to recompute them.
         keeping_peak: most bytes above the inputs while the stage runs forward.
         backward_peak: the same from there to the end of its backward, recomputation included.
         name: what is kept, in words.
@@ -62,7 +68,7 @@ class OptionCost:
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """What one stage costs.
+    """The cost of one stage.
 
     Attributes:
         forward, backward: seconds, medians.
@@ -72,20 +78,18 @@ class StageCost:
             tensors, gradients of outputs, inputs and parameters, and transients.
         output_grads: bytes of the gradients of the outputs, which ``backward_peak`` includes.
         lead: bytes that the backward has made, above the gradients of the outputs, when it first asks for a
-            saved tensor that a replay would have to rebuild. A replay runs at that moment, so they are live
-            during it. None if it asks for none.
+            saved tensor that a replay would have to rebuild: they are live during that replay. None if it
+            asks for none.
         input_grads: (argument, storage, bytes) of the gradient that the backward leaves of each argument. It
             may be a view of a larger storage (of a concatenation's gradient), or share one with another.
         options: that keep less than all.
         kept: bytes that are live once it has run forward and keeps them, and nobody holds its outputs.
-        left: bytes that stay when it is reversed, besides gradients: its code holds on to what it made (a
-            state).
+        left: bytes that stay when it is reversed, besides gradients: a state that its code holds.
         gap: share by which the seconds of an option may exceed the least for its bytes.
         rebuild_peak: most bytes above the inputs while it is run again to its last saved tensor.
-        cached: bytes of weights that autocast casts for it, where its cache holds them until the forward is
-            over.
-        held: bytes that its graph holds though its saved tensors are dropped: what code keeps for itself, as
-            the random-number states of torch's checkpoint.
+        cached: bytes of its weights' casts that autocast's cache holds until the forward is over.
+        held: bytes that its graph holds though its saved tensors are dropped, such as the random-number
+            states of torch's checkpoint.
     """
 
     forward: float
@@ -112,6 +116,7 @@ class StageCost:
 
 
 Enter = Callable[[int, Tensor], Tensor]
+REPEATS = 5  # timed runs of a stage
 
 
 @dataclass(slots=True)
@@ -119,19 +124,18 @@ class StageRun:
     """How to run a stage in isolation.
 
     Attributes:
-        run: gives the outputs, in the caller's grad mode. Every tensor argument that requires grad and is no
-            parameter passes through the given function (position, tensor) -> tensor.
-        reset: undo what a run left behind: gradients of parameters (``fresh_grads``).
-        loss: for the last stage, how to find among the outputs what is reversed (None if they do not have
-            it).
+        run: returns the outputs, in the caller's grad mode. Every tensor argument that requires grad and is
+            no parameter passes through the given function (position, tensor) -> tensor.
+        reset: restores the gradients of parameters after a run (``fresh_grads``).
+        loss: for the last stage, finds the loss among the outputs (None if it is not there).
         lasting: identities of storages that live on anyway, so that saved tensors on them need no replay.
         unread: the outputs that get no gradient.
         layouts: strides of the gradient that each output gets, where they are known. A kernel that wants
             another layout makes a copy.
         held: indices of outputs that stay live through the backward because the user holds them.
         waiting: parameters of which shares of the gradient, from stages reversed before, wait in the engine.
-            Those of this stage are added to them one by one; what waits is not counted.
-        reversing: whether it calls autograd.grad on what it has made: nothing is dropped before it is over.
+            Those of this stage are added to them one by one; the waiting ones are not counted.
+        reversing: whether it calls autograd.grad itself: nothing is dropped before it is over.
     """
 
     run: Callable[[Enter], Sequence[Tensor]]
@@ -223,33 +227,61 @@ def seed_gradients(
     return seed, sum(t.numel() * t.element_size() for t in grad.values())
 
 
-def _root(stage: StageRun, outputs: Sequence[Tensor]) -> tuple[Tensor | None, int]:
-    """Return what is reversed, and the bytes of the gradients that reach the outputs."""
+def root_of(stage: StageRun, outputs: Sequence[Tensor]) -> tuple[Tensor | None, int]:
+    """Return the tensor to reverse, and the bytes of the gradients that reach the outputs."""
     root = stage.loss(outputs) if stage.loss is not None else None
     if root is not None:
         return root, 4
     return seed_gradients({i: t for i, t in enumerate(outputs) if i not in stage.unread}, stage.layouts)
 
 
-def _unowned(tensor: Tensor) -> Tensor:
-    """Return what a pack hook may hold without making a node own its own output."""
+def unowned(tensor: Tensor) -> Tensor:
+    """Return a tensor that a pack hook may hold without making a node own its own output."""
     return tensor if tensor.is_leaf else tensor.detach()
 
 
-def _drop(_: Tensor) -> None:
-    return None
-
-
-def _never(_: Any) -> Tensor:
+def never(_: Any) -> Tensor:
+    """Refuse to unpack."""
     raise RuntimeError("a dropped saved tensor was asked for while measuring")
 
 
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
+@contextmanager
+def saving(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor] = never) -> Iterator[None]:
+    """Run a forward in grad mode, its saved tensors given to ``pack``."""
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(pack), unpack):
+        yield
+
+
+def both_ways(
+    stage: StageRun, hooks: AbstractContextManager[None], mark: Callable[[], None]
+) -> tuple[int, dict[int, Tensor]]:
+    """Run a stage forward within ``hooks``, then backward; ``mark`` is called in between.
+
+    Returns:
+        bytes of the gradients of its outputs; the gradient of each argument that gets one.
+    """
+    arrived: dict[int, Tensor] = {}
+
+    def sink(position: int, tensor: Tensor) -> Tensor:
+        result: Tensor = _Sink.apply(as_leaf(position, tensor), position, arrived)
+        return result
+
+    with hooks:
+        outputs = stage.run(sink)
+        seed, output_grads = root_of(stage, outputs)
+        held = [outputs[i] for i in stage.held]
+        del outputs
+        if stage.waiting and seed is not None and seed.requires_grad:
+            seed = _Waiting.apply(seed, *stage.waiting)
+    mark()
+    if seed is not None and seed.requires_grad:
+        reverse(seed)
+    del seed, held
+    return output_grads, arrived
 
 
 class _Stop(Exception):
-    """Raised by the pack hook when the last saved tensor is there."""
+    """Raised by the pack hook when the last saved tensor has been made."""
 
 
 def rebuild_peak(
@@ -271,7 +303,7 @@ def rebuild_peak(
         if wanted(count - 1, tensor):
             last = count
 
-    with uncached(), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(look), _never):
+    with uncached(), saving(look):
         run(as_leaf)
     if not last:
         return 0
@@ -288,11 +320,7 @@ def rebuild_peak(
             if passed == last:
                 raise _Stop
 
-        with (
-            suppress(_Stop),
-            torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(shielded(fill), _never),
-        ):
+        with suppress(_Stop), saving(fill):
             run(as_leaf)
 
     with uncached():
@@ -309,10 +337,7 @@ def cached_casts(run: Callable[[], Any], device: Device) -> int:
         return 0
 
     def step(_: Callable[[], None]) -> None:
-        with (
-            torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(shielded(lambda _: None), lambda _: torch.empty(0)),
-        ):
+        with saving(lambda _: None, lambda _: torch.empty(0)):
             run()
 
     torch.clear_autocast_cache()
@@ -321,25 +346,17 @@ def cached_casts(run: Callable[[], Any], device: Device) -> int:
     return cached
 
 
-def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: bool = True) -> StageCost:
+def measure_stage(stage: StageRun, device: Device, *, clock: bool = True) -> StageCost:
     """Run a stage a few times and count.
 
     Args:
-        repeats: timed runs, after a warm-up; up to ten times as many while they take under 50 ms in all, and
-            as few as three if those take over 3 s. Just as many where torch.distributed is initialised.
         clock: False to count bytes only; then the seconds are 0.
     """
     output_grads = 0
-    arrived: dict[int, Tensor] = {}
     input_grads: list[tuple[int, int, int]] = []
 
-    def sink(position: int, tensor: Tensor) -> Tensor:
-        result: Tensor = _Sink.apply(as_leaf(position, tensor), position, arrived)
-        return result
-
     def dropping(mark: Callable[[], None]) -> None:
-        pack, unpack = (_unowned, _itself) if stage.reversing else (_drop, _never)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(pack), unpack):
+        with saving(unowned, lambda tensor: tensor) if stage.reversing else saving(lambda _: None):
             outputs = stage.run(as_leaf)
             root = stage.loss(outputs) if stage.loss is not None else None
             graph = [output.grad_fn for output in outputs if isinstance(output, Tensor)]
@@ -358,18 +375,12 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
                 mark()
             return tensor
 
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(shielded(_unowned), unpack):
-            outputs = stage.run(sink)
-            seed, output_grads = _root(stage, outputs)
-            held = [outputs[i] for i in stage.held]
-            del outputs
-            if stage.waiting and seed is not None and seed.requires_grad:
-                seed = _Waiting.apply(seed, *stage.waiting)
-        mark()
-        asked = False
-        if seed is not None and seed.requires_grad:
-            reverse(seed)
-        del seed, held
+        def ran() -> None:
+            nonlocal asked
+            mark()
+            asked = False
+
+        output_grads, arrived = both_ways(stage, saving(unowned, unpack), ran)
         input_grads[:] = [
             (position, storage_key(grad) or 0, allocated(held_bytes(grad), device))
             for position, grad in arrived.items()
@@ -380,8 +391,7 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
 
     if not isinstance(device, Target):
         keeping(lambda: None)  # warm-up: lazy initialisation, workspaces
-    # First of those that count: on the CPU a state of the run before, which this one releases, would hide
-    # what it leaves.
+    # Before the others: on the CPU a state of the run before, which this one releases, would hide its own.
     kept = count_bytes(keeping, device, slack=False)
     dropped = count_bytes(dropping, device, slack=False)
     keeping_peak, stays = kept.peaks[0], kept.marks[0]
@@ -389,19 +399,13 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
         with uncached():  # as in a re-run, which saves each cast of a weight that is used twice
             twice = count_bytes(keeping, device, slack=False)
         keeping_peak, stays = max(keeping_peak, twice.peaks[0]), max(stays, twice.marks[0])
-    again = (
-        keeping_peak
-        if stage.reversing
-        else rebuild_peak(stage.run, lambda _, tensor: storage_key(tensor) not in stage.lasting, device)
-    )
+    again = keeping_peak
+    if not stage.reversing:
+        again = rebuild_peak(stage.run, lambda _, tensor: storage_key(tensor) not in stage.lasting, device)
     waiting = sum(allocated(p.numel() * p.element_size(), device) for p in stage.waiting)
     lead = max(0, kept.marks[1] - kept.marks[0] - output_grads - waiting) if len(kept.marks) > 1 else None
-    forward = backward = 0.0
-    if clock:
-        forward, backward = _time(stage, device, repeats)
     return StageCost(
-        forward,
-        backward,
+        *(_time(stage, device) if clock else (0.0, 0.0)),
         dropped.peak,
         keeping_peak,
         max(0, *(peak - waiting for peak in kept.peaks[1:])),
@@ -415,29 +419,32 @@ def measure_stage(stage: StageRun, device: Device, *, repeats: int = 5, clock: b
     )
 
 
-def _time(stage: StageRun, device: Device, repeats: int) -> tuple[float, float]:
-    forwards: list[float] = []
-    backwards: list[float] = []
+def _time(stage: StageRun, device: Device) -> tuple[float, float]:
+    """Return median seconds of the forward and the backward.
+
+    Of ``REPEATS`` runs; of up to ten times as many while they take under 50 ms in all, and of as few as three
+    if those take over 3 s. Of just as many where torch.distributed is initialised.
+    """
+    seconds: list[list[float]] = []
     started = time.perf_counter()
     # On many ranks the clock must not decide how often: a stage may have collectives within.
     together = is_distributed()
-    for done in range(repeats if together else 10 * repeats):
-        if done >= repeats and time.perf_counter() - started > 0.05:
+    for done in range(REPEATS if together else 10 * REPEATS):
+        if done >= REPEATS and time.perf_counter() - started > 0.05:
             break
         spans = Spans(device)
         with torch.enable_grad():
             with spans.span():
                 outputs = stage.run(as_leaf)
-            seed, _ = _root(stage, outputs)
+            seed, _ = root_of(stage, outputs)
             del outputs
         with spans.span():
             if seed is not None and seed.requires_grad:
                 reverse(seed)
-        forward, backward = spans.seconds()
-        forwards.append(forward)
-        backwards.append(backward)
+        seconds.append(spans.seconds())
         del seed
         stage.reset()
         if done >= 2 and not together and time.perf_counter() - started > 3.0:
             break
-    return statistics.median(forwards), statistics.median(backwards)
+    forward, backward = map(statistics.median, zip(*seconds, strict=True))
+    return forward, backward

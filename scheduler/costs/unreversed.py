@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from itertools import chain
 
 import torch
 from torch import fx
@@ -16,12 +15,14 @@ from rematplan.scheduler.torch_layer.loss import find_loss
 __all__ = ["held_by_user", "held_results", "unread_results", "unreversed", "unreversed_bytes"]
 
 
-def unreversed(capture: GraphCapture) -> set[fx.Node]:
-    """Return the nodes that lead to outputs that require grad, and not to the loss.
+def unreversed(capture: GraphCapture, loss_is_output: bool) -> set[fx.Node]:
+    """Return the nodes that lead to outputs that require grad, and not to the loss; none without a loss.
 
-    Autograd releases what an op saved when that op is reversed, and else with the last tensor that depends
-    on it.
+    Autograd releases an op's saved tensors when that op is reversed, or else with the last tensor that
+    depends on it.
     """
+    if not loss_is_output:
+        return set()
     graph = capture.graph
     held = [leaf for leaf in graph.outputs if isinstance(leaf, fx.Node) and graph.grad_of.get(leaf)]
     loss = _loss(capture)
@@ -36,15 +37,9 @@ def held_results(capture: GraphCapture, k: int, waiting: set[fx.Node]) -> frozen
     saved = {key for op in ops for key in op.saved}
     both = saved & held_by_user(graph)
     nodes = {op.node.name: op.node for op in ops}
-    results = chain(
-        zip(stage.carried, stage.carried_from, strict=True),
-        zip(stage.boundary, stage.boundary_from, strict=True),
-    )
-    return frozenset(
-        i
-        for name, i in results
-        if i >= 0 and (nodes[name] in waiting or both.intersection(graph.group_of[nodes[name]]))
-    )
+    results = zip((*stage.carried, *stage.boundary), (*stage.carried_from, *stage.boundary_from), strict=True)
+    made = ((nodes[name], i) for name, i in results if i >= 0)
+    return frozenset(i for node, i in made if node in waiting or both.intersection(graph.group_of[node]))
 
 
 def unread_results(capture: GraphCapture, k: int, loss_is_output: bool) -> frozenset[int]:
@@ -65,13 +60,11 @@ def unread_results(capture: GraphCapture, k: int, loss_is_output: bool) -> froze
 def unreversed_bytes(
     capture: GraphCapture, k: int, waiting: set[fx.Node], total: Callable[[Iterable[int]], int]
 ) -> int:
-    """Return at most what stays when stage k is reversed: its saved tensors, or the boundary of a re-run."""
+    """Return at most the bytes that stay when stage k is reversed: saved, or the boundary of a re-run."""
     graph, linear = capture.graph, capture.linear
     ops = graph.ops[linear.cuts[k] : linear.cuts[k + 1]]
     saved = {key for op in ops if op.node in waiting for key in op.saved}
-    if not saved:
-        return 0
-    return max(total(saved), *(total(keys) for keys in linear.boundaries[: k + 1]))
+    return max(total(saved), *map(total, linear.boundaries[: k + 1])) if saved else 0
 
 
 def held_by_user(graph: OpGraph) -> set[int]:
@@ -95,8 +88,7 @@ def _leading_to(graph: OpGraph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
             continue
         found.add(node)
         place = places.get(node, -1)
-        # What is made without a gradient (an index, zeros of a shape) passes none on, whatever is written
-        # there later.
+        # A result without a gradient (an index, zeros of a shape) passes none on, whatever is written there.
         if place >= 0 and graph.ops[place].requires_grad:
             for each in (node, *node.all_input_nodes):
                 waiting += [each, *changes(each, place)]
@@ -109,10 +101,17 @@ def _loss(capture: GraphCapture) -> fx.Node | None:
     leaves = {}
     for leaf in graph.outputs:
         if leaf in graph.layout_of:
+<<<<<<< HEAD
             layout = graph.layout_of[leaf]
             leaves[leaf] = torch.empty(layout.shape, dtype=layout.dtype, device="meta").requires_grad_(
                 graph.grad_of[leaf]
             )
     output = tree_unflatten([leaves.get(leaf, leaf) for leaf in graph.outputs], graph.output_spec)
+=======
+            like = graph.layout_of[leaf]
+            stand_in = torch.empty(like.shape, dtype=like.dtype, device="meta")
+            leaves[leaf] = stand_in.requires_grad_(graph.grad_of[leaf])
+    output = tree_unflatten([leaves.get(leaf, leaf) for leaf in graph.outputs], capture.output_spec)
+>>>>>>> r-costs
     loss, own = find_loss(output)
     return next(node for node, tensor in leaves.items() if tensor is loss) if own else None

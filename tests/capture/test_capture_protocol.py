@@ -19,8 +19,7 @@ from rematplan.scheduler.capture.bit_equal_step import difference, run_step
 from rematplan.scheduler.capture.protocol import Asked, Capture, Producer
 from rematplan.scheduler.capture.trial_step import TrialStep
 from rematplan.scheduler.core.chain import Chain
-from rematplan.scheduler.costs.assemble import StageFacts, Values, assemble
-from rematplan.scheduler.costs.gradients import parameter_grads
+from rematplan.scheduler.costs.assemble import StageFacts, Values, assemble, parameter_grads
 from rematplan.scheduler.costs.stage_run import Enter, StageRun, fresh_grads, measure_stage
 from rematplan.scheduler.plan.kinds import KINDS, Kind
 from rematplan.scheduler.torch_layer.leaves import tree_leaves
@@ -110,9 +109,7 @@ class OfMembers(Producer):
                 with torch.no_grad():
                     x = member(x)
                 boundary = (values.new(x.nbytes),)
-        return assemble(
-            facts, values, captured, model, resident=resident, held=0, output_grad=4, name="members"
-        )
+        return assemble(facts, values, captured, model, resident=resident, held=0, output_grad=4)
 
 
 class Checkpointed(Executor):

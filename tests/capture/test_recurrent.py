@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rematplan import CallableChain, CaptureError, Plan, execute, measure_peak, solve
 from rematplan.executors.compare_replay import ReplayError
 from rematplan.scheduler.capture.blocks.block_capture import capture_modules
-from rematplan.scheduler.costs.module_chain import module_chain
+from rematplan.scheduler.costs.block_producer import module_chain
 from rematplan.scheduler.torch_layer.preserve import preserved
 from tests.shared.helpers import PATH, smallest
 from tests.shared.models import Case
@@ -331,7 +331,6 @@ def test_equal_blocks_measured_once_give_the_chain_of_measuring_all(
                 existing={*case.model.parameters()} if existing else set(),
                 resident=0,
                 clock=False,
-                name="chain",
                 once=once,
             )
             for once in (True, False)

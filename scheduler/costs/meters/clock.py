@@ -21,12 +21,9 @@ AHEAD = 4_000_000  # cycles of the device, some milliseconds: the host's launche
 class Spans:
     """Times pieces of work, one after the other.
 
-    On CUDA nothing waits between them: the device is kept busy first, so that kernels that are shorter than
-    their launch follow each other closely, as in a step that the device is the bottleneck of. The seconds of
-    two events with nothing between them are subtracted. Elsewhere the host's clock is read.
-
-    Args:
-        device: present.
+    On CUDA nothing waits between them: the device is kept busy first, so that kernels shorter than their
+    launch follow each other closely, as in a step whose bottleneck is the device. The seconds of two events
+    with nothing between them are subtracted. Elsewhere the host's clock is read.
     """
 
     def __init__(self, device: Device) -> None:
@@ -65,10 +62,8 @@ class Spans:
 @functools.cache
 def _nothing(device: torch.device) -> float:
     """Return the seconds between two events with nothing between them."""
-    events, stream = (
-        [torch.cuda.Event(enable_timing=True) for _ in range(20)],
-        torch.cuda.current_stream(device),
-    )
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(20)]
+    stream = torch.cuda.current_stream(device)
     _keep_busy(device)
     for event in events:
         event.record(stream)
@@ -77,12 +72,12 @@ def _nothing(device: torch.device) -> float:
 
 
 def _keep_busy(device: torch.device) -> None:
-    """Give the device something to do while the host launches what is timed."""
+    """Occupy the device while the host launches what is timed."""
     with torch.cuda.device(device):
         keep_gpu_busy(AHEAD)
 
 
 def wait(device: torch.device) -> None:
-    """Wait until a CUDA device has done what it was given."""
+    """Wait until a CUDA device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

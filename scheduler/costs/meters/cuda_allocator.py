@@ -5,21 +5,19 @@ https://github.com/pytorch/pytorch/blob/main/c10/cuda/CUDACachingAllocator.cpp, 
 ``get_free_block``, ``should_split``, ``find_expandable_block``; the constants: c10/core/AllocatorConfig.h):
 
 1. A size is rounded up to 512 bytes. Up to 1 MiB it comes from the small pool, above from the large one.
-2. The smallest free block of the pool that is large enough is taken; of equal ones that of the lowest
-address. 3. If there is none, a segment is asked of the driver: of 2 MiB in the small pool; in the large one
-of 20 MiB for less than
-   10 MiB, else of the size rounded up to 2 MiB.
-4. What a block has too much is split off and free, if it is at least 512 bytes (small pool) or more than 1
-   MiB (large pool). What is not split off is part of the block, and counts as allocated: up to 1 MiB for each
-   large tensor.
-5. A block that is released becomes one with its free neighbours in the segment.
+2. The smallest free block of the pool that is large enough is taken; of equal ones the lowest address.
+3. If there is none, the driver gives a segment: of 2 MiB in the small pool; in the large one of 20 MiB for
+   less than 10 MiB, else of the size rounded up to 2 MiB.
+4. The excess of a block is split off and free, if it is at least 512 bytes (small pool) or more than 1 MiB
+   (large pool). Else it stays in the block, and counts as allocated: up to 1 MiB for each large tensor.
+5. A released block merges with its free neighbours in the segment.
 6. With expandable segments each pool is one segment that grows at its end, by multiples of 2 MiB (small) or
-   20 MiB (large), and what is too much is split off from 512 bytes on in either pool. The block at the end
-   counts in rule 2 as if it had grown already, so that it is taken last.
+   20 MiB (large), and the excess is split off from 512 bytes on in either pool. The block at the end counts
+   in rule 2 as if it had grown already, so that it is taken last.
 
-Not simulated: other streams, private pools of CUDA graphs, an empty_cache, the retries when memory runs out,
-options such as max_split_size_mb. Segments have ascending addresses here; the driver may give others, which
-matters only where several free blocks are equal.
+Not simulated: other streams, private pools of CUDA graphs, empty_cache, the retries when memory runs out,
+options such as max_split_size_mb. Addresses of segments ascend here; the driver's may not, which matters only
+where several free blocks are equal.
 """
 
 from __future__ import annotations
@@ -27,6 +25,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = ["LARGEST_SLACK", "SMALLEST_BLOCK", "AllocatorPeaks", "CachingAllocator", "block_bytes", "replay"]
 
@@ -36,16 +35,11 @@ SMALL_SEGMENT = 2 * 2**20
 LARGE_SEGMENT = 20 * 2**20
 SHARES_SEGMENT = 10 * 2**20  # sizes below come from segments of LARGE_SEGMENT
 ROUND_LARGE = 2 * 2**20
-LARGEST_SLACK = SMALL  # bytes that a large block may have too much
+LARGEST_SLACK = SMALL  # bytes of excess in a large block
 
 
-@dataclass(frozen=True, slots=True)
-class AllocatorPeaks:
-    """The most bytes at any time, as ``torch.cuda.memory_stats`` names them (".all.peak").
-
-    Attributes:
-        requested: that were asked for. allocated: of blocks in use. reserved: of segments.
-    """
+class AllocatorPeaks(NamedTuple):
+    """The most bytes at any time: asked for, of blocks in use, of segments (".all.peak" of memory_stats)."""
 
     requested: int
     allocated: int
@@ -92,25 +86,22 @@ class _Pool:
     def segment(self, size: int) -> tuple[_Block, int]:
         """Return a free block of at least ``size`` bytes, in no list; bytes from the driver. Rules 3, 6."""
         if not self.expandable:
-            if self.small:
-                given = SMALL_SEGMENT
-            else:
-                given = LARGE_SEGMENT if size < SHARES_SEGMENT else -(-size // ROUND_LARGE) * ROUND_LARGE
+            given = SMALL_SEGMENT if self.small else LARGE_SEGMENT
+            if not self.small and size >= SHARES_SEGMENT:
+                given = _up(size, ROUND_LARGE)
             block = _Block(self.next_address, given)
-            self.next_address += given
-            return block, given
-        unit = SMALL_SEGMENT if self.small else LARGE_SEGMENT
-        last = self.end
-        if last is not None and last.requested < 0:
-            given = -(-(size - last.size) // unit) * unit
-            self.take(last).size += given
-            block = last
         else:
-            given = -(-size // unit) * unit
-            block = _Block(self.next_address, given, before=last)
-            if last is not None:
-                last.after = block
-            self.end = block
+            unit = SMALL_SEGMENT if self.small else LARGE_SEGMENT
+            last = self.end
+            if last is not None and last.requested < 0:
+                given = _up(size - last.size, unit)
+                self.take(last).size += given
+                block = last
+            else:
+                given = _up(size, unit)
+                block = self.end = _Block(self.next_address, given, before=last)
+                if last is not None:
+                    last.after = block
         self.next_address += given
         return block, given
 
@@ -127,6 +118,7 @@ class CachingAllocator:
 
     Attributes:
         requested, allocated, reserved: bytes now; see AllocatorPeaks.
+        peaks: the most so far, or since ``reset_peaks``.
     """
 
     def __init__(self, *, expandable_segments: bool = False) -> None:
@@ -134,16 +126,11 @@ class CachingAllocator:
         self._pools = (_Pool(False, expandable_segments, 2**60), _Pool(True, expandable_segments, 0))
         self._used: dict[int, _Block] = {}
         self.requested = self.allocated = self.reserved = 0
-        self._peaks = (0, 0, 0)
-
-    @property
-    def peaks(self) -> AllocatorPeaks:
-        """The most so far, or since ``reset_peaks``."""
-        return AllocatorPeaks(*self._peaks)
+        self.reset_peaks()
 
     def reset_peaks(self) -> None:
-        """Begin new peaks at what there is now, as ``torch.cuda.reset_peak_memory_stats`` does."""
-        self._peaks = (self.requested, self.allocated, self.reserved)
+        """Restart the peaks from the current bytes, as ``torch.cuda.reset_peak_memory_stats`` does."""
+        self.peaks = AllocatorPeaks(self.requested, self.allocated, self.reserved)
 
     def allocate(self, size: int) -> int:
         """Return the address of a block for ``size`` bytes.
@@ -171,8 +158,7 @@ class CachingAllocator:
         self._used[block.address] = block
         self.requested += size
         self.allocated += block.size
-        now = (self.requested, self.allocated, self.reserved)
-        self._peaks = tuple(map(max, self._peaks, now))  # type: ignore[assignment] # of length 3
+        self.peaks = AllocatorPeaks(*map(max, self.peaks, (self.requested, self.allocated, self.reserved)))
         return block.address
 
     def free(self, address: int) -> None:
@@ -204,9 +190,13 @@ class CachingAllocator:
         pool.put(block)
 
 
+def _up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
 def block_bytes(size: int) -> int:
-    """Round ``size`` up to 512 bytes: what a block has at least."""
-    return -(-size // SMALLEST_BLOCK) * SMALLEST_BLOCK
+    """Round ``size`` up to 512 bytes, the least of a block."""
+    return _up(size, SMALLEST_BLOCK)
 
 
 def replay(events: Iterable[tuple[int, int]], *, expandable_segments: bool = False) -> AllocatorPeaks:

@@ -1,11 +1,10 @@
-"""What CUDA takes besides tensors: the workspaces of cuBLAS, and what blocks have too much.
+"""Bytes that CUDA takes besides tensors: the workspaces of cuBLAS, and the excess of the allocator's blocks.
 
 cuBLAS (ATen/cuda/CublasHandlePool.cpp) keeps a workspace for each handle and stream, taken from the caching
-allocator when the handle first multiplies and never given back. A step has two handles on one stream: that of
-the thread that runs the forward, and that of autograd's own thread; later versions of torch may have them
-share one. What stays is measured where there is a device. A model that multiplies on further streams has
-more, which are not counted. cuDNN's workspaces come and go with each convolution: they are in the transients
-that ``stage_run.py`` counts on a device, and unknown without one.
+allocator when the handle first multiplies and never released. A step has two handles on one stream: of the
+forward's thread, and of autograd's own; later versions of torch may have them share one. They are measured
+where there is a device; those of further streams are not counted. cuDNN's workspaces last for one convolution
+each: they are in the transients that ``stage_run.py`` counts on a device, and unknown without one.
 """
 
 from __future__ import annotations
@@ -36,16 +35,15 @@ __all__ = ["allocator_slack", "expandable_segments", "simulated_slack", "stays",
 HANDLES = 2  # that of the forward's thread and that of autograd's
 _KNOWN: dict[int, int] = {}  # workspaces that exist, by device
 # Another schedule is another stream of sizes. Of 72 rehearsed ones (GPT-2, Llama, ViT, ResNet-50, odd sizes
-# among them, with Adam's state and without) the slack was up to 1.9 times that of the plain step, mostly less
-# than it.
+# among them, with Adam's state and without) the slack was mostly below that of the plain step, at most 1.9
+# times it.
 SAFETY = 2
 
 
 def workspace_bytes(device: Device) -> int:
-    """Return bytes of cuBLAS's workspaces of a step on one stream; on a device at work they exist afterwards.
+    """Return bytes of cuBLAS's workspaces of a step on one stream; on a present device they exist afterwards.
 
-    They are measured when they are first taken, and never cleared: CUDA graphs that were captured before may
-    point to them.
+    They are measured when first taken, and never cleared: CUDA graphs captured before may point to them.
     """
     if isinstance(device, Target):
         return HANDLES * allocated(device.spec.workspace, device) if device.type == "cuda" else 0
@@ -61,8 +59,8 @@ def stays(forward: int, backward: int, known: int | None, one: Callable[[], int]
 
     Args:
         forward, backward: bytes that a product has taken for good in this thread, then in autograd's.
-        known: what was found before; less may have been taken again, by whoever cleared them.
-        one: bytes of one workspace, if they were there before anybody looked.
+        known: found before; fewer may have been taken since, if somebody cleared them.
+        one: bytes of one workspace, if they existed before anybody looked.
     """
     if known is not None:
         return max(known, forward + backward)
@@ -87,7 +85,7 @@ def _taken(index: int) -> tuple[int, int]:
 
 
 def _default_bytes(index: int) -> int:
-    """Bytes of one workspace, as ATen chooses them (CUDABlas.cpp): by the environment, or by the device."""
+    """Return bytes of one workspace, as ATen chooses them (CUDABlas.cpp): by environment or device."""
     if hasattr(torch.backends.cuda, "cublas_workspace_size"):
         return int(torch.backends.cuda.cublas_workspace_size())
     pairs = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
@@ -97,25 +95,24 @@ def _default_bytes(index: int) -> int:
 
 
 def expandable_segments(device: Device) -> bool:
-    """Whether a device's allocator splits blocks at any 512 bytes, so that none has more than it needs."""
+    """Whether a device's allocator splits blocks at any 512 bytes, so that none has any excess."""
     if isinstance(device, Target):
         return device.spec.expandable_segments
     if not torch.cuda.is_available():
         return False
     if torch.cuda.get_allocator_backend() != "native":  # cudaMallocAsync counts what is asked for
         return True
-    # Not of the settings' text, which has only those that were set last.
-    return expandable_segments_are_on()
+    return expandable_segments_are_on()  # the settings' text has only those that were set last
 
 
 def allocator_slack(model: nn.Module, call: Call, device: Device, optimizer_state: int) -> int:
-    """Bytes that large blocks may hold, at the peak of a step, above their tensors' bytes rounded up to 512.
+    """Return bytes that large blocks may hold, at a step's peak, above their tensors' rounded up to 512.
 
-    A block that is not split holds up to 1 MiB too much: a bound of 1 MiB for every large tensor would be
-    some ten times of what happens. So two plain steps without data are simulated (``cuda_allocator``), and
-    ``SAFETY`` times the slack of the second is set aside, and that of one more block: an estimate with a
-    margin, and no proof. 0 off CUDA, with expandable segments, and where no tensor is large. Of a model that
-    does not run without data, 1 MiB for every large tensor that is live before the step.
+    A block that is not split holds up to 1 MiB too much; 1 MiB for every large tensor would be some ten times
+    of what happens. So two plain steps without data are simulated (``cuda_allocator``), and ``SAFETY`` times
+    the slack of the second is set aside, and that of one more block: an estimate with a margin, no proof. 0
+    off CUDA, with expandable segments, and where no tensor is large. Of a model that does not run without
+    data, 1 MiB for every large tensor that is live before the step.
 
     Args:
         model, call: real; for a Target, what ``without_hardware`` gives, within its block.
@@ -123,7 +120,9 @@ def allocator_slack(model: nn.Module, call: Call, device: Device, optimizer_stat
     """
     if device.type != "cuda" or expandable_segments(device):
         return 0
-    standing = [held_bytes(t) for t in _standing(model, call)]
+    tensors: list[Any] = [*model.parameters(), *model.buffers(), *tree_leaves(call)]
+    storages = {storage_key(t): t for t in tensors if isinstance(t, Tensor)}
+    standing = [held_bytes(t) for t in storages.values()]
     parameters = [held_bytes(p) for p in model.parameters()]
     try:
         if isinstance(device, Target):
@@ -139,15 +138,8 @@ def allocator_slack(model: nn.Module, call: Call, device: Device, optimizer_stat
     return SAFETY * simulated_slack(standing, parameters * copies, events) + LARGEST_SLACK
 
 
-def _standing(model: nn.Module, call: Call) -> list[Tensor]:
-    """Return what is there before the step; of tensors that share a storage, one."""
-    tensors: list[Any] = [*model.parameters(), *model.buffers(), *tree_leaves(call)]
-    found = {storage_key(t): t for t in tensors if isinstance(t, Tensor)}
-    return list(found.values())
-
-
 def _plain_events(model: nn.Module, call: Call) -> list[Event]:
-    """Return storages that come and go in a plain step on tensors without data; its gradients stay."""
+    """Return the storage events of a plain step on tensors without data; its gradients stay."""
     args, kwargs = call
     with preserved(model), torch.enable_grad(), LiveBytes("cuda", record=True) as live:
         output = model(*args, **kwargs)
@@ -157,13 +149,13 @@ def _plain_events(model: nn.Module, call: Call) -> list[Event]:
 
 
 def simulated_slack(standing: Iterable[int], state: Iterable[int], events: Iterable[Event]) -> int:
-    """By how much blocks in use at the peak of a second step exceed the peak of the sizes rounded up to 512.
+    """Return by how much the blocks in use at a second step's peak exceed the sizes rounded up to 512.
 
     Args:
-        standing: sizes (bytes) of what is live before the first step, in order.
-        state: sizes of what the optimizer makes after the first step, and keeps.
-        events: of one step. What it leaves is live while the optimizer makes its state, and gone before the
-            second.
+        standing: sizes (bytes) of the storages live before the first step, in order.
+        state: sizes of those that the optimizer makes after the first step, and keeps.
+        events: of one step. Its last live storages stay while the optimizer makes its state, and are released
+            before the second.
     """
     allocator = CachingAllocator()
     steps = list(events)

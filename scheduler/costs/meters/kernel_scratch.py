@@ -1,8 +1,8 @@
 """Count the scratch bytes of single ops: what a kernel allocates and releases within itself.
 
-A step that runs on tensors without data shows what its ops return, not what they take meanwhile: the columns
-of a convolution, the float32 sums of attention's backward, the cast of an operand. On the device itself this
-can be counted op by op, and only one op's tensors need memory at a time.
+A step on tensors without data shows the results of its ops, not their scratch space: the columns of a
+convolution, the float32 sums of attention's backward, the cast of an operand. The device itself counts it op
+by op, so that only one op's tensors need memory at a time.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from rematplan.scheduler.torch_layer.private import (
 
 __all__ = ["Scratch"]
 
-# On CUDA these may end the process. Kernels read a seed on the host, where eager code has it and tensors
-# without data do not; on zeros probabilities add up to nothing and what is asserted is false, which is the
-# end of the device's context.
+# On CUDA these may end the process. Kernels read a seed on the host, where tensors without data have none; on
+# zeros probabilities add up to nothing and assertions fail, which ends the device's context.
 SEEDS = frozenset({"philox_seed", "philox_offset", "rng_state"})
 CHECKING = frozenset({"_assert_async", "_functional_assert_async", "_assert_scalar", "multinomial"})
 MOST = 4  # an op whose tensors take more than the 4th part of the free memory is not run
@@ -45,21 +44,15 @@ class _Like(NamedTuple):
 
     @property
     def extent(self) -> int:
-        """Return the number of elements from its first to its last, gaps included."""
+        """The number of elements from its first to its last, gaps included."""
         if 0 in self.shape:
             return 0
         return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
 
-    @property
-    def bytes(self) -> int:
-        """Return the bytes of ``extent``."""
-        return self.extent * self.dtype.itemsize
-
     def zeros(self) -> Tensor:
-        """Make a tensor like it. 0 is a valid number, index and probability."""
-        return torch.zeros(self.extent, dtype=self.dtype, device=self.device).as_strided(
-            self.shape, self.stride
-        )
+        """Return a tensor like it. 0 is a valid number, index and probability."""
+        flat = torch.zeros(self.extent, dtype=self.dtype, device=self.device)
+        return flat.as_strided(self.shape, self.stride)
 
 
 # (op, arguments, threads) -> bytes. Kernels give each thread a part of their scratch space.
@@ -71,11 +64,11 @@ class Scratch:
 
     The op is run on zeros of the same shapes, strides and dtypes, twice if it takes anything at all: the
     first run may fill caches that stay. It runs below autograd and autocast, outside of all modes, and
-    generators are set back. Switches of torch's backends (``torch.backends``) are taken to stay as they are.
+    generators are restored. Switches of torch's backends (``torch.backends``) are taken to stay as they are.
 
-    Not run are views, ops that read seeds or check the values that they are given, ops of other libraries
-    (nobody knows what they do on zeros, or whom they talk to), ops on tensors that are not strided, and ops
-    whose tensors take more than a quarter of the memory that is free now.
+    Not run are views, ops that read seeds or check values, ops of other libraries (nobody knows what they do
+    on zeros), ops on tensors that are not strided, and ops whose tensors take more than a quarter of the
+    memory that is free now.
 
     Args:
         device: present, "cpu" or "cuda"; ops that touch no tensor on it have no scratch bytes.
@@ -109,24 +102,14 @@ class Scratch:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)] + made
         if not any(tensor.device.type == self.device.type for tensor in tensors):
             return 0
-        if not isinstance(func, OpOverload) or func.namespace != "aten":
-            self._uncounted[func] = f"{func} (of another library)"
-            return 0
-        if schema_of(func).name.removeprefix("aten::") in CHECKING:
-            self._uncounted[func] = f"{func} (checks the values that it is given)"
-            return 0
-        named = {a.name: given for a, given in zip(schema_of(func).arguments, args, strict=False)}
-        if not SEEDS.isdisjoint(named) and named.get("dropout_p", 1.0):
-            self._uncounted[func] = f"{func} (reads the seed of random numbers)"
-            return 0
-        if not all(tensor.layout == torch.strided for tensor in tensors):
-            self._uncounted[func] = f"{func} (not strided)"
+        if hindrance := _hindrance(func, args, tensors):
+            self._uncounted[func] = f"{func} ({hindrance})"
             return 0
         like = [_described(leaf) for leaf in leaves]
         key = (func, spec, torch.get_num_threads(), *like)
         if key not in _KNOWN and key not in self._uncounted:
-            size = sum(each.bytes for each in (*like, *map(_described, made)) if isinstance(each, _Like))
-            self._count(key, func, like, spec, size)
+            all_like = (each for each in (*like, *map(_described, made)) if isinstance(each, _Like))
+            self._count(key, func, like, spec, sum(each.extent * each.dtype.itemsize for each in all_like))
         return _KNOWN.get(key, 0)
 
     def _count(self, key: Hashable, func: OpOverload, like: list[Any], spec: Any, size: int) -> None:
@@ -134,12 +117,7 @@ class Scratch:
             self._uncounted[key] = f"{func} ({format_bytes(size)}, too large to try)"
             return
         # Whoever asks may be in the middle of a step: in its autocast, its modes, its backward.
-        with (
-            modes_disabled(),
-            torch_functions_disabled(),
-            autocast_disabled(),
-            torch.no_grad(),
-        ):
+        with modes_disabled(), torch_functions_disabled(), autocast_disabled(), torch.no_grad():
             random = RandomState(self.device)
             try:
                 args, kwargs = pytree.tree_unflatten(
@@ -149,15 +127,28 @@ class Scratch:
                 for _ in range(2):
                     counted = count_bytes(lambda mark: func(*args, **kwargs), self.device)
                     scratch = counted.peak - counted.end
-                    del counted  # what it returned
+                    del counted  # with its result
                     if not scratch:
                         break
                 _KNOWN[key] = scratch
-            # What kernels raise on zeros, and where memory does not suffice.
+            # Kernels raise these on zeros, and where memory does not suffice.
             except (RuntimeError, IndexError, TypeError, ValueError, MemoryError) as error:
                 self._uncounted[key] = f"{func} ({type(error).__name__})"
             finally:
                 random.restore()
+
+
+def _hindrance(func: Any, args: Any, tensors: list[Tensor]) -> str:
+    """Return why an op cannot be run on zeros; "" if it can."""
+    if not isinstance(func, OpOverload) or func.namespace != "aten":
+        return "of another library"
+    schema = schema_of(func)
+    if schema.name.removeprefix("aten::") in CHECKING:
+        return "checks the values that it is given"
+    named = {a.name: given for a, given in zip(schema.arguments, args, strict=False)}
+    if not SEEDS.isdisjoint(named) and named.get("dropout_p", 1.0):
+        return "reads the seed of random numbers"
+    return "" if all(tensor.layout == torch.strided for tensor in tensors) else "not strided"
 
 
 def _described(leaf: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Count the bytes of the storages that are alive while ops run, on tensors with data or without.
+"""Count the bytes of the storages that are live while ops run, on tensors with data or without.
 
-Every storage that an op returns is followed from there to its end. What an op allocates and releases within
-its own kernel is not seen but asked for (``kernel_scratch.py`` counts it on the device itself). Not seen are
-the few bytes of numbers that autograd's own code turns into tensors.
+Every storage that an op returns is followed to its release. The scratch space of kernels is not seen but
+asked for (``kernel_scratch.py`` counts it on the device itself). Not seen are the few bytes of numbers that
+autograd's own code turns into tensors.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rematplan.scheduler.costs.meters.cuda_allocator import block_bytes
 from rematplan.scheduler.torch_layer.private import TorchDispatchMode, pytree, storage_id
 
 __all__ = ["Event", "LiveBytes", "rounded"]
 
 
 class Event(NamedTuple):
-    """A storage came, went or changed its size; or a mark was set.
+    """A storage was made, released or resized; or a mark was set.
 
     Attributes:
-        label: of the op that was run last, this one included; of a mark, what it was given.
-        change: bytes that came (positive) or went (negative); 0 for a mark.
-        live: bytes that are live after it.
-        storage: a number of its own for each storage, in the order of their making; -1 for a mark.
+        label: of the last op, this one included; of a mark, its own.
+        change: bytes made (positive) or released (negative); 0 for a mark.
+        live: bytes live after it.
+        storage: number of the storage, in the order of their making; -1 for a mark.
     """
 
     label: str
@@ -37,25 +38,26 @@ class Event(NamedTuple):
 
 def rounded(size: int, kind: str) -> int:
     """Return the bytes that the allocator of a kind of device ("cuda", "cpu") takes for ``size`` bytes."""
-    return -(-size // 512) * 512 if kind == "cuda" else size
+    return block_bytes(size) if kind == "cuda" else size
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that ops make while it is entered; those made before do not count.
+    """Counts the bytes of the storages that ops make while it is entered; earlier ones do not count.
 
     The peak is taken after every op, when its results and its arguments are both live. For fake tensors it is
     entered after their mode, or without it. A tensor that is released after the block still counts as
     released.
 
-    Args: kind: whose allocator's rounding is applied: "cuda" or "cpu"; by the device of each tensor if None.
-        only: count only tensors on devices of this type; all if None. record: whether to note ``events``.
-        scratch: returns the bytes that an op took and released within itself (func, args, kwargs, result);
-        none if None.
+    Args:
+        kind: whose allocator's rounding is applied: "cuda" or "cpu"; by the device of each tensor if None.
+        only: count only tensors on devices of this type; all if None.
+        record: whether to note ``events``.
+        scratch: returns the bytes that an op took and released within itself (func, args, kwargs, result).
 
     Attributes:
         live: bytes that are live now. peak: the most so far; ``restart`` forgets it.
         label: of the last op.
-        events: in the order in which they happened.
+        events: in order.
     """
 
     def __init__(
@@ -72,8 +74,7 @@ class LiveBytes(TorchDispatchMode):
         self.label = ""
         self.events: list[Event] = []
         self._made = 0
-        # By identity, while it lives: the storage, its bytes as counted and as it says, number, kind of
-        # allocator.
+        # By identity: the storage, its bytes rounded and as it says, its number, the kind of its allocator.
         self._known: dict[int, tuple[weakref.ref[Any], int, int, int, str]] = {}
 
     def mark(self, label: str) -> None:
@@ -109,41 +110,36 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(leaf, Tensor) and (self.only is None or leaf.device.type == self.only):
                 storage = _storage(leaf)
                 if storage is not None and (key := storage_id(storage)) not in given:
-                    self._follow(key, storage, leaf.device.type)
+                    self._follow(key, storage, self.kind or leaf.device.type)
                     given[key] = storage
         for key, storage in given.items():
-            if key in self._known and self._known[key][2] != storage.nbytes():
-                self._resized(key, storage.nbytes())
+            known = self._known.get(key)
+            if known is not None and known[2] != storage.nbytes():
+                reference, before, _, number, allocator = known
+                counted = rounded(storage.nbytes(), allocator)
+                self._known[key] = (reference, counted, storage.nbytes(), number, allocator)
+                self._change(counted - before, number)
         taken = 0 if self.scratch is None else self.scratch(func, args, kwargs, result)
         self.peak = max(self.peak, self.live + taken)
         if taken:
-            number, self._made = self._made, self._made + 1
-            self._change(taken, number)
-            self._change(-taken, number)
+            self._change(taken, self._made)
+            self._change(-taken, self._made)
+            self._made += 1
         return result
 
-    def _follow(self, key: int, storage: Any, device: str) -> None:
+    def _follow(self, key: int, storage: Any, kind: str) -> None:
         if key in self._known:
             return
-        size = storage.nbytes()
-        kind = self.kind or device
-        number, self._made = self._made, self._made + 1
-        counted = rounded(size, kind)
-        self._known[key] = (weakref.ref(storage, self._gone(key)), counted, size, number, kind)
-        self._change(counted, number)
 
-    def _gone(self, key: int) -> Callable[[Any], None]:
-        def gone(_: Any) -> None:
+        def released(_: Any) -> None:
             _, counted, _, number, _ = self._known.pop(key)
             self._change(-counted, number)
 
-        return gone
-
-    def _resized(self, key: int, size: int) -> None:
-        reference, before, _, number, kind = self._known[key]
+        size, number = storage.nbytes(), self._made
+        self._made += 1
         counted = rounded(size, kind)
-        self._known[key] = (reference, counted, size, number, kind)
-        self._change(counted - before, number)
+        self._known[key] = (weakref.ref(storage, released), counted, size, number, kind)
+        self._change(counted, number)
 
     def _change(self, change: int, number: int) -> None:
         self.live += change

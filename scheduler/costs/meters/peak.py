@@ -1,15 +1,15 @@
 """Count the bytes that are live at once while a function runs.
 
 CUDA: the caching allocator's own counters. CPU: every allocation and release that torch's CPU allocator
-reports to the autograd profiler with memory events, summed in order: a count, not a sample of RSS. A device
-that is absent (``Target``): the storages that ops on fake tensors make (``live_storages.py``), which leaves
-out what kernels take within themselves.
+reports to the autograd profiler with memory events, summed in order: a count, not a sample of RSS. An absent
+device (``Target``): the storages that ops on fake tensors make (``live_storages.py``), without the scratch
+space of kernels.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,18 +28,24 @@ __all__ = ["Counted", "CpuEvents", "CudaBytes", "allocated", "count_bytes", "cpu
 class Counted:
     """Bytes above those live at the start.
 
-    Attributes: peak: the most bytes live at once. end: bytes live at the end. marks: (marks,) bytes live at
-        each call of ``mark``. peaks: (marks + 1,) the most bytes live before the first mark, between marks,
-        and after the last. result: what the function returned. requested: CUDA: as ``peak``, of what was
-        asked for, before it was rounded up to blocks; None elsewhere.
+    Attributes:
+        end: bytes live at the end.
+        marks: (marks,) bytes live at each call of ``mark``.
+        peaks: (marks + 1,) the most bytes live before the first mark, between marks, and after the last.
+        result: what the function returned.
+        requested: CUDA: as ``peak``, of the bytes asked for, before rounding up to blocks; None elsewhere.
     """
 
-    peak: int
     end: int
-    marks: tuple[int, ...]
-    peaks: tuple[int, ...]
+    marks: Sequence[int]
+    peaks: Sequence[int]
     result: Any
     requested: int | None = None
+
+    @property
+    def peak(self) -> int:
+        """The most bytes live at once."""
+        return max(0, *self.peaks)
 
 
 class CudaBytes(NamedTuple):
@@ -67,23 +73,23 @@ class CudaBytes(NamedTuple):
         The slack of a block that is not split depends on which blocks are free: it is set aside for the whole
         step.
         """
-        now = self.requested - start.requested + SMALLEST_BLOCK * max(0, self.blocks - start.blocks)
-        most = (
-            self.highest_requested
-            - start.requested
-            + SMALLEST_BLOCK * max(0, self.highest_blocks - start.blocks)
-        )
-        return min(now, self.allocated - start.allocated), min(most, self.highest - start.allocated)
+
+        def above(allocated: int, requested: int, blocks: int) -> int:
+            rounding = SMALLEST_BLOCK * max(0, blocks - start.blocks)
+            return min(requested - start.requested + rounding, allocated - start.allocated)
+
+        now = above(self.allocated, self.requested, self.blocks)
+        return now, above(self.highest, self.highest_requested, self.highest_blocks)
 
 
 def count_bytes(fn: Callable[[Callable[[], None]], Any], device: Device, *, slack: bool = True) -> Counted:
     """Run ``fn(mark)`` and count; ``mark()`` separates phases.
 
+    Python's cyclic garbage collector is off meanwhile: it would release older tensors in the middle of the
+    count, and hide as many bytes.
+
     Args:
         slack: on CUDA, whether to count what blocks have above their tensors' bytes rounded up to 512.
-
-    Python's cyclic garbage collector is off meanwhile: it would release older tensors in the
-    middle of the count, and hide as many bytes of what the function takes.
 
     Raises:
         RuntimeError: an autograd profiler is active already (CPU).
@@ -112,21 +118,14 @@ def _count_cuda(fn: Callable[[Callable[[], None]], Any], device: torch.device, s
     result = fn(mark)
     wait(device)
     mark()
-    above = [
-        (each.allocated - start.allocated, each.highest - start.allocated)
-        if slack
-        else each.without_slack(start)
-        for each in seen
-    ]
-    *marks, end = (now for now, _ in above)
-    peaks = tuple(most for _, most in above)
+    whole = ((each.allocated - start.allocated, each.highest - start.allocated) for each in seen)
+    live, peaks = zip(*(whole if slack else (each.without_slack(start) for each in seen)), strict=True)
     requested = max(0, *(each.highest_requested - start.requested for each in seen))
-    return Counted(max(0, *peaks), end, tuple(marks), peaks, result, requested)
+    return Counted(live[-1], live[:-1], peaks, result, requested)
 
 
 def _count_cpu(fn: Callable[[Callable[[], None]], Any]) -> Counted:
-    # A mark is an allocation of a size that nothing else asks for, so that it stands in the one stream
-    # of events at its place.
+    # A mark is an allocation of a size that nothing else asks for, at its place among the events.
     marker = 1_000_003
     count = 0
 
@@ -136,32 +135,25 @@ def _count_cpu(fn: Callable[[Callable[[], None]], Any]) -> Counted:
         torch.empty(marker, dtype=torch.uint8)
 
     result, events = cpu_events(lambda: fn(mark))
-    live = highest = 0
+    live = 0
     marks: list[int] = []
-    peaks: list[int] = []
-    skip = False
-    for kind, _, size in events:
-        if kind != "memory_alloc":
-            continue
-        if skip:  # the release of the marker
-            skip = False
-            continue
+    peaks = [0]
+    sizes = (size for kind, _, size in events if kind == "memory_alloc")
+    for size in sizes:
         if size == marker:
             marks.append(live)
-            peaks.append(highest)
-            highest = live
-            skip = True
-            continue
-        live += size
-        highest = max(highest, live)
-    peaks.append(highest)
+            peaks.append(live)
+            next(sizes, None)  # the release of the marker
+        else:
+            live += size
+            peaks[-1] = max(peaks[-1], live)
     if len(marks) != count:
         raise RuntimeError("measuring CPU memory: another allocation of the marker's size got in the way")
-    return Counted(max(0, *peaks), live, tuple(marks), tuple(peaks), result)
+    return Counted(live, marks, peaks, result)
 
 
 def public_memory_events() -> Callable[[], list[tuple[str, str, int]]]:
-    """Do as ``private.legacy_memory_events``, by ``torch.autograd.profiler.profile``."""
+    """Note as ``private.legacy_memory_events`` does, by ``torch.autograd.profiler.profile``."""
     profile = torch.autograd.profiler.profile(profile_memory=True)
     profile.__enter__()
 
@@ -172,8 +164,7 @@ def public_memory_events() -> Callable[[], list[tuple[str, str, int]]]:
         for number, event in enumerate(profile.kineto_results.events()):
             began, name = event.start_ns(), event.name()
             if name == "[memory]":
-                size = event.nbytes()  # type: ignore[attr-defined] # torch's stubs lack it
-                rows.append((began, number, ("memory_alloc", "", size)))
+                rows.append((began, number, ("memory_alloc", "", event.nbytes())))  # type: ignore[attr-defined]
             else:
                 rows.append((began, number, ("push", name, 0)))
                 rows.append((began + event.duration_ns(), number, ("pop", "", 0)))
@@ -185,6 +176,11 @@ def public_memory_events() -> Callable[[], list[tuple[str, str, int]]]:
 class CpuEvents:
     """Notes what torch's CPU allocator does from now on, by the autograd profiler with memory events.
 
+    Attributes:
+        stop: ends that, and returns (kind, name, bytes) of each event in order. A "push" opens an op or a
+            ``record_function`` of that name and a "pop" closes it; a "memory_alloc" is an allocation, or,
+            negative, a release.
+
     Raises:
         RuntimeError: an autograd profiler is active already.
     """
@@ -194,16 +190,7 @@ class CpuEvents:
             raise RuntimeError(
                 "measuring CPU memory needs torch's profiler, and one is running already; measure outside of it"
             )
-        self.stop_noting = legacy_memory_events() or public_memory_events()
-
-    def stop(self) -> list[tuple[str, str, int]]:
-        """Stop noting.
-
-        Returns: (kind, name, bytes) of each event in order. A "push" opens what is named (an op, or a
-            ``record_function``) and a "pop" closes it; a "memory_alloc" is an allocation, or, negative, a
-            release.
-        """
-        return self.stop_noting()
+        self.stop = legacy_memory_events() or public_memory_events()
 
 
 def cpu_events(fn: Callable[[], Any]) -> tuple[Any, list[tuple[str, str, int]]]:
@@ -217,18 +204,16 @@ def cpu_events(fn: Callable[[], Any]) -> tuple[Any, list[tuple[str, str, int]]]:
 
 
 def _count_fake(fn: Callable[[Callable[[], None]], Any], target: Target) -> Counted:
-    counter = LiveBytes(target.type)
-    marks: list[int] = []
-    peaks: list[int] = []
+    marks: list[tuple[int, int]] = []
 
     def mark() -> None:
-        marks.append(counter.live)
-        peaks.append(counter.restart())
+        marks.append((counter.live, counter.restart()))
 
-    with counter:
+    with LiveBytes(target.type) as counter:
         result = fn(mark)
-    peaks.append(counter.restart())
-    return Counted(max(0, *peaks), counter.live, tuple(marks), tuple(peaks), result)
+    mark()
+    live, peaks = zip(*marks, strict=True)
+    return Counted(live[-1], live[:-1], peaks, result)
 
 
 def allocated(size: int, device: Device) -> int:
