@@ -151,12 +151,22 @@ def _planned_for(plans: Sequence[Plan], model: Any) -> Any:
 
 
 def plan_of(model: nn.Module) -> Plan | None:
-    """Return the (first) plan that a model trains by, or None."""
+    """Return the (first) plan that a model trains by, or None.
+
+    Example:
+        >>> plan_of(execute(plan, model)) is plan
+        True
+    """
     return next(iter(plans_of(model)), None)
 
 
 def plans_of(model: nn.Module) -> tuple[Plan, ...]:
-    """Return all plans that a model trains by: the first, then those of other shapes, last used last."""
+    """Return all plans that a model trains by: the first, then those of other shapes, last used last.
+
+    Example:
+        >>> len(plans_of(execute(plan, model)))
+        1
+    """
     plans = plans_within(model)
     if plans is None:
         return ()
@@ -174,6 +184,12 @@ def trace_of(model: nn.Module) -> str:
 
     Raises:
         ValueError: the model does not train by a plan with ``debug=True``, or has run no step.
+
+    Example:
+        >>> planned = execute(plan, model, debug=True)
+        >>> planned(batch).sum().backward()
+        >>> "run" in trace_of(planned)
+        True
     """
     plans = plans_within(model)
     if plans is None or not plans.settings.debug:

@@ -271,7 +271,7 @@ def later_peak(plan: Plan, *, retained: bool) -> int:
             it held is live, too, and what was kept of a stage is not released when that is reversed.
     """
     stages, kept = plan.chain.stages, plan.program.kept
-    holding: set[int] = set()
+    holding: frozenset[int] = frozenset()
     if retained:
         holding = plan.program.held | {a.stage for a in plan.schedule if isinstance(a, Checkpoint)}
     waiting = set(holding)  # boundaries that the plan does not count at present

@@ -159,6 +159,10 @@ def run_step(
     Raises:
         TypeError: the model does not train by a plan.
         torch.OutOfMemoryError: the step cannot be run again, a note says why; or it ran out of memory again.
+
+    Example:
+        >>> planned = execute(plan, model)
+        >>> run_step(planned, lambda: planned(batch).sum().backward())
     """
     plans = plans_within(model)
     if plans is None:

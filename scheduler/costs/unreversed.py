@@ -101,17 +101,9 @@ def _loss(capture: GraphCapture) -> fx.Node | None:
     leaves = {}
     for leaf in graph.outputs:
         if leaf in graph.layout_of:
-<<<<<<< HEAD
-            layout = graph.layout_of[leaf]
-            leaves[leaf] = torch.empty(layout.shape, dtype=layout.dtype, device="meta").requires_grad_(
-                graph.grad_of[leaf]
-            )
-    output = tree_unflatten([leaves.get(leaf, leaf) for leaf in graph.outputs], graph.output_spec)
-=======
             like = graph.layout_of[leaf]
             stand_in = torch.empty(like.shape, dtype=like.dtype, device="meta")
             leaves[leaf] = stand_in.requires_grad_(graph.grad_of[leaf])
-    output = tree_unflatten([leaves.get(leaf, leaf) for leaf in graph.outputs], capture.output_spec)
->>>>>>> r-costs
+    output = tree_unflatten([leaves.get(leaf, leaf) for leaf in graph.outputs], graph.output_spec)
     loss, own = find_loss(output)
     return next(node for node, tensor in leaves.items() if tensor is loss) if own else None
