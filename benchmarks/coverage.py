@@ -33,11 +33,14 @@ STEPS = 2
 class Row:
     """What became of one architecture.
 
-    Attributes: verdict: "equal" (planned, within budget, every bit as in the plain model), "refused", or
-        "wrong". why: of the capture, of the refusal, or what is wrong. smallest: the smallest budget that can
-        be met, as a share of the plain step's peak. used: measured peaks as shares of their budgets: the
-        smallest, and one halfway to the plain step's peak. seconds: to plan. steady: whether two runs of the
-        plain model from one state are equal.
+    Attributes:
+        verdict: "equal" (planned, within budget, every bit as in the plain model), "refused", or "wrong".
+        why: of the capture, of the refusal, or what is wrong.
+        smallest: the smallest budget that can be met, as a share of the plain step's peak.
+        used: measured peaks as shares of their budgets: the smallest, and one halfway to the plain step's
+            peak.
+        seconds: to plan.
+        steady: whether two runs of the plain model from one state are equal.
     """
 
     name: str

@@ -30,8 +30,11 @@ KINDS = ("graph", "modules", "raises", "refused", "over", "crash", "wrong")
 def report(first: int = 0, count: int = LOOPS, shrink: bool = False) -> str:
     """What was found, as Markdown.
 
-    Args: first: the first seed. count: how many seeds. shrink: whether a loop that goes wrong is made as
-        simple as it can be, so that what is left is to blame.
+    Args:
+        first: the first seed.
+        count: how many seeds.
+        shrink: whether a loop that goes wrong is made as simple as it can be, so that what is left is to
+            blame.
     """
     began = time.perf_counter()
     kinds: Counter[str] = Counter()

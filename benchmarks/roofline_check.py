@@ -99,9 +99,12 @@ class Budgeted(NamedTuple):
 class Checked:
     """What the roofline is worth on one model.
 
-    Attributes: ops: forward ops, views included. measured, estimated: the chain, in either seconds. budgets:
-        one for each of ``SHARES``. overheads: for each plan of each solver at each budget, its overhead in
-        measured and in estimated seconds.
+    Attributes:
+        ops: forward ops, views included.
+        measured, estimated: the chain, in either seconds.
+        budgets: one for each of ``SHARES``.
+        overheads: for each plan of each solver at each budget, its overhead in measured and in estimated
+            seconds.
     """
 
     ops: tuple[OpTime, ...]
@@ -207,8 +210,10 @@ def check(case: Case, repeats: int = REPEATS) -> Checked:
 class Row(NamedTuple):
     """Ops of one kind.
 
-    Attributes: share, estimated: of all ops' seconds, measured and estimated. ratios: estimated / measured at
-        10, 50 and 90 % of the measured time; None if the roofline says that they take no time.
+    Attributes:
+        share, estimated: of all ops' seconds, measured and estimated.
+        ratios: estimated / measured at 10, 50 and 90 % of the measured time; None if the roofline says that
+            they take no time.
     """
 
     kind: str

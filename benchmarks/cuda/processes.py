@@ -22,8 +22,11 @@ GRACE = 10.0  # seconds for the driver to end a process that was killed
 class Ended:
     """How a process ended.
 
-    Attributes: status: its exit status; negative the number of the signal that it died of; None if it was
-        stopped at its limit. seconds: that it took. limit: seconds that it had.
+    Attributes:
+        status: its exit status; negative the number of the signal that it died of; None if it was stopped at
+            its limit.
+        seconds: that it took.
+        limit: seconds that it had.
     """
 
     status: int | None

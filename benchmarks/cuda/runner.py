@@ -58,8 +58,10 @@ def run_checks(
         say: is told each line.
         workers: how many run at once; more than one is for dry runs, whose times and peaks mean nothing.
 
-    Returns: the lines. ``ok`` is True, False or None (only figures); ``ended`` is "" or says why the check
-        did not come to its end; ``wrong`` names the figures that are not as they should be.
+    Returns:
+        the lines. ``ok`` is True, False or None (only figures); ``ended`` is "" or says why the check did not
+            come to its
+        end; ``wrong`` names the figures that are not as they should be.
     """
     folder.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + seconds

@@ -243,8 +243,10 @@ class OverBudget(AssertionError):
 def judge(recipe: Recipe) -> Verdict:
     """Plan and train the recipe's model as it says, and hold it against the plain model.
 
-    Raises: AssertionError: it is not bit-equal, or raises where the plain model does not, or the other way
-        around. OverBudget: it is over budget.
+    Raises:
+        AssertionError: it is not bit-equal, or raises where the plain model does not, or the other way
+            around.
+        OverBudget: it is over budget.
     """
     trial = Trial.of(recipe)
     expected = trial.outcome(copy.deepcopy(trial.model))

@@ -62,11 +62,15 @@ class Step:
 class Recipe:
     """A model, how it is planned, and the loop that trains it.
 
-    Attributes: root: what is at the root before solve: of ``ROOTS``. frozen: whether the first block starts
-        frozen. to_none: the argument of zero_grad. smaller: whether the last batch is. handle: whose
-        attributes the loop changes: the planned model's, or those of the model that was planned. shares: of
-        the way from the smallest budget to keeping all; of two, the second is that of a plan for the latter
-        half of the steps.
+    Attributes:
+        root: what is at the root before solve: of ``ROOTS``.
+        frozen: whether the first block starts frozen.
+        to_none: the argument of zero_grad.
+        smaller: whether the last batch is.
+        handle: whose attributes the loop changes: the planned model's, or those of the model that was
+            planned.
+        shares: of the way from the smallest budget to keeping all; of two, the second is that of a plan for
+            the latter half of the steps.
     """
 
     seed: int
