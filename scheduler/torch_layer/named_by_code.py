@@ -1,13 +1,15 @@
 """Find the globals, closures and objects that a model's code can reach by name, without running it.
 
 Functions are followed by the names in their byte code: globals that they load, attributes of Python modules,
-methods of the classes of known objects, closures.
+methods of the classes of known objects, closures, defaults, what they import. Functions and Python modules
+that lie in containers, or in attributes of the user's objects, count as reached.
 """
 
 from __future__ import annotations
 
 import dis
 import functools
+import sys
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from rematplan.scheduler.torch_layer.python_state import MISSING, cell_content, 
 __all__ = ["Named", "named_by"]
 
 LOADS = ("LOAD_GLOBAL", "LOAD_NAME")
+MOST_ITEMS = 10_000  # of a container that is searched for functions
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")  # LOAD_METHOD before Python 3.12, the last since
 
 
@@ -78,6 +81,9 @@ class _Walk:
         self.known: set[type] = set()
         self.cells: set[int] = set()
         self.places: set[tuple[int, str]] = set()
+        self.opened: dict[int, Any] = {}  # containers and objects, by identity
+        self.modules: dict[int, types.ModuleType] = {}  # Python modules that code has hold of, by identity
+        self.strings: set[str] = set()  # constants of code: names for getattr
 
     def know(self, kind: type) -> None:
         """Add a class whose methods may be called by name, for code can reach an object of it."""
@@ -91,10 +97,40 @@ class _Walk:
                 if name in self.names or (name.startswith("__") and name in ("__call__", "__getattr__")):
                     self.visit(value)
 
+    def know_module(self, module: types.ModuleType) -> None:
+        """Add a Python module whose attributes may be read by name."""
+        if id(module) not in self.modules and is_own_code(module.__name__):
+            self.modules[id(module)] = module
+            for name in self.names | self.strings:
+                self._of_module(module, name)
+
+    def _of_module(self, module: types.ModuleType, name: str) -> None:
+        if name in vars(module) and not name.startswith("__"):
+            self._place(vars(module), name, f"{module.__name__}.{name}")
+
+    def _open(self, value: Any) -> None:
+        """Visit what a container or an object of the user's holds."""
+        inside: Iterable[Any] = ()
+        if isinstance(value, dict):
+            inside = value.values()
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            inside = value
+        elif not isinstance(value, type) and is_own_code(type(value).__module__):
+            self.know(type(value))
+            inside = getattr(value, "__dict__", {}).values()
+        if inside and id(value) not in self.opened and len(inside) <= MOST_ITEMS:
+            self.opened[id(value)] = value
+            for each in tuple(inside):
+                self.visit(each)
+
     def visit(self, value: Any) -> None:
         """Queue the functions that a value is or holds."""
-        if isinstance(value, (functools.partial, functools.cached_property)):
+        if isinstance(value, functools.partial):
+            self._open((value.func, *value.args, *value.keywords.values()))
+        elif isinstance(value, functools.cached_property):
             self.visit(value.func)
+        elif isinstance(value, types.ModuleType):
+            self.know_module(value)
         elif isinstance(value, (types.MethodType, staticmethod, classmethod)):
             if isinstance(value, types.MethodType):
                 self.know(type(value.__self__))
@@ -106,7 +142,10 @@ class _Walk:
                 self.seen.add(value)
                 self.waiting.append(value)
                 self.found.functions.append((value.__name__, value))
+                self._open((*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()))
             self.visit(getattr(value, "__wrapped__", None))
+        elif not is_plain(value):
+            self._open(value)
 
     def run(self) -> None:
         while self.waiting:
@@ -127,6 +166,8 @@ class _Walk:
         module: Any = None  # a Python module whose attribute the next instruction may load
         for instruction in dis.get_instructions(code):
             name = instruction.argval
+            if module is not None and instruction.opname not in (*ATTRIBUTES, "CACHE"):
+                self.know_module(module)  # it is assigned or passed on
             if instruction.opname in LOADS and name in namespace:
                 module = self._place(namespace, name, name)
             elif instruction.opname in ATTRIBUTES:
@@ -135,19 +176,40 @@ class _Walk:
                 else:
                     module = None
                     self._attribute(name)
-            elif instruction.opname != "CACHE":
+            elif instruction.opname == "IMPORT_NAME":
+                self._import(namespace.get("__package__") or "", name)
+            elif instruction.opname == "IMPORT_FROM":
+                self._attribute(name)
+            if instruction.opname not in (*LOADS, *ATTRIBUTES, "CACHE"):
                 module = None
+        self._constants(code, namespace)
+
+    def _constants(self, code: types.CodeType, namespace: dict[str, Any]) -> None:
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
                 self._code(constant, namespace)
-            elif isinstance(constant, str) and constant in self.methods:  # getattr(self, "name")
-                self._attribute(constant)
+            elif isinstance(constant, str) and constant.isidentifier():  # getattr(self, "name")
+                self.strings.add(constant)
+                if constant in self.methods or any(constant in vars(each) for each in self.modules.values()):
+                    self._attribute(constant)
+
+    def _import(self, package: str, name: str) -> None:
+        """Add the modules that an import statement may mean, relative to any package above or to none."""
+        above = package.split(".") if package else []
+        for prefix in ([], *(above[:n] for n in range(1, len(above) + 1))):
+            parts = [*prefix, *name.split(".")] if name else prefix
+            for n in range(1, len(parts) + 1):
+                found = sys.modules.get(".".join(parts[:n]))
+                if found is not None:
+                    self.know_module(found)
 
     def _attribute(self, name: str) -> None:
         if name not in self.names:
             self.names.add(name)
             for value in self.methods.get(name, ()):
                 self.visit(value)
+            for module in tuple(self.modules.values()):
+                self._of_module(module, name)
 
     def _place(self, namespace: dict[str, Any], name: str, path: str) -> Any:
         """Note the value of a name; return it if it is a Python module of user code."""

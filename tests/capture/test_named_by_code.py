@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+import rematplan
 from rematplan.scheduler.torch_layer.named_by_code import Named, named_by
 
 SCALE = {"by": 2.0}
@@ -130,3 +135,113 @@ def test_a_method_is_found_by_its_name_in_text() -> None:
 
 def test_code_of_libraries_is_not_followed() -> None:
     assert functions(named_by([nn.Linear(2, 2), nn.Dropout()])) == set()
+
+
+def test_what_lies_in_a_users_own_module_called_scheduler_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scheduler.py").write_text("SCALE = [2.0]\ndef scaled(x):\n    return x * SCALE[0]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "scheduler", raising=False)
+    theirs: Any = importlib.import_module("scheduler")
+    layer, x = nn.Linear(2, 2), torch.ones(2, 2)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return theirs.scaled(self.layer(x)).sum()
+
+    model = Model().train()
+    planned = rematplan.execute(rematplan.solve(model, "1MiB", sample=x), model)
+    planned(x).backward()
+    theirs.SCALE[0] = 3.0
+    assert torch.equal(planned(x), model(x))
+
+
+FACTOR = [2.0]
+
+
+def scaled(x: Tensor) -> Tensor:
+    return x * FACTOR[0]
+
+
+class Holder:
+    """An object of the user's that holds a function."""
+
+    def __init__(self) -> None:
+        self.function = scaled
+
+
+BY_NAME = {"scaled": scaled}
+MODULES = {"this": sys.modules[__name__]}
+HOLDER = Holder()
+
+
+def _in_a_closure() -> Callable[..., Any]:
+    module = sys.modules[__name__]
+    return lambda model, x: module.scaled(x)  # type: ignore[attr-defined]
+
+
+def _imports(model: Any, x: Tensor) -> Tensor:
+    import tests.capture.test_named_by_code as own
+
+    return own.scaled(x)
+
+
+def _imports_a_name(model: Any, x: Tensor) -> Tensor:
+    from tests.capture.test_named_by_code import scaled as own
+
+    return own(x)
+
+
+def _has_a_default(model: Any, x: Tensor, function: Callable[[Tensor], Tensor] = scaled) -> Tensor:
+    return function(x)
+
+
+def _under_another_name(model: Any, x: Tensor) -> Any:
+    module: Any = MODULES["this"]
+    other = module
+    return other.scaled(x)
+
+
+WAYS: dict[str, Callable[..., Any]] = {
+    "a function in a global dict": lambda model, x: BY_NAME["scaled"](x),
+    "a module in a global dict": _under_another_name,
+    "a function of an object": lambda model, x: HOLDER.function(x),
+    "a module in a closure": _in_a_closure(),
+    "a module imported in the function": _imports,
+    "a name imported in the function": _imports_a_name,
+    "a default argument": _has_a_default,
+    "a module on the model": lambda model, x: model.module.scaled(x),
+    "functions deep in a container of the model": lambda model, x: model.functions["a"][0](x),
+    "a partial": functools.partial(lambda function, model, x: function(x), scaled),
+    "getattr": lambda model, x: model.module.scaled(x),
+}
+
+
+class Way(nn.Module):
+    """Scales by a function that it reaches in one of ``WAYS``."""
+
+    def __init__(self, way: Callable[..., Any], holds: str) -> None:
+        super().__init__()
+        self.way = way
+        if "module on" in holds or "getattr" in holds:
+            self.module: Any = sys.modules[__name__]
+        if "container of the model" in holds:
+            self.functions = {"a": (scaled,)}
+
+    def forward(self, x: Tensor) -> Any:
+        return self.way(self, x)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_global_is_found_however_the_function_that_reads_it_is_reached(way: str) -> None:
+    model = Way(WAYS[way], way)
+    assert torch.equal(model(torch.ones(1)), torch.full((1,), FACTOR[0]))
+    found = named_by([model])
+    assert any(space.get(name) is FACTOR for space, name, _ in found.values), [
+        each[2] for each in found.values
+    ]
