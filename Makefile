@@ -105,7 +105,7 @@ $(OTHER)/.made: $(REQUIREMENTS)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-* build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src scheduler executors tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each file below marks a step that is done: it is repeated only when what it depends on is newer.

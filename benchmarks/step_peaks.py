@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rematplan import CaptureError, Plan, execute, measure_peak, solve
-from rematplan.scheduler.capture.bit_equal_step import difference, run_step
+from rematplan.scheduler.capture.bit_equal_step import difference, step_result
 from rematplan.scheduler.torch_layer.loss import find_loss
 from rematplan.scheduler.torch_layer.preserve import preserved
 from tests.shared.helpers import smallest
@@ -44,8 +44,8 @@ def _timed(case: Case, planned: torch.nn.Module) -> float:
 def _row(case: Case, name: str, plan: Plan) -> str:
     planned = execute(plan, case.model)
     torch.manual_seed(1)
-    plain = run_step(case.model, lambda: case(case.model))
-    equal = difference(plain, run_step(case.model, lambda: case(planned)))
+    plain = step_result(case.model, lambda: case(case.model))
+    equal = difference(plain, step_result(case.model, lambda: case(planned)))
     with preserved(case.model):
         _step(case, planned)
     with preserved(case.model):

@@ -81,7 +81,7 @@ class Stages(ABC):
         """Re-run a stage on the tensors of its boundary; return those of the next boundary.
 
         Called in grad mode, as the first run was: ops choose their kernels by it (LSTMs, attention).
-        ``comparison.check_reads`` compares the inputs first.
+        The implementation calls ``comparison.check_reads`` before it runs anything.
 
         Args:
             boundary: requires grad where it did.

@@ -79,10 +79,15 @@ def execute(
         PlanMismatch: the plan was made for another model. By the planned model's forward: inputs (with
             ``on_new_shape="error"``) or modes of submodules differ from the plan's.
         InfeasibleBudget, CaptureError: by the planned model's forward: a new shape cannot be planned.
+        ReplayError: by its backward: a re-run does not repeat its first run.
+
+    Warns:
+        PeakWarning: a step takes more than was predicted. NewShapeWarning: shapes that cannot be planned run
+            plainly.
 
     Example:
-        >>> model = execute(plan, model)  # doctest: +SKIP
-        >>> loss_of(model(batch)).backward()  # doctest: +SKIP
+        >>> planned = execute(plan, model)
+        >>> planned(batch).sum().backward()  # by the plan
     """
     plans = [plan] if isinstance(plan, Plan) else plan
     if not isinstance(plans, (list, tuple)) or not plans or not all(isinstance(each, Plan) for each in plans):

@@ -31,19 +31,21 @@ class Rematerialize(Callback):
     trainer's precision; the optimizer's state counts. Parameters, ``state_dict`` and checkpoints stay those
     of the plain module, which is restored when the fit ends. Other shapes are planned when they occur.
 
+    Args:
+        memory_budget: bytes of a whole training step, as ``rematplan.solve`` takes it.
+        module: name of the submodule to plan, whose output the loss is computed from. Default: the only child
+            that has parameters.
+        options: further arguments of ``rematplan.solve``, such as ``capture=``.
+
     Attributes:
         plan: the plan, from the first batch on.
+
+    Raises:
+        ImportError: Lightning is not installed.
+        ValueError: when the fit starts: no such submodule, or several children with parameters.
     """
 
     def __init__(self, memory_budget: int | str, *, module: str | None = None, **options: Any) -> None:
-        """Set the budget and the module.
-
-        Args:
-            memory_budget: bytes of a whole training step, as ``rematplan.solve`` takes it.
-            module: name of the submodule to plan, whose output the loss is computed from. Default: the only
-                child that has parameters.
-            options: further arguments of ``rematplan.solve``, such as ``capture=``.
-        """
         self.memory_budget = memory_budget
         self.module = module
         self.options = options

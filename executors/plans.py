@@ -25,7 +25,7 @@ from rematplan.executors.model_guard import (
 )
 from rematplan.executors.out_of_memory import Changes, lowered, release
 from rematplan.executors.plain import plain_copy, plain_forward
-from rematplan.executors.runner import Runner, cut_off
+from rematplan.executors.runner import Runner, copied_call
 from rematplan.executors.trace import Trace
 from rematplan.scheduler.core.budget import format_bytes
 from rematplan.scheduler.core.errors import (
@@ -98,9 +98,9 @@ class Plans:
     """Runs training forwards of one planned model, each by the plan for its shapes.
 
     Attributes:
-        first: of the first plan, which stays.
-        others: of plans for other calls, Python state or environments, the least recently used first.
-        last: of the latest forward; None if it was plain.
+        first: the Runner of the first plan, which stays.
+        others: those of plans for other calls, Python state or environments, the least recently used first.
+        last: that of the latest forward; None if it was plain.
         trace: of the latest step, with ``debug``.
         changes: what a forward changes, if one that runs out of memory is run again.
     """
@@ -326,7 +326,7 @@ class Plans:
             plain = plain_copy(model)
             try:
                 with preserved(plain), torch.no_grad(), NoCollectives():
-                    args, kwargs = cut_off(call)
+                    args, kwargs = copied_call(call)
                     plain(*args, **kwargs)
             except CollectiveCall as error:
                 return f"a trial would wait for other ranks of torch.distributed ({error})"
@@ -372,7 +372,7 @@ class Plans:
         torch.clear_autocast_cache()
         try:
             with aliased(model) if is_distributed() else nullcontext(), bare(model):
-                yield cut_off(call)
+                yield copied_call(call)
         finally:
             torch.clear_autocast_cache()
             random.restore()

@@ -15,7 +15,7 @@ from torch import nn
 from rematplan.executors.block_stages import ModuleExecutor
 from rematplan.executors.engine import Engine
 from rematplan.executors.graph_stages import GraphExecutor
-from rematplan.scheduler.capture.bit_equal_step import PlainSteps, run_step
+from rematplan.scheduler.capture.bit_equal_step import PlainSteps, step_result
 from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture, capture_modules, recorded_modules
 from rematplan.scheduler.capture.graph.graph_capture import GraphCapture, capture_graph, op_graphs
 from rematplan.scheduler.capture.graph.op_graph import OpGraph
@@ -273,12 +273,12 @@ def _runs_uncached(plan: Plan, model: nn.Module, call: Call, found: GraphCapture
         return False
     if is_distributed() or detect_fake_mode() is not None:
         return without
-    step = functools.partial(run_step, model, lambda: model(*call[0], **call[1]), offload=True)
+    step = functools.partial(step_result, model, lambda: model(*call[0], **call[1]), offload=True)
     torch.clear_autocast_cache()
     plain = PlainSteps(step(), step, found.device)
     found.uncached = True
     differs, _ = plain.judge(
-        functools.partial(run_step, model, lambda: found.sweep(model, call), offload=True)
+        functools.partial(step_result, model, lambda: found.sweep(model, call), offload=True)
     )
     torch.clear_autocast_cache()
     if (differs is None) != without:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rematplan.executors.execute import execute
 from rematplan.executors.plain import plans_within
 from rematplan.executors.rehearsal import Difference, Rehearsal
-from rematplan.executors.runner import Runner, cut_off
+from rematplan.executors.runner import Runner, copied_call
 from rematplan.scheduler.capture.protocol import Capture
 from rematplan.scheduler.core.device import DeviceSpec
 from rematplan.scheduler.core.referee import Backward, Checkpoint, Forward, Keep
@@ -212,7 +212,7 @@ def _capture_of(plan: Plan, model: nn.Module, twin: nn.Module, call: Call) -> Ca
     if live is not None and live._modules is model._modules and live._parameters is model._parameters:
         return plan.live[1]
     planned = execute(plan, twin)
-    return _runner(planned).capture_again(planned, cut_off(call))
+    return _runner(planned).capture_again(planned, copied_call(call))
 
 
 def _rules(plan: Plan) -> Device:

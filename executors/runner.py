@@ -13,7 +13,7 @@ from rematplan.executors.engine import Executor
 from rematplan.executors.model_guard import Guard
 from rematplan.executors.plain import plain_copy
 from rematplan.executors.recapture import ENGINES, check_names, recaptured
-from rematplan.scheduler.capture.bit_equal_step import PlainSteps, run_step
+from rematplan.scheduler.capture.bit_equal_step import PlainSteps, step_result
 from rematplan.scheduler.capture.protocol import Capture
 from rematplan.scheduler.core.budget import format_bytes, machine_bytes
 from rematplan.scheduler.core.errors import PlanMismatch
@@ -22,11 +22,11 @@ from rematplan.scheduler.plan.plan import Plan
 from rematplan.scheduler.torch_layer.call import Call, CallSignature
 from rematplan.scheduler.torch_layer.environment import Environment, environment_difference, environment_text
 from rematplan.scheduler.torch_layer.fsdp import is_distributed, sharded_within
-from rematplan.scheduler.torch_layer.layouts import is_plain as is_view
+from rematplan.scheduler.torch_layer.layouts import is_strided
 from rematplan.scheduler.torch_layer.leaves import flatten, map_tensors
 from rematplan.scheduler.torch_layer.preserve import HostRandomState, bare, model_device
 
-__all__ = ["Runner", "cut_off"]
+__all__ = ["Runner", "copied_call"]
 
 
 class Runner:
@@ -150,7 +150,7 @@ class Runner:
         return self.executor
 
     def _captured(self, model: nn.Module, call: Call) -> Executor:
-        apart = cut_off(call)
+        apart = copied_call(call)
         executor = self.executor_for(self.capture_again(model, apart), model)
         if self.trying:  # a plan that was made without data, or a graph of other Python state
             flat = flatten(*apart)[0]
@@ -169,9 +169,9 @@ class Runner:
             return
         plain = plain_copy(model)
         with bare(plain) as root:
-            step = functools.partial(run_step, plain, lambda: root(*call[0], **call[1]), offload=True)
+            step = functools.partial(step_result, plain, lambda: root(*call[0], **call[1]), offload=True)
             steps = PlainSteps(step(), step, model_device(plain))
-            differs, _ = steps.judge(functools.partial(run_step, plain, planned))
+            differs, _ = steps.judge(functools.partial(step_result, plain, planned))
         if differs is not None:
             raise PlanMismatch(
                 f"planned {type(model).__name__}: a step of the captured graph, which was never run with data, is not the plain "
@@ -179,12 +179,12 @@ class Runner:
             )
 
     def capture_again(self, model: nn.Module, apart: Call) -> Capture:
-        """Return the capture of the plan, made on this model and a call that was ``cut_off``."""
+        """Return the capture of the plan, made on this model and a call that was ``copied_call``."""
         with bare(plain_copy(model)) as plain:  # this forward is within hooks of the root already
             return recaptured(self.plan, plain, apart)
 
 
-def cut_off(call: Call) -> Call:
+def copied_call(call: Call) -> Call:
     """Return the call on copies of its tensors without history: trials reverse nothing beyond the model."""
     made: dict[int, Tensor] = {}
 
@@ -192,7 +192,7 @@ def cut_off(call: Call) -> Call:
         if id(tensor) not in made:
             copy = tensor.detach().clone()
             # An expanded one: ops may take another way for a dense tensor.
-            if is_view(tensor) and copy.stride() != tensor.stride():
+            if is_strided(tensor) and copy.stride() != tensor.stride():
                 copy = tensor.detach()
             made[id(tensor)] = copy.requires_grad_(tensor.requires_grad)
         return made[id(tensor)]

@@ -101,8 +101,9 @@ def solve(
     """Plan the training step of ``model`` so that it fits ``memory_budget``, at the least extra time.
 
     The model is left as it is: parameters, gradients, buffers, random-number state; so is the sample. The
-    costs of its stages are remembered as long as it lives: planning it again for another budget takes less
-    time and finds the same figures. On CUDA the peaks of ``torch.cuda.max_memory_allocated`` are reset.
+    costs of a graph's stages are remembered as long as the model lives: planning it again for another budget
+    takes less time and finds the same figures (``Plan.within`` takes none). On CUDA the peaks of
+    ``torch.cuda.max_memory_allocated`` are reset.
 
     Args:
         model: in train mode, on one device, or sharded by fully_shard; then every rank makes this call. One
@@ -139,11 +140,15 @@ def solve(
 
     Raises:
         TypeError, ValueError: an argument that cannot be used; says what was got and what was expected.
+        SampleError: the model rejects the sample.
         CaptureError: the model cannot be captured exactly.
         InfeasibleBudget: no schedule fits; carries the smallest budget that one fits.
+        torch.OutOfMemoryError: one forward on the sample does not fit.
 
     Example:
-        >>> plan = solve(model, "75%", sample=batch, optimizer=optimizer)  # doctest: +SKIP
+        >>> plan = solve(model, "2MiB", sample=batch)
+        >>> plan.predicted_peak <= plan.memory_budget
+        True
     """
     plain: nn.Module = unplanned(as_model(model, sample))
     request = checked(
@@ -349,7 +354,7 @@ def checked(
     if not checked_solver("solve", solver, parameters).executable:
         raise ValueError(
             f"solve: solver={solver!r} makes schedules that executors cannot follow; use it on chains "
-            "(rematplan.scheduler.solvers.solve_chain), or choose another solver"
+            "(rematplan.solve_chain), or choose another solver"
         )
     if costs not in COSTS:
         raise ValueError(f"solve: costs={costs!r} is unknown; choose one of {', '.join(COSTS)}")

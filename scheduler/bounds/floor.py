@@ -94,7 +94,7 @@ def dag_floor(
             range; ``time_limit`` is not positive and finite.
 
     Example:
-        >>> from rematplan.scheduler.bounds.dag import Dag, Op
+        >>> from rematplan import Dag, Op
         >>> loss, grad = Op("loss", 1.0, ((0,),), (1,)), Op("grad", 2.0, ((0,), (1,)), (2,), once=True)
         >>> dag_floor(Dag.plain([loss, grad], [4, 8, 4], inputs=[0], outputs=[2]), 16).seconds
         3.0

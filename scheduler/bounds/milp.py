@@ -241,7 +241,7 @@ def solve_dag(
         TimeoutError: the time limit came before the first plan; the message has the bound so far.
 
     Example:
-        >>> from rematplan.scheduler.bounds.dag import Dag, Op
+        >>> from rematplan import Dag, Op
         >>> loss, grad = Op("loss", 1.0, ((0,),), (1,)), Op("grad", 2.0, ((0,), (1,)), (2,), once=True)
         >>> solve_dag(Dag.plain([loss, grad], [4, 8, 4], inputs=[0], outputs=[2]), 16).seconds
         3.0

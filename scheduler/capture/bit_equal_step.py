@@ -30,7 +30,7 @@ from rematplan.scheduler.torch_layer.private import (
     pytree,
 )
 
-__all__ = ["BIT_EQUAL", "PlainSteps", "StepResult", "custom_functions", "difference", "run_step"]
+__all__ = ["BIT_EQUAL", "PlainSteps", "StepResult", "custom_functions", "difference", "step_result"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class StepResult:
         }
 
 
-def run_step(
+def step_result(
     model: nn.Module, forward: Callable[[], Any], *, offload: bool = False, call: Any = ()
 ) -> StepResult:
     """Run one forward and backward from the present state, which is restored afterwards.

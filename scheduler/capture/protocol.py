@@ -1,8 +1,8 @@
 """The protocol of captures: ``Capture``, a model cut into stages; ``Producer``, which makes and prices it.
 
 ``rematplan.scheduler.plan.kinds.KINDS`` names the kinds, and ``rematplan.executors.recapture.ENGINES`` what
-runs each. A further kind is a row in both and these three classes; nothing else asks which kind a capture is
-of.
+runs each. A further kind is a row in both, a ``Capture`` and a ``Producer`` here, and an ``Executor`` and
+``Stages`` of ``executors/engine.py``; nothing else asks which kind a capture is of.
 """
 
 from __future__ import annotations

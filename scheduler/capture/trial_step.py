@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rematplan.scheduler.capture.bit_equal_step import StepResult, custom_functions, difference, run_step
+from rematplan.scheduler.capture.bit_equal_step import StepResult, custom_functions, difference, step_result
 from rematplan.scheduler.capture.blocks.callables import CallableChain, cut_off
 from rematplan.scheduler.capture.blocks.calls import Recurrence, intercepted
 from rematplan.scheduler.capture.call_reads import CallReads
@@ -19,7 +19,7 @@ from rematplan.scheduler.capture.step_function import Refused, StepFunction
 from rematplan.scheduler.core.errors import CaptureError, SampleError
 from rematplan.scheduler.torch_layer.call import Call, canonical_call, forward_signature, nothing_to_train
 from rematplan.scheduler.torch_layer.fsdp import sharded_within
-from rematplan.scheduler.torch_layer.layouts import is_plain, tensor_bytes
+from rematplan.scheduler.torch_layer.layouts import is_strided, tensor_bytes
 from rematplan.scheduler.torch_layer.leaves import map_tensors
 from rematplan.scheduler.torch_layer.loss import find_loss, output_tensors
 from rematplan.scheduler.torch_layer.preserve import HostRandomState, moving, preserved
@@ -79,9 +79,9 @@ def first_forward(model: nn.Module, call: Call, device: Device, progress: Callab
         CaptureError: without data: its code asks for values.
     """
     if isinstance(device, Target):
-        progress("running one step without data")
+        progress("running one forward without data")
         return _without_data(model, call, device, progress)
-    progress("running one plain step")
+    progress("running one forward")
     args, kwargs = call
     signature = forward_signature(model)
     arrives, unread = call, frozenset[int]()
@@ -167,7 +167,7 @@ def with_plain_step(step: TrialStep, *, cacheless: bool) -> TrialStep:
     random = HostRandomState()
 
     def taken(**keywords: Any) -> StepResult:
-        return run_step(model, lambda: model(*args, **keywords), offload=True, call=step.call)
+        return step_result(model, lambda: model(*args, **keywords), offload=True, call=step.call)
 
     with met(f"solve: a plain step of {type(model).__name__} on the sample raises"):
         plain = taken(**kwargs)
@@ -184,5 +184,5 @@ def with_plain_step(step: TrialStep, *, cacheless: bool) -> TrialStep:
                     "model.config.use_cache = False"
                 )
     grads = ((name, grad) for name, grad in plain.grads.items() if grad is not None)
-    sparse = {model.get_parameter(name): tensor_bytes(grad) for name, grad in grads if not is_plain(grad)}
+    sparse = {model.get_parameter(name): tensor_bytes(grad) for name, grad in grads if not is_strided(grad)}
     return replace(step, plain=plain, draws=random.differs(), custom=plain.custom, sparse=sparse)

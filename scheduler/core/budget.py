@@ -111,7 +111,7 @@ def free_machine_bytes() -> int:
 
 
 def format_bytes(size: float) -> str:
-    """Return bytes for people.
+    """Return a number of bytes as text, in binary units.
 
     Example:
         >>> format_bytes(1536)

@@ -1,9 +1,9 @@
 """Split a schedule into what an executor runs: the first sweep and the replay. Inert data.
 
 In the first sweep every stage runs once, in order, while autograd builds its graph; each stage's saved
-tensors are either kept or dropped. The replay runs between the backwards of the stages: it advances without
-grad, holds and frees boundaries, and rebuilds dropped saved tensors just in time. Both copy between device
-and host.
+tensors are either kept or dropped. The replay runs between the backwards of the stages: it advances, saving
+nothing, holds and frees boundaries, and recomputes dropped saved tensors just in time. Both copy between
+device and host.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rematplan.scheduler.capture.bit_equal_step import PlainSteps, run_step
+from rematplan.scheduler.capture.bit_equal_step import PlainSteps, step_result
 from rematplan.scheduler.capture.blocks.calls import Recurrence, is_compiled
 from rematplan.scheduler.capture.graph.graph_capture import GraphCapture, capture_graph, op_graphs
 from rematplan.scheduler.capture.protocol import Asked, Producer
@@ -126,7 +126,7 @@ def _exact(step: TrialStep) -> tuple[GraphCapture, str]:
     if compiled is not None:
         raise CaptureError(f"submodule {compiled!r} is compiled, and an exported graph runs op by op")
     _refuse_custom(step)
-    run = functools.partial(run_step, model, offload=True, call=step.call)
+    run = functools.partial(step_result, model, offload=True, call=step.call)
     plain = functools.partial(model, *args, **kwargs)
     steps = PlainSteps(step.plain, functools.partial(run, plain), model_device(model))
     refused: CaptureError | None = None

@@ -24,7 +24,7 @@ from rematplan.scheduler.costs.meters.peak import Counted
 from rematplan.scheduler.costs.stage_run import seed_gradients
 from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.fsdp import sharded_within
-from rematplan.scheduler.torch_layer.layouts import held_bytes, is_plain, storage_key
+from rematplan.scheduler.torch_layer.layouts import held_bytes, is_strided, storage_key
 from rematplan.scheduler.torch_layer.leaves import tensor_leaves, tree_flatten, tree_unflatten
 from rematplan.scheduler.torch_layer.loss import find_loss, output_tensors
 from rematplan.scheduler.torch_layer.preserve import in_backward, reverse, uncached
@@ -63,7 +63,7 @@ def stand_in(produced: Any, given: Iterable[Tensor]) -> Callable[[], Any] | None
     leaves, spec = tree_flatten(produced)
     seen = {storage_key(tensor) for tensor in given}
     for leaf in leaves:
-        if not isinstance(leaf, Tensor) or not is_plain(leaf):
+        if not isinstance(leaf, Tensor) or not is_strided(leaf):
             return None
         key = storage_key(leaf)
         if key is None or key in seen or held_bytes(leaf) != leaf.nbytes:

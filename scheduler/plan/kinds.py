@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BLOCKS", "KINDS", "Kind"]
 
-MOST_BACK = 100  # blocks that a value may pass by
+MOST_BACK = 100  # blocks that a value may pass by in a plan file; captures stop at ``MOST_PASSED``
 
 
 @dataclass(frozen=True, slots=True)

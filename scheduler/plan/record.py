@@ -32,7 +32,7 @@ class CaptureRecord:
     Attributes:
         kind: a key of ``kinds.KINDS``.
         reason: why this kind, in words.
-        device: type of the device the plan is for.
+        device: type of the device that held the model.
         structure, leaves: the call's signature.
         model: fingerprint of the model.
         graph: fingerprint of the op graph ("" for modules).
@@ -41,7 +41,7 @@ class CaptureRecord:
         fed: for each of them, which outputs of those before are among its arguments: (argument leaf, output
             leaf, how many blocks back).
         random: (L,) whether a stage draws random numbers.
-        changed: (L,) names of the buffers that a stage changes.
+        changed: (L,) names of what a stage changes: buffers; of blocks also attributes and frozen parameters.
         dropped: (L,) for each option of a stage, the numbers of the saved tensors that it drops (empty for
             modules).
         rerun: (L,) for each option of a stage, the ops that run again, by their places in it (empty for
@@ -57,7 +57,7 @@ class CaptureRecord:
         evaluating: names of submodules that were in eval mode.
         unread: leaves of the call, other than tensors, that the forward does not read.
         frozen: names of parameters that did not require grad.
-        environment: what decides which ops run besides (``capture.environment``), as JSON; "" if not known.
+        environment: what else decides which ops run (``torch_layer.environment``), as JSON; "" if unknown.
         target: name of the device that was planned for without being there; "" for the one that held the
             model.
         target_memory: bytes of that device; 0 if none was named, and in old plans.

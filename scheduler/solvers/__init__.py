@@ -2,8 +2,8 @@
 
 ``SOLVERS`` has all that schedule a chain, with what each can do; ``solve_chain`` is the entry to them. Beside
 it: ``compare.compare`` (all solvers at several budgets), ``frontier.pareto`` (every budget at once),
-``hrevolve.solve_uniform`` (uniform chains with slots in memory and on disk), ``milp.milp_bound`` and
-``floor.dag_floor`` (bounds), and the loops of ``revolve_actions``, ``revolve_packed`` and ``OnlineRevolve``.
+``hrevolve.solve_uniform`` (uniform chains with slots in memory and on disk), and the loops of
+``revolve_actions``, ``revolve_packed`` and ``OnlineRevolve``.
 
 To add a solver, write one file with ``solve(chain, memory_budget) -> Schedule`` and one line in SOLVERS. What
 else a solver may be told (``periodic`` its period, ``selective`` its predicate) are keyword arguments of its

@@ -110,8 +110,8 @@ def pareto(chain: Chain, step: int | None = None) -> Frontier:
         seconds and bytes are those of its schedule.
 
     Raises:
-        TypeError, ValueError: ``step`` is no int of at least 1, or the chain is too large (see
-            ``solve_optimal``).
+        TypeError, ValueError: ``step`` is no int of at least 1, or the chain has more than
+            5,000 stages.
 
     Example:
         >>> from rematplan import Chain

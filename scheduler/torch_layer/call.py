@@ -21,7 +21,7 @@ from torch import nn
 
 from rematplan.scheduler.core.errors import PlanMismatch
 from rematplan.scheduler.torch_layer.fsdp import placement, reject_tensor_parallel, reject_wrapped, reshard
-from rematplan.scheduler.torch_layer.layouts import is_plain, room, unusual
+from rematplan.scheduler.torch_layer.layouts import is_strided, room, unusual
 from rematplan.scheduler.torch_layer.leaves import tree_flatten, tree_leaves
 
 __all__ = [
@@ -285,7 +285,7 @@ def kind_of(leaf: Any) -> Any:
     """
     if not isinstance(leaf, torch.Tensor):
         return type(leaf), leaf  # True is not 1
-    if is_plain(leaf):
+    if is_strided(leaf):
         return leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad
     what = unusual(leaf)
     if what is not None:

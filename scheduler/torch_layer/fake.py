@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rematplan.scheduler.core.errors import CaptureError
 from rematplan.scheduler.torch_layer.eager import as_eager
 from rematplan.scheduler.torch_layer.fsdp import sharded_within
-from rematplan.scheduler.torch_layer.layouts import is_plain
+from rematplan.scheduler.torch_layer.layouts import is_strided
 from rematplan.scheduler.torch_layer.leaves import map_tensors
 from rematplan.scheduler.torch_layer.private import (
     FakeTensor,
@@ -38,7 +38,7 @@ def has_data(tensors: Iterable[Any]) -> bool:
 
 def _faked(tensor: Tensor, mode: FakeTensorMode, device: str) -> Tensor:
     """Return a fake tensor of the same shape, strides and dtype; a Parameter for a Parameter."""
-    if not is_plain(tensor):
+    if not is_strided(tensor):
         raise CaptureError(
             "solve: a sparse or nested tensor has no stand-in without data; plan the model where it has data, without device="
         )

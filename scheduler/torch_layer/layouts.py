@@ -14,7 +14,7 @@ __all__ = [
     "INTEGERS",
     "equal_bits",
     "held_bytes",
-    "is_plain",
+    "is_strided",
     "nonzeros",
     "parts",
     "room",
@@ -31,7 +31,7 @@ COLUMNS = (torch.sparse_csc, torch.sparse_bsc)
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
-def is_plain(tensor: Tensor) -> bool:
+def is_strided(tensor: Tensor) -> bool:
     """Whether a tensor is a view of one storage: dense, and not nested."""
     return tensor.layout is torch.strided and not tensor.is_nested
 

@@ -11,7 +11,7 @@ import dis
 import functools
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,7 +110,7 @@ class _Walk:
 
     def _open(self, value: Any) -> None:
         """Visit what a container or an object of the user's holds."""
-        inside: Iterable[Any] = ()
+        inside: Collection[Any] = ()
         if isinstance(value, dict):
             inside = value.values()
         elif isinstance(value, (list, tuple, set, frozenset)):

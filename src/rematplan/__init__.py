@@ -18,7 +18,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from rematplan.scheduler.bounds.dag import Dag
+from rematplan.scheduler.bounds.dag import Dag, Op, Turn
 from rematplan.scheduler.bounds.floor import dag_floor
 from rematplan.scheduler.bounds.milp import solve_dag
 from rematplan.scheduler.core.budget import format_bytes
@@ -96,6 +96,7 @@ __all__ = [
     "Offload",
     "OffloadSaved",
     "OnlineRevolve",
+    "Op",
     "Option",
     "PeakWarning",
     "Plan",
@@ -110,6 +111,7 @@ __all__ = [
     "SearchLimit",
     "Stage",
     "Timeline",
+    "Turn",
     "broadcast_plan",
     "compare",
     "dag_floor",

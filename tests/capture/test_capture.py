@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rematplan import CaptureError, InfeasibleBudget, ReplayError, execute, solve, solve_chain
-from rematplan.scheduler.capture.bit_equal_step import difference, run_step
+from rematplan.scheduler.capture.bit_equal_step import difference, step_result
 from rematplan.scheduler.capture.blocks.block_capture import capture_modules
 from rematplan.scheduler.capture.graph.cut import linearize, op_dag
 from rematplan.scheduler.capture.graph.export import export_graph
@@ -67,8 +67,8 @@ def _linear(case: Case) -> Any:
 
 def _trains_equally(model: nn.Module, batch: Tensor, plan: Any) -> None:
     planned = execute(plan, model)
-    plain = run_step(model, lambda: model(batch))
-    assert difference(plain, run_step(model, lambda: planned(batch))) is None
+    plain = step_result(model, lambda: model(batch))
+    assert difference(plain, step_result(model, lambda: planned(batch))) is None
 
 
 def _tight(model: nn.Module, batch: Tensor, **keywords: Any) -> Any:

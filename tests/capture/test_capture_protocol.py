@@ -15,7 +15,7 @@ from rematplan import CaptureError, Plan, execute, solve
 from rematplan.executors.engine import Engine, Executor
 from rematplan.executors.nested import nested
 from rematplan.executors.recapture import ENGINES
-from rematplan.scheduler.capture.bit_equal_step import difference, run_step
+from rematplan.scheduler.capture.bit_equal_step import difference, step_result
 from rematplan.scheduler.capture.protocol import Asked, Capture, Producer
 from rematplan.scheduler.capture.trial_step import TrialStep
 from rematplan.scheduler.core.chain import Chain
@@ -211,6 +211,6 @@ def test_a_buffer_that_a_step_leaves_otherwise_is_a_difference() -> None:
         seen[2] += 1
         return output
 
-    plain = run_step(model, lambda: model(batch))
-    assert difference(plain, run_step(model, lambda: model(batch))) is None
-    assert difference(plain, run_step(model, spoilt)) == "buffer seen differs by up to 1"
+    plain = step_result(model, lambda: model(batch))
+    assert difference(plain, step_result(model, lambda: model(batch))) is None
+    assert difference(plain, step_result(model, spoilt)) == "buffer seen differs by up to 1"

@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
 from rematplan import CaptureError, Plan, execute, solve
-from rematplan.scheduler.capture.bit_equal_step import difference, run_step
+from rematplan.scheduler.capture.bit_equal_step import difference, step_result
 from rematplan.scheduler.capture.graph.decompose import in_parts
 from rematplan.scheduler.capture.graph.export import export_graph
 from rematplan.scheduler.capture.graph.graph_capture import capture_graph, op_graphs
@@ -37,8 +37,8 @@ def names(graph: OpGraph) -> list[str]:
 
 def assert_trains_like(model: nn.Module, graph: OpGraph, call: Call) -> None:
     capture = capture_graph(graph, model)
-    plain = run_step(model, lambda: model(*call[0], **call[1]))
-    assert difference(plain, run_step(model, lambda: capture.sweep(model, call))) is None
+    plain = step_result(model, lambda: model(*call[0], **call[1]))
+    assert difference(plain, step_result(model, lambda: capture.sweep(model, call))) is None
 
 
 class Attention(nn.Module):

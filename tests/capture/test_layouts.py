@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rematplan.scheduler.torch_layer.layouts import (
     held_bytes,
-    is_plain,
+    is_strided,
     nonzeros,
     parts,
     room,
@@ -39,7 +39,7 @@ SPARSE: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
 def test_a_sparse_tensor_is_what_it_consists_of(name: str) -> None:
     convert, size = SPARSE[name]
     tensor = convert(torch.eye(6))
-    assert not is_plain(tensor)
+    assert not is_strided(tensor)
     assert tensor_bytes(tensor) == size
     assert held_bytes(tensor) >= size
     assert nonzeros(tensor) == (3 if name == "bsr" else 6)
@@ -50,7 +50,7 @@ def test_a_sparse_tensor_is_what_it_consists_of(name: str) -> None:
 def test_views_share_a_storage_and_hold_all_of_it() -> None:
     whole = torch.zeros(10)
     view = whole[2:5]
-    assert is_plain(view)
+    assert is_strided(view)
     assert (tensor_bytes(view), held_bytes(view)) == (12, 40)
     assert storage_keys([whole, view]) == {storage_key(whole)}
     assert storage_key(torch.zeros(10)) != storage_key(whole)
@@ -87,4 +87,4 @@ def test_tensors_without_a_storage_have_no_key() -> None:
 def test_what_cannot_be_counted_is_said() -> None:
     nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
     assert unusual(nested) == "a nested tensor"
-    assert not is_plain(nested)
+    assert not is_strided(nested)

@@ -182,7 +182,7 @@ HOLDER = Holder()
 
 def _in_a_closure() -> Callable[..., Any]:
     module = sys.modules[__name__]
-    return lambda model, x: module.scaled(x)  # type: ignore[attr-defined]
+    return lambda model, x: module.scaled(x)
 
 
 def _imports(model: Any, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from rematplan import CaptureError, DeviceSpec, InfeasibleBudget, Plan, PlanMismatch, estimate, execute, solve
-from rematplan.scheduler.capture.bit_equal_step import difference, run_step
+from rematplan.scheduler.capture.bit_equal_step import difference, step_result
 from rematplan.scheduler.torch_layer.loss import find_loss
 from tests.shared.helpers import smallest
 from tests.shared.models import Block, Case, gpt2, llama, mlp, residual, resnet, tiny
@@ -84,10 +84,10 @@ def test_a_plan_made_without_data_trains_like_the_plain_model(name: str, device:
     assert "not tried against the plain model: no data" in str(plan)
     plan = Plan.from_json(json.loads(json.dumps(plan.to_json())))
     planned = execute(plan, case.model)
-    want = run_step(case.model, lambda: case(case.model))
+    want = step_result(case.model, lambda: case(case.model))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        got = run_step(planned, lambda: case(planned))
+        got = step_result(planned, lambda: case(planned))
     # The caches of generation, which a plan leaves out, come last.
     assert difference(replace(want, outputs=want.outputs[: len(got.outputs)]), got) is None
 

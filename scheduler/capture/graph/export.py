@@ -24,7 +24,7 @@ from rematplan.scheduler.capture.graph.op_graph import OUTPUT, SPARSE, Face, OpG
 from rematplan.scheduler.core.errors import CaptureError
 from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.eager import own_attributes
-from rematplan.scheduler.torch_layer.layouts import is_plain as is_view
+from rematplan.scheduler.torch_layer.layouts import is_strided
 from rematplan.scheduler.torch_layer.leaves import repeated_floats, tree_flatten, tree_leaves, tree_unflatten
 from rematplan.scheduler.torch_layer.preserve import bare
 from rematplan.scheduler.torch_layer.private import EXPORT_LOGGERS, is_of_library_op, replaced
@@ -173,7 +173,7 @@ def graph_by(tracer: Tracer, model: nn.Module, call: Call) -> OpGraph:
                 f"submodule {name!r} is a SyncBatchNorm, whose ops depend on torch.distributed"
             )
     tensors = (*tree_leaves(call), *model.parameters(), *model.buffers())
-    if not all(map(is_view, (t for t in tensors if isinstance(t, Tensor)))):
+    if not all(map(is_strided, (t for t in tensors if isinstance(t, Tensor)))):
         raise CaptureError(SPARSE)
     traced, trace = _traced(tracer, model, call)
     if not trace.written:

@@ -198,7 +198,7 @@ class GraphCapture(Capture):
         return self.constants.values()
 
     def observe(self, model: nn.Module, call: Call) -> list[bool]:
-        """Run the stages once without grad: which draw random numbers, which change buffers.
+        """Set ``random``, ``changed`` and ``once``: run the stages without grad, then each twice with.
 
         A stage that may draw by its ops' tags is among those that do: whether it does may depend on the data.
         Without data, tags and schemas are all there is. The caller restores the model's state.

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from rematplan.scheduler.core.errors import CaptureError
 from rematplan.scheduler.torch_layer.call import Call
-from rematplan.scheduler.torch_layer.layouts import is_plain
+from rematplan.scheduler.torch_layer.layouts import is_strided
 from rematplan.scheduler.torch_layer.leaves import tree_leaves
 from rematplan.scheduler.torch_layer.private import (
     DataDependentOutputException,
@@ -382,7 +382,7 @@ class _FakeRun:
         keys = []
         for leaf in pytree.tree_leaves(value):
             if isinstance(leaf, torch.Tensor):
-                if not is_plain(leaf):
+                if not is_strided(leaf):
                     raise CaptureError(SPARSE)
                 storage = leaf.untyped_storage()
                 self._alive.append(storage)
