@@ -191,6 +191,7 @@ def test_a_few_calls_are_captured_as_a_graph_as_ever() -> None:
     assert plan.capture.kind == "graph"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.2, 1.0])
 def test_weights_that_autocast_casts_once_are_counted_once(share: float) -> None:
     """All calls of a cell share the cast weights in autocast's cache; re-runs in backward cast their own."""

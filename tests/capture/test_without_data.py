@@ -38,6 +38,7 @@ MODELS: dict[str, Callable[[], Case]] = {
 }
 
 
+@pytest.mark.slow
 @each_model(["mlp", "residual", "gpt2", "llama", "resnet"])
 def test_a_chain_without_data_is_the_chain_with_it(name: str) -> None:
     case = MODELS[name]()

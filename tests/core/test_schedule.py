@@ -181,6 +181,7 @@ def a_schedule(chain: Chain, data: st.DataObject) -> tuple[Action, ...]:
         return solve_chain(chain, max(error.smallest, 1), solver).actions
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(chains(6, signed=True), st.integers(0, 2**32), st.sampled_from([0, 0, 0, 1, 2]), st.data())
 def test_the_referee_is_the_literal_definition(chain, seed, changes, data):

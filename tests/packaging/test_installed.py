@@ -17,7 +17,7 @@ from tests.shared.helpers import ROOT
 FIRST_PROGRAM = re.findall(
     r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL
 )[0]
-IMPORTS = "\n".join(line for line in FIRST_PROGRAM.splitlines() if line.startswith(("import", "from")))
+IMPORTS = "\n".join(line for line in FIRST_PROGRAM.splitlines() if line.startswith("from rematplan"))
 
 pytest.importorskip("hatchling", reason="building takes hatchling, which `make test` installs")
 

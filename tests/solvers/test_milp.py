@@ -49,6 +49,7 @@ def least(chain: Chain) -> int:
     return max(smallest(chain, "exhaustive"), 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=250)
 @given(dags(), st.data())
 def test_small_dags_take_as_long_as_the_fastest_plan_of_the_class(dag, data):

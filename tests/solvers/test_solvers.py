@@ -168,6 +168,7 @@ def coarse(slots: int, window: int = 1):
         yield
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(chains(7, largest=1000, options=3, signed=True), st.data())
 def test_on_a_grid_too_coarse_optimal_fits_and_its_bound_holds(chain, data):

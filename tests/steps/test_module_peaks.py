@@ -20,6 +20,7 @@ def test_the_peak_of_blocks_is_within_a_hundredth_and_never_above_the_prediction
     assert all(0 <= each.allocated <= 0.01 for each in found), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("autocast", "existing"), [(True, False), (True, True), (False, True)])
 @pytest.mark.parametrize("name", ["gpt2", "layers"])
 def test_casts_of_weights_and_gradients_of_before_are_counted(
