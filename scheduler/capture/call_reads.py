@@ -157,7 +157,11 @@ def _loaded_names(function: Any) -> tuple[frozenset[str] | None, tuple[str, ...]
         return None, ()
     loaded: set[str] = set()
     for instruction in dis.get_instructions(code):
-        if instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE", "LOAD_CLASSDEREF")):
+        # From 3.13 on one instruction may store a name and load another: STORE_FAST_LOAD_FAST.
+        if any(
+            each in instruction.opname
+            for each in ("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE", "LOAD_CLASSDEREF")
+        ):
             argument = instruction.argval
             loaded.update(argument if isinstance(argument, tuple) else (argument,))
         elif instruction.argval in _ALL:
