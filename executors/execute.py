@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
@@ -29,6 +29,37 @@ from rematplan.scheduler.torch_layer.private import never_compiled
 __all__ = ["execute", "plan_of", "plans_of", "trace_of"]
 
 
+M = TypeVar("M", bound=nn.Module)
+
+
+@overload
+def execute(
+    plan: Plan | Sequence[Plan],
+    model: M,
+    *,
+    watch: bool | None = ...,
+    on_new_shape: str = ...,
+    max_plans: int = ...,
+    on_oom: str | None = ...,
+    check: str = ...,
+    debug: bool = ...,
+) -> M: ...
+
+
+@overload
+def execute(
+    plan: Plan | Sequence[Plan],
+    model: Callable[..., Any] | Sequence[Callable[..., Any]],
+    *,
+    watch: bool | None = ...,
+    on_new_shape: str = ...,
+    max_plans: int = ...,
+    on_oom: str | None = ...,
+    check: str = ...,
+    debug: bool = ...,
+) -> nn.Module: ...
+
+
 def execute(
     plan: Plan | Sequence[Plan],
     model: nn.Module | Callable[..., Any] | Sequence[Callable[..., Any]],
@@ -39,7 +70,7 @@ def execute(
     on_oom: str | None = None,
     check: str = "metadata",
     debug: bool = False,
-) -> nn.Module:
+) -> Any:
     """Return a model that trains by ``plan``: same class by isinstance, same parameters, same ``state_dict``.
 
     A forward in train mode with grad enabled follows the plan. In eval mode, or under ``torch.no_grad``, the

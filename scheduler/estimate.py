@@ -165,7 +165,8 @@ def estimate(
         smallest=smallest[batch],
         budget=limit,
         largest_plain=largest[0],
-        largest_planned=largest[1],
+        # Keeping everything is a plan, too: the line through the smallest budgets may miss it.
+        largest_planned=None if largest[1] is None else max(largest[1], largest[0] or 0),
     )
 
 

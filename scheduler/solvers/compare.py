@@ -129,8 +129,8 @@ def compare(
             continue
         try:
             cells[name] = tuple(_cell(chain, budget, name, given.get(name, {})) for budget in budgets)
-        except SearchLimit as error:
-            if solvers is not None:
+        except (SearchLimit, ValueError) as error:  # it gives up, or takes no chain of this size
+            if solvers is not None or name in given:
                 raise
             left_out[name] = str(error)
     return Comparison(chain, budgets, cells, left_out)

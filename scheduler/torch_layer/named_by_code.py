@@ -11,13 +11,21 @@ import dis
 import functools
 import sys
 import types
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from torch import nn
 
-from rematplan.scheduler.torch_layer.python_state import MISSING, cell_content, is_own_code, is_plain
+from rematplan.scheduler.torch_layer.python_state import (
+    MISSING,
+    cell_content,
+    is_own_code,
+    is_plain,
+    slots_of,
+)
 
 __all__ = ["Named", "named_by"]
 
@@ -94,7 +102,8 @@ class _Walk:
             self.found.kinds.append((base.__name__, base))
             for name, value in vars(base).items():
                 self.methods.setdefault(name, []).append(value)
-                if name in self.names or (name.startswith("__") and name in ("__call__", "__getattr__")):
+                # Operators call special methods without naming them.
+                if name in self.names or (name.startswith("__") and name not in ("__init__", "__new__")):
                     self.visit(value)
 
     def know_module(self, module: types.ModuleType) -> None:
@@ -113,11 +122,16 @@ class _Walk:
         inside: Collection[Any] = ()
         if isinstance(value, dict):
             inside = value.values()
-        elif isinstance(value, (list, tuple, set, frozenset)):
+        elif isinstance(value, (list, tuple, set, frozenset, deque)):
             inside = value
+        elif isinstance(value, (types.SimpleNamespace, functools.partialmethod)):
+            inside = vars(value).values()
+        elif isinstance(value, Enum):
+            inside = (value.value,)
         elif not isinstance(value, type) and is_own_code(type(value).__module__):
             self.know(type(value))
-            inside = getattr(value, "__dict__", {}).values()
+            slots = [getattr(value, name, None) for name in slots_of(type(value))]
+            inside = [*getattr(value, "__dict__", {}).values(), *slots]
         if inside and id(value) not in self.opened and len(inside) <= MOST_ITEMS:
             self.opened[id(value)] = value
             for each in tuple(inside):
@@ -144,7 +158,9 @@ class _Walk:
                 self.found.functions.append((value.__name__, value))
                 self._open((*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()))
             self.visit(getattr(value, "__wrapped__", None))
-        elif not is_plain(value):
+            if isinstance(registered := getattr(value, "registry", None), types.MappingProxyType):
+                self._open(tuple(registered.values()))  # functools.singledispatch
+        elif not is_plain(value) or isinstance(value, Enum):
             self._open(value)
 
     def run(self) -> None:

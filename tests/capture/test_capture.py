@@ -397,13 +397,13 @@ def test_code_between_blocks_that_takes_another_path_than_when_planned_is_refuse
 
     model, batch = Wayward().train(), torch.randn(64, 16)
     planned = execute(_tight(model, batch, capture="modules"), model)
-    planned.way = "skip"  # type: ignore[assignment] # a plain attribute
+    planned.way = "skip"
     planned(batch).sum().backward()  # a step that leaves blocks out follows the same plan
     for way in ("new", "in place"):
-        planned.way = way  # type: ignore[assignment] # a plain attribute
+        planned.way = way
         with pytest.raises(ReplayError, match="make a plan for this call"):
             planned(batch)
-    planned.way = ""  # type: ignore[assignment] # a plain attribute
+    planned.way = ""
     planned(batch).sum().backward()
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib
 import math
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,7 +209,46 @@ def _under_another_name(model: Any, x: Tensor) -> Any:
     return other.scaled(x)
 
 
+class Operators:
+    """An object whose operators read the global."""
+
+    def __mul__(self, x: Tensor) -> Tensor:
+        return scaled(x)
+
+    def __getitem__(self, x: Tensor) -> Tensor:
+        return scaled(x)
+
+
+class Slotted:
+    """An object without a dict."""
+
+    __slots__ = ("function",)
+
+    def __init__(self) -> None:
+        self.function = scaled
+
+
+@functools.singledispatch
+def dispatched(x: object) -> Any:
+    raise TypeError(x)
+
+
+@dispatched.register
+def _(x: Tensor) -> Tensor:
+    return scaled(x)
+
+
+OPERATORS, SLOTTED = Operators(), Slotted()
+SPACE = types.SimpleNamespace(function=scaled)
+QUEUE = collections.deque([scaled])
+
 WAYS: dict[str, Callable[..., Any]] = {
+    "an operator": lambda model, x: OPERATORS * x,
+    "an item": lambda model, x: OPERATORS[x],
+    "a slot": lambda model, x: SLOTTED.function(x),
+    "a namespace": lambda model, x: SPACE.function(x),
+    "a deque": lambda model, x: QUEUE[0](x),
+    "singledispatch": lambda model, x: dispatched(x),
     "a function in a global dict": lambda model, x: BY_NAME["scaled"](x),
     "a module in a global dict": _under_another_name,
     "a function of an object": lambda model, x: HOLDER.function(x),

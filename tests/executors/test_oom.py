@@ -194,7 +194,7 @@ def test_where_no_plan_is_tighter_the_error_says_so() -> None:
 
 def test_raise_raises_and_keeps_the_plan_and_is_the_default_on_the_cpu() -> None:
     for options in ({"on_oom": "raise"}, {}):
-        planned = execute(plan_of_four("graph"), four(), **options)  # type: ignore[arg-type] # one keyword
+        planned = execute(plan_of_four("graph"), four(), **options)  # type: ignore[call-overload] # one keyword
         with restored(four()), RunsOut("addmm", 2), pytest.raises(torch.OutOfMemoryError):
             planned(torch.randn(ROWS, WIDTH))
         assert plan_of(planned) is plan_of_four("graph")
