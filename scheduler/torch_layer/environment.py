@@ -135,7 +135,14 @@ def _in_plans(kind: str) -> list[tuple[str, Callable[[], Any]]]:
         found += [
             (name, _PART_IN_PLANS.get(name, read)) for name, read, _ in rows if name not in _NOT_IN_PLANS
         ]
+    found.append(("function modes", _names_of_modes))
     return found
+
+
+def _names_of_modes() -> str | None:
+    """Return the classes of the function modes that see what a forward calls, as text; None without any."""
+    names = [type(mode).__qualname__ for mode in function_mode_stack() if not isinstance(mode, DeviceContext)]
+    return ", ".join(names) or None
 
 
 def switches(kind: str) -> list[Any]:

@@ -171,3 +171,22 @@ def test_switches_of_cuda_are_put_back_too() -> None:
     finally:
         cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = False, False, True
     assert switches("cuda") == then
+
+
+class Doubled(torch.overrides.TorchFunctionMode):
+    """Doubles what GELU gives, for code within it."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        return result * 2 if function is torch.nn.functional.gelu else result
+
+
+def test_a_function_mode_of_some_steps_has_a_plan_of_its_own() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3)))
+    x = torch.randn(4, 8)
+    planned = execute(solve(model, "1MiB", sample=x), model)
+    for context in (nullcontext(), Doubled(), nullcontext(), Doubled()):
+        with context:
+            expected = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+            found = torch.autograd.grad(planned(x).sum(), list(planned.parameters()))
+        assert all(map(torch.equal, expected, found))
