@@ -140,8 +140,9 @@ def _in_plans(kind: str) -> list[tuple[str, Callable[[], Any]]]:
 
 
 def _names_of_modes() -> str | None:
-    """Return the classes of the function modes that see what a forward calls, as text; None without any."""
-    names = [type(mode).__qualname__ for mode in function_mode_stack() if not isinstance(mode, DeviceContext)]
+    """Return the classes of the user's function modes that see what a forward calls; None without any."""
+    kinds = [type(mode) for mode in function_mode_stack() if not isinstance(mode, DeviceContext)]
+    names = [kind.__qualname__ for kind in kinds if not kind.__module__.startswith("rematplan.")]
     return ", ".join(names) or None
 
 
