@@ -141,7 +141,7 @@ def _in_plans(kind: str) -> list[tuple[str, Callable[[], Any]]]:
 
 def _names_of_modes() -> str | None:
     """Return the classes of the user's function modes that see what a forward calls; None without any."""
-    kinds = [type(mode) for mode in function_mode_stack() if not isinstance(mode, DeviceContext)]
+    kinds = map(type, _function_modes()[1])
     names = [kind.__qualname__ for kind in kinds if not kind.__module__.startswith("rematplan.")]
     return ", ".join(names) or None
 
