@@ -130,7 +130,8 @@ def compare(
         try:
             cells[name] = tuple(_cell(chain, budget, name, given.get(name, {})) for budget in budgets)
         except (SearchLimit, ValueError) as error:  # it gives up, or takes no chain of this size
-            if solvers is not None or name in given:
+            wrong_parameter = name in given and not isinstance(error, SearchLimit)
+            if solvers is not None or wrong_parameter:
                 raise
             left_out[name] = str(error)
     return Comparison(chain, budgets, cells, left_out)
