@@ -14,6 +14,7 @@ from rematplan.executors.host_arena import Arena
 from rematplan.executors.trace import Observer
 from rematplan.scheduler.capture.graph.recompute import Rebuild
 from rematplan.scheduler.capture.protocol import Capture
+from rematplan.scheduler.core.program import ReplayProgram
 from rematplan.scheduler.plan.plan import CaptureRecord, Plan
 from rematplan.scheduler.torch_layer.call import Call
 
@@ -40,10 +41,14 @@ class Executor(ABC):
     reversing: frozenset[int] = frozenset()
 
     def __init__(self, capture: Any, plan: Plan, check: str) -> None:
-        self.capture, self.program, self.check = capture, plan.program, check
+        self.capture, self.program, self.check = capture, self.program_of(plan), check
         self.device, self.random = capture.device, capture.random
         self.observe: Observer | None = None
         self.ran_out = False
+
+    def program_of(self, plan: Plan) -> ReplayProgram:
+        """Return the program that its steps follow."""
+        return plan.program
 
     @abstractmethod
     def forward(self, flat: list[Any], call: Call) -> Any:

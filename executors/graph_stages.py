@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,16 +15,18 @@ from rematplan.executors.compare_replay import Comparison
 from rematplan.executors.engine import Executor, Stages
 from rematplan.executors.host_arena import Arena
 from rematplan.executors.step import Step
+from rematplan.scheduler.capture.graph.compiled import CompiledCapture
 from rematplan.scheduler.capture.graph.graph_capture import GraphCapture
 from rematplan.scheduler.capture.graph.recompute import Rebuild, compile_rebuilds, origin_of_pack
 from rematplan.scheduler.capture.graph.stages import GraphStage, Source
+from rematplan.scheduler.core.program import ReplayProgram
 from rematplan.scheduler.core.referee import Keep
 from rematplan.scheduler.plan.plan import Plan
 from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.leaves import tree_unflatten
 from rematplan.scheduler.torch_layer.preserve import uncached
 
-__all__ = ["GraphExecutor", "locate"]
+__all__ = ["CompiledExecutor", "GraphExecutor", "locate"]
 
 
 class GraphExecutor(Executor):
@@ -104,6 +107,22 @@ class GraphExecutor(Executor):
             return self.constants[leaf.key]
         values, key = self.returned[leaf.key]
         return values[key]
+
+
+class CompiledExecutor(GraphExecutor):
+    """Runs compiled stages, each by the variant that the plan keeps it with, of which all is kept."""
+
+    def __init__(self, capture: CompiledCapture, plan: Plan, model: nn.Module, check: str) -> None:
+        options = [plan.option(k) for k in range(len(capture))]
+        stages = [
+            replace(stage, function=chosen[option].function)
+            for stage, chosen, option in zip(capture.stages, capture.chosen, options, strict=True)
+        ]
+        super().__init__(replace(capture, stages=stages), plan, model, check)
+
+    def program_of(self, plan: Plan) -> ReplayProgram:
+        """See ``Executor.program_of``: a variant is kept whole or not at all."""
+        return plan.program.without_options()
 
 
 class _Reads:

@@ -14,9 +14,10 @@ from torch import nn
 
 from rematplan.executors.block_stages import ModuleExecutor
 from rematplan.executors.engine import Engine
-from rematplan.executors.graph_stages import GraphExecutor
+from rematplan.executors.graph_stages import CompiledExecutor, GraphExecutor
 from rematplan.scheduler.capture.bit_equal_step import PlainSteps, step_result
 from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture, capture_modules, recorded_modules
+from rematplan.scheduler.capture.graph.compiled import CompiledCapture, compile_capture
 from rematplan.scheduler.capture.graph.graph_capture import GraphCapture, capture_graph, op_graphs
 from rematplan.scheduler.capture.graph.op_graph import OpGraph
 from rematplan.scheduler.capture.graph.recompute import check_dropped
@@ -26,7 +27,7 @@ from rematplan.scheduler.core.errors import CaptureError, PlanMismatch
 from rematplan.scheduler.costs.graph_chain import kept_storages
 from rematplan.scheduler.costs.meters.peak import allocated
 from rematplan.scheduler.costs.option_costs import makes_again
-from rematplan.scheduler.plan.kinds import BLOCKS, KINDS
+from rematplan.scheduler.plan.kinds import BLOCKS, COMPILED, KINDS
 from rematplan.scheduler.plan.plan import CaptureRecord, Plan
 from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.environment import environment_difference, environment_text
@@ -152,7 +153,29 @@ def _again(plan: Plan, model: nn.Module, call: Call) -> GraphCapture:
     _check_length(found, plan)
     with uncached():  # or casts of runs without grad would be those of the step
         _check_graph(plan, model, call, found)
+        _check_options(plan, model, call, found)
     found.uncached = _runs_uncached(plan, model, call, found)
+    return found
+
+
+def _compiled(plan: Plan, model: nn.Module, call: Call) -> CompiledCapture:
+    eager, shares = _graph(plan, model, call), plan.capture.shares
+    _check_length(eager, plan)
+    eager.uncached = _runs_uncached(plan, model, call, eager)
+    with preserved(model):
+        found = compile_capture(eager, model, call, lambda _: None, shares)
+    _check_graph(plan, model, call, found)
+    values = plan.chain.values
+    for k, (stage, variants) in enumerate(zip(plan.chain.stages, found.variants, strict=True)):
+        known = {variant.share: variant for variant in variants}
+        for option, share in zip(stage.options, shares[k], strict=True):
+            variant = known.get(share)
+            if variant is None or variant.made > sum(values[value] for value in option.keeps):
+                how = "is not its equal" if variant is None else f"saves {variant.made} bytes"
+                raise CaptureError(
+                    f"stage {k} ({found.stages[k].name}): compiled to save {share:.0%} it {how}, other than in the plan"
+                )
+        found.chosen.append(tuple(known[share] for share in shares[k]))
     return found
 
 
@@ -220,7 +243,6 @@ def _check_graph(plan: Plan, model: nn.Module, call: Call, found: GraphCapture) 
     found.gaps, found.rerun = list(record.gaps), list(record.rerun)
     dropped = [tuple(map(frozenset, options)) for options in record.dropped]
     found.dropped = dropped or [(frozenset(),)] * stages
-    _check_options(plan, model, call, found)
 
 
 def _check_options(plan: Plan, model: nn.Module, call: Call, found: GraphCapture) -> None:
@@ -288,4 +310,8 @@ def _runs_uncached(plan: Plan, model: nn.Module, call: Call, found: GraphCapture
     return without
 
 
-ENGINES = {"graph": Engine(GraphExecutor, _again, _alike), BLOCKS: Engine(ModuleExecutor, _modules)}
+ENGINES = {
+    "graph": Engine(GraphExecutor, _again, _alike),
+    COMPILED: Engine(CompiledExecutor, _compiled, _alike),
+    BLOCKS: Engine(ModuleExecutor, _modules),
+}

@@ -20,7 +20,7 @@ from rematplan.scheduler.core.device import DeviceSpec
 from rematplan.scheduler.core.errors import CaptureError, InfeasibleBudget
 from rematplan.scheduler.costs.meters.cuda_overheads import allocator_slack
 from rematplan.scheduler.costs.resident import optimizer_bytes, optimizer_step_bytes, resident_parts
-from rematplan.scheduler.plan.kinds import BLOCKS, KINDS
+from rematplan.scheduler.plan.kinds import BLOCKS, COMPILED, KINDS
 from rematplan.scheduler.plan.plan import CaptureRecord, Plan
 from rematplan.scheduler.solvers import SOLVERS, checked_solver, solve_chain
 from rematplan.scheduler.torch_layer.call import (
@@ -96,6 +96,7 @@ def solve(
     costs: str | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     device: DeviceSpec | str | None = None,
+    backend: str = "eager",
     progress: Progress | None = None,
 ) -> Plan:
     """Plan the training step of ``model`` so that it fits ``memory_budget``, at the least extra time.
@@ -133,6 +134,9 @@ def solve(
         device: plan for this device instead of the one that holds the model: a DeviceSpec, or the name of a
             built-in one ("H100", "A100-80GB", ...). Nothing runs on data, and no memory is taken; so the
             captured graph is not tried against the plain step, and scratch space of kernels is not counted.
+        backend: "eager", or "inductor": it compiles the stages of the op graph, each to save all of its
+            activations or less. Loss and gradients are then, bit for bit, those of the same compiled stages
+            all kept, and differ from the eager model's by rounding and by dropout's draws.
         progress: called with a line of text at each step of the planning.
 
     Returns:
@@ -152,7 +156,17 @@ def solve(
     """
     plain: nn.Module = unplanned(as_model(model, sample))
     request = checked(
-        plain, memory_budget, sample, solver, parameters or {}, capture, costs, optimizer, device, progress
+        plain,
+        memory_budget,
+        sample,
+        solver,
+        parameters or {},
+        capture,
+        costs,
+        optimizer,
+        device,
+        progress,
+        backend,
     )
     if isinstance(request.device, Target):
         with without_hardware(request.model, request.call) as (twin, call):
@@ -334,6 +348,7 @@ def checked(
     optimizer: torch.optim.Optimizer | None,
     target: DeviceSpec | str | None,
     progress: Progress | None,
+    backend: str = "eager",
 ) -> Request:
     """Refuse what cannot be planned, before anything is changed."""
     reject_unusable(model)
@@ -362,6 +377,7 @@ def checked(
         raise ValueError(
             f"solve: capture={capture!r} is unknown; choose one of {', '.join(('auto', *KINDS))}, or pass a list of modules"
         )
+    capture = _compiled(backend, capture, costs) if backend != "eager" else capture
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"solve: optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
     if isinstance(device, Target) and costs == "measure":
@@ -376,6 +392,23 @@ def checked(
     return Request(
         model, budget, call, cacheless, device, solver, parameters, asked, costs, state, step, told
     )
+
+
+def _compiled(backend: str, capture: str | Iterable[nn.Module], costs: str) -> str:
+    """Return the kind of capture for a backend that compiles."""
+    if backend != "inductor":
+        raise ValueError(f"solve: backend={backend!r} is unknown; choose 'eager' or 'inductor'")
+    if costs != "measure":
+        raise ValueError(
+            f"solve: backend='inductor' measures the code that it compiles, and costs={costs!r} runs none; leave costs and "
+            "device out, or plan with backend='eager'"
+        )
+    if capture not in ("auto", "graph", COMPILED):
+        raise ValueError(
+            f"solve: backend='inductor' compiles stages of the op graph, and capture={capture!r} was asked for; leave "
+            "capture out, or compile the blocks yourself (block.compile()) and leave backend out"
+        )
+    return COMPILED
 
 
 def _checked_call(model: nn.Module, sample: Any, device: Device) -> tuple[Call, bool]:

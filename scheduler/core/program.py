@@ -8,7 +8,7 @@ device and host.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rematplan.scheduler.core.schedule import (
     COPY_ACTIONS,
@@ -98,6 +98,12 @@ class ReplayProgram:
             raise ValueError(f"ReplayProgram: stage {backward_at.index(-1)} is never reversed")
         copies = has_copies(actions)
         return cls(tuple(kept), frozenset(held), replay, tuple(backward_at), tuple(map(tuple, moves)), copies)
+
+    def without_options(self) -> ReplayProgram:
+        """Return the program for stages that are kept whole, whatever the option."""
+        kept = tuple(None if option is None else 0 for option in self.kept)
+        replay = tuple(Keep(each.stage) if isinstance(each, Keep) else each for each in self.replay)
+        return replace(self, kept=kept, replay=replay)
 
 
 def _checked_places(actions: tuple[Action, ...]) -> frozenset[int]:

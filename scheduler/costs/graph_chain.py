@@ -6,12 +6,12 @@ graph alone. Transients and seconds are measured, once per distinct stage.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
-from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,11 +19,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from rematplan.scheduler.capture.graph.compiled import CompiledCapture, Variant
 from rematplan.scheduler.capture.graph.graph_capture import GraphCapture
 from rematplan.scheduler.capture.graph.op_graph import OpGraph
 from rematplan.scheduler.capture.graph.recompute import packs_of
 from rematplan.scheduler.core.chain import Carried, Chain
 from rematplan.scheduler.costs.assemble import StageFacts, Values, assemble, parameter_grads
+from rematplan.scheduler.costs.compiled_stages import measure_variants
 from rematplan.scheduler.costs.meters.peak import allocated
 from rematplan.scheduler.costs.option_costs import measure_options
 from rematplan.scheduler.costs.resident import rerun_state, storage_bytes
@@ -95,16 +97,20 @@ def measure_graph(
         split = options and not capture.once[k]
         how = [clock, split, capture.uncached, *surroundings, sorted(stage.carried_from), k == last, adding]
         how += [sorted(unread), sorted(held), sorted(layouts.items())]
-        key = f"{capture.place}|{how}|{stage.signature}"
+        key = f"{capture.kind}|{capture.place}|{how}|{stage.signature}"
         if key not in costs:
-            run = _isolated(capture, k, arguments, added, unread, layouts, held)
-            cost = measure_stage(run, capture.place, clock=clock)
-            if capture.target is not None:
-                forward, backward = estimate_run(run, capture.place)
-                cost = replace(cost, forward=forward, backward=backward)
-            if split:
-                found, gap = measure_options(capture, k, run, arguments, clock=clock)
-                cost = replace(cost, options=found, gap=gap)
+            isolated = functools.partial(_isolated, capture, k, arguments, added, unread, layouts, held)
+            if isinstance(capture, CompiledCapture):
+                cost = measure_variants(capture, k, isolated, split=options)
+            else:
+                run = isolated(stage.function)
+                cost = measure_stage(run, capture.place, clock=clock)
+                if capture.target is not None:
+                    forward, backward = estimate_run(run, capture.place)
+                    cost = replace(cost, forward=forward, backward=backward)
+                if split:
+                    found, gap = measure_options(capture, k, run, arguments, clock=clock)
+                    cost = replace(cost, options=found, gap=gap)
             if not capture.uncached:
                 cost = replace(cost, cached=cached_casts(lambda: stage.function(*arguments), capture.place))
             costs[key] = cost
@@ -113,16 +119,27 @@ def measure_graph(
 
     with torch.no_grad():
         capture.sweep(model, call, visit)
+    if isinstance(capture, CompiledCapture):
+        capture.chosen = [tuple(each.variant for each in (cost.whole, *cost.options)) for cost in measured]
     capture.dropped = [(frozenset(), *(option.dropped for option in cost.options)) for cost in measured]
     capture.gaps = [cost.gap for cost in measured]
     capture.rerun = [((), *(option.rerun for option in cost.options)) for cost in measured]
     return measured
 
 
-def kept_storages(capture: GraphCapture, k: int, dropped: frozenset[int]) -> set[int]:
-    """Return the storages kept for the backward of stage k; with the boundary if not all are."""
+def kept_storages(
+    capture: GraphCapture, k: int, dropped: frozenset[int], variant: Variant | None = None
+) -> set[int]:
+    """Return the storages kept for the backward of stage k; with the boundary if not all are.
+
+    Args:
+        variant: of a compiled stage; its private storages are not among them.
+    """
     linear, groups = capture.linear, capture.graph.groups
-    kept = _kept_packs(capture, k, dropped).union(linear.boundaries[k] if dropped else ())
+    if variant is not None:
+        kept = capture.storages(k, variant.arguments, variant.results)
+    else:
+        kept = _kept_packs(capture, k, dropped).union(linear.boundaries[k] if dropped else ())
     elsewhere = {key for keys in linear.carried for key in keys} - set(linear.carried[k])
     return {key for key in kept - elsewhere if groups[key].producer >= 0}
 
@@ -140,6 +157,7 @@ def _isolated(
     unread: frozenset[int],
     layouts: Mapping[int, tuple[int, ...]],
     held: frozenset[int],
+    function: Callable[..., tuple[Tensor, ...]],
 ) -> StageRun:
     stage = capture.stages[k]
 
@@ -151,7 +169,7 @@ def _isolated(
         torch.clear_autocast_cache()
         try:
             with uncached() if capture.uncached else nullcontext():
-                return stage.function(*fresh)
+                return function(*fresh)
         finally:  # a run may be stopped half-way
             torch.clear_autocast_cache()
 
@@ -188,7 +206,7 @@ def graph_chain(
     size = {key: allocated(group.bytes, capture.place) for key, group in graph.groups.items()}
     values = _GraphValues(graph, size)
     flows = _GradFlows(capture, costs, size)
-    saved_by = [{key for op in graph.ops[a:b] for key in op.saved} for a, b in pairwise(linear.cuts)]
+    saved_by = [capture.saves(k) for k in range(count)]
     waiting = unreversed(capture, loss_is_output)
     stays = [unreversed_bytes(capture, k, waiting, values.stored) for k in range(count)]
     freed = _freed(capture, saved_by, {k for k, amount in enumerate(stays) if amount})
@@ -205,8 +223,9 @@ def graph_chain(
         prefix = k == 0 and linear.frozen_prefix
         options = []
         for each in (cost.whole, *cost.options):
-            kept = sorted(kept_storages(capture, k, each.dropped), key=values.order.__getitem__)
-            keeps = [values.number(key) for key in kept]
+            kept = kept_storages(capture, k, each.dropped, each.variant)
+            keeps = [values.number(key) for key in sorted(kept, key=values.order.__getitem__)]
+            keeps += [values.new(allocated(size, capture.place)) for size in each.private]
             # The loss that stood in keeps the last stage's outputs.
             if (not last or loss_is_output) and (unseen := _unseen(capture, k, each, values)):
                 keeps.append(values.new(unseen))
@@ -328,9 +347,10 @@ class _GradFlows:
 
 def _unseen(capture: GraphCapture, k: int, cost: OptionCost, values: _GraphValues) -> int:
     """Return bytes that autograd saves of real tensors alone: kernels are chosen by their data type."""
-    kept, first = _kept_packs(capture, k, cost.dropped), capture.linear.cuts[k]
+    kept, first = kept_storages(capture, k, cost.dropped, cost.variant), capture.linear.cuts[k]
     own = (key for key in kept if capture.graph.groups[key].producer >= first)
-    return max(0, cost.kept - values.stored(own))
+    private = sum(allocated(size, capture.place) for size in cost.private)
+    return max(0, cost.kept - values.stored(own) - private)
 
 
 def _arriving(flows: _GradFlows, k: int, cost: StageCost, loss_is_output: bool) -> int:

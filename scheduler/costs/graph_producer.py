@@ -12,6 +12,7 @@ from torch import nn
 
 from rematplan.scheduler.capture.bit_equal_step import PlainSteps, step_result
 from rematplan.scheduler.capture.blocks.calls import Recurrence, is_compiled
+from rematplan.scheduler.capture.graph.compiled import CompiledCapture, compile_capture
 from rematplan.scheduler.capture.graph.graph_capture import GraphCapture, capture_graph, op_graphs
 from rematplan.scheduler.capture.protocol import Asked, Producer
 from rematplan.scheduler.capture.trial_step import DRAWS, UNTRIED, TrialStep
@@ -29,7 +30,7 @@ from rematplan.scheduler.torch_layer.preserve import model_device, preserved
 from rematplan.scheduler.torch_layer.private import modes_disabled, replaced
 from rematplan.scheduler.torch_layer.unwind import met
 
-__all__ = ["GraphProducer"]
+__all__ = ["CompiledProducer", "GraphProducer"]
 
 
 class GraphProducer(Producer):
@@ -98,6 +99,26 @@ class GraphProducer(Producer):
                 path = list(stack.values())[-1][0] if stack else ""
                 found[named(path)] += allocated(group.bytes, captured.place)
         return dict(found.most_common())
+
+
+class CompiledProducer(GraphProducer):
+    """Makes and prices captures whose stages Inductor compiles."""
+
+    def capture(self, step: TrialStep, asked: Asked, refused: str) -> tuple[CompiledCapture, str]:
+        """See ``Producer.capture``."""
+        model = step.model
+        eager, how = super().capture(step, asked, refused)
+        with preserved(model), met("the stages cannot be compiled"):
+            found = compile_capture(eager, model, step.arrives, step.progress)
+        trial = functools.partial(_planned_call, found, model, *step.call)
+        step_result(model, trial, offload=True, call=step.call)
+        with preserved(model):
+            found.observe(model, step.arrives)
+        return found, f"{how}; its stages compiled by Inductor"
+
+    def asked_again(self, record: CaptureRecord, model: nn.Module, asked: str) -> str:  # noqa: ARG002
+        """See ``Producer.asked_again``."""
+        return record.kind if asked == "auto" else asked
 
 
 def _untried(step: TrialStep) -> tuple[GraphCapture, str]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rematplan.scheduler.capture.graph.compiled import Variant
 from rematplan.scheduler.costs.meters.clock import Spans
 from rematplan.scheduler.costs.meters.peak import allocated, count_bytes
 from rematplan.scheduler.torch_layer.fsdp import is_distributed
@@ -54,6 +55,7 @@ class OptionCost:
         rerun: the ops of the stage that run again, by their places in it.
         rebuild_peak: most bytes above the inputs while the stage is run again to its last kept tensor.
         kept: bytes that are live once the stage has run forward, and nobody holds its outputs.
+        variant: of a compiled stage, the compilation that it is.
     """
 
     dropped: frozenset[int]
@@ -64,6 +66,12 @@ class OptionCost:
     rerun: tuple[int, ...] = ()
     rebuild_peak: int | None = None
     kept: int = 0
+    variant: Variant | None = None
+
+    @property
+    def private(self) -> tuple[int, ...]:
+        """Bytes of saved storages that are no values of the graph."""
+        return self.variant.private if self.variant is not None else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +98,7 @@ class StageCost:
         cached: bytes of its weights' casts that autocast's cache holds until the forward is over.
         held: bytes that its graph holds though its saved tensors are dropped, such as the random-number
             states of torch's checkpoint.
+        variant: of a compiled stage, the compilation that keeps all of these.
     """
 
     forward: float
@@ -107,12 +116,14 @@ class StageCost:
     rebuild_peak: int | None = None
     cached: int = 0
     held: int = 0
+    variant: Variant | None = None
 
     @property
     def whole(self) -> OptionCost:
         """The option that keeps all."""
         peaks = self.keeping_peak, self.backward_peak
-        return OptionCost(frozenset(), 0.0, *peaks, "all", rebuild_peak=self.rebuild_peak, kept=self.kept)
+        more = {"rebuild_peak": self.rebuild_peak, "kept": self.kept, "variant": self.variant}
+        return OptionCost(frozenset(), 0.0, *peaks, "all", **more)
 
 
 Enter = Callable[[int, Tensor], Tensor]

@@ -34,8 +34,7 @@ def held_results(capture: GraphCapture, k: int, waiting: set[fx.Node]) -> frozen
     """Return the results of stage k that are live while it is reversed: the user's, or not reversed."""
     graph, linear, stage = capture.graph, capture.linear, capture.stages[k]
     ops = graph.ops[linear.cuts[k] : linear.cuts[k + 1]]
-    saved = {key for op in ops for key in op.saved}
-    both = saved & held_by_user(graph)
+    both = capture.saves(k) & held_by_user(graph)
     nodes = {op.node.name: op.node for op in ops}
     results = zip((*stage.carried, *stage.boundary), (*stage.carried_from, *stage.boundary_from), strict=True)
     made = ((nodes[name], i) for name, i in results if i >= 0)

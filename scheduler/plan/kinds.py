@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rematplan.scheduler.core.chain import Chain
     from rematplan.scheduler.plan.record import CaptureRecord
 
-__all__ = ["BLOCKS", "KINDS", "Kind"]
+__all__ = ["BLOCKS", "COMPILED", "KINDS", "Kind"]
 
 MOST_BACK = 100  # blocks that a value may pass by in a plan file; captures stop at ``MOST_PASSED``
 
@@ -31,7 +31,8 @@ class Kind:
         automatic: whether ``capture="auto"`` tries it; kinds are tried in the order of the table.
         runs_code: whether its stages run the user's own code, so that hooks fire and plain values are read at
             every run.
-        options: whether its stages may be kept in part.
+        options: fields of its records that have an entry for each option of each stage, if stages may have
+            several.
         copies: whether what autograd saves of its stages can be copied to the host.
         stages: what the stages are, for the cost table; "" where the table says why each begins where it
             does.
@@ -43,7 +44,7 @@ class Kind:
     producer: Callable[[], Producer]
     automatic: bool = False
     runs_code: bool = False
-    options: bool = False
+    options: tuple[str, ...] = ()
     copies: bool = False
     stages: str = ""
     lengths: Callable[[int, CaptureRecord], Mapping[str, tuple[int, ...]]] = lambda stages, record: {}
@@ -67,6 +68,18 @@ def _check_graph(_: Chain, record: CaptureRecord) -> None:
         for op in ran
     ):
         raise refused("capture.rerun", record.rerun, "places of ops in their stages, as capture.ops has them")
+
+
+def _check_compiled(chain: Chain, record: CaptureRecord) -> None:
+    """Refuse a compiled graph as a graph, and shares that no partition has.
+
+    Raises:
+        ValueError: names the field, what was got and what was expected.
+    """
+    _check_graph(chain, record)
+    for i, shares in enumerate(record.shares):
+        if not all(0 < share <= 1 for share in shares):
+            raise refused(f"capture.shares[{i}]", shares, "shares above 0 and at most 1")
 
 
 def _check_blocks(chain: Chain, record: CaptureRecord) -> None:
@@ -99,6 +112,12 @@ def _graph_producer() -> Producer:
     return GraphProducer()
 
 
+def _compiled_producer() -> Producer:
+    from rematplan.scheduler.costs.graph_producer import CompiledProducer
+
+    return CompiledProducer()
+
+
 def _block_producer() -> Producer:
     from rematplan.scheduler.costs.block_producer import BlockProducer
 
@@ -106,12 +125,13 @@ def _block_producer() -> Producer:
 
 
 BLOCKS = "modules"  # the kind that a list of modules is captured as
+COMPILED = "compiled"  # the kind that ``backend="inductor"`` captures graphs as
 
 KINDS: dict[str, Kind] = {
     "graph": Kind(
         _graph_producer,
         automatic=True,
-        options=True,
+        options=("dropped", "rerun"),
         copies=True,
         lengths=lambda stages, _: {
             "cuts": (stages - 1,),
@@ -119,6 +139,12 @@ KINDS: dict[str, Kind] = {
             **dict.fromkeys(("dropped", "rerun", "gaps", "ops"), (0, stages)),
         },
         check=_check_graph,
+    ),
+    COMPILED: Kind(
+        _compiled_producer,
+        options=("shares",),
+        lengths=lambda stages, _: {"cuts": (stages - 1,), "begins": (0, stages - 1), "shares": (stages,)},
+        check=_check_compiled,
     ),
     BLOCKS: Kind(
         _block_producer,

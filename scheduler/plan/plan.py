@@ -74,14 +74,13 @@ class Plan:
                 "Plan: the schedule copies between device and host, which takes a graph capture: of modules, nobody has hold "
                 "of what the code between them saves. Choose another solver, or capture='graph'"
             )
-        if kind.options:
-            options = [len(stage.options) for stage in self.chain.stages]
-            for name in ("dropped", "rerun"):
-                given = [len(rows) for rows in getattr(self.capture, name)] or [1] * len(options)
-                if len(given) != len(options) or any(map(int.__lt__, given, options)):
-                    raise ValueError(
-                        f"Plan: capture.{name} has {given} entries a stage, the chain {options} options"
-                    )
+        options = [len(stage.options) for stage in self.chain.stages]
+        for name in kind.options:
+            given = [len(rows) for rows in getattr(self.capture, name)] or [1] * len(options)
+            if len(given) != len(options) or any(map(int.__lt__, given, options)):
+                raise ValueError(
+                    f"Plan: capture.{name} has {given} entries a stage, the chain {options} options"
+                )
 
     @cached_property
     def timeline(self) -> Timeline:

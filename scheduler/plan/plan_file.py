@@ -122,7 +122,7 @@ def check_parts(chain: Chain, schedule: Schedule, record: CaptureRecord, solver:
         raise ValueError(f"host is None, expected the second memory that solver {solver!r} copies to")
     stages, kind = len(chain), KINDS[record.kind]
     allowed = kind.lengths(stages, record)
-    for name in ("cuts", "random", "changed", "dropped", "rerun", "gaps", "ops", "begins", "fed"):
+    for name in ("cuts", "random", "changed", "dropped", "rerun", "gaps", "shares", "ops", "begins", "fed"):
         lengths = (0, stages) if name in ("random", "changed") else allowed.get(name, (0,))
         if len(getattr(record, name)) not in lengths:
             raise ValueError(

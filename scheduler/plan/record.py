@@ -50,6 +50,8 @@ class CaptureRecord:
             (likewise).
         ops: (L,) for each op of a stage, its name and the bytes that autograd saves of what it makes
             (likewise).
+        shares: (L,) for each option of a compiled stage, the share of its activations that it is compiled to
+            save at most (empty where stages are not compiled).
         uncached: whether stages run without autocast's cache of casts.
         begins: (L - 1,) why each stage but the first begins where it does (empty for modules, and in old
             plans).
@@ -78,6 +80,7 @@ class CaptureRecord:
     dropped: tuple[tuple[tuple[int, ...], ...], ...] = ()
     rerun: tuple[tuple[tuple[int, ...], ...], ...] = ()
     gaps: tuple[float, ...] = ()
+    shares: tuple[tuple[float, ...], ...] = ()
     uncached: bool = False
     ops: tuple[tuple[tuple[str, int], ...], ...] = ()
     begins: tuple[Cut, ...] = ()
@@ -96,6 +99,7 @@ class CaptureRecord:
         for name in ("fed", "dropped", "rerun", "ops"):
             rows = tuple(tuple(tuple(row) for row in rows) for rows in getattr(self, name))
             object.__setattr__(self, name, rows)
+        object.__setattr__(self, "shares", tuple(tuple(row) for row in self.shares))
         object.__setattr__(self, "begins", tuple(Cut(*row) for row in self.begins))
         object.__setattr__(self, "left_out", tuple((why, count) for why, count in self.left_out))
         if self.kind not in KINDS:
@@ -132,6 +136,7 @@ RECORD = objects(
         "dropped": rows(rows(rows(count))),
         "rerun": rows(rows(rows(count))),
         "gaps": rows(seconds),
+        "shares": rows(rows(seconds)),
         "uncached": flag,
         "ops": rows(rows(tuples(text, count))),
         "begins": rows(_CUT),

@@ -36,6 +36,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from copy import deepcopy
 from operator import attrgetter, methodcaller
 from typing import Any
 
@@ -340,6 +341,61 @@ def share_fsdp_state(model: nn.Module, twin: nn.Module) -> None:
     state = _get_module_state(model)
     if state is not None:
         _insert_module_state(twin, state)
+
+
+# ---- Inductor --------------------------------------------------------------------------------------------
+
+
+def compile_graph(module: fx.GraphModule, arguments: Sequence[Tensor], share: float) -> Callable[..., Any]:
+    """Return a graph of ops compiled by Inductor, as a function that autograd differentiates.
+
+    Public torch.compile reads Python code, makes guards and gives up after eight variants of a function; what
+    is compiled here is a graph already. A backward may run again (no buffers are donated), and random seeds
+    are saved: torch 2.13 draws others in the backward where it recomputes a mask
+    (https://github.com/pytorch/pytorch/issues/190717). Without it: nothing is compiled.
+
+    Args:
+        arguments: of the shapes, strides and ``requires_grad`` that it is compiled for; not run.
+        share: of the activations that Inductor's partitioner would save, the most that it may.
+
+    Raises:
+        Exception: whatever Inductor raises for a graph that it cannot compile.
+    """
+    import torch._functorch.config as functorch_config
+    import torch._inductor.config as inductor_config
+    from torch._inductor.compile_fx import compile_fx
+
+    copy = fx.GraphModule(module, deepcopy(module.graph))
+    with (
+        modes_disabled(),
+        torch.enable_grad(),
+        functorch_config.patch(activation_memory_budget=share, donated_buffer=False),
+        inductor_config.patch(joint_custom_post_pass=_seeds_saved()),
+    ):
+        function = compile_fx(copy, [*arguments])
+    return lambda *given: tuple(function(*given))
+
+
+@functools.cache
+def _seeds_saved() -> Any:
+    """Return a pass over joint graphs by which what draws from the generators is always saved."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    class SeedsSaved(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            for node in graph.nodes:
+                name, tags = str(node.target), getattr(node.target, "tags", ())
+                if name.startswith(SEEDS) or torch.Tag.nondeterministic_seeded in tags:
+                    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+        def uuid(self) -> str:  # part of the key of Inductor's cache
+            return "rematplan: seeds saved, 1"
+
+    return SeedsSaved()
+
+
+SEEDS = ("prims.inductor_seed", "prims.inductor_lookup_seed")
 
 
 # ---- patches ---------------------------------------------------------------------------------------------

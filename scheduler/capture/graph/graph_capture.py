@@ -99,7 +99,7 @@ class GraphCapture(Capture):
         """Run all stages in order, in the grad mode of the caller; gives the model's output.
 
         Args:
-            visit: called with (stage, arguments) before each stage runs.
+            visit: called with (stage, arguments) before each stage runs; may replace it.
             after: called with (stage, results) when it has run.
         """
         flat = self.graph.flat(tree_leaves(call))
@@ -110,7 +110,7 @@ class GraphCapture(Capture):
             if visit is not None:
                 visit(k, arguments)
             with uncached() if self.uncached else nullcontext():
-                results = stage.function(*arguments)
+                results = self.stages[k].function(*arguments)
             if after is not None:
                 after(k, results)
             del arguments
@@ -148,6 +148,11 @@ class GraphCapture(Capture):
         places = zip(names, (*stage.boundary_from, *stage.carried_from), strict=True)
         found = {i: self.layouts[name] for name, i in places if i >= 0 and name in self.layouts}
         return {i: s for i, s in found.items() if s}, frozenset(i for i, s in found.items() if s is None)
+
+    def saves(self, k: int) -> set[int]:
+        """Return the storages that autograd saves of stage k."""
+        first, last = self.linear.cuts[k : k + 2]
+        return {key for op in self.graph.ops[first:last] for key in op.saved}
 
     def own_output(self, stage: GraphStage, results: tuple[Tensor, ...]) -> Any:
         """Return the part of the model's output that ``stage`` makes, None in the place of the rest."""
