@@ -33,6 +33,7 @@ NAMES = (
     "milp_bound",
     "op_level_bound",
     "op_level",
+    "compiled",
     "plan_without_hardware",
     "roofline_check",
     "training_run",
@@ -68,7 +69,9 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="*", choices=[*NAMES, []], help="default: all")
     parser.add_argument("--write", action="store_true", help="write docs/NAME.md, and NAME.svg if it draws")
-    parser.add_argument("--only", help="of op_level, coverage: the models whose titles have this in them")
+    parser.add_argument(
+        "--only", help="of op_level, coverage, compiled: the models whose titles have this in them"
+    )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="of peak_accuracy; cuda writes NAME_cuda.md"
     )
@@ -78,10 +81,10 @@ def main() -> None:
         "--shrink", action="store_true", default=None, help="of random_training_loops: simplify what fails"
     )
     arguments = parser.parse_args()
-    if arguments.only is not None and arguments.names not in (["op_level"], ["coverage"]):
-        parser.error(f"--only is for op_level or coverage alone, got {arguments.names}")
-    if arguments.only is not None and arguments.names == ["coverage"] and arguments.write:
-        parser.error("coverage --only prints rows; --write is for all of them")
+    if arguments.only is not None and arguments.names not in (["op_level"], ["coverage"], ["compiled"]):
+        parser.error(f"--only is for op_level, coverage or compiled alone, got {arguments.names}")
+    if arguments.only is not None and arguments.names != ["op_level"] and arguments.write:
+        parser.error(f"{arguments.names[0]} --only prints a part; --write is for all of it")
     if arguments.device is not None and arguments.names != ["peak_accuracy"]:
         parser.error(f"--device is for peak_accuracy alone, got {arguments.names}")
     names = ("only", "device", "first", "count", "shrink")

@@ -41,6 +41,7 @@ from rematplan.scheduler.torch_layer.fake import has_data, without_hardware
 from rematplan.scheduler.torch_layer.leaves import tree_leaves
 from rematplan.scheduler.torch_layer.nested_plans import inner_plans_left_out
 from rematplan.scheduler.torch_layer.preserve import HostRandomState, model_device, set_apart
+from rematplan.scheduler.torch_layer.private import no_compiler
 from rematplan.scheduler.torch_layer.target import Device, Target
 from rematplan.scheduler.torch_layer.unwind import met
 
@@ -377,7 +378,12 @@ def checked(
         raise ValueError(
             f"solve: capture={capture!r} is unknown; choose one of {', '.join(('auto', *KINDS))}, or pass a list of modules"
         )
-    capture = _compiled(backend, capture, costs) if backend != "eager" else capture
+    if backend != "eager":
+        capture = _compiled(backend, capture, costs, own.type)
+    elif capture == COMPILED:
+        raise ValueError(
+            f"solve: capture={COMPILED!r} is what backend='inductor' makes; pass backend='inductor'"
+        )
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"solve: optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
     if isinstance(device, Target) and costs == "measure":
@@ -394,8 +400,13 @@ def checked(
     )
 
 
-def _compiled(backend: str, capture: str | Iterable[nn.Module], costs: str) -> str:
-    """Return the kind of capture for a backend that compiles."""
+def _compiled(backend: str, capture: str | Iterable[nn.Module], costs: str, device: str) -> str:
+    """Return the kind of capture for a backend that compiles.
+
+    Raises:
+        ValueError: it is unknown, or other arguments do not go with it.
+        CaptureError: it cannot compile for this type of device.
+    """
     if backend != "inductor":
         raise ValueError(f"solve: backend={backend!r} is unknown; choose 'eager' or 'inductor'")
     if costs != "measure":
@@ -407,6 +418,10 @@ def _compiled(backend: str, capture: str | Iterable[nn.Module], costs: str) -> s
         raise ValueError(
             f"solve: backend='inductor' compiles stages of the op graph, and capture={capture!r} was asked for; leave "
             "capture out, or compile the blocks yourself (block.compile()) and leave backend out"
+        )
+    if why := no_compiler(device):
+        raise CaptureError(
+            f"solve: backend='inductor' cannot compile for {device}: {why}; or plan without backend="
         )
     return COMPILED
 

@@ -376,6 +376,28 @@ def compile_graph(module: fx.GraphModule, arguments: Sequence[Tensor], share: fl
     return lambda *given: tuple(function(*given))
 
 
+def no_compiler(device: str) -> str:
+    """Return why Inductor cannot compile for a type of device, in words; "" if it can.
+
+    Without it: the first of many stages fails, minutes into planning.
+    """
+    if device == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            return "there is no C++ compiler: install g++ or clang++, or set CXX to one"
+        return ""
+    try:
+        from torch.utils._triton import has_triton
+
+        return "" if has_triton() else "Triton does not serve this device: install the triton of this torch"
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # of its import, or of its driver
+        return f"Triton does not load: {error}"
+
+
 @functools.cache
 def _seeds_saved() -> Any:
     """Return a pass over joint graphs by which what draws from the generators is always saved."""
