@@ -247,7 +247,7 @@ def _eagerly(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return torch.compiler.disable(plans_within(model).forward)(model, args, kwargs)
 
 
-_WHOLE = "a planned model is not compiled as a whole; compile its blocks"
+_WHOLE = "a planned model is not compiled as a whole; pass backend='inductor' to solve"
 never_compiled(_eagerly, _WHOLE)
 
 

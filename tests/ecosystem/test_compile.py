@@ -153,7 +153,7 @@ def test_a_planned_model_compiled_as_a_whole_warns_and_keeps_its_schedule(
     else:
         planned.compile(backend="eager")
     with pytest.warns(
-        UserWarning, match=r"torch\.compile of a planned model is left out.*compile its blocks"
+        UserWarning, match=r"torch\.compile of a planned model is left out.*pass backend='inductor' to solve"
     ):
         got_runs, got = runs_of(whole)
     assert got_runs == runs
@@ -163,7 +163,7 @@ def test_a_planned_model_compiled_as_a_whole_warns_and_keeps_its_schedule(
 
 def test_a_full_graph_of_a_planned_model_is_refused() -> None:
     case, planned = planned_tiny("modules")
-    with pytest.raises(Exception, match="not compiled as a whole; compile its blocks"):
+    with pytest.raises(Exception, match="not compiled as a whole; pass backend='inductor' to solve"):
         case(torch.compile(planned, backend="eager", fullgraph=True))  # type: ignore[arg-type] # is a module
 
 
