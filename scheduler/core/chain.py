@@ -258,7 +258,7 @@ class Chain:
         fixed: bytes live during the whole step: parameters, buffers, optimizer state, inputs.
         name: for people.
         values: bytes of each value (a storage) that crosses a boundary or stays for a backward. Where they
-            are known, the referee follows every one of them (``live_values.py``), and solvers use the sums
+            are known, the referee follows every one of them (``account.py``), and solvers use the sums
             above, which are at least as many bytes. Empty where only the sums are known.
         carried: the long-lived ones among the values.
     """

@@ -39,9 +39,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
+from rematplan.scheduler.core.account import Account, SumsAccount, ValuesAccount
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.host import Copies, HostMemory, Item
-from rematplan.scheduler.core.live_values import LiveValues
 from rematplan.scheduler.core.schedule import (
     COPY_ACTIONS,
     Action,
@@ -135,21 +135,15 @@ def simulate(chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemo
         (7.0, 90, (2, 1))
     """
     referee = Referee(chain, schedule, host)
-    live: list[int] = []
-    during: list[int] = []
-    for values in referee.steps():
-        live.append(values.live)
-        during.append(values.during)
+    during, live = zip(*[(account.during, account.live) for account in referee.steps()], strict=True)
     peak = max(during)
     copies = referee.copies
     used = (copies.peak, copies.stall) if copies else (0, 0.0)
-    return Timeline(
-        referee.seconds, peak, tuple(live), tuple(during), tuple(referee.runs), during.index(peak), *used
-    )
+    return Timeline(referee.seconds, peak, live, during, tuple(referee.runs), during.index(peak), *used)
 
 
 class Referee:
-    """Carry out a step: check that actions are legal, keep the clock, and count the bytes by ``LiveValues``.
+    """Carry out a step: check that actions are legal, keep the clock and an account of the bytes.
 
     Args:
         chain, schedule, host: as for ``simulate``.
@@ -158,14 +152,15 @@ class Referee:
         chain: what the bytes are counted by.
         seconds: so far. runs: (L,) of each stage so far.
         copies: on the host; None without one.
+        account: of the bytes.
     """
 
     def __init__(
         self, chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemory | None = None
     ) -> None:
         self.actions = tuple(schedule)
+        self._following = (*self.actions[1:], None)
         self.chain = chain = chain.apart() if has_copies(self.actions) else chain
-        self.values = LiveValues(chain)
         self.copies = None if host is None else Copies(host)
         self.seconds = 0.0
         self.runs = [0] * len(chain)
@@ -175,15 +170,16 @@ class Referee:
         self._away: dict[int, int] = {}  # likewise, of those on the host alone
         self._working: int | None = None  # a boundary that is neither held nor inside a kept stage
         self._to_reverse = len(chain) - 1
+        self.account: Account = (ValuesAccount if chain.values else SumsAccount)(chain, self._kept)
 
-    def steps(self) -> Iterator[LiveValues]:
+    def steps(self) -> Iterator[Account]:
         """Carry out the actions one by one; yield the account of bytes after each."""
         for index, action in enumerate(self.actions):
             self._index = index
-            if isinstance(action, (Forward, Checkpoint, Keep)):
-                self._run(action)
-            elif isinstance(action, Backward):
+            if isinstance(action, Backward):
                 self._reverse(action.stage)
+            elif isinstance(action, (Keep, Forward, Checkpoint)):
+                self._run(action)
             elif isinstance(action, Free):
                 self._free(action.boundary)
             elif self.copies is None:
@@ -192,7 +188,7 @@ class Referee:
                 )
             else:
                 self._copy(action, self.copies)
-            yield self.values
+            yield self.account
         if self._to_reverse >= 0:
             self._end(f"stage {self._to_reverse} is not reversed yet")
         if self._held or self._kept or self._working is not None:
@@ -203,14 +199,18 @@ class Referee:
     def _refuse(self, why: str) -> NoReturn:
         raise IllegalAction(self._index, self.actions[self._index], why)
 
+    def _refuse_stage(self, i: int, why: str) -> NoReturn:
+        last = len(self.runs) - 1
+        self._refuse(why if 0 <= i <= last else f"there is no such stage; stages are 0..{last}")
+
     def _end(self, why: str) -> NoReturn:
         raise IllegalAction(len(self.actions), None, why)
 
     def _run(self, action: Forward | Checkpoint | Keep) -> None:
-        i = self._checked_stage(action.stage)
+        i = action.stage
+        if not 0 <= i <= self._to_reverse:
+            self._refuse_stage(i, f"stage {i} is reversed already")
         stage = self.chain.stages[i]
-        if i > self._to_reverse:
-            self._refuse(f"stage {i} is reversed already")
         if i in self._kept or i in self._away:
             self._refuse(f"stage {i} is kept already")
         if self.runs[i] and not stage.recomputable:
@@ -231,17 +231,17 @@ class Referee:
             if not 0 <= option < len(stage.options):
                 self._refuse(f"stage {i} has {len(stage.options)} options")
             self._kept[i] = option
-            again = not first and self.actions[self._index + 1 : self._index + 2] == (Backward(i),)
+            following = self._following[self._index]
+            again = not first and isinstance(following, Backward) and following.stage == i
         # A second copy of a held boundary is released at once.
         self._working = None if option is not None or i + 1 in self._held else i + 1
-        self.values.run(i, option, hold=hold, first=first, again=again)
+        self.account.run(i, option, hold=hold, first=first, again=again)
 
     def _reverse(self, i: int) -> None:
-        self._checked_stage(i)
-        if self._to_reverse < 0:
-            self._refuse("all stages are reversed")
-        if i != self._to_reverse:
-            self._refuse(f"stage {self._to_reverse} is to be reversed next")
+        if i != self._to_reverse or i < 0:
+            left = self._to_reverse
+            why = f"stage {left} is to be reversed next" if left >= 0 else "all stages are reversed"
+            self._refuse_stage(i, why)
         if i not in self._kept:
             first = f"PrefetchSaved({i})" if i in self._away else f"Keep({i})"
             self._refuse(f"the saved tensors of stage {i} are not there; {first} first")
@@ -251,12 +251,13 @@ class Referee:
             self.seconds = self.copies.use(self.seconds, ("saved", i))
             self.seconds = self.copies.use(self.seconds, *self._sources(i))
         stage = self.chain.stages[i]
-        self.seconds += stage.backward + stage.options[self._kept.pop(i)].recompute
+        self.seconds += stage.backward + stage.options[self._kept[i]].recompute
         if self.copies is not None:
             self.seconds = self.copies.drop(self.copies.drop(self.seconds, ("saved", i)), ("boundary", i))
         self._held.discard(i)
         self._to_reverse -= 1
-        self.values.reverse(i)
+        self.account.reverse(i)
+        del self._kept[i]
 
     def _free(self, boundary: int) -> None:
         if boundary not in self._held:
@@ -264,9 +265,11 @@ class Referee:
         self._held.remove(boundary)
         if self.copies is not None:
             self.seconds = self.copies.settle(self.seconds, ("boundary", boundary))
-        self.values.free(boundary)
+        self.account.free(boundary)
 
     def _copy(self, action: CopyAction, copies: Copies) -> None:
+        account = self.account
+        assert isinstance(account, SumsAccount)  # of ``Chain.apart``
         if saved := isinstance(action, (OffloadSaved, PrefetchSaved, FreeSaved)):
             i, what = action.stage, f"the saved tensors of stage {action.stage}"
         else:
@@ -281,23 +284,23 @@ class Referee:
             if size > room:
                 self._refuse(f"the host has {room} bytes left, and {what} would take {size}")
             self.seconds = copies.write(self.seconds, item, size)
-            self.values.done()
         elif isinstance(action, FreeHost):
             if item not in copies.there:
                 self._refuse(f"{what} is not on the host")
             self.seconds = copies.drop(self.seconds, item)
-            self.values.done()
         elif isinstance(action, FreeSaved):
             if i not in self._kept or item not in copies.there:
                 self._refuse(f"{what} are not both on the device and on the host; OffloadSaved({i}) first")
             self._away[i] = self._kept.pop(i)
-            hold = i + 1 <= self._to_reverse
-            if hold:
+            account.free(~i)
+            if i + 1 <= self._to_reverse and i + 1 not in self._held:
                 self._held.add(i + 1)
+                account.hold(i + 1, self.chain.input_bytes(i + 1))
             self.seconds = copies.settle(self.seconds, item)
-            self.values.free_saved(i, hold=hold)
         else:
             self._fetch(item, copies, what)
+            account.hold(~i if saved else i, self._bytes_of(item))
+        account.done()
 
     def _fetch(self, item: Item, copies: Copies, what: str) -> None:
         """Start to copy a boundary, or the saved tensors of a stage, back to the device."""
@@ -306,7 +309,6 @@ class Referee:
             if i not in self._away:
                 self._refuse(f"{what} are not on the host alone")
             self._kept[i] = self._away.pop(i)
-            self.values.fetch_saved(i, self._kept[i])
         else:
             if i in self._held or i - 1 in self._kept or i == self._working:
                 self._refuse(f"{what} is on the device already")
@@ -315,13 +317,7 @@ class Referee:
             if source not in copies.there or i > self._to_reverse:
                 self._refuse(f"{what} is not on the host")
             self._held.add(i)
-            self.values.fetch(i)
         self.seconds = copies.read(self.seconds, item, self._bytes_of(item), source)
-
-    def _checked_stage(self, i: int) -> int:
-        if not 0 <= i < len(self.runs):
-            self._refuse(f"there is no such stage; stages are 0..{len(self.runs) - 1}")
-        return i
 
     def _sources(self, i: int) -> list[Item]:
         """Return where on the device x_i is, besides the working boundary."""

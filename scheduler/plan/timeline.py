@@ -16,8 +16,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from rematplan.scheduler.core.account import Account
 from rematplan.scheduler.core.json_data import check_format
-from rematplan.scheduler.core.live_values import LiveValues
 from rematplan.scheduler.core.referee import Referee
 from rematplan.scheduler.core.schedule import (
     Action,
@@ -253,17 +253,15 @@ class _Ledger:
                 self.put(key, part)
 
 
-def _parts(values: LiveValues) -> Parts:
+def _parts(account: Account) -> Parts:
     """Return what is live, but for what is fixed."""
-    parts: Parts = {copy: (_HELD[how], size, values.name(copy[0])) for copy, how, size in values.copies()}
-    parts["gradients"] = ("gradients", values.grads, "")
-    parts["state"] = (STATE, values.rerun_state, "for runs again")
-    parts["boundary gradient"] = ("gradient at hand", values.boundary_grad, "")
-    parts["carried gradients"] = ("gradient at hand", values.carried_grads, "of carried values")
-    if not values.chain.values:  # a sum, from which the gradients cannot be told
-        carried = [copy for copy, how, _ in values.copies() if how == "carried"]
-        size = values.carried_grads + sum(parts.pop(copy)[1] for copy in carried)
-        parts["carried gradients"] = (_HELD["carried"], size, "")
+    parts: Parts = {copy: (_HELD[how], size, name) for copy, how, size, name in account.copies()}
+    parts["gradients"] = ("gradients", account.grads, "")
+    parts["state"] = (STATE, account.rerun_state, "for runs again")
+    parts["boundary gradient"] = ("gradient at hand", account.boundary_grad, "")
+    parts["carried gradients"] = ("gradient at hand", account.carried, "of carried values")
+    if not account.chain.values:  # a sum, from which the gradients cannot be told
+        parts["carried gradients"] = (_HELD["carried"], account.carried, "")
     return parts
 
 
@@ -281,14 +279,14 @@ def _predicted(plan: Plan) -> MemoryTimeline:
         ledger.put(name, (category_of(name), size, name))
     points: list[Point] = []
     live: Parts = {}
-    for index, (action, values) in enumerate(zip(plan.schedule, referee.steps(), strict=True)):
-        words, after = in_words(action), _parts(values)
+    for index, (action, account) in enumerate(zip(plan.schedule, referee.steps(), strict=True)):
+        words, after = in_words(action), _parts(account)
         # What a backward needs is live while it runs; what a forward makes is, too. By sums, the gradient of
         # x_L is not.
         during = (
             after if chain.values else {**after, "boundary gradient": live.get("boundary gradient", NO_PART)}
         )
-        if isinstance(action, Backward) and ledger.total <= values.during:
+        if isinstance(action, Backward) and ledger.total <= account.during:
             during = live
         ledger.update(live, during)
         ledger.put("transient", ("transient", judged.during[index] - ledger.total, words))
