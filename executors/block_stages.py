@@ -86,7 +86,7 @@ class ModuleExecutor(Executor):
         super().__init__(capture, plan, check)
         self.plain = functools.partial(plain_forward, model)
         self.modules = {block.name: model.get_submodule(block.name) for block in capture.blocks}
-        changed = {block.name: capture.changed[block.stage] for block in capture.blocks}
+        changed = {block.name: capture.effects[block.stage].changed for block in capture.blocks}
         self.own = {
             name: _Own(model, name, module, changed[name], capture.overwritten)
             for name, module in self.modules.items()

@@ -41,7 +41,7 @@ class Executor(ABC):
 
     def __init__(self, capture: Any, plan: Plan, check: str) -> None:
         self.capture, self.program, self.check = capture, plan.program, check
-        self.device, self.random = capture.device, capture.random
+        self.device, self.random = capture.device, [each.random for each in capture.effects]
         self.observe: Observer | None = None
         self.ran_out = False
 

@@ -34,8 +34,7 @@ class GraphExecutor(Executor):
         program = self.program
         self.arena = Arena(plan.timeline.host_peak, capture.device) if program.copies else None
         self.stages, self.constants = capture.stages, capture.constants
-        changed = map(frozenset, capture.changed)
-        self.reads = [_Reads(model, *each) for each in zip(self.stages, changed, strict=True)]
+        self.reads = [_Reads(model, each, capture.changing(k)) for k, each in enumerate(self.stages)]
         self.readers: dict[str, list[int]] = {}  # of carried values, which run again
         for k, reads in enumerate(self.reads):
             for name in reads.carried if program.kept[k] != 0 else ():
@@ -122,11 +121,11 @@ class _Reads:
 
     __slots__ = ("carried", "changed", "constant", "follow", "gather", "given", "lookups", "sampler")
 
-    def __init__(self, model: nn.Module, stage: GraphStage, changed: frozenset[str]) -> None:
+    def __init__(self, model: nn.Module, stage: GraphStage, changed: list[int]) -> None:
         sources = list(enumerate(stage.sources))
         self.lookups = [(i, *locate(model, s.key)) for i, s in sources if s.kind in ("parameter", "buffer")]
-        self.changed = [i for i, s in sources if s.kind == "buffer" and s.key in changed]
-        self.constant = [j for j, (i, _, _) in enumerate(self.lookups) if i not in self.changed]
+        self.changed = changed
+        self.constant = [j for j, (i, _, _) in enumerate(self.lookups) if i not in changed]
         self.sampler = Sampler()
         self.carried = tuple(dict.fromkeys(s.key for _, s in sources if s.kind == "carried"))
         self.given = [(i, s.key) for i, s in sources if s.kind == "input"]

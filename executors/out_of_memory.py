@@ -15,7 +15,7 @@ from rematplan.executors.plain import plans_within
 from rematplan.scheduler.core.errors import InfeasibleBudget
 from rematplan.scheduler.plan.plan import Plan
 from rematplan.scheduler.torch_layer.layouts import equal_bits
-from rematplan.scheduler.torch_layer.preserve import Draws, HostRandomState
+from rematplan.scheduler.torch_layer.preserve import Draws, HostRandomState, copy_back
 from rematplan.scheduler.torch_layer.private import version_of
 
 __all__ = ["Changes", "lowered", "release", "run_step"]
@@ -50,8 +50,8 @@ class _State:
         if random is not None:
             random.restore()
         self.host_random.restore()
-        for (buffers, name), tensor, copy in self.copies:
-            tensor.data.copy_(copy)  # .data: the version that autograd saw stays
+        copy_back((tensor, copy) for _, tensor, copy in self.copies)
+        for (buffers, name), tensor, _ in self.copies:
             buffers[name] = tensor
 
 
@@ -226,5 +226,5 @@ class _Gradients:
         """Put them back."""
         for parameter, grad, version, copy in self.before:
             if grad is not None and copy is not None and version_of(grad) != version:
-                grad.data.copy_(copy)
+                copy_back([(grad, copy)])
             parameter.grad = grad

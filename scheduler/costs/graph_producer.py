@@ -174,7 +174,8 @@ def _planned_call(
 
 def _once(captured: GraphCapture) -> str:
     """Return which stages run once, and why, in words."""
-    once = {stage.name: why for stage, why in zip(captured.stages, captured.once, strict=True) if why}
+    each = zip(captured.stages, captured.effects, strict=True)
+    once = {stage.name: effects.once for stage, effects in each if effects.once}
     names, reasons = [*once], [*once.values()]
     if not names:
         return ""

@@ -82,7 +82,8 @@ class BlockRun:
         waiting: Collection[nn.Parameter],
     ) -> None:
         block = capture.blocks[index]
-        self.state = BlockState(block.name, module, capture.changed[block.stage], capture.overwritten)
+        changed = capture.effects[block.stage].changed
+        self.state = BlockState(block.name, module, changed, capture.overwritten)
         self.found = self.state.take()
         self.reversing = block.name in capture.reversing
         self.waiting = [p for p in module.parameters() if p in waiting and p.requires_grad]

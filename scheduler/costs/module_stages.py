@@ -11,7 +11,6 @@ from torch import nn
 
 from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture
 from rematplan.scheduler.capture.blocks.block_state import named_tensors
-from rematplan.scheduler.capture.repeat import draws_elsewhere
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.costs.assemble import StageFacts, assemble, parameter_grads
 from rematplan.scheduler.costs.meters.peak import allocated
@@ -91,7 +90,6 @@ def stages_to_chain(parts: Parts, resident: int) -> Chain:
     facts, created = _gradients(parts)
     # The blocks that need no gradient save nothing, and run once.
     frozen = len(list(takewhile(lambda each: not any(each.box.requires_grad.values()), parts.blocks)))
-    elsewhere = draws_elsewhere(model, device)
     for k, (index, fact) in enumerate(zip(capture.stages, facts, strict=True)):
         if index is not None:
             _count_block(parts, k, index, created[k], fact)
@@ -100,10 +98,10 @@ def stages_to_chain(parts: Parts, resident: int) -> Chain:
         fact.enters = values.enters[k]
         fact.stays = parts.lasting(k)
         fact.beside += fact.stays  # in isolation, the block releases it as it is reversed
-        fact.recomputable = index is not None and index >= frozen and not (elsewhere and capture.random[k])
+        fact.recomputable = index is not None and index >= frozen and not capture.effects[k].once
         fact.rerun_state += rerun_state(capture, model, k)
     # Copies of the buffers that a block changes, while it runs again.
-    held = max(storage_bytes(named_tensors(model, names), device) for names in capture.changed)
+    held = max(storage_bytes(named_tensors(model, each.changed), device) for each in capture.effects)
     held += capture.gathering + capture.state_bytes
     return assemble(
         facts, values, capture, model, resident=resident, held=held, output_grad=parts.output_grad

@@ -59,15 +59,15 @@ SAMPLES = 16 * 1024
 
 def rerun_state(capture: Capture, model: nn.Module, k: int) -> int:
     """Return bytes held while stage k may run again, besides values: noted before each first run."""
-    state = CPU_RANDOM_STATE * bool(capture.random[k]) if capture.place.type == "cpu" else SAMPLES
-    return state + storage_bytes(named_tensors(model, capture.changed[k]), capture.place)
+    state = CPU_RANDOM_STATE * capture.effects[k].random if capture.place.type == "cpu" else SAMPLES
+    return state + storage_bytes(named_tensors(model, capture.effects[k].changed), capture.place)
 
 
 def copied_buffers(capture: Capture, model: nn.Module) -> int:
     """Return bytes of the copies of changing buffers that a forward on CUDA holds against out-of-memory."""
     if capture.place.type != "cuda":
         return 0
-    changed = {name for names in capture.changed for name in names}
+    changed = {name for each in capture.effects for name in each.changed}
     return storage_bytes((b for name, b in model.named_buffers() if name in changed), capture.place)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -34,16 +34,18 @@ from rematplan.scheduler.capture.blocks.calls import (
 )
 from rematplan.scheduler.capture.blocks.layer_drop import VALUES, Effort, fixed_draws
 from rematplan.scheduler.capture.graph.inner_gradients import noted_gradients
-from rematplan.scheduler.capture.protocol import Capture
+from rematplan.scheduler.capture.protocol import Capture, StageEffects
+from rematplan.scheduler.capture.repeat import ELSEWHERE, draws_elsewhere
 from rematplan.scheduler.core.errors import CaptureError
 from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.fsdp import sharded_within
 from rematplan.scheduler.torch_layer.preserve import model_device, uncompiled
 from rematplan.scheduler.torch_layer.private import detect_fake_mode
-from rematplan.scheduler.torch_layer.target import Target
+from rematplan.scheduler.torch_layer.target import Device, Target
 
 __all__ = ["Block", "ModuleCapture", "capture_modules", "recorded_modules"]
 
+GLUE = "it is code between blocks"
 MOST_PASSED = 16  # blocks that a value may pass by between its making and a block that is fed by it
 
 
@@ -87,9 +89,8 @@ class ModuleCapture(Capture):
     blocks: list[Block]
     stages: list[int | None]
     device: torch.device
+    effects: list[StageEffects]
     reason: str
-    random: list[bool] = field(default_factory=list)
-    changed: list[tuple[str, ...]] = field(default_factory=list)
     target: Target | None = None
     gathering: int = 0
     overwritten: frozenset[str] = frozenset()
@@ -121,8 +122,6 @@ class ModuleCapture(Capture):
         return {
             "stages": tuple(block.name for block in self.blocks),
             "fed": tuple(block.fed for block in self.blocks),
-            "random": tuple(self.random),
-            "changed": tuple(self.changed),
         }
 
 
@@ -237,9 +236,14 @@ def capture_modules(
         found,
         stages,
         device,
+        _effects(
+            model,
+            target or device,
+            stages,
+            [b is not None and usable[b].random for b in stages],
+            [() if b is None else tuple(sorted(of[usable[b].name])) for b in stages],
+        ),
         reason=f"{len(found)} blocks that run in order ({found[0].label} .. {found[-1].label})",
-        random=[False if b is None else usable[b].random for b in stages],
-        changed=[() if b is None else tuple(sorted(of[usable[b].name])) for b in stages],
         target=target,
         overwritten=frozenset(name for entry in usable for name in entry.overwritten),
         # What a block leaves on modules, and what was there before it, which a re-run may read.
@@ -339,19 +343,32 @@ def _within_reach(feeds: list[tuple[tuple[int, int, int], ...]]) -> list[tuple[t
     return kept
 
 
-def recorded_modules(
-    names: Sequence[str],
-    feeds: Sequence[tuple[tuple[int, ...], ...]],
+def _effects(
+    model: nn.Module,
+    device: Device,
+    stages: Sequence[int | None],
     random: Sequence[bool],
     changed: Sequence[tuple[str, ...]],
-    device: torch.device,
+) -> list[StageEffects]:
+    elsewhere = draws_elsewhere(model, device)
+    once = [
+        GLUE if b is None else ELSEWHERE * (elsewhere and r) for b, r in zip(stages, random, strict=False)
+    ]
+    return [*map(StageEffects, random, changed, once)]
+
+
+def recorded_modules(
+    model: nn.Module,
+    names: Sequence[str],
+    feeds: Sequence[tuple[tuple[int, int, int], ...]],
+    random: Sequence[bool],
+    changed: Sequence[tuple[str, ...]],
 ) -> ModuleCapture:
     """Return the capture that a plan's record tells of, without running the model."""
-    # A plan of an earlier version has feeds by the block before alone.
-    blocks, stages = _laid_out(
-        names, [tuple((a, o, *(back or (1,))) for a, o, *back in fed) for fed in feeds]
-    )
-    return ModuleCapture(blocks, stages, device, "as recorded", list(random), list(changed))
+    blocks, stages = _laid_out(names, feeds)
+    device = model_device(model)
+    effects = _effects(model, device, stages, random, changed)
+    return ModuleCapture(blocks, stages, device, effects, "as recorded")
 
 
 def _laid_out(

@@ -33,7 +33,7 @@ from rematplan.scheduler.capture.blocks.block_layout import (
 )
 from rematplan.scheduler.capture.repeat import Values
 from rematplan.scheduler.torch_layer.fake import Watch
-from rematplan.scheduler.torch_layer.preserve import CPU_RANDOM_STATE
+from rematplan.scheduler.torch_layer.preserve import CPU_RANDOM_STATE, copy_back
 from rematplan.scheduler.torch_layer.private import pytree, versions_kept
 from rematplan.scheduler.torch_layer.python_state import MISSING, Holder, holders_of, is_plain
 
@@ -118,7 +118,7 @@ class BlockState:
         now = then.layout.now()
         if not _equal(then, now):
             then.layout.put(then, now)
-        _copy_back(then.copies)
+        copy_back(then.copies)
 
     @contextmanager
     def as_of(self, then: Taken) -> Iterator[None]:
@@ -128,7 +128,7 @@ class BlockState:
         differs = not _equal(then, now)
         current = [(tensor, tensor.detach().clone()) for tensor, _ in then.copies]
         removed = layout.put(then, now) if differs else []
-        _copy_back(then.copies)
+        copy_back(then.copies)
         changed = tuple([tensor for tensor, _ in current if not tensor.is_inference()])
         try:
             # What the block changes in place meanwhile is put back: to autograd, too, it is what it was.
@@ -140,12 +140,7 @@ class BlockState:
                 layout.put(now, after)
                 for thing, key, value in removed:
                     thing[key] = value
-            _copy_back(current)
-
-
-def _copy_back(copies: Iterable[tuple[Tensor, Tensor]]) -> None:
-    for tensor, value in copies:
-        tensor.data.copy_(value)  # .data: the version that autograd saw stays
+            copy_back(current)
 
 
 def _are_equal(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
