@@ -20,8 +20,8 @@ from rematplan.scheduler.core.errors import CaptureError, SampleError
 from rematplan.scheduler.torch_layer.call import Call, canonical_call, forward_signature, nothing_to_train
 from rematplan.scheduler.torch_layer.fsdp import sharded_within
 from rematplan.scheduler.torch_layer.layouts import is_strided, tensor_bytes
-from rematplan.scheduler.torch_layer.leaves import map_tensors
-from rematplan.scheduler.torch_layer.loss import find_loss, output_tensors
+from rematplan.scheduler.torch_layer.leaves import map_tensors, tensors_in
+from rematplan.scheduler.torch_layer.loss import find_loss
 from rematplan.scheduler.torch_layer.preserve import HostRandomState, moving, preserved
 from rematplan.scheduler.torch_layer.private import DataDependentOutputException, DynamicOutputShapeException
 from rematplan.scheduler.torch_layer.target import Device, Target
@@ -123,7 +123,7 @@ def first_forward(model: nn.Module, call: Call, device: Device, progress: Callab
     except Exception as error:  # whatever the model's code raises on a sample that does not suit it
         raise SampleError(_rejection(model, error)) from error
     hindrance = nothing_to_train(model, call)
-    if hindrance and not any(tensor.requires_grad for tensor in output_tensors(output)):
+    if hindrance and not any(tensor.requires_grad for tensor in tensors_in(output)):
         raise ValueError(hindrance)
     own_loss = find_loss(output)[1]
     return TrialStep(model, call, device, progress, arrives, seen, own_loss, unread)
@@ -144,7 +144,7 @@ def _without_data(model: nn.Module, call: Call, device: Target, progress: Callab
     except Exception as error:  # whatever the model's code raises on a sample that does not suit it
         raise ValueError(_rejection(model, error)) from error
     loss, own = find_loss(output)
-    custom = custom_functions([loss, *output_tensors(output)])
+    custom = custom_functions([loss, *tensors_in(output)])
     draws = random.differs()
     return TrialStep(model, call, device, progress, call, seen, own, draws=draws, custom=custom)
 

@@ -48,8 +48,8 @@ from rematplan.scheduler.plan.plan import CaptureRecord
 from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.fsdp import holders, sharded_within, unshard
 from rematplan.scheduler.torch_layer.layouts import storage_key, tensor_bytes
-from rematplan.scheduler.torch_layer.leaves import tensor_leaves
-from rematplan.scheduler.torch_layer.loss import find_loss, output_tensors
+from rematplan.scheduler.torch_layer.leaves import tensors_in
+from rematplan.scheduler.torch_layer.loss import find_loss
 from rematplan.scheduler.torch_layer.preserve import preserved, shielded, uncompiled
 from rematplan.scheduler.torch_layer.unwind import met
 
@@ -141,8 +141,7 @@ def module_chain(
         run = functools.partial(run, own_loss=own_loss)
         seconds = _seconds(capture, model, run, clock)
         glue = {k for k, block in enumerate(capture.stages) if block is None}
-        given = (tensor for _, tensor in tensor_leaves(call))
-        traffic = Traffic(capture, [*model.parameters(), *model.buffers(), *given])
+        traffic = Traffic(capture, [*model.parameters(), *model.buffers(), *tensors_in(call)])
         with preserved(model):
             fresh_grads((p for p in existing if glue.intersection(readers.get(p, glue))), existing)
             counted = count_bytes(functools.partial(_step_of_glue, run, traffic), capture.place, slack=False)
@@ -238,7 +237,7 @@ def _step_of_glue(run: Callable[..., Any], traffic: Traffic, mark: Callable[[], 
     traffic.mark = mark
     with torch.autograd.graph.saved_tensors_hooks(shielded(traffic.pack), lambda tensor: tensor):
         output = run(traffic)
-    tensors = output_tensors(output)
+    tensors = tensors_in(output)
     traffic.returned.update(key for key in map(storage_key, tensors) if key in traffic.size)
     traffic.output_grad = sum(tensor_bytes(t) for t in tensors if t.requires_grad)
 

@@ -34,6 +34,7 @@ from rematplan.scheduler.torch_layer.leaves import (
     map_tensors,
     repeats,
     tensor_leaves,
+    tensors_in,
     tree_flatten,
     tree_unflatten,
 )
@@ -131,7 +132,7 @@ class BlockRun:
         def run(enter: Enter) -> list[Tensor]:
             torch.clear_autocast_cache()  # a run casts its weights again
             try:
-                return [t for _, t in tensor_leaves(self(enter))]
+                return tensors_in(self(enter))
             finally:  # it may be stopped half-way
                 torch.clear_autocast_cache()
 

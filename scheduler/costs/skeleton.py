@@ -25,8 +25,8 @@ from rematplan.scheduler.costs.stage_run import seed_gradients
 from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.fsdp import sharded_within
 from rematplan.scheduler.torch_layer.layouts import held_bytes, is_strided, storage_key
-from rematplan.scheduler.torch_layer.leaves import tensor_leaves, tree_flatten, tree_unflatten
-from rematplan.scheduler.torch_layer.loss import find_loss, output_tensors
+from rematplan.scheduler.torch_layer.leaves import tensor_leaves, tensors_in, tree_flatten, tree_unflatten
+from rematplan.scheduler.torch_layer.loss import find_loss
 from rematplan.scheduler.torch_layer.preserve import in_backward, reverse, uncached
 from rematplan.scheduler.torch_layer.private import is_view
 
@@ -235,7 +235,7 @@ def run_skeleton(
         if own_loss:
             root: Tensor | None = find_loss(output)[0]
         else:
-            tensors = (t for t in output_tensors(output) if t.is_floating_point() or t.is_complex())
+            tensors = (t for t in tensors_in(output) if t.is_floating_point() or t.is_complex())
             root = seed_gradients(dict(enumerate(tensors)), {})[0]
     if root is not None and root.requires_grad:
         reverse(root)

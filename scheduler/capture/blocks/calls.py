@@ -26,7 +26,7 @@ from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.eager import own_attributes
 from rematplan.scheduler.torch_layer.fake import Watch
 from rematplan.scheduler.torch_layer.fsdp import sharded_within
-from rematplan.scheduler.torch_layer.leaves import tensor_leaves
+from rematplan.scheduler.torch_layer.leaves import tensor_leaves, tensors_in
 from rematplan.scheduler.torch_layer.preserve import RandomState, shielded, uncompiled
 from rematplan.scheduler.torch_layer.private import transform_depth, version_of
 
@@ -231,13 +231,13 @@ class Recurrence:
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(forward)
             def noted(*args: Any, **kwargs: Any) -> Any:
-                given = {id(t): t for t in _tensors((args, kwargs))}
+                given = {id(t): t for t in tensors_in((args, kwargs))}
                 made = self._made.get(name, {})
                 fed = any(key in made and made[key]() is tensor for key, tensor in given.items())
                 self._now[name] = self._now[name] + 1 if fed else 1
                 self.row[name] = max(self.row[name], self._now[name])
                 result = forward(*args, **kwargs)
-                own = [tensor for tensor in _tensors(result) if id(tensor) not in given]
+                own = [tensor for tensor in tensors_in(result) if id(tensor) not in given]
                 self._made[name] = {id(tensor): weakref.ref(tensor) for tensor in own}
                 return result
 
@@ -298,10 +298,10 @@ def repeatable(  # noqa: C901 - nested closures of one trial
                 def runs_alike(without: Collection[str] = ()) -> str:
                     def again() -> list[Tensor]:
                         with before.again(without):
-                            return _tensors(forward(*args, **kwargs))
+                            return tensors_in(forward(*args, **kwargs))
 
                     try:
-                        return unlike(_tensors(first), again, random)
+                        return unlike(tensors_in(first), again, random)
                     except Exception as error:  # noqa: BLE001 # of whatever kind the model's code raises
                         return f"it raises {type(error).__name__}: {error}"
                     finally:
@@ -340,10 +340,6 @@ def repeatable(  # noqa: C901 - nested closures of one trial
             "use_cache=False; random numbers must be torch's"
         ) from error
     return steady
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [tensor for _, tensor in tensor_leaves(value)]
 
 
 def profile(
