@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from rematplan import CaptureError, Plan, execute, solve
 from rematplan.executors.engine import Engine, Executor
-from rematplan.executors.nested import nested
 from rematplan.executors.recapture import ENGINES
 from rematplan.scheduler.capture.bit_equal_step import difference, step_result
 from rematplan.scheduler.capture.protocol import Asked, Capture, Producer, StageEffects
@@ -27,6 +26,7 @@ from rematplan.scheduler.torch_layer.preserve import preserved
 from rematplan.scheduler.torch_layer.target import Target
 from tests.shared.helpers import smallest
 from tests.shared.models import Case
+from tests.shared.nested import nested
 from tests.shared.steps import assert_equal, restored, train
 
 
