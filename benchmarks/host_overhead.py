@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rematplan import Chain, Plan, Schedule, execute, solve
-from rematplan.scheduler.core.referee import Action, Backward, Checkpoint, Forward, Keep
+from rematplan.scheduler.core.schedule import Action, Backward, Checkpoint, Forward, Keep
 from rematplan.scheduler.solvers import solve_chain
 from tests.shared.models import make_gpt2
 from tests.shared.nested import nested

@@ -17,7 +17,7 @@ from rematplan.executors.step import Step
 from rematplan.scheduler.capture.graph.graph_capture import GraphCapture
 from rematplan.scheduler.capture.graph.recompute import Rebuild, compile_rebuilds, origin_of_pack
 from rematplan.scheduler.capture.graph.stages import GraphStage, Source
-from rematplan.scheduler.core.referee import Keep
+from rematplan.scheduler.core.schedule import Keep
 from rematplan.scheduler.plan.plan import Plan
 from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.leaves import tree_unflatten

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rematplan.executors.compare_replay import ReplayError
 from rematplan.scheduler.core.budget import format_bytes
 from rematplan.scheduler.core.errors import PeakWarning
-from rematplan.scheduler.core.referee import Backward, Checkpoint, Keep
+from rematplan.scheduler.core.schedule import Backward, Checkpoint, Keep
 from rematplan.scheduler.plan.plan import Plan
 from rematplan.scheduler.torch_layer.leaves import tensors_in
 from rematplan.scheduler.torch_layer.preserve import in_backward

@@ -17,7 +17,7 @@ from rematplan.executors.rehearsal import Difference, Rehearsal
 from rematplan.executors.runner import Runner, copied_call
 from rematplan.scheduler.capture.protocol import Capture
 from rematplan.scheduler.core.device import DeviceSpec
-from rematplan.scheduler.core.referee import Backward, Checkpoint, Forward, Keep
+from rematplan.scheduler.core.schedule import Backward, Checkpoint, Forward, Keep
 from rematplan.scheduler.costs.meters.clock import wait
 from rematplan.scheduler.costs.meters.kernel_scratch import Scratch
 from rematplan.scheduler.costs.meters.live_storages import LiveBytes

@@ -58,7 +58,7 @@ from rematplan.executors.step_state import Handle, Held, Lasting, StepState, ten
 from rematplan.executors.trace import Observer, silent
 from rematplan.scheduler.capture.graph.recompute import OtherOps, Rebuild, Thinned, rerun
 from rematplan.scheduler.core.program import ReplayProgram
-from rematplan.scheduler.core.referee import COPY_ACTIONS, Backward, Checkpoint, Forward, Free, Keep
+from rematplan.scheduler.core.schedule import COPY_ACTIONS, Backward, Checkpoint, Forward, Free, Keep
 from rematplan.scheduler.torch_layer.environment import RunContext
 from rematplan.scheduler.torch_layer.layouts import storage_key
 from rematplan.scheduler.torch_layer.preserve import RandomState, on_gradient, shielded

@@ -14,7 +14,8 @@ from rematplan.scheduler.core.budget import format_bytes, machine_bytes, parse_b
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.device import DeviceSpec
 from rematplan.scheduler.core.errors import CaptureError, InfeasibleBudget
-from rematplan.scheduler.core.referee import Backward, Keep, Schedule, simulate
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.core.schedule import Backward, Keep, Schedule
 from rematplan.scheduler.core.text_table import lines_of, new_table
 from rematplan.scheduler.costs.meters.cuda_overheads import HANDLES, expandable_segments, workspace_bytes
 from rematplan.scheduler.plan.kinds import KINDS

@@ -15,7 +15,8 @@ from rematplan.scheduler.core.device import DeviceSpec
 from rematplan.scheduler.core.host import HostMemory
 from rematplan.scheduler.core.json_data import check_format
 from rematplan.scheduler.core.program import ReplayProgram
-from rematplan.scheduler.core.referee import Backward, Checkpoint, Forward, Keep, Schedule, Timeline, simulate
+from rematplan.scheduler.core.referee import Timeline, simulate
+from rematplan.scheduler.core.schedule import Backward, Checkpoint, Forward, Keep, Schedule
 from rematplan.scheduler.plan.kinds import KINDS
 from rematplan.scheduler.plan.plan_file import as_text, check_parts, check_plan, read_json
 from rematplan.scheduler.plan.record import CaptureRecord

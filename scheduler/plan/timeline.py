@@ -16,23 +16,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from rematplan.scheduler.core import schedule as acts
 from rematplan.scheduler.core.json_data import check_format
 from rematplan.scheduler.core.live_values import LiveValues
 from rematplan.scheduler.core.referee import Referee
-from rematplan.scheduler.core.schedule import (
-    Action,
-    Backward,
-    Checkpoint,
-    Forward,
-    Free,
-    FreeHost,
-    FreeSaved,
-    Keep,
-    Offload,
-    OffloadSaved,
-    Prefetch,
-    PrefetchSaved,
-)
 from rematplan.scheduler.plan.figure import COLORS, drawn
 from rematplan.scheduler.plan.plan import Plan
 from rematplan.scheduler.plan.snapshot import snapshot_of
@@ -56,17 +43,17 @@ _HELD = {
     "passing": "transient",
 }
 _WORDS = {
-    Forward: "run stage {} without keeping",
-    Checkpoint: "run stage {}, holding its input",
-    Keep: "run stage {} and keep it",
-    Backward: "backward of stage {}",
-    Free: "free boundary {}",
-    Offload: "copy boundary {} to the host",
-    Prefetch: "fetch boundary {} from the host",
-    FreeHost: "free boundary {} on the host",
-    OffloadSaved: "copy what stage {} saved to the host",
-    PrefetchSaved: "fetch what stage {} saved from the host",
-    FreeSaved: "free what stage {} saved",
+    acts.Forward: "run stage {} without keeping",
+    acts.Checkpoint: "run stage {}, holding its input",
+    acts.Keep: "run stage {} and keep it",
+    acts.Backward: "backward of stage {}",
+    acts.Free: "free boundary {}",
+    acts.Offload: "copy boundary {} to the host",
+    acts.Prefetch: "fetch boundary {} from the host",
+    acts.FreeHost: "free boundary {} on the host",
+    acts.OffloadSaved: "copy what stage {} saved to the host",
+    acts.PrefetchSaved: "fetch what stage {} saved from the host",
+    acts.FreeSaved: "free what stage {} saved",
 }
 
 
@@ -205,7 +192,7 @@ class MemoryTimeline:
         return drawn(self, observed)
 
 
-def in_words(action: Action) -> str:
+def in_words(action: acts.Action) -> str:
     """Say an action of a schedule in words."""
     return _WORDS[type(action)].format(*(getattr(action, name) for name in action.__slots__))
 
@@ -288,7 +275,7 @@ def _predicted(plan: Plan) -> MemoryTimeline:
         during = (
             after if chain.values else {**after, "boundary gradient": live.get("boundary gradient", NO_PART)}
         )
-        if isinstance(action, Backward) and ledger.total <= values.during:
+        if isinstance(action, acts.Backward) and ledger.total <= values.during:
             during = live
         ledger.update(live, during)
         ledger.put("transient", ("transient", judged.during[index] - ledger.total, words))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rematplan import Chain, InfeasibleBudget, Plan, Schedule, execute, solve, solve_chain
-from rematplan.scheduler.core.referee import (
+from rematplan.scheduler.core.schedule import (
     COPY_ACTIONS,
     Action,
     Backward,

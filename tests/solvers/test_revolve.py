@@ -18,16 +18,8 @@ from hypothesis import strategies as st
 
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.errors import InfeasibleBudget
-from rematplan.scheduler.core.referee import (
-    Action,
-    Backward,
-    Checkpoint,
-    Forward,
-    Free,
-    Keep,
-    Schedule,
-    simulate,
-)
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.core.schedule import Action, Backward, Checkpoint, Forward, Free, Keep, Schedule
 from rematplan.scheduler.solvers import (
     OnlineRevolve,
     revolve_actions,
