@@ -18,13 +18,13 @@ from rematplan.scheduler.plan.plan import Plan
 from rematplan.scheduler.torch_layer.leaves import tensors_in
 from rematplan.scheduler.torch_layer.private import at_end_of_backward
 
-__all__ = ["Watch", "step_bytes", "tightened"]
+__all__ = ["PeakWatch", "step_bytes", "tightened"]
 
 
 MARKER = 1_000_033  # bytes of an allocation that nothing else asks for
 
 
-class Watch:
+class PeakWatch:
     """Counts the bytes of one step, from now until a backward from its output ends.
 
     On CUDA by the caching allocator's counters, whose peak statistics are reset now, once cuBLAS has its

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rematplan.executors.as_read import AsRead, Sampler
-from rematplan.executors.compare_replay import Comparison
+from rematplan.executors.compare_replay import ReplayCheck
 from rematplan.executors.engine import Executor, Stages
 from rematplan.executors.host_arena import Arena
 from rematplan.executors.step import Step
@@ -202,7 +202,7 @@ class GraphStages(Stages):
             AsRead([t for t in given if isinstance(t, Tensor)], Sampler() if sampled else None),
         )
 
-    def run(self, stage: int, boundary: tuple[Tensor, ...], comparison: Comparison) -> tuple[Tensor, ...]:
+    def run(self, stage: int, boundary: tuple[Tensor, ...], comparison: ReplayCheck) -> tuple[Tensor, ...]:
         results = self.executor.stages[stage].function(*self.arguments(stage, boundary, comparison))
         return self.executor.reads[stage].follow(results, boundary)
 
@@ -210,7 +210,11 @@ class GraphStages(Stages):
         return self.executor.rebuilds[stage, option]
 
     def arguments(
-        self, stage: int, boundary: tuple[Tensor, ...], comparison: Comparison, rebuild: Rebuild | None = None
+        self,
+        stage: int,
+        boundary: tuple[Tensor, ...],
+        comparison: ReplayCheck,
+        rebuild: Rebuild | None = None,
     ) -> list[Any]:
         executor, reads = self.executor, self.executor.reads[stage]
 

@@ -77,17 +77,17 @@ class HostSide:
         self.bytes -= size
         self.arena.give(offset, size)
 
-    def copy(self, target: Tensor, source: Tensor, device: torch.device, *, reading: bool) -> Any:
+    def copy(self, destination: Tensor, source: Tensor, device: torch.device, *, reading: bool) -> Any:
         """Copy between host and device; return the event at whose end it is done, on CUDA."""
         if device.type != "cuda":
-            target.copy_(source)
+            destination.copy_(source)
             return None
         if reading not in self._streams:
             self._streams[reading] = torch.cuda.Stream(device)
         stream = self._streams[reading]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            target.copy_(source, non_blocking=True)
+            destination.copy_(source, non_blocking=True)
         return stream.record_event()
 
 

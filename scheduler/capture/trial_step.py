@@ -27,9 +27,11 @@ from rematplan.scheduler.torch_layer.private import DataDependentOutputException
 from rematplan.scheduler.torch_layer.target import Device, Target
 from rematplan.scheduler.torch_layer.unwind import met
 
-__all__ = ["DRAWS", "UNTRIED", "TrialStep", "first_forward", "with_plain_step"]
+__all__ = ["HOST_DRAWS", "UNTRIED", "TrialStep", "first_forward", "with_plain_step"]
 
-DRAWS = "the forward draws from the generators of Python or NumPy, which a graph would do once and for all"
+HOST_DRAWS = (
+    "the forward draws from the generators of Python or NumPy, which a graph would do once and for all"
+)
 
 UNTRIED = "not tried against the plain model: no data"
 
@@ -46,7 +48,7 @@ class TrialStep:
         seen: which modules it calls again and again.
         own_loss: whether the model returns its own loss.
         plain: what one plain step gives; None if none was taken.
-        draws: whether the step draws from the generators of Python or NumPy. Even if the numbers made no
+        host_draws: whether the step draws from the generators of Python or NumPy. Even if the numbers made no
             difference in it (a branch that is taken seldom), they may in another.
         custom: names of the custom autograd.Functions that it uses.
         sparse: parameter -> bytes of its gradient, where that is sparse.
@@ -61,7 +63,7 @@ class TrialStep:
     own_loss: bool
     unread: frozenset[int] = frozenset()
     plain: StepResult | None = None
-    draws: bool = False
+    host_draws: bool = False
     custom: tuple[str, ...] = ()
     sparse: Mapping[nn.Parameter, int] = field(default_factory=dict)
 
@@ -145,8 +147,9 @@ def _without_data(model: nn.Module, call: Call, device: Target, progress: Callab
         raise ValueError(_rejection(model, error)) from error
     loss, own = find_loss(output)
     custom = custom_functions([loss, *tensors_in(output)])
-    draws = random.differs()
-    return TrialStep(model, call, device, progress, call, seen, own, draws=draws, custom=custom)
+    return TrialStep(
+        model, call, device, progress, call, seen, own, host_draws=random.differs(), custom=custom
+    )
 
 
 def _rejection(model: nn.Module, error: Exception) -> str:
@@ -185,4 +188,4 @@ def with_plain_step(step: TrialStep, *, cacheless: bool) -> TrialStep:
                 )
     grads = ((name, grad) for name, grad in plain.grads.items() if grad is not None)
     sparse = {model.get_parameter(name): tensor_bytes(grad) for name, grad in grads if not is_strided(grad)}
-    return replace(step, plain=plain, draws=random.differs(), custom=plain.custom, sparse=sparse)
+    return replace(step, plain=plain, host_draws=random.differs(), custom=plain.custom, sparse=sparse)

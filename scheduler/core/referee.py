@@ -41,7 +41,7 @@ from typing import NoReturn
 
 from rematplan.scheduler.core import schedule as acts
 from rematplan.scheduler.core.chain import Chain
-from rematplan.scheduler.core.host import Copies, HostMemory, Item
+from rematplan.scheduler.core.host import HostCopies, HostMemory, Item
 from rematplan.scheduler.core.live_values import LiveValues
 
 __all__ = ["Referee", "Timeline", "simulate"]
@@ -129,7 +129,7 @@ class Referee:
         self.actions = tuple(schedule)
         self.chain = chain = chain.apart() if acts.has_copies(self.actions) else chain
         self.values = LiveValues(chain)
-        self.copies = None if host is None else Copies(host)
+        self.copies = None if host is None else HostCopies(host)
         self.seconds = 0.0
         self.runs = [0] * len(chain)
         self._index = 0
@@ -229,7 +229,7 @@ class Referee:
             self.seconds = self.copies.settle(self.seconds, ("boundary", boundary))
         self.values.free(boundary)
 
-    def _copy(self, action: acts.CopyAction, copies: Copies) -> None:
+    def _copy(self, action: acts.CopyAction, copies: HostCopies) -> None:
         if saved := isinstance(action, (acts.OffloadSaved, acts.PrefetchSaved, acts.FreeSaved)):
             i, what = action.stage, f"the saved tensors of stage {action.stage}"
         else:
@@ -262,7 +262,7 @@ class Referee:
         else:
             self._fetch(item, copies, what)
 
-    def _fetch(self, item: Item, copies: Copies, what: str) -> None:
+    def _fetch(self, item: Item, copies: HostCopies, what: str) -> None:
         """Start to copy a boundary, or the saved tensors of a stage, back to the device."""
         source, i = item, item[1]
         if item[0] == "saved":

@@ -30,13 +30,13 @@ from rematplan.scheduler.core.errors import CaptureError
 from rematplan.scheduler.costs.gather import measure_gather, resharding, standing_bytes, with_gather
 from rematplan.scheduler.costs.meters.peak import count_bytes
 from rematplan.scheduler.costs.module_blocks import BlockCost, BlockRun
-from rematplan.scheduler.costs.module_stages import Parts, stages_to_chain
+from rematplan.scheduler.costs.module_stages import ChainParts, stages_to_chain
 from rematplan.scheduler.costs.module_values import Lifetimes, Traffic, module_values
 from rematplan.scheduler.costs.roofline import Tally, device_rates
 from rematplan.scheduler.costs.skeleton import (
     Box,
-    Event,
     Piece,
+    SkeletonEvent,
     Timed,
     Visitor,
     pieces,
@@ -126,7 +126,7 @@ def module_chain(
         sparse: bytes of gradients that are sparse.
     """
     readers = _readers(capture, model)
-    with fixed_draws(capture.draws):
+    with fixed_draws(capture.fixed_draw):
         blocks, own_loss = _measured(capture, model, call, readers, existing, clock, once)
         boxes = {index: block.box for index, block in enumerate(blocks)}
         run = functools.partial(run_skeleton, capture, model, call, boxes)
@@ -148,7 +148,7 @@ def module_chain(
     at = dict(zip(traffic.events, counted.marks, strict=True))
     both = pieces(traffic.events, len(blocks))
     forward, backward = ([Piece.of(counted, *piece) for piece in way] for way in both)
-    parts = Parts(
+    parts = ChainParts(
         capture=capture,
         model=model,
         blocks=blocks,
@@ -258,7 +258,7 @@ def _seconds(
     return forward, backward
 
 
-def _live(capture: ModuleCapture, at: Mapping[Event, int]) -> list[int]:
+def _live(capture: ModuleCapture, at: Mapping[SkeletonEvent, int]) -> list[int]:
     """Return (L,) bytes live in the forward when the stage after each begins, or when the forward is over.
 
     Args:

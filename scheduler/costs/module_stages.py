@@ -22,11 +22,11 @@ from rematplan.scheduler.costs.stage_run import OptionCost
 from rematplan.scheduler.torch_layer.preserve import CPU_RANDOM_STATE
 from rematplan.scheduler.torch_layer.target import Device
 
-__all__ = ["Parts", "stages_to_chain"]
+__all__ = ["ChainParts", "stages_to_chain"]
 
 
 @dataclass
-class Parts:
+class ChainParts:
     """The parts of a chain.
 
     Attributes:
@@ -84,7 +84,7 @@ class Parts:
         return left
 
 
-def stages_to_chain(parts: Parts, resident: int) -> Chain:
+def stages_to_chain(parts: ChainParts, resident: int) -> Chain:
     """Return the chain of these parts; ``resident`` bytes are live during the whole step."""
     capture, values, device, model = parts.capture, parts.values, parts.capture.place, parts.model
     facts, created = _gradients(parts)
@@ -108,7 +108,7 @@ def stages_to_chain(parts: Parts, resident: int) -> Chain:
     )
 
 
-def _gradients(parts: Parts) -> tuple[list[StageFacts], list[int]]:
+def _gradients(parts: ChainParts) -> tuple[list[StageFacts], list[int]]:
     """Return (L,) facts of stages, as far as they are of gradients; (L,) bytes of blocks' gradients."""
     capture, count, readers = parts.capture, len(parts), parts.readers
     device = capture.place
@@ -148,7 +148,7 @@ def _gradients(parts: Parts) -> tuple[list[StageFacts], list[int]]:
     return facts, by_blocks
 
 
-def _count_block(parts: Parts, k: int, index: int, created: int, fact: StageFacts) -> None:
+def _count_block(parts: ChainParts, k: int, index: int, created: int, fact: StageFacts) -> None:
     """Fill in the facts of a block; ``created`` bytes of its parameters' gradients appear."""
     values, block, capture = parts.values, parts.blocks[index], parts.capture
     cost, behind = block.cost, 0
@@ -169,7 +169,7 @@ def _count_block(parts: Parts, k: int, index: int, created: int, fact: StageFact
     fact.options = [(keeps, replace(cost.whole, backward_peak=reversing))]
 
 
-def _count_glue(parts: Parts, k: int, fact: StageFacts) -> None:
+def _count_glue(parts: ChainParts, k: int, fact: StageFacts) -> None:
     """Fill in the facts of a stage of the user's code."""
     values, piece, last = parts.values, parts.pieces[k], k == len(parts) - 1
     fact.name = f"glue {k - piece}" if k and not last else ("after" if k else "before")

@@ -19,7 +19,7 @@ from rematplan.scheduler.core.chain import Carried
 from rematplan.scheduler.costs.assemble import Values
 from rematplan.scheduler.costs.meters.peak import allocated
 from rematplan.scheduler.costs.module_blocks import BlockCost
-from rematplan.scheduler.costs.skeleton import Event, Visitor
+from rematplan.scheduler.costs.skeleton import SkeletonEvent, Visitor
 from rematplan.scheduler.costs.stage_run import unowned
 from rematplan.scheduler.torch_layer.layouts import held_bytes, storage_key, storage_of
 from rematplan.scheduler.torch_layer.leaves import tensor_leaves
@@ -29,7 +29,7 @@ __all__ = ["Lifetimes", "ModuleValues", "Traffic", "module_values"]
 
 # Zero-dimensional tensors that the user's code holds are no value: ``Chain.fixed`` has room for them.
 FEW_BYTES = 2048
-Place: TypeAlias = tuple[int, bool, int]  # block, whether it is an output, leaf
+LeafPlace: TypeAlias = tuple[int, bool, int]  # block, whether it is an output, leaf
 
 
 class Lifetimes(Visitor):
@@ -41,8 +41,8 @@ class Lifetimes(Visitor):
 
     def __init__(self, capture: ModuleCapture) -> None:
         self.capture = capture
-        self.last: dict[Place, int] = {}
-        self._alive: dict[Place, StorageWeakRef] = {}
+        self.last: dict[LeafPlace, int] = {}
+        self._alive: dict[LeafPlace, StorageWeakRef] = {}
         self._due: int | None = None  # a stage of glue that has not run an op yet
 
     def enter(self, block: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:  # noqa: ARG002, D102
@@ -57,7 +57,7 @@ class Lifetimes(Visitor):
         following = self.capture.blocks[block].stage + 1
         self._due = following if self.capture.stages[following] is None else None
 
-    def _follow(self, place: Place, tensor: Tensor) -> None:
+    def _follow(self, place: LeafPlace, tensor: Tensor) -> None:
         storage = storage_of(tensor)
         if storage is not None:
             self._alive[place] = StorageWeakRef(storage)
@@ -104,7 +104,7 @@ class Traffic(Visitor):
         self.mark: Callable[[], None] = lambda: None
         self.returned: set[int] = set()
         self.output_grad = 0
-        self.events: list[Event] = []
+        self.events: list[SkeletonEvent] = []
         self.size: dict[int, int] = {}
         self.made: dict[int, int] = {}
         self.arguments: list[dict[int, int]] = []
@@ -143,7 +143,7 @@ class Traffic(Visitor):
     def unreversed(self, block: int) -> None:  # noqa: D102
         self.waiting.add(block)
 
-    def shared(self, at: Mapping[Event, int]) -> list[int]:
+    def shared(self, at: Mapping[SkeletonEvent, int]) -> list[int]:
         """Return (blocks,) bytes of incoming gradients that stay after it: others are views of them.
 
         Args:

@@ -30,10 +30,10 @@ from rematplan.scheduler.torch_layer.loss import find_loss
 from rematplan.scheduler.torch_layer.preserve import in_backward, reverse, uncached
 from rematplan.scheduler.torch_layer.private import is_view
 
-__all__ = ["Box", "Event", "Piece", "Timed", "Visitor", "pieces", "run_skeleton", "stand_in"]
+__all__ = ["Box", "Piece", "SkeletonEvent", "Timed", "Visitor", "pieces", "run_skeleton", "stand_in"]
 
 # "enter", "leave", "reverse", "cleared", "reversed" and a block; "over" (the forward) or "done" and -1
-Event = tuple[str, int]
+SkeletonEvent = tuple[str, int]
 
 
 @dataclass(slots=True)
@@ -272,7 +272,9 @@ class Piece:
         return self.peak - self.start
 
 
-def pieces(events: Sequence[Event], blocks: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def pieces(
+    events: Sequence[SkeletonEvent], blocks: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Return the events (-1: the start) between which each piece of the user's code runs, and its backward.
 
     A block that is not reversed, or out of order, leaves its piece to the one before.
@@ -298,7 +300,7 @@ class Timed(Visitor):
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now
-        self.events: list[Event] = []
+        self.events: list[SkeletonEvent] = []
         self.times = [now()]
 
     def note(self, what: str, block: int = -1) -> None:  # noqa: D102

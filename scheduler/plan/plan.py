@@ -250,12 +250,12 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; a file that is there is replaced in one step, or left as it was."""
-        target = Path(path)
+        file = Path(path)
         text = as_text(self.to_json())
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
         try:
             temporary.write_text(text, encoding="utf-8")
-            temporary.replace(target)
+            temporary.replace(file)
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Part: TypeAlias = tuple[str, int, str]  # category, bytes, name
 Parts: TypeAlias = dict[Any, Part]
 
-__all__ = ["CATEGORIES", "Block", "MemoryTimeline", "Point", "category_of", "in_words"]
+__all__ = ["CATEGORIES", "Allocation", "MemoryTimeline", "Moment", "category_of", "in_words"]
 
 FORMAT = 1
 CATEGORIES = tuple(COLORS)
@@ -58,7 +58,7 @@ _WORDS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class Moment:
     """A moment of the step.
 
     Attributes:
@@ -71,7 +71,7 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class Allocation:
     """Bytes that are live together, from point ``begin`` until before point ``end``."""
 
     name: str
@@ -96,8 +96,8 @@ class MemoryTimeline:
     title: str
     budget: int
     actions: tuple[str, ...]
-    points: tuple[Point, ...]
-    blocks: tuple[Block, ...]
+    points: tuple[Moment, ...]
+    blocks: tuple[Allocation, ...]
 
     def __post_init__(self) -> None:
         for block in self.blocks:
@@ -159,8 +159,8 @@ class MemoryTimeline:
                 data["title"],
                 data["budget"],
                 tuple(data["actions"]),
-                tuple(Point(*row) for row in data["points"]),
-                tuple(Block(*row) for row in data["blocks"]),
+                tuple(Moment(*row) for row in data["points"]),
+                tuple(Allocation(*row) for row in data["blocks"]),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"MemoryTimeline.from_json: not a timeline: {error!r}") from error
@@ -212,7 +212,7 @@ class _Ledger:
 
     def __init__(self) -> None:
         self.open: dict[Any, tuple[Part, int]] = {}
-        self.blocks: list[Block] = []
+        self.blocks: list[Allocation] = []
         self.now = 0
         self.total = 0
 
@@ -229,7 +229,7 @@ class _Ledger:
             (category, size, name), begin = self.open.pop(key)
             self.total -= size
             if begin < self.now:
-                self.blocks.append(Block(name or category, category, size, begin, self.now))
+                self.blocks.append(Allocation(name or category, category, size, begin, self.now))
 
     def update(self, before: Parts, after: Parts) -> None:
         """Replace the parts ``before`` by ``after``."""
@@ -266,7 +266,7 @@ def _predicted(plan: Plan) -> MemoryTimeline:
         resident[STATE] -= sum(stage.rerun_state for stage in chain.stages)
     for name, size in resident.items():
         ledger.put(name, (category_of(name), size, name))
-    points: list[Point] = []
+    points: list[Moment] = []
     live: Parts = {}
     for index, (action, values) in enumerate(zip(plan.schedule, referee.steps(), strict=True)):
         words, after = in_words(action), _parts(values)
@@ -279,7 +279,7 @@ def _predicted(plan: Plan) -> MemoryTimeline:
             during = live
         ledger.update(live, during)
         ledger.put("transient", ("transient", judged.during[index] - ledger.total, words))
-        points.append(Point(index, words))
+        points.append(Moment(index, words))
         ledger.now += 1
         ledger.drop("transient")
         ledger.update(during, after)
@@ -289,7 +289,7 @@ def _predicted(plan: Plan) -> MemoryTimeline:
                 f"MemoryTimeline: action {index}, {action}, leaves {ledger.total} bytes by category and "
                 f"{judged.live[index]} by the referee; please report this"
             )
-        points.append(Point(index, f"after: {words}"))
+        points.append(Moment(index, f"after: {words}"))
         ledger.now += 1
     for key in list(ledger.open):
         ledger.drop(key)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rematplan.scheduler.torch_layer.call import Call
-from rematplan.scheduler.torch_layer.fake import Watch
+from rematplan.scheduler.torch_layer.fake import OpWatch
 from rematplan.scheduler.torch_layer.fsdp import sharded_within, take_gathered_grads
 from rematplan.scheduler.torch_layer.layouts import storage_key
 from rematplan.scheduler.torch_layer.leaves import map_tensors, tree_leaves
@@ -309,7 +309,7 @@ def _surroundings(model: nn.Module) -> tuple[list[tuple[str, Any]], set[Tensor]]
     return [("", model), *named.objects()], moved
 
 
-class _Moving(Watch):
+class _Moving(OpWatch):
     """Copies tensors before an op changes them in place for the first time."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -320,7 +320,7 @@ class _Moving(Watch):
         self.copies: dict[Tensor, Tensor] = {}
 
     def before_change(self, tensor: Tensor) -> None:
-        """See ``Watch``."""
+        """See ``OpWatch``."""
         for each in self.waiting.pop(storage_id(tensor.untyped_storage()), ()):
             self.copies[each] = each.detach().clone()
 

@@ -81,7 +81,7 @@ class ModuleCapture(Capture):
         state_bytes: bytes that the state of blocks takes: what they leave on modules, and what is held for
             re-runs.
         grad: whether the model's code runs in grad mode only.
-        draws: what random numbers are fixed at for all layers to run, if some may be left out; see
+        fixed_draw: what random numbers are fixed at for all layers to run, if some may be left out; see
             layer_drop.py.
         reversing: names of blocks that call autograd.grad on what they have made.
     """
@@ -96,7 +96,7 @@ class ModuleCapture(Capture):
     overwritten: frozenset[str] = frozenset()
     state_bytes: int = 0
     grad: bool = False
-    draws: float | None = None
+    fixed_draw: float | None = None
     reversing: frozenset[str] = frozenset()
 
     kind = "modules"
@@ -253,7 +253,7 @@ def capture_modules(
             for name, size in entry.left.items()
         ),
         grad=grad,
-        draws=fixed,
+        fixed_draw=fixed,
         reversing=frozenset(entry.name for entry in usable if entry.reverses),
     )
 

@@ -24,15 +24,15 @@ from torch import Tensor, nn
 from rematplan.scheduler.capture.blocks.block_layout import (
     SIMPLE,
     UNREAD,
-    Layout,
+    StateLayout,
     Taken,
     is_same,
     same_content,
     value_at,
     without_graph,
 )
-from rematplan.scheduler.capture.repeat import Values
-from rematplan.scheduler.torch_layer.fake import Watch
+from rematplan.scheduler.capture.repeat import ValuesBefore
+from rematplan.scheduler.torch_layer.fake import OpWatch
 from rematplan.scheduler.torch_layer.preserve import CPU_RANDOM_STATE, copy_back
 from rematplan.scheduler.torch_layer.private import pytree, versions_kept
 from rematplan.scheduler.torch_layer.python_state import MISSING, Holder, holders_of, is_plain
@@ -67,7 +67,9 @@ class BlockState:
 
     def _find(self, large: Iterable[Holder] = ()) -> None:
         self.tracked.update(id(holder.thing) for holder in large)
-        self.layout = Layout(self.name, self.module, self.sticky, self.tracked, self.changed, self.everything)
+        self.layout = StateLayout(
+            self.name, self.module, self.sticky, self.tracked, self.changed, self.everything
+        )
         self.sticky |= {(id(thing), key) for thing, key in self.layout.tensors}
         self.unread = [
             i for i, place in enumerate(self.layout.tensors) if self.layout.name_of(place) in self.overwritten
@@ -202,11 +204,11 @@ class CallState:
         leaves = pytree.tree_leaves((args, kwargs))
         objects = [leaf for leaf in leaves if not isinstance(leaf, Tensor) and not is_plain(leaf)]
         self.given = BlockState("argument", objects, everything=True).take(cut=False) if objects else None
-        self.values = Values(_tensors(state, self.taken), data=data)
+        self.values = ValuesBefore(_tensors(state, self.taken), data=data)
         outside = self.taken.layout.outside
         self.outside = [(name, each, _look(each)) for name, each in outside if not is_walked(each)]
 
-    def changed(self, ops: Watch | None = None) -> set[str]:
+    def changed(self, ops: OpWatch | None = None) -> set[str]:
         """Return the names of the tensors, containers and generators that were changed in place since.
 
         Args:

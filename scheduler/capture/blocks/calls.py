@@ -24,7 +24,7 @@ from rematplan.scheduler.capture.repeat import unlike
 from rematplan.scheduler.core.errors import CaptureError
 from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.eager import own_attributes
-from rematplan.scheduler.torch_layer.fake import Watch
+from rematplan.scheduler.torch_layer.fake import OpWatch
 from rematplan.scheduler.torch_layer.fsdp import sharded_within
 from rematplan.scheduler.torch_layer.leaves import tensor_leaves, tensors_in
 from rematplan.scheduler.torch_layer.preserve import RandomState, shielded, uncompiled
@@ -391,7 +391,7 @@ def profile(
                 before = CallState(states[name], args, kwargs, data=data)
                 random = RandomState(device)
                 current = entry
-                ops = Watch()
+                ops = OpWatch()
                 try:
                     with (
                         hooks(entry),

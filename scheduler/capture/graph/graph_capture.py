@@ -21,11 +21,11 @@ from rematplan.scheduler.capture.graph.op_graph import Op, OpGraph, arguments_of
 from rematplan.scheduler.capture.graph.recompute import op_rows
 from rematplan.scheduler.capture.graph.stages import GraphStage, Source, compile_stages
 from rematplan.scheduler.capture.protocol import Capture, StageEffects
-from rematplan.scheduler.capture.repeat import ELSEWHERE, Values, unlike
+from rematplan.scheduler.capture.repeat import ELSEWHERE, ValuesBefore, unlike
 from rematplan.scheduler.core.errors import CaptureError
 from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.eager import as_eager
-from rematplan.scheduler.torch_layer.fake import Watch
+from rematplan.scheduler.torch_layer.fake import OpWatch
 from rematplan.scheduler.torch_layer.leaves import tree_leaves, tree_unflatten
 from rematplan.scheduler.torch_layer.preserve import RandomState, model_device, on_gradient, uncached
 from rematplan.scheduler.torch_layer.private import detect_fake_mode, schema_of
@@ -206,13 +206,13 @@ class GraphCapture(Capture):
         """
         drew: list[bool] = []
         changed: list[tuple[str, ...]] = []
-        before: list[tuple[RandomState, Values]] = []
-        watch = Watch()
+        before: list[tuple[RandomState, ValuesBefore]] = []
+        watch = OpWatch()
         dry = self.target is not None or detect_fake_mode() is not None
 
         def visit(k: int, arguments: list[Any]) -> None:
             sources = zip(self.stages[k].sources, arguments, strict=True)
-            buffers = Values(((s.key, each) for s, each in sources if s.kind == "buffer"), data=not dry)
+            buffers = ValuesBefore(((s.key, each) for s, each in sources if s.kind == "buffer"), data=not dry)
             before[:] = [(RandomState(self.device), buffers)]
             watch.restart()
 
