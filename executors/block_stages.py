@@ -22,7 +22,7 @@ from rematplan.executors.plain import plain_forward
 from rematplan.executors.step import Step
 from rematplan.executors.step_state import Handle
 from rematplan.executors.trace import silent
-from rematplan.scheduler.capture.blocks.block_capture import Block, ModuleCapture
+from rematplan.scheduler.capture.blocks.block_capture import Block, BlockCapture
 from rematplan.scheduler.capture.blocks.block_state import BlockState
 from rematplan.scheduler.capture.blocks.calls import intercepted, is_compiled
 from rematplan.scheduler.plan.plan import Plan
@@ -36,7 +36,7 @@ from rematplan.scheduler.torch_layer.preserve import Draws
 from rematplan.scheduler.torch_layer.private import version_of
 from rematplan.scheduler.torch_layer.python_state import is_plain
 
-__all__ = ["ModuleExecutor"]
+__all__ = ["BlockExecutor"]
 
 LOGGER = logging.getLogger("rematplan")
 
@@ -79,10 +79,10 @@ class _ModuleReads:
         return [values[key] for values, key in self.constant]
 
 
-class ModuleExecutor(Executor):
+class BlockExecutor(Executor):
     """Runs the steps of one model: its own forward, with its blocks intercepted."""
 
-    def __init__(self, capture: ModuleCapture, plan: Plan, model: nn.Module, check: str) -> None:
+    def __init__(self, capture: BlockCapture, plan: Plan, model: nn.Module, check: str) -> None:
         super().__init__(capture, plan, check)
         self.plain = functools.partial(plain_forward, model)
         self.modules = {block.name: model.get_submodule(block.name) for block in capture.blocks}
@@ -329,7 +329,7 @@ class _Sweep:
 
 
 class BlockStages(Stages):
-    """The blocks of one step of a ModuleExecutor.
+    """The blocks of one step of a BlockExecutor.
 
     Attributes:
         runs: stage -> its first run, while it may run again.
@@ -337,7 +337,7 @@ class BlockStages(Stages):
         passed: stage left out -> its next boundary, by positions in its own.
     """
 
-    def __init__(self, executor: ModuleExecutor) -> None:
+    def __init__(self, executor: BlockExecutor) -> None:
         super().__init__(executor)
         self.runs: dict[int, _Run] = {}
         self.contexts: dict[int, RunContext] = {}

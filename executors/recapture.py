@@ -13,11 +13,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from rematplan.executors.block_stages import ModuleExecutor
+from rematplan.executors.block_stages import BlockExecutor
 from rematplan.executors.engine import Engine
 from rematplan.executors.graph_stages import GraphExecutor
 from rematplan.scheduler.capture.bit_equal_step import PlainSteps, step_result
-from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture, capture_modules, recorded_modules
+from rematplan.scheduler.capture.blocks.block_capture import BlockCapture, capture_blocks, recorded_blocks
 from rematplan.scheduler.capture.graph.graph_capture import GraphCapture, capture_graph, op_graphs
 from rematplan.scheduler.capture.graph.op_graph import OpGraph
 from rematplan.scheduler.capture.graph.recompute import check_dropped
@@ -91,7 +91,7 @@ def _check_once(found: Capture, plan: Plan) -> None:
 # ---- blocks ----------------------------------------------------------------------------------------------
 
 
-def _modules(plan: Plan, model: nn.Module, call: Call) -> ModuleCapture:
+def _blocks(plan: Plan, model: nn.Module, call: Call) -> BlockCapture:
     record = plan.capture
     # A plan of an earlier version has feeds by the block before alone.
     feeds = [tuple((a, o, *(back or (1,))) for a, o, *back in fed) for fed in record.fed]
@@ -99,16 +99,16 @@ def _modules(plan: Plan, model: nn.Module, call: Call) -> ModuleCapture:
         # A forward of this rank alone could wait for the others in a collective for ever.
         random = record.random or (True,) * len(plan.chain)
         changed = record.changed or ((),) * len(plan.chain)
-        found = recorded_modules(model, record.stages, feeds, random, changed)
+        found = recorded_blocks(model, record.stages, feeds, random, changed)
         _check_length(found, plan)
         _check_recorded(model, found)
     else:
         blocks = [model.get_submodule(name) for name in dict.fromkeys(record.stages)]
         with preserved(model), moving(model) as moved:
-            found = capture_modules(model, call, blocks)
+            found = capture_blocks(model, call, blocks)
         if moved:  # solve knew of it: `preserved` puts it back at each trial from now on
             with preserved(model):
-                found = capture_modules(model, call, blocks)
+                found = capture_blocks(model, call, blocks)
         if tuple(block.name for block in found.blocks) != record.stages:
             raise CaptureError("its blocks run in another order than in the plan")
         for block, fed in zip(found.blocks, feeds, strict=False):
@@ -121,7 +121,7 @@ def _modules(plan: Plan, model: nn.Module, call: Call) -> ModuleCapture:
     return found
 
 
-def _check_recorded(model: nn.Module, found: ModuleCapture) -> None:
+def _check_recorded(model: nn.Module, found: BlockCapture) -> None:
     """Check what recorded blocks show without running.
 
     Each rank sees at each first run whether a block draws; which buffers it changes is taken from the record,
@@ -282,4 +282,4 @@ def _runs_uncached(plan: Plan, model: nn.Module, call: Call, found: GraphCapture
     return without
 
 
-ENGINES = {"graph": Engine(GraphExecutor, _again, _alike), BLOCKS: Engine(ModuleExecutor, _modules)}
+ENGINES = {"graph": Engine(GraphExecutor, _again, _alike), BLOCKS: Engine(BlockExecutor, _blocks)}

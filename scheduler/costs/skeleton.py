@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture
+from rematplan.scheduler.capture.blocks.block_capture import BlockCapture
 from rematplan.scheduler.capture.blocks.calls import intercepted
 from rematplan.scheduler.core.errors import CaptureError
 from rematplan.scheduler.costs.meters.peak import Counted
@@ -173,7 +173,7 @@ def _closed(node: _Node, args: Any, kwargs: Any, produced: Any) -> Any:
 
 
 def run_skeleton(
-    capture: ModuleCapture,
+    capture: BlockCapture,
     model: nn.Module,
     call: Call,
     boxes: dict[int, Box],

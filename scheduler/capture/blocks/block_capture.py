@@ -25,7 +25,7 @@ from torch import nn
 
 from rematplan.scheduler.capture.blocks.calls import (
     CONTAINERS,
-    ModuleCall,
+    BlockCall,
     Recurrence,
     expanded,
     profile,
@@ -43,7 +43,7 @@ from rematplan.scheduler.torch_layer.preserve import model_device, uncompiled
 from rematplan.scheduler.torch_layer.private import detect_fake_mode
 from rematplan.scheduler.torch_layer.target import Device, Target
 
-__all__ = ["Block", "ModuleCapture", "capture_modules", "recorded_modules"]
+__all__ = ["Block", "BlockCapture", "capture_blocks", "recorded_blocks"]
 
 GLUE = "it is code between blocks"
 MOST_PASSED = 16  # blocks that a value may pass by between its making and a block that is fed by it
@@ -71,7 +71,7 @@ class Block:
 
 
 @dataclass(slots=True)
-class ModuleCapture(Capture):
+class BlockCapture(Capture):
     """Blocks in the order in which they run, and where glue lies between them.
 
     Attributes:
@@ -109,7 +109,7 @@ class ModuleCapture(Capture):
         found = {name: model.get_submodule(name) for name in {block.name for block in self.blocks}}
         return [found[block.name] for block in self.blocks]
 
-    def without_data(self, device: torch.device, fake: Callable[[Any], Any]) -> ModuleCapture:  # noqa: ARG002
+    def without_data(self, device: torch.device, fake: Callable[[Any], Any]) -> BlockCapture:  # noqa: ARG002
         """See ``Capture.without_data``."""
         return replace(self, device=device)
 
@@ -156,13 +156,13 @@ def _given(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, nn.Module
     return found
 
 
-def capture_modules(
+def capture_blocks(
     model: nn.Module,
     call: Call,
     blocks: Sequence[nn.Module] | None = None,
     target: Target | None = None,
     seen: Recurrence | None = None,
-) -> ModuleCapture:
+) -> BlockCapture:
     """Find the blocks by one forward without grad; the caller restores the model's state.
 
     Args:
@@ -232,7 +232,7 @@ def capture_modules(
     of: dict[str, set[str]] = {}  # in any of its calls: what one changes, all of them find
     for entry in usable:
         of.setdefault(entry.name, set()).update(entry.changed)
-    return ModuleCapture(
+    return BlockCapture(
         found,
         stages,
         device,
@@ -259,8 +259,8 @@ def capture_modules(
 
 
 def _profiled(
-    model: nn.Module, modules: dict[str, nn.Module], run: Callable[..., ModuleCall]
-) -> tuple[ModuleCall, bool, float | None]:
+    model: nn.Module, modules: dict[str, nn.Module], run: Callable[..., BlockCall]
+) -> tuple[BlockCall, bool, float | None]:
     """Return the candidates' calls, whether they need grad mode, and the value of draws for which all run.
 
     Raises:
@@ -279,7 +279,7 @@ def _profiled(
     return root, grad, fixed
 
 
-def _either_way(run: Callable[..., ModuleCall]) -> tuple[ModuleCall, bool]:
+def _either_way(run: Callable[..., BlockCall]) -> tuple[BlockCall, bool]:
     """Return the calls of the candidates without grad, or in grad mode where that does not run."""
     failed: RuntimeError | None = None
     for grad in (False, True):
@@ -300,13 +300,13 @@ def _in_words(names: Sequence[str]) -> str:
 
 
 def _feeds(
-    chosen: Sequence[ModuleCall], usable: Sequence[ModuleCall], again: Collection[str]
+    chosen: Sequence[BlockCall], usable: Sequence[BlockCall], again: Collection[str]
 ) -> list[tuple[tuple[int, int, int], ...]]:
     """Return which outputs of blocks before each block is fed; see ``Block.fed``."""
     number = {id(entry): index for index, entry in enumerate(usable)}
     made: dict[int, tuple[int, int]] = {}  # token -> (block, output leaf), since glue was last a stage
     feeds: list[tuple[tuple[int, int, int], ...]] = []
-    before: ModuleCall | None = None
+    before: BlockCall | None = None
     for entry in chosen:
         index = number.get(id(entry))
         if index is not None:
@@ -357,18 +357,18 @@ def _effects(
     return [*map(StageEffects, random, changed, once)]
 
 
-def recorded_modules(
+def recorded_blocks(
     model: nn.Module,
     names: Sequence[str],
     feeds: Sequence[tuple[tuple[int, int, int], ...]],
     random: Sequence[bool],
     changed: Sequence[tuple[str, ...]],
-) -> ModuleCapture:
+) -> BlockCapture:
     """Return the capture that a plan's record tells of, without running the model."""
     blocks, stages = _laid_out(names, feeds)
     device = model_device(model)
     effects = _effects(model, device, stages, random, changed)
-    return ModuleCapture(blocks, stages, device, effects, "as recorded")
+    return BlockCapture(blocks, stages, device, effects, "as recorded")
 
 
 def _laid_out(
@@ -395,7 +395,7 @@ def _laid_out(
     return blocks, [*stages, None]
 
 
-def _refuse_left_out(model: nn.Module, modules: dict[str, nn.Module], root: ModuleCall) -> None:
+def _refuse_left_out(model: nn.Module, modules: dict[str, nn.Module], root: BlockCall) -> None:
     """Refuse a model that leaves out layers at random, if no forward was found in which all of them run."""
     called = {entry.name for entry in root.within()}
     missing = next((name for name in modules if name not in called), None)

@@ -9,24 +9,24 @@ from itertools import accumulate, takewhile
 
 from torch import nn
 
-from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture
+from rematplan.scheduler.capture.blocks.block_capture import BlockCapture
 from rematplan.scheduler.capture.blocks.block_state import named_tensors
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.costs.assemble import StageFacts, assemble, parameter_grads
+from rematplan.scheduler.costs.block_costs import BlockCost
+from rematplan.scheduler.costs.block_values import BlockValues
 from rematplan.scheduler.costs.meters.peak import allocated
-from rematplan.scheduler.costs.module_blocks import BlockCost
-from rematplan.scheduler.costs.module_values import ModuleValues
 from rematplan.scheduler.costs.resident import rerun_state, storage_bytes
 from rematplan.scheduler.costs.skeleton import Piece
 from rematplan.scheduler.costs.stage_run import OptionCost
 from rematplan.scheduler.torch_layer.preserve import CPU_RANDOM_STATE
 from rematplan.scheduler.torch_layer.target import Device
 
-__all__ = ["ChainParts", "stages_to_chain"]
+__all__ = ["BlockParts", "stages_to_chain"]
 
 
 @dataclass
-class ChainParts:
+class BlockParts:
     """The parts of a chain.
 
     Attributes:
@@ -42,10 +42,10 @@ class ChainParts:
         sparse: bytes of gradients that are sparse.
     """
 
-    capture: ModuleCapture
+    capture: BlockCapture
     model: nn.Module
     blocks: list[BlockCost]
-    values: ModuleValues
+    values: BlockValues
     forward: list[Piece]
     backward: list[Piece]
     seconds: tuple[list[float], list[float]]
@@ -84,7 +84,7 @@ class ChainParts:
         return left
 
 
-def stages_to_chain(parts: ChainParts, resident: int) -> Chain:
+def stages_to_chain(parts: BlockParts, resident: int) -> Chain:
     """Return the chain of these parts; ``resident`` bytes are live during the whole step."""
     capture, values, device, model = parts.capture, parts.values, parts.capture.place, parts.model
     facts, created = _gradients(parts)
@@ -108,7 +108,7 @@ def stages_to_chain(parts: ChainParts, resident: int) -> Chain:
     )
 
 
-def _gradients(parts: ChainParts) -> tuple[list[StageFacts], list[int]]:
+def _gradients(parts: BlockParts) -> tuple[list[StageFacts], list[int]]:
     """Return (L,) facts of stages, as far as they are of gradients; (L,) bytes of blocks' gradients."""
     capture, count, readers = parts.capture, len(parts), parts.readers
     device = capture.place
@@ -148,7 +148,7 @@ def _gradients(parts: ChainParts) -> tuple[list[StageFacts], list[int]]:
     return facts, by_blocks
 
 
-def _count_block(parts: ChainParts, k: int, index: int, created: int, fact: StageFacts) -> None:
+def _count_block(parts: BlockParts, k: int, index: int, created: int, fact: StageFacts) -> None:
     """Fill in the facts of a block; ``created`` bytes of its parameters' gradients appear."""
     values, block, capture = parts.values, parts.blocks[index], parts.capture
     cost, behind = block.cost, 0
@@ -169,7 +169,7 @@ def _count_block(parts: ChainParts, k: int, index: int, created: int, fact: Stag
     fact.options = [(keeps, replace(cost.whole, backward_peak=reversing))]
 
 
-def _count_glue(parts: ChainParts, k: int, fact: StageFacts) -> None:
+def _count_glue(parts: BlockParts, k: int, fact: StageFacts) -> None:
     """Fill in the facts of a stage of the user's code."""
     values, piece, last = parts.values, parts.pieces[k], k == len(parts) - 1
     fact.name = f"glue {k - piece}" if k and not last else ("after" if k else "before")

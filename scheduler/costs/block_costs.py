@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture
+from rematplan.scheduler.capture.blocks.block_capture import BlockCapture
 from rematplan.scheduler.capture.blocks.block_state import BlockState
 from rematplan.scheduler.costs.meters.peak import allocated
 from rematplan.scheduler.costs.op_trace import trace_of_ops
@@ -73,7 +73,7 @@ class BlockRun:
 
     def __init__(
         self,
-        capture: ModuleCapture,
+        capture: BlockCapture,
         index: int,
         module: nn.Module,
         forward: Callable[..., Any],
