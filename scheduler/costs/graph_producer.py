@@ -14,7 +14,7 @@ from rematplan.scheduler.capture.bit_equal_step import PlainSteps, step_result
 from rematplan.scheduler.capture.blocks.calls import Recurrence, is_compiled
 from rematplan.scheduler.capture.graph.graph_capture import GraphCapture, capture_graph, op_graphs
 from rematplan.scheduler.capture.protocol import Asked, Producer
-from rematplan.scheduler.capture.trial_step import DRAWS, UNTRIED, TrialStep
+from rematplan.scheduler.capture.trial_step import HOST_DRAWS, UNTRIED, TrialStep
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.errors import CaptureError
 from rematplan.scheduler.costs.graph_chain import graph_chain, measure_graph
@@ -45,8 +45,8 @@ class GraphProducer(Producer):
         """See ``Producer.capture``."""
         step.progress("capturing the op graph")
         try:
-            if step.draws:
-                raise CaptureError(DRAWS)
+            if step.host_draws:
+                raise CaptureError(HOST_DRAWS)
             captured, how = _untried(step) if step.target is not None else _exact(step)
         except CaptureError as error:
             if asked != "graph":
@@ -174,7 +174,8 @@ def _planned_call(
 
 def _once(captured: GraphCapture) -> str:
     """Return which stages run once, and why, in words."""
-    once = {stage.name: why for stage, why in zip(captured.stages, captured.once, strict=True) if why}
+    each = zip(captured.stages, captured.effects, strict=True)
+    once = {stage.name: effects.once for stage, effects in each if effects.once}
     names, reasons = [*once], [*once.values()]
     if not names:
         return ""
