@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rematplan import Chain, Plan, Schedule, execute, solve
-from rematplan.executors.nested import nested
-from rematplan.scheduler.core.referee import Action, Backward, Checkpoint, Forward, Keep
+from rematplan.scheduler.core.schedule import Action, Backward, Checkpoint, Forward, Keep
 from rematplan.scheduler.solvers import solve_chain
 from tests.shared.models import make_gpt2
+from tests.shared.nested import nested
 from tests.shared.steps import scheduled
 
 REPEATS = 60

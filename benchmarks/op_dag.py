@@ -30,7 +30,7 @@ from rematplan.scheduler.capture.graph.graph_capture import GraphCapture
 from rematplan.scheduler.capture.graph.op_graph import OpGraph
 from rematplan.scheduler.capture.graph.recompute import compile_rebuilds
 from rematplan.scheduler.core.chain import Chain
-from rematplan.scheduler.core.referee import Action, Backward, Checkpoint, Free, Keep
+from rematplan.scheduler.core.schedule import Action, Backward, Checkpoint, Free, Keep
 from rematplan.scheduler.costs.meters.peak import allocated
 from rematplan.scheduler.costs.option_costs import TimedOps
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rematplan.scheduler.torch_layer.layouts import INTEGERS
 from rematplan.scheduler.torch_layer.private import FakeTensor, version_of
 
-__all__ = ["AsRead", "Sampler", "address", "unlike"]
+__all__ = ["AsRead", "Sampler", "address", "changed_samples"]
 
 MANY = 16  # elements of a tensor that are compared
 Sample = Any  # a tensor on the device, or an array of NumPy's
@@ -112,7 +112,7 @@ class AsRead:
         return [] if self.sampler is None else self.sampler.take(self.tensors, [*map(address, self.tensors)])
 
 
-def unlike(reads: Sequence[AsRead]) -> list[tuple[int, int]]:
+def changed_samples(reads: Sequence[AsRead]) -> list[tuple[int, int]]:
     """Return (which of these, number of the tensor) of those whose values have changed, by their samples.
 
     Waits for the device once.

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from rematplan.executors.as_read import AsRead, Sampler
-from rematplan.executors.compare_replay import Comparison, ReplayError
+from rematplan.executors.compare_replay import ReplayCheck, ReplayError
 from rematplan.executors.engine import Executor, Stages
 from rematplan.executors.graph_stages import locate
 from rematplan.executors.plain import plain_forward
 from rematplan.executors.step import Step
 from rematplan.executors.step_state import Handle
 from rematplan.executors.trace import silent
-from rematplan.scheduler.capture.blocks.block_capture import Block, ModuleCapture
+from rematplan.scheduler.capture.blocks.block_capture import Block, BlockCapture
 from rematplan.scheduler.capture.blocks.block_state import BlockState
 from rematplan.scheduler.capture.blocks.calls import intercepted, is_compiled
 from rematplan.scheduler.plan.plan import Plan
@@ -36,12 +36,12 @@ from rematplan.scheduler.torch_layer.preserve import Draws
 from rematplan.scheduler.torch_layer.private import version_of
 from rematplan.scheduler.torch_layer.python_state import is_plain
 
-__all__ = ["ModuleExecutor"]
+__all__ = ["BlockExecutor"]
 
 LOGGER = logging.getLogger("rematplan")
 
 
-class _Own:
+class _ModuleReads:
     """The parameters, buffers and state that a module, one block or several, reads.
 
     Attributes:
@@ -79,16 +79,16 @@ class _Own:
         return [values[key] for values, key in self.constant]
 
 
-class ModuleExecutor(Executor):
+class BlockExecutor(Executor):
     """Runs the steps of one model: its own forward, with its blocks intercepted."""
 
-    def __init__(self, capture: ModuleCapture, plan: Plan, model: nn.Module, check: str) -> None:
+    def __init__(self, capture: BlockCapture, plan: Plan, model: nn.Module, check: str) -> None:
         super().__init__(capture, plan, check)
         self.plain = functools.partial(plain_forward, model)
         self.modules = {block.name: model.get_submodule(block.name) for block in capture.blocks}
-        changed = {block.name: capture.changed[block.stage] for block in capture.blocks}
+        changed = {block.name: capture.effects[block.stage].changed for block in capture.blocks}
         self.own = {
-            name: _Own(model, name, module, changed[name], capture.overwritten)
+            name: _ModuleReads(model, name, module, changed[name], capture.overwritten)
             for name, module in self.modules.items()
         }
         inner = itertools.chain.from_iterable(module.modules() for module in self.modules.values())
@@ -151,7 +151,7 @@ class _Run:
         leaves: list[Any],
         spec: Any,
         places: list[tuple[int, int]],
-        own: _Own,
+        own: _ModuleReads,
         sampled: bool,
     ) -> None:
         self.forward, self.leaves, self.spec, self.places = forward, leaves, spec, places
@@ -174,7 +174,7 @@ class _Run:
             AsRead(others, Sampler() if sampled and others else None),
         )
 
-    def name_of(self, own: _Own, label: str, which: int, number: int) -> str:
+    def name_of(self, own: _ModuleReads, label: str, which: int, number: int) -> str:
         """Return what was read, in words."""
         if which == 0:
             return f"{own.names[number]} of block {label}"
@@ -182,7 +182,7 @@ class _Run:
             return f"argument {self.external[number]} of block {label}"
         return f"{self.taken.read()[number - len(self.external)][0]} of block {label}"
 
-    def note_gathered(self, own: _Own) -> None:
+    def note_gathered(self, own: _ModuleReads) -> None:
         """Replace the parameters of the first run by those that fully_shard has gathered now."""
         # Where its hooks run within what is intercepted, it had not gathered them when that began.
         then = dict(zip(map(id, self.reads[0].tensors), self.reads[0].versions, strict=True))
@@ -190,7 +190,7 @@ class _Run:
         now.versions = [then.get(id(t), version_of(t)) for t in now.tensors]
         self.reads = now, self.reads[1]
 
-    def is_as_then(self, own: _Own) -> bool:
+    def is_as_then(self, own: _ModuleReads) -> bool:
         """Return whether a re-run finds its parameters and buffers as the first run did."""
         return bool(own.outer or own.inner) or all(map(operator.is_, own.tensors(), self.reads[0].tensors))
 
@@ -329,7 +329,7 @@ class _Sweep:
 
 
 class BlockStages(Stages):
-    """The blocks of one step of a ModuleExecutor.
+    """The blocks of one step of a BlockExecutor.
 
     Attributes:
         runs: stage -> its first run, while it may run again.
@@ -337,7 +337,7 @@ class BlockStages(Stages):
         passed: stage left out -> its next boundary, by positions in its own.
     """
 
-    def __init__(self, executor: ModuleExecutor) -> None:
+    def __init__(self, executor: BlockExecutor) -> None:
         super().__init__(executor)
         self.runs: dict[int, _Run] = {}
         self.contexts: dict[int, RunContext] = {}
@@ -353,14 +353,14 @@ class BlockStages(Stages):
         step.before_first_run(stage, boundary)
         if not step.context.is_current():
             self.contexts[stage] = RunContext(step.device.type)
-        draws = None if step.faked else Draws(step.device)
+        before = None if step.faked else Draws(step.device)
         with _dropping_late(step, stage) if stage in self.executor.reversing else step.dropping(stage):
             result = run.forward(*args, **kwargs)
-        if draws is not None and (state := draws.state()) is not None:
+        if before is not None and (state := before.state()) is not None:
             step.state.generators[stage] = state
         return result
 
-    def run(self, stage: int, boundary: tuple[Tensor, ...], comparison: Comparison) -> tuple[Tensor, ...]:
+    def run(self, stage: int, boundary: tuple[Tensor, ...], comparison: ReplayCheck) -> tuple[Tensor, ...]:
         if stage in self.passed:
             return tuple([boundary[at] for at in self.passed[stage]])
         index = self.executor.capture.stages[stage]
@@ -373,7 +373,12 @@ class BlockStages(Stages):
         return self._run_block(stage, index, own, boundary, comparison)
 
     def _run_block(
-        self, stage: int, index: int, own: _Own, boundary: tuple[Tensor, ...], comparison: Comparison
+        self,
+        stage: int,
+        index: int,
+        own: _ModuleReads,
+        boundary: tuple[Tensor, ...],
+        comparison: ReplayCheck,
     ) -> tuple[Tensor, ...]:
         block, run = self.executor.capture.blocks[index], self.runs[stage]
         comparison.check_reads(stage, run.reads, functools.partial(run.name_of, own, block.label))
@@ -449,7 +454,7 @@ def _same_value(tensor: Tensor, made: Tensor | None, version: int) -> bool:
 
 
 @contextmanager
-def _as_then(run: _Run, own: _Own) -> Iterator[None]:
+def _as_then(run: _Run, own: _ModuleReads) -> Iterator[None]:
     """Restore the parameters and buffers that a block's first run read, where others replaced them since."""
     now = own.tensors()
     for (values, key), tensor in zip(own.constant, run.reads[0].tensors, strict=True):

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from rematplan.executors.as_read import AsRead, unlike
+from rematplan.executors.as_read import AsRead, changed_samples
 from rematplan.executors.fingerprints import CHECKS, Fingerprint, difference
 
 if TYPE_CHECKING:
     from rematplan.executors.engine import Stages
 
-__all__ = ["Comparison", "ReplayError"]
+__all__ = ["ReplayCheck", "ReplayError"]
 
 
 class ReplayError(RuntimeError):
     """A stage cannot be replayed exactly; no gradient was returned."""
 
 
-class Comparison:
+class ReplayCheck:
     """Notes what the first runs of a step's stages were like, and refuses re-runs that differ.
 
     Args:
@@ -73,7 +73,7 @@ class Comparison:
                 self._refuse_changed(name_of(which, number), stage)
         start, self._start = self._start, None
         if self.sampled:
-            for which, number in unlike([*reads, start] if start is not None else reads):
+            for which, number in changed_samples([*reads, start] if start is not None else reads):
                 of_start = f"tensor {number} of the boundary that it starts from"
                 self._refuse_changed(of_start if which == len(reads) else name_of(which, number), stage)
 

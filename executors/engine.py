@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rematplan.executors.compare_replay import Comparison, ReplayError
+from rematplan.executors.compare_replay import ReplayCheck, ReplayError
 from rematplan.executors.host_arena import Arena
 from rematplan.executors.trace import Observer
 from rematplan.scheduler.capture.graph.recompute import Rebuild
@@ -42,7 +42,7 @@ class Executor(ABC):
 
     def __init__(self, capture: Any, plan: Plan, check: str) -> None:
         self.capture, self.program, self.check = capture, self.program_of(plan), check
-        self.device, self.random = capture.device, capture.random
+        self.device, self.random = capture.device, [each.random for each in capture.effects]
         self.observe: Observer | None = None
         self.ran_out = False
 
@@ -82,7 +82,7 @@ class Stages(ABC):
         self.executor = executor
 
     @abstractmethod
-    def run(self, stage: int, boundary: tuple[Tensor, ...], comparison: Comparison) -> tuple[Tensor, ...]:
+    def run(self, stage: int, boundary: tuple[Tensor, ...], comparison: ReplayCheck) -> tuple[Tensor, ...]:
         """Re-run a stage on the tensors of its boundary; return those of the next boundary.
 
         Called in grad mode, as the first run was: ops choose their kernels by it (LSTMs, attention).
@@ -96,7 +96,7 @@ class Stages(ABC):
         """Return the programs that recompute what an option (not the first) of the stage drops."""
         return ()
 
-    def arguments(self, stage: int, boundary: Any, comparison: Comparison, rebuild: Rebuild) -> list[Any]:  # noqa: ARG002
+    def arguments(self, stage: int, boundary: Any, comparison: ReplayCheck, rebuild: Rebuild) -> list[Any]:  # noqa: ARG002
         """Return the arguments of the stage's first run, for such a program."""
         raise ReplayError(f"{self.name(stage)} was kept in part")
 

@@ -292,8 +292,8 @@ def _planned_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(
         cls.__name__,
         (cls,),
-        {"__slots__": ("_rematplan_own", "_rematplan_plans"), "forward": _Own("forward", forward),
-         "_compiled_call_impl": _Own("_compiled_call_impl", None), "_rematplan_plain": plain_copy, "__reduce_ex__": reduce, "__setstate__": set_state,
+        {"__slots__": ("_rematplan_own", "_rematplan_plans"), "forward": _OwnAttribute("forward", forward),
+         "_compiled_call_impl": _OwnAttribute("_compiled_call_impl", None), "_rematplan_plain": plain_copy, "__reduce_ex__": reduce, "__setstate__": set_state,
          "__module__": cls.__module__, "__doc__": cls.__doc__, "__qualname__": cls.__qualname__},
     )  # fmt: skip # one table
 
@@ -306,7 +306,7 @@ def _bound(function: Any, model: Any) -> Any:
 never_compiled(_bound, _WHOLE)
 
 
-class _Own:
+class _OwnAttribute:
     """An attribute of planned models alone; all others are shared with the plain model, which runs plainly.
 
     Args:

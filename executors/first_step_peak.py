@@ -15,16 +15,16 @@ from rematplan.scheduler.costs.meters.clock import wait
 from rematplan.scheduler.costs.meters.cuda_overheads import workspace_bytes
 from rematplan.scheduler.costs.meters.peak import CpuEvents, CudaBytes
 from rematplan.scheduler.plan.plan import Plan
-from rematplan.scheduler.torch_layer.loss import output_tensors
+from rematplan.scheduler.torch_layer.leaves import tensors_in
 from rematplan.scheduler.torch_layer.private import at_end_of_backward
 
-__all__ = ["Watch", "step_bytes", "tightened"]
+__all__ = ["PeakWatch", "step_bytes", "tightened"]
 
 
 MARKER = 1_000_033  # bytes of an allocation that nothing else asks for
 
 
-class Watch:
+class PeakWatch:
     """Counts the bytes of one step, from now until a backward from its output ends.
 
     On CUDA by the caching allocator's counters, whose peak statistics are reset now, once cuBLAS has its
@@ -47,7 +47,7 @@ class Watch:
 
     def until_backward_ends(self, output: Any) -> None:
         """Note that the forward returned ``output``."""
-        for tensor in output_tensors(output):
+        for tensor in tensors_in(output):
             if tensor.grad_fn is not None:
                 tensor.register_hook(self._reversing)
 

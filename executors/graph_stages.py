@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rematplan.executors.as_read import AsRead, Sampler
-from rematplan.executors.compare_replay import Comparison
+from rematplan.executors.compare_replay import ReplayCheck
 from rematplan.executors.engine import Executor, Stages
 from rematplan.executors.host_arena import Arena
 from rematplan.executors.step import Step
@@ -20,7 +20,7 @@ from rematplan.scheduler.capture.graph.graph_capture import GraphCapture
 from rematplan.scheduler.capture.graph.recompute import Rebuild, compile_rebuilds, origin_of_pack
 from rematplan.scheduler.capture.graph.stages import GraphStage, Source
 from rematplan.scheduler.core.program import ReplayProgram
-from rematplan.scheduler.core.referee import Keep
+from rematplan.scheduler.core.schedule import Keep
 from rematplan.scheduler.plan.plan import Plan
 from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.leaves import tree_unflatten
@@ -37,8 +37,7 @@ class GraphExecutor(Executor):
         program = self.program
         self.arena = Arena(plan.timeline.host_peak, capture.device) if program.copies else None
         self.stages, self.constants = capture.stages, capture.constants
-        changed = map(frozenset, capture.changed)
-        self.reads = [_Reads(model, *each) for each in zip(self.stages, changed, strict=True)]
+        self.reads = [_Reads(model, each, capture.changing(k)) for k, each in enumerate(self.stages)]
         self.readers: dict[str, list[int]] = {}  # of carried values, which run again
         for k, reads in enumerate(self.reads):
             for name in reads.carried if program.kept[k] != 0 else ():
@@ -141,11 +140,11 @@ class _Reads:
 
     __slots__ = ("carried", "changed", "constant", "follow", "gather", "given", "lookups", "sampler")
 
-    def __init__(self, model: nn.Module, stage: GraphStage, changed: frozenset[str]) -> None:
+    def __init__(self, model: nn.Module, stage: GraphStage, changed: list[int]) -> None:
         sources = list(enumerate(stage.sources))
         self.lookups = [(i, *locate(model, s.key)) for i, s in sources if s.kind in ("parameter", "buffer")]
-        self.changed = [i for i, s in sources if s.kind == "buffer" and s.key in changed]
-        self.constant = [j for j, (i, _, _) in enumerate(self.lookups) if i not in self.changed]
+        self.changed = changed
+        self.constant = [j for j, (i, _, _) in enumerate(self.lookups) if i not in changed]
         self.sampler = Sampler()
         self.carried = tuple(dict.fromkeys(s.key for _, s in sources if s.kind == "carried"))
         self.given = [(i, s.key) for i, s in sources if s.kind == "input"]
@@ -222,7 +221,7 @@ class GraphStages(Stages):
             AsRead([t for t in given if isinstance(t, Tensor)], Sampler() if sampled else None),
         )
 
-    def run(self, stage: int, boundary: tuple[Tensor, ...], comparison: Comparison) -> tuple[Tensor, ...]:
+    def run(self, stage: int, boundary: tuple[Tensor, ...], comparison: ReplayCheck) -> tuple[Tensor, ...]:
         results = self.executor.stages[stage].function(*self.arguments(stage, boundary, comparison))
         return self.executor.reads[stage].follow(results, boundary)
 
@@ -230,7 +229,11 @@ class GraphStages(Stages):
         return self.executor.rebuilds[stage, option]
 
     def arguments(
-        self, stage: int, boundary: tuple[Tensor, ...], comparison: Comparison, rebuild: Rebuild | None = None
+        self,
+        stage: int,
+        boundary: tuple[Tensor, ...],
+        comparison: ReplayCheck,
+        rebuild: Rebuild | None = None,
     ) -> list[Any]:
         executor, reads = self.executor, self.executor.reads[stage]
 

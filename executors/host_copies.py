@@ -22,17 +22,8 @@ import torch
 from torch import Tensor
 
 from rematplan.executors.host_arena import Arena
+from rematplan.scheduler.core import schedule as acts
 from rematplan.scheduler.core.host import Item
-from rematplan.scheduler.core.schedule import (
-    CopyAction,
-    Free,
-    FreeHost,
-    FreeSaved,
-    Offload,
-    OffloadSaved,
-    Prefetch,
-    PrefetchSaved,
-)
 from rematplan.scheduler.torch_layer.private import FakeTensor, set_conj_and_neg, storage_id, version_of
 
 __all__ = ["Moved", "Store"]
@@ -86,17 +77,17 @@ class HostSide:
         self.bytes -= size
         self.arena.give(offset, size)
 
-    def copy(self, target: Tensor, source: Tensor, device: torch.device, *, reading: bool) -> Any:
+    def copy(self, destination: Tensor, source: Tensor, device: torch.device, *, reading: bool) -> Any:
         """Copy between host and device; return the event at whose end it is done, on CUDA."""
         if device.type != "cuda":
-            target.copy_(source)
+            destination.copy_(source)
             return None
         if reading not in self._streams:
             self._streams[reading] = torch.cuda.Stream(device)
         stream = self._streams[reading]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            target.copy_(source, non_blocking=True)
+            destination.copy_(source, non_blocking=True)
         return stream.record_event()
 
 
@@ -281,22 +272,22 @@ class Store:
         """Note that every stage has run."""
         self._entering, self._packed = [], []
 
-    def move(self, action: CopyAction | Free) -> None:
+    def move(self, action: acts.CopyAction | acts.Free) -> None:
         """Carry out a copy, or free one of two copies."""
-        saved = isinstance(action, (OffloadSaved, PrefetchSaved, FreeSaved))
+        saved = isinstance(action, (acts.OffloadSaved, acts.PrefetchSaved, acts.FreeSaved))
         item: Item = ("saved", action.stage) if saved else ("boundary", action.boundary)  # type: ignore[union-attr]
         storages = self._alive(item)
-        if isinstance(action, FreeSaved):
+        if isinstance(action, acts.FreeSaved):
             for storage in self._alive(("boundary", action.stage + 1)):
                 storage.holders.add(("boundary", action.stage + 1))
         for storage in storages:
-            if isinstance(action, (Offload, OffloadSaved)):
+            if isinstance(action, (acts.Offload, acts.OffloadSaved)):
                 storage.hosts.add(item)
                 storage.write()
-            elif isinstance(action, (Prefetch, PrefetchSaved)):
+            elif isinstance(action, (acts.Prefetch, acts.PrefetchSaved)):
                 storage.holders.add(item)
                 storage.read()
-            elif isinstance(action, FreeHost):
+            elif isinstance(action, acts.FreeHost):
                 storage.hosts.discard(item)
                 storage.settle()
             else:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from rematplan.executors.compare_replay import ReplayError
 from rematplan.scheduler.core.budget import format_bytes
 from rematplan.scheduler.core.errors import PeakWarning
-from rematplan.scheduler.core.referee import Backward, Checkpoint, Keep
+from rematplan.scheduler.core.schedule import Backward, Checkpoint, Keep
 from rematplan.scheduler.plan.plan import Plan
-from rematplan.scheduler.torch_layer.loss import output_tensors
+from rematplan.scheduler.torch_layer.leaves import tensors_in
 from rematplan.scheduler.torch_layer.preserve import in_backward
 from rematplan.scheduler.torch_layer.private import keeps_graph, parametrizations_are_cached, version_of
 
@@ -175,7 +175,7 @@ class InFlight:
         if in_backward():
             return
         graph = None
-        for tensor in (output,) if type(output) is Tensor else output_tensors(output):
+        for tensor in tensors_in(output):
             if tensor.grad_fn is not None:
                 graph = graph or _Graph(self, plan)
                 tensor.grad_fn.register_prehook(graph)

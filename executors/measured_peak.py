@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from rematplan.scheduler.costs.meters.cuda_overheads import workspace_bytes
 from rematplan.scheduler.costs.meters.peak import count_bytes
 from rematplan.scheduler.costs.resident import storage_bytes
-from rematplan.scheduler.torch_layer.leaves import tree_leaves
-from rematplan.scheduler.torch_layer.private import pytree
+from rematplan.scheduler.torch_layer.leaves import tensors_in
 
 __all__ = ["MeasuredPeak", "measure_peak"]
 
@@ -68,9 +67,9 @@ def measure_peak(
             tensors += [*item.parameters(), *item.buffers()]
             tensors += [p.grad for p in item.parameters() if p.grad is not None]
         elif isinstance(item, torch.optim.Optimizer):
-            tensors += [t for t in pytree.tree_leaves(dict(item.state)) if isinstance(t, Tensor)]
+            tensors += tensors_in(dict(item.state))
         else:
-            tensors += [t for t in tree_leaves(item) if isinstance(t, Tensor)]
+            tensors += tensors_in(item)
     if device is None:
         fallback = "cuda" if torch.cuda.is_available() else "cpu"
         device = tensors[0].device if tensors else torch.device(fallback)

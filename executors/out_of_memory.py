@@ -15,13 +15,13 @@ from rematplan.executors.plain import plans_within
 from rematplan.scheduler.core.errors import InfeasibleBudget
 from rematplan.scheduler.plan.plan import Plan
 from rematplan.scheduler.torch_layer.layouts import equal_bits
-from rematplan.scheduler.torch_layer.preserve import Draws, HostRandomState
+from rematplan.scheduler.torch_layer.preserve import Draws, HostRandomState, copy_back
 from rematplan.scheduler.torch_layer.private import version_of
 
 __all__ = ["Changes", "lowered", "release", "run_step"]
 
 Result = TypeVar("Result")
-Place = tuple[dict[str, Tensor | None], str]  # a module's buffers, and a name among them
+BufferPlace = tuple[dict[str, Tensor | None], str]  # a module's buffers, and a name among them
 
 
 class _State:
@@ -32,7 +32,9 @@ class _State:
         versions: (place, tensor, version) of each other one.
     """
 
-    def __init__(self, device: torch.device, changing: list[Place], others: list[Place], host: bool) -> None:
+    def __init__(
+        self, device: torch.device, changing: list[BufferPlace], others: list[BufferPlace], host: bool
+    ) -> None:
         self.random, self.host_random = Draws(device), HostRandomState()
         self.copies = [(place, t, _copied(t, host=host)) for place, t in _there(changing)]
         self.versions = [(place, t, version_of(t)) for place, t in _there(others)]
@@ -50,8 +52,8 @@ class _State:
         if random is not None:
             random.restore()
         self.host_random.restore()
-        for (buffers, name), tensor, copy in self.copies:
-            tensor.data.copy_(copy)  # .data: the version that autograd saw stays
+        copy_back((tensor, copy) for _, tensor, copy in self.copies)
+        for (buffers, name), tensor, _ in self.copies:
             buffers[name] = tensor
 
 
@@ -63,14 +65,14 @@ class Changes:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.changing: list[Place] | None = None
-        self.others: list[Place] = []
+        self.changing: list[BufferPlace] | None = None
+        self.others: list[BufferPlace] = []
 
     def before(self, model: nn.Module) -> _State:
         """Return the state now; the first time with all buffers, in host memory."""
         if self.changing is not None:
             return _State(self.device, self.changing, self.others, host=False)
-        places: list[Place] = [(m._buffers, name) for m in model.modules() for name in m._buffers]
+        places: list[BufferPlace] = [(m._buffers, name) for m in model.modules() for name in m._buffers]
         return _State(self.device, places, [], host=True)
 
     def after(self, state: _State) -> None:
@@ -91,7 +93,7 @@ def _copied(tensor: Tensor, *, host: bool) -> Tensor:
     return copy.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
 
 
-def _there(places: list[Place]) -> list[tuple[Place, Tensor]]:
+def _there(places: list[BufferPlace]) -> list[tuple[BufferPlace, Tensor]]:
     return [(place, tensor) for place in places if (tensor := place[0][place[1]]) is not None]
 
 
@@ -226,5 +228,5 @@ class _Gradients:
         """Put them back."""
         for parameter, grad, version, copy in self.before:
             if grad is not None and copy is not None and version_of(grad) != version:
-                grad.data.copy_(copy)
+                copy_back([(grad, copy)])
             parameter.grad = grad

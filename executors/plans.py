@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from rematplan.executors.fingerprints import CHECKS
-from rematplan.executors.first_step_peak import Watch, tightened
+from rematplan.executors.first_step_peak import PeakWatch, tightened
 from rematplan.executors.in_flight import InFlight
 from rematplan.executors.model_guard import (
     Trainable,
@@ -128,7 +128,7 @@ class Plans:
         self.seen: tuple[Any, list[Any], Environment, tuple[bool, ...], Runner | None] | None = None
         self.evicted = False
         self.last: Runner | None = None
-        self.watched: tuple[Runner, Watch] | None = None
+        self.watched: tuple[Runner, PeakWatch] | None = None
         self.in_flight = InFlight(self.name, self.device)
         self.trace: Trace | None = None
         replan = self.alone and self.device.type == "cuda"
@@ -459,7 +459,7 @@ class Plans:
         existing = storage_bytes((p.grad for p in model.parameters() if p.grad is not None), self.device)
         profiled = self.device.type == "cpu" and profiler_is_on()
         if existing == runner.plan.resident.get("existing gradients") and not profiled:
-            self.watched = (runner, Watch(self.device))
+            self.watched = (runner, PeakWatch(self.device))
 
 
 @contextmanager

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import functools
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from rematplan.executors.block_stages import ModuleExecutor
+from rematplan.executors.block_stages import BlockExecutor
 from rematplan.executors.engine import Engine
 from rematplan.executors.graph_stages import CompiledExecutor, GraphExecutor
 from rematplan.scheduler.capture.bit_equal_step import PlainSteps, step_result
-from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture, capture_modules, recorded_modules
+from rematplan.scheduler.capture.blocks.block_capture import BlockCapture, capture_blocks, recorded_blocks
 from rematplan.scheduler.capture.graph.compiled import CompiledCapture, compile_capture
 from rematplan.scheduler.capture.graph.graph_capture import GraphCapture, capture_graph, op_graphs
 from rematplan.scheduler.capture.graph.op_graph import OpGraph
 from rematplan.scheduler.capture.graph.recompute import check_dropped
-from rematplan.scheduler.capture.protocol import Capture
-from rematplan.scheduler.capture.repeat import ELSEWHERE, draws_elsewhere
+from rematplan.scheduler.capture.protocol import Capture, StageEffects
 from rematplan.scheduler.core.errors import CaptureError, PlanMismatch
 from rematplan.scheduler.costs.graph_chain import kept_storages
 from rematplan.scheduler.costs.meters.peak import allocated
@@ -81,56 +81,55 @@ def _check_length(found: Capture, plan: Plan) -> None:
         raise CaptureError(f"{len(found)} stages are found where the plan has {len(plan.chain)}")
 
 
+def _check_once(found: Capture, plan: Plan) -> None:
+    for k, (effects, stage) in enumerate(zip(found.effects, plan.chain.stages, strict=True)):
+        if effects.once and stage.recomputable:
+            raise CaptureError(
+                f"stage {k} ({stage.name}) must run once ({effects.once}), and the plan has it as recomputable"
+            )
+
+
 # ---- blocks ----------------------------------------------------------------------------------------------
 
 
-def _modules(plan: Plan, model: nn.Module, call: Call) -> ModuleCapture:
+def _blocks(plan: Plan, model: nn.Module, call: Call) -> BlockCapture:
     record = plan.capture
+    # A plan of an earlier version has feeds by the block before alone.
+    feeds = [tuple((a, o, *(back or (1,))) for a, o, *back in fed) for fed in record.fed]
     if record.fed and is_distributed():
         # A forward of this rank alone could wait for the others in a collective for ever.
         random = record.random or (True,) * len(plan.chain)
         changed = record.changed or ((),) * len(plan.chain)
-        found = recorded_modules(record.stages, record.fed, random, changed, model_device(model))
-        if len(found) == len(plan.chain):
-            _check_recorded(model, found)
+        found = recorded_blocks(model, record.stages, feeds, random, changed)
+        _check_length(found, plan)
+        _check_recorded(model, found)
     else:
         blocks = [model.get_submodule(name) for name in dict.fromkeys(record.stages)]
         with preserved(model), moving(model) as moved:
-            found = capture_modules(model, call, blocks)
+            found = capture_blocks(model, call, blocks)
         if moved:  # solve knew of it: `preserved` puts it back at each trial from now on
             with preserved(model):
-                found = capture_modules(model, call, blocks)
+                found = capture_blocks(model, call, blocks)
         if tuple(block.name for block in found.blocks) != record.stages:
             raise CaptureError("its blocks run in another order than in the plan")
-        # A plan of an earlier version has feeds by the block before alone.
-        feeds = tuple(tuple((a, o, *(back or (1,))) for a, o, *back in fed) for fed in record.fed)
         for block, fed in zip(found.blocks, feeds, strict=False):
             if block.fed != fed:
                 raise CaptureError(
                     f"block {block.label} is fed {block.fed} (argument, output, blocks back), and {fed} in the plan"
                 )
-    elsewhere = draws_elsewhere(model, model_device(model))
-    for stage, (index, costs) in enumerate(zip(found.stages, plan.chain.stages, strict=False)):
-        if elsewhere and costs.recomputable and found.random[stage]:
-            raise CaptureError(
-                f"stage {stage} must run once ({ELSEWHERE}), and the plan has it as recomputable"
-            )
-        if index is None and costs.recomputable:
-            raise CaptureError(
-                f"stage {stage} is code between blocks, which runs once, and the plan has it as recomputable"
-            )
     _check_length(found, plan)
+    _check_once(found, plan)
     return found
 
 
-def _check_recorded(model: nn.Module, found: ModuleCapture) -> None:
+def _check_recorded(model: nn.Module, found: BlockCapture) -> None:
     """Check what recorded blocks show without running.
 
     Each rank sees at each first run whether a block draws; which buffers it changes is taken from the record,
     unless a module whose statistics every training step changes shows that it is wrong.
     """
     for block in found.blocks:
-        changed = found.changed[block.stage]
+        changed = found.effects[block.stage].changed
         for name in changed:
             if not name.startswith(f"{block.name}."):
                 raise CaptureError(
@@ -211,18 +210,14 @@ def _check_graph(plan: Plan, model: nn.Module, call: Call, found: GraphCapture) 
         try:
             drew = found.observe(model, call)
         except CollectiveCall:  # the other ranks do not make it now
-            drew, found.random, found.changed = [], found.may_draw(), list(record.changed) or [()] * stages
-            found.once = [""] * stages
+            drew, found.effects = [], [*map(StageEffects, found.may_draw())]
+    _check_once(found, plan)
     for k, stage in enumerate(found.stages):
         if drew and record.random and drew[k] and not record.random[k] and not fake:
             raise CaptureError(
                 f"stage {k} ({stage.name}) draws random numbers, and the plan says that it does not"
             )
-        if found.once[k] and plan.chain.stages[k].recomputable:
-            raise CaptureError(
-                f"stage {k} ({stage.name}) must run once ({found.once[k]}), and the plan has it as recomputable"
-            )
-        missing = sorted({*found.changed[k]} - {*record.changed[k]}) if record.changed else []
+        missing = sorted({*found.effects[k].changed} - {*record.changed[k]}) if record.changed else []
         if missing and not fake:
             raise CaptureError(
                 f"stage {k} ({stage.name}) changes buffer {missing[0]!r}, and the plan says that it does not"
@@ -234,12 +229,11 @@ def _check_graph(plan: Plan, model: nn.Module, call: Call, found: GraphCapture) 
                 f"stage {k} ({stage.name}) does not read buffer {strange[0]!r}, which the plan says it changes"
             )
     # What a plan says beyond what one run shows may depend on the data.
-    if record.random:
-        found.random = [a or b for a, b in zip(found.random, record.random, strict=True)]
-    if record.changed:
-        found.changed = [
-            (*dict.fromkeys((*a, *b)),) for a, b in zip(found.changed, record.changed, strict=True)
-        ]
+    random, changed = record.random or (False,) * stages, record.changed or ((),) * stages
+    found.effects = [
+        replace(own, random=own.random or r, changed=(*dict.fromkeys((*own.changed, *names)),))
+        for own, r, names in zip(found.effects, random, changed, strict=True)
+    ]
     found.gaps, found.rerun = list(record.gaps), list(record.rerun)
     dropped = [tuple(map(frozenset, options)) for options in record.dropped]
     found.dropped = dropped or [(frozenset(),)] * stages
@@ -313,5 +307,5 @@ def _runs_uncached(plan: Plan, model: nn.Module, call: Call, found: GraphCapture
 ENGINES = {
     "graph": Engine(GraphExecutor, _again, _alike),
     COMPILED: Engine(CompiledExecutor, _compiled, _alike),
-    BLOCKS: Engine(ModuleExecutor, _modules),
+    BLOCKS: Engine(BlockExecutor, _blocks),
 }

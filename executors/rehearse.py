@@ -17,14 +17,14 @@ from rematplan.executors.rehearsal import Difference, Rehearsal
 from rematplan.executors.runner import Runner, copied_call
 from rematplan.scheduler.capture.protocol import Capture
 from rematplan.scheduler.core.device import DeviceSpec
-from rematplan.scheduler.core.referee import Backward, Checkpoint, Forward, Keep
+from rematplan.scheduler.core.schedule import Backward, Checkpoint, Forward, Keep
 from rematplan.scheduler.costs.meters.clock import wait
 from rematplan.scheduler.costs.meters.kernel_scratch import Scratch
 from rematplan.scheduler.costs.meters.live_storages import LiveBytes
 from rematplan.scheduler.costs.meters.peak import CudaBytes, cpu_events
 from rematplan.scheduler.costs.resident import resident_parts, storage_bytes
 from rematplan.scheduler.plan.plan import Plan
-from rematplan.scheduler.plan.timeline import Block, MemoryTimeline, Point, category_of, in_words
+from rematplan.scheduler.plan.timeline import Allocation, MemoryTimeline, Moment, category_of, in_words
 from rematplan.scheduler.torch_layer.call import (
     Call,
     canonical_call,
@@ -217,11 +217,11 @@ def _capture_of(plan: Plan, model: nn.Module, twin: nn.Module, call: Call) -> Ca
 
 def _rules(plan: Plan) -> Device:
     """Return the device whose allocator's rules the plan's bytes follow."""
-    target = plan.capture.target
-    if not target:
+    name = plan.capture.target
+    if not name:
         return torch.device(plan.capture.device)
-    known = target in DeviceSpec.names()
-    return Target(DeviceSpec.of(target) if known else replace(DeviceSpec.of("H200"), name=target))
+    known = name in DeviceSpec.names()
+    return Target(DeviceSpec.of(name) if known else replace(DeviceSpec.of("H200"), name=name))
 
 
 def _op(label: str) -> str:
@@ -370,10 +370,10 @@ def _told(
     """Return the account of the changes, by action."""
     actions = _actions(len(changes), notes.begins)
     words = tuple(map(in_words, plan.schedule))
-    points = [Point(0, "before the step")]
-    points += [Point(action, change.label) for action, change in zip(actions, changes, strict=True)]
+    points = [Moment(0, "before the step")]
+    points += [Moment(action, change.label) for action, change in zip(actions, changes, strict=True)]
     end = len(points)
-    blocks = [Block(name, category_of(name), size, 0, end) for name, size in resident.items()]
+    blocks = [Allocation(name, category_of(name), size, 0, end) for name, size in resident.items()]
     for label, size, begin, gone, storage in _spans(changes):
         category = "transient"
         if storage in grads and storage >= 0:
@@ -386,7 +386,7 @@ def _told(
             reversing = isinstance(plan.schedule.actions[actions[begin]], Backward)
             last_run = isinstance(plan.schedule.actions[actions[begin]], Forward)
             category = "gradient at hand" if reversing else "transient" if last_run else "kept saved tensors"
-        blocks.append(Block(label, category, size, begin + 1, gone + 1))
+        blocks.append(Allocation(label, category, size, begin + 1, gone + 1))
     title = "measured" if real else "rehearsed without data"
     timeline = MemoryTimeline(title, plan.memory_budget, words, tuple(points), tuple(blocks))
     most: dict[int, tuple[int, str]] = {}

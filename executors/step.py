@@ -51,14 +51,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from rematplan.executors.compare_replay import Comparison, ReplayError
+from rematplan.executors.compare_replay import ReplayCheck, ReplayError
 from rematplan.executors.engine import Stages
 from rematplan.executors.host_copies import Moved
 from rematplan.executors.step_state import Handle, Held, Lasting, StepState, tensors_of
 from rematplan.executors.trace import Observer, silent
 from rematplan.scheduler.capture.graph.recompute import OtherOps, Rebuild, Thinned, rerun
 from rematplan.scheduler.core.program import ReplayProgram
-from rematplan.scheduler.core.referee import COPY_ACTIONS, Backward, Checkpoint, Forward, Free, Keep
+from rematplan.scheduler.core.schedule import COPY_ACTIONS, Backward, Checkpoint, Forward, Free, Keep
 from rematplan.scheduler.torch_layer.environment import RunContext
 from rematplan.scheduler.torch_layer.layouts import storage_key
 from rematplan.scheduler.torch_layer.preserve import RandomState, on_gradient, shielded
@@ -87,7 +87,7 @@ class Step:
         self.stages, self.device, self.random = stages, executor.device, executor.random
         self.tell: Observer = executor.observe or silent
         self.faked = detect_fake_mode() is not None
-        self.comparison = Comparison(executor.check, self.faked, stages)
+        self.comparison = ReplayCheck(executor.check, self.faked, stages)
         sampled = self.comparison.sampled
         self.state = StepState(self.program, stages.release, self.tell, sampled, executor.arena)
         self.lasting = Lasting()
@@ -206,12 +206,12 @@ class Step:
             self.tell("backward", stage)
 
     def _replay(self, task: int, stage: int, index: int | None) -> None:
-        target = self.program.backward_at[stage]
+        end = self.program.backward_at[stage]
         if task != self._task:
             self._task = task
-            if self._position >= target:
+            if self._position >= end:
                 self._position, self._working = 0, None
-        done = self._position <= target and self._follow(stage, target)
+        done = self._position <= end and self._follow(stage, end)
         if index is None:
             return
         state = self.state
@@ -223,10 +223,10 @@ class Step:
                 return
         self._rebuild_from_nearest(stage)
 
-    def _follow(self, stage: int, target: int) -> bool:
+    def _follow(self, stage: int, end: int) -> bool:
         """Run the program up to the backward of ``stage``; return False if something it needs is released."""
         replay = self.program.replay
-        while self._position < target:
+        while self._position < end:
             action = replay[self._position]
             self.tell("replay", self._position)
             if isinstance(action, Backward):

@@ -15,8 +15,7 @@ from rematplan.executors.host_copies import Moved, Store
 from rematplan.executors.trace import Observer
 from rematplan.scheduler.capture.graph.recompute import Thinned
 from rematplan.scheduler.core.program import ReplayProgram
-from rematplan.scheduler.core.referee import Free, FreeHost
-from rematplan.scheduler.core.schedule import CopyAction
+from rematplan.scheduler.core.schedule import CopyAction, Free, FreeHost
 from rematplan.scheduler.torch_layer.layouts import storage_keys, storage_of
 from rematplan.scheduler.torch_layer.preserve import RandomState
 from rematplan.scheduler.torch_layer.private import version_of

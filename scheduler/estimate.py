@@ -14,7 +14,8 @@ from rematplan.scheduler.core.budget import format_bytes, machine_bytes, parse_b
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.device import DeviceSpec
 from rematplan.scheduler.core.errors import CaptureError, InfeasibleBudget
-from rematplan.scheduler.core.referee import Backward, Keep, Schedule, simulate
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.core.schedule import Backward, Keep, Schedule
 from rematplan.scheduler.core.text_table import lines_of, new_table
 from rematplan.scheduler.costs.meters.cuda_overheads import HANDLES, expandable_segments, workspace_bytes
 from rematplan.scheduler.plan.kinds import KINDS
@@ -22,7 +23,7 @@ from rematplan.scheduler.solve import Priced, checked, priced
 from rematplan.scheduler.solvers import solve_chain
 from rematplan.scheduler.torch_layer.call import read_sample, unplanned
 from rematplan.scheduler.torch_layer.fake import without_hardware
-from rematplan.scheduler.torch_layer.leaves import map_tensors, tree_leaves
+from rematplan.scheduler.torch_layer.leaves import map_tensors, tensors_in
 from rematplan.scheduler.torch_layer.preserve import model_device
 
 __all__ = ["Estimate", "estimate"]
@@ -213,7 +214,7 @@ def _collapsed(path: str) -> str:
 
 def _batch(call: Any) -> int:
     """Return the size of dimension 0 that most tensors share; 0 if there is none."""
-    sizes = Counter(t.shape[0] for t in tree_leaves(call) if isinstance(t, Tensor) and t.ndim and t.shape[0])
+    sizes = Counter(t.shape[0] for t in tensors_in(call) if t.ndim and t.shape[0])
     return sizes.most_common(1)[0][0] if sizes else 0
 
 

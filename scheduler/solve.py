@@ -320,6 +320,8 @@ def _plan(request: Request) -> Plan:
         environment=environment_text(kind),
         target=target.name if target else "",
         target_memory=target.memory if target else 0,
+        random=tuple(each.random for each in captured.effects),
+        changed=tuple(each.changed for each in captured.effects),
         **captured.record(),
     )
     return Plan(

@@ -251,10 +251,10 @@ def solve_dag(
         raise TypeError(f"solve_dag: dag={dag!r} must be a Dag; milp_bound takes a Chain")
     if math.isnan(most_seconds):
         raise ValueError("solve_dag: most_seconds=nan must be a number of seconds, or inf")
-    target = budget = checked_budget("solve_dag", memory_budget)
+    limited = budget = checked_budget("solve_dag", memory_budget)
     bound = 0.0
     for attempt in range(ATTEMPTS):
-        model = _Model(dag, target, most_seconds)
+        model = _Model(dag, limited, most_seconds)
         result = model.solve(limit, GAP)
         if result.status == 2:
             break
@@ -269,7 +269,7 @@ def solve_dag(
         line = simulate_dag(dag, plan)
         if line.peak <= budget:
             return DagOptimum(plan, line.seconds, line.peak, min(bound, line.seconds))
-        target -= line.peak - budget
+        limited -= line.peak - budget
     if most_seconds < math.inf:
         raise ValueError(f"solve_dag: no plan within {budget} bytes takes {most_seconds} seconds or less")
     model = _Model(dag, None, math.inf)

@@ -21,14 +21,10 @@ from torch import Tensor, nn
 from rematplan.scheduler.capture.offloaded import on_host
 from rematplan.scheduler.capture.repeat import LARGEST, MOST, as_real, deterministic, largest, rounds_alike
 from rematplan.scheduler.torch_layer.layouts import equal_bits
-from rematplan.scheduler.torch_layer.loss import find_loss, output_tensors
+from rematplan.scheduler.torch_layer.leaves import tensors_in
+from rematplan.scheduler.torch_layer.loss import find_loss
 from rematplan.scheduler.torch_layer.preserve import RandomState, model_device, preserved, reverse
-from rematplan.scheduler.torch_layer.private import (
-    BackwardHookFunction,
-    function_of_node,
-    is_of_library_op,
-    pytree,
-)
+from rematplan.scheduler.torch_layer.private import BackwardHookFunction, function_of_node, is_of_library_op
 
 __all__ = ["BIT_EQUAL", "PlainSteps", "StepResult", "custom_functions", "difference", "step_result"]
 
@@ -72,17 +68,17 @@ def step_result(
         with on_host(model, call) if offload else nullcontext(), torch.enable_grad():
             output = forward()
             loss, own = find_loss(output)
-        outputs = [_copy(t) for t in output_tensors(output)]
-        custom = custom_functions([loss, *output_tensors(output)])
+        outputs = [_copy(t) for t in tensors_in(output)]
+        custom = custom_functions([loss, *tensors_in(output)])
         del output
-        given = [t for t in pytree.tree_leaves(call) if isinstance(t, Tensor) and t.requires_grad]
+        given = [t for t in tensors_in(call) if t.requires_grad]
         for tensor in given:
             tensor.grad = None
         reverse(loss)
         arrived = tuple(_copy(t.grad) for t in given)
+        grads = {name: _copy(parameter.grad) for name, parameter in model.named_parameters()}
         for tensor in given:
             tensor.grad = None
-        grads = {name: _copy(parameter.grad) for name, parameter in model.named_parameters()}
         buffers = {name: _copy(buffer) for name, buffer in model.named_buffers()}
         return StepResult(outputs, grads, buffers, RandomState(model_device(model)), own, custom, arrived)
 

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from rematplan.scheduler.core.budget import format_bytes, free_machine_bytes
 from rematplan.scheduler.core.errors import CaptureError
 from rematplan.scheduler.torch_layer.layouts import storage_key, storage_keys
-from rematplan.scheduler.torch_layer.leaves import tensor_leaves
+from rematplan.scheduler.torch_layer.leaves import tensors_in
 from rematplan.scheduler.torch_layer.preserve import model_device
 from rematplan.scheduler.torch_layer.private import storage_id, version_of
 
@@ -56,7 +56,7 @@ def on_host(model: nn.Module, call: Any) -> AbstractContextManager[Any]:
     kind = model_device(model).type
     if kind == "cpu":
         return nullcontext()
-    return offloaded([*model.parameters(), *model.buffers(), *(t for _, t in tensor_leaves(call))], kind)
+    return offloaded([*model.parameters(), *model.buffers(), *tensors_in(call)], kind)
 
 
 @contextmanager

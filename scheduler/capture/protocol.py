@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
@@ -23,9 +24,24 @@ if TYPE_CHECKING:
     from rematplan.scheduler.core.chain import Chain
     from rematplan.scheduler.plan.plan import CaptureRecord
 
-__all__ = ["Asked", "Capture", "Producer"]
+__all__ = ["Asked", "Capture", "Producer", "StageEffects"]
 
 Asked: TypeAlias = str | tuple[nn.Module, ...]  # "auto", a kind of capture, or the blocks
+
+
+@dataclass(frozen=True, slots=True)
+class StageEffects:
+    """What a stage does besides returning values.
+
+    Attributes:
+        random: whether it draws random numbers.
+        changed: names of the tensors, containers and other state that it changes in place.
+        once: why it may not be run again, in words; "" if it may.
+    """
+
+    random: bool = False
+    changed: tuple[str, ...] = ()
+    once: str = ""
 
 
 class Capture(ABC):
@@ -35,8 +51,7 @@ class Capture(ABC):
         kind: its key in ``rematplan.scheduler.plan.kinds.KINDS``.
         device: the device that holds the model.
         target: the device that costs are for, if the model is without data; else None.
-        random: (L,) whether a stage draws random numbers.
-        changed: (L,) names of the tensors, containers and other state that a stage changes in place.
+        effects: (L,) what each stage does besides returning values.
     """
 
     __slots__ = ()
@@ -44,8 +59,7 @@ class Capture(ABC):
     kind: ClassVar[str]
     device: torch.device
     target: Target | None
-    random: list[bool]
-    changed: list[tuple[str, ...]]
+    effects: list[StageEffects]
 
     @abstractmethod
     def __len__(self) -> int:
@@ -53,7 +67,7 @@ class Capture(ABC):
 
     @abstractmethod
     def record(self) -> dict[str, Any]:
-        """Return the fields of a plan's ``CaptureRecord``, by which the capture can be repeated."""
+        """Return the fields of a plan's ``CaptureRecord`` by which this kind of capture is repeated."""
 
     @abstractmethod
     def without_data(self, device: torch.device, fake: Callable[[Any], Any]) -> Capture:

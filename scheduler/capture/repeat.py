@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rematplan.scheduler.torch_layer.environment import RunContext, deterministic_switches, switched
-from rematplan.scheduler.torch_layer.fake import Watch
+from rematplan.scheduler.torch_layer.fake import OpWatch
 from rematplan.scheduler.torch_layer.fsdp import is_distributed
 from rematplan.scheduler.torch_layer.layouts import equal_bits
 from rematplan.scheduler.torch_layer.preserve import RandomState, on_gradient
@@ -22,7 +22,7 @@ from rematplan.scheduler.torch_layer.target import Device
 __all__ = [
     "ELSEWHERE",
     "MOST",
-    "Values",
+    "ValuesBefore",
     "deterministic",
     "draws_elsewhere",
     "in_backward_of",
@@ -54,7 +54,7 @@ def deterministic(device: torch.device) -> Iterator[None]:
             os.environ.pop(CUBLAS, None)
 
 
-class Values:
+class ValuesBefore:
     """Tensors as they are before a run, to find those that it changes in place.
 
     Args:
@@ -66,7 +66,7 @@ class Values:
         self.data = data
         self.before = {n: (t, t.detach().clone() if data else t, version_of(t)) for n, t in named}
 
-    def changed(self, ops: Watch | None) -> list[str]:
+    def changed(self, ops: OpWatch | None) -> list[str]:
         """Return the names of the tensors changed since; ``ops`` watched the run, if there are no data."""
         if not self.data:
             return [

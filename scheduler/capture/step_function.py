@@ -20,6 +20,7 @@ from rematplan.scheduler.capture.blocks.callables import (
 )
 from rematplan.scheduler.torch_layer.call import read_sample
 from rematplan.scheduler.torch_layer.fsdp import reject_wrapped
+from rematplan.scheduler.torch_layer.leaves import map_tensors, tensors_in
 from rematplan.scheduler.torch_layer.private import is_compiled_function, pytree, replaced
 
 __all__ = ["Refused", "StepFunction", "as_model"]
@@ -130,14 +131,13 @@ class StepFunction(nn.Module):
             Refused: it uses a parameter of a module that was not found; or it reverses the loss itself.
         """
         name = type(self).__name__
-        args, kwargs = pytree.tree_map_only(Tensor, cut_off, (args, kwargs))
+        args, kwargs = map_tensors(cut_off, (args, kwargs))
 
         def used() -> list[Tensor]:
             with torch.enable_grad(), _only_forward(name):
                 return [*variables(self(*args, **kwargs))]
 
-        given = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        unknown = set(used()).difference(self.parameters(), given)
+        unknown = set(used()).difference(self.parameters(), tensors_in((args, kwargs)))
         if unknown:  # what the function itself makes is another tensor each time
             unknown &= set(used())
         for tensor in unknown:

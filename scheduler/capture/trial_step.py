@@ -20,16 +20,18 @@ from rematplan.scheduler.core.errors import CaptureError, SampleError
 from rematplan.scheduler.torch_layer.call import Call, canonical_call, forward_signature, nothing_to_train
 from rematplan.scheduler.torch_layer.fsdp import sharded_within
 from rematplan.scheduler.torch_layer.layouts import is_strided, tensor_bytes
-from rematplan.scheduler.torch_layer.leaves import map_tensors
-from rematplan.scheduler.torch_layer.loss import find_loss, output_tensors
+from rematplan.scheduler.torch_layer.leaves import map_tensors, tensors_in
+from rematplan.scheduler.torch_layer.loss import find_loss
 from rematplan.scheduler.torch_layer.preserve import HostRandomState, moving, preserved
 from rematplan.scheduler.torch_layer.private import DataDependentOutputException, DynamicOutputShapeException
 from rematplan.scheduler.torch_layer.target import Device, Target
 from rematplan.scheduler.torch_layer.unwind import met
 
-__all__ = ["DRAWS", "UNTRIED", "TrialStep", "first_forward", "with_plain_step"]
+__all__ = ["HOST_DRAWS", "UNTRIED", "TrialStep", "first_forward", "with_plain_step"]
 
-DRAWS = "the forward draws from the generators of Python or NumPy, which a graph would do once and for all"
+HOST_DRAWS = (
+    "the forward draws from the generators of Python or NumPy, which a graph would do once and for all"
+)
 
 UNTRIED = "not tried against the plain model: no data"
 
@@ -46,7 +48,7 @@ class TrialStep:
         seen: which modules it calls again and again.
         own_loss: whether the model returns its own loss.
         plain: what one plain step gives; None if none was taken.
-        draws: whether the step draws from the generators of Python or NumPy. Even if the numbers made no
+        host_draws: whether the step draws from the generators of Python or NumPy. Even if the numbers made no
             difference in it (a branch that is taken seldom), they may in another.
         custom: names of the custom autograd.Functions that it uses.
         sparse: parameter -> bytes of its gradient, where that is sparse.
@@ -61,7 +63,7 @@ class TrialStep:
     own_loss: bool
     unread: frozenset[int] = frozenset()
     plain: StepResult | None = None
-    draws: bool = False
+    host_draws: bool = False
     custom: tuple[str, ...] = ()
     sparse: Mapping[nn.Parameter, int] = field(default_factory=dict)
 
@@ -123,7 +125,7 @@ def first_forward(model: nn.Module, call: Call, device: Device, progress: Callab
     except Exception as error:  # whatever the model's code raises on a sample that does not suit it
         raise SampleError(_rejection(model, error)) from error
     hindrance = nothing_to_train(model, call)
-    if hindrance and not any(tensor.requires_grad for tensor in output_tensors(output)):
+    if hindrance and not any(tensor.requires_grad for tensor in tensors_in(output)):
         raise ValueError(hindrance)
     own_loss = find_loss(output)[1]
     return TrialStep(model, call, device, progress, arrives, seen, own_loss, unread)
@@ -144,9 +146,10 @@ def _without_data(model: nn.Module, call: Call, device: Target, progress: Callab
     except Exception as error:  # whatever the model's code raises on a sample that does not suit it
         raise ValueError(_rejection(model, error)) from error
     loss, own = find_loss(output)
-    custom = custom_functions([loss, *output_tensors(output)])
-    draws = random.differs()
-    return TrialStep(model, call, device, progress, call, seen, own, draws=draws, custom=custom)
+    custom = custom_functions([loss, *tensors_in(output)])
+    return TrialStep(
+        model, call, device, progress, call, seen, own, host_draws=random.differs(), custom=custom
+    )
 
 
 def _rejection(model: nn.Module, error: Exception) -> str:
@@ -185,4 +188,4 @@ def with_plain_step(step: TrialStep, *, cacheless: bool) -> TrialStep:
                 )
     grads = ((name, grad) for name, grad in plain.grads.items() if grad is not None)
     sparse = {model.get_parameter(name): tensor_bytes(grad) for name, grad in grads if not is_strided(grad)}
-    return replace(step, plain=plain, draws=random.differs(), custom=plain.custom, sparse=sparse)
+    return replace(step, plain=plain, host_draws=random.differs(), custom=plain.custom, sparse=sparse)

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 __all__ = ["DeviceSpec"]
 
-KINDS = ("cuda", "cpu")
+DEVICE_KINDS = ("cuda", "cpu")
 GB = 10**9
 HOPPER_WORKSPACE = 32 * 2**20
 CUBLAS_WORKSPACE = 8_519_680
@@ -76,8 +76,8 @@ class DeviceSpec:
             raise TypeError(
                 f"DeviceSpec: expandable_segments={self.expandable_segments!r}, expected True or False"
             )
-        if self.kind not in KINDS:
-            raise ValueError(f"DeviceSpec: kind={self.kind!r}, expected one of {', '.join(KINDS)}")
+        if self.kind not in DEVICE_KINDS:
+            raise ValueError(f"DeviceSpec: kind={self.kind!r}, expected one of {', '.join(DEVICE_KINDS)}")
         object.__setattr__(self, "memory", int(self.memory))
         object.__setattr__(self, "flops", MappingProxyType(dict(self.flops)))
 

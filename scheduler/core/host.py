@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from rematplan.scheduler.core.checks import is_integer, is_number
 
-__all__ = ["Copies", "HostMemory", "Item"]
+__all__ = ["HostCopies", "HostMemory", "Item"]
 
 Item: TypeAlias = tuple[str, int]  # ("boundary", i) is x_i; ("saved", i) are the saved tensors of stage i
 
@@ -69,7 +69,7 @@ class HostMemory:
         return self.latency + size / self.read_bandwidth
 
 
-class Copies:
+class HostCopies:
     """The referee's account of the second memory during one step.
 
     Each method takes the clock of the compute, ``now``, and returns it, later where the compute had to wait.

@@ -10,24 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from rematplan.scheduler.core.schedule import (
-    COPY_ACTIONS,
-    Action,
-    Backward,
-    Checkpoint,
-    CopyAction,
-    Forward,
-    Free,
-    FreeHost,
-    FreeSaved,
-    Keep,
-    Offload,
-    OffloadSaved,
-    Prefetch,
-    PrefetchSaved,
-    Schedule,
-    has_copies,
-)
+from rematplan.scheduler.core import schedule as acts
 
 __all__ = ["ReplayProgram"]
 
@@ -48,13 +31,13 @@ class ReplayProgram:
 
     kept: tuple[int | None, ...]
     held: frozenset[int]
-    replay: tuple[Action, ...]
+    replay: tuple[acts.Action, ...]
     backward_at: tuple[int, ...]
-    moves: tuple[tuple[CopyAction | Free, ...], ...] = ()
+    moves: tuple[tuple[acts.CopyAction | acts.Free, ...], ...] = ()
     copies: bool = False
 
     @classmethod
-    def from_schedule(cls, schedule: Schedule, stages: int) -> ReplayProgram:
+    def from_schedule(cls, schedule: acts.Schedule, stages: int) -> ReplayProgram:
         """Split a legal schedule.
 
         Raises:
@@ -66,37 +49,37 @@ class ReplayProgram:
         held: set[int] = set()
         actions = tuple(schedule)
         away = _checked_places(actions)
-        moves: list[list[CopyAction | Free]] = [[] for _ in range(stages)]
+        moves: list[list[acts.CopyAction | acts.Free]] = [[] for _ in range(stages)]
         split = 0
         while split < len(actions) and len(kept) < stages:
             action = actions[split]
             split += 1
-            if isinstance(action, Free) and split - 1 not in away:
+            if isinstance(action, acts.Free) and split - 1 not in away:
                 held.discard(action.boundary)
                 continue
-            if isinstance(action, (Free, *COPY_ACTIONS)):
+            if isinstance(action, (acts.Free, *acts.COPY_ACTIONS)):
                 moves[max(len(kept) - 1, 0)].append(action)
                 continue
-            if isinstance(action, Backward) or action.stage != len(kept):
+            if isinstance(action, acts.Backward) or action.stage != len(kept):
                 raise ValueError(
                     f"ReplayProgram: {action} in the first sweep, expected a run of stage {len(kept)}; an executor "
                     "runs every stage once, in order, before anything else"
                 )
             # The input of stage 0 is live, and that of a stage after a kept one lies in what that one saved.
             there = not kept or kept[-1] is not None
-            kept.append(action.option if isinstance(action, Keep) else None)
-            if isinstance(action, Checkpoint) or (isinstance(action, Forward) and there):
+            kept.append(action.option if isinstance(action, acts.Keep) else None)
+            if isinstance(action, acts.Checkpoint) or (isinstance(action, acts.Forward) and there):
                 held.add(action.stage)
         if len(kept) != stages:
             raise ValueError(f"ReplayProgram: the first sweep runs {len(kept)} stages of {stages}")
         replay = actions[split:]
         backward_at = [-1] * stages
         for index, action in enumerate(replay):
-            if isinstance(action, Backward):
+            if isinstance(action, acts.Backward):
                 backward_at[action.stage] = index
         if min(backward_at) < 0:
             raise ValueError(f"ReplayProgram: stage {backward_at.index(-1)} is never reversed")
-        copies = has_copies(actions)
+        copies = acts.has_copies(actions)
         return cls(tuple(kept), frozenset(held), replay, tuple(backward_at), tuple(map(tuple, moves)), copies)
 
     def without_options(self) -> ReplayProgram:
@@ -106,7 +89,7 @@ class ReplayProgram:
         return replace(self, kept=kept, replay=replay)
 
 
-def _checked_places(actions: tuple[Action, ...]) -> frozenset[int]:
+def _checked_places(actions: tuple[acts.Action, ...]) -> frozenset[int]:
     """Return the places of the ``Free`` actions whose boundary is on the host by then.
 
     Refuses what no executor follows: autograd holds what it saved of the input of a kept stage, so that this
@@ -119,33 +102,33 @@ def _checked_places(actions: tuple[Action, ...]) -> frozenset[int]:
     there: set[tuple[str, int]] = set()  # what the host has
     gone: set[int] = set()  # boundaries whose device copy was freed
     for index, action in enumerate(actions):
-        if isinstance(action, (Forward, Checkpoint, Keep)):
-            if isinstance(action, Keep):
+        if isinstance(action, (acts.Forward, acts.Checkpoint, acts.Keep)):
+            if isinstance(action, acts.Keep):
                 kept.add(action.stage)
                 again |= {action.stage} & seen
             seen.add(action.stage)
             gone.discard(action.stage)
-        elif isinstance(action, Backward):
+        elif isinstance(action, acts.Backward):
             kept.discard(action.stage)
             again.discard(action.stage)
             there -= {("boundary", action.stage), ("saved", action.stage)}
-        elif isinstance(action, (OffloadSaved, PrefetchSaved, FreeSaved)):
-            if isinstance(action, OffloadSaved):
+        elif isinstance(action, (acts.OffloadSaved, acts.PrefetchSaved, acts.FreeSaved)):
+            if isinstance(action, acts.OffloadSaved):
                 there.add(("saved", action.stage))
             _refuse_again(action, action.stage, again)
         else:
             b = action.boundary
             _refuse_again(action, b, again)
-            if isinstance(action, Offload):
+            if isinstance(action, acts.Offload):
                 there.add(("boundary", b))
-            elif isinstance(action, FreeHost):
+            elif isinstance(action, acts.FreeHost):
                 there.discard(("boundary", b))
-            elif isinstance(action, Prefetch):
+            elif isinstance(action, acts.Prefetch):
                 gone.discard(b)
             else:
                 gone.add(b)
             on_host = ("boundary", b) in there or ("saved", b - 1) in there
-            if isinstance(action, Free) and on_host:
+            if isinstance(action, acts.Free) and on_host:
                 away.add(index)
             if b in kept and b in gone and not on_host:
                 raise ValueError(
@@ -156,7 +139,7 @@ def _checked_places(actions: tuple[Action, ...]) -> frozenset[int]:
     return frozenset(away)
 
 
-def _refuse_again(action: Action, stage: int, again: set[int]) -> None:
+def _refuse_again(action: acts.Action, stage: int, again: set[int]) -> None:
     """Refuse to move what belongs to a stage that is run again and kept."""
     if stage in again:
         raise ValueError(

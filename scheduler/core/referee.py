@@ -39,51 +39,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
+from rematplan.scheduler.core import schedule as acts
 from rematplan.scheduler.core.account import Account, SumsAccount, ValuesAccount
 from rematplan.scheduler.core.chain import Chain
-from rematplan.scheduler.core.host import Copies, HostMemory, Item
-from rematplan.scheduler.core.schedule import (
-    COPY_ACTIONS,
-    Action,
-    Backward,
-    Checkpoint,
-    CopyAction,
-    DeviceAction,
-    Forward,
-    Free,
-    FreeHost,
-    FreeSaved,
-    IllegalAction,
-    Keep,
-    Offload,
-    OffloadSaved,
-    Prefetch,
-    PrefetchSaved,
-    Schedule,
-    has_copies,
-)
+from rematplan.scheduler.core.host import HostCopies, HostMemory, Item
 
-__all__ = [
-    "COPY_ACTIONS",
-    "Action",
-    "Backward",
-    "Checkpoint",
-    "DeviceAction",
-    "Forward",
-    "Free",
-    "FreeHost",
-    "FreeSaved",
-    "IllegalAction",
-    "Keep",
-    "Offload",
-    "OffloadSaved",
-    "Prefetch",
-    "PrefetchSaved",
-    "Referee",
-    "Schedule",
-    "Timeline",
-    "simulate",
-]
+__all__ = ["Referee", "Timeline", "simulate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +72,9 @@ class Timeline:
     stall: float = 0.0
 
 
-def simulate(chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemory | None = None) -> Timeline:
+def simulate(
+    chain: Chain, schedule: acts.Schedule | Iterable[acts.Action], host: HostMemory | None = None
+) -> Timeline:
     """Carry out ``schedule`` on ``chain`` by the memory rules above.
 
     Args:
@@ -156,12 +119,12 @@ class Referee:
     """
 
     def __init__(
-        self, chain: Chain, schedule: Schedule | Iterable[Action], host: HostMemory | None = None
+        self, chain: Chain, schedule: acts.Schedule | Iterable[acts.Action], host: HostMemory | None = None
     ) -> None:
         self.actions = tuple(schedule)
         self._following = (*self.actions[1:], None)
-        self.chain = chain = chain.apart() if has_copies(self.actions) else chain
-        self.copies = None if host is None else Copies(host)
+        self.chain = chain = chain.apart() if acts.has_copies(self.actions) else chain
+        self.copies = None if host is None else HostCopies(host)
         self.seconds = 0.0
         self.runs = [0] * len(chain)
         self._index = 0
@@ -176,11 +139,11 @@ class Referee:
         """Carry out the actions one by one; yield the account of bytes after each."""
         for index, action in enumerate(self.actions):
             self._index = index
-            if isinstance(action, Backward):
+            if isinstance(action, acts.Backward):
                 self._reverse(action.stage)
-            elif isinstance(action, (Keep, Forward, Checkpoint)):
+            elif isinstance(action, (acts.Keep, acts.Forward, acts.Checkpoint)):
                 self._run(action)
-            elif isinstance(action, Free):
+            elif isinstance(action, acts.Free):
                 self._free(action.boundary)
             elif self.copies is None:
                 raise ValueError(
@@ -197,16 +160,16 @@ class Referee:
             )
 
     def _refuse(self, why: str) -> NoReturn:
-        raise IllegalAction(self._index, self.actions[self._index], why)
+        raise acts.IllegalAction(self._index, self.actions[self._index], why)
 
     def _refuse_stage(self, i: int, why: str) -> NoReturn:
         last = len(self.runs) - 1
         self._refuse(why if 0 <= i <= last else f"there is no such stage; stages are 0..{last}")
 
     def _end(self, why: str) -> NoReturn:
-        raise IllegalAction(len(self.actions), None, why)
+        raise acts.IllegalAction(len(self.actions), None, why)
 
-    def _run(self, action: Forward | Checkpoint | Keep) -> None:
+    def _run(self, action: acts.Forward | acts.Checkpoint | acts.Keep) -> None:
         i = action.stage
         if not 0 <= i <= self._to_reverse:
             self._refuse_stage(i, f"stage {i} is reversed already")
@@ -222,17 +185,17 @@ class Referee:
         first = not self.runs[i]
         self.runs[i] += 1
         self.seconds += stage.forward
-        hold = not isinstance(action, Forward)
+        hold = not isinstance(action, acts.Forward)
         if hold and self._working == i:
             self._held.add(i)
         option, again = None, False
-        if isinstance(action, Keep):
+        if isinstance(action, acts.Keep):
             option = action.option
             if not 0 <= option < len(stage.options):
                 self._refuse(f"stage {i} has {len(stage.options)} options")
             self._kept[i] = option
             following = self._following[self._index]
-            again = not first and isinstance(following, Backward) and following.stage == i
+            again = not first and isinstance(following, acts.Backward) and following.stage == i
         # A second copy of a held boundary is released at once.
         self._working = None if option is not None or i + 1 in self._held else i + 1
         self.account.run(i, option, hold=hold, first=first, again=again)
@@ -267,15 +230,15 @@ class Referee:
             self.seconds = self.copies.settle(self.seconds, ("boundary", boundary))
         self.account.free(boundary)
 
-    def _copy(self, action: CopyAction, copies: Copies) -> None:
+    def _copy(self, action: acts.CopyAction, copies: HostCopies) -> None:
         account = self.account
         assert isinstance(account, SumsAccount)  # of ``Chain.apart``
-        if saved := isinstance(action, (OffloadSaved, PrefetchSaved, FreeSaved)):
+        if saved := isinstance(action, (acts.OffloadSaved, acts.PrefetchSaved, acts.FreeSaved)):
             i, what = action.stage, f"the saved tensors of stage {action.stage}"
         else:
             i, what = action.boundary, f"x_{action.boundary}"
         item: Item = ("saved" if saved else "boundary", i)
-        if isinstance(action, (Offload, OffloadSaved)):
+        if isinstance(action, (acts.Offload, acts.OffloadSaved)):
             if i not in (self._kept if saved else self._held):
                 self._refuse(f"{what} {'are not on the device' if saved else 'is not held'}")
             if item in copies.there:
@@ -284,11 +247,11 @@ class Referee:
             if size > room:
                 self._refuse(f"the host has {room} bytes left, and {what} would take {size}")
             self.seconds = copies.write(self.seconds, item, size)
-        elif isinstance(action, FreeHost):
+        elif isinstance(action, acts.FreeHost):
             if item not in copies.there:
                 self._refuse(f"{what} is not on the host")
             self.seconds = copies.drop(self.seconds, item)
-        elif isinstance(action, FreeSaved):
+        elif isinstance(action, acts.FreeSaved):
             if i not in self._kept or item not in copies.there:
                 self._refuse(f"{what} are not both on the device and on the host; OffloadSaved({i}) first")
             self._away[i] = self._kept.pop(i)
@@ -302,7 +265,7 @@ class Referee:
             account.hold(~i if saved else i, self._bytes_of(item))
         account.done()
 
-    def _fetch(self, item: Item, copies: Copies, what: str) -> None:
+    def _fetch(self, item: Item, copies: HostCopies, what: str) -> None:
         """Start to copy a boundary, or the saved tensors of a stage, back to the device."""
         source, i = item, item[1]
         if item[0] == "saved":

@@ -175,7 +175,9 @@ def assemble(
     fixed = resident + SMALL_TENSORS + held + copied_buffers(capture, model)
     fixed += sum(stage.rerun_state for stage in stages)
     if capture.place.type == "cpu":
-        fixed += CPU_RANDOM_STATE * any(capture.random)  # which a replay restores at its end
+        fixed += CPU_RANDOM_STATE * any(
+            each.random for each in capture.effects
+        )  # which a replay restores at its end
     name, sizes, carried = type(model).__name__, tuple(values.sizes), tuple(values.carried)
     return Chain(tuple(stages), 0, output_grad, fixed, name, sizes, carried)
 

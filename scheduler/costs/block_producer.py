@@ -20,23 +20,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture, capture_modules
+from rematplan.scheduler.capture.blocks.block_capture import BlockCapture, capture_blocks
 from rematplan.scheduler.capture.blocks.calls import is_compiled
 from rematplan.scheduler.capture.blocks.layer_drop import fixed_draws
 from rematplan.scheduler.capture.protocol import Asked, Producer
 from rematplan.scheduler.capture.trial_step import UNTRIED, TrialStep
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.errors import CaptureError
+from rematplan.scheduler.costs.block_chain import BlockParts, stages_to_chain
+from rematplan.scheduler.costs.block_costs import BlockCost, BlockRun
+from rematplan.scheduler.costs.block_values import Lifetimes, Traffic, block_values
 from rematplan.scheduler.costs.gather import measure_gather, resharding, standing_bytes, with_gather
 from rematplan.scheduler.costs.meters.peak import count_bytes
-from rematplan.scheduler.costs.module_blocks import BlockCost, BlockRun
-from rematplan.scheduler.costs.module_stages import Parts, stages_to_chain
-from rematplan.scheduler.costs.module_values import Lifetimes, Traffic, module_values
 from rematplan.scheduler.costs.roofline import Tally, device_rates
 from rematplan.scheduler.costs.skeleton import (
     Box,
-    Event,
     Piece,
+    SkeletonEvent,
     Timed,
     Visitor,
     pieces,
@@ -48,12 +48,12 @@ from rematplan.scheduler.plan.plan import CaptureRecord
 from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.fsdp import holders, sharded_within, unshard
 from rematplan.scheduler.torch_layer.layouts import storage_key, tensor_bytes
-from rematplan.scheduler.torch_layer.leaves import tensor_leaves
-from rematplan.scheduler.torch_layer.loss import find_loss, output_tensors
+from rematplan.scheduler.torch_layer.leaves import tensors_in
+from rematplan.scheduler.torch_layer.loss import find_loss
 from rematplan.scheduler.torch_layer.preserve import preserved, shielded, uncompiled
 from rematplan.scheduler.torch_layer.unwind import met
 
-__all__ = ["BlockProducer", "module_chain"]
+__all__ = ["BlockProducer", "block_chain"]
 
 MANY_STAGES = 200  # the code around each is timed once
 
@@ -61,7 +61,7 @@ MANY_STAGES = 200  # the code around each is timed once
 class BlockProducer(Producer):
     """Makes and prices captures of the model's own modules."""
 
-    def capture(self, step: TrialStep, asked: Asked, refused: str) -> tuple[ModuleCapture, str]:
+    def capture(self, step: TrialStep, asked: Asked, refused: str) -> tuple[BlockCapture, str]:
         """See ``Producer.capture``."""
         step.progress("capturing the blocks")
         given = None if isinstance(asked, str) else asked
@@ -70,7 +70,7 @@ class BlockProducer(Producer):
                 preserved(step.model) if step.target is None else nullcontext(),
                 met("a trial forward raises"),
             ):
-                captured = capture_modules(step.model, step.call, given, step.target, step.seen)
+                captured = capture_blocks(step.model, step.call, given, step.target, step.seen)
         except CaptureError as error:
             why = f" (graph capture: {refused})" if refused else ""
             raise CaptureError(
@@ -84,7 +84,7 @@ class BlockProducer(Producer):
 
     def price(
         self,
-        captured: ModuleCapture,
+        captured: BlockCapture,
         step: TrialStep,
         *,
         resident: int,
@@ -96,7 +96,7 @@ class BlockProducer(Producer):
         # They cannot where the loss does not reach them, say.
         what = f"solve: the blocks of {type(model).__name__} cannot be reversed one by one"
         with preserved(model) as existing, met(what, "pass other blocks, capture=[modules]"):
-            return module_chain(
+            return block_chain(
                 captured, model, call, existing=existing, resident=resident, clock=clock, sparse=sparse
             )
 
@@ -105,8 +105,8 @@ class BlockProducer(Producer):
         return tuple(map(model.get_submodule, dict.fromkeys(record.stages)))
 
 
-def module_chain(
-    capture: ModuleCapture,
+def block_chain(
+    capture: BlockCapture,
     model: nn.Module,
     call: Call,
     *,
@@ -126,7 +126,7 @@ def module_chain(
         sparse: bytes of gradients that are sparse.
     """
     readers = _readers(capture, model)
-    with fixed_draws(capture.draws):
+    with fixed_draws(capture.fixed_draw):
         blocks, own_loss = _measured(capture, model, call, readers, existing, clock, once)
         boxes = {index: block.box for index, block in enumerate(blocks)}
         run = functools.partial(run_skeleton, capture, model, call, boxes)
@@ -141,19 +141,18 @@ def module_chain(
         run = functools.partial(run, own_loss=own_loss)
         seconds = _seconds(capture, model, run, clock)
         glue = {k for k, block in enumerate(capture.stages) if block is None}
-        given = (tensor for _, tensor in tensor_leaves(call))
-        traffic = Traffic(capture, [*model.parameters(), *model.buffers(), *given])
+        traffic = Traffic(capture, [*model.parameters(), *model.buffers(), *tensors_in(call)])
         with preserved(model):
             fresh_grads((p for p in existing if glue.intersection(readers.get(p, glue))), existing)
             counted = count_bytes(functools.partial(_step_of_glue, run, traffic), capture.place, slack=False)
     at = dict(zip(traffic.events, counted.marks, strict=True))
     both = pieces(traffic.events, len(blocks))
     forward, backward = ([Piece.of(counted, *piece) for piece in way] for way in both)
-    parts = Parts(
+    parts = BlockParts(
         capture=capture,
         model=model,
         blocks=blocks,
-        values=module_values(capture, traffic, lifetimes, blocks, _live(capture, at)),
+        values=block_values(capture, traffic, lifetimes, blocks, _live(capture, at)),
         forward=forward,
         backward=backward,
         seconds=seconds,
@@ -169,7 +168,7 @@ def module_chain(
 
 
 def _measured(
-    capture: ModuleCapture,
+    capture: BlockCapture,
     model: nn.Module,
     call: Call,
     readers: dict[nn.Parameter, list[int]],
@@ -223,7 +222,7 @@ def _measured(
     return [replace(b, cost=with_gather(b.cost, g)) for b, g in zip(blocks, gathers, strict=True)], own_loss
 
 
-def _lifetimes(capture: ModuleCapture, model: nn.Module, run: Callable[..., Any]) -> Lifetimes:
+def _lifetimes(capture: BlockCapture, model: nn.Module, run: Callable[..., Any]) -> Lifetimes:
     """Return how long the user's code holds the arguments and outputs of blocks."""
     lifetimes = Lifetimes(capture)
     with preserved(model), uncompiled(), lifetimes.watching():
@@ -238,13 +237,13 @@ def _step_of_glue(run: Callable[..., Any], traffic: Traffic, mark: Callable[[], 
     traffic.mark = mark
     with torch.autograd.graph.saved_tensors_hooks(shielded(traffic.pack), lambda tensor: tensor):
         output = run(traffic)
-    tensors = output_tensors(output)
+    tensors = tensors_in(output)
     traffic.returned.update(key for key in map(storage_key, tensors) if key in traffic.size)
     traffic.output_grad = sum(tensor_bytes(t) for t in tensors if t.requires_grad)
 
 
 def _seconds(
-    capture: ModuleCapture, model: nn.Module, run: Callable[..., Any], clock: bool
+    capture: BlockCapture, model: nn.Module, run: Callable[..., Any], clock: bool
 ) -> tuple[list[float], list[float]]:
     """Return the seconds of each piece of the user's code, forward and backward."""
     runs: list[list[list[float]]] = []
@@ -259,7 +258,7 @@ def _seconds(
     return forward, backward
 
 
-def _live(capture: ModuleCapture, at: Mapping[Event, int]) -> list[int]:
+def _live(capture: BlockCapture, at: Mapping[SkeletonEvent, int]) -> list[int]:
     """Return (L,) bytes live in the forward when the stage after each begins, or when the forward is over.
 
     Args:
@@ -274,7 +273,7 @@ def _live(capture: ModuleCapture, at: Mapping[Event, int]) -> list[int]:
     return live
 
 
-def _readers(capture: ModuleCapture, model: nn.Module) -> dict[nn.Parameter, list[int]]:
+def _readers(capture: BlockCapture, model: nn.Module) -> dict[nn.Parameter, list[int]]:
     """Return the stages that read each parameter, ascending.
 
     One outside the blocks belongs to the last glue if its name comes after the blocks' in the model, else to
@@ -297,7 +296,7 @@ def _readers(capture: ModuleCapture, model: nn.Module) -> dict[nn.Parameter, lis
     return {parameter: sorted(stages) for parameter, stages in readers.items()}
 
 
-def _whole(capture: ModuleCapture, model: nn.Module) -> dict[nn.Parameter, int]:
+def _whole(capture: BlockCapture, model: nn.Module) -> dict[nn.Parameter, int]:
     """Return sharded parameters whose gradients wait whole for the end of a module around several stages.
 
     Returns:

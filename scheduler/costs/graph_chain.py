@@ -94,7 +94,7 @@ def measure_graph(
         layouts, _ = capture.result_layouts(k)
         unread = unread_results(capture, k, loss_is_output)
         held = held_results(capture, k, waiting)
-        split = options and not capture.once[k]
+        split = options and not capture.effects[k].once
         how = [clock, split, capture.uncached, *surroundings, sorted(stage.carried_from), k == last, adding]
         how += [sorted(unread), sorted(held), sorted(layouts.items())]
         key = f"{capture.kind}|{capture.place}|{how}|{stage.signature}"
@@ -247,7 +247,7 @@ def graph_chain(
                 change=change[k],
                 beside=summed[k],
                 stays=stays[k],
-                recomputable=not prefix and not capture.once[k],
+                recomputable=not prefix and not capture.effects[k].once,
                 rerun_state=rerun_state(capture, model, k),
             )
         )

@@ -15,7 +15,7 @@ from rematplan.scheduler.capture.blocks.calls import Recurrence, is_compiled
 from rematplan.scheduler.capture.graph.compiled import CompiledCapture, compile_capture
 from rematplan.scheduler.capture.graph.graph_capture import GraphCapture, capture_graph, op_graphs
 from rematplan.scheduler.capture.protocol import Asked, Producer
-from rematplan.scheduler.capture.trial_step import DRAWS, UNTRIED, TrialStep
+from rematplan.scheduler.capture.trial_step import HOST_DRAWS, UNTRIED, TrialStep
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.errors import CaptureError
 from rematplan.scheduler.costs.graph_chain import graph_chain, measure_graph
@@ -37,6 +37,7 @@ class GraphProducer(Producer):
     """Makes and prices captures by ``torch.export``."""
 
     compares = True
+    whole_first = False  # whether graphs with whole composite ops are tried before those in parts
 
     def unsuited(self, seen: Recurrence) -> str:
         """See ``Producer.unsuited``: a module called a hundred times in a row makes too large a graph."""
@@ -46,9 +47,9 @@ class GraphProducer(Producer):
         """See ``Producer.capture``."""
         step.progress("capturing the op graph")
         try:
-            if step.draws:
-                raise CaptureError(DRAWS)
-            captured, how = _untried(step) if step.target is not None else _exact(step)
+            if step.host_draws:
+                raise CaptureError(HOST_DRAWS)
+            captured, how = _untried(step) if step.target is not None else _exact(step, self.whole_first)
         except CaptureError as error:
             if asked != "graph":
                 raise
@@ -102,7 +103,12 @@ class GraphProducer(Producer):
 
 
 class CompiledProducer(GraphProducer):
-    """Makes and prices captures whose stages Inductor compiles."""
+    """Makes and prices captures whose stages Inductor compiles.
+
+    It takes composite ops apart itself, into others than an eager step runs.
+    """
+
+    whole_first = True
 
     def capture(self, step: TrialStep, asked: Asked, refused: str) -> tuple[CompiledCapture, str]:
         """See ``Producer.capture``."""
@@ -133,7 +139,7 @@ def _untried(step: TrialStep) -> tuple[GraphCapture, str]:
     return captured, UNTRIED
 
 
-def _exact(step: TrialStep) -> tuple[GraphCapture, str]:
+def _exact(step: TrialStep, whole_first: bool) -> tuple[GraphCapture, str]:
     """Return the op graph, once it trains like the plain model in a trial, and how.
 
     Raises:
@@ -151,7 +157,7 @@ def _exact(step: TrialStep) -> tuple[GraphCapture, str]:
     plain = functools.partial(model, *args, **kwargs)
     steps = PlainSteps(step.plain, functools.partial(run, plain), model_device(model))
     refused: CaptureError | None = None
-    for graph in op_graphs(model, call):
+    for graph in op_graphs(model, call, whole_first=whole_first):
         try:
             with met("the exported graph cannot be run stage by stage"):
                 captured = capture_graph(graph, model)
@@ -195,7 +201,8 @@ def _planned_call(
 
 def _once(captured: GraphCapture) -> str:
     """Return which stages run once, and why, in words."""
-    once = {stage.name: why for stage, why in zip(captured.stages, captured.once, strict=True) if why}
+    each = zip(captured.stages, captured.effects, strict=True)
+    once = {stage.name: effects.once for stage, effects in each if effects.once}
     names, reasons = [*once], [*once.values()]
     if not names:
         return ""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from rematplan.scheduler.torch_layer.layouts import held_bytes, nonzeros, storage_key, storage_of
-from rematplan.scheduler.torch_layer.leaves import tensor_leaves
+from rematplan.scheduler.torch_layer.leaves import tensors_in
 from rematplan.scheduler.torch_layer.private import HigherOrderOperator, TorchDispatchMode
 
 __all__ = ["trace_of_ops"]
@@ -41,7 +41,7 @@ def trace_of_ops(run: Callable[[], Any], given: Iterable[Tensor]) -> tuple[Hasha
     with torch.enable_grad(), ops:
         result = run()
     ops.look()
-    outputs = [tensor for _, tensor in tensor_leaves(result)]
+    outputs = tensors_in(result)
     graph = _graph(outputs, ops)
     return (existing, tuple(ops.rows), tuple(map(ops.described, outputs)), graph), result
 
@@ -65,7 +65,7 @@ class _Ops(TorchDispatchMode):
             self.rows.append(object())
             return func(*args, **kwargs)
         # The place of a view in its storage makes no difference.
-        given = [leaf for _, leaf in tensor_leaves((args, kwargs))] if func.is_view else (args, kwargs)
+        given = tensors_in((args, kwargs)) if func.is_view else (args, kwargs)
         asked = self.described(given)
         result = func(*args, **kwargs)
         self.rows.append((func, asked, self.described(result)))

@@ -18,13 +18,12 @@ from rematplan.scheduler.costs.meters.live_storages import LiveBytes
 from rematplan.scheduler.costs.meters.peak import allocated
 from rematplan.scheduler.torch_layer.fsdp import local
 from rematplan.scheduler.torch_layer.layouts import held_bytes, parts, unused_room
-from rematplan.scheduler.torch_layer.leaves import tree_leaves
+from rematplan.scheduler.torch_layer.leaves import tensors_in
 from rematplan.scheduler.torch_layer.preserve import CPU_RANDOM_STATE
 from rematplan.scheduler.torch_layer.private import (
     FakeTensorMode,
     default_foreach,
     drop_step_hooks,
-    pytree,
     storage_id,
 )
 from rematplan.scheduler.torch_layer.target import Device, Target, lies_on
@@ -59,22 +58,22 @@ SAMPLES = 16 * 1024
 
 def rerun_state(capture: Capture, model: nn.Module, k: int) -> int:
     """Return bytes held while stage k may run again, besides values: noted before each first run."""
-    state = CPU_RANDOM_STATE * bool(capture.random[k]) if capture.place.type == "cpu" else SAMPLES
-    return state + storage_bytes(named_tensors(model, capture.changed[k]), capture.place)
+    state = CPU_RANDOM_STATE * capture.effects[k].random if capture.place.type == "cpu" else SAMPLES
+    return state + storage_bytes(named_tensors(model, capture.effects[k].changed), capture.place)
 
 
 def copied_buffers(capture: Capture, model: nn.Module) -> int:
     """Return bytes of the copies of changing buffers that a forward on CUDA holds against out-of-memory."""
     if capture.place.type != "cuda":
         return 0
-    changed = {name for names in capture.changed for name in names}
+    changed = {name for each in capture.effects for name in each.changed}
     return storage_bytes((b for name, b in model.named_buffers() if name in changed), capture.place)
 
 
 def resident_parts(model: nn.Module, call: Any, device: Device) -> dict[str, int]:
     """Return bytes of parameters, existing gradients, buffers, tensors in ``call``, cuBLAS's workspaces."""
     made = [t for m in model.modules() if makes_weights(m) for t in vars(m).values() if isinstance(t, Tensor)]
-    given = [t for t in tree_leaves(call) if isinstance(t, Tensor)]
+    given = tensors_in(call)
     grads = (p.grad for p in model.parameters() if p.grad is not None)
     return {
         "parameters": storage_bytes(model.parameters(), device),
@@ -96,8 +95,7 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> 
     if optimizer is None:
         return 0
     if optimizer.state:
-        leaves = pytree.tree_leaves(dict(optimizer.state))
-        return storage_bytes((leaf for leaf in leaves if isinstance(leaf, Tensor)), device)
+        return storage_bytes(tensors_in(dict(optimizer.state)), device)
     try:
         states = _stepped(optimizer, device)[0].state.values()
     except Exception as error:  # whatever a third-party optimizer does on fake tensors
@@ -105,7 +103,7 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer | None, device: Device) -> 
             f"solve: the state of {type(optimizer).__name__} is still empty and its size cannot be found by a "
             f"trial step on fake tensors ({error}); call optimizer.step() once before solve()"
         ) from error
-    made = (t for t in pytree.tree_leaves(list(states)) if isinstance(t, Tensor) and lies_on(t, device))
+    made = (t for t in tensors_in(list(states)) if lies_on(t, device))
     # Optimizers keep their counts of steps, of no dimension, on the host.
     scalars = not isinstance(device, Target) or device.type == "cpu"
     return sum(allocated(held_bytes(t), device) for t in made if scalars or t.ndim)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture
+from rematplan.scheduler.capture.blocks.block_capture import BlockCapture
 from rematplan.scheduler.capture.blocks.calls import intercepted
 from rematplan.scheduler.core.errors import CaptureError
 from rematplan.scheduler.costs.meters.peak import Counted
@@ -25,15 +25,15 @@ from rematplan.scheduler.costs.stage_run import seed_gradients
 from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.fsdp import sharded_within
 from rematplan.scheduler.torch_layer.layouts import held_bytes, is_strided, storage_key
-from rematplan.scheduler.torch_layer.leaves import tensor_leaves, tree_flatten, tree_unflatten
-from rematplan.scheduler.torch_layer.loss import find_loss, output_tensors
+from rematplan.scheduler.torch_layer.leaves import tensor_leaves, tensors_in, tree_flatten, tree_unflatten
+from rematplan.scheduler.torch_layer.loss import find_loss
 from rematplan.scheduler.torch_layer.preserve import in_backward, reverse, uncached
 from rematplan.scheduler.torch_layer.private import is_view
 
-__all__ = ["Box", "Event", "Piece", "Timed", "Visitor", "pieces", "run_skeleton", "stand_in"]
+__all__ = ["Box", "Piece", "SkeletonEvent", "Timed", "Visitor", "pieces", "run_skeleton", "stand_in"]
 
 # "enter", "leave", "reverse", "cleared", "reversed" and a block; "over" (the forward) or "done" and -1
-Event = tuple[str, int]
+SkeletonEvent = tuple[str, int]
 
 
 @dataclass(slots=True)
@@ -173,7 +173,7 @@ def _closed(node: _Node, args: Any, kwargs: Any, produced: Any) -> Any:
 
 
 def run_skeleton(
-    capture: ModuleCapture,
+    capture: BlockCapture,
     model: nn.Module,
     call: Call,
     boxes: dict[int, Box],
@@ -235,7 +235,7 @@ def run_skeleton(
         if own_loss:
             root: Tensor | None = find_loss(output)[0]
         else:
-            tensors = (t for t in output_tensors(output) if t.is_floating_point() or t.is_complex())
+            tensors = (t for t in tensors_in(output) if t.is_floating_point() or t.is_complex())
             root = seed_gradients(dict(enumerate(tensors)), {})[0]
     if root is not None and root.requires_grad:
         reverse(root)
@@ -272,7 +272,9 @@ class Piece:
         return self.peak - self.start
 
 
-def pieces(events: Sequence[Event], blocks: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def pieces(
+    events: Sequence[SkeletonEvent], blocks: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Return the events (-1: the start) between which each piece of the user's code runs, and its backward.
 
     A block that is not reversed, or out of order, leaves its piece to the one before.
@@ -298,7 +300,7 @@ class Timed(Visitor):
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now
-        self.events: list[Event] = []
+        self.events: list[SkeletonEvent] = []
         self.times = [now()]
 
     def note(self, what: str, block: int = -1) -> None:  # noqa: D102

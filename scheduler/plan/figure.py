@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from rematplan.scheduler.plan.timeline import MemoryTimeline, Point
+    from rematplan.scheduler.plan.timeline import MemoryTimeline, Moment
 
 __all__ = ["COLORS", "drawn"]
 
@@ -28,7 +28,7 @@ COLORS = {
 }
 
 
-def _places(points: Sequence[Point]) -> list[float]:
+def _places(points: Sequence[Moment]) -> list[float]:
     """Place each point on the axis of actions: those of one action are spread evenly over it."""
     amount = Counter(point.action for point in points)
     passed: Counter[int] = Counter()

@@ -15,7 +15,8 @@ from rematplan.scheduler.core.device import DeviceSpec
 from rematplan.scheduler.core.host import HostMemory
 from rematplan.scheduler.core.json_data import check_format
 from rematplan.scheduler.core.program import ReplayProgram
-from rematplan.scheduler.core.referee import Backward, Checkpoint, Forward, Keep, Schedule, Timeline, simulate
+from rematplan.scheduler.core.referee import Timeline, simulate
+from rematplan.scheduler.core.schedule import Backward, Checkpoint, Forward, Keep, Schedule
 from rematplan.scheduler.plan.kinds import KINDS
 from rematplan.scheduler.plan.plan_file import as_text, check_parts, check_plan, read_json
 from rematplan.scheduler.plan.record import CaptureRecord
@@ -248,12 +249,12 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; a file that is there is replaced in one step, or left as it was."""
-        target = Path(path)
+        file = Path(path)
         text = as_text(self.to_json())
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
         try:
             temporary.write_text(text, encoding="utf-8")
-            temporary.replace(target)
+            temporary.replace(file)
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rematplan.scheduler.plan.timeline import Block, MemoryTimeline
+    from rematplan.scheduler.plan.timeline import Allocation, MemoryTimeline
 
 __all__ = ["snapshot_of"]
 
@@ -45,8 +45,8 @@ class _Addresses:
 
 def snapshot_of(timeline: MemoryTimeline) -> dict[str, Any]:
     """Return the timeline as a snapshot: its blocks are allocated and freed in one segment, first fit."""
-    comes: dict[int, list[Block]] = defaultdict(list)
-    goes: dict[int, list[Block]] = defaultdict(list)
+    comes: dict[int, list[Allocation]] = defaultdict(list)
+    goes: dict[int, list[Allocation]] = defaultdict(list)
     for block in timeline.blocks:
         comes[block.begin].append(block)
         goes[block.end].append(block)
@@ -54,7 +54,7 @@ def snapshot_of(timeline: MemoryTimeline) -> dict[str, Any]:
     at: dict[int, int] = {}  # by identity of the block
     trace: list[dict[str, Any]] = []
 
-    def event(action: str, block: Block, time: int) -> dict[str, Any]:
+    def event(action: str, block: Allocation, time: int) -> dict[str, Any]:
         return {
             "action": action,
             "addr": at[id(block)],
@@ -80,7 +80,7 @@ def snapshot_of(timeline: MemoryTimeline) -> dict[str, Any]:
     }
 
 
-def _segment(timeline: MemoryTimeline, last: dict[int, Block], addresses: _Addresses) -> dict[str, Any]:
+def _segment(timeline: MemoryTimeline, last: dict[int, Allocation], addresses: _Addresses) -> dict[str, Any]:
     """Return the one segment: what is live at the end, and free bytes between."""
     blocks: list[dict[str, Any]] = []
 
@@ -113,7 +113,7 @@ def _segment(timeline: MemoryTimeline, last: dict[int, Block], addresses: _Addre
     }
 
 
-def _frames(timeline: MemoryTimeline, block: Block) -> list[dict[str, Any]]:
+def _frames(timeline: MemoryTimeline, block: Allocation) -> list[dict[str, Any]]:
     """Return the op, category and action in the place of a Python stack, innermost first."""
     point = timeline.points[block.begin]
     rows = ((block.name, "op"), (block.category, "category"), (timeline.actions[point.action], "schedule"))

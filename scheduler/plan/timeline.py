@@ -16,23 +16,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from rematplan.scheduler.core import schedule as acts
 from rematplan.scheduler.core.account import Account
 from rematplan.scheduler.core.json_data import check_format
 from rematplan.scheduler.core.referee import Referee
-from rematplan.scheduler.core.schedule import (
-    Action,
-    Backward,
-    Checkpoint,
-    Forward,
-    Free,
-    FreeHost,
-    FreeSaved,
-    Keep,
-    Offload,
-    OffloadSaved,
-    Prefetch,
-    PrefetchSaved,
-)
 from rematplan.scheduler.plan.figure import COLORS, drawn
 from rematplan.scheduler.plan.plan import Plan
 from rematplan.scheduler.plan.snapshot import snapshot_of
@@ -43,7 +30,7 @@ if TYPE_CHECKING:
 Part: TypeAlias = tuple[str, int, str]  # category, bytes, name
 Parts: TypeAlias = dict[Any, Part]
 
-__all__ = ["CATEGORIES", "Block", "MemoryTimeline", "Point", "category_of", "in_words"]
+__all__ = ["CATEGORIES", "Allocation", "MemoryTimeline", "Moment", "category_of", "in_words"]
 
 FORMAT = 1
 CATEGORIES = tuple(COLORS)
@@ -56,22 +43,22 @@ _HELD = {
     "passing": "transient",
 }
 _WORDS = {
-    Forward: "run stage {} without keeping",
-    Checkpoint: "run stage {}, holding its input",
-    Keep: "run stage {} and keep it",
-    Backward: "backward of stage {}",
-    Free: "free boundary {}",
-    Offload: "copy boundary {} to the host",
-    Prefetch: "fetch boundary {} from the host",
-    FreeHost: "free boundary {} on the host",
-    OffloadSaved: "copy what stage {} saved to the host",
-    PrefetchSaved: "fetch what stage {} saved from the host",
-    FreeSaved: "free what stage {} saved",
+    acts.Forward: "run stage {} without keeping",
+    acts.Checkpoint: "run stage {}, holding its input",
+    acts.Keep: "run stage {} and keep it",
+    acts.Backward: "backward of stage {}",
+    acts.Free: "free boundary {}",
+    acts.Offload: "copy boundary {} to the host",
+    acts.Prefetch: "fetch boundary {} from the host",
+    acts.FreeHost: "free boundary {} on the host",
+    acts.OffloadSaved: "copy what stage {} saved to the host",
+    acts.PrefetchSaved: "fetch what stage {} saved from the host",
+    acts.FreeSaved: "free what stage {} saved",
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class Moment:
     """A moment of the step.
 
     Attributes:
@@ -84,7 +71,7 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class Allocation:
     """Bytes that are live together, from point ``begin`` until before point ``end``."""
 
     name: str
@@ -109,8 +96,8 @@ class MemoryTimeline:
     title: str
     budget: int
     actions: tuple[str, ...]
-    points: tuple[Point, ...]
-    blocks: tuple[Block, ...]
+    points: tuple[Moment, ...]
+    blocks: tuple[Allocation, ...]
 
     def __post_init__(self) -> None:
         for block in self.blocks:
@@ -172,8 +159,8 @@ class MemoryTimeline:
                 data["title"],
                 data["budget"],
                 tuple(data["actions"]),
-                tuple(Point(*row) for row in data["points"]),
-                tuple(Block(*row) for row in data["blocks"]),
+                tuple(Moment(*row) for row in data["points"]),
+                tuple(Allocation(*row) for row in data["blocks"]),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"MemoryTimeline.from_json: not a timeline: {error!r}") from error
@@ -205,7 +192,7 @@ class MemoryTimeline:
         return drawn(self, observed)
 
 
-def in_words(action: Action) -> str:
+def in_words(action: acts.Action) -> str:
     """Say an action of a schedule in words."""
     return _WORDS[type(action)].format(*(getattr(action, name) for name in action.__slots__))
 
@@ -225,7 +212,7 @@ class _Ledger:
 
     def __init__(self) -> None:
         self.open: dict[Any, tuple[Part, int]] = {}
-        self.blocks: list[Block] = []
+        self.blocks: list[Allocation] = []
         self.now = 0
         self.total = 0
 
@@ -242,7 +229,7 @@ class _Ledger:
             (category, size, name), begin = self.open.pop(key)
             self.total -= size
             if begin < self.now:
-                self.blocks.append(Block(name or category, category, size, begin, self.now))
+                self.blocks.append(Allocation(name or category, category, size, begin, self.now))
 
     def update(self, before: Parts, after: Parts) -> None:
         """Replace the parts ``before`` by ``after``."""
@@ -277,7 +264,7 @@ def _predicted(plan: Plan) -> MemoryTimeline:
         resident[STATE] -= sum(stage.rerun_state for stage in chain.stages)
     for name, size in resident.items():
         ledger.put(name, (category_of(name), size, name))
-    points: list[Point] = []
+    points: list[Moment] = []
     live: Parts = {}
     for index, (action, account) in enumerate(zip(plan.schedule, referee.steps(), strict=True)):
         words, after = in_words(action), _parts(account)
@@ -286,11 +273,11 @@ def _predicted(plan: Plan) -> MemoryTimeline:
         during = (
             after if chain.values else {**after, "boundary gradient": live.get("boundary gradient", NO_PART)}
         )
-        if isinstance(action, Backward) and ledger.total <= account.during:
+        if isinstance(action, acts.Backward) and ledger.total <= account.during:
             during = live
         ledger.update(live, during)
         ledger.put("transient", ("transient", judged.during[index] - ledger.total, words))
-        points.append(Point(index, words))
+        points.append(Moment(index, words))
         ledger.now += 1
         ledger.drop("transient")
         ledger.update(during, after)
@@ -300,7 +287,7 @@ def _predicted(plan: Plan) -> MemoryTimeline:
                 f"MemoryTimeline: action {index}, {action}, leaves {ledger.total} bytes by category and "
                 f"{judged.live[index]} by the referee; please report this"
             )
-        points.append(Point(index, f"after: {words}"))
+        points.append(Moment(index, f"after: {words}"))
         ledger.now += 1
     for key in list(ledger.open):
         ledger.drop(key)

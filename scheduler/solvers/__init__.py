@@ -18,7 +18,8 @@ from types import MappingProxyType
 from typing import Any, overload
 
 from rematplan.scheduler.core.chain import Chain
-from rematplan.scheduler.core.referee import Schedule, simulate
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.core.schedule import Schedule
 from rematplan.scheduler.solvers import (
     chen,
     exhaustive,

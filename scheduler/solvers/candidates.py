@@ -15,7 +15,7 @@ import numpy as np
 
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.errors import InfeasibleBudget
-from rematplan.scheduler.core.referee import Schedule
+from rematplan.scheduler.core.schedule import Schedule
 from rematplan.scheduler.solvers.optimal_peaks import Floats, Ints, arrays_of, compiled
 from rematplan.scheduler.solvers.persistent import build, run_ends
 

@@ -40,18 +40,10 @@ import numpy as np
 from numba import types
 from numba.typed import Dict
 
+from rematplan.scheduler.core import schedule as acts
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.errors import InfeasibleBudget, SearchLimit
-from rematplan.scheduler.core.referee import (
-    Action,
-    Backward,
-    Checkpoint,
-    Forward,
-    Free,
-    Keep,
-    Schedule,
-    simulate,
-)
+from rematplan.scheduler.core.referee import simulate
 from rematplan.scheduler.solvers import optimal
 from rematplan.scheduler.solvers.checks import checked_count
 from rematplan.scheduler.solvers.optimal_peaks import Arrays, Floats, Ints, arrays_of, compiled
@@ -339,13 +331,13 @@ def _search(  # noqa: C901 - the loop of A*, compiled in one piece
     return -1, keys, parents, actions, size
 
 
-def _read_off(length: int, goal: int, keys: Ints, parents: Ints, codes: Ints, bits: int) -> Schedule:
+def _read_off(length: int, goal: int, keys: Ints, parents: Ints, codes: Ints, bits: int) -> acts.Schedule:
     """Return the actions on the way to ``goal``; a boundary freed before its next use is never held."""
     path = [goal]
     while parents[path[-1]] >= 0:
         path.append(int(parents[path[-1]]))
     path.reverse()
-    actions: list[Action] = []
+    actions: list[acts.Action] = []
     unused: dict[int, int] = {}  # held boundary -> index of the Checkpoint that first held it
     kept = np.zeros(length, np.int64)
     for before, after in pairwise(path):
@@ -357,17 +349,19 @@ def _read_off(length: int, goal: int, keys: Ints, parents: Ints, codes: Ints, bi
             spare = not (code == REVERSE and b == i) or (i > 0 and kept[i - 1])
             if (held & ~to_held) >> b & 1 and spare:
                 if b in unused:
-                    actions[unused.pop(b)] = Forward(b)
+                    actions[unused.pop(b)] = acts.Forward(b)
                 else:
-                    actions.append(Free(b))
+                    actions.append(acts.Free(b))
         unused.pop(i, None)
         if code == RUN and (to_held & ~held) >> i & 1:
             unused[i] = len(actions)
-        actions.append(Backward(i) if code == REVERSE else Checkpoint(i) if code == RUN else Keep(i, code))
-    return Schedule(tuple(actions))
+        actions.append(
+            acts.Backward(i) if code == REVERSE else acts.Checkpoint(i) if code == RUN else acts.Keep(i, code)
+        )
+    return acts.Schedule(tuple(actions))
 
 
-def _run(chain: Chain, budget: int, upper: float, states: int) -> Schedule | None:
+def _run(chain: Chain, budget: int, upper: float, states: int) -> acts.Schedule | None:
     """Return the fastest schedule within ``budget`` below ``upper`` seconds; None if none is."""
     bits = max(len(stage.options) for stage in chain.stages).bit_length()
     limit, a = upper * (1 - ROUNDING), arrays_of("exhaustive", chain)
@@ -400,7 +394,7 @@ def _few_options(chain: Chain) -> tuple[Chain, list[list[int]]]:
     return replace(chain, stages=tuple(rest)), numbers
 
 
-def solve(chain: Chain, memory_budget: int, *, states: int = STATES) -> Schedule:
+def solve(chain: Chain, memory_budget: int, *, states: int = STATES) -> acts.Schedule:
     """Return the fastest schedule of all within ``memory_budget`` (bytes).
 
     Args:
@@ -432,8 +426,10 @@ def solve(chain: Chain, memory_budget: int, *, states: int = STATES) -> Schedule
             ) from None
     else:
         found = _run(few, memory_budget, simulate(few, best).seconds, states) or best
-    return Schedule(
-        tuple(Keep(x.stage, numbers[x.stage][x.option]) if isinstance(x, Keep) else x for x in found)
+    return acts.Schedule(
+        tuple(
+            acts.Keep(x.stage, numbers[x.stage][x.option]) if isinstance(x, acts.Keep) else x for x in found
+        )
     )
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.errors import InfeasibleBudget
-from rematplan.scheduler.core.referee import Schedule, simulate
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.core.schedule import Schedule
 from rematplan.scheduler.solvers.checks import checked_budget, checked_chain, checked_count
 from rematplan.scheduler.solvers.optimal import Table
 

@@ -30,19 +30,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rematplan.scheduler.core import schedule as acts
 from rematplan.scheduler.core.checks import is_number
-from rematplan.scheduler.core.referee import (
-    Action,
-    Backward,
-    Checkpoint,
-    Forward,
-    Free,
-    FreeHost,
-    Keep,
-    Offload,
-    Prefetch,
-    Schedule,
-)
 from rematplan.scheduler.solvers.checks import checked_count
 from rematplan.scheduler.solvers.optimal_peaks import Floats, compiled
 
@@ -65,7 +54,7 @@ class UniformOptimum:
     """
 
     cost: float
-    schedule: Schedule
+    schedule: acts.Schedule
     writes: int
     reads: int
     disk_slots: int
@@ -126,12 +115,12 @@ class _Tables:
         j = np.arange(1, length)
         return 1 + int(np.argmin(j + right[length - 1 : 0 : -1] + left[1:length]))
 
-    def schedule(self) -> Schedule:
+    def schedule(self) -> acts.Schedule:
         """Return the schedule of all steps, with all slots but that of x_0 free."""
-        actions: list[Action] = []
+        actions: list[acts.Action] = []
         M, D = self.M, self.D
         # (first, length, m, d, x_first has its slot on disk, x_first is still to be written there)
-        stack: list[Action | tuple[int, int, int, int, bool, bool]]
+        stack: list[acts.Action | tuple[int, int, int, int, bool, bool]]
         stack = [(0, self.steps, self.slots - 1, self.disks, False, False)]
         while stack:
             item = stack.pop()
@@ -140,7 +129,7 @@ class _Tables:
                 continue
             s, length, m, d, on_disk, unwritten = item
             if length == 1:
-                actions += [Keep(s), Backward(s)]
+                actions += [acts.Keep(s), acts.Backward(s)]
                 continue
             less, more = (d - 1, d + 1) if self.bounded else (d, d)
             if (
@@ -152,22 +141,22 @@ class _Tables:
                 stack.append((s, length, m + 1, less, True, True))
                 continue
             j = self._split((self.L if on_disk else M)[d, m], self.R[d, m], length)
-            actions.append(Checkpoint(s))
-            actions += [Offload(s)] if unwritten else []
-            actions += [Free(s)] if on_disk else []
-            actions += [Forward(i) for i in range(s + 1, s + j)]
+            actions.append(acts.Checkpoint(s))
+            actions += [acts.Offload(s)] if unwritten else []
+            actions += [acts.Free(s)] if on_disk else []
+            actions += [acts.Forward(i) for i in range(s + 1, s + j)]
             if not on_disk:
                 stack.append((s, j, m, d, False, False))
             elif D[d, m, j] <= self.L[d, m, j]:
-                stack += [(s, j, m, d, True, False), Prefetch(s)]
+                stack += [(s, j, m, d, True, False), acts.Prefetch(s)]
             else:
-                stack += [(s, j, m - 1, more, False, False), FreeHost(s), Prefetch(s)]
+                stack += [(s, j, m - 1, more, False, False), acts.FreeHost(s), acts.Prefetch(s)]
             rest = length - j
             if m > 0 and M[d, m - 1, rest] <= self.R[d, m, rest]:
                 stack.append((s + j, rest, m - 1, d, False, False))
             else:
                 stack.append((s + j, rest, m, less, True, True))
-        return Schedule(tuple(actions))
+        return acts.Schedule(tuple(actions))
 
 
 def solve_uniform(
@@ -208,22 +197,22 @@ def solve_uniform(
     return UniformOptimum(
         float(tables.M[tables.disks, slots - 1, steps]),
         schedule,
-        sum(isinstance(action, Offload) for action in schedule),
-        sum(isinstance(action, Prefetch) for action in schedule),
+        sum(isinstance(action, acts.Offload) for action in schedule),
+        sum(isinstance(action, acts.Prefetch) for action in schedule),
         used,
     )
 
 
-def _disk_slots(schedule: Schedule) -> int:
+def _disk_slots(schedule: acts.Schedule) -> int:
     """Return the most boundaries on disk at once."""
     there: set[int] = set()
     most = 0
     for action in schedule:
-        if isinstance(action, Offload):
+        if isinstance(action, acts.Offload):
             there.add(action.boundary)
             most = max(most, len(there))
-        elif isinstance(action, FreeHost):
+        elif isinstance(action, acts.FreeHost):
             there.discard(action.boundary)
-        elif isinstance(action, Backward):
+        elif isinstance(action, acts.Backward):
             there.discard(action.stage)
     return most

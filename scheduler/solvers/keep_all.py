@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rematplan.scheduler.core.chain import Chain
-from rematplan.scheduler.core.referee import Schedule
+from rematplan.scheduler.core.schedule import Schedule
 from rematplan.scheduler.solvers.persistent import build, first_fit
 
 __all__ = ["solve"]

@@ -36,7 +36,7 @@ from functools import lru_cache
 from itertools import pairwise
 from math import comb
 
-from rematplan.scheduler.core.referee import Action, Checkpoint, Forward, Free
+from rematplan.scheduler.core.schedule import Action, Checkpoint, Forward, Free
 from rematplan.scheduler.solvers.checks import checked_count
 from rematplan.scheduler.solvers.revolve_counts import reverse, revolve_runs
 

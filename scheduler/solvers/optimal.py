@@ -52,7 +52,8 @@ import numpy as np
 
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.errors import InfeasibleBudget
-from rematplan.scheduler.core.referee import Schedule, Timeline, simulate
+from rematplan.scheduler.core.referee import Timeline, simulate
+from rematplan.scheduler.core.schedule import Schedule
 from rematplan.scheduler.solvers.checks import checked_budget, checked_chain
 from rematplan.scheduler.solvers.knapsack_bound import Knapsack
 from rematplan.scheduler.solvers.optimal_peaks import arrays_of, peaks_of

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from rematplan.scheduler.core.chain import Chain
-from rematplan.scheduler.core.referee import Schedule
+from rematplan.scheduler.core.schedule import Schedule
 from rematplan.scheduler.solvers.candidates import fastest_fit, segment_tree
 from rematplan.scheduler.solvers.checks import checked_count
 from rematplan.scheduler.solvers.optimal_peaks import Ints

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.errors import InfeasibleBudget
-from rematplan.scheduler.core.referee import Action, Backward, Checkpoint, Forward, Keep, Schedule, simulate
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.core.schedule import Action, Backward, Checkpoint, Forward, Keep, Schedule
 
 __all__ = ["build", "first_fit", "run_ends"]
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 
 from rematplan.scheduler.core.chain import Chain
-from rematplan.scheduler.core.referee import Schedule
+from rematplan.scheduler.core.schedule import Schedule
 from rematplan.scheduler.solvers.candidates import fastest_fit, trees_by_runs
 from rematplan.scheduler.solvers.optimal_peaks import Ints, compiled
 

@@ -17,12 +17,12 @@ from __future__ import annotations
 import numpy as np
 
 from rematplan.scheduler.core.chain import Chain
-from rematplan.scheduler.core.referee import Schedule
-from rematplan.scheduler.solvers.candidates import fastest_fit, schedule_of, trees_by_runs
+from rematplan.scheduler.core.schedule import Schedule
+from rematplan.scheduler.solvers.candidates import fastest_fit, trees_by_runs
 from rematplan.scheduler.solvers.optimal_peaks import Ints, compiled
 from rematplan.scheduler.solvers.revolve_counts import advance
 
-__all__ = ["schedule_with_slots", "solve"]
+__all__ = ["binomial_tree", "solve"]
 
 
 @compiled
@@ -43,11 +43,6 @@ def binomial_tree(length: int, slots: int) -> Ints:
         stack[depth + 1] = s + j, n - j, c - 1
         depth += 2
     return tree
-
-
-def schedule_with_slots(chain: Chain, slots: int) -> Schedule:
-    """Return the binomial schedule that holds at most ``slots`` >= 1 boundaries, besides the working one."""
-    return schedule_of(next(trees_by_runs(chain, binomial_tree, lambda _: [slots])), len(chain))
 
 
 def solve(chain: Chain, memory_budget: int) -> Schedule:

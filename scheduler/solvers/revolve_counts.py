@@ -28,7 +28,7 @@ from math import comb
 
 import numpy as np
 
-from rematplan.scheduler.core.referee import Action, Backward, Checkpoint, Forward, Keep
+from rematplan.scheduler.core.schedule import Action, Backward, Checkpoint, Forward, Keep
 from rematplan.scheduler.solvers.checks import checked_count
 from rematplan.scheduler.solvers.optimal_peaks import Ints, compiled
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from rematplan.scheduler.core.chain import Chain
-from rematplan.scheduler.core.referee import Schedule
+from rematplan.scheduler.core.schedule import Schedule
 from rematplan.scheduler.solvers.candidates import fastest_fit, segment_tree
 from rematplan.scheduler.solvers.persistent import run_ends
 

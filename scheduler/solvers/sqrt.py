@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 
 from rematplan.scheduler.core.chain import Chain
-from rematplan.scheduler.core.referee import Schedule
+from rematplan.scheduler.core.schedule import Schedule
 from rematplan.scheduler.solvers.persistent import build, first_fit, run_ends
 
 __all__ = ["solve"]

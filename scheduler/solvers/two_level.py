@@ -53,25 +53,11 @@ from functools import cache
 from operator import itemgetter
 from typing import Any
 
+from rematplan.scheduler.core import schedule as acts
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.errors import InfeasibleBudget
 from rematplan.scheduler.core.host import HostMemory
-from rematplan.scheduler.core.referee import (
-    Action,
-    Backward,
-    Checkpoint,
-    Forward,
-    Free,
-    FreeSaved,
-    Keep,
-    Offload,
-    OffloadSaved,
-    Prefetch,
-    PrefetchSaved,
-    Schedule,
-    Timeline,
-    simulate,
-)
+from rematplan.scheduler.core.referee import Timeline, simulate
 from rematplan.scheduler.solvers import optimal
 from rematplan.scheduler.solvers.checks import MOST_SECONDS, checked_budget, checked_chain
 from rematplan.scheduler.solvers.optimal_peaks import Floats, Ints, arrays_of, quickest
@@ -118,7 +104,7 @@ class TwoLevelOptimum:
         unit, host_unit: bytes of one slot of the grids; 1 for a host with room for all.
     """
 
-    schedule: Schedule
+    schedule: acts.Schedule
     seconds: float
     lower_bound: float
     unit: int
@@ -151,9 +137,9 @@ def _units(n: Numbers, room: int, host_room: int, fills: int) -> tuple[int, int,
 
 def _read_off(
     chain: Chain, n: Numbers, least: Ints, p: Frontiers, g: Grid, room: int, host_room: int
-) -> Schedule:
+) -> acts.Schedule:
     """Return the schedule that the grid describes, copies where they are asked for."""
-    actions: list[Action] = []
+    actions: list[acts.Action] = []
     last = len(chain) - 1
     # What is left to do, last first: actions, (s, t, room) to run again, (f, s, room, host room) of the first
     # sweep.
@@ -166,43 +152,46 @@ def _read_off(
             s, t, here = item
             option, j = decide_again(n, least, g, s, t, here)
             if option >= 0:
-                actions.append(Keep(s, option))
-                stack += [Backward(s), *([(s + 1, t, here - int(n.a.saved[s, option]))] if s < t else [])]
+                actions.append(acts.Keep(s, option))
+                stack += [
+                    acts.Backward(s),
+                    *([(s + 1, t, here - int(n.a.saved[s, option]))] if s < t else []),
+                ]
             else:
-                actions += [Checkpoint(s), *(Forward(i) for i in range(s + 1, j))]
+                actions += [acts.Checkpoint(s), *(acts.Forward(i) for i in range(s + 1, j))]
                 stack += [(s, j - 1, here), (j, t, here - int(n.a.boundary[j]))]
         else:
             f, s, here, there = item
             option, j, way, off = decide_sweep(n, least, p, g, f, s, here, there)
             _, stays, later, copied, _ = place(n, f, s, way)
             rest, host_rest = here - stays, there - copied
-            actions.append(Keep(s, option) if option >= 0 else Checkpoint(s))
-            actions += [Offload(s)] if way == GOES and f == LOOSE else []
-            actions += [Free(s)] if way != STAYS else []
+            actions.append(acts.Keep(s, option) if option >= 0 else acts.Checkpoint(s))
+            actions += [acts.Offload(s)] if way == GOES and f == LOOSE else []
+            actions += [acts.Free(s)] if way != STAYS else []
             # Early: the prefetch that stage s-1 left on the stack is taken from there.
-            back: list[Any] = [stack.pop()] if way == EARLY else [Prefetch(s)] if way == GOES else []
+            back: list[Any] = [stack.pop()] if way == EARLY else [acts.Prefetch(s)] if way == GOES else []
             if option < 0:
-                actions += [Forward(i) for i in range(s + 1, j)]
+                actions += [acts.Forward(i) for i in range(s + 1, j)]
                 stack += [(s, j - 1, here - later), *back, (LOOSE, j, rest, host_rest)]
                 continue
-            stack += [Backward(s), *back]
+            stack += [acts.Backward(s), *back]
             if off:
-                actions += [OffloadSaved(s), FreeSaved(s)]
+                actions += [acts.OffloadSaved(s), acts.FreeSaved(s)]
                 stack += [
-                    PrefetchSaved(s),
+                    acts.PrefetchSaved(s),
                     (OFF + option, s + 1, rest, host_rest - int(n.host_saved[s, option])),
                 ]
             elif s < last:
                 stack.append((INSIDE, s + 1, rest - int(n.a.saved[s, option]), host_rest))
-    return Schedule(tuple(actions))
+    return acts.Schedule(tuple(actions))
 
 
-def _later_frees(schedule: Schedule, line: Timeline, budget: int) -> Schedule:
+def _later_frees(schedule: acts.Schedule, line: Timeline, budget: int) -> acts.Schedule:
     """Free what was copied only when its bytes are needed; if they never are, do not copy it."""
-    saved_off = {action.stage for action in schedule if isinstance(action, OffloadSaved)}
-    off = {action.boundary for action in schedule if isinstance(action, Offload)}
-    waiting: deque[tuple[Free | FreeSaved, int]] = deque()  # frees, oldest first, and their bytes
-    actions: list[Action] = []
+    saved_off = {action.stage for action in schedule if isinstance(action, acts.OffloadSaved)}
+    off = {action.boundary for action in schedule if isinstance(action, acts.Offload)}
+    waiting: deque[tuple[acts.Free | acts.FreeSaved, int]] = deque()  # frees, oldest first, and their bytes
+    actions: list[acts.Action] = []
 
     def make_room(live: int) -> None:
         """Free the oldest until ``live`` bytes fit; a free may add bytes (x_{i+1})."""
@@ -210,50 +199,60 @@ def _later_frees(schedule: Schedule, line: Timeline, budget: int) -> Schedule:
             actions.append(waiting.popleft()[0])
 
     for index, action in enumerate(schedule):
-        if isinstance(action, FreeSaved) or (
-            isinstance(action, Free) and (action.boundary in off or action.boundary - 1 in saved_off)
+        if isinstance(action, acts.FreeSaved) or (
+            isinstance(action, acts.Free) and (action.boundary in off or action.boundary - 1 in saved_off)
         ):
             waiting.append((action, line.live[index - 1] - line.live[index]))
             make_room(line.live[index])
             continue
-        if isinstance(action, (Prefetch, PrefetchSaved)):
-            free = Free(action.boundary) if isinstance(action, Prefetch) else FreeSaved(action.stage)
-            inside = Free(action.stage + 1) if isinstance(action, PrefetchSaved) else None
+        if isinstance(action, (acts.Prefetch, acts.PrefetchSaved)):
+            free = (
+                acts.Free(action.boundary)
+                if isinstance(action, acts.Prefetch)
+                else acts.FreeSaved(action.stage)
+            )
+            inside = acts.Free(action.stage + 1) if isinstance(action, acts.PrefetchSaved) else None
             if inside and waiting and waiting[-1][0] == inside:  # x_{i+1} comes early, with what it is in
                 waiting.pop()
                 if not waiting or waiting[-1][0] != free:
                     actions.append(inside)
             if waiting and waiting[-1][0] == free:
                 waiting.pop()
-                copy = Offload(free.boundary) if isinstance(free, Free) else OffloadSaved(free.stage)
+                copy = (
+                    acts.Offload(free.boundary)
+                    if isinstance(free, acts.Free)
+                    else acts.OffloadSaved(free.stage)
+                )
                 if copy in actions:
                     actions.remove(copy)
                 continue
         make_room(max(line.during[index], line.live[index]))
         actions.append(action)
-    return Schedule(tuple(actions))
+    return acts.Schedule(tuple(actions))
 
 
-def _earlier_prefetches(schedule: Schedule, line: Timeline, budget: int) -> Schedule:
+def _earlier_prefetches(schedule: acts.Schedule, line: Timeline, budget: int) -> acts.Schedule:
     """Move prefetches forward, in the order in which they are needed, as far as the device has room."""
-    moved: list[tuple[Action, int]] = []  # and the most bytes live while it runs
+    moved: list[tuple[acts.Action, int]] = []  # and the most bytes live while it runs
     for index, action in enumerate(schedule):
         moved.append((action, line.during[index]))
-        if not isinstance(action, (Prefetch, PrefetchSaved)):
+        if not isinstance(action, (acts.Prefetch, acts.PrefetchSaved)):
             continue
         size = line.live[index] - line.live[index - 1]
-        free = Free(action.boundary) if isinstance(action, Prefetch) else FreeSaved(action.stage)
+        free = (
+            acts.Free(action.boundary) if isinstance(action, acts.Prefetch) else acts.FreeSaved(action.stage)
+        )
         at = index
         while (
             at > 0
-            and not isinstance(moved[at - 1][0], (Prefetch, PrefetchSaved))
+            and not isinstance(moved[at - 1][0], (acts.Prefetch, acts.PrefetchSaved))
             and moved[at - 1][0] != free
             and moved[at - 1][1] + size <= budget
         ):
             at -= 1
             crossed = moved[at]
             moved[at], moved[at + 1] = moved[at + 1], (crossed[0], crossed[1] + size)
-    return Schedule(tuple(action for action, _ in moved))
+    return acts.Schedule(tuple(action for action, _ in moved))
 
 
 def solve_two_level(chain: Chain, memory_budget: int, host: HostMemory) -> TwoLevelOptimum:
@@ -269,8 +268,8 @@ def solve_two_level(chain: Chain, memory_budget: int, host: HostMemory) -> TwoLe
     memory_budget = checked_budget("solve_two_level", memory_budget)
     if not isinstance(host, HostMemory):
         raise TypeError(f"solve_two_level: host={host!r} must be a HostMemory")
-    kept = (Keep(i, quickest(stage)) for i, stage in enumerate(chain.stages))
-    plain = Schedule((*kept, *(Backward(i) for i in reversed(range(len(chain))))))
+    kept = (acts.Keep(i, quickest(stage)) for i, stage in enumerate(chain.stages))
+    plain = acts.Schedule((*kept, *(acts.Backward(i) for i in reversed(range(len(chain))))))
     line = simulate(chain, plain, host)
     if line.peak <= memory_budget:
         return TwoLevelOptimum(plain, line.seconds, line.seconds, 1, 1)
@@ -295,7 +294,7 @@ def solve_two_level(chain: Chain, memory_budget: int, host: HostMemory) -> TwoLe
     weights = WEIGHTS if host.asynchronous else (1.0,)
     unit, host_unit, exact = _units(n, room, host_room, len(weights))
     bound = 0.0
-    schedules: dict[Schedule, None] = {}  # a set, in order
+    schedules: dict[acts.Schedule, None] = {}  # a set, in order
     again: dict[bool, Floats | None] = {False: None, True: None}  # C does not depend on the weight
     for weight in weights:
         n = numbers_of(a, host, weight, bounded)
@@ -320,6 +319,6 @@ def solve_two_level(chain: Chain, memory_budget: int, host: HostMemory) -> TwoLe
     return TwoLevelOptimum(schedule, seconds, bound, unit, host_unit)
 
 
-def solve(chain: Chain, memory_budget: int, host: HostMemory) -> Schedule:
+def solve(chain: Chain, memory_budget: int, host: HostMemory) -> acts.Schedule:
     """Return the schedule of ``solve_two_level``."""
     return solve_two_level(chain, memory_budget, host).schedule

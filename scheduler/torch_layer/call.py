@@ -22,7 +22,7 @@ from torch import nn
 from rematplan.scheduler.core.errors import PlanMismatch
 from rematplan.scheduler.torch_layer.fsdp import placement, reject_tensor_parallel, reject_wrapped, reshard
 from rematplan.scheduler.torch_layer.layouts import is_strided, room, unusual
-from rematplan.scheduler.torch_layer.leaves import tree_flatten, tree_leaves
+from rematplan.scheduler.torch_layer.leaves import tensors_in, tree_flatten, tree_leaves
 
 __all__ = [
     "CallReader",
@@ -297,8 +297,7 @@ def kind_of(leaf: Any) -> Any:
 
 def nothing_to_train(model: nn.Module, call: Call) -> str:
     """Return the advice if no parameter or tensor of the sample requires grad; "" if one does."""
-    given = (leaf for leaf in tree_leaves(call) if isinstance(leaf, torch.Tensor))
-    if any(t.requires_grad for t in (*model.parameters(), *given)):
+    if any(t.requires_grad for t in (*model.parameters(), *tensors_in(call))):
         return ""
     return (
         "solve: no parameter of the model requires grad, nor does a tensor of the sample, so there is no backward to plan; "

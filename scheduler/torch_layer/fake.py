@@ -26,7 +26,7 @@ from rematplan.scheduler.torch_layer.private import (
     storage_id,
 )
 
-__all__ = ["Watch", "fake_call", "fake_model", "has_data", "without_hardware"]
+__all__ = ["OpWatch", "fake_call", "fake_model", "has_data", "without_hardware"]
 
 
 def has_data(tensors: Iterable[Any]) -> bool:
@@ -88,7 +88,7 @@ def fake_call(call: Any, mode: FakeTensorMode, device: str = "cpu") -> Any:
     return map_tensors(functools.cache(lambda tensor: _faked(tensor, mode, device)), call)
 
 
-class Watch(TorchDispatchMode):
+class OpWatch(TorchDispatchMode):
     """Notes whether ops draw random numbers, and which storages they change, by tags and schemas.
 
     Attributes:

@@ -22,6 +22,7 @@ __all__ = [
     "repeated_floats",
     "repeats",
     "tensor_leaves",
+    "tensors_in",
     "tree_flatten",
     "tree_leaves",
     "tree_unflatten",
@@ -172,3 +173,8 @@ def tensor_leaves(value: Any) -> list[tuple[int, Tensor]]:
     if type(value) is tuple and LEAVES.issuperset(map(type, value)):
         return [(i, leaf) for i, leaf in enumerate(value) if isinstance(leaf, Tensor)]
     return [(i, leaf) for i, leaf in enumerate(tree_leaves(value)) if isinstance(leaf, Tensor)]
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors among the leaves of ``value``, attributes of objects included."""
+    return [leaf for _, leaf in tensor_leaves(value)]

@@ -8,14 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rematplan.scheduler.torch_layer.leaves import tree_leaves
+from rematplan.scheduler.torch_layer.leaves import tensors_in
 
-__all__ = ["find_loss", "output_tensors"]
-
-
-def output_tensors(output: Any) -> list[Tensor]:
-    """Return all tensors in a model's output, attributes of objects included."""
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+__all__ = ["find_loss"]
 
 
 def find_loss(output: Any) -> tuple[Tensor, bool]:
@@ -32,7 +27,7 @@ def find_loss(output: Any) -> tuple[Tensor, bool]:
     for candidate in (own, output, first):
         if isinstance(candidate, Tensor) and candidate.ndim == 0 and candidate.requires_grad:
             return candidate, True
-    tensors = output_tensors(output)
+    tensors = tensors_in(output)
     grad = [t for t in tensors if t.requires_grad and (t.is_floating_point() or t.is_complex())]
     if not grad:
         what = "holds no tensor" if not tensors else "holds no tensor that requires grad"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rematplan.scheduler.torch_layer.call import Call
-from rematplan.scheduler.torch_layer.fake import Watch
+from rematplan.scheduler.torch_layer.fake import OpWatch
 from rematplan.scheduler.torch_layer.fsdp import sharded_within, take_gathered_grads
 from rematplan.scheduler.torch_layer.layouts import storage_key
 from rematplan.scheduler.torch_layer.leaves import map_tensors, tree_leaves
@@ -39,6 +39,7 @@ __all__ = [
     "RandomState",
     "aliased",
     "bare",
+    "copy_back",
     "in_backward",
     "may_be_seed",
     "model_device",
@@ -175,6 +176,12 @@ def shielded(hook: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.disable(hook) if dynamo_is_loaded() else hook
 
 
+def copy_back(values: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Give tensors their values back; the versions stay, so that nothing that autograd saved is invalid."""
+    for tensor, value in values:
+        tensor.data.copy_(value)
+
+
 @contextmanager
 def uncached() -> Iterator[None]:
     """Switch autocast's cache of casts off within the block."""
@@ -237,7 +244,7 @@ def aliased(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:  # noqa: C901 - one restore, in its order
+def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:
     """Clear gradients within the block; restore the model and everything it reaches on leaving.
 
     Restored are gradients, of parameters and of other leaves in Python state; buffers, by object and value;
@@ -287,9 +294,7 @@ def preserved(model: nn.Module) -> Iterator[frozenset[nn.Parameter]]:  # noqa: C
         for tensor, data, key in storages:
             if storage_key(tensor) != key:  # ``tensor.data = other``
                 tensor.data = data
-        for tensor, value in values.items():
-            # .data leaves the version counter alone: nothing that autograd saved is invalidated.
-            tensor.data.copy_(value)
+        copy_back(values.items())
         generators.restore()
 
 
@@ -304,7 +309,7 @@ def _surroundings(model: nn.Module) -> tuple[list[tuple[str, Any]], set[Tensor]]
     return [("", model), *named.objects()], moved
 
 
-class _Moving(Watch):
+class _Moving(OpWatch):
     """Copies tensors before an op changes them in place for the first time."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -315,7 +320,7 @@ class _Moving(Watch):
         self.copies: dict[Tensor, Tensor] = {}
 
     def before_change(self, tensor: Tensor) -> None:
-        """See ``Watch``."""
+        """See ``OpWatch``."""
         for each in self.waiting.pop(storage_id(tensor.untyped_storage()), ()):
             self.copies[each] = each.detach().clone()
 
@@ -345,8 +350,7 @@ def moving(model: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
             yield noted.copies
     finally:
         moved.update(noted.copies)
-        for tensor, value in noted.copies.items():
-            tensor.data.copy_(value)
+        copy_back(noted.copies.items())
 
 
 @contextmanager
@@ -362,6 +366,7 @@ def set_apart(call: Call) -> Iterator[Call]:
         yield map_tensors(lambda t: apart[id(t)], call)
     finally:
         state.restore()
-        for name, (version, value) in before.items():
-            if version_of(given[name]) != version:  # the model changes its input in place
-                given[name].data.copy_(value)
+        # What the model changes in place of its input.
+        copy_back(
+            (given[n], value) for n, (version, value) in before.items() if version_of(given[n]) != version
+        )

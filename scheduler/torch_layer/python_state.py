@@ -329,8 +329,8 @@ def _opened(path: str, value: Any) -> tuple[Holder | None, Iterable[tuple[str, A
         return Holder(name, value, "class"), [(f"{name}.{k}", v) for k, v in found.items()]
     kind = type(value)
     if kind in weakref.ProxyTypes:
-        target = getattr(getattr(value, "__repr__", None), "__self__", None)
-        return None, [] if target is None else [(path, target)]
+        referent = getattr(getattr(value, "__repr__", None), "__self__", None)
+        return None, [] if referent is None else [(path, referent)]
     if isinstance(value, torch.optim.Optimizer):  # a forward may read its learning rate
         return Holder(path, vars(value), "dict", kind), [(f"{path}.param_groups", value.param_groups)]
     if isinstance(value, types.ModuleType) or not (is_users_code(kind.__module__) or kind in NAMESPACES):

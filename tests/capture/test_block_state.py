@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rematplan import CaptureError, Schedule, execute, solve
 from rematplan.executors.step_state import Lasting
-from rematplan.scheduler.core.referee import Action, Backward, Checkpoint, Forward, Keep
+from rematplan.scheduler.core.schedule import Action, Backward, Checkpoint, Forward, Keep
 from rematplan.scheduler.torch_layer.layouts import storage_keys
 from tests.shared.helpers import smallest
 from tests.shared.state_training import (

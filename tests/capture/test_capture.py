@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from rematplan import CaptureError, InfeasibleBudget, ReplayError, execute, solve, solve_chain
 from rematplan.scheduler.capture.bit_equal_step import difference, step_result
-from rematplan.scheduler.capture.blocks.block_capture import capture_modules
+from rematplan.scheduler.capture.blocks.block_capture import capture_blocks
 from rematplan.scheduler.capture.graph.cut import linearize, op_dag
 from rematplan.scheduler.capture.graph.export import export_graph
 from rematplan.scheduler.capture.graph.op_graph import Op, OpGraph
@@ -255,7 +255,7 @@ def test_modules_are_expanded_to_the_finest_blocks_that_are_all_there_is() -> No
     model = nn.Sequential(inner, nn.Tanh()).train()
     call = ((), {"input": torch.randn(4, 8)})
     with preserved(model):
-        captured = capture_modules(model, call)
+        captured = capture_blocks(model, call)
     assert [block.name for block in captured.blocks] == ["0.0", "0.1", "0.2", "1"]
 
 
@@ -270,7 +270,7 @@ def test_the_layers_of_a_module_that_does_more_than_run_them_stay_together() -> 
 
     model = nn.Sequential(Skip(), Skip()).train()
     with preserved(model):
-        captured = capture_modules(model, ((), {"input": torch.randn(4, 8)}))
+        captured = capture_blocks(model, ((), {"input": torch.randn(4, 8)}))
     assert [block.name for block in captured.blocks] == ["0", "1"]
 
 

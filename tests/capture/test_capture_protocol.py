@@ -13,10 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rematplan import CaptureError, Plan, execute, solve
 from rematplan.executors.engine import Engine, Executor
-from rematplan.executors.nested import nested
 from rematplan.executors.recapture import ENGINES
 from rematplan.scheduler.capture.bit_equal_step import difference, step_result
-from rematplan.scheduler.capture.protocol import Asked, Capture, Producer
+from rematplan.scheduler.capture.protocol import Asked, Capture, Producer, StageEffects
 from rematplan.scheduler.capture.trial_step import TrialStep
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.costs.assemble import StageFacts, Values, assemble, parameter_grads
@@ -27,6 +26,7 @@ from rematplan.scheduler.torch_layer.preserve import preserved
 from rematplan.scheduler.torch_layer.target import Target
 from tests.shared.helpers import smallest
 from tests.shared.models import Case
+from tests.shared.nested import nested
 from tests.shared.steps import assert_equal, restored, train
 
 
@@ -36,8 +36,7 @@ class Members(Capture):
 
     names: list[str]
     device: torch.device
-    random: list[bool]
-    changed: list[tuple[str, ...]]
+    effects: list[StageEffects]
     target: Target | None = None
     kind = "members"
 
@@ -45,7 +44,7 @@ class Members(Capture):
         return len(self.names)
 
     def record(self) -> dict[str, Any]:
-        return {"random": tuple(self.random), "changed": tuple(self.changed)}
+        return {}
 
     def without_data(self, device: torch.device, fake: Any) -> Members:
         return replace(self, device=device)
@@ -54,10 +53,8 @@ class Members(Capture):
 def members(model: nn.Module) -> Members:
     if not isinstance(model, nn.Sequential):
         raise CaptureError("no Sequential")
-    random = [isinstance(member, Block) for member in model]
-    return Members(
-        [name for name, _ in model.named_children()], torch.device("cpu"), random, [()] * len(model)
-    )
+    effects = [StageEffects(random=isinstance(member, Block)) for member in model]
+    return Members([name for name, _ in model.named_children()], torch.device("cpu"), effects)
 
 
 def alone(member: nn.Module, x: Tensor, entering: bool, enter: Enter) -> list[Tensor]:
@@ -126,7 +123,7 @@ class Checkpointed(Executor):
 
 def again(plan: Plan, model: nn.Module, call: Any) -> Members:
     found = members(model)
-    if tuple(found.random) != plan.capture.random:
+    if tuple(each.random for each in found.effects) != plan.capture.random:
         raise CaptureError("other members draw random numbers than in the plan")
     return found
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from rematplan import CallableChain, CaptureError, Plan, execute, measure_peak, solve
 from rematplan.executors.compare_replay import ReplayError
-from rematplan.scheduler.capture.blocks.block_capture import capture_modules
-from rematplan.scheduler.costs.block_producer import module_chain
+from rematplan.scheduler.capture.blocks.block_capture import capture_blocks
+from rematplan.scheduler.costs.block_producer import block_chain
 from rematplan.scheduler.torch_layer.preserve import preserved
 from tests.shared.helpers import PATH, smallest
 from tests.shared.models import Case
@@ -323,9 +323,9 @@ def test_equal_blocks_measured_once_give_the_chain_of_measuring_all(
     call: Any = (case.args, {})
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         with preserved(case.model):
-            captured = capture_modules(case.model, call)
+            captured = capture_blocks(case.model, call)
         chains = [
-            module_chain(
+            block_chain(
                 captured,
                 case.model,
                 call,

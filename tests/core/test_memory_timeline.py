@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.cuda import _memory_viz as viz
 
 from rematplan import rehearse
-from rematplan.scheduler.plan.timeline import CATEGORIES, Block, MemoryTimeline, Point
+from rematplan.scheduler.plan.timeline import CATEGORIES, Allocation, MemoryTimeline, Moment
 from tests.shared.steps import case_of, each_model, plan_for, replan, tightest
 
 pytestmark = pytest.mark.filterwarnings("ignore:device argument is deprecated")
@@ -59,7 +59,7 @@ def test_what_is_no_timeline_is_refused(broken: object) -> None:
 
 def test_a_block_outside_the_points_is_refused() -> None:
     with pytest.raises(ValueError, match="lies outside"):
-        MemoryTimeline("", 1, ("run",), (Point(0, "op"),), (Block("a", "inputs", 1, 0, 2),))
+        MemoryTimeline("", 1, ("run",), (Moment(0, "op"),), (Allocation("a", "inputs", 1, 0, 2),))
 
 
 @st.composite
@@ -71,8 +71,8 @@ def timelines(draw: st.DrawFn) -> MemoryTimeline:
         begin = draw(st.integers(0, count - 1))
         end = draw(st.integers(begin + 1, count))
         category = draw(st.sampled_from(CATEGORIES))
-        blocks.append(Block(f"op {number}", category, draw(st.integers(1, 1000)), begin, end))
-    points = tuple(Point(0, f"op {i}") for i in range(count))
+        blocks.append(Allocation(f"op {number}", category, draw(st.integers(1, 1000)), begin, end))
+    points = tuple(Moment(0, f"op {i}") for i in range(count))
     return MemoryTimeline("any", 10, ("run stage 0",), points, tuple(blocks))
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from rematplan import Chain, InfeasibleBudget, Plan, solve_chain
 from rematplan.scheduler.core.budget import free_machine_bytes, parse_budget
-from rematplan.scheduler.core.referee import Backward, Checkpoint, Free, Keep, Schedule, simulate
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.core.schedule import Backward, Checkpoint, Free, Keep, Schedule
 from rematplan.scheduler.plan.plan import CaptureRecord
 
 

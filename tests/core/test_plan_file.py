@@ -285,7 +285,7 @@ def _thinned() -> int:
 
 
 def test_code_between_blocks_cannot_be_said_to_run_again() -> None:
-    with pytest.raises(PlanMismatch, match="stage 0 is code between blocks, which runs once"):
+    with pytest.raises(PlanMismatch, match=r"stage 0 \(before\) must run once \(it is code between blocks\)"):
         _step(_with("modules", "chain", "stages", 0, "recomputable", value=True))
 
 

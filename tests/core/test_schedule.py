@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from rematplan.scheduler.core.chain import Chain, Option, Stage
 from rematplan.scheduler.core.errors import InfeasibleBudget
 from rematplan.scheduler.core.host import HostMemory
-from rematplan.scheduler.core.referee import (
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.core.schedule import (
     COPY_ACTIONS,
     Action,
     Backward,
@@ -21,7 +22,6 @@ from rematplan.scheduler.core.referee import (
     IllegalAction,
     Keep,
     Schedule,
-    simulate,
 )
 from rematplan.scheduler.solvers import SOLVERS, solve_chain
 from tests.shared.brute_force import replay

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from rematplan.scheduler.core.chain import Carried, Chain, Option, Stage
 from rematplan.scheduler.core.errors import InfeasibleBudget
-from rematplan.scheduler.core.referee import Backward, Checkpoint, Keep, Schedule, simulate
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.core.schedule import Backward, Checkpoint, Keep, Schedule
 from rematplan.scheduler.plan.plan import Plan
 from rematplan.scheduler.solvers import solve_chain
 from rematplan.scheduler.solvers.frontier import pareto

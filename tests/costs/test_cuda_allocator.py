@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,11 +16,33 @@ from rematplan.scheduler.costs.meters.cuda_allocator import (
     AllocatorPeaks,
     CachingAllocator,
     block_bytes,
-    replay,
 )
 
 KIB, MIB = 2**10, 2**20
 EITHER = pytest.mark.parametrize("expandable", [False, True])
+
+
+def replay(events: Iterable[tuple[int, int]], *, expandable_segments: bool = False) -> AllocatorPeaks:
+    """Return the peaks of a stream of allocations and releases.
+
+    Args:
+        events: (key, bytes) in order: positive for an allocation under that key, which must be free; negative
+            or 0 for the release of what was allocated under it.
+
+    Raises:
+        ValueError: a key is allocated twice, or released without having been allocated.
+    """
+    allocator = CachingAllocator(expandable_segments=expandable_segments)
+    at: dict[int, int] = {}
+    for key, size in events:
+        if (size > 0) == (key in at):
+            what = "allocated twice" if size > 0 else "released, and is not allocated"
+            raise ValueError(f"replay: {key} is {what}")
+        if size > 0:
+            at[key] = allocator.allocate(size)
+        else:
+            allocator.free(at.pop(key))
+    return allocator.peaks
 
 
 def test_sizes_round_up_to_512_bytes_and_small_ones_share_a_segment_of_2_mib() -> None:

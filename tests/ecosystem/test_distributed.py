@@ -26,7 +26,7 @@ from rematplan import (
     solve,
 )
 from rematplan.scheduler.core.errors import NewShapeWarning
-from rematplan.scheduler.core.referee import Action, Backward, Checkpoint, Forward, Keep
+from rematplan.scheduler.core.schedule import Action, Backward, Checkpoint, Forward, Keep
 from rematplan.scheduler.costs.meters.peak import count_bytes
 from rematplan.scheduler.torch_layer.fsdp import local
 from tests.shared.models import tiny

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rematplan import Plan, ReplayError, execute, solve, trace_of
 from rematplan.executors.fingerprints import checksum, difference, metadata
 from rematplan.scheduler.core.errors import PeakWarning
-from rematplan.scheduler.core.referee import Backward, Checkpoint, Forward, Keep, Schedule
+from rematplan.scheduler.core.schedule import Backward, Checkpoint, Forward, Keep, Schedule
 from tests.shared.models import Case
 from tests.shared.runs import CountsRuns
 from tests.shared.steps import (

@@ -20,7 +20,8 @@ from rematplan import HostMemory, Plan, Schedule, execute, rehearse, solve
 from rematplan.executors.host_arena import Arena
 from rematplan.executors.host_copies import Store
 from rematplan.scheduler.core.program import ReplayProgram
-from rematplan.scheduler.core.referee import (
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.core.schedule import (
     COPY_ACTIONS,
     Action,
     Backward,
@@ -34,7 +35,6 @@ from rematplan.scheduler.core.referee import (
     OffloadSaved,
     Prefetch,
     PrefetchSaved,
-    simulate,
 )
 from rematplan.scheduler.plan.timeline import MemoryTimeline
 from tests.shared.brute_force_host import legal_walk

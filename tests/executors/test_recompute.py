@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rematplan import Plan, Schedule, execute, solve
 from rematplan.scheduler.capture.graph.graph_capture import GraphCapture
 from rematplan.scheduler.capture.graph.recompute import compile_rebuilds, divisible, packs_of, rerun
-from rematplan.scheduler.core.referee import Backward, Keep
+from rematplan.scheduler.core.schedule import Backward, Keep
 from rematplan.scheduler.costs.option_costs import _fresh
 from rematplan.scheduler.solvers.persistent import build
 from rematplan.scheduler.torch_layer.preserve import RandomState, preserved

@@ -13,7 +13,7 @@ from torch import nn
 
 from rematplan import Plan, PlanMismatch, Rehearsal, Schedule, execute, measure_peak, rehearse, solve
 from rematplan.executors.plain import plans_within
-from rematplan.scheduler.core.referee import Backward, Checkpoint, Forward, Keep
+from rematplan.scheduler.core.schedule import Backward, Checkpoint, Forward, Keep
 from rematplan.scheduler.torch_layer.loss import find_loss
 from rematplan.scheduler.torch_layer.preserve import preserved
 from tests.shared.helpers import smallest

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rematplan import Chain, InfeasibleBudget, Plan, Schedule, execute, solve, solve_chain
-from rematplan.executors.nested import nested
-from rematplan.scheduler.core.referee import (
+from rematplan.scheduler.core.schedule import (
     COPY_ACTIONS,
     Action,
     Backward,
@@ -32,6 +31,7 @@ from rematplan.scheduler.solvers import SOLVERS
 from tests.shared.brute_force import persistent_schedules
 from tests.shared.helpers import smallest
 from tests.shared.models import Block, Case
+from tests.shared.nested import nested
 from tests.shared.runs import CountsRuns
 from tests.shared.steps import (
     CPU,

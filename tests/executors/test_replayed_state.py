@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rematplan import Schedule, execute, measure_peak, solve
-from rematplan.scheduler.core.referee import Action, Backward, Checkpoint, Keep
+from rematplan.scheduler.core.schedule import Action, Backward, Checkpoint, Keep
 from tests.shared.helpers import smallest
 from tests.shared.models import BUILDERS, Block, Case, gpt2, resnet, tiny
 from tests.shared.steps import (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rematplan import execute, solve
-from rematplan.executors.as_read import AsRead, Sampler, unlike
+from rematplan.executors.as_read import AsRead, Sampler, changed_samples
 from tests.shared.state_training import WIDTH, Layer
 from tests.shared.steps import (
     EACH_CAPTURE,
@@ -123,20 +123,20 @@ def test_a_sample_sees_all_layouts_and_dtypes(layout: str, dtype: torch.dtype) -
         "empty": whole[:0],
     }[layout]
     read = AsRead([tensor], Sampler())
-    assert not unlike([read])
+    assert not changed_samples([read])
     if tensor.numel():
         whole.data.zero_()
-        assert unlike([read]) == [(0, 0)]
+        assert changed_samples([read]) == [(0, 0)]
 
 
 def test_a_sample_compares_bits() -> None:
     tensor = torch.full((4,), float("nan"))
     read = AsRead([tensor], Sampler())
-    assert not unlike([read])
+    assert not changed_samples([read])
     zeros = torch.zeros(4)
     read = AsRead([zeros], Sampler())
     zeros.data.neg_()
-    assert unlike([read]) == [(0, 0)]
+    assert changed_samples([read]) == [(0, 0)]
 
 
 def test_a_tensor_that_hangs_on_a_block_and_is_changed_between_forward_and_backward_is_named() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rematplan import Schedule, execute, solve
-from rematplan.scheduler.core.referee import Action, Backward, Checkpoint, Forward, Keep
+from rematplan.scheduler.core.schedule import Action, Backward, Checkpoint, Forward, Keep
 from tests.shared.models import Case
 from tests.shared.steps import assert_equal, executor_of, planned, restored, scheduled, thinnest, train
 

@@ -9,7 +9,7 @@ from functools import cache
 from itertools import count, zip_longest
 
 from rematplan.scheduler.core.chain import Chain
-from rematplan.scheduler.core.referee import (
+from rematplan.scheduler.core.schedule import (
     COPY_ACTIONS,
     Action,
     Backward,

@@ -10,7 +10,7 @@ from itertools import count
 
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.host import HostMemory
-from rematplan.scheduler.core.referee import (
+from rematplan.scheduler.core.schedule import (
     COPY_ACTIONS,
     Action,
     Backward,

@@ -11,7 +11,10 @@ from typing import Any
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.errors import InfeasibleBudget
 from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.core.schedule import Schedule
 from rematplan.scheduler.solvers import solve_chain
+from rematplan.scheduler.solvers.candidates import schedule_of, trees_by_runs
+from rematplan.scheduler.solvers.revolve import binomial_tree
 
 ROOT = Path(__file__).resolve().parents[2]  # the checkout
 PATH = os.pathsep.join([str(ROOT / "src"), str(ROOT)])  # of modules: the checkout's
@@ -39,3 +42,8 @@ def oracle_chain(data: dict[str, Any]) -> Chain:
     return Chain.from_arrays(
         data["fwd"], data["bwd"], data["x"], data["xbar"][1:], data["fwd_tmp"], data["bwd_tmp"][:count]
     )
+
+
+def schedule_with_slots(chain: Chain, slots: int) -> Schedule:
+    """The binomial schedule that holds at most ``slots`` >= 1 boundaries, besides the working one."""
+    return schedule_of(next(trees_by_runs(chain, binomial_tree, lambda _: [slots])), len(chain))

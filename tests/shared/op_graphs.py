@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rematplan import CaptureError, HostMemory, Plan, execute, measure_peak, solve
-from rematplan.scheduler.core.referee import COPY_ACTIONS
+from rematplan.scheduler.core.schedule import COPY_ACTIONS
 from tests.shared.helpers import smallest
 from tests.shared.models import Case
 from tests.shared.steps import Record, assert_equal, loss_of, restored, state, tensors

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from rematplan import MeasuredPeak, Plan, Schedule, execute, measure_peak, simulate, solve
 from rematplan.executors.plain import plans_within
-from rematplan.scheduler.core.referee import Backward, Keep
+from rematplan.scheduler.core.schedule import Backward, Keep
 from rematplan.scheduler.costs.meters.peak import count_bytes
 from tests.shared.helpers import smallest
 from tests.shared.models import BUILDERS, Case

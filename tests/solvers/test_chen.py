@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from rematplan.scheduler.core.chain import Chain, Option, Stage
 from rematplan.scheduler.core.errors import InfeasibleBudget
-from rematplan.scheduler.core.referee import Action, Backward, Checkpoint, Forward, Keep, Schedule, simulate
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.core.schedule import Action, Backward, Checkpoint, Forward, Keep, Schedule
 from rematplan.scheduler.solvers import solve_chain
 from rematplan.scheduler.solvers.candidates import _costs, _price, fastest_fit, schedule_of
 from tests.shared.chains import chains

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from rematplan.scheduler.core.chain import Chain, Option
 from rematplan.scheduler.core.errors import InfeasibleBudget, SearchLimit
-from rematplan.scheduler.core.referee import Backward, Checkpoint, Free, Keep, Schedule, simulate
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.core.schedule import Backward, Checkpoint, Free, Keep, Schedule
 from rematplan.scheduler.solvers import SOLVERS, exhaustive, optimal, solve_chain
 from tests.shared.brute_force import fastest_of_all, persistent_schedules
 from tests.shared.chains import chains

@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.host import HostMemory
-from rematplan.scheduler.core.referee import (
-    simulate,
-)
+from rematplan.scheduler.core.referee import simulate
 from rematplan.scheduler.solvers import hrevolve
 from rematplan.scheduler.solvers.hrevolve import solve_uniform
 from tests.shared.helpers import oracle

@@ -11,9 +11,8 @@ from rematplan.scheduler.core.errors import InfeasibleBudget
 from rematplan.scheduler.core.referee import simulate
 from rematplan.scheduler.solvers import optimal, solve_chain
 from rematplan.scheduler.solvers.optimal import solve_optimal
-from rematplan.scheduler.solvers.revolve import schedule_with_slots
 from tests.shared.brute_force import fastest_of_all, fastest_persistent
-from tests.shared.helpers import oracle, oracle_chain
+from tests.shared.helpers import oracle, oracle_chain, schedule_with_slots
 
 SMALL = oracle("small_chains.json")
 TABLES = oracle("revolve.json")["tables"]

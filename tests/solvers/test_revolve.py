@@ -18,16 +18,8 @@ from hypothesis import strategies as st
 
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.core.errors import InfeasibleBudget
-from rematplan.scheduler.core.referee import (
-    Action,
-    Backward,
-    Checkpoint,
-    Forward,
-    Free,
-    Keep,
-    Schedule,
-    simulate,
-)
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.core.schedule import Action, Backward, Checkpoint, Forward, Free, Keep, Schedule
 from rematplan.scheduler.solvers import (
     OnlineRevolve,
     revolve_actions,
@@ -35,7 +27,6 @@ from rematplan.scheduler.solvers import (
     revolve_runs,
     solve_chain,
 )
-from rematplan.scheduler.solvers.revolve import schedule_with_slots
 from rematplan.scheduler.solvers.revolve_counts import (
     PACKED,
     PACKED_STEPS,
@@ -44,7 +35,7 @@ from rematplan.scheduler.solvers.revolve_counts import (
     reverse,
 )
 from tests.shared.chains import chains
-from tests.shared.helpers import oracle
+from tests.shared.helpers import oracle, schedule_with_slots
 
 TABLES = oracle("revolve.json")["tables"]
 NUMBERS = [tuple(map(int, key.split(","))) for key in TABLES["revolve_total"]]

@@ -20,7 +20,8 @@ from rematplan.scheduler.bounds.milp import milp_bound
 from rematplan.scheduler.core.chain import Chain, Option, Stage
 from rematplan.scheduler.core.errors import InfeasibleBudget
 from rematplan.scheduler.core.host import HostMemory
-from rematplan.scheduler.core.referee import Backward, Checkpoint, Forward, Keep, Schedule, Timeline, simulate
+from rematplan.scheduler.core.referee import Timeline, simulate
+from rematplan.scheduler.core.schedule import Backward, Checkpoint, Forward, Keep, Schedule
 from rematplan.scheduler.solvers import SOLVERS, Solver, solve_chain
 from rematplan.scheduler.solvers import optimal as optimal_module
 from rematplan.scheduler.solvers.compare import compare

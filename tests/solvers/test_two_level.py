@@ -17,7 +17,8 @@ from rematplan.scheduler.core.chain import Chain, Option, Stage
 from rematplan.scheduler.core.errors import InfeasibleBudget
 from rematplan.scheduler.core.host import HostMemory
 from rematplan.scheduler.core.program import ReplayProgram
-from rematplan.scheduler.core.referee import (
+from rematplan.scheduler.core.referee import simulate
+from rematplan.scheduler.core.schedule import (
     COPY_ACTIONS,
     Action,
     Backward,
@@ -33,7 +34,6 @@ from rematplan.scheduler.core.referee import (
     Prefetch,
     PrefetchSaved,
     Schedule,
-    simulate,
 )
 from rematplan.scheduler.solvers import solve_chain, two_level, two_level_tables
 from rematplan.scheduler.solvers.optimal import solve_optimal

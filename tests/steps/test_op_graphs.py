@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rematplan.executors.host_arena import Arena
 from rematplan.executors.host_copies import Store
-from rematplan.scheduler.core.referee import Free, FreeSaved, Offload, OffloadSaved
+from rematplan.scheduler.core.schedule import Free, FreeSaved, Offload, OffloadSaved
 from rematplan.scheduler.torch_layer.preserve import on_gradient
 from tests.shared.op_graphs import judge
 from tests.shared.steps import CPU

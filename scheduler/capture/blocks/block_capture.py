@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import nn
 
 from rematplan.scheduler.capture.blocks.calls import (
     CONTAINERS,
-    ModuleCall,
+    BlockCall,
     Recurrence,
     expanded,
     profile,
@@ -34,16 +34,18 @@ from rematplan.scheduler.capture.blocks.calls import (
 )
 from rematplan.scheduler.capture.blocks.layer_drop import VALUES, Effort, fixed_draws
 from rematplan.scheduler.capture.graph.inner_gradients import noted_gradients
-from rematplan.scheduler.capture.protocol import Capture
+from rematplan.scheduler.capture.protocol import Capture, StageEffects
+from rematplan.scheduler.capture.repeat import ELSEWHERE, draws_elsewhere
 from rematplan.scheduler.core.errors import CaptureError
 from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.fsdp import sharded_within
 from rematplan.scheduler.torch_layer.preserve import model_device, uncompiled
 from rematplan.scheduler.torch_layer.private import detect_fake_mode
-from rematplan.scheduler.torch_layer.target import Target
+from rematplan.scheduler.torch_layer.target import Device, Target
 
-__all__ = ["Block", "ModuleCapture", "capture_modules", "recorded_modules"]
+__all__ = ["Block", "BlockCapture", "capture_blocks", "recorded_blocks"]
 
+GLUE = "it is code between blocks"
 MOST_PASSED = 16  # blocks that a value may pass by between its making and a block that is fed by it
 
 
@@ -69,7 +71,7 @@ class Block:
 
 
 @dataclass(slots=True)
-class ModuleCapture(Capture):
+class BlockCapture(Capture):
     """Blocks in the order in which they run, and where glue lies between them.
 
     Attributes:
@@ -79,7 +81,7 @@ class ModuleCapture(Capture):
         state_bytes: bytes that the state of blocks takes: what they leave on modules, and what is held for
             re-runs.
         grad: whether the model's code runs in grad mode only.
-        draws: what random numbers are fixed at for all layers to run, if some may be left out; see
+        fixed_draw: what random numbers are fixed at for all layers to run, if some may be left out; see
             layer_drop.py.
         reversing: names of blocks that call autograd.grad on what they have made.
     """
@@ -87,15 +89,14 @@ class ModuleCapture(Capture):
     blocks: list[Block]
     stages: list[int | None]
     device: torch.device
+    effects: list[StageEffects]
     reason: str
-    random: list[bool] = field(default_factory=list)
-    changed: list[tuple[str, ...]] = field(default_factory=list)
     target: Target | None = None
     gathering: int = 0
     overwritten: frozenset[str] = frozenset()
     state_bytes: int = 0
     grad: bool = False
-    draws: float | None = None
+    fixed_draw: float | None = None
     reversing: frozenset[str] = frozenset()
 
     kind = "modules"
@@ -108,7 +109,7 @@ class ModuleCapture(Capture):
         found = {name: model.get_submodule(name) for name in {block.name for block in self.blocks}}
         return [found[block.name] for block in self.blocks]
 
-    def without_data(self, device: torch.device, fake: Callable[[Any], Any]) -> ModuleCapture:  # noqa: ARG002
+    def without_data(self, device: torch.device, fake: Callable[[Any], Any]) -> BlockCapture:  # noqa: ARG002
         """See ``Capture.without_data``."""
         return replace(self, device=device)
 
@@ -121,8 +122,6 @@ class ModuleCapture(Capture):
         return {
             "stages": tuple(block.name for block in self.blocks),
             "fed": tuple(block.fed for block in self.blocks),
-            "random": tuple(self.random),
-            "changed": tuple(self.changed),
         }
 
 
@@ -157,13 +156,13 @@ def _given(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, nn.Module
     return found
 
 
-def capture_modules(
+def capture_blocks(
     model: nn.Module,
     call: Call,
     blocks: Sequence[nn.Module] | None = None,
     target: Target | None = None,
     seen: Recurrence | None = None,
-) -> ModuleCapture:
+) -> BlockCapture:
     """Find the blocks by one forward without grad; the caller restores the model's state.
 
     Args:
@@ -233,13 +232,18 @@ def capture_modules(
     of: dict[str, set[str]] = {}  # in any of its calls: what one changes, all of them find
     for entry in usable:
         of.setdefault(entry.name, set()).update(entry.changed)
-    return ModuleCapture(
+    return BlockCapture(
         found,
         stages,
         device,
+        _effects(
+            model,
+            target or device,
+            stages,
+            [b is not None and usable[b].random for b in stages],
+            [() if b is None else tuple(sorted(of[usable[b].name])) for b in stages],
+        ),
         reason=f"{len(found)} blocks that run in order ({found[0].label} .. {found[-1].label})",
-        random=[False if b is None else usable[b].random for b in stages],
-        changed=[() if b is None else tuple(sorted(of[usable[b].name])) for b in stages],
         target=target,
         overwritten=frozenset(name for entry in usable for name in entry.overwritten),
         # What a block leaves on modules, and what was there before it, which a re-run may read.
@@ -249,14 +253,14 @@ def capture_modules(
             for name, size in entry.left.items()
         ),
         grad=grad,
-        draws=fixed,
+        fixed_draw=fixed,
         reversing=frozenset(entry.name for entry in usable if entry.reverses),
     )
 
 
 def _profiled(
-    model: nn.Module, modules: dict[str, nn.Module], run: Callable[..., ModuleCall]
-) -> tuple[ModuleCall, bool, float | None]:
+    model: nn.Module, modules: dict[str, nn.Module], run: Callable[..., BlockCall]
+) -> tuple[BlockCall, bool, float | None]:
     """Return the candidates' calls, whether they need grad mode, and the value of draws for which all run.
 
     Raises:
@@ -275,7 +279,7 @@ def _profiled(
     return root, grad, fixed
 
 
-def _either_way(run: Callable[..., ModuleCall]) -> tuple[ModuleCall, bool]:
+def _either_way(run: Callable[..., BlockCall]) -> tuple[BlockCall, bool]:
     """Return the calls of the candidates without grad, or in grad mode where that does not run."""
     failed: RuntimeError | None = None
     for grad in (False, True):
@@ -296,13 +300,13 @@ def _in_words(names: Sequence[str]) -> str:
 
 
 def _feeds(
-    chosen: Sequence[ModuleCall], usable: Sequence[ModuleCall], again: Collection[str]
+    chosen: Sequence[BlockCall], usable: Sequence[BlockCall], again: Collection[str]
 ) -> list[tuple[tuple[int, int, int], ...]]:
     """Return which outputs of blocks before each block is fed; see ``Block.fed``."""
     number = {id(entry): index for index, entry in enumerate(usable)}
     made: dict[int, tuple[int, int]] = {}  # token -> (block, output leaf), since glue was last a stage
     feeds: list[tuple[tuple[int, int, int], ...]] = []
-    before: ModuleCall | None = None
+    before: BlockCall | None = None
     for entry in chosen:
         index = number.get(id(entry))
         if index is not None:
@@ -339,19 +343,32 @@ def _within_reach(feeds: list[tuple[tuple[int, int, int], ...]]) -> list[tuple[t
     return kept
 
 
-def recorded_modules(
-    names: Sequence[str],
-    feeds: Sequence[tuple[tuple[int, ...], ...]],
+def _effects(
+    model: nn.Module,
+    device: Device,
+    stages: Sequence[int | None],
     random: Sequence[bool],
     changed: Sequence[tuple[str, ...]],
-    device: torch.device,
-) -> ModuleCapture:
+) -> list[StageEffects]:
+    elsewhere = draws_elsewhere(model, device)
+    once = [
+        GLUE if b is None else ELSEWHERE * (elsewhere and r) for b, r in zip(stages, random, strict=False)
+    ]
+    return [*map(StageEffects, random, changed, once)]
+
+
+def recorded_blocks(
+    model: nn.Module,
+    names: Sequence[str],
+    feeds: Sequence[tuple[tuple[int, int, int], ...]],
+    random: Sequence[bool],
+    changed: Sequence[tuple[str, ...]],
+) -> BlockCapture:
     """Return the capture that a plan's record tells of, without running the model."""
-    # A plan of an earlier version has feeds by the block before alone.
-    blocks, stages = _laid_out(
-        names, [tuple((a, o, *(back or (1,))) for a, o, *back in fed) for fed in feeds]
-    )
-    return ModuleCapture(blocks, stages, device, "as recorded", list(random), list(changed))
+    blocks, stages = _laid_out(names, feeds)
+    device = model_device(model)
+    effects = _effects(model, device, stages, random, changed)
+    return BlockCapture(blocks, stages, device, effects, "as recorded")
 
 
 def _laid_out(
@@ -378,7 +395,7 @@ def _laid_out(
     return blocks, [*stages, None]
 
 
-def _refuse_left_out(model: nn.Module, modules: dict[str, nn.Module], root: ModuleCall) -> None:
+def _refuse_left_out(model: nn.Module, modules: dict[str, nn.Module], root: BlockCall) -> None:
     """Refuse a model that leaves out layers at random, if no forward was found in which all of them run."""
     called = {entry.name for entry in root.within()}
     missing = next((name for name in modules if name not in called), None)

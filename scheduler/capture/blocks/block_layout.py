@@ -1,4 +1,4 @@
-"""Where the Python state of a block lies, and what lies there at one time: ``Layout`` and ``Taken``."""
+"""Where the Python state of a block lies, and what lies there at one time: ``StateLayout`` and ``Taken``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rematplan.scheduler.torch_layer.python_state import MISSING, Holder, holders_of, is_plain, is_users_code
 
-__all__ = ["SIMPLE", "UNREAD", "Layout", "Taken", "is_same", "same_content", "value_at", "without_graph"]
+__all__ = ["SIMPLE", "UNREAD", "StateLayout", "Taken", "is_same", "same_content", "value_at", "without_graph"]
 
 # Entries: of larger containers (a vocabulary) only the length is watched, unless blocks change them.
 LARGE = 64
@@ -32,7 +32,7 @@ UNREAD: Any = object()
 Place = tuple[Any, Any]  # a dict and a key, a class and an attribute, a cell and None, a list and an index
 
 
-class _Cut:
+class _Detached:
     """A tensor of a graph, without it: what holds it must not hold the graph."""
 
     __slots__ = ("flag", "tensor")
@@ -42,11 +42,11 @@ class _Cut:
 
 
 def _detached(value: Any) -> Any:
-    return value.tensor if isinstance(value, _Cut) else value
+    return value.tensor if isinstance(value, _Detached) else value
 
 
 def _as_leaf(value: Any) -> Any:
-    return value.tensor.detach().requires_grad_(value.flag) if isinstance(value, _Cut) else value
+    return value.tensor.detach().requires_grad_(value.flag) if isinstance(value, _Detached) else value
 
 
 @dataclass(slots=True)
@@ -62,7 +62,7 @@ class Taken:
         copies: (tensor, values) of tensors that the block changes in place.
     """
 
-    layout: Layout
+    layout: StateLayout
     values: tuple[tuple[Any, ...], tuple[Any, ...], tuple[int, ...]]
     tensors: list[Any]
     contents: list[Any]
@@ -94,7 +94,7 @@ class Taken:
         return [(n, t) for n, t in pairs if isinstance(t, Tensor) and id(t) not in changed]
 
 
-class Layout:
+class StateLayout:
     """The places where the state of a block lies, as they are found at one time.
 
     The values of attributes are read by one compiled expression, ``read``.
@@ -293,7 +293,7 @@ def same_content(a: Any, b: Any) -> bool:
 
 def without_graph(value: Any) -> Any:
     """Return a tensor of a graph as one that does not hold the graph; anything else as it is."""
-    return _Cut(value) if isinstance(value, Tensor) and value.grad_fn is not None else value
+    return _Detached(value) if isinstance(value, Tensor) and value.grad_fn is not None else value
 
 
 def value_at(place: Place) -> Any:

@@ -24,16 +24,16 @@ from torch import Tensor, nn
 from rematplan.scheduler.capture.blocks.block_layout import (
     SIMPLE,
     UNREAD,
-    Layout,
+    StateLayout,
     Taken,
     is_same,
     same_content,
     value_at,
     without_graph,
 )
-from rematplan.scheduler.capture.repeat import Values
-from rematplan.scheduler.torch_layer.fake import Watch
-from rematplan.scheduler.torch_layer.preserve import CPU_RANDOM_STATE
+from rematplan.scheduler.capture.repeat import ValuesBefore
+from rematplan.scheduler.torch_layer.fake import OpWatch
+from rematplan.scheduler.torch_layer.preserve import CPU_RANDOM_STATE, copy_back
 from rematplan.scheduler.torch_layer.private import pytree, versions_kept
 from rematplan.scheduler.torch_layer.python_state import MISSING, Holder, holders_of, is_plain
 
@@ -67,7 +67,9 @@ class BlockState:
 
     def _find(self, large: Iterable[Holder] = ()) -> None:
         self.tracked.update(id(holder.thing) for holder in large)
-        self.layout = Layout(self.name, self.module, self.sticky, self.tracked, self.changed, self.everything)
+        self.layout = StateLayout(
+            self.name, self.module, self.sticky, self.tracked, self.changed, self.everything
+        )
         self.sticky |= {(id(thing), key) for thing, key in self.layout.tensors}
         self.unread = [
             i for i, place in enumerate(self.layout.tensors) if self.layout.name_of(place) in self.overwritten
@@ -118,7 +120,7 @@ class BlockState:
         now = then.layout.now()
         if not _equal(then, now):
             then.layout.put(then, now)
-        _copy_back(then.copies)
+        copy_back(then.copies)
 
     @contextmanager
     def as_of(self, then: Taken) -> Iterator[None]:
@@ -128,7 +130,7 @@ class BlockState:
         differs = not _equal(then, now)
         current = [(tensor, tensor.detach().clone()) for tensor, _ in then.copies]
         removed = layout.put(then, now) if differs else []
-        _copy_back(then.copies)
+        copy_back(then.copies)
         changed = tuple([tensor for tensor, _ in current if not tensor.is_inference()])
         try:
             # What the block changes in place meanwhile is put back: to autograd, too, it is what it was.
@@ -140,12 +142,7 @@ class BlockState:
                 layout.put(now, after)
                 for thing, key, value in removed:
                     thing[key] = value
-            _copy_back(current)
-
-
-def _copy_back(copies: Iterable[tuple[Tensor, Tensor]]) -> None:
-    for tensor, value in copies:
-        tensor.data.copy_(value)  # .data: the version that autograd saw stays
+            copy_back(current)
 
 
 def _are_equal(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
@@ -207,11 +204,11 @@ class CallState:
         leaves = pytree.tree_leaves((args, kwargs))
         objects = [leaf for leaf in leaves if not isinstance(leaf, Tensor) and not is_plain(leaf)]
         self.given = BlockState("argument", objects, everything=True).take(cut=False) if objects else None
-        self.values = Values(_tensors(state, self.taken), data=data)
+        self.values = ValuesBefore(_tensors(state, self.taken), data=data)
         outside = self.taken.layout.outside
         self.outside = [(name, each, _look(each)) for name, each in outside if not is_walked(each)]
 
-    def changed(self, ops: Watch | None = None) -> set[str]:
+    def changed(self, ops: OpWatch | None = None) -> set[str]:
         """Return the names of the tensors, containers and generators that were changed in place since.
 
         Args:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rematplan.scheduler.torch_layer.private import pytree
+from rematplan.scheduler.torch_layer.leaves import map_tensors, tensors_in
 
 __all__ = ["CallableChain", "cut_off", "modules_in", "name_of", "variables"]
 
@@ -75,11 +75,11 @@ class CallableChain(nn.Module):
         value: Any = args
         for position, stage in enumerate(self.stages):
             positional = value if isinstance(value, tuple) else (value,)
-            given = pytree.tree_map_only(Tensor, cut_off, (positional, kwargs))
+            given = map_tensors(cut_off, (positional, kwargs))
             with torch.enable_grad():
                 value = stage(*given[0], **given[1])
             kwargs = {}
-            known = {*stage.parameters(), *(t for t in pytree.tree_leaves(given) if isinstance(t, Tensor))}
+            known = {*stage.parameters(), *tensors_in(given)}
             for tensor in variables(value):
                 if tensor not in known:
                     raise ValueError(
@@ -114,7 +114,7 @@ def cut_off(tensor: Tensor) -> Tensor:
 
 def variables(value: Any) -> Iterator[Tensor]:
     """Return the leaves that a backward from the tensors in ``value`` would make gradients of."""
-    waiting: list[Any] = [t.grad_fn for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+    waiting: list[Any] = [t.grad_fn for t in tensors_in(value)]
     seen: set[Any] = {None}
     while waiting:
         node = waiting.pop()

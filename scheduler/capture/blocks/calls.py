@@ -24,15 +24,15 @@ from rematplan.scheduler.capture.repeat import unlike
 from rematplan.scheduler.core.errors import CaptureError
 from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.eager import own_attributes
-from rematplan.scheduler.torch_layer.fake import Watch
+from rematplan.scheduler.torch_layer.fake import OpWatch
 from rematplan.scheduler.torch_layer.fsdp import sharded_within
-from rematplan.scheduler.torch_layer.leaves import tensor_leaves
+from rematplan.scheduler.torch_layer.leaves import tensor_leaves, tensors_in
 from rematplan.scheduler.torch_layer.preserve import RandomState, shielded, uncompiled
 from rematplan.scheduler.torch_layer.private import transform_depth, version_of
 
 __all__ = [
     "CONTAINERS",
-    "ModuleCall",
+    "BlockCall",
     "Recurrence",
     "expanded",
     "intercepted",
@@ -112,7 +112,7 @@ class _Intercept:
 
 
 @dataclass(eq=False, slots=True)
-class ModuleCall:
+class BlockCall:
     """One call of a candidate module during the profiling forward. Tensors are named by tokens.
 
     Attributes:
@@ -125,8 +125,8 @@ class ModuleCall:
     """
 
     name: str
-    parent: ModuleCall | None
-    children: list[ModuleCall] = field(default_factory=list)
+    parent: BlockCall | None
+    children: list[BlockCall] = field(default_factory=list)
     inputs: list[tuple[int, int]] = field(default_factory=list)
     outputs: list[tuple[int, int]] = field(default_factory=list)
     random: bool = False
@@ -139,20 +139,20 @@ class ModuleCall:
     transformed: bool = False
     new_input: bool = False
 
-    def within(self) -> Iterator[ModuleCall]:
+    def within(self) -> Iterator[BlockCall]:
         """Yield all calls in it, in the order in which they began."""
         for child in self.children:
             yield child
             yield from child.within()
 
-    def around(self) -> Iterator[ModuleCall]:
+    def around(self) -> Iterator[BlockCall]:
         """Yield it and the calls that it is made in, from the inside out; not the model's own."""
         entry = self
         while entry.parent is not None:
             yield entry
             entry = entry.parent
 
-    def feeds_itself(self, following: ModuleCall) -> bool:
+    def feeds_itself(self, following: BlockCall) -> bool:
         """Whether the next call of the same module takes something that this one made."""
         made = {token for _, token in self.outputs} - {token for _, token in self.inputs}
         return any(token in made for _, token in following.inputs)
@@ -193,9 +193,9 @@ class _Tokens:
         return entry[2]
 
 
-def recurrent(root: ModuleCall) -> frozenset[str]:
+def recurrent(root: BlockCall) -> frozenset[str]:
     """Return the modules that are called several times, most of the calls fed by the one before."""
-    calls: dict[str, list[ModuleCall]] = {}
+    calls: dict[str, list[BlockCall]] = {}
     for entry in root.within():
         calls.setdefault(entry.name, []).append(entry)
     return frozenset(
@@ -231,13 +231,13 @@ class Recurrence:
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(forward)
             def noted(*args: Any, **kwargs: Any) -> Any:
-                given = {id(t): t for t in _tensors((args, kwargs))}
+                given = {id(t): t for t in tensors_in((args, kwargs))}
                 made = self._made.get(name, {})
                 fed = any(key in made and made[key]() is tensor for key, tensor in given.items())
                 self._now[name] = self._now[name] + 1 if fed else 1
                 self.row[name] = max(self.row[name], self._now[name])
                 result = forward(*args, **kwargs)
-                own = [tensor for tensor in _tensors(result) if id(tensor) not in given]
+                own = [tensor for tensor in tensors_in(result) if id(tensor) not in given]
                 self._made[name] = {id(tensor): weakref.ref(tensor) for tensor in own}
                 return result
 
@@ -260,8 +260,8 @@ class _Enough(BaseException):
 
 
 def repeatable(  # noqa: C901 - nested closures of one trial
-    model: nn.Module, call: Call, entries: list[ModuleCall], device: torch.device, *, grad: bool
-) -> list[ModuleCall]:
+    model: nn.Module, call: Call, entries: list[BlockCall], device: torch.device, *, grad: bool
+) -> list[BlockCall]:
     """Return the blocks that give the same results when they are run again on the state that they found.
 
     Others change what cannot be put back: a file, an iterator. Notes what each changes. Of a module that is
@@ -298,10 +298,10 @@ def repeatable(  # noqa: C901 - nested closures of one trial
                 def runs_alike(without: Collection[str] = ()) -> str:
                     def again() -> list[Tensor]:
                         with before.again(without):
-                            return _tensors(forward(*args, **kwargs))
+                            return tensors_in(forward(*args, **kwargs))
 
                     try:
-                        return unlike(_tensors(first), again, random)
+                        return unlike(tensors_in(first), again, random)
                     except Exception as error:  # noqa: BLE001 # of whatever kind the model's code raises
                         return f"it raises {type(error).__name__}: {error}"
                     finally:
@@ -342,10 +342,6 @@ def repeatable(  # noqa: C901 - nested closures of one trial
     return steady
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    return [tensor for _, tensor in tensor_leaves(value)]
-
-
 def profile(
     model: nn.Module,
     call: Call,
@@ -354,26 +350,26 @@ def profile(
     data: bool,
     *,
     grad: bool = False,
-) -> ModuleCall:
+) -> BlockCall:
     """Run the model once and note the calls of the candidates, as a tree.
 
     Args:
         data: whether tensors have values; else ops' tags and schemas tell what is random and what changes.
         grad: whether it runs in grad mode.
     """
-    root = ModuleCall("", None)
+    root = BlockCall("", None)
     current = root
     tokens = _Tokens()
     states: dict[str, BlockState] = {}
 
-    def unpack(packed: tuple[ModuleCall, Tensor]) -> Tensor:
+    def unpack(packed: tuple[BlockCall, Tensor]) -> Tensor:
         now = set(current.around())
         for entry in packed[0].around():
             entry.reverses |= entry in now
             entry.reversed_outside |= entry not in now
         return packed[1]
 
-    def hooks(entry: ModuleCall) -> AbstractContextManager[Any]:
+    def hooks(entry: BlockCall) -> AbstractContextManager[Any]:
         # Nobody is to own its own output.
         pack = shielded(lambda t: (entry, t if t.is_leaf else t.detach()))
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
@@ -382,7 +378,7 @@ def profile(
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
             def watched(*args: Any, **kwargs: Any) -> Any:
                 nonlocal current
-                entry = ModuleCall(name, current)
+                entry = BlockCall(name, current)
                 given = tensor_leaves((args, kwargs))
                 current.children.append(entry)
                 entry.transformed = bool(transform_depth()) or torch.is_inference_mode_enabled()
@@ -395,7 +391,7 @@ def profile(
                 before = CallState(states[name], args, kwargs, data=data)
                 random = RandomState(device)
                 current = entry
-                ops = Watch()
+                ops = OpWatch()
                 try:
                     with (
                         hooks(entry),
@@ -422,7 +418,7 @@ def profile(
     return root
 
 
-def expanded(entry: ModuleCall, within: Counter[str], again: Collection[str]) -> list[ModuleCall]:
+def expanded(entry: BlockCall, within: Counter[str], again: Collection[str]) -> list[BlockCall]:
     """Return blocks as fine as whole modules allow: members replace a block if they are all it does.
 
     They also replace one that unrolls a recurrent module over many steps. A recurrent one is a block at each
@@ -432,7 +428,7 @@ def expanded(entry: ModuleCall, within: Counter[str], again: Collection[str]) ->
         within: how often each module is called.
         again: the recurrent ones.
     """
-    result: list[ModuleCall] = []
+    result: list[BlockCall] = []
     for child in entry.children:
         steps = Counter(inner.name for inner in child.children if inner.name in again)
         within_it = any(inner.reversed_outside for inner in child.children)

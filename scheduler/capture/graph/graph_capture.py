@@ -20,12 +20,12 @@ from rematplan.scheduler.capture.graph.inner_gradients import noted_gradients, t
 from rematplan.scheduler.capture.graph.op_graph import Op, OpGraph, arguments_of, resolve
 from rematplan.scheduler.capture.graph.recompute import op_rows
 from rematplan.scheduler.capture.graph.stages import GraphStage, Source, compile_stages
-from rematplan.scheduler.capture.protocol import Capture
-from rematplan.scheduler.capture.repeat import ELSEWHERE, Values, unlike
+from rematplan.scheduler.capture.protocol import Capture, StageEffects
+from rematplan.scheduler.capture.repeat import ELSEWHERE, ValuesBefore, unlike
 from rematplan.scheduler.core.errors import CaptureError
 from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.eager import as_eager
-from rematplan.scheduler.torch_layer.fake import Watch
+from rematplan.scheduler.torch_layer.fake import OpWatch
 from rematplan.scheduler.torch_layer.leaves import tree_leaves, tree_unflatten
 from rematplan.scheduler.torch_layer.preserve import RandomState, model_device, on_gradient, uncached
 from rematplan.scheduler.torch_layer.private import detect_fake_mode, schema_of
@@ -45,7 +45,6 @@ class GraphCapture(Capture):
     Attributes:
         outputs: flattened outputs: where each comes from, or a plain value.
         constants: tensors that the export lifted out of the model's code.
-        once: (L,) why the stage may not be run again, in words; "" if it may.
         dropped: (L,) for each option of the stage, the packs (``recompute.py``) that it does not keep.
         rerun: (L,) for each option of the stage, the ops that run again, by their places in it.
         uncached: whether stages run without autocast's cache, in which the casts of all weights would stay
@@ -62,9 +61,7 @@ class GraphCapture(Capture):
     outputs: list[Any]
     constants: dict[str, Tensor]
     device: torch.device
-    random: list[bool] = field(default_factory=list)
-    changed: list[tuple[str, ...]] = field(default_factory=list)
-    once: list[str] = field(default_factory=list)
+    effects: list[StageEffects] = field(default_factory=list)
     dropped: list[tuple[frozenset[int], ...]] = field(default_factory=list)
     rerun: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
@@ -165,8 +162,6 @@ class GraphCapture(Capture):
         return {
             "graph": self.graph.fingerprint(),
             "cuts": self.linear.cuts[1:-1],
-            "random": tuple(self.random),
-            "changed": tuple(self.changed),
             "dropped": tuple(tuple(tuple(sorted(packs)) for packs in options) for options in self.dropped),
             "rerun": tuple(self.rerun),
             "gaps": tuple(self.gaps),
@@ -203,7 +198,7 @@ class GraphCapture(Capture):
         return self.constants.values()
 
     def observe(self, model: nn.Module, call: Call) -> list[bool]:
-        """Set ``random``, ``changed`` and ``once``: run the stages without grad, then each twice with.
+        """Set ``effects``: run the stages without grad, then each twice with.
 
         A stage that may draw by its ops' tags is among those that do: whether it does may depend on the data.
         Without data, tags and schemas are all there is. The caller restores the model's state.
@@ -215,35 +210,36 @@ class GraphCapture(Capture):
             CaptureError: a stage reads a buffer that another one changes.
         """
         drew: list[bool] = []
-        self.changed = []
-        before: list[tuple[RandomState, Values]] = []
-        watch = Watch()
+        changed: list[tuple[str, ...]] = []
+        before: list[tuple[RandomState, ValuesBefore]] = []
+        watch = OpWatch()
         dry = self.target is not None or detect_fake_mode() is not None
 
         def visit(k: int, arguments: list[Any]) -> None:
             sources = zip(self.stages[k].sources, arguments, strict=True)
-            buffers = Values(((s.key, each) for s, each in sources if s.kind == "buffer"), data=not dry)
+            buffers = ValuesBefore(((s.key, each) for s, each in sources if s.kind == "buffer"), data=not dry)
             before[:] = [(RandomState(self.device), buffers)]
             watch.restart()
 
         def after(_: int, __: tuple[Tensor, ...]) -> None:
             random, buffers = before.pop()
             drew.append(watch.random if dry else random.differs())
-            self.changed.append(tuple(buffers.changed(watch)))
+            changed.append(tuple(buffers.changed(watch)))
 
         with torch.no_grad(), watch if dry else nullcontext():
             self.sweep(model, call, visit, after)
-        self.random = drew if dry else [*map(operator.or_, drew, self.may_draw())]
-        changed = {name for names in self.changed for name in names}
-        for stage, own in zip(self.stages, self.changed, strict=True):
+        by_any = {name for names in changed for name in names}
+        for stage, own in zip(self.stages, changed, strict=True):
             for source in stage.sources:
-                if source.kind == "buffer" and source.key in changed and source.key not in own:
+                if source.kind == "buffer" and source.key in by_any and source.key not in own:
                     raise CaptureError(
                         f"buffer {source.key!r} is changed by one stage and read by another ({stage.name}), which "
                         "could not be replayed on what it was"
                     )
         elsewhere = self.place.type == "cuda" and any(map(draws_elsewhere_in, self.graph.ops))
-        self.once = [ELSEWHERE if elsewhere and random else "" for random in self.random]
+        random = drew if dry else [*map(operator.or_, drew, self.may_draw())]
+        once = [ELSEWHERE if elsewhere and draws else "" for draws in random]
+        self.effects = [*map(StageEffects, random, changed, once)]
         if not dry:
             self._run_again(model, call)
         return drew
@@ -253,9 +249,8 @@ class GraphCapture(Capture):
         before: list[tuple[Callable[[], list[Tensor]], RandomState]] = []
 
         def visit(k: int, arguments: list[Any]) -> None:
-            sources, function = self.stages[k].sources, self.stages[k].function
-            changed = [s.kind == "buffer" and s.key in self.changed[k] for s in sources]
-            fresh = {i: arguments[i].clone() for i, own in enumerate(changed) if own}
+            function, changed = self.stages[k].function, self.changing(k)
+            fresh = {i: arguments[i].clone() for i in changed}
 
             def again() -> list[Tensor]:
                 given = [fresh[i].clone() if i in fresh else a for i, a in enumerate(arguments)]
@@ -265,15 +260,20 @@ class GraphCapture(Capture):
 
         def after(k: int, results: tuple[Tensor, ...]) -> None:
             again, random = before.pop()
-            if not self.once[k]:
+            if not self.effects[k].once:
                 moved = RandomState(self.device)
-                self.once[k] = unlike(results, again, random)
+                self.effects[k] = replace(self.effects[k], once=unlike(results, again, random))
                 moved.restore()
 
         # In grad mode, by which ops choose their kernels; nothing is saved.
         saves_nothing = torch.autograd.graph.saved_tensors_hooks(_discard, _discard)
         with torch.enable_grad(), uncached(), saves_nothing:
             self.sweep(model, call, visit, after)
+
+    def changing(self, k: int) -> list[int]:
+        """Return the arguments of stage k that are buffers which it changes."""
+        sources, changed = self.stages[k].sources, self.effects[k].changed
+        return [i for i, s in enumerate(sources) if s.kind == "buffer" and s.key in changed]
 
     def may_draw(self) -> list[bool]:
         """Return (L,) whether the stage has an op that may draw random numbers."""
@@ -309,13 +309,16 @@ def _discard(_: Any) -> Any:
     return None
 
 
-def op_graphs(model: nn.Module, call: Call) -> Iterator[OpGraph]:
+def op_graphs(model: nn.Module, call: Call, *, whole_first: bool = False) -> Iterator[OpGraph]:
     """Return the op graphs that the model exports as, the one that can be planned best first.
 
     Whether one trains like the model is to be tried; the next one is for when it does not. First comes what a
     plain step runs (``eager.py``), then what the model's code does for exporters; each with composite ops in
     their parts (``decompose.py``), then with whole ones. No graph comes twice. A forward that takes gradients
     itself is traced (``inner_gradients.py``).
+
+    Args:
+        whole_first: whether graphs with whole composite ops come before those in parts.
 
     Raises:
         CaptureError: the model cannot be exported at all; says why.
@@ -330,7 +333,9 @@ def op_graphs(model: nn.Module, call: Call) -> Iterator[OpGraph]:
         except CaptureError as error:
             refused = error
             continue
-        for graph in (_in_parts(whole, call), whole):
+        parts = (lambda graph: _in_parts(graph, call)), (lambda graph: graph)
+        for part in reversed(parts) if whole_first else parts:
+            graph = part(whole)
             known = graph.fingerprint()
             if known not in seen:
                 seen.add(known)

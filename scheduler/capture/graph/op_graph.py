@@ -31,7 +31,7 @@ from rematplan.scheduler.torch_layer.private import (
 )
 from rematplan.scheduler.torch_layer.python_reads import Guards, StateTensor
 
-__all__ = ["OUTPUT", "Face", "Group", "Layout", "Op", "OpGraph", "analyse", "arguments_of", "resolve"]
+__all__ = ["OUTPUT", "Face", "Group", "Op", "OpGraph", "TensorLayout", "analyse", "arguments_of", "resolve"]
 
 SPARSE = "a tensor is sparse or nested, and so no view of one storage, by which the values of an op graph are told apart"
 # Checks of metadata that export adds; shapes and dtypes are checked once per call by the plan's signature.
@@ -60,7 +60,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class TensorLayout:
     """A tensor as a view of its storage: any other view of the same storage and dtype can be had from it."""
 
     group: int
@@ -70,7 +70,7 @@ class Layout:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Layout:
+    def of(cls, tensor: torch.Tensor) -> TensorLayout:
         """Return the layout of a tensor; its group is the identity of its storage."""
         key = storage_id(tensor.untyped_storage())
         return cls(key, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
@@ -91,7 +91,7 @@ class Op:
     writes: tuple[int, ...]
     saved: tuple[int, ...]
     requires_grad: bool
-    packs: tuple[Layout, ...] = ()
+    packs: tuple[TensorLayout, ...] = ()
 
     @property
     def random(self) -> bool:
@@ -180,7 +180,7 @@ class OpGraph:
     grad_of: dict[fx.Node, bool]
     outputs: list[Any]
     output_spec: Any
-    layout_of: dict[fx.Node, Layout] = field(default_factory=dict)
+    layout_of: dict[fx.Node, TensorLayout] = field(default_factory=dict)
     face: Face = field(default_factory=Face)
 
     def flat(self, leaves: Sequence[Any]) -> list[Any]:
@@ -203,10 +203,10 @@ class OpGraph:
         """Return tensors that the export lifted out of the code: in the graph, but not in the model."""
         own = {id(t) for t in (*model.parameters(), *model.buffers())}
         found = {}
-        for target in self.attributes.values():
-            value = resolve(self.module, target)
+        for path in self.attributes.values():
+            value = resolve(self.module, path)
             if isinstance(value, torch.Tensor) and id(value) not in own:
-                found[target] = value
+                found[path] = value
         return found
 
     def fingerprint(self) -> str:
@@ -250,10 +250,10 @@ def _unscaled(value: Any, kind: str) -> Any:
     return "scalar" if scalar and isinstance(value, (int, float)) else value
 
 
-def resolve(root: nn.Module, target: str) -> Any:
+def resolve(root: nn.Module, path: str) -> Any:
     """Return the attribute of ``root`` that a dotted name stands for."""
     value: Any = root
-    for part in target.split("."):
+    for part in path.split("."):
         value = getattr(value, part)
     return value
 
@@ -294,7 +294,7 @@ def analyse(module: fx.GraphModule, inputs: Sequence[Any]) -> OpGraph:
     for node, value in run.env.items():
         graph.grad_of[node] = _requires_grad(value)
         if isinstance(value, torch.Tensor):
-            graph.layout_of[node] = Layout.of(value)
+            graph.layout_of[node] = TensorLayout.of(value)
     return graph
 
 
@@ -367,7 +367,7 @@ class _FakeRun:
         reads = tuple(dict.fromkeys(g for a in node.all_input_nodes for g in graph.group_of[a]))
         writes = graph.group_of[node] = self._note(result, index)
         saved = self._note(packed, index)
-        packs = tuple(map(Layout.of, packed))
+        packs = tuple(map(TensorLayout.of, packed))
         graph.ops.append(Op(node, reads, writes, saved, _requires_grad(result), packs))
         for group in (graph.groups[key] for key in (*reads, *writes)):
             group.last_use = index
@@ -398,11 +398,11 @@ def _reject_unreplayable(graph: OpGraph) -> None:
     for node in graph.placeholders:
         if node in changed:
             raise CaptureError(f"the input {node.name!r} is changed in place, so that it cannot be replayed")
-    for node, target in graph.attributes.items():
-        value = resolve(graph.module, target)
+    for node, path in graph.attributes.items():
+        value = resolve(graph.module, path)
         if isinstance(value, nn.Parameter) and node in changed:
             raise CaptureError(
-                f"the forward changes the parameter {target!r} in place, so that it cannot be replayed"
+                f"the forward changes the parameter {path!r} in place, so that it cannot be replayed"
             )
         if isinstance(value, torch.Generator):
             raise CaptureError(

@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from rematplan.scheduler.capture.graph.cut import Linear
-from rematplan.scheduler.capture.graph.op_graph import Layout, Op, OpGraph
+from rematplan.scheduler.capture.graph.op_graph import Op, OpGraph, TensorLayout
 from rematplan.scheduler.solvers.stage_options import StageOp, StageValue
 
 __all__ = [
@@ -225,7 +225,7 @@ def op_rows(
     return tuple(rows)
 
 
-def packs_of(graph: OpGraph, linear: Linear, k: int) -> list[Layout]:
+def packs_of(graph: OpGraph, linear: Linear, k: int) -> list[TensorLayout]:
     """Return the packs of stage k, in order."""
     return [pack for op in _slice(graph, linear, k) for pack in op.packs]
 
@@ -425,7 +425,7 @@ class _Rerun:
         )
 
 
-def _view(subgraph: fx.Graph, base: fx.Node, held: Layout, wanted: Layout) -> fx.Node:
+def _view(subgraph: fx.Graph, base: fx.Node, held: TensorLayout, wanted: TensorLayout) -> fx.Node:
     """Return the wanted view of the storage of ``base``, which lies in it as ``held`` says."""
     if (held.shape, held.stride, held.offset) == (wanted.shape, wanted.stride, wanted.offset):
         return base

@@ -23,11 +23,10 @@ where several free blocks are equal.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["LARGEST_SLACK", "SMALLEST_BLOCK", "AllocatorPeaks", "CachingAllocator", "block_bytes", "replay"]
+__all__ = ["LARGEST_SLACK", "SMALLEST_BLOCK", "AllocatorPeaks", "CachingAllocator", "block_bytes"]
 
 SMALLEST_BLOCK = 512
 SMALL = 2**20  # the largest size of the small pool
@@ -197,26 +196,3 @@ def _up(size: int, unit: int) -> int:
 def block_bytes(size: int) -> int:
     """Round ``size`` up to 512 bytes, the least of a block."""
     return _up(size, SMALLEST_BLOCK)
-
-
-def replay(events: Iterable[tuple[int, int]], *, expandable_segments: bool = False) -> AllocatorPeaks:
-    """Return the peaks of a stream of allocations and releases.
-
-    Args:
-        events: (key, bytes) in order: positive for an allocation under that key, which must be free; negative
-            or 0 for the release of what was allocated under it.
-
-    Raises:
-        ValueError: a key is allocated twice, or released without having been allocated.
-    """
-    allocator = CachingAllocator(expandable_segments=expandable_segments)
-    at: dict[int, int] = {}
-    for key, size in events:
-        if (size > 0) == (key in at):
-            what = "allocated twice" if size > 0 else "released, and is not allocated"
-            raise ValueError(f"replay: {key} is {what}")
-        if size > 0:
-            at[key] = allocator.allocate(size)
-        else:
-            allocator.free(at.pop(key))
-    return allocator.peaks

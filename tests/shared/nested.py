@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeVar
 
-from rematplan.scheduler.core.referee import Action, Backward, Checkpoint, Forward, Keep, Schedule
+from rematplan.scheduler.core.schedule import Action, Backward, Checkpoint, Forward, Keep, Schedule
 
 __all__ = ["nested"]
 

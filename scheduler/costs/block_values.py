@@ -14,22 +14,22 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture
+from rematplan.scheduler.capture.blocks.block_capture import BlockCapture
 from rematplan.scheduler.core.chain import Carried
 from rematplan.scheduler.costs.assemble import Values
+from rematplan.scheduler.costs.block_costs import BlockCost
 from rematplan.scheduler.costs.meters.peak import allocated
-from rematplan.scheduler.costs.module_blocks import BlockCost
-from rematplan.scheduler.costs.skeleton import Event, Visitor
+from rematplan.scheduler.costs.skeleton import SkeletonEvent, Visitor
 from rematplan.scheduler.costs.stage_run import unowned
 from rematplan.scheduler.torch_layer.layouts import held_bytes, storage_key, storage_of
 from rematplan.scheduler.torch_layer.leaves import tensor_leaves
 from rematplan.scheduler.torch_layer.private import TorchDispatchMode
 
-__all__ = ["Lifetimes", "ModuleValues", "Traffic", "module_values"]
+__all__ = ["BlockValues", "Lifetimes", "Traffic", "block_values"]
 
 # Zero-dimensional tensors that the user's code holds are no value: ``Chain.fixed`` has room for them.
 FEW_BYTES = 2048
-Place: TypeAlias = tuple[int, bool, int]  # block, whether it is an output, leaf
+LeafPlace: TypeAlias = tuple[int, bool, int]  # block, whether it is an output, leaf
 
 
 class Lifetimes(Visitor):
@@ -39,10 +39,10 @@ class Lifetimes(Visitor):
         last: place -> the last stage at whose start its storage is live; L at the end of the forward.
     """
 
-    def __init__(self, capture: ModuleCapture) -> None:
+    def __init__(self, capture: BlockCapture) -> None:
         self.capture = capture
-        self.last: dict[Place, int] = {}
-        self._alive: dict[Place, StorageWeakRef] = {}
+        self.last: dict[LeafPlace, int] = {}
+        self._alive: dict[LeafPlace, StorageWeakRef] = {}
         self._due: int | None = None  # a stage of glue that has not run an op yet
 
     def enter(self, block: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:  # noqa: ARG002, D102
@@ -57,7 +57,7 @@ class Lifetimes(Visitor):
         following = self.capture.blocks[block].stage + 1
         self._due = following if self.capture.stages[following] is None else None
 
-    def _follow(self, place: Place, tensor: Tensor) -> None:
+    def _follow(self, place: LeafPlace, tensor: Tensor) -> None:
         storage = storage_of(tensor)
         if storage is not None:
             self._alive[place] = StorageWeakRef(storage)
@@ -99,12 +99,12 @@ class Traffic(Visitor):
         waiting: blocks of which an output got no gradient, though the user holds a tensor made of it.
     """
 
-    def __init__(self, capture: ModuleCapture, resident: Iterable[Tensor]) -> None:
+    def __init__(self, capture: BlockCapture, resident: Iterable[Tensor]) -> None:
         self.capture = capture
         self.mark: Callable[[], None] = lambda: None
         self.returned: set[int] = set()
         self.output_grad = 0
-        self.events: list[Event] = []
+        self.events: list[SkeletonEvent] = []
         self.size: dict[int, int] = {}
         self.made: dict[int, int] = {}
         self.arguments: list[dict[int, int]] = []
@@ -143,7 +143,7 @@ class Traffic(Visitor):
     def unreversed(self, block: int) -> None:  # noqa: D102
         self.waiting.add(block)
 
-    def shared(self, at: Mapping[Event, int]) -> list[int]:
+    def shared(self, at: Mapping[SkeletonEvent, int]) -> list[int]:
         """Return (blocks,) bytes of incoming gradients that stay after it: others are views of them.
 
         Args:
@@ -187,7 +187,7 @@ class Traffic(Visitor):
         return self.size.keys() - self._seen
 
 
-class ModuleValues(Values):
+class BlockValues(Values):
     """The values of a chain of blocks.
 
     Attributes:
@@ -203,13 +203,13 @@ class ModuleValues(Values):
         self.glue_saved = [0] * count
 
 
-def module_values(
-    capture: ModuleCapture,
+def block_values(
+    capture: BlockCapture,
     traffic: Traffic,
     lifetimes: Lifetimes,
     blocks: Sequence[BlockCost],
     live: Sequence[int],
-) -> ModuleValues:
+) -> BlockValues:
     """Number the values of a captured model.
 
     Args:
@@ -219,7 +219,7 @@ def module_values(
         live: (L,) bytes live in the former when the stage after each begins, or when the forward is over.
     """
     count = len(capture)
-    values = ModuleValues(count)
+    values = BlockValues(count)
     number = {key: values.new(size) for key, size in traffic.size.items()}
     savers = {key: sorted(g for g in stages if g >= 0) for key, stages in traffic.packed.items()}
     # An earlier piece of glue may have made, and saved, an argument of a block.
@@ -262,7 +262,7 @@ def module_values(
     return values
 
 
-def _boundaries(capture: ModuleCapture, traffic: Traffic, made: dict[int, int]) -> list[list[int]]:
+def _boundaries(capture: BlockCapture, traffic: Traffic, made: dict[int, int]) -> list[list[int]]:
     """Return (L,) the storages of the boundary into each stage."""
     result: list[list[int]] = []
     outputs = traffic.outputs
@@ -279,7 +279,7 @@ def _boundaries(capture: ModuleCapture, traffic: Traffic, made: dict[int, int]) 
 
 
 def _readers(
-    capture: ModuleCapture, traffic: Traffic, blocks: Sequence[BlockCost], enters: list[list[int]]
+    capture: BlockCapture, traffic: Traffic, blocks: Sequence[BlockCost], enters: list[list[int]]
 ) -> tuple[dict[int, set[int]], dict[int, set[int]], list[set[int]]]:
     """Return the block stages that read each storage, that save it, and (L,) the storages they keep."""
     reading: dict[int, set[int]] = defaultdict(set)
@@ -309,7 +309,7 @@ def _ends(traffic: Traffic, lifetimes: Lifetimes) -> dict[int, int]:
     return last
 
 
-def _add_private(capture: ModuleCapture, blocks: Sequence[BlockCost], values: ModuleValues) -> None:
+def _add_private(capture: BlockCapture, blocks: Sequence[BlockCost], values: BlockValues) -> None:
     """Add the private saved tensors of blocks, and casts of their weights that autocast's cache holds."""
     calls = Counter(block.name for block in capture.blocks)
     cached: dict[str, tuple[int, int]] = {}  # module -> bytes, and value, that the cache holds for it
@@ -333,7 +333,7 @@ def _add_private(capture: ModuleCapture, blocks: Sequence[BlockCost], values: Mo
             values.carried.append(Carried(values.new(other), k, freed=len(capture) - 1))
 
 
-def _add_others(held: Sequence[int], values: ModuleValues) -> None:
+def _add_others(held: Sequence[int], values: BlockValues) -> None:
     """Add the user's code's other bytes, ``held[k]`` after stage k, as values, the last released first."""
     stack: list[tuple[int, int]] = []  # (made, bytes)
     total = 0

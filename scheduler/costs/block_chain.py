@@ -9,25 +9,24 @@ from itertools import accumulate, takewhile
 
 from torch import nn
 
-from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture
+from rematplan.scheduler.capture.blocks.block_capture import BlockCapture
 from rematplan.scheduler.capture.blocks.block_state import named_tensors
-from rematplan.scheduler.capture.repeat import draws_elsewhere
 from rematplan.scheduler.core.chain import Chain
 from rematplan.scheduler.costs.assemble import StageFacts, assemble, parameter_grads
+from rematplan.scheduler.costs.block_costs import BlockCost
+from rematplan.scheduler.costs.block_values import BlockValues
 from rematplan.scheduler.costs.meters.peak import allocated
-from rematplan.scheduler.costs.module_blocks import BlockCost
-from rematplan.scheduler.costs.module_values import ModuleValues
 from rematplan.scheduler.costs.resident import rerun_state, storage_bytes
 from rematplan.scheduler.costs.skeleton import Piece
 from rematplan.scheduler.costs.stage_run import OptionCost
 from rematplan.scheduler.torch_layer.preserve import CPU_RANDOM_STATE
 from rematplan.scheduler.torch_layer.target import Device
 
-__all__ = ["Parts", "stages_to_chain"]
+__all__ = ["BlockParts", "stages_to_chain"]
 
 
 @dataclass
-class Parts:
+class BlockParts:
     """The parts of a chain.
 
     Attributes:
@@ -43,10 +42,10 @@ class Parts:
         sparse: bytes of gradients that are sparse.
     """
 
-    capture: ModuleCapture
+    capture: BlockCapture
     model: nn.Module
     blocks: list[BlockCost]
-    values: ModuleValues
+    values: BlockValues
     forward: list[Piece]
     backward: list[Piece]
     seconds: tuple[list[float], list[float]]
@@ -85,13 +84,12 @@ class Parts:
         return left
 
 
-def stages_to_chain(parts: Parts, resident: int) -> Chain:
+def stages_to_chain(parts: BlockParts, resident: int) -> Chain:
     """Return the chain of these parts; ``resident`` bytes are live during the whole step."""
     capture, values, device, model = parts.capture, parts.values, parts.capture.place, parts.model
     facts, created = _gradients(parts)
     # The blocks that need no gradient save nothing, and run once.
     frozen = len(list(takewhile(lambda each: not any(each.box.requires_grad.values()), parts.blocks)))
-    elsewhere = draws_elsewhere(model, device)
     for k, (index, fact) in enumerate(zip(capture.stages, facts, strict=True)):
         if index is not None:
             _count_block(parts, k, index, created[k], fact)
@@ -100,17 +98,17 @@ def stages_to_chain(parts: Parts, resident: int) -> Chain:
         fact.enters = values.enters[k]
         fact.stays = parts.lasting(k)
         fact.beside += fact.stays  # in isolation, the block releases it as it is reversed
-        fact.recomputable = index is not None and index >= frozen and not (elsewhere and capture.random[k])
+        fact.recomputable = index is not None and index >= frozen and not capture.effects[k].once
         fact.rerun_state += rerun_state(capture, model, k)
     # Copies of the buffers that a block changes, while it runs again.
-    held = max(storage_bytes(named_tensors(model, names), device) for names in capture.changed)
+    held = max(storage_bytes(named_tensors(model, each.changed), device) for each in capture.effects)
     held += capture.gathering + capture.state_bytes
     return assemble(
         facts, values, capture, model, resident=resident, held=held, output_grad=parts.output_grad
     )
 
 
-def _gradients(parts: Parts) -> tuple[list[StageFacts], list[int]]:
+def _gradients(parts: BlockParts) -> tuple[list[StageFacts], list[int]]:
     """Return (L,) facts of stages, as far as they are of gradients; (L,) bytes of blocks' gradients."""
     capture, count, readers = parts.capture, len(parts), parts.readers
     device = capture.place
@@ -150,7 +148,7 @@ def _gradients(parts: Parts) -> tuple[list[StageFacts], list[int]]:
     return facts, by_blocks
 
 
-def _count_block(parts: Parts, k: int, index: int, created: int, fact: StageFacts) -> None:
+def _count_block(parts: BlockParts, k: int, index: int, created: int, fact: StageFacts) -> None:
     """Fill in the facts of a block; ``created`` bytes of its parameters' gradients appear."""
     values, block, capture = parts.values, parts.blocks[index], parts.capture
     cost, behind = block.cost, 0
@@ -171,7 +169,7 @@ def _count_block(parts: Parts, k: int, index: int, created: int, fact: StageFact
     fact.options = [(keeps, replace(cost.whole, backward_peak=reversing))]
 
 
-def _count_glue(parts: Parts, k: int, fact: StageFacts) -> None:
+def _count_glue(parts: BlockParts, k: int, fact: StageFacts) -> None:
     """Fill in the facts of a stage of the user's code."""
     values, piece, last = parts.values, parts.pieces[k], k == len(parts) - 1
     fact.name = f"glue {k - piece}" if k and not last else ("after" if k else "before")

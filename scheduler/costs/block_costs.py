@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rematplan.scheduler.capture.blocks.block_capture import ModuleCapture
+from rematplan.scheduler.capture.blocks.block_capture import BlockCapture
 from rematplan.scheduler.capture.blocks.block_state import BlockState
 from rematplan.scheduler.costs.meters.peak import allocated
 from rematplan.scheduler.costs.op_trace import trace_of_ops
@@ -34,6 +34,7 @@ from rematplan.scheduler.torch_layer.leaves import (
     map_tensors,
     repeats,
     tensor_leaves,
+    tensors_in,
     tree_flatten,
     tree_unflatten,
 )
@@ -72,7 +73,7 @@ class BlockRun:
 
     def __init__(
         self,
-        capture: ModuleCapture,
+        capture: BlockCapture,
         index: int,
         module: nn.Module,
         forward: Callable[..., Any],
@@ -82,7 +83,8 @@ class BlockRun:
         waiting: Collection[nn.Parameter],
     ) -> None:
         block = capture.blocks[index]
-        self.state = BlockState(block.name, module, capture.changed[block.stage], capture.overwritten)
+        changed = capture.effects[block.stage].changed
+        self.state = BlockState(block.name, module, changed, capture.overwritten)
         self.found = self.state.take()
         self.reversing = block.name in capture.reversing
         self.waiting = [p for p in module.parameters() if p in waiting and p.requires_grad]
@@ -130,7 +132,7 @@ class BlockRun:
         def run(enter: Enter) -> list[Tensor]:
             torch.clear_autocast_cache()  # a run casts its weights again
             try:
-                return [t for _, t in tensor_leaves(self(enter))]
+                return tensors_in(self(enter))
             finally:  # it may be stopped half-way
                 torch.clear_autocast_cache()
 
