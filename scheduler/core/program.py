@@ -85,7 +85,7 @@ class ReplayProgram:
     def without_options(self) -> ReplayProgram:
         """Return the program for stages that are kept whole, whatever the option."""
         kept = tuple(None if option is None else 0 for option in self.kept)
-        replay = tuple(Keep(each.stage) if isinstance(each, Keep) else each for each in self.replay)
+        replay = tuple(acts.Keep(each.stage) if isinstance(each, acts.Keep) else each for each in self.replay)
         return replace(self, kept=kept, replay=replay)
 
 
