@@ -369,11 +369,28 @@ def compile_graph(module: fx.GraphModule, arguments: Sequence[Tensor], share: fl
     with (
         modes_disabled(),
         torch.enable_grad(),
-        functorch_config.patch(activation_memory_budget=share, donated_buffer=False),
+        functorch_config.patch(
+            activation_memory_budget=share, donated_buffer=False, force_non_lazy_backward_lowering=True
+        ),
         inductor_config.patch(joint_custom_post_pass=_seeds_saved()),
     ):
         function = compile_fx(copy, [*arguments])
     return lambda *given: tuple(function(*given))
+
+
+def allow_retained_graphs(results: Sequence[Tensor]) -> None:
+    """Let the backward of a compiled graph run with its graph retained; ``results`` are of its first run.
+
+    torch 2.13 asks at run time whether buffers were donated, and takes "not known" for yes. Without it:
+    ``backward(retain_graph=True)`` raises, though nothing was donated.
+    """
+    nodes = {result.grad_fn for result in results if result.grad_fn is not None}
+    for _ in range(3):  # the views that it returns lie before its own node
+        nodes |= {node for each in nodes for node, _ in each.next_functions if node is not None}
+    for node in nodes:
+        metadata = getattr(getattr(node, "_forward_cls", None), "metadata", None)
+        if metadata is not None and getattr(metadata, "bw_donated_idxs", ()) is None:
+            metadata.bw_donated_idxs = []
 
 
 def no_compiler(device: str) -> str:

@@ -22,7 +22,7 @@ from rematplan.scheduler.core.errors import CaptureError
 from rematplan.scheduler.torch_layer.call import Call
 from rematplan.scheduler.torch_layer.layouts import equal_bits, storage_key
 from rematplan.scheduler.torch_layer.preserve import RandomState
-from rematplan.scheduler.torch_layer.private import compile_graph
+from rematplan.scheduler.torch_layer.private import allow_retained_graphs, compile_graph
 
 __all__ = ["SHARES", "CompiledCapture", "Variant", "compile_capture", "fresh_arguments"]
 
@@ -214,6 +214,7 @@ def _trained(
     leaves = [a for a in arguments if a.requires_grad]
     with torch.enable_grad():
         results = function(*arguments)
+    allow_retained_graphs(results)
     after = torch.rand((), device=random.device)
     outputs = [r for r in results if r.requires_grad]
     generator = torch.Generator(random.device).manual_seed(0)
