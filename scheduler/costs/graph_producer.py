@@ -113,7 +113,13 @@ class CompiledProducer(GraphProducer):
     def capture(self, step: TrialStep, asked: Asked, refused: str) -> tuple[CompiledCapture, str]:
         """See ``Producer.capture``."""
         model = step.model
-        eager, how = super().capture(step, asked, refused)
+        try:
+            eager, how = super().capture(step, asked, refused)
+        except CaptureError as error:
+            raise CaptureError(
+                f"solve: backend='inductor' compiles stages of the op graph, and there is none: {error}; leave backend out, or "
+                "compile the blocks yourself (block.compile()) and pass capture=[blocks]"
+            ) from error
         with preserved(model), met("the stages cannot be compiled"):
             found = compile_capture(eager, model, step.arrives, step.progress)
         trial = functools.partial(_planned_call, found, model, *step.call)

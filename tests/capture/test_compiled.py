@@ -285,3 +285,20 @@ def test_a_function_that_the_user_compiled_stays_compiled():
     other = torch.compile(nn.Sequential(nn.Linear(3, 3), nn.Tanh()), backend=backend)
     other(torch.randn(2, 3))
     assert len(calls) == before + 2
+
+
+class Branches(nn.Module):
+    """Takes another path by its data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.one(x)
+        return self.two(y) if y.sum() > 0 else y
+
+
+def test_a_model_without_an_op_graph_is_refused_and_told_what_to_do():
+    with pytest.raises(CaptureError, match=r"there is none: .*compile the blocks yourself"):
+        solve(Branches().train(), "1GiB", sample=torch.randn(4, 8), backend="inductor")
