@@ -61,7 +61,7 @@ def test_a_resnet_is_cut_at_the_ends_of_its_blocks() -> None:
 
 @pytest.mark.slow
 def test_every_level_of_a_unet_is_cut_from_the_next_and_inside() -> None:
-    _, linear = _linear(unet())
+    _, linear = _linear(unet(1))
     inside = [cut.inside for cut in linear.reasons]
     for level in ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"):
         assert any(name == level or name.startswith(level + ".") for name in inside)

@@ -169,7 +169,7 @@ def test_selective_keeps_what_it_is_told_and_recomputes_runs_of_the_rest(chain, 
     assert solve_chain(chain, 2**40, "selective", keep=keep) == segmented(segments)
 
 
-@settings(max_examples=200)
+@settings(max_examples=70)
 @given(chain=chains(7), data=st.data())
 def test_a_tree_is_priced_as_the_referee_prices_its_schedule(chain, data):
     last = len(chain) - 1

@@ -48,7 +48,7 @@ def search(chain: Chain, budget: int) -> float:
     return line.seconds
 
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(chains(3, options=3), st.data())
 def test_three_stages_take_as_long_as_the_fastest_sequence_of_actions(chain, data):
     budget = data.draw(budgets(chain))

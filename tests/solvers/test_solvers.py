@@ -95,7 +95,7 @@ def random_chain(length: int, options: int = 1, seed: int = 0) -> Chain:
 # The optimum
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(chains(4, signed=True))
 def test_optimal_traces_the_frontier_of_all_persistent_schedules(chain):
     lines = (simulate(chain, schedule) for schedule in persistent_schedules(chain))
@@ -116,14 +116,14 @@ def test_the_literal_recurrence_finds_the_fastest_of_all_persistent_schedules(ch
     assert fastest_persistent(chain, budget) == fastest
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(chains(7, options=3, signed=True), st.data())
 def test_optimal_is_the_literal_recurrence(chain, data):
     budget = data.draw(budgets(chain))
     assert seconds(chain, budget) == fastest_persistent(chain, budget)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(chains(7, largest=1000, signed=True), st.data())
 @pytest.mark.slow
 def test_optimal_is_the_literal_recurrence_when_sizes_have_no_common_divisor(chain, data):
@@ -141,7 +141,7 @@ def repeating(draw, most=16):
     return Chain(tuple(stages), draw(st.integers(0, 6)), draw(st.integers(0, 6)))
 
 
-@settings(max_examples=200)
+@settings(max_examples=70)
 @given(repeating(), st.data())
 def test_optimal_is_the_literal_recurrence_when_stages_repeat(chain, data):
     budget = data.draw(budgets(chain))
@@ -169,7 +169,7 @@ def coarse(slots: int, window: int = 1):
 
 
 @pytest.mark.slow
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(chains(7, largest=1000, options=3, signed=True), st.data())
 def test_on_a_grid_too_coarse_optimal_fits_and_its_bound_holds(chain, data):
     budget = data.draw(budgets(chain))
