@@ -111,7 +111,7 @@ def replay(chain: Chain, actions: Schedule) -> tuple[float, tuple[int, ...], tup
 
 
 def _again(chain: Chain, state: State) -> Iterator[tuple[float, int, State] | None]:
-    """``step`` for a run just before its own backward and that backward, which is one move: the run stops early."""
+    """``step`` for a run just before its own backward, which stops early, and that backward: one move."""
     i = state[0] - 1
     if i >= state[4]:
         return  # a first run
