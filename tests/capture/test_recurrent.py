@@ -249,6 +249,7 @@ def test_a_saved_plan_trains_in_another_process(tmp_path: Path) -> None:
     assert "trained" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_plan_that_was_loaded_is_captured_again_and_trains_bit_equal() -> None:
     case = of_vectors(Layers())
     plan = tightest(solve(case.model, "1GiB", sample=case.sample, capture="modules"))
@@ -309,6 +310,7 @@ def test_layers_of_cells_unrolled_one_after_the_other_are_found_inside() -> None
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("name", ["cell", "layers in the loop", "a stack of layers"])
+@pytest.mark.slow
 def test_equal_blocks_measured_once_give_the_chain_of_measuring_all(
     name: str, existing: bool, autocast: bool
 ) -> None:
@@ -386,6 +388,7 @@ def test_a_module_that_is_called_again_without_being_fed_is_a_block_each_time() 
     assert_equal(train(case, execute(tightest(plan), model)), want)
 
 
+@pytest.mark.slow
 def test_another_order_of_calls_is_an_error() -> None:
     case = of_vectors(Layers())
     planned = execute(tightest(solve(case.model, "1GiB", sample=case.sample, capture="modules")), case.model)

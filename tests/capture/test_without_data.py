@@ -76,6 +76,7 @@ def test_blocks_without_data_are_the_blocks_with_it() -> None:
 
 @each_model(["tiny", "residual", "llama"])
 @pytest.mark.parametrize("device", [HOST, CUDA], ids=["cpu rules", "cuda rules"])
+@pytest.mark.slow
 def test_a_plan_made_without_data_trains_like_the_plain_model(name: str, device: DeviceSpec) -> None:
     case = MODELS[name]()
     whole = solve(case.model, "8GiB", sample=case.sample, device=device)
@@ -229,6 +230,7 @@ def test_hooks_do_not_see_the_gradients_of_the_trial() -> None:
     assert len(seen) == 1
 
 
+@pytest.mark.slow
 def test_optimizer_state_counts_without_data() -> None:
     case = mlp()
     optimizer = torch.optim.AdamW(case.model.parameters())

@@ -68,6 +68,7 @@ def test_every_level_of_a_unet_is_cut_from_the_next_and_inside() -> None:
     assert "" in inside
 
 
+@pytest.mark.slow
 def test_the_benchmark_compares_the_cuts_found_with_coarser_and_finer_ones() -> None:
     found = rows(tiny(), r"^\d+")
     stages = [row.stages for row in found]
@@ -80,6 +81,7 @@ def test_the_benchmark_compares_the_cuts_found_with_coarser_and_finer_ones() -> 
     assert "of the least budget" in text
 
 
+@pytest.mark.slow
 def test_the_plan_says_where_it_was_cut_and_why() -> None:
     _, plan = _planned()
     begins = plan.capture.begins

@@ -241,6 +241,7 @@ def _stage(kind: str, field: str) -> int:
 
 
 @pytest.mark.parametrize("kind", ["graph", "options", "two_level"])
+@pytest.mark.slow
 def test_a_graph_stage_that_draws_or_changes_buffers_cannot_be_said_not_to(kind: str) -> None:
     k = _stage(kind, "random")
     with pytest.raises(PlanMismatch, match=rf"stage {k} \(.*\) draws random numbers, and the plan says"):

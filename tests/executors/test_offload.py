@@ -124,6 +124,7 @@ def plain_records(name: str) -> list[Record]:
         pytest.param("unet", 0.0, HOST, id="unet-least", marks=pytest.mark.slow),  # values that stages carry
     ],
 )
+@pytest.mark.slow
 def test_a_step_with_copies_is_bit_equal_and_within_its_budget(
     name: str, fraction: float, host: HostMemory, stores: list[Any]
 ) -> None:

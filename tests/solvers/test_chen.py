@@ -136,6 +136,7 @@ def schedules(solver: str, chain: Chain) -> list[Schedule]:
 @pytest.mark.parametrize("solver", SEGMENTED)
 @settings(max_examples=80)
 @given(chain=chains(8), data=st.data())
+@pytest.mark.slow
 def test_the_fastest_of_the_class_is_found_and_its_smallest_budget(solver, chain, data):
     lines = [simulate(chain, schedule) for schedule in schedules(solver, chain)]
     smallest, largest = min(line.peak for line in lines), max(line.peak for line in lines)

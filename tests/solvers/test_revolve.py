@@ -193,6 +193,7 @@ def test_the_packed_form_is_the_same_actions(two_phase, steps, slots, chunk):
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 10, 1000, 10**6, 10**9])
+@pytest.mark.slow
 def test_a_billion_steps_begin_at_once_and_alike(slots):
     start = time.process_time()
     actions = list(islice(revolve_actions(10**9, slots), 5000))

@@ -350,6 +350,7 @@ EVERY_ENTRY = pytest.mark.parametrize("entry", ENTRIES)
 
 @EVERY_ENTRY
 @pytest.mark.parametrize("budget", [True, 1.0, float("nan"), "6GiB", None])
+@pytest.mark.slow
 def test_a_budget_that_is_no_int_is_a_type_error(entry, budget):
     with pytest.raises(TypeError, match=f"{entry}: memory_budget="):
         ENTRIES[entry](random_chain(2), budget)
@@ -402,6 +403,7 @@ def test_a_chain_too_long_is_refused_at_once():
     assert len(solve_chain(chain, 2**40, "chen")) > most
 
 
+@pytest.mark.slow
 def test_a_thousand_equal_stages_are_solved_in_seconds():
     """A recurrent network unrolled: a chain too long for tables of all segments, were they not all alike."""
     chain = Chain.from_arrays([1.0] * 1000, [2.0] * 1000, [3] * 1001, [40] * 1000)
@@ -438,6 +440,7 @@ def test_solvers_work_where_torch_is_absent():
 
 
 @pytest.mark.parametrize("options", [1, 4])
+@pytest.mark.slow
 def test_two_hundred_unlike_stages_are_solved_in_seconds_and_within_two_percent(options):
     chain = random_chain(200, options)
     low, high = smallest_budget(chain, "optimal"), smallest_budget(chain, "keep_all")

@@ -355,6 +355,7 @@ def test_with_a_host_without_room_two_level_is_optimal(chain, data):
 
 
 @given(chains(6, options=2, largest=1000), st.integers(0, 4000), st.booleans(), st.data())
+@pytest.mark.slow
 def test_on_grids_too_coarse_two_level_fits_and_its_bound_holds(chain, capacity, asynchronous, data):
     host = HostMemory(capacity, 500.0, 250.0, 0.0, asynchronous)
     low, high = bounds(chain, host)
