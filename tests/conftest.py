@@ -26,7 +26,7 @@ if importlib.util.find_spec("hypothesis") is not None or not MAY_LACK:
     from hypothesis import settings
 
     # Seeded, so that a failure repeats; compiled code makes a first example slow, hence no deadline.
-    settings.register_profile("seeded", derandomize=True, deadline=None, max_examples=100)
+    settings.register_profile("seeded", derandomize=True, deadline=None, max_examples=50)
     settings.load_profile("seeded")
 
 

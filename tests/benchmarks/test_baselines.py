@@ -69,6 +69,7 @@ def test_the_baselines_run_the_blocks_again_that_they_say():
     }
 
 
+@pytest.mark.slow
 def test_plans_of_both_levels_have_the_gradients_of_the_plain_step_and_fit():
     case, plan = case_of("gpt2"), plan_for("gpt2", "graph")
     expected = step(case, case.model)

@@ -111,6 +111,7 @@ def test_the_exit_status_and_a_table_say_that_a_check_failed(tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.slow
 def test_without_a_gpu_the_command_names_the_dry_run() -> None:
     done = command()
     assert done.returncode == 2

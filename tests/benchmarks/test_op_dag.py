@@ -19,6 +19,7 @@ from tests.shared.helpers import smallest
 from tests.shared.models import ResidualNet
 
 
+@pytest.mark.slow
 def test_a_translated_plan_takes_the_seconds_of_the_chain_and_about_its_bytes() -> None:
     torch.manual_seed(0)
     model = ResidualNet(channels=8, blocks=3).train()

@@ -199,6 +199,7 @@ KINDS = [Counting, Stashing, Remembering, Rebinding, InPlace, Closed, Drawing, D
 
 @pytest.mark.parametrize("given", [False, True], ids=["found", "given"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_block_with_state_of_its_own_trains_as_it_does_plainly(kind: Any, given: bool) -> None:
     assert_trains_like_plain(stack_of(kind), given=given)
 
@@ -206,6 +207,7 @@ def test_a_block_with_state_of_its_own_trains_as_it_does_plainly(kind: Any, give
 @pytest.mark.parametrize(
     "make", [*map(stack_of, KINDS), shared], ids=[*(k.__name__ for k in KINDS), "Shared"]
 )
+@pytest.mark.slow
 def test_a_block_with_state_of_its_own_may_run_again_more_than_once(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     plain = make().train()

@@ -31,6 +31,7 @@ NAMES = st.sampled_from(["zoo", "b", "a"])
 
 
 @given(args=st.lists(VALUES, max_size=3).map(tuple), kwargs=st.dictionaries(NAMES, VALUES, max_size=3))
+@pytest.mark.slow
 def test_leaves_are_numbered_as_by_tree_flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     leaves, spec = flatten(args, kwargs)
     expected = pytree.tree_leaves((args, kwargs))

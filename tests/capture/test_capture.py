@@ -162,6 +162,7 @@ def test_blocks_that_do_not_run_in_that_order_are_refused(pick: Any) -> None:
         solve(model, "1GiB", sample=torch.randn(4, 16), capture=pick(model))
 
 
+@pytest.mark.slow
 def test_gpt2_is_cut_into_the_halves_of_its_blocks() -> None:
     case = gpt2()
     plan = solve(case.model, "1GiB", sample=case.sample)

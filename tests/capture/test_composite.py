@@ -112,6 +112,7 @@ def test_ops_with_a_kernel_of_their_own_stay_whole() -> None:
         ({"dropout": 0.0}, torch.randn(2, 4, 48, 48).requires_grad_()),
     ],
 )
+@pytest.mark.slow
 def test_the_parts_train_like_the_op(options: dict[str, Any], mask: Tensor | None) -> None:
     torch.manual_seed(0)
     model, x = Attention(**options).train(), torch.randn(2, 48, 32)
@@ -121,6 +122,7 @@ def test_the_parts_train_like_the_op(options: dict[str, Any], mask: Tensor | Non
     assert_trains_like(model, graph, call)
 
 
+@pytest.mark.slow
 def test_a_stage_keeps_the_draws_of_a_dropout_and_drops_its_result() -> None:
     case = stacked()
     plan = solve(case.model, "1GiB", sample=case.sample)

@@ -46,6 +46,7 @@ class Hooked(Layer):
 
 
 @pytest.mark.parametrize("kind", [Forces, Guarded, Hooked])
+@pytest.mark.slow
 def test_a_block_that_needs_grad_trains_as_it_does_plainly(kind: Any) -> None:
     assert_trains_like_plain(lambda: Stack(*(kind() for _ in range(DEPTH))))
 
@@ -67,6 +68,7 @@ def test_a_gradient_taken_outside_of_the_blocks_is_refused_with_what_to_do() -> 
 
 @pytest.mark.parametrize("make", [nn.utils.weight_norm, nn.utils.spectral_norm])
 @pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.slow
 def test_a_weight_made_by_a_pre_hook_is_made_within_the_block(
     make: Callable[[nn.Module], nn.Module], inside: bool
 ) -> None:

@@ -369,6 +369,7 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize("between", [0.5, 0.0])
+@pytest.mark.slow
 def test_on_cuda_blocks_that_draw_beside_an_rnn_with_dropout_run_once(between: float) -> None:
     batch = torch.randn(8, 16, WIDTH)
     for device in ("H100", None):

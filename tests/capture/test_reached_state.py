@@ -221,6 +221,7 @@ def test_what_a_forward_reaches_is_followed(kind: type[Net]) -> None:
     begin(kind)
 
 
+@pytest.mark.slow
 def test_a_recurrent_model_is_still_captured_as_a_graph() -> None:
     assert tight(begin(Recurrent), batch(9)).capture.kind == "graph"
 

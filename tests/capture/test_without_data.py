@@ -76,6 +76,7 @@ def test_blocks_without_data_are_the_blocks_with_it() -> None:
 
 @each_model(["tiny", "residual", "llama"])
 @pytest.mark.parametrize("device", [HOST, CUDA], ids=["cpu rules", "cuda rules"])
+@pytest.mark.slow
 def test_a_plan_made_without_data_trains_like_the_plain_model(name: str, device: DeviceSpec) -> None:
     case = MODELS[name]()
     whole = solve(case.model, "8GiB", sample=case.sample, device=device)
@@ -95,14 +96,14 @@ def test_a_plan_made_without_data_trains_like_the_plain_model(name: str, device:
 
 @pytest.mark.slow
 def test_models_on_meta_and_fake_models_give_the_plan_of_a_real_one() -> None:
-    model = mlp_like(layers=4)
+    model = mlp_like(layers=2)
     real = solve(model, "3MB", sample=torch.randn(1024, 64), device=HOST)
     assert real.predicted_overhead > 0
     with torch.device("meta"):
-        on_meta = mlp_like(layers=4)
+        on_meta = mlp_like(layers=2)
         batch = torch.empty(1024, 64)
     with FakeTensorMode():
-        fake = mlp_like(layers=4)
+        fake = mlp_like(layers=2)
         fake_batch = torch.empty(1024, 64)
     for empty, sample in ((on_meta, batch), (fake, fake_batch), (on_meta, torch.empty(1024, 64))):
         plan = solve(empty, "3MB", sample=sample, device=HOST)
@@ -229,6 +230,7 @@ def test_hooks_do_not_see_the_gradients_of_the_trial() -> None:
     assert len(seen) == 1
 
 
+@pytest.mark.slow
 def test_optimizer_state_counts_without_data() -> None:
     case = mlp()
     optimizer = torch.optim.AdamW(case.model.parameters())
@@ -263,7 +265,7 @@ def test_an_estimate_has_the_bytes_of_the_plain_step() -> None:
 @pytest.mark.slow
 def test_the_largest_batches_fit_and_one_more_does_not() -> None:
     with torch.device("meta"):
-        model = mlp_like(layers=4)
+        model = mlp_like(layers=2)
     found = estimate(model, torch.empty(32, 64), "3MB", device=HOST)
     assert found.largest_plain is not None
     assert found.largest_planned is not None

@@ -61,13 +61,14 @@ def test_a_resnet_is_cut_at_the_ends_of_its_blocks() -> None:
 
 @pytest.mark.slow
 def test_every_level_of_a_unet_is_cut_from_the_next_and_inside() -> None:
-    _, linear = _linear(unet())
+    _, linear = _linear(unet(1))
     inside = [cut.inside for cut in linear.reasons]
     for level in ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"):
         assert any(name == level or name.startswith(level + ".") for name in inside)
     assert "" in inside
 
 
+@pytest.mark.slow
 def test_the_benchmark_compares_the_cuts_found_with_coarser_and_finer_ones() -> None:
     found = rows(tiny(), r"^\d+")
     stages = [row.stages for row in found]
@@ -80,6 +81,7 @@ def test_the_benchmark_compares_the_cuts_found_with_coarser_and_finer_ones() -> 
     assert "of the least budget" in text
 
 
+@pytest.mark.slow
 def test_the_plan_says_where_it_was_cut_and_why() -> None:
     _, plan = _planned()
     begins = plan.capture.begins

@@ -99,7 +99,7 @@ def replayed(timeline: MemoryTimeline) -> list[int]:
 
 
 @given(timelines())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_a_snapshot_has_the_bytes_of_the_timeline_at_every_point(timeline: MemoryTimeline) -> None:
     assert tuple(replayed(timeline)) == timeline.live
 

@@ -115,7 +115,7 @@ def test_an_edited_plan_is_loaded_or_refused_by_a_value_error(data: Any) -> None
 
 
 @pytest.mark.slow
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=24, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(_edited(most=1))
 def test_an_edited_plan_trains_like_the_plain_model_or_is_refused(data: Any) -> None:
     case = tiny()
@@ -241,6 +241,7 @@ def _stage(kind: str, field: str) -> int:
 
 
 @pytest.mark.parametrize("kind", ["graph", "options", "two_level"])
+@pytest.mark.slow
 def test_a_graph_stage_that_draws_or_changes_buffers_cannot_be_said_not_to(kind: str) -> None:
     k = _stage(kind, "random")
     with pytest.raises(PlanMismatch, match=rf"stage {k} \(.*\) draws random numbers, and the plan says"):

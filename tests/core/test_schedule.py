@@ -182,7 +182,7 @@ def a_schedule(chain: Chain, data: st.DataObject) -> tuple[Action, ...]:
 
 
 @pytest.mark.slow
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(chains(6, signed=True), st.integers(0, 2**32), st.sampled_from([0, 0, 0, 1, 2]), st.data())
 def test_the_referee_is_the_literal_definition(chain, seed, changes, data):
     actions = legal_walk(chain, HostMemory(0, 1.0, 1.0), seed)
@@ -200,7 +200,7 @@ def test_the_referee_is_the_literal_definition(chain, seed, changes, data):
         assert line.peak == max(line.during)
 
 
-@settings(max_examples=500)
+@settings(max_examples=150)
 @given(chains(6), st.data())
 @pytest.mark.slow
 def test_no_change_to_a_schedule_goes_unnoticed(chain, data):

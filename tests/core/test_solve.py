@@ -212,6 +212,7 @@ class _Scaling(nn.Module):
 
 
 @pytest.mark.parametrize("capture", ["graph", "modules"])
+@pytest.mark.slow
 def test_solving_leaves_no_gradient_on_the_sample_and_reverses_none_of_its_history(capture: str) -> None:
     leaf = _batch().requires_grad_()
     solve(_model(), "1GiB", sample=leaf, capture=capture)
@@ -312,6 +313,7 @@ def test_on_cuda_an_optimizer_steps_over_all_parameters_at_once(device: Any) -> 
         assert measure_peak(optimizer.step, device=device).added == pytest.approx(unsaid, rel=0.01)
 
 
+@pytest.mark.slow
 def test_optimizer_state_and_existing_gradients_count_towards_the_budget() -> None:
     model, batch = _model(), _batch()
     plain = solve(model, "1GiB", sample=batch)

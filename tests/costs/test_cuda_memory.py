@@ -56,6 +56,7 @@ def test_a_storage_that_changes_its_size_is_another_block() -> None:
     assert simulated_slack([], [], stream((0, 30 * MIB), (0, -19 * MIB), (0, 19 * MIB), (0, -30 * MIB))) == 0
 
 
+@pytest.mark.slow
 def test_slack_and_workspaces_are_parts_of_the_account() -> None:
     model, batch = odd_sizes()
     plan = solve(model, 2**33, sample=batch, device=CARD)

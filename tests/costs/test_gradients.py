@@ -34,6 +34,7 @@ def peak_of(plan: Plan, case: Case, existing: bool) -> int:
 
 @pytest.mark.parametrize("capture", ["graph", "modules"])
 @each_model(["residual", "gpt2", "resnet"])
+@pytest.mark.slow
 def test_where_gradients_exist_the_peak_is_predicted_as_closely(name: str, capture: str) -> None:
     """They are added to one by one, so that a stage's new gradients are not there all at once."""
     torch.manual_seed(0)

@@ -48,6 +48,7 @@ class Unused(Levels):
 
 @pytest.mark.parametrize("build", [Hidden, Levels, Unused])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.slow
 def test_what_a_loss_does_not_reach_is_within_the_budget(build: type[nn.Module], share: float) -> None:
     torch.manual_seed(0)
     batch = torch.randn(2048, 32)

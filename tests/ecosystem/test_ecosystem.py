@@ -156,7 +156,7 @@ def test_a_diffusion_model_trains_with_its_loss_outside_and_an_average_of_its_we
 def test_a_run_is_the_plain_one_bit_for_bit_resumed_half_way_and_with_flat_memory() -> None:
     from benchmarks.training_run import compare, differences
 
-    plan, *runs = compare(steps=20, every=5)
+    plan, *runs = compare(steps=8, every=2)
     assert plan.predicted_overhead > 0
     assert [len(run.peaks) for run in runs] == [4, 4, 2]
     assert differences(plan, *runs) == []

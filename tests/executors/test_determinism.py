@@ -41,6 +41,7 @@ def checked(capture: str, check: str, name: str = "tiny", **options: Any) -> tup
 @pytest.mark.parametrize("check", ["none", "metadata", "values"])
 @pytest.mark.parametrize("name", ["tiny", "residual"])
 @EACH_CAPTURE
+@pytest.mark.slow
 def test_a_deterministic_model_trains_bit_equal_under_every_check(
     capture: str, name: str, check: str
 ) -> None:

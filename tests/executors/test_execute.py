@@ -217,6 +217,7 @@ COPIES: dict[str, Any] = {
 
 @pytest.mark.parametrize("how", COPIES)
 @EACH_CAPTURE
+@pytest.mark.slow
 def test_a_copy_of_a_planned_model_trains_bit_equal_by_the_same_plan(capture: str, how: str) -> None:
     case, planned = planned_tiny(capture)
     double = COPIES[how](planned)
@@ -242,6 +243,7 @@ def test_a_plan_saved_and_loaded_trains_another_copy_of_the_model_bit_equal(
     assert_equal(train(case, execute(loaded, case.model)), train(plain, plain.model))
 
 
+@pytest.mark.slow
 def test_a_loaded_plan_of_a_real_model_trains_it_bit_equal(tmp_path: Path) -> None:
     tightest(plan_for("gpt2", "graph")).save(tmp_path / "plan.json")
     case = case_of("gpt2")

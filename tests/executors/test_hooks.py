@@ -98,6 +98,7 @@ class Watching(Halves):
 
 
 @pytest.mark.parametrize("build", [Reversing, Watching])
+@pytest.mark.slow
 def test_hooks_that_a_forward_sets_fire_once_in_blocks_and_refuse_a_graph(build: type[Halves]) -> None:
     case = halves(build)
     with pytest.raises(CaptureError, match="sets a hook"):
@@ -170,6 +171,7 @@ def test_an_output_changed_in_place_before_backward_raises_or_makes_no_differenc
 
 @OVERLAPPING
 @EITHER_CAPTURE
+@pytest.mark.slow
 def test_outputs_that_are_kept_after_backward_stay_as_they_were(capture: str) -> None:
     case = halves()
 

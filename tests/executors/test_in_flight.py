@@ -80,6 +80,7 @@ def measured(model: nn.Module, step: Callable[[], object]) -> int:
 
 @EITHER_CAPTURE
 @pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
+@pytest.mark.slow
 def test_a_second_forward_before_the_backward_is_told_once_with_its_peak(capture: str, where: float) -> None:
     model = planned(capture, where)
 
@@ -289,6 +290,7 @@ def test_weights_that_change_within_an_autocast_context_are_refused(capture: str
 @OVERLAPPING
 @pytest.mark.parametrize("train_first", [False, True])
 @EITHER_CAPTURE
+@pytest.mark.slow
 def test_forwards_in_eval_mode_share_casts_too(capture: str, train_first: bool) -> None:
     plain, model = in_bfloat16(capture)
 

@@ -139,6 +139,9 @@ def test_tensors_are_made_where_the_first_run_made_them(capture: str, set_: bool
 
 
 def test_precision_that_backends_are_told_one_by_one_is_known_and_put_back() -> None:
+    torch.set_float32_matmul_precision(
+        "highest"
+    )  # as below: a process that was told nothing has other switches
     then = switches("cuda")
     model = nn.Sequential(*(Attention() for _ in range(2)))
     planned = execute(solve(model, "1GiB", sample=BATCH), model)

@@ -35,6 +35,7 @@ REPARAMETRIZED: dict[str, Callable[[nn.Module], object]] = {
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
 @EITHER_CAPTURE
 @pytest.mark.parametrize("what", REPARAMETRIZED)
+@pytest.mark.slow
 def test_a_weight_that_something_else_took_the_place_of_is_named(capture: str, what: str) -> None:
     model, planned, x = planned_tower(capture)
     REPARAMETRIZED[what](model.get_submodule("1.0"))
@@ -48,6 +49,7 @@ def test_a_weight_that_something_else_took_the_place_of_is_named(capture: str, w
 @EITHER_CAPTURE
 @pytest.mark.parametrize("name", ["2", "1.2"])
 @pytest.mark.parametrize("evaluated", [False, True])
+@pytest.mark.slow
 def test_a_removed_submodule_is_named(capture: str, name: str, evaluated: bool) -> None:
     model, planned, x = planned_tower(capture)
     holder, _, key = name.rpartition(".")

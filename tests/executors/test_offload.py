@@ -116,14 +116,15 @@ def plain_records(name: str) -> list[Record]:
 @pytest.mark.parametrize(
     ("name", "fraction", "host"),
     [
-        pytest.param("gpt2", 0.0, HOST, id="gpt2-least"),
-        pytest.param("gpt2", 0.1, SLOW, id="gpt2-beside"),
+        pytest.param("gpt2", 0.0, HOST, id="gpt2-least", marks=pytest.mark.slow),
+        pytest.param("gpt2", 0.1, SLOW, id="gpt2-beside", marks=pytest.mark.slow),
         pytest.param("gpt2", 0.5, HOST, id="gpt2-half"),
         pytest.param("resnet", 0.0, HOST, id="resnet-least", marks=pytest.mark.slow),
         pytest.param("resnet", 0.1, SLOW, id="resnet-beside", marks=pytest.mark.slow),
         pytest.param("unet", 0.0, HOST, id="unet-least", marks=pytest.mark.slow),  # values that stages carry
     ],
 )
+@pytest.mark.slow
 def test_a_step_with_copies_is_bit_equal_and_within_its_budget(
     name: str, fraction: float, host: HostMemory, stores: list[Any]
 ) -> None:
@@ -185,7 +186,7 @@ def test_random_schedules_with_copies_are_bit_equal_and_within_their_peaks(
     block: int, stores: list[Any]
 ) -> None:
     case = case_of("tiny")
-    for walked in walks(plan_of("tiny"), 1000 * block, 8):
+    for walked in walks(plan_of("tiny"), 1000 * block, 4):
         stores.clear()
         assert_equal(train(case, execute(walked, copy.deepcopy(case.model))), plain_records("tiny"))
         measured = peak_of_a_step(case, execute(walked, copy.deepcopy(case.model)))

@@ -106,6 +106,7 @@ def peak_of(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("nth", [1, 3, 5])
 @EITHER_CAPTURE
+@pytest.mark.slow
 def test_a_forward_that_runs_out_is_run_again_by_a_tighter_plan(capture: str, nth: int) -> None:
     planned = planned_four(capture)
     before = peak_of(planned)
@@ -250,6 +251,7 @@ def test_a_buffer_that_changed_unforeseen_cannot_be_put_back_and_the_error_says_
 
 @pytest.mark.parametrize("nth", [1, 4, 8])
 @EITHER_CAPTURE
+@pytest.mark.slow
 def test_a_backward_that_runs_out_is_run_again_with_its_forward(capture: str, nth: int) -> None:
     planned = planned_four(capture)
     before = peak_of(planned)
@@ -416,6 +418,7 @@ class Wide(nn.Module):
 
 
 @EITHER_CAPTURE
+@pytest.mark.slow
 def test_copies_of_what_a_forward_changes_are_within_the_budget(capture: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(

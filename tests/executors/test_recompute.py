@@ -65,6 +65,7 @@ def plan_call(case: Case) -> Any:
 
 
 @each_model(MODELS)
+@pytest.mark.slow
 def test_whatever_is_dropped_is_made_again_bit_for_bit(name: str) -> None:
     """Not only the options that pay: any set of storages that a stage makes and autograd saves."""
     case, capture = case_of(name), capture_of(name)
@@ -129,6 +130,7 @@ def random_options(plan: Plan, generator: random.Random) -> Plan:
 
 
 @each_model(MODELS)
+@pytest.mark.slow
 def test_any_schedule_with_any_options_trains_bit_equal_and_within_its_peak(name: str) -> None:
     case = case_of(name)
     with restored(case.model):

@@ -63,6 +63,7 @@ def reserve(plan: Plan) -> int:
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
 @each_model(SEVEN)
+@pytest.mark.slow
 def test_prediction_rehearsal_and_measurement_agree(name: str, share: float) -> None:
     plan, case = at(plan_for(name, "graph"), share), case_of(name)
     real = rehearse(plan, case.model, case.sample, real=True)
@@ -88,6 +89,7 @@ def test_prediction_rehearsal_and_measurement_agree(name: str, share: float) -> 
 
 
 @each_model(["tiny", "gpt2", "vit"])
+@pytest.mark.slow
 def test_blocks_are_rehearsed_as_they_run(name: str) -> None:
     plan, case = at(plan_for(name, "modules"), 0.3), case_of(name)
     fake = rehearse(plan, case.model, case.sample)

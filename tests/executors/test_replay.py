@@ -173,6 +173,7 @@ def two_outputs(capture: str) -> tuple[nn.Module, nn.Module]:
     "order", ["early, late", "late, early", "early alone", "late alone", "sum", "early, sum"]
 )
 @EACH_CAPTURE
+@pytest.mark.slow
 def test_losses_on_parts_of_the_output_in_any_order(capture: str, order: str) -> None:
     model, planned = two_outputs(capture)
     batch = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))

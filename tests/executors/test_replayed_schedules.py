@@ -214,6 +214,7 @@ def test_schedules_of_every_solver_run_as_nested_checkpoints_do(solver: str, slo
     assert_agrees_with_nested(case, scheduled(plan, with_glue(schedule, 10)))
 
 
+@pytest.mark.slow
 def test_every_persistent_schedule_of_four_blocks_runs_as_nested_checkpoints_do() -> None:
     case, plan = smooth_plan(4)
     schedules = list(persistent_schedules(plan.chain))
@@ -222,6 +223,7 @@ def test_every_persistent_schedule_of_four_blocks_runs_as_nested_checkpoints_do(
         assert_agrees_with_nested(case, scheduled(plan, schedule))
 
 
+@pytest.mark.slow
 def test_under_every_persistent_schedule_gradients_come_right_in_any_order() -> None:
     """Partial, repeated and out-of-order backwards, of graphs retained or not, leave nothing behind."""
     case, plan = smooth_plan(4)

@@ -120,6 +120,7 @@ def half_precision() -> Case:
 
 @pytest.mark.parametrize("build", [frozen_prefix, frozen_in_between, tied_weights, half_precision])
 @EACH_CAPTURE
+@pytest.mark.slow
 def test_models_with_frozen_or_tied_or_narrow_parameters_train_bit_equal(
     capture: str, build: Callable[[], Case]
 ) -> None:
@@ -199,6 +200,7 @@ def test_a_frozen_weight_changed_between_forward_and_backward_raises(capture: st
 
 
 @EACH_CAPTURE
+@pytest.mark.slow
 def test_forward_under_autocast_and_backward_outside(capture: str) -> None:
     case, planned = planned_tiny(capture)
 
@@ -243,6 +245,7 @@ class Narrowing(nn.Module):
 
 @EITHER_CAPTURE
 @pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.slow
 def test_autocast_that_the_model_s_own_code_sets_around_blocks(capture: str, outside: bool) -> None:
     torch.manual_seed(0)
     batch = torch.randn(256, 16)

@@ -77,6 +77,7 @@ def step(called: nn.Module, model: nn.Module, *arguments: Any) -> Record:
 
 @pytest.mark.parametrize("capture", ["auto", "modules"])
 @pytest.mark.parametrize("make", [lambda: Attending(True), lambda: Attending(False), SelfAttention])
+@pytest.mark.slow
 def test_blocks_are_given_one_tensor_twice_in_re_runs_too(make: Any, capture: str) -> None:
     torch.manual_seed(0)
     model, batch = make(), ROWS[None]
@@ -89,6 +90,7 @@ def test_blocks_are_given_one_tensor_twice_in_re_runs_too(make: Any, capture: st
 
 @EITHER_CAPTURE
 @pytest.mark.parametrize("sample", [(ROWS, ROWS), (ROWS, OTHERS)], ids=["one tensor", "two tensors"])
+@pytest.mark.slow
 def test_a_model_may_be_called_with_one_tensor_or_with_two(sample: Any, capture: str) -> None:
     torch.manual_seed(0)
     model = TwoInputs()

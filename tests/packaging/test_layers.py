@@ -80,6 +80,7 @@ def test_each_folder_imports_from_itself_and_from_those_below() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_no_two_modules_import_each_other() -> None:
     trees = dict(sources())
     graph = nx.DiGraph()

@@ -18,7 +18,12 @@ README = ROOT / "README.md"
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.slow
 def test_the_code_of_the_readme_runs_from_top_to_bottom() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = README.read_text(encoding="utf-8")
+    assert text.count("n_layer=4") == 1
+    text = text.replace(
+        "n_layer=4", "n_layer=2"
+    )  # what the blocks do is the same; planning takes half the time
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) >= 4
     names: dict[str, object] = {}
     for block in blocks:
@@ -35,11 +40,11 @@ def test_the_readme_leads_with_make_demo_and_make_test() -> None:
     [
         (
             "train_gpt.py",
-            ["--steps", "2", "--layers", "3", "--width", "64", "--context", "64", "--batch", "8"],
+            ["--steps", "2", "--layers", "2", "--width", "64", "--context", "64", "--batch", "8"],
             "losses of all 2 steps equal bit for bit: yes",
         ),
         ("compare_solvers.py", ["--model", "resnet"], "longest solve"),
-        ("train_digits.py", ["--epochs", "6"], "test accuracy 9"),
+        ("train_digits.py", ["--epochs", "4"], "test accuracy 9"),
     ],
 )
 @pytest.mark.slow

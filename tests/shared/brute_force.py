@@ -110,6 +110,19 @@ def replay(chain: Chain, actions: Schedule) -> tuple[float, tuple[int, ...], tup
     return (seconds, tuple(during), tuple(after)) if state[0] == 0 else None
 
 
+def _again(chain: Chain, state: State) -> Iterator[tuple[float, int, State] | None]:
+    """``step`` for a run just before its own backward, which stops early, and that backward: one move."""
+    i = state[0] - 1
+    if i >= state[4]:
+        return  # a first run
+    for number, option in enumerate(chain.stages[i].options):
+        kept = step(chain, state, Keep(i, number))
+        reversed_ = step(chain, kept[2], Backward(i)) if kept else None
+        if kept and reversed_:
+            peak = kept[1] + option.transient(again=True) - option.forward_overhead
+            yield kept[0] + reversed_[0], max(peak, reversed_[1]), reversed_[2]
+
+
 def fastest_of_all(chain: Chain, budget: int, *, free: bool = False) -> float:
     """Least seconds of any sequence of legal actions within ``budget``, by Dijkstra; inf if there is none.
 
@@ -134,8 +147,7 @@ def fastest_of_all(chain: Chain, budget: int, *, free: bool = False) -> float:
             return seconds
         if seconds > best[state]:
             continue
-        for action in everything:
-            outcome = step(chain, state, action)
+        for outcome in [*(step(chain, state, action) for action in everything), *_again(chain, state)]:
             if outcome is None or outcome[1] > budget:
                 continue
             total = seconds + outcome[0]

@@ -293,5 +293,12 @@ SEVEN: dict[str, Callable[[], Case]] = {
     "unet": unet,
 }
 # What the tests share. A U-Net with one layer a block has every kind of stage and skip, and two thirds of the
-# stages.
-BUILDERS: dict[str, Callable[[], Case]] = {"tiny": tiny, **SEVEN, "unet": functools.partial(unet, 1)}
+# stages; transformers of two layers have the first block, the last one, and the skips between.
+BUILDERS: dict[str, Callable[[], Case]] = {
+    "tiny": tiny,
+    **SEVEN,
+    "gpt2": functools.partial(gpt2, 2),
+    "llama": functools.partial(llama, 2),
+    "vit": functools.partial(vit, 2),
+    "unet": functools.partial(unet, 1),
+}

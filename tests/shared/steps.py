@@ -31,7 +31,7 @@ OVERLAPPING = pytest.mark.filterwarnings(
 )
 CPU = torch.device("cpu")
 # Planning one of these takes seconds: what they show beside the small ones is left out by -m "not slow".
-LARGE = ("llama", "resnet", "vit", "unet")
+LARGE = ("gpt2", "llama", "resnet", "vit", "unet")
 Procedure = Callable[[nn.Module], Record]
 
 

@@ -137,6 +137,7 @@ def schedules(solver: str, chain: Chain) -> list[Schedule]:
 @pytest.mark.parametrize("solver", SEGMENTED)
 @settings(max_examples=80)
 @given(chain=chains(8), data=st.data())
+@pytest.mark.slow
 def test_the_fastest_of_the_class_is_found_and_its_smallest_budget(solver, chain, data):
     lines = [simulate(chain, schedule) for schedule in schedules(solver, chain)]
     smallest, largest = min(line.peak for line in lines), max(line.peak for line in lines)
@@ -170,7 +171,7 @@ def test_selective_keeps_what_it_is_told_and_recomputes_runs_of_the_rest(chain, 
     assert solve_chain(chain, 2**40, "selective", keep=keep) == segmented(segments)
 
 
-@settings(max_examples=200)
+@settings(max_examples=70)
 @given(chain=chains(7), data=st.data())
 def test_a_tree_is_priced_as_the_referee_prices_its_schedule(chain, data):
     last = len(chain) - 1

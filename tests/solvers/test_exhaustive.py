@@ -49,7 +49,7 @@ def search(chain: Chain, budget: int) -> float:
     return line.seconds
 
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(chains(3, options=3), st.data())
 def test_three_stages_take_as_long_as_the_fastest_sequence_of_actions(chain, data):
     budget = data.draw(budgets(chain))
@@ -60,6 +60,7 @@ def test_three_stages_take_as_long_as_the_fastest_sequence_of_actions(chain, dat
 
 @settings(max_examples=50)
 @given(chains(4), st.data())
+@pytest.mark.slow
 def test_four_stages_take_as_long_as_the_fastest_sequence_of_actions(chain, data):
     budget = data.draw(budgets(chain))
     assert search(chain, budget) == fastest_of_all(chain, budget, free=True)
@@ -104,6 +105,7 @@ def test_the_smallest_budget_is_the_least_peak_of_all_sequences(chain):
 
 
 @given(chains(8, options=3, largest=1000), st.data())
+@pytest.mark.slow
 def test_all_schedules_are_no_slower_than_the_persistent_ones_and_need_no_more_bytes(chain, data):
     assert answer(chain, 1)[1] <= answer(chain, 1, "optimal")[1]
     budget = data.draw(budgets(chain))

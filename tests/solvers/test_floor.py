@@ -79,7 +79,7 @@ def fastest_of_all(dag: Dag, budget: int) -> float:
     return math.inf
 
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(dags(), st.integers(1, 60))
 def test_at_every_moment_the_floor_is_at_most_the_optimum_of_all_plans(dag, budget):
     best = fastest_of_all(dag, budget)

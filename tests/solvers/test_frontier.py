@@ -18,7 +18,7 @@ from tests.shared.chains import chains
 from tests.shared.helpers import oracle, oracle_chain
 
 
-@settings(max_examples=200)
+@settings(max_examples=70)
 @given(chains(4, signed=True))
 def test_the_frontier_is_that_of_all_persistent_schedules(chain):
     lines = sorted(
@@ -32,7 +32,7 @@ def test_the_frontier_is_that_of_all_persistent_schedules(chain):
     assert [(point.peak, point.seconds) for point in frontier] == truth
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(chains(9, options=3, largest=1000, signed=True))
 def test_every_point_is_what_its_schedule_takes_and_none_beats_its_bound(chain):
     frontier = pareto(chain)
@@ -73,7 +73,7 @@ def test_a_step_that_is_no_positive_int_is_refused(step):
         pareto(Chain.from_arrays([1.0], [1.0], [1, 1], [1]), step=step)
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(chains(7, options=3, signed=True))
 def test_many_budgets_at_once_are_each_solved_as_if_alone(chain):
     low = pareto(chain).points[0].peak

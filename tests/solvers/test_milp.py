@@ -50,7 +50,7 @@ def least(chain: Chain) -> int:
 
 
 @pytest.mark.slow
-@settings(max_examples=250)
+@settings(max_examples=80)
 @given(dags(), st.data())
 def test_small_dags_take_as_long_as_the_fastest_plan_of_the_class(dag, data):
     smallest = bound(dag, 1)[1]
@@ -58,7 +58,7 @@ def test_small_dags_take_as_long_as_the_fastest_plan_of_the_class(dag, data):
     assert bound(dag, budget)[0] == fastest(dag, budget)
 
 
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(dags())
 def test_the_smallest_budget_is_the_least_peak_of_the_class(dag):
     smallest = bound(dag, 1)[1]
@@ -82,7 +82,7 @@ def test_a_diamond_recomputes_its_cheap_branch():
     assert bound(DIAMOND, 13) == (math.inf, 14)
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(chains(3), st.data())
 def test_on_chains_the_bound_is_the_optimum_of_all_schedules_or_just_below(chain, data):
     smallest = least(chain)

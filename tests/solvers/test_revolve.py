@@ -184,6 +184,7 @@ def test_the_packed_form_is_the_same_actions(two_phase, steps, slots, chunk):
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 10, 1000, 10**6, 10**9])
+@pytest.mark.slow
 def test_a_billion_steps_begin_at_once_and_alike(slots):
     start = time.process_time()
     actions = list(islice(revolve_actions(10**9, slots), 5000))
@@ -193,7 +194,7 @@ def test_a_billion_steps_begin_at_once_and_alike(slots):
     assert isinstance(actions[0], Checkpoint)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.integers(2, PACKED_STEPS) | st.just(PACKED_STEPS), st.floats(0, 1))
 def test_the_compiled_splits_are_those_of_python_integers(steps, share):
     slots = max(1, min(steps - 1, round(steps**share)))

@@ -96,7 +96,7 @@ def random_chain(length: int, options: int = 1, seed: int = 0) -> Chain:
 # The optimum
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(chains(4, signed=True))
 def test_optimal_traces_the_frontier_of_all_persistent_schedules(chain):
     lines = (simulate(chain, schedule) for schedule in persistent_schedules(chain))
@@ -117,14 +117,14 @@ def test_the_literal_recurrence_finds_the_fastest_of_all_persistent_schedules(ch
     assert fastest_persistent(chain, budget) == fastest
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(chains(7, options=3, signed=True), st.data())
 def test_optimal_is_the_literal_recurrence(chain, data):
     budget = data.draw(budgets(chain))
     assert seconds(chain, budget) == fastest_persistent(chain, budget)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(chains(7, largest=1000, signed=True), st.data())
 @pytest.mark.slow
 def test_optimal_is_the_literal_recurrence_when_sizes_have_no_common_divisor(chain, data):
@@ -142,7 +142,7 @@ def repeating(draw, most=16):
     return Chain(tuple(stages), draw(st.integers(0, 6)), draw(st.integers(0, 6)))
 
 
-@settings(max_examples=200)
+@settings(max_examples=70)
 @given(repeating(), st.data())
 def test_optimal_is_the_literal_recurrence_when_stages_repeat(chain, data):
     budget = data.draw(budgets(chain))
@@ -170,7 +170,7 @@ def coarse(slots: int, window: int = 1):
 
 
 @pytest.mark.slow
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(chains(7, largest=1000, options=3, signed=True), st.data())
 def test_on_a_grid_too_coarse_optimal_fits_and_its_bound_holds(chain, data):
     budget = data.draw(budgets(chain))
@@ -351,6 +351,7 @@ EVERY_ENTRY = pytest.mark.parametrize("entry", ENTRIES)
 
 @EVERY_ENTRY
 @pytest.mark.parametrize("budget", [True, 1.0, float("nan"), "6GiB", None])
+@pytest.mark.slow
 def test_a_budget_that_is_no_int_is_a_type_error(entry, budget):
     with pytest.raises(TypeError, match=f"{entry}: memory_budget="):
         ENTRIES[entry](random_chain(2), budget)
@@ -403,6 +404,7 @@ def test_a_chain_too_long_is_refused_at_once():
     assert len(solve_chain(chain, 2**40, "chen")) > most
 
 
+@pytest.mark.slow
 def test_a_thousand_equal_stages_are_solved_in_seconds():
     """A recurrent network unrolled: a chain too long for tables of all segments, were they not all alike."""
     chain = Chain.from_arrays([1.0] * 1000, [2.0] * 1000, [3] * 1001, [40] * 1000)
@@ -439,6 +441,7 @@ def test_solvers_work_where_torch_is_absent():
 
 
 @pytest.mark.parametrize("options", [1, 4])
+@pytest.mark.slow
 def test_two_hundred_unlike_stages_are_solved_in_seconds_and_within_two_percent(options):
     chain = random_chain(200, options)
     low, high = smallest_budget(chain, "optimal"), smallest_budget(chain, "keep_all")

@@ -221,7 +221,7 @@ def changed(chain: Chain, actions: tuple[Action, ...], data: st.DataObject) -> t
     return tuple(some)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(chains(4), hosts(), st.integers(0, 2**32), st.data())
 def test_the_referee_is_the_literal_definition_of_synchronous_copies(chain, host, seed, data):
     actions = changed(chain, legal_walk(chain, host, seed), data)
@@ -250,7 +250,7 @@ def simulate_compute(chain: Chain, actions: tuple[Action, ...]) -> float:
     return total
 
 
-@settings(max_examples=800)
+@settings(max_examples=250)
 @given(chains(4), hosts(asynchronous=True), st.integers(0, 2**32))
 @pytest.mark.slow
 def test_asynchronous_seconds_are_those_of_the_literal_definition(chain, host, seed):
@@ -271,7 +271,7 @@ def one_level(chain: Chain, budget: int) -> float:
         return math.inf
 
 
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(chains(4), hosts())
 @pytest.mark.slow
 def test_two_level_traces_the_frontier_of_every_schedule_of_its_class(chain, host):
@@ -309,7 +309,7 @@ def test_a_boundary_inside_offloaded_saved_tensors_is_read_alone_and_takes_no_ho
     assert Offload(1) not in found.schedule.actions
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(chains(2), hosts(), st.data())
 def test_no_sequence_of_actions_at_all_is_slower_than_two_level(chain, host, data):
     budget = data.draw(st.integers(*bounds(chain, host)))
@@ -331,7 +331,7 @@ def test_asynchronous_plans_keep_both_budgets_and_lie_between_the_bound_and_one_
     assert found.seconds <= one_level(chain, budget)
 
 
-@settings(max_examples=200)
+@settings(max_examples=70)
 @given(chains(6), hosts(), st.data())
 def test_frees_made_later_and_prefetches_made_earlier_keep_the_budget_and_cost_nothing(chain, host, data):
     budget = data.draw(st.integers(*bounds(chain, host)))
@@ -355,6 +355,7 @@ def test_with_a_host_without_room_two_level_is_optimal(chain, data):
 
 
 @given(chains(6, options=2, largest=1000), st.integers(0, 4000), st.booleans(), st.data())
+@pytest.mark.slow
 def test_on_grids_too_coarse_two_level_fits_and_its_bound_holds(chain, capacity, asynchronous, data):
     host = HostMemory(capacity, 500.0, 250.0, 0.0, asynchronous)
     low, high = bounds(chain, host)

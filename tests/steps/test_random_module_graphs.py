@@ -17,10 +17,10 @@ from tests.shared.steps import OVERLAPPING
 def test_random_module_graphs_train_bit_equal_and_within_budget_or_are_refused() -> None:
     """benchmarks/random_module_graphs.py runs a thousand; each costs half a second."""
     found: Counter[str] = Counter()
-    for seed in range(5000, 5016):
+    for seed in range(5000, 5008):
         found[judge(recipe_by(random.Random(seed).choice)).kind] += 1
     assert found["refused"] <= 0.2 * found.total()
-    assert min(found["graph"], found["modules"]) >= 3
+    assert min(found["graph"], found["modules"]) >= 2
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
