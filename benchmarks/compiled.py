@@ -159,7 +159,7 @@ def compared(title: str, case: Case) -> str:
     peaks |= {
         f"{share:.0%} of the activations": int(bench.resident + share * activations) for share in SHARES
     }
-    wanted = {"eager": {}, "inductor": {}}
+    wanted: dict[str, dict[str, Run | str]] = {"eager": {}, "inductor": {}}
     took = {}
     for backend, found in wanted.items():
         began = time.perf_counter()

@@ -120,7 +120,7 @@ def measure_graph(
     with torch.no_grad():
         capture.sweep(model, call, visit)
     if isinstance(capture, CompiledCapture):
-        capture.chosen = [tuple(each.variant for each in (cost.whole, *cost.options)) for cost in measured]
+        capture.chosen = [cost.variants for cost in measured]
     capture.dropped = [(frozenset(), *(option.dropped for option in cost.options)) for cost in measured]
     capture.gaps = [cost.gap for cost in measured]
     capture.rerun = [((), *(option.rerun for option in cost.options)) for cost in measured]
@@ -137,6 +137,7 @@ def kept_storages(
     """
     linear, groups = capture.linear, capture.graph.groups
     if variant is not None:
+        assert isinstance(capture, CompiledCapture)
         kept = capture.storages(k, variant.arguments, variant.results)
     else:
         kept = _kept_packs(capture, k, dropped).union(linear.boundaries[k] if dropped else ())

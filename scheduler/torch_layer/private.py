@@ -374,7 +374,7 @@ def compile_graph(module: fx.GraphModule, arguments: Sequence[Tensor], share: fl
         ),
         inductor_config.patch(joint_custom_post_pass=_seeds_saved()),
     ):
-        function = compile_fx(copy, [*arguments])
+        function: Any = compile_fx(copy, [*arguments])
     return lambda *given: tuple(function(*given))
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import pytest
 
 from benchmarks.peak_accuracy import SETTINGS, Setting, errors, random_case, single_layers
-from tests.shared.models import gpt2, llama, resnet, vit
+from tests.shared.models import Case, gpt2, llama, resnet, vit
 from tests.shared.random_models import check
 
 PLAIN = Setting(autocast=False, optimizer="SGD", existing=False)
 # Two layers of each transformer: the second is priced as the first, and each budget trains them all.
-BUILDERS = {
+BUILDERS: dict[str, Callable[[], Case]] = {
     "gpt2": functools.partial(gpt2, 2),
     "llama": functools.partial(llama, 2),
     "resnet": resnet,

@@ -232,7 +232,7 @@ def _trained(
 
 def _same(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> bool:
     pairs = zip(one, other, strict=True)
-    return all((a is None) == (b is None) and (a is None or equal_bits(a, b)) for a, b in pairs)
+    return all(a is b if a is None or b is None else equal_bits(a, b) for a, b in pairs)
 
 
 def _far(compiled: Sequence[Tensor | None], eager: Sequence[Sequence[Tensor | None]]) -> str:
