@@ -38,7 +38,7 @@ help:
 	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make format  rewrite the code the way 'make lint' wants it"
 	@echo "make bench   run the benchmarks"
-	@echo "make docs    write the tables and figures of docs/ anew"
+	@echo "make docs    measure again, and write the tables and figures of docs/"
 	@echo "make cuda    check and measure on a GPU, within 8 minutes (DEVICE=cpu: a dry run)"
 	@echo "make cuda-tests  run the tests that need a GPU, one file per process"
 	@echo "make test-torch  run the tests under another torch (TORCH=2.11.0), in an environment of its own"
