@@ -34,6 +34,7 @@ NAMES = (
     "op_level_bound",
     "op_level",
     "compiled",
+    "compiled_coverage",
     "plan_without_hardware",
     "roofline_check",
     "training_run",

@@ -116,8 +116,12 @@ def _tightest(plan: Plan) -> Plan:
         return plan.within(error.smallest)
 
 
-def row(name: str, make: Callable[[], Case]) -> Row:
-    """Plan one architecture, and train it at two budgets."""
+def row(name: str, make: Callable[[], Case], backend: str = "eager") -> Row:
+    """Plan one architecture, and train it at two budgets.
+
+    Args:
+        backend: as ``solve`` takes it; of "inductor" the plan that keeps all stands for the plain model.
+    """
     torch.manual_seed(0)
     case = make()
     plain = _train(case, case.model)
@@ -126,10 +130,12 @@ def row(name: str, make: Callable[[], Case]) -> Row:
     began = time.perf_counter()
     _seed()
     try:
-        plan = solve(case.model, "64GiB", sample=case.sample)
+        plan = solve(case.model, "64GiB", sample=case.sample, backend=backend)
     except (CaptureError, ValueError) as error:
         return Row(name, "refused", _short(error), steady=steady)
     seconds = time.perf_counter() - began
+    if backend != "eager":
+        plain = _train(case, execute(plan, case.model))
     plan = _tightest(plan)
     used = []
     wrong = []
@@ -157,12 +163,12 @@ def row(name: str, make: Callable[[], Case]) -> Row:
     )
 
 
-def isolated(name: str) -> Row:
+def isolated(name: str, backend: str = "eager") -> Row:
     """The row of one architecture, made in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.coverage", name],
+            [sys.executable, "-m", "benchmarks.coverage", name, backend],
             capture_output=True, text=True, timeout=LIMIT, env=environment, check=False,
         )  # fmt: skip # one call
     except subprocess.TimeoutExpired:
@@ -172,7 +178,7 @@ def isolated(name: str) -> Row:
     return Row(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def _cells(found: Row) -> list[str]:
+def cells(found: Row) -> list[str]:
     note = "" if found.steady else "; **the plain model itself is not deterministic**"
     why = found.why.replace("|", "\\|").replace("; one step is bit-equal to the plain model", "")
     why = why if len(why) < 400 else why[:397] + "..."
@@ -228,16 +234,17 @@ def page(found: Mapping[str, Sequence[Row]]) -> str:
     heads = ["model", "result", "capture", "stages", "smallest", "used", "s", "why"]
     for family, rows in found.items():
         lines += ["", f"## {family}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-        lines += [f"| {' | '.join(_cells(each))} |" for each in rows]
+        lines += [f"| {' | '.join(cells(each))} |" for each in rows]
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="One row, as JSON.")
     parser.add_argument("name", choices=[name for cases in FAMILIES.values() for name in cases])
-    name = parser.parse_args().name
-    make = next(cases[name] for cases in FAMILIES.values() if name in cases)
-    print(json.dumps(dataclasses.asdict(row(name, make))))
+    parser.add_argument("backend", choices=["eager", "inductor"], nargs="?", default="eager")
+    given = parser.parse_args()
+    make = next(cases[given.name] for cases in FAMILIES.values() if given.name in cases)
+    print(json.dumps(dataclasses.asdict(row(given.name, make, given.backend))))
 
 
 if __name__ == "__main__":

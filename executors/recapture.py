@@ -158,6 +158,8 @@ def _again(plan: Plan, model: nn.Module, call: Call) -> GraphCapture:
 
 
 def _compiled(plan: Plan, model: nn.Module, call: Call) -> CompiledCapture:
+    if detect_fake_mode() is not None:
+        raise CaptureError("compiled stages do not run without data; rehearse with real=True")
     eager, shares = _graph(plan, model, call), plan.capture.shares
     _check_length(eager, plan)
     eager.uncached = _runs_uncached(plan, model, call, eager)

@@ -290,8 +290,8 @@ def _plan(request: Request) -> Plan:
     captured, chain, resident = found.captured, found.chain, found.resident
     if SOLVERS[solver].two_level and not KINDS[captured.kind].copies:
         raise CaptureError(
-            f"solve: solver={solver!r} copies what autograd saves to the host, which takes a graph capture, and the model "
-            f"was captured by its modules ({found.reason}); choose another solver"
+            f"solve: solver={solver!r} copies what autograd saves to the host, which takes the ops of a graph, and the "
+            f"model was captured as {captured.kind} ({found.reason}); choose another solver"
         )
     request.progress(f"solving for {format_bytes(request.budget)}")
     try:

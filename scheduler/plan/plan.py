@@ -72,8 +72,8 @@ class Plan:
         kind = KINDS[self.capture.kind]
         if self.program.copies and not kind.copies:
             raise ValueError(
-                "Plan: the schedule copies between device and host, which takes a graph capture: of modules, nobody has hold "
-                "of what the code between them saves. Choose another solver, or capture='graph'"
+                "Plan: the schedule copies between device and host, which takes the ops of a graph, and the "
+                f"model was captured as {self.capture.kind}. Choose another solver, or capture='graph' without backend="
             )
         options = [len(stage.options) for stage in self.chain.stages]
         for name in kind.options:

@@ -25,7 +25,10 @@ def explain(plan: Plan, stage: int) -> str:
     if not isinstance(stage, int) or not 0 <= stage < len(chain):
         raise ValueError(f"explain: stage={stage!r}, expected 0 .. {len(chain) - 1}")
     if not capture.ops:
-        raise ValueError("explain: the stages of this plan are modules; only a graph capture knows their ops")
+        raise ValueError(
+            f"explain: the stages of this plan are {capture.kind}; only a graph capture that is not compiled knows what "
+            "becomes of each op"
+        )
     first, option = plan.program.kept[stage], plan.option(stage)
     options = chain.stages[stage].options
     again = set(capture.rerun[stage][option]) if capture.rerun else set()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rematplan import CaptureError, Plan, PlanMismatch, execute, solve
+from rematplan import CaptureError, HostMemory, Plan, PlanMismatch, execute, rehearse, solve
 from rematplan.scheduler.capture.graph import compiled
 from rematplan.scheduler.capture.graph.compiled import CompiledCapture
 from rematplan.scheduler.torch_layer import private
@@ -302,3 +302,37 @@ class Branches(nn.Module):
 def test_a_model_without_an_op_graph_is_refused_and_told_what_to_do():
     with pytest.raises(CaptureError, match=r"there is none: .*compile the blocks yourself"):
         solve(Branches().train(), "1GiB", sample=torch.randn(4, 8), backend="inductor")
+
+
+def test_what_takes_single_ops_or_runs_without_data_is_refused(tmp_path: Path):
+    case, plan = case_of("tiny"), plan_of("tiny")
+    with pytest.raises(ValueError, match="stages of this plan are compiled"):
+        plan.explain(0)
+    host = HostMemory(1 << 20, 1e9, 1e9)
+    with pytest.raises((CaptureError, ValueError), match=r"takes the ops of a graph.*compiled"):
+        plan.within("1GiB", solver="two_level", parameters={"host": host})
+    with pytest.raises(CaptureError, match=r"takes the ops of a graph.*compiled"):
+        solve(
+            case.model, "1GiB", sample=case.sample, backend="inductor", solver="two_level",
+            parameters={"host": host},
+        )  # fmt: skip # one call
+    plan.save(tmp_path / "plan.json")
+    with pytest.raises(PlanMismatch, match="do not run without data"):
+        rehearse(Plan.load(tmp_path / "plan.json"), case.model, sample=case.sample)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_under_autocast(dtype: torch.dtype):
+    case = gpt2(0.0)
+    context = functools.partial(torch.autocast, "cpu", dtype)
+    with context():
+        plan = solve(case.model, "64GiB", sample=case.sample, backend="inductor")
+        tight = replan(plan, smallest(plan.chain))
+    with restored(case.model) as model:
+        want = train(case, execute(plan, model), context=context)
+    with restored(case.model) as model:
+        assert_equal(train(case, execute(tight, model), context=context), want)
+    with restored(case.model) as model:
+        peak = peak_of_a_step(case, execute(tight, model), context).peak
+    assert peak <= tight.memory_budget

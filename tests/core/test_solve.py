@@ -363,7 +363,7 @@ def test_a_solver_whose_schedules_no_executor_follows_is_refused() -> None:
 
 def test_copies_take_a_graph_capture() -> None:
     host = {"host": HostMemory(1, 1.0, 1.0)}
-    with pytest.raises(CaptureError, match="takes a graph capture"):
+    with pytest.raises(CaptureError, match="takes the ops of a graph"):
         solve(_model(), "1GiB", sample=_batch(), solver="two_level", parameters=host, capture="modules")
 
 

@@ -164,12 +164,18 @@ def fresh_arguments(capture: GraphCapture, k: int, arguments: Sequence[Tensor]) 
 def _variants(
     capture: GraphCapture, k: int, arguments: Sequence[Any], shares: Sequence[float]
 ) -> tuple[Variant, ...]:
-    """Return the stage compiled at each share that saves less than those before and gives the same bits."""
+    """Return the stage compiled at each share that saves less than those before and gives the same bits.
+
+    Raises:
+        CaptureError: at the first share it cannot be compiled, or is not what the stage is op by op.
+    """
     stage = capture.stages[k]
     module = stage.function.__self__  # type: ignore[attr-defined] # the forward of a GraphModule
     assert isinstance(module, fx.GraphModule)
-    if strange := next((a for a in arguments if not isinstance(a, Tensor)), None):
-        raise CaptureError(f"stage {k} ({stage.name}) takes a {type(strange).__name__}, which is no tensor")
+    for name, argument in zip(stage.argument_names, arguments, strict=True):
+        if not isinstance(argument, Tensor):
+            kind = type(argument).__name__
+            raise CaptureError(f"stage {k} ({stage.name}) takes {name}, {kind}, which is no tensor")
     fresh = functools.partial(fresh_arguments, capture, k, arguments)
     random = RandomState(capture.device)
     draws = any(op.random for op in _ops(capture, k))
