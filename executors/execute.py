@@ -240,8 +240,8 @@ def trace_of(model: nn.Module) -> str:
 def _eagerly(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the forward of a planned model that was compiled by its plan, uncompiled."""
     warnings.warn(
-        f"planned {type(model).__name__}: torch.compile of a planned model is left out, for it would lose the schedule; compile "
-        "its blocks instead (block.compile()), before solve(..., capture=[blocks])",
+        f"planned {type(model).__name__}: torch.compile of a planned model is left out, for it would lose the schedule; pass "
+        "backend='inductor' to solve instead, or compile the blocks (block.compile()) before solve(..., capture=[blocks])",
         stacklevel=2,
     )
     return torch.compiler.disable(plans_within(model).forward)(model, args, kwargs)

@@ -376,9 +376,10 @@ def checked(
         )
     if costs not in COSTS:
         raise ValueError(f"solve: costs={costs!r} is unknown; choose one of {', '.join(COSTS)}")
+    known = [kind for kind in KINDS if kind != COMPILED]
     if isinstance(capture, str) and capture not in ("auto", *KINDS):
         raise ValueError(
-            f"solve: capture={capture!r} is unknown; choose one of {', '.join(('auto', *KINDS))}, or pass a list of modules"
+            f"solve: capture={capture!r} is unknown; choose one of {', '.join(('auto', *known))}, or pass a list of modules"
         )
     if backend != "eager":
         capture = _compiled(backend, capture, costs, own.type)

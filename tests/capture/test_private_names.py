@@ -651,3 +651,39 @@ def test_flags_of_the_compiler_and_functions_that_are_replaced_exist() -> None:
     ):
         for name in names:
             assert hasattr(owner, name), name
+
+
+# ---- Inductor --------------------------------------------------------------------------------------------
+
+
+class _Dropped(nn.Module):
+    def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor]:
+        return (torch.nn.functional.dropout(torch.nn.functional.gelu(x @ w), 0.5, True) @ w.T,)
+
+
+@pytest.mark.slow
+def test_a_graph_is_compiled_at_a_share_with_the_masks_of_its_forward() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x, w = torch.randn(32, 16, requires_grad=True), torch.randn(16, 64, requires_grad=True)
+    graph = make_fx(_Dropped())(x.detach(), w.detach())
+    found = []
+    for share in (1.0, 0.1):
+        function = private.compile_graph(graph, [x, w], share)
+        torch.manual_seed(0)
+        (y,) = function(x, w)
+        private.allow_retained_graphs([y])
+        gradients = [torch.autograd.grad(y.square().sum(), [x, w], retain_graph=True) for _ in range(2)]
+        assert all(map(equal_bits, *gradients))
+        found.append([y.detach(), *gradients[0]])
+    assert all(map(equal_bits, *found))
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    assert not private.no_compiler("cpu")
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert "no C++ compiler" in private.no_compiler("cpu")
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
+    assert "Triton" in private.no_compiler("cuda")
