@@ -121,14 +121,21 @@ class StageCost:
     @property
     def variants(self) -> tuple[Variant, ...]:
         """Of a compiled stage, what each option is."""
-        return tuple(each.variant for each in (self, *self.options) if each.variant is not None)
+        return tuple(each.variant for each in (self.whole, *self.options) if each.variant is not None)
 
     @property
     def whole(self) -> OptionCost:
         """The option that keeps all."""
         peaks = self.keeping_peak, self.backward_peak
-        more = (), self.rebuild_peak, self.kept, self.variant
-        return OptionCost(frozenset(), 0.0, *peaks, "all", *more)
+        return OptionCost(
+            frozenset(),
+            0.0,
+            *peaks,
+            "all",
+            rebuild_peak=self.rebuild_peak,
+            kept=self.kept,
+            variant=self.variant,
+        )
 
 
 Enter = Callable[[int, Tensor], Tensor]
